@@ -1,0 +1,52 @@
+"""An elastic launcher for distributed training, with torchrun's command line and Python names.
+
+The names below are imported when they are first used: the command line needs few of them, and starts sooner.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_launch.agent import LocalElasticAgent as LocalElasticAgent
+    from elastic_launch.config import DefaultLogsSpecs as DefaultLogsSpecs
+    from elastic_launch.config import LaunchConfig as LaunchConfig
+    from elastic_launch.config import Std as Std
+    from elastic_launch.errors import ChildFailedError as ChildFailedError
+    from elastic_launch.errors import LaunchError as LaunchError
+    from elastic_launch.errors import ProcessFailure as ProcessFailure
+    from elastic_launch.errors import SignalException as SignalException
+    from elastic_launch.errors import UsageError as UsageError
+    from elastic_launch.launch import elastic_launch as elastic_launch
+    from elastic_launch.launch import launch_agent as launch_agent
+    from elastic_launch.model import RunResult as RunResult
+    from elastic_launch.model import WorkerSpec as WorkerSpec
+    from elastic_launch.model import WorkerState as WorkerState
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LocalElasticAgent": "agent",
+    "DefaultLogsSpecs": "config",
+    "LaunchConfig": "config",
+    "Std": "config",
+    "ChildFailedError": "errors",
+    "LaunchError": "errors",
+    "ProcessFailure": "errors",
+    "SignalException": "errors",
+    "UsageError": "errors",
+    "elastic_launch": "launch",
+    "launch_agent": "launch",
+    "RunResult": "model",
+    "WorkerSpec": "model",
+    "WorkerState": "model",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,199 @@
+"""Floor 3: the agent: carries out what ``core.lifecycle`` decides, and tells it what happened.
+
+Its loop waits in one place: for the keeper of its workers, for a signal, for the deadline of the moment.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, DefaultLogsSpecs, parse_signals
+from elastic_launch.console import say as say_on_stderr
+from elastic_launch.core import lifecycle
+from elastic_launch.core.lifecycle import (
+    Action,
+    Assigned,
+    Event,
+    Finish,
+    Gone,
+    Join,
+    Kill,
+    Life,
+    Limits,
+    Passed,
+    Say,
+    Signalled,
+    Start,
+    Sweep,
+    TimedOut,
+)
+from elastic_launch.core.ranks import worker_environment
+from elastic_launch.core.report import format_report
+from elastic_launch.env import environment
+from elastic_launch.errors import SignalException, UsageError, signal_name
+from elastic_launch.job_files import JobFiles, read_error_file
+from elastic_launch.model import RunResult, WorkerSpec, WorkerState
+from elastic_launch.signals import SignalQueue
+from elastic_launch.workers import BOOTSTRAP
+from elastic_launch.workers.group import Command, WorkerProcesses
+from elastic_launch.workers.keeper import subreaper
+
+PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+"""Signals that are the workers' own business, unless the user has the agent stop at them."""
+
+
+def command_name(command: Sequence[str]) -> str:
+    """What is run, for people: the script or module under the bootstrap, else the command."""
+    return command[command.index(BOOTSTRAP) + 2] if BOOTSTRAP in command else command[0]
+
+
+class LocalElasticAgent:
+    """Runs the workers of one node through all their rounds. An agent runs once."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs_specs: DefaultLogsSpecs | None = None,
+        *,
+        shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+        signals_to_handle: str = DEFAULT_SIGNALS,
+        environ: Mapping[str, str] | None = None,
+        say: Callable[[str], None] = say_on_stderr,
+    ) -> None:
+        """Prepare a run; nothing is started yet.
+
+        Args:
+            spec: what to run; its ``entrypoint`` is a command.
+            logs_specs: where the workers' files lie.
+            shutdown_timeout: seconds between a worker's stop signal and SIGKILL.
+            signals_to_handle: the signals that stop the job.
+            environ: what the workers inherit; None: this process's environment.
+            say: takes each line for people.
+
+        Raises:
+            UsageError: the entry point is not a command.
+        """
+        if not isinstance(spec.entrypoint, str):
+            raise UsageError(f"entrypoint={spec.entrypoint!r}: must be a command; functions are not available yet")
+        self._spec = spec
+        self._command = [spec.entrypoint, *map(str, spec.args)]
+        self._logs_specs = logs_specs or DefaultLogsSpecs()
+        self._shutdown_timeout = shutdown_timeout
+        self._stop_signals = parse_signals(signals_to_handle)
+        self._environ = environment() if environ is None else environ
+        self._say = say
+        self._run_id = str(spec.rdzv_handler.get_run_id())
+
+    def run(self, role: str = "default") -> RunResult:
+        """Run the job to its end on this node. Signals are handled where this is the program's main thread.
+
+        Raises:
+            SignalException: a signal ended the job; the workers are stopped.
+            LaunchError: the launcher could not do its work; no worker is left.
+        """
+        with ExitStack() as stack:
+            self._files = JobFiles(self._logs_specs.log_dir, self._run_id, self._environ.get("TMPDIR") or "/tmp")
+            stack.callback(self._files.close)
+            self._signals = stack.enter_context(SignalQueue(self._stop_signals | PASSED_ON))
+            stack.enter_context(subreaper())
+            stack.callback(self._spec.rdzv_handler.close)
+            self._workers = WorkerProcesses(self._run_id, self._environ)
+            stack.callback(self._workers.close)
+            life, finish = self._live()
+        if finish.failures:
+            return self._failed(life, finish)
+        if finish.signum is not None:
+            raise SignalException(f"stopped by {signal_name(finish.signum)}", signal.Signals(finish.signum))
+        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(exit_.local_rank for exit_ in life.exits))
+
+    def _live(self) -> tuple[Life, Finish]:
+        """Events in, actions out, until the end."""
+        life, actions = lifecycle.begin(Limits(self._spec.max_restarts, self._shutdown_timeout))
+        events: deque[Event] = deque()
+        while True:
+            for action in actions:
+                if isinstance(action, Finish):
+                    return life, action
+                events.extend(self._do(action))
+            while not events:
+                events.extend(self._wait(life.deadline))
+            event = events.popleft()
+            if isinstance(event, Gone):
+                event = self._with_error_files(life, event)
+            life, actions = lifecycle.step(life, event, time.monotonic())
+
+    def _do(self, action: Action) -> list[Event]:
+        """Carry out one action."""
+        match action:
+            case Join():
+                return [Assigned(self._spec.rdzv_handler.next_round(self._spec.local_world_size))]
+            case Start():
+                self._workers.start(self._commands(action))
+            case Kill(signum, local_ranks, group):
+                self._workers.kill(signum, local_ranks, group)
+            case Sweep(kill):
+                self._workers.sweep(kill)
+            case Say(text):
+                self._say(text)
+        return []
+
+    def _wait(self, deadline: float | None) -> list[Event]:
+        """Sleep until something happens: the one place where the agent waits."""
+        poller = select.poll()
+        for source in (self._workers, self._signals):
+            poller.register(source, select.POLLIN)
+        timeout = None if deadline is None else max(0, (deadline - time.monotonic()) * 1000)
+        ready = {fd for fd, _ in poller.poll(timeout)}
+        events: list[Event] = []
+        if self._signals.fileno() in ready:
+            events += [self._signal_event(signum) for signum in self._signals.take()]
+        if self._workers.fileno() in ready:
+            events += self._workers.take()
+        return events if ready else [TimedOut()]
+
+    def _signal_event(self, signum: int) -> Event:
+        return Signalled(signum, time.time()) if signum in self._stop_signals else Passed(signum)
+
+    def _commands(self, start: Start) -> list[Command]:
+        """What each worker of a round executes, and with which variables."""
+        return [
+            (
+                local_rank,
+                self._command,
+                worker_environment(
+                    self._spec,
+                    start.place,
+                    local_rank,
+                    restart_count=start.restart_count,
+                    run_id=self._run_id,
+                    error_file=self._files.prepare(start.restart_count, start.place.rank(local_rank)),
+                    inherited=self._environ,
+                ),
+            )
+            for local_rank in range(start.place.local_world_size)
+        ]
+
+    def _with_error_files(self, life: Life, gone: Gone) -> Gone:
+        """Add what the workers wrote of their exceptions to what is known of them."""
+        errors = dict(gone.errors)
+        for exit_ in life.exits:
+            if exit_.exitcode != 0 and life.place is not None:
+                path = self._files.error_file(life.restart_count, life.place.rank(exit_.local_rank))
+                if record := read_error_file(path):
+                    errors[exit_.local_rank] = record
+        return Gone(errors)
+
+    def _failed(self, life: Life, finish: Finish) -> RunResult:
+        report = format_report(
+            command_name(self._command),
+            finish.failures,
+            restarts=life.charged,
+            max_restarts=self._spec.max_restarts,
+            log_dir=self._files.root if self._files.kept else None,
+        )
+        return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)

@@ -1,0 +1,177 @@
+"""Floor 0: the settings of a job, and how their text forms are read.
+
+Pure: text in, values out; what is wrong raises UsageError with a line that says what is allowed.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Any
+
+from elastic_launch.errors import UsageError
+
+DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+DEFAULT_SHUTDOWN_TIMEOUT = 30
+"""Seconds between a worker's stop signal and SIGKILL."""
+
+
+class Std(IntFlag):
+    """Standard streams of a worker."""
+
+    NONE = 0
+    OUT = 1
+    ERR = 2
+    ALL = 3
+
+    @classmethod
+    def from_str(cls, text: str) -> Std | dict[int, Std]:
+        """Read ``3`` (every rank) or ``0:1,1:2`` (by local rank).
+
+        Raises:
+            UsageError: the text has neither form.
+        """
+        if text in _STD_NUMBERS:
+            return cls(int(text))
+        by_rank: dict[int, Std] = {}
+        for pair in text.split(","):
+            rank, colon, std = pair.partition(":")
+            if not colon or not is_number(rank) or std not in _STD_NUMBERS:
+                raise UsageError(
+                    f"{text!r}: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or RANK:NUMBER,... as in 0:1,1:2"
+                )
+            by_rank[int(rank)] = cls(int(std))
+        return by_rank
+
+
+_STD_NUMBERS = ("0", "1", "2", "3")
+
+
+@dataclass
+class DefaultLogsSpecs:
+    """Where the workers' output goes."""
+
+    log_dir: str | None = None
+    """Files lie in ``log_dir/run_id/attempt_K/RANK``; None: a fresh temporary directory."""
+    redirects: Std | dict[int, Std] = Std.NONE
+    tee: Std | dict[int, Std] = Std.NONE
+    local_ranks_filter: set[int] | None = None
+
+
+@dataclass
+class LaunchConfig:
+    """The settings of one job. Fields, order and defaults are those of torch's ``LaunchConfig``.
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    min_nodes: int
+    max_nodes: int
+    nproc_per_node: int
+    logs_specs: DefaultLogsSpecs | None = None
+    run_id: str = ""
+    role: str = "default_role"
+    rdzv_endpoint: str = ""
+    rdzv_backend: str = "etcd"
+    rdzv_configs: dict[str, Any] = field(default_factory=dict)
+    rdzv_timeout: int = -1
+    max_restarts: int = 3
+    monitor_interval: float = 0.1
+    """Accepted for torch's sake: nothing here polls."""
+    start_method: str = "spawn"
+    log_line_prefix_template: str | None = None
+    metrics_cfg: dict[str, str] = field(default_factory=dict)
+    local_addr: str | None = None
+    event_log_handler: str = "null"
+    numa_options: Any = None
+    signals_to_handle: str = DEFAULT_SIGNALS
+    duplicate_stdout_filters: list[str] | None = None
+    duplicate_stderr_filters: list[str] | None = None
+    virtual_local_rank: bool = False
+    shutdown_timeout: int | None = None
+    """Seconds between a worker's stop signal and SIGKILL; None: ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 1 <= self.min_nodes <= self.max_nodes:
+            raise UsageError(f"min_nodes={self.min_nodes}, max_nodes={self.max_nodes}: must be 1 <= min <= max")
+        if self.nproc_per_node < 1:
+            raise UsageError(f"nproc_per_node={self.nproc_per_node}: must be at least 1")
+        if self.max_restarts < 0:
+            raise UsageError(f"max_restarts={self.max_restarts}: must be at least 0")
+        if self.shutdown_timeout is not None and self.shutdown_timeout < 0:
+            raise UsageError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0 seconds")
+        parse_signals(self.signals_to_handle)
+
+
+def is_number(text: str) -> bool:
+    """Whether the text is a plain non-negative decimal number; ``int()`` would also take `` 1``, ``1_0`` and ``+1``."""
+    return text.isascii() and text.isdigit()
+
+
+def parse_nnodes(text: str) -> tuple[int, int]:
+    """Read ``N`` or ``MIN:MAX`` into (min, max).
+
+    Raises:
+        UsageError: the text has neither form, or not 1 <= MIN <= MAX.
+    """
+    low, colon, high = text.partition(":")
+    if not colon:
+        high = low
+    if not (is_number(low) and is_number(high) and 1 <= int(low) <= int(high)):
+        raise UsageError(f"{text!r}: must be a number of nodes, at least 1, or a range MIN:MAX with 1 <= MIN <= MAX")
+    return int(low), int(high)
+
+
+def parse_rdzv_conf(text: str) -> dict[str, str]:
+    """Read ``key=value,key=value``; quotes around the whole are dropped, since users write them.
+
+    Raises:
+        UsageError: an entry has no key or no value.
+    """
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    settings: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = (part.strip() for part in entry.partition("="))
+        if not key or not value:
+            raise UsageError(f"{entry!r}: must be KEY=VALUE, several of them separated by commas")
+        settings[key] = value
+    return settings
+
+
+def parse_ranks(text: str) -> set[int] | None:
+    """Read ``0,1,2`` into a set of local ranks; empty text: None, which is all.
+
+    Raises:
+        UsageError: an entry is not a number.
+    """
+    if not text:
+        return None
+    ranks = [part.strip() for part in text.split(",")]
+    if not all(is_number(rank) for rank in ranks):
+        raise UsageError(f"{text!r}: must be local ranks separated by commas, as in 0,1,2")
+    return {int(rank) for rank in ranks}
+
+
+def parse_signals(text: str) -> frozenset[signal.Signals]:
+    """Read ``SIGTERM,SIGINT``.
+
+    Raises:
+        UsageError: a name is unknown, or of a signal that no process can handle.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+            raise UsageError(
+                f"{name!r}: must be names of signals that a process can handle, separated by commas, "
+                f"as in {DEFAULT_SIGNALS}"
+            )
+    return frozenset(signal.Signals[name] for name in names)
+
+
+def parse_filters(text: str) -> list[str]:
+    """Read ``apple,orange`` into a list of texts; a doubled comma stands for a comma."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",") if part]

@@ -1,0 +1,359 @@
+"""Floor 1: the agent's whole life, as one table of state and event. Pure.
+
+    JOINING -> RUNNING -> (STOPPING -> JOINING)* -> DONE
+
+``step`` takes the life so far, an event and the time; it gives the life after it, and the actions that the agent must
+carry out. Every round ends through STOPPING, a good one too, so that nothing a worker started outlives its round:
+first the workers are signalled and awaited, then whatever else they left is swept away; at ``deadline`` the rest gets
+SIGKILL. When the agent reports ``Gone``, the round's outcome is decided. What happens in an order that ``TABLE`` does
+not know raises ``UnexpectedEventError`` with the history.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+from elastic_launch.core import root_cause
+from elastic_launch.core.root_cause import ErrorRecord, Exit
+from elastic_launch.errors import LaunchError, ProcessFailure, signal_name
+from elastic_launch.model import Assignment
+
+ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
+"""A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
+FREE_RESTARTS = 3
+"""How often a port that was taken is replaced without charge to ``max_restarts``."""
+LEFTOVER_GRACE = 1.0
+"""Seconds between SIGTERM and SIGKILL for what the workers left behind when they ended."""
+KILL_PATIENCE = 5.0
+"""Seconds after SIGKILL until a process is given up as unkillable (state D, usually a hung file system)."""
+
+
+class State(Enum):
+    """Where the agent stands."""
+
+    JOINING = "joining"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    DONE = "done"
+
+
+# Events: what happened. (Named tuples, not dataclasses: they cost the agent's start a tenth.)
+
+
+class Assigned(NamedTuple):
+    """The rendezvous gave the node its place in a round."""
+
+    place: Assignment
+
+
+class Started(NamedTuple):
+    """The workers' processes exist. Those that could not be started are missing, and an ``Exited`` follows."""
+
+    pids: Mapping[int, int]
+
+
+class Exited(NamedTuple):
+    """A worker's process ended."""
+
+    exit: Exit
+
+
+class Signalled(NamedTuple):
+    """A signal came that stops the job."""
+
+    signum: int
+    time: float
+    """Seconds since 1970."""
+
+
+class Passed(NamedTuple):
+    """A signal came that is the workers' own business."""
+
+    signum: int
+
+
+class TimedOut(NamedTuple):
+    """``deadline`` has passed."""
+
+
+class Gone(NamedTuple):
+    """The round's workers, and all that they left, are gone. ``errors`` is what they wrote of their exceptions."""
+
+    errors: Mapping[int, ErrorRecord]
+
+
+Event = Assigned | Started | Exited | Signalled | Passed | TimedOut | Gone
+
+# Actions: what the agent must do.
+
+
+class Join(NamedTuple):
+    """Ask the rendezvous for a place in the next round; answer with ``Assigned``."""
+
+
+class Start(NamedTuple):
+    """Start the workers of this round; answer with ``Started``."""
+
+    place: Assignment
+    restart_count: int
+
+
+class Kill(NamedTuple):
+    """Send a signal to workers: to their whole process groups, or to the processes that lead them only."""
+
+    signum: int
+    local_ranks: frozenset[int]
+    group: bool = True
+
+
+class Sweep(NamedTuple):
+    """End what the round left: SIGTERM, or SIGKILL to the workers too; answer with ``Gone`` when nothing is left."""
+
+    kill: bool
+
+
+class Say(NamedTuple):
+    """Tell people, in one line."""
+
+    text: str
+
+
+class Finish(NamedTuple):
+    """The agent's work is done: it succeeded, it failed, or a signal ended it."""
+
+    failures: tuple[ProcessFailure, ...] = ()
+    signum: int | None = None
+
+
+Action = Join | Start | Kill | Sweep | Say | Finish
+
+
+class Limits(NamedTuple):
+    """The settings that decisions depend on. Times in seconds."""
+
+    max_restarts: int
+    shutdown_timeout: float
+
+
+@dataclass(frozen=True)
+class Life:
+    """All that the agent's decisions depend on."""
+
+    limits: Limits
+    state: State = State.JOINING
+    place: Assignment | None = None
+    restart_count: int = 0
+    """Rounds before this one; it grows whatever ended them, so that no two rounds share a key space in the store."""
+    charged: int = 0
+    """Restarts that counted against ``max_restarts``."""
+    free: int = 0
+    """Restarts that did not."""
+    running: frozenset[int] = frozenset()
+    """Local ranks whose process has not ended."""
+    pids: Mapping[int, int] = field(default_factory=dict)
+    exits: tuple[Exit, ...] = ()
+    stopped_at: float = float("inf")
+    """When the agent began to stop the workers, in seconds since 1970."""
+    signum: int | None = None
+    """The signal that ends the job."""
+    interrupted: bool = False
+    """That signal, and no failure, ended the round."""
+    deadline: float | None = None
+    """When ``TimedOut`` is due, on the agent's monotonic clock."""
+    killed: bool = False
+    """SIGKILL was sent to everything."""
+    history: tuple[str, ...] = ()
+
+
+Step = tuple[Life, list[Action]]
+
+
+class UnexpectedEventError(LaunchError):
+    """An event came that the table does not know in this state: a defect of the launcher."""
+
+    def __init__(self, life: Life, event: Event) -> None:
+        super().__init__(
+            f"internal error: {type(event).__name__} while {life.state.value}; history: {', '.join(life.history)}"
+        )
+
+
+def begin(limits: Limits) -> Step:
+    """The first step of a life."""
+    return Life(limits), [Join()]
+
+
+def step(life: Life, event: Event, now: float) -> Step:
+    """What an event leads to.
+
+    Args:
+        life: the life so far.
+        event: what happened.
+        now: seconds, on any monotonic clock, the same at every step.
+
+    Raises:
+        UnexpectedEventError: ``TABLE`` has no entry for the state and the event.
+    """
+    handler = TABLE.get((life.state, type(event)))
+    if handler is None:
+        raise UnexpectedEventError(life, event)
+    life = replace(life, history=(*life.history[-49:], f"{life.state.value}:{type(event).__name__}"))
+    return handler(life, event, now)
+
+
+def _enter(life: Life, state: State, **changes: Any) -> Life:
+    """The one place where the state changes."""
+    return replace(life, state=state, **changes)
+
+
+def _start(life: Life, event: Assigned, now: float) -> Step:
+    ranks = frozenset(range(event.place.local_world_size))
+    life = _enter(life, State.RUNNING, place=event.place, running=ranks)
+    return life, [Start(event.place, life.restart_count)]
+
+
+def _give_up_joining(life: Life, event: Signalled, now: float) -> Step:
+    return _enter(life, State.DONE), [Finish(signum=event.signum)]
+
+
+def _note_pids(life: Life, event: Started, now: float) -> Step:
+    return replace(life, pids=event.pids), []
+
+
+def _worker_ended(life: Life, event: Exited, now: float) -> Step:
+    life = _note_exit(life, event)
+    if event.exit.exitcode != 0:
+        return _stop(life, signal.SIGTERM, event.exit.time, now)
+    if life.running:
+        return life, []
+    deadline = now + min(LEFTOVER_GRACE, life.limits.shutdown_timeout)
+    return _enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=deadline), [Sweep(kill=False)]
+
+
+def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
+    say = Say(
+        f"{signal_name(event.signum)} received: stopping {len(life.running)} workers, SIGKILL in "
+        f"{life.limits.shutdown_timeout:g} s or on a second SIGTERM or SIGINT"
+    )
+    life, actions = _stop(replace(life, signum=event.signum, interrupted=True), event.signum, event.time, now)
+    return life, [say, *actions]
+
+
+def _stop(life: Life, signum: int, time: float, now: float) -> Step:
+    """Begin the stop sequence: signal, wait until the deadline, SIGKILL, wait a little, give up."""
+    everyone = frozenset(range(_place(life).local_world_size))
+    life = _enter(life, State.STOPPING, stopped_at=time, deadline=now + life.limits.shutdown_timeout)
+    # The groups of workers that have ended are signalled too: their children may live on in them.
+    actions: list[Action] = [Kill(signum, everyone)]
+    return life, actions if life.running else [*actions, Sweep(kill=False)]
+
+
+def _stopped_worker_ended(life: Life, event: Exited, now: float) -> Step:
+    life = _note_exit(life, event)
+    return life, [] if life.running or life.killed else [Sweep(kill=False)]
+
+
+def _hurry(life: Life, event: Signalled, now: float) -> Step:
+    """A signal while stopping: the job will not restart; a second one from a person means now."""
+    name = signal_name(event.signum)
+    if life.signum is None:
+        return replace(life, signum=event.signum), [Say(f"{name} received: the job ends when its workers have stopped")]
+    if event.signum not in ESCALATING or life.killed:
+        return life, []
+    return _kill(life, f"{name} received again", now)
+
+
+def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
+    if not life.killed:
+        return _kill(life, "time to stop is up", now)
+    # Not even SIGKILL helps. Another round beside such a process could train twice at once, so the job ends here.
+    say = Say(f"{_survivors(life)} cannot be killed (state D: a hung device or file system?); left to the kernel")
+    return _conclude(life, {}, [say], may_restart=False)
+
+
+def _kill(life: Life, why: str, now: float) -> Step:
+    life = replace(life, killed=True, deadline=now + KILL_PATIENCE)
+    return life, [Say(f"{why}: sending SIGKILL to {_survivors(life)}"), Sweep(kill=True)]
+
+
+def _round_is_over(life: Life, event: Gone, now: float) -> Step:
+    return _conclude(life, event.errors, [], may_restart=True)
+
+
+def _conclude(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Action], *, may_restart: bool) -> Step:
+    """Decide what follows the round: nothing more, another round without charge, another round, or failure."""
+    place = _place(life)
+    failures = root_cause.judge(life.exits, errors, life.pids, place, life.stopped_at)
+    done = _enter(life, State.DONE, deadline=None)
+    if life.interrupted or not failures:
+        return done, [*actions, Finish(signum=life.signum)]
+    free = life.free < FREE_RESTARTS and place.port_picked and _lost_its_port(failures, place)
+    if not may_restart or not (free or life.charged < life.limits.max_restarts):
+        return done, [*actions, Finish(failures)]
+    if life.signum is not None:
+        return done, [*actions, Finish(signum=life.signum)]
+    life = Life(
+        life.limits,
+        restart_count=life.restart_count + 1,
+        charged=life.charged + (not free),
+        free=life.free + free,
+        history=life.history,
+    )
+    return life, [*actions, Say(_restart_line(failures[0], life, free=free)), Join()]
+
+
+def _lost_its_port(failures: tuple[ProcessFailure, ...], place: Assignment) -> bool:
+    return any(failure.rank == 0 and root_cause.is_port_clash(failure, place.master_port) for failure in failures)
+
+
+def _restart_line(cause: ProcessFailure, life: Life, *, free: bool) -> str:
+    if free:
+        return "MASTER_PORT was taken by another process: starting again with another port, without charge"
+    what = f"{cause.how()}, {cause.error}" if cause.error else cause.how()
+    return f"rank {cause.rank} failed ({what}): restart {life.charged} of {life.limits.max_restarts}"
+
+
+def _pass_on(life: Life, event: Passed, now: float) -> Step:
+    return life, [Kill(event.signum, life.running, group=False)]
+
+
+def _ignore(life: Life, event: Passed, now: float) -> Step:
+    return life, []
+
+
+def _note_exit(life: Life, event: Exited) -> Life:
+    return replace(life, running=life.running - {event.exit.local_rank}, exits=(*life.exits, event.exit))
+
+
+def _place(life: Life) -> Assignment:
+    if life.place is None:
+        raise LaunchError(f"internal error: no place in a round while {life.state.value}")
+    return life.place
+
+
+def _survivors(life: Life) -> str:
+    """The processes that have not ended, for people."""
+    if not life.running:
+        return "processes that the workers left behind"
+    names = ", ".join(f"{_place(life).rank(local)} (pid {life.pids.get(local, -1)})" for local in sorted(life.running))
+    return f"worker rank {names}" if len(life.running) == 1 else f"workers {names}"
+
+
+TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
+    (State.JOINING, Assigned): _start,
+    (State.JOINING, Signalled): _give_up_joining,
+    (State.JOINING, Passed): _ignore,
+    (State.RUNNING, Started): _note_pids,
+    (State.RUNNING, Exited): _worker_ended,
+    (State.RUNNING, Signalled): _stop_on_signal,
+    (State.RUNNING, Passed): _pass_on,
+    (State.STOPPING, Started): _note_pids,
+    (State.STOPPING, Exited): _stopped_worker_ended,
+    (State.STOPPING, Signalled): _hurry,
+    (State.STOPPING, Passed): _pass_on,
+    (State.STOPPING, TimedOut): _time_is_up,
+    (State.STOPPING, Gone): _round_is_over,
+}

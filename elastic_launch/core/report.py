@@ -1,0 +1,68 @@
+"""Floor 1: the failure report: one block, the cause first. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from elastic_launch.errors import ProcessFailure
+
+_MAX_TRACEBACK_LINES = 200
+_WIDTH = 80
+
+
+def format_report(
+    name: str, failures: Sequence[ProcessFailure], *, restarts: int, max_restarts: int, log_dir: str | None
+) -> str:
+    """The block that ends a failed job.
+
+    Args:
+        name: what was run.
+        failures: the cause first.
+        restarts: how many restarts were used up.
+        max_restarts: how many there were.
+        log_dir: where the round's files lie; None where there are none.
+    """
+    cause, *consequences = failures
+    lines = [
+        "=" * _WIDTH,
+        f"{name} FAILED",
+        "-" * _WIDTH,
+        "Cause",
+        f"  rank    : {cause.rank} (local rank {cause.local_rank}, pid {cause.pid}) on {cause.host}",
+        f"  exit    : {cause.how()}",
+        f"  time    : {_when(cause)}",
+    ]
+    if cause.error:
+        lines += [f"  error   : {_first_line(cause.error)}"]
+        lines += _indent(cause.message) if cause.message != cause.error else []
+    if consequences:
+        lines += ["Then"]
+        lines += [f"  {_consequence(failure)}" for failure in consequences]
+    lines += ["-" * _WIDTH, f"restarts  : {restarts} of {max_restarts} used"]
+    if log_dir:
+        lines += [f"logs      : {log_dir}"]
+    return "\n".join([*lines, "=" * _WIDTH])
+
+
+def _consequence(failure: ProcessFailure) -> str:
+    error = f", {_first_line(failure.error)}" if failure.error else ""
+    return f"rank {failure.rank} on {failure.host} (pid {failure.pid}): {failure.how()}{error} at {_when(failure)}"
+
+
+def _when(failure: ProcessFailure) -> str:
+    millis = int(failure.timestamp % 1 * 1000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(failure.timestamp))}.{millis:03d}"
+
+
+def _first_line(text: str) -> str:
+    line = text.split("\n", 1)[0]
+    return line if len(line) <= 500 else f"{line[:500]} ..."
+
+
+def _indent(text: str) -> list[str]:
+    lines = text.rstrip().split("\n")
+    if len(lines) > _MAX_TRACEBACK_LINES:
+        half = _MAX_TRACEBACK_LINES // 2
+        lines = [*lines[:half], f"... {len(lines) - 2 * half} lines left out ...", *lines[-half:]]
+    return [f"    {line}" for line in lines]

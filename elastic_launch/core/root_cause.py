@@ -1,0 +1,103 @@
+"""Floor 1: which workers failed, and which of them was the cause. Pure.
+
+A worker that the agent stopped did not fail. Of those that failed, the earliest is the cause, but an error that is
+plainly the consequence of a peer's death (its connection was closed) comes after every error that is not: the survivor
+of a SIGKILL can raise before the agent has seen the death.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from elastic_launch.errors import ProcessFailure, signal_name
+from elastic_launch.model import Assignment
+
+_CONSEQUENCE = re.compile(
+    r"connection (was )?(closed|reset|aborted)|broken pipe|socket closed|remote (process|peer) (exited|closed)"
+    r"|NCCL.*(remote error|abort)",
+    re.IGNORECASE,
+)
+_PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+
+
+class ErrorRecord(NamedTuple):
+    """What a worker wrote of its exception."""
+
+    error: str
+    """In one line: ``ValueError: boom``."""
+    traceback: str
+    time: float
+    """Seconds since 1970."""
+    path: str
+
+
+class Exit(NamedTuple):
+    """The end of one worker process."""
+
+    local_rank: int
+    exitcode: int
+    """The exit status, or minus the signal's number."""
+    time: float
+    """Seconds since 1970."""
+    told: tuple[int, ...] = ()
+    """The signals that it had been sent by then."""
+
+
+def judge(
+    exits: Sequence[Exit],
+    errors: Mapping[int, ErrorRecord],
+    pids: Mapping[int, int],
+    place: Assignment,
+    stopped_at: float,
+) -> tuple[ProcessFailure, ...]:
+    """Tell failures from stopped workers, and put the cause first.
+
+    Args:
+        exits: how the round's workers ended.
+        errors: what they wrote of it, by local rank.
+        pids: by local rank; a worker that could not be started has none.
+        place: the node's place in the round.
+        stopped_at: when the agent began to stop the workers, in seconds since 1970.
+    """
+    failures = [
+        _failure(exit_, errors.get(exit_.local_rank), pids.get(exit_.local_rank, -1), place)
+        for exit_ in exits
+        if _is_failure(exit_, errors.get(exit_.local_rank), stopped_at)
+    ]
+    return tuple(sorted(failures, key=lambda f: (_is_consequence(f), f.timestamp, f.rank)))
+
+
+def is_port_clash(failure: ProcessFailure, port: int) -> bool:
+    """Whether the worker failed because another process holds the port on which it was to serve the group's store."""
+    text = f"{failure.error}\n{failure.message}"
+    return bool(_PORT_TAKEN.search(text)) and re.search(rf"(?<!\d){port}(?!\d)", text) is not None
+
+
+def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bool:
+    if exit_.exitcode == 0:
+        return False
+    if not exit_.told or (error is not None and error.time < stopped_at):
+        return True
+    # Told to stop: whatever status it chose is an answer to that. A signal that nobody sent (a segfault, say) is not.
+    return exit_.exitcode < 0 and -exit_.exitcode not in exit_.told
+
+
+def _is_consequence(failure: ProcessFailure) -> bool:
+    return _CONSEQUENCE.search(failure.error) is not None
+
+
+def _failure(exit_: Exit, error: ErrorRecord | None, pid: int, place: Assignment) -> ProcessFailure:
+    how = f"killed by {signal_name(-exit_.exitcode)}" if exit_.exitcode < 0 else f"exited with {exit_.exitcode}"
+    return ProcessFailure(
+        local_rank=exit_.local_rank,
+        pid=pid,
+        exitcode=exit_.exitcode,
+        error_file=error.path if error else "<N/A>",
+        error=error.error if error else "",
+        message=error.traceback if error else f"The process (pid {pid}) {how}.",
+        timestamp=min(error.time, exit_.time) if error else exit_.time,
+        rank=place.rank(exit_.local_rank),
+        host=place.host,
+    )

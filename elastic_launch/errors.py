@@ -1,0 +1,130 @@
+"""Floor 0: what can go wrong, as types with fields, and the exit statuses that tell it to a shell.
+
+Values only: nothing here reads a file, a clock or the environment.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit statuses of the launcher itself. A worker that fails gives its own: N, or 128 + the signal's number.
+
+    The numbers above 64 are those of BSD's sysexits.h.
+    """
+
+    OK = 0
+    USAGE = 2
+    """An option, variable or argument is wrong; nothing was started."""
+    UNAVAILABLE = 69
+    """Something that the job needs is not to be had: a port in use, a log directory that cannot be written."""
+    SOFTWARE = 70
+    """The launcher failed at its own work."""
+    CANNOT_EXECUTE = 126
+    """A worker's command was found and could not be executed (the shell's convention)."""
+    NOT_FOUND = 127
+    """A worker's command was not found (the shell's convention)."""
+
+
+class LaunchError(Exception):
+    """The launcher could not do its work. The message is one line: what, where, and what to do next."""
+
+    exit_code: int = ExitCode.SOFTWARE
+
+
+class UsageError(LaunchError, ValueError):
+    """An option, variable or argument is wrong. The message names it, its value, and what is allowed."""
+
+    exit_code = ExitCode.USAGE
+
+
+class UnavailableError(LaunchError):
+    """Something outside the launcher that the job needs is missing or taken."""
+
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class SignalException(Exception):  # noqa: N818 - the name is torch's, and callers catch it by that name
+    """A signal ended the job; its workers are stopped. ``sigval`` is the signal."""
+
+    def __init__(self, msg: str, sigval: signal.Signals) -> None:
+        super().__init__(msg)
+        self.sigval = sigval
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number."""
+        return 128 + self.sigval
+
+
+def signal_name(signum: int) -> str:
+    """``SIGTERM`` for 15; ``signal 99`` for a number without a name (real-time signals among them)."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
+
+
+@dataclass(frozen=True)
+class ProcessFailure:
+    """One worker that failed. The first four fields are torch's and stand in its order."""
+
+    local_rank: int
+    pid: int
+    """-1 where the process could not be started."""
+    exitcode: int
+    """The exit status, or minus the signal's number."""
+    error_file: str = "<N/A>"
+    """The JSON file that the worker's exception was read from."""
+    error: str = ""
+    """The exception in one line, ``ValueError: boom``; empty where there was none."""
+    message: str = ""
+    """The traceback where there is one, else a sentence on how the worker ended."""
+    timestamp: float = 0.0
+    """When it failed, in seconds since 1970, on the worker's host: for people, and for order within one host."""
+    rank: int = -1
+    """Global rank."""
+    host: str = ""
+
+    def signal_name(self) -> str:
+        """The signal that killed the worker, ``<N/A>`` where none did."""
+        return signal_name(-self.exitcode) if self.exitcode < 0 else "<N/A>"
+
+    def how(self) -> str:
+        """How the process ended, in words: ``exit code 42`` or ``killed by SIGKILL``."""
+        return f"killed by {self.signal_name()}" if self.exitcode < 0 else f"exit code {self.exitcode}"
+
+    def status(self) -> int:
+        """The exit status that a shell would show: the exit code, or 128 + the signal's number."""
+        return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
+
+
+class ChildFailedError(Exception):
+    """The job failed because workers did.
+
+    ``failures`` maps global rank to failure, the cause first. ``str()`` of the error is the whole report.
+    """
+
+    def __init__(self, name: str, failures: dict[int, ProcessFailure], report: str = "") -> None:
+        if not failures:
+            raise ValueError("ChildFailedError needs at least one failure")
+        self.name = name
+        self.failures = failures
+        rank, cause = self.get_first_failure()
+        super().__init__(report or f"{name} FAILED: rank {rank}: {cause.error or cause.how()}")
+
+    def get_first_failure(self) -> tuple[int, ProcessFailure]:
+        """The cause: its global rank and the failure."""
+        return next(iter(self.failures.items()))
+
+    def format_msg(self) -> str:
+        """The report, as text."""
+        return str(self)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status of the cause, as a shell shows it."""
+        return self.get_first_failure()[1].status()

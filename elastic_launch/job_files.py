@@ -1,0 +1,97 @@
+"""Floor 2: the job's files: where they lie, and the workers' error files in them.
+
+The only module that knows a path of the layout ``LOG_DIR/RUN_ID/attempt_K/RANK/error.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from elastic_launch.core.root_cause import ErrorRecord
+from elastic_launch.errors import UnavailableError
+
+_MAX_ERROR_FILE = 64 << 20
+"""Bytes of an error file that are worth reading; a larger one is not the report of an exception."""
+
+
+class JobFiles:
+    """The directory of one job on this node."""
+
+    def __init__(self, log_dir: str | None, run_id: str, temp_dir: str) -> None:
+        """Make the directory.
+
+        Args:
+            log_dir: what the user asked for; None: a directory in ``temp_dir`` that ``close`` removes when it is empty.
+            run_id: the job's id; characters that a file name cannot have are percent-encoded.
+            temp_dir: the system's directory for temporary files.
+
+        Raises:
+            UnavailableError: it cannot be made.
+        """
+        self._temporary = log_dir is None
+        base = log_dir or os.path.join(temp_dir, f"elastic_launch_{os.urandom(6).hex()}")
+        self.root = os.path.join(os.path.abspath(base), _as_file_name(run_id))
+        try:
+            os.makedirs(self.root, mode=0o700 if self._temporary else 0o777, exist_ok=True)
+        except OSError as error:
+            option = "the directory for temporary files" if self._temporary else f"--log-dir={log_dir}"
+            raise UnavailableError(f"{option}: cannot make {self.root}: {error.strerror}") from error
+
+    def attempt_dir(self, attempt: int) -> str:
+        """The directory of one round."""
+        return os.path.join(self.root, f"attempt_{attempt}")
+
+    def error_file(self, attempt: int, rank: int) -> str:
+        """Where the worker of a global rank writes its exception."""
+        return os.path.join(self.attempt_dir(attempt), str(rank), "error.json")
+
+    def prepare(self, attempt: int, rank: int) -> str:
+        """Make the directory of a worker and clear what an earlier job of the same id left; return its error file.
+
+        A disk that is full or gone does not stop a job from running, only from telling its error in a file.
+        """
+        path = self.error_file(attempt, rank)
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        return path
+
+    def close(self) -> None:
+        """Remove the directories that hold no file, unless the user named them."""
+        if self._temporary:
+            for directory, _, _ in os.walk(os.path.dirname(self.root), topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there are files to look at."""
+        return os.path.isdir(self.root)
+
+
+def _as_file_name(run_id: str) -> str:
+    if run_id.isalnum() and run_id.isascii():
+        return run_id
+    from urllib.parse import quote  # late: 3 ms, and most ids need it not
+
+    name = quote(run_id, safe="")
+    return name if name.strip(".") else f"_{name}"
+
+
+def read_error_file(path: str) -> ErrorRecord | None:
+    """Read what a worker wrote of its exception, in the format of torch's ``record``; None if that is not usable."""
+    import json  # late: needed after a failure only
+
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            record = json.loads(file.read(_MAX_ERROR_FILE))
+            written = os.fstat(file.fileno()).st_mtime
+        message = record["message"]
+        if isinstance(message, str):
+            return ErrorRecord(message, message, written, path)
+        extra = message["extraInfo"]
+        return ErrorRecord(str(message["message"]), str(extra["py_callstack"]), float(extra.get("time", written)), path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None

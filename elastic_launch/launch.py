@@ -1,0 +1,140 @@
+"""Floor 4: the Python API: from a ``LaunchConfig`` and something to run, to its result. Puts the parts together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from elastic_launch.agent import LocalElasticAgent, command_name
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number
+from elastic_launch.console import say
+from elastic_launch.core.ranks import omp_num_threads
+from elastic_launch.env import environment
+from elastic_launch.errors import ChildFailedError, UsageError
+from elastic_launch.model import WorkerSpec
+from elastic_launch.rendezvous.local import LocalRendezvous
+
+
+class elastic_launch:  # noqa: N801 - torch's name
+    """Launches a command on this node: ``elastic_launch(config, "my-program")("argument", ...)``."""
+
+    def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | None) -> None:
+        """Take the job's settings and what each worker runs."""
+        self._config = config
+        self._entrypoint = entrypoint
+
+    def __call__(self, *args: Any) -> dict[int, Any]:
+        """Run to the end; see ``launch_agent``."""
+        return launch_agent(self._config, self._entrypoint, list(args))
+
+
+def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> dict[int, Any]:
+    """Run a job's workers on this node, to the job's end.
+
+    Returns:
+        The workers' return values by global rank; None for commands.
+
+    Raises:
+        ChildFailedError: workers failed, and there was no restart left.
+        SignalException: a signal ended the job.
+        UsageError: a setting is wrong, or not available yet.
+        LaunchError: the launcher could not do its work.
+    """
+    refuse_what_is_missing(config)
+    environ = environment()
+    _share_out_cpus(config, environ)
+    address, port = _master(config)
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        rdzv_handler=LocalRendezvous(config.run_id or os.urandom(8).hex(), address, port),
+        entrypoint=entrypoint,
+        args=tuple(args),
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        local_addr=config.local_addr,
+    )
+    agent = LocalElasticAgent(
+        spec,
+        config.logs_specs,
+        shutdown_timeout=_shutdown_timeout(config, environ),
+        signals_to_handle=config.signals_to_handle,
+        environ=environ,
+    )
+    result = agent.run(config.role)
+    if result.is_failed():
+        name = command_name([str(entrypoint), *map(str, args)])
+        raise ChildFailedError(name, result.failures, result.report)
+    return result.return_values
+
+
+def refuse_what_is_missing(config: LaunchConfig) -> None:
+    """Say so where a setting asks for a part that does not exist yet, rather than ignore it.
+
+    Raises:
+        UsageError: the option, by its name on the command line.
+    """
+    logs = config.logs_specs or DefaultLogsSpecs()
+    asked_for = {
+        "--nnodes above 1": config.max_nodes > 1,
+        f"--rdzv-backend={config.rdzv_backend}": config.max_nodes == 1
+        and config.rdzv_backend not in ("static", "c10d")
+        and bool(config.rdzv_endpoint),
+        "-r/--redirects": bool(logs.redirects),
+        "-t/--tee": bool(logs.tee),
+        "--local-ranks-filter": logs.local_ranks_filter is not None,
+        "--duplicate-stdout-filters": bool(config.duplicate_stdout_filters),
+        "--duplicate-stderr-filters": bool(config.duplicate_stderr_filters),
+        "--event-log-handler": config.event_log_handler != "null",
+        "--numa-binding": config.numa_options is not None,
+        "--virtual-local-rank": config.virtual_local_rank,
+    }
+    for option, asked in asked_for.items():
+        if asked:
+            raise UsageError(f"{option}: not available yet in this version of elastic-launch")
+
+
+def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
+    """Set OMP_NUM_THREADS where the user does not: without it, each worker would start a thread for every CPU."""
+    if "OMP_NUM_THREADS" not in environ:
+        from elastic_launch.devices import cpu_count
+
+        cpus = cpu_count()
+        environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
+        if config.nproc_per_node > 1:
+            say(
+                f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
+                f"({cpus} CPUs, {config.nproc_per_node} workers); set it to have another number"
+            )
+
+
+def _master(config: LaunchConfig) -> tuple[str, int]:
+    """The address and port of the workers' store; port 0 stands for a free one."""
+    host, port = "127.0.0.1", 0
+    if config.rdzv_backend == "static" and config.rdzv_endpoint:
+        host, port = split_endpoint(config.rdzv_endpoint)
+    return config.local_addr or host, port
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Read ``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``; port 0 where there is none.
+
+    Raises:
+        UsageError: the port is none.
+    """
+    host, colon, port = endpoint.strip().rpartition(":")
+    if not colon or (":" in host and not host.endswith("]")):
+        host, port = endpoint.strip(), "0"  # no port, perhaps a bare IPv6 address
+    if not is_number(port) or int(port) > 65535:
+        raise UsageError(f"{endpoint!r}: the port must be a number from 0 to 65535")
+    return host.strip("[]"), int(port)
+
+
+def _shutdown_timeout(config: LaunchConfig, environ: dict[str, str]) -> float:
+    if config.shutdown_timeout is not None:
+        return config.shutdown_timeout
+    text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(DEFAULT_SHUTDOWN_TIMEOUT))
+    if not is_number(text):
+        raise UsageError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text!r}: must be a number of seconds, at least 0")
+    return int(text)

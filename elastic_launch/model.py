@@ -1,0 +1,104 @@
+"""Floor 0: the nouns of a job: what to run, where each worker stands in it, and how it ended.
+
+Values only: no I/O, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+from elastic_launch.errors import ProcessFailure
+
+
+class WorkerState(StrEnum):
+    """The state of a group of workers, by torch's names."""
+
+    UNKNOWN = "UNKNOWN"
+    INIT = "INIT"
+    HEALTHY = "HEALTHY"
+    UNHEALTHY = "UNHEALTHY"
+    STOPPED = "STOPPED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+
+
+class Rendezvous(Protocol):
+    """What the agent asks of a rendezvous."""
+
+    def get_run_id(self) -> str:
+        """The job's id."""
+
+    def next_round(self, local_world_size: int) -> Assignment:
+        """The node's place in the next round."""
+
+    def close(self) -> None:
+        """Let go of what the last round held."""
+
+
+@dataclass
+class WorkerSpec:
+    """What the workers of one node run. Fields, order and defaults are those of torch's ``WorkerSpec``."""
+
+    role: str
+    local_world_size: int
+    rdzv_handler: Rendezvous
+    fn: Callable[..., Any] | None = None
+    entrypoint: Callable[..., Any] | str | None = None
+    """The command to execute; ``args`` are its arguments."""
+    args: tuple[Any, ...] = ()
+    max_restarts: int = 3
+    monitor_interval: float = 0.1
+    """Accepted for torch's sake: nothing here polls."""
+    master_port: int | None = None
+    master_addr: str | None = None
+    local_addr: str | None = None
+    event_log_handler: str = "null"
+    numa_options: Any = None
+    duplicate_stdout_filters: list[str] | None = None
+    duplicate_stderr_filters: list[str] | None = None
+    virtual_local_rank: bool = False
+
+
+class Assignment(NamedTuple):
+    """One node's place in one round of the job, as the rendezvous gave it."""
+
+    group_rank: int
+    """Rank of the node."""
+    group_world_size: int
+    """Number of nodes."""
+    base_rank: int
+    """Global rank of the node's worker with local rank 0; the others follow."""
+    world_size: int
+    local_world_size: int
+    base_role_rank: int
+    role_world_size: int
+    master_addr: str
+    master_port: int
+    host: str
+    """The node's name, for people."""
+    port_picked: bool
+    """The launcher chose ``master_port``, so that it may choose another when a stranger takes it."""
+
+    def rank(self, local_rank: int) -> int:
+        """The global rank of a worker of this node."""
+        return self.base_rank + local_rank
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How the run of an agent ended."""
+
+    state: WorkerState
+    return_values: dict[int, Any] = field(default_factory=dict)
+    """Return value by global rank; None for commands."""
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
+    """Failure by global rank, the cause first."""
+    report: str = ""
+    """The failure report, for people."""
+
+    def is_failed(self) -> bool:
+        """Whether workers failed."""
+        return self.state is WorkerState.FAILED

@@ -1,0 +1,230 @@
+"""Floor 5: the command line: one table of options, and the parser made from it.
+
+Names, defaults and meanings are those of torchrun. Values keep torchrun's types, most of them text, and are checked as
+they are read, wherever they come from: the command line, or ``PET_<NAME>`` where the command line is silent.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from elastic_launch.config import (
+    DEFAULT_SIGNALS,
+    Std,
+    is_number,
+    parse_filters,
+    parse_nnodes,
+    parse_ranks,
+    parse_rdzv_conf,
+    parse_signals,
+)
+from elastic_launch.env import environment
+from elastic_launch.errors import UsageError
+
+Read = Callable[[str], Any]
+"""Turns an option's text into its value, or raises UsageError with what is allowed."""
+
+
+def _checked(parse: Callable[[str], object]) -> Read:
+    """Keep the text, as torchrun does, once it is known to be good."""
+
+    def read(text: str) -> str:
+        parse(text)
+        return text
+
+    return read
+
+
+def _count(least: int) -> Read:
+    def read(text: str) -> int:
+        if not is_number(text) or int(text) < least:
+            raise UsageError(f"{text!r}: must be a number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def _port(text: str) -> int:
+    if not is_number(text) or int(text) > 65535:
+        raise UsageError(f"{text!r}: must be a port, a number from 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"{text!r}: must be a number of seconds, at least 0")
+    return seconds
+
+
+def _one_of(*allowed: str) -> Read:
+    def read(text: str) -> str:
+        if text not in allowed:
+            raise UsageError(f"{text!r}: must be one of {', '.join(allowed)}")
+        return text
+
+    return read
+
+
+def _flag(text: str) -> bool:
+    value = {"0": False, "1": True, "false": False, "true": True}.get(text.lower())
+    if value is None:
+        raise UsageError(f"{text!r}: must be 1 or 0")
+    return value
+
+
+class Option(NamedTuple):
+    """One option. Its ``PET_`` variable and its spelling with underscores follow from its name."""
+
+    name: str
+    default: Any
+    read: Read
+    help: str
+    short: str | None = None
+
+    @property
+    def dest(self) -> str:
+        """The attribute that holds the value."""
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that gives the value where the command line does not."""
+        return f"PET_{self.dest.upper()}"
+
+    @property
+    def flags(self) -> list[str]:
+        """Every way to write it, without repetition."""
+        return [*filter(None, [self.short]), *dict.fromkeys((f"--{self.name}", f"--{self.dest}"))]
+
+
+OPTIONS = (
+    Option("nnodes", "1:1", _checked(parse_nnodes), "nodes: a number, or a range MIN:MAX"),
+    Option("nproc-per-node", "1", str, "workers per node: a number, auto, cpu, gpu, xpu or another accelerator"),
+    Option("rdzv-backend", "static", _one_of("static", "c10d", "etcd", "etcd-v2"), "how nodes meet"),
+    Option("rdzv-endpoint", "", str, "where nodes meet, HOST:PORT"),
+    Option("rdzv-id", "none", str, "the job's id"),
+    Option("rdzv-conf", "", _checked(parse_rdzv_conf), "settings of the rendezvous, KEY=VALUE,..."),
+    Option("standalone", False, _flag, "one node: no endpoint, a fresh id"),
+    Option("max-restarts", 0, _count(0), "how often failed workers are started again"),
+    Option("monitor-interval", 0.1, _seconds, "accepted for torchrun's sake: nothing here polls"),
+    Option("start-method", "spawn", _one_of("spawn", "fork", "forkserver"), "how workers that are functions start"),
+    Option("event-log-handler", "null", str, "where the record of events goes"),
+    Option("role", "default", str, "a name for the workers' role"),
+    Option("module", False, _flag, "the script is a module, as with python -m", "-m"),
+    Option("no-python", False, _flag, "the script is a program of its own, not Python's"),
+    Option("run-path", False, _flag, "run the script with this Python, whatever PYTHON_EXEC says"),
+    Option("log-dir", None, str, "directory for the workers' files: LOG_DIR/RUN_ID/attempt_K/RANK"),
+    Option("redirects", "0", _checked(Std.from_str), "streams to files: 1 stdout, 2 stderr, 3 both, or 0:1,1:2", "-r"),
+    Option("tee", "0", _checked(Std.from_str), "streams to files and console, written as for -r", "-t"),
+    Option("local-ranks-filter", "", _checked(parse_ranks), "local ranks whose output the console shows, as in 0,1"),
+    Option("duplicate-stdout-filters", [], parse_filters, "texts; stdout lines with one go to a file as well"),
+    Option("duplicate-stderr-filters", [], parse_filters, "texts; stderr lines with one go to a file as well"),
+    Option("node-rank", 0, _count(0), "the rank that this node asks for"),
+    Option("master-addr", "127.0.0.1", str, "address of the node with rank 0"),
+    Option("master-port", None, _port, "port of the workers' store; a free one where none is given on one node"),
+    Option("local-addr", None, str, "address of this node, for the others"),
+    Option("logs-specs", None, str, "name of a LogsSpecs plug-in (entry point group torchrun.logs_specs)"),
+    Option("numa-binding", None, _one_of("node", "socket", "exclusive", "core-complex"), "bind workers to CPUs"),
+    Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "signals that stop the job"),
+    Option("shutdown-timeout", None, _count(0), "seconds between a worker's stop signal and SIGKILL (default 30)"),
+    Option("virtual-local-rank", False, _flag, "each worker sees its device as number 0"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses the options before the script, and leaves everything after it alone."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse as argparse does. Everything from the script on is the script's, so nothing is ever left over."""
+        if args is None:
+            import sys
+
+            args = sys.argv[1:]
+        script = _script_position(args)
+        namespace = argparse.Namespace() if namespace is None else namespace
+        _, rest = super().parse_known_args(list(args[:script]), namespace)
+        if rest and rest != ["--"]:
+            self.error(f"unknown option {rest[0]}")
+        if script >= len(args):
+            self.error("the script to run is missing")
+        _fill_in(namespace, environment())
+        namespace.training_script = args[script]
+        namespace.training_script_args = list(args[script + 1 :])
+        return namespace, []
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and one line."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``elastic-run``; its namespaces have torchrun's attributes."""
+    parser = Parser(
+        prog="elastic-run",
+        description="Start, supervise and restart the workers of a distributed training job on this node.",
+        usage="%(prog)s [OPTION ...] SCRIPT [ARGUMENT ...]",
+        epilog="Every option can also be given as PET_<OPTION>, as in PET_NPROC_PER_NODE=gpu.",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    for option in OPTIONS:
+        if option.read is _flag:
+            parser.add_argument(*option.flags, dest=option.dest, action="store_true", help=option.help)
+        else:
+            parser.add_argument(*option.flags, dest=option.dest, type=_for_argparse(option.read), help=option.help)
+    return parser
+
+
+def _for_argparse(read: Read) -> Read:
+    def read_or_complain(text: str) -> Any:
+        try:
+            return read(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read_or_complain
+
+
+def _script_position(args: Sequence[str]) -> int:
+    """Where the script stands: the first word that is neither an option nor an option's value."""
+    position = 0
+    while position < len(args):
+        word = args[position]
+        if word == "--":
+            return position + 1
+        if not word.startswith("-") or word == "-":
+            return position
+        position += 2 if _takes_next_word(word) else 1
+    return position
+
+
+def _takes_next_word(word: str) -> bool:
+    if not word.startswith("--"):  # -r 3, -r3, -m
+        return any(option.short == word and option.read is not _flag for option in OPTIONS)
+    if "=" in word:
+        return False
+    matches = {option for option in OPTIONS if any(flag.startswith(word) for flag in option.flags)}
+    exact = {option for option in matches if word in option.flags}
+    return any(option.read is not _flag for option in exact or matches)
+
+
+def _fill_in(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Give each option that the command line does not name its variable's value, or its default."""
+    for option in OPTIONS:
+        if hasattr(namespace, option.dest):
+            continue
+        value = option.default
+        if option.variable in environ:
+            try:
+                value = option.read(environ[option.variable])
+            except UsageError as error:
+                raise UsageError(f"{option.variable}={error}") from error
+        setattr(namespace, option.dest, value)

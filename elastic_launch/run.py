@@ -1,0 +1,153 @@
+"""Floor 5: what ``torch.distributed.run`` offers, by the same names: the command line as Python functions."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from elastic_launch.config import (
+    DefaultLogsSpecs,
+    LaunchConfig,
+    Std,
+    parse_nnodes,
+    parse_ranks,
+    parse_rdzv_conf,
+)
+from elastic_launch.console import say
+from elastic_launch.devices import local_world_size
+from elastic_launch.env import environment
+from elastic_launch.errors import UsageError
+from elastic_launch.launch import elastic_launch
+from elastic_launch.options import make_parser
+from elastic_launch.workers import BOOTSTRAP
+
+NOT_YET = ("TORCHELASTIC_HEALTH_CHECK_PORT", "TORCHELASTIC_ENABLE_FILE_TIMER")
+"""Variables of parts that do not exist yet; said aloud rather than ignored."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line, ``sys.argv[1:]`` by default.
+
+    Raises:
+        ChildFailedError: workers failed; its text is the report.
+        SignalException: a signal ended the job.
+        UsageError: an option or variable is wrong.
+        LaunchError: the launcher could not do its work.
+        SystemExit: status 2 for a command line that cannot be read, 0 after ``--help``.
+    """
+    run(parse_args(args))
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    return make_parser()
+
+
+def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; what it does not name comes from ``PET_`` variables and defaults."""
+    return get_args_parser().parse_args(args)
+
+
+def parse_min_max_nnodes(nnodes: str) -> tuple[int, int]:
+    """Read ``N`` or ``MIN:MAX`` into (min, max); raises UsageError."""
+    return parse_nnodes(nnodes)
+
+
+def determine_local_world_size(nproc_per_node: str) -> int:
+    """How many workers ``--nproc-per-node`` stands for on this host; raises UsageError."""
+    return local_world_size(nproc_per_node, environment())
+
+
+def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[..., Any] | str, list[str]]:
+    """What a parsed command line stands for: settings, command, and the command's arguments.
+
+    Raises:
+        UsageError: options contradict each other, or the script cannot be run.
+    """
+    environ = environment()
+    if args.logs_specs is not None:
+        raise UsageError(f"--logs-specs={args.logs_specs}: not available yet in this version of elastic-launch")
+    min_nodes, max_nodes = parse_nnodes(args.nnodes)
+    if args.node_rank >= max_nodes:
+        raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
+    config = LaunchConfig(
+        min_nodes=min_nodes,
+        max_nodes=max_nodes,
+        nproc_per_node=determine_local_world_size(args.nproc_per_node),
+        logs_specs=DefaultLogsSpecs(
+            log_dir=args.log_dir,
+            redirects=Std.from_str(args.redirects),
+            tee=Std.from_str(args.tee),
+            local_ranks_filter=parse_ranks(args.local_ranks_filter),
+        ),
+        run_id="" if args.standalone or args.rdzv_id == "none" else args.rdzv_id,
+        role=args.role,
+        rdzv_endpoint="" if args.standalone else args.rdzv_endpoint or _static_endpoint(args),
+        rdzv_backend="c10d" if args.standalone else args.rdzv_backend,
+        rdzv_configs={**parse_rdzv_conf(args.rdzv_conf), "rank": args.node_rank},
+        max_restarts=args.max_restarts,
+        monitor_interval=args.monitor_interval,
+        start_method=args.start_method,
+        log_line_prefix_template=environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
+        local_addr=args.local_addr,
+        event_log_handler=args.event_log_handler,
+        numa_options=args.numa_binding,
+        signals_to_handle=args.signals_to_handle,
+        duplicate_stdout_filters=args.duplicate_stdout_filters,
+        duplicate_stderr_filters=args.duplicate_stderr_filters,
+        virtual_local_rank=args.virtual_local_rank,
+        shutdown_timeout=args.shutdown_timeout,
+    )
+    return config, *_command(args, environ)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run a parsed command line; see ``main``."""
+    config, command, command_args = config_from_args(args)
+    for variable in NOT_YET:
+        if environment().get(variable):
+            say(f"{variable}: not available yet in this version of elastic-launch; going on without it")
+    elastic_launch(config, command)(*command_args)
+
+
+def _static_endpoint(args: argparse.Namespace) -> str:
+    if args.rdzv_backend != "static":
+        return ""
+    host = f"[{args.master_addr}]" if ":" in args.master_addr and "[" not in args.master_addr else args.master_addr
+    return f"{host}:{args.master_port or 0}"
+
+
+def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """What each worker executes."""
+    script, script_args = args.training_script, args.training_script_args
+    if args.module and (args.no_python or args.run_path):
+        raise UsageError("-m/--module together with --no-python or --run-path: choose one of them")
+    if args.no_python and not args.run_path:
+        _check_program("--no-python", script)
+        return script, script_args
+    python = sys.executable
+    if "PYTHON_EXEC" in environ and not args.run_path:
+        python = environ["PYTHON_EXEC"]
+        _check_program("PYTHON_EXEC", python)
+    if not args.module:
+        _check_script(script)
+    return python, ["-u", BOOTSTRAP, "module" if args.module else "script", script, *script_args]
+
+
+def _check_program(option: str, program: str) -> None:
+    import shutil  # late: 3 ms
+
+    if shutil.which(program) is None:
+        raise UsageError(f"{option}={program}: no such program, or not executable")
+
+
+def _check_script(script: str) -> None:
+    """Complain once here rather than once per worker, and restart, there."""
+    if not os.path.exists(script):
+        hint = "; for a module, pass -m" if not script.endswith(".py") and os.sep not in script else ""
+        raise UsageError(f"script {script}: no such file in {os.getcwd()}{hint}")
+    if not os.access(script, os.R_OK):
+        raise UsageError(f"script {script}: not readable by this user")

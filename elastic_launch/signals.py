@@ -1,0 +1,65 @@
+"""Floor 2: signals as events of the agent's loop.
+
+Handlers only enqueue: the interpreter writes each signal's number to a pipe that the loop waits on. Touches the
+process's signal handlers and nothing else, and puts back what was there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+
+class SignalQueue:
+    """A context in which signals are queued instead of acted on.
+
+    Python allows handlers in the main thread only: elsewhere the queue stays empty, and the program's own handlers
+    go on. A SIGHUP that is ignored stays ignored, so that ``nohup`` works.
+    """
+
+    def __init__(self, signums: Iterable[int]) -> None:
+        self._signums = frozenset(signums)
+        self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+
+    def __enter__(self) -> SignalQueue:
+        self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            for signum in self._signums:
+                before = signal.getsignal(signum)
+                if not (signum == signal.SIGHUP and before is signal.SIG_IGN):
+                    self._before[signum] = before
+                    signal.signal(signum, _enqueue)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, before in self._before.items():
+            # None: a handler that C code had installed, which Python cannot put back.
+            signal.signal(signum, signal.SIG_DFL if before is None else before)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._reading
+
+    def take(self) -> list[int]:
+        """The signals that have come, in their order."""
+        try:
+            numbers = os.read(self._reading, 4096)
+        except BlockingIOError:
+            return []
+        return [signum for signum in numbers if signum in self._signums]
+
+
+def _enqueue(signum: int, frame: object) -> None:
+    """Nothing: that a handler exists makes the interpreter write the number to the wakeup descriptor."""

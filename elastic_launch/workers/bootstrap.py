@@ -1,0 +1,161 @@
+"""The file a Python worker starts under: it runs the user's program and keeps what the program dies of.
+
+    python -u .../bootstrap.py script SCRIPT ARGS...
+    python -u .../bootstrap.py module MODULE ARGS...
+
+The program sees what `python -u SCRIPT ARGS...` or `python -u -m MODULE ARGS...` would show it: arguments, `__main__`,
+`sys.path`, modules, tracebacks, exit status. An exception that nobody catches is also written to the file named by
+TORCHELASTIC_ERROR_FILE, in the format of torch's `record`, and only by the process that started here.
+
+It may touch the interpreter it runs in and that one file. It must not import from this package nor, before the program
+runs, anything that Python has not loaded by itself; and it must run on every Python that a user may choose (3.8 on).
+One frame of it stays below the program's. Tracebacks do not show it; `traceback.print_stack()` in the program does.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
+if TYPE_CHECKING:
+    from types import CodeType, TracebackType
+
+importlib = sys.modules["_frozen_importlib_external"]  # what importlib.machinery is made of, without importing it
+
+
+def set_main() -> None:
+    """Put a `__main__` in place that nothing has run in yet, as Python does before it looks at the program."""
+    main = type(sys)("__main__")
+    main.__loader__ = sys.__loader__
+    # Which of these a `__main__` starts with depends on Python's version.
+    vars(main).update({name: globals()[name] for name in ("__annotations__", "__builtins__") if name in globals()})
+    sys.modules["__main__"] = main
+
+
+def set_path(program: str, is_module: bool, is_safe: bool) -> "str | None":
+    """Set `sys.path[0]`; return the script to run, None where runpy is to find the program on that path."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        here = ""  # somebody has removed it: Python does without
+    if is_module:
+        if here and not is_safe:
+            sys.path.insert(0, here)
+        return None
+    absolute = sys.version_info >= (3, 9) and not os.path.isabs(program)
+    file = f"{here}/{program}" if absolute else program
+    if importlib.PathFinder.find_spec("__main__", [file]) is not None:  # a folder or a zip file
+        sys.path.insert(0, file)
+        return None
+    if not is_safe:
+        sys.path.insert(0, os.path.dirname(os.path.realpath(file)))
+    return file
+
+
+def load(file: str) -> "CodeType":
+    """Read a script, source or compiled, and set in `__main__` where it comes from."""
+    main = sys.modules["__main__"]
+    vars(main).update(__file__=file, __cached__=None)
+    code: CodeType
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read()
+        if file.endswith(".pyc") or content[:2] == importlib.MAGIC_NUMBER[:2]:
+            main.__loader__ = loader = importlib.SourcelessFileLoader("__main__", file)
+            code = loader.get_code("__main__")
+        else:
+            main.__loader__ = importlib.SourceFileLoader("__main__", file)
+            code = compile(content, file, "exec", dont_inherit=True)
+    except Exception as error:
+        keep(error)
+        # Only Python, reading the file by itself, has the words and the exit status for all that can be wrong with it.
+        os.execv(sys.executable, command)
+    return code
+
+
+def strip(tb: "TracebackType | None") -> "TracebackType | None":
+    """Return the part of a traceback that plain Python would have."""
+    while tb is not None and tb.tb_frame.f_globals is globals():
+        tb = tb.tb_next
+    return tb
+
+
+def write(error: BaseException, path: str) -> None:
+    """Write the error file, as a whole or not at all."""
+    import time
+
+    now = time.time()
+    search, sys.path = sys.path, library  # the script's folder may hold a json.py or a tokenize.py of its own
+    try:
+        import json
+        import traceback
+    finally:
+        sys.path = search
+    try:
+        text = str(error)
+    except Exception:
+        text = "<exception str() failed>"
+    stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    extra = {"py_callstack": stack, "timestamp": str(int(now)), "time": now}
+    content = json.dumps({"message": {"message": f"{type(error).__name__}: {text}", "extraInfo": extra}})
+    beside = f"{path}.{pid}"
+    try:
+        with open(beside, "w") as stream:
+            stream.write(content)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def keep(error: BaseException) -> None:
+    """Write what the program died of, unless it is no failure, not this process's, or written already by `record`."""
+    error.with_traceback(strip(error.__traceback__))
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return
+    if error_file and os.getpid() == pid and not os.path.exists(error_file):
+        try:
+            write(error, error_file)
+        except BaseException:  # a full disk, say: the program's own failure is the one to tell
+            return
+
+
+def hide_bootstrap() -> None:
+    """Let the excepthook that the program leaves behind see the traceback that plain Python would have."""
+    hook = getattr(sys, "excepthook", sys.__excepthook__)
+
+    def excepthook(kind: "type[BaseException]", value: BaseException, tb: "TracebackType | None") -> None:
+        sys.excepthook = hook
+        sys.last_traceback = tb = strip(tb)
+        hook(kind, value.with_traceback(tb), tb)
+
+    sys.excepthook = excepthook
+
+
+if __name__ == "__main__":
+    pid = os.getpid()
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    is_module, program = sys.argv[1] == "module", sys.argv[2]
+    command = getattr(sys, "orig_argv", [sys.executable, "-u", *sys.argv])  # what Python was started with; 3.10 on
+    command[-len(sys.argv) :] = ["-m", *sys.argv[2:]] if is_module else sys.argv[2:]
+    sys.argv[:3] = ["-m" if is_module else program]
+    is_safe = bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # 3.11 on, where isolated implies it
+    if not is_safe:
+        del sys.path[0]  # this file's folder
+    sys.path_importer_cache.pop(__file__, None)
+    library = sys.path[:]
+    set_main()
+    # No name here refers to anything of the program's, so that it is freed when plain Python would free it.
+    try:
+        if (file := set_path(program, is_module, is_safe)) is not None:
+            exec(load(file), vars(sys.modules["__main__"]))
+        else:
+            import runpy
+
+            # What `python -m`, `python FOLDER` and `python ZIP` call; runpy's public functions leave `__main__` alone.
+            getattr(runpy, "_run_module_as_main")(program if is_module else "__main__", is_module)  # noqa: B009
+    except BaseException as error:
+        keep(error)
+        if not isinstance(error, SystemExit):
+            hide_bootstrap()
+        # From here on Python does as ever: it knows the exit status, the signal and the words for each exception.
+        raise

@@ -1,0 +1,104 @@
+"""Floor 2: the worker processes of one node, as the agent sees them: orders in, lifecycle events out.
+
+Turns the messages of the keeper into events, starts a keeper when there is none, and when one is killed does its last
+work in its place. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import time
+from collections.abc import Mapping, Sequence
+
+from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
+from elastic_launch.core.root_cause import ErrorRecord, Exit
+from elastic_launch.errors import ExitCode
+from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans
+
+Command = tuple[int, list[str], dict[str, str]]
+"""Local rank, argument vector, changes to the inherited environment."""
+
+
+class WorkerProcesses:
+    """The processes of the current round. ``take()`` gives the events that ``fileno()`` announces."""
+
+    def __init__(self, run_id: str, environ: Mapping[str, str]) -> None:
+        """Prepare; ``run_id`` marks the workers and all that they start, ``environ`` is what they inherit."""
+        self._run_id = run_id
+        self._environ = environ
+        self._keeper = Keeper(environ)
+        self._commands: dict[int, list[str]] = {}
+        self._pids: dict[int, int] = {}
+        self._running: set[int] = set()
+        self._sweep_unanswered = False
+        self._errors: dict[int, ErrorRecord] = {}
+        """What the workers cannot tell themselves, by local rank."""
+
+    def fileno(self) -> int:
+        """The descriptor to wait on; it changes when a keeper is lost."""
+        return self._keeper.fileno()
+
+    def start(self, commands: Sequence[Command]) -> None:
+        """Start a round; ``Started`` follows, and ``Exited`` for each worker, also for those that cannot be started."""
+        self._commands = {local_rank: argv for local_rank, argv, _ in commands}
+        self._running = set(self._commands)
+        self._pids, self._errors = {}, {}
+        self._keeper.send("spawn", list(commands))
+
+    def kill(self, signum: int, local_ranks: frozenset[int], group: bool) -> None:
+        """Signal those workers that have not ended, with their process groups or alone."""
+        self._keeper.send("signal", int(signum), sorted(local_ranks), group)
+
+    def sweep(self, kill: bool) -> None:
+        """End what is left; ``Gone`` follows when nothing is."""
+        self._sweep_unanswered = True
+        self._keeper.send("sweep", kill)
+
+    def take(self) -> list[Event]:
+        """Read what has happened; may block if ``fileno()`` is not readable."""
+        try:
+            return [event for message in self._keeper.receive() for event in self._events(message)]
+        except KeeperLostError:
+            return self._keeper_is_lost()
+
+    def close(self) -> None:
+        """Kill whatever is left, and the keeper with it."""
+        self._keeper.close()
+
+    def _events(self, message: tuple[object, ...]) -> list[Event]:
+        match message:
+            case ("started", dict(pids), dict(failed)):
+                self._pids = pids
+                return [Started(pids), *(self._not_started(rank, *why) for rank, why in failed.items())]
+            case ("exited", list(exits)):
+                self._running -= {exit_[0] for exit_ in exits}
+                return [Exited(Exit(*exit_)) for exit_ in exits]
+            case ("gone",):
+                return [self._gone()]
+        raise ValueError(f"internal error: the keeper said {message!r}")
+
+    def _not_started(self, local_rank: int, number: int, reason: str) -> Event:
+        command = self._commands[local_rank][0]
+        text = f"cannot start {command}: {reason}"
+        self._errors[local_rank] = ErrorRecord(text, text, time.time(), "<N/A>")
+        self._running.discard(local_rank)
+        code = ExitCode.NOT_FOUND if number == errno.ENOENT else ExitCode.CANNOT_EXECUTE
+        return Exited(Exit(local_rank, code, time.time()))
+
+    def _gone(self) -> Event:
+        self._sweep_unanswered = False
+        return Gone(self._errors)
+
+    def _keeper_is_lost(self) -> list[Event]:
+        """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
+        text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
+        self._keeper.close()
+        bury_orphans(self._pids.values(), self._run_id)
+        now = time.time()
+        exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now)) for rank in sorted(self._running)]
+        self._errors = {rank: ErrorRecord(text, text, now, "<N/A>") for rank in self._running} | self._errors
+        self._running.clear()
+        self._keeper = Keeper(self._environ)
+        # An order to sweep that the agent still gives goes to the new keeper, which finds nothing.
+        return [*exits, self._gone()] if self._sweep_unanswered else exits

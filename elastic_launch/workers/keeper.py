@@ -1,0 +1,143 @@
+"""Floor 2: the agent's hand on its keeper process (``keeper_main``): start it, send orders, read what it tells.
+
+May start one process; decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from elastic_launch.errors import UnavailableError
+from elastic_launch.workers import keeper_main
+
+CLOSE_PATIENCE = 10.0
+"""Seconds that ``close`` waits for the keeper to bury what is left."""
+
+_FOLDER = os.path.dirname(__file__)
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
+"""Imported, not executed as a script, for the compiled file that the agent's own import has left: 5 ms."""
+
+
+class KeeperLostError(Exception):
+    """The keeper ended before it was told to."""
+
+
+class Keeper:
+    """A keeper process. ``fileno()`` is readable when ``receive()`` has something to say."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """Start the process. What it inherits, and ``environ``, its workers inherit.
+
+        Raises:
+            UnavailableError: the system cannot (no pidfd before Linux 5.3, no more processes).
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                agent = os.pidfd_open(os.getpid())
+                stack.callback(os.close, agent)
+                self._sock, theirs = socket.socketpair()
+                stack.enter_context(theirs)
+                # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
+                inherited = (theirs.fileno(), agent)
+                self.pid = os.posix_spawn(
+                    sys.executable,
+                    [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
+                    environ,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
+                    setsid=True,
+                    setsigmask=signal.valid_signals() - {signal.SIGCHLD},
+                )
+            except OSError as error:
+                raise UnavailableError(f"cannot start the process that keeps the workers: {error}") from error
+        self._buffer = bytearray()
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._sock.fileno()
+
+    def send(self, *message: Any) -> None:
+        """Send an order; a keeper that is gone shows at the next ``receive``."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(keeper_main.pack(message))
+
+    def receive(self) -> Iterable[tuple[Any, ...]]:
+        """Read what has come.
+
+        Raises:
+            KeeperLostError: the keeper is gone.
+        """
+        try:
+            data = self._sock.recv(1 << 16)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise KeeperLostError
+        self._buffer += data
+        return list(keeper_main.unpack(self._buffer))
+
+    def close(self) -> None:
+        """Have the keeper kill whatever is left, and wait for its end, for ``CLOSE_PATIENCE`` at most."""
+        self._sock.close()
+        _bury(self.pid, CLOSE_PATIENCE)
+
+
+@contextlib.contextmanager
+def subreaper() -> Iterator[None]:
+    """Make this process the one that adopts what a keeper leaves when it is killed; afterwards as before."""
+    before = keeper_main.get_subreaper()
+    keeper_main.set_subreaper(True)
+    try:
+        yield
+    finally:
+        keeper_main.set_subreaper(before)
+
+
+def bury_orphans(workers: Iterable[int], run_id: str) -> None:
+    """Kill what a lost keeper left to this process, its subreaper, and wait until it is gone.
+
+    The program around the agent may have children of its own. Ours are the workers, and what carries the job's
+    variable in its environment.
+
+    Args:
+        workers: the pids of the last round's workers.
+        run_id: the job's ``TORCHELASTIC_RUN_ID``.
+    """
+    known = set(workers)
+    mark = f"TORCHELASTIC_RUN_ID={run_id}\0".encode()
+    while orphans := [
+        pid
+        for pid in keeper_main.children_by_parent().get(os.getpid(), ())
+        if pid in known or mark in _environment_of(pid)
+    ]:
+        for orphan in orphans:
+            for pid in (*keeper_main.descendants(orphan), orphan):
+                keeper_main.kill(pid, signal.SIGKILL)
+        if not all(_bury(orphan, CLOSE_PATIENCE) for orphan in orphans):
+            return  # state D: nothing helps
+
+
+def _environment_of(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read() + b"\0"
+    except OSError:
+        return b""
+
+
+def _bury(pid: int, patience: float) -> bool:
+    """Wait for the end of a child, for some seconds at most. Returns whether it has ended."""
+    with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(pid), "rb") as ended:
+        poller = select.poll()
+        poller.register(ended, select.POLLIN)
+        if not poller.poll(patience * 1000):
+            return False
+    with contextlib.suppress(ChildProcessError):  # the program around us may wait for all its children
+        os.waitpid(pid, os.WNOHANG)
+    return True
