@@ -43,8 +43,9 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     """
     refuse_what_is_missing(config)
     environ = environment()
-    _share_out_cpus(config, environ)
+    shutdown_timeout = _shutdown_timeout(config, environ)
     address, port = _master(config)
+    _share_out_cpus(config, environ)
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
@@ -58,7 +59,7 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     agent = LocalElasticAgent(
         spec,
         config.logs_specs,
-        shutdown_timeout=_shutdown_timeout(config, environ),
+        shutdown_timeout=shutdown_timeout,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
     )

@@ -155,7 +155,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown option {rest[0]}")
         if script >= len(args):
             self.error("the script to run is missing")
-        _fill_in(namespace, environment())
+        try:
+            _read_values(namespace, environment())
+        except UsageError as error:
+            self.error(str(error))
         namespace.training_script = args[script]
         namespace.training_script_args = list(args[script + 1 :])
         return namespace, []
@@ -179,18 +182,9 @@ def make_parser() -> argparse.ArgumentParser:
         if option.read is _flag:
             parser.add_argument(*option.flags, dest=option.dest, action="store_true", help=option.help)
         else:
-            parser.add_argument(*option.flags, dest=option.dest, type=_for_argparse(option.read), help=option.help)
+            default = f" (default {option.default})" if option.default not in (None, "", []) else ""
+            parser.add_argument(*option.flags, dest=option.dest, metavar="VALUE", help=option.help + default)
     return parser
-
-
-def _for_argparse(read: Read) -> Read:
-    def read_or_complain(text: str) -> Any:
-        try:
-            return read(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read_or_complain
 
 
 def _script_position(args: Sequence[str]) -> int:
@@ -211,20 +205,22 @@ def _takes_next_word(word: str) -> bool:
         return any(option.short == word and option.read is not _flag for option in OPTIONS)
     if "=" in word:
         return False
-    matches = {option for option in OPTIONS if any(flag.startswith(word) for flag in option.flags)}
-    exact = {option for option in matches if word in option.flags}
+    matches = [option for option in OPTIONS if any(flag.startswith(word) for flag in option.flags)]
+    exact = [option for option in matches if word in option.flags]
     return any(option.read is not _flag for option in exact or matches)
 
 
-def _fill_in(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
-    """Give each option that the command line does not name its variable's value, or its default."""
+def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
+    """Read each option's text, from the command line, else from its variable; else set its default."""
     for option in OPTIONS:
-        if hasattr(namespace, option.dest):
-            continue
-        value = option.default
-        if option.variable in environ:
+        source, value = f"--{option.name}", getattr(namespace, option.dest, None)
+        if value is None:
+            source, value = option.variable, environ.get(option.variable)
+        if value is None:
+            value = option.default
+        elif isinstance(value, str):
             try:
-                value = option.read(environ[option.variable])
+                value = option.read(value)
             except UsageError as error:
-                raise UsageError(f"{option.variable}={error}") from error
+                raise UsageError(f"{source}={error}") from error
         setattr(namespace, option.dest, value)

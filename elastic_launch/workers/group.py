@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
 from elastic_launch.core.root_cause import ErrorRecord, Exit
 from elastic_launch.errors import ExitCode
-from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans
+from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans, children
 
 Command = tuple[int, list[str], dict[str, str]]
 """Local rank, argument vector, changes to the inherited environment."""
@@ -27,9 +27,10 @@ class WorkerProcesses:
         """Prepare; ``run_id`` marks the workers and all that they start, ``environ`` is what they inherit."""
         self._run_id = run_id
         self._environ = environ
+        self._strangers = children()
         self._keeper = Keeper(environ)
         self._commands: dict[int, list[str]] = {}
-        self._pids: dict[int, int] = {}
+        self._pids: Mapping[int, int] = {}
         self._running: set[int] = set()
         self._sweep_unanswered = False
         self._errors: dict[int, ErrorRecord] = {}
@@ -43,7 +44,7 @@ class WorkerProcesses:
         """Start a round; ``Started`` follows, and ``Exited`` for each worker, also for those that cannot be started."""
         self._commands = {local_rank: argv for local_rank, argv, _ in commands}
         self._running = set(self._commands)
-        self._pids, self._errors = {}, {}
+        self._errors = {}
         self._keeper.send("spawn", list(commands))
 
     def kill(self, signum: int, local_ranks: frozenset[int], group: bool) -> None:
@@ -94,7 +95,7 @@ class WorkerProcesses:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
         self._keeper.close()
-        bury_orphans(self._pids.values(), self._run_id)
+        bury_orphans(self._strangers, self._pids.values(), self._run_id)
         now = time.time()
         exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now)) for rank in sorted(self._running)]
         self._errors = {rank: ErrorRecord(text, text, now, "<N/A>") for rank in self._running} | self._errors

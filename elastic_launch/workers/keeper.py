@@ -11,7 +11,8 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from elastic_launch.errors import UnavailableError
@@ -99,25 +100,32 @@ def subreaper() -> Iterator[None]:
         keeper_main.set_subreaper(before)
 
 
-def bury_orphans(workers: Iterable[int], run_id: str) -> None:
+def children() -> frozenset[int]:
+    """The children of this process, living or dead."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return frozenset()  # as in a command line's agent: no need to search /proc
+    return frozenset(keeper_main.children_by_parent().get(os.getpid(), ()))
+
+
+def bury_orphans(strangers: frozenset[int], workers: Collection[int], run_id: str) -> None:
     """Kill what a lost keeper left to this process, its subreaper, and wait until it is gone.
 
-    The program around the agent may have children of its own. Ours are the workers, and what carries the job's
-    variable in its environment.
+    A program around the agent may have children of its own, which must not be hit: those that it had before the run
+    and, where it has other threads that can start some meanwhile, all that are not workers and do not carry the job's
+    variable.
 
     Args:
-        workers: the pids of the last round's workers.
+        strangers: the children that this process had before the run.
+        workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
-    known = set(workers)
+    alone = threading.active_count() == 1
     mark = f"TORCHELASTIC_RUN_ID={run_id}\0".encode()
-    while orphans := [
-        pid
-        for pid in keeper_main.children_by_parent().get(os.getpid(), ())
-        if pid in known or mark in _environment_of(pid)
-    ]:
+    while orphans := [pid for pid in children() - strangers if alone or pid in workers or mark in _environment_of(pid)]:
         for orphan in orphans:
-            for pid in (*keeper_main.descendants(orphan), orphan):
+            for pid in (orphan, *keeper_main.descendants(orphan)):
                 keeper_main.kill(pid, signal.SIGKILL)
         if not all(_bury(orphan, CLOSE_PATIENCE) for orphan in orphans):
             return  # state D: nothing helps

@@ -1,0 +1,568 @@
+"""The launcher as its users meet it: real processes, real signals, and what is left of them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2
+
+import psutil
+import pytest
+
+from tests.conftest import DEADLINE, Job, is_alive, wait_until
+
+TWO = ("--standalone", "--nproc-per-node", "2")
+
+
+def test_good_job_is_silent(job: Job) -> None:
+    done = job.run(*TWO, job.script("print('out', rank); print('err', rank, file=sys.stderr)"))
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == ["out 0", "out 1"]
+    assert sorted(done.stderr.splitlines()) == ["err 0", "err 1"]
+
+
+def test_python_dash_m_and_the_console_script_are_the_same(job: Job) -> None:
+    script = Path(sys.executable).parent / "elastic-run"
+    versions = [
+        subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "elastic_launch"])
+    ]
+    assert versions[0] == versions[1]
+    assert "elastic-run [OPTION ...] SCRIPT" in versions[0]
+
+
+def test_environment_of_the_workers(job: Job) -> None:
+    text = "mark(repr({k: v for k, v in os.environ.items()}))"
+    done = job.run(
+        "--nproc-per-node", "2", "--max-restarts", "3", "--role", "trainer", "--rdzv-id", "j1", job.script(text)
+    )
+    assert done.returncode == 0
+    by_rank = {env["RANK"]: env for env in (eval(mark.split(" ", 1)[1]) for mark in job.marks())}
+    assert sorted(by_rank) == ["0", "1"]
+    env = by_rank["1"]
+    expected = {
+        "LOCAL_RANK": "1",
+        "GROUP_RANK": "0",
+        "ROLE_RANK": "1",
+        "ROLE_NAME": "trainer",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+        "TORCHELASTIC_RUN_ID": "j1",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    assert {name: env.get(name) for name in expected} == expected
+    assert env["MASTER_PORT"] == by_rank["0"]["MASTER_PORT"]
+    assert 0 < int(env["MASTER_PORT"]) < 65536
+    assert re.search(r"/j1/attempt_0/1/error\.json$", env["TORCHELASTIC_ERROR_FILE"])
+
+
+def test_torchruns_workers_get_no_variable_that_ours_do_not(job: Job) -> None:
+    script = job.script("mark(repr(sorted(os.environ)))")
+    assert job.run("--nproc-per-node", "1", script).returncode == 0
+    torchrun = Path(sys.executable).parent / "torchrun"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([torchrun, "--nproc-per-node", "1", script], env=env, check=True, capture_output=True)
+    ours, theirs = (set(eval(mark.split(" ", 1)[1])) for mark in job.marks())
+    # Theirs is read by torchrun's own agent only.
+    assert theirs - ours <= {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    assert ours - theirs == set()
+
+
+def test_five_variables_of_kubernetes_operators_launch_a_job(job: Job) -> None:
+    five = {
+        "PET_NNODES": "1",
+        "PET_NPROC_PER_NODE": "2",
+        "PET_NODE_RANK": "0",
+        "PET_MASTER_ADDR": "localhost",
+        "PET_MASTER_PORT": str(free_port()),
+    }
+    done = job.run(job.script("mark(os.environ['MASTER_ADDR'] + ':' + os.environ['MASTER_PORT'])"), **five)
+    assert done.returncode == 0, done.stderr
+    address = f"localhost:{five['PET_MASTER_PORT']}"
+    assert sorted(job.marks()) == [f"0.0 {address}", f"1.0 {address}"]
+
+
+def free_port() -> int:
+    from elastic_launch.ports import reserve_port
+
+    with reserve_port() as sock:
+        return int(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "threads"), [(1, 2, "1"), (len(os.sched_getaffinity(0)), 1, None), (1, 1, "1")]
+)
+def test_omp_num_threads_are_the_cpus_shared_out(job: Job, cpus: int, workers: int, threads: str | None) -> None:
+    from elastic_launch.devices import cpu_count
+
+    script = job.script("mark(os.environ['OMP_NUM_THREADS'])")
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    affinity = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(affinity)[:cpus]))
+    try:
+        expected = threads or str(cpu_count())
+        done = subprocess.run(
+            [sys.executable, "-m", "elastic_launch", "--nproc-per-node", str(workers), script],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        os.sched_setaffinity(0, affinity)
+    assert {mark.split()[1] for mark in job.marks()} == {expected}
+    lines = done.stderr.splitlines()
+    assert len(lines) == (workers > 1)
+    assert all(f"OMP_NUM_THREADS={expected} for each worker" in line for line in lines)
+
+
+# Failures and restarts
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        ("if rank == 1: sys.exit(42)\nwait()", 42, "exit code 42"),
+        ("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait()", 137, "killed by SIGKILL"),
+        ("if rank == 1: os.kill(os.getpid(), signal.SIGSEGV)\nwait()", 139, "killed by SIGSEGV"),
+        ("if rank == 1: sys.exit('no data')\nwait()", 1, "SystemExit: no data"),
+        ("if rank == 1: raise ValueError('boom')\nwait()", 1, "ValueError: boom"),
+        ("if rank == 1: raise KeyboardInterrupt\nwait()", 130, "KeyboardInterrupt"),
+        ("if rank == 1: os._exit(7)\nwait()", 7, "exit code 7"),
+        ("if rank == 1: import nonsense\nwait()", 1, "ModuleNotFoundError: No module named 'nonsense'"),
+    ],
+)
+def test_status_and_report_are_the_causes(job: Job, text: str, status: int, words: str) -> None:
+    done = job.run(*TWO, job.script(text))
+    assert done.returncode == status
+    report = done.stderr[done.stderr.index("=====") :]
+    assert "train.py FAILED" in report
+    assert "rank    : 1 (local rank 1, pid " in report
+    assert words in report
+    assert "Then" not in report, "the worker that the agent stopped did not fail"
+
+
+def test_report_shows_the_traceback_of_an_unmodified_script(job: Job) -> None:
+    script = job.script("def train():\n    raise ValueError('boom')\ntrain()\n")
+    done = job.run("--nproc-per-node", "1", script)
+    report = done.stderr[done.stderr.index("=====") :]
+    assert f'      File "{script}", line ' in report
+    assert "in train\n" in report
+    assert "    ValueError: boom\n" in report
+    assert "bootstrap.py" not in done.stderr
+
+
+def test_restarts_are_counted_and_end(job: Job) -> None:
+    script = job.script("mark(os.environ['MASTER_PORT'])\nif rank == 0: sys.exit(3)\nwait()")
+    done = job.run(*TWO, "--max-restarts", "2", script)
+    assert done.returncode == 3
+    assert {mark.split()[0] for mark in job.marks()} >= {"0.0", "0.1", "0.2"}
+    assert not [mark for mark in job.marks() if mark.startswith(("0.3", "1.3"))]
+    assert "rank 0 failed (exit code 3): restart 2 of 2" in done.stderr
+    assert "restarts  : 2 of 2 used" in done.stderr
+
+
+def test_job_recovers(job: Job) -> None:
+    script = job.script("mark()\nif restart == 0 and rank == 1: os.kill(os.getpid(), 9)\nif restart == 0: wait()")
+    done = job.run(*TWO, "--max-restarts", "1", script)
+    assert done.returncode == 0
+    assert sorted(job.marks())[-2:] == ["1.0", "1.1"]
+    assert "rank 1 failed (killed by SIGKILL): restart 1 of 1" in done.stderr
+
+
+def test_worker_that_ends_early_is_no_failure(job: Job) -> None:
+    script = job.script(
+        "if rank == 1: mark('early'); sys.exit(0)\nwhile not os.path.exists('go'): time.sleep(0.01)\nmark()"
+    )
+    process = job.start(*TWO, script)
+    job.wait_for("1.0 early")
+    (job.path / "go").touch()
+    assert job.finish(process).returncode == 0
+    assert "0.0" in job.marks()
+
+
+def test_missing_and_unexecutable_commands(job: Job) -> None:
+    file = job.path / "program"
+    file.write_text("\x00not a program")
+    file.chmod(0o755)
+    done = job.run("--no-python", str(file))
+    assert done.returncode == 126
+    assert f"cannot start {file}: Exec format error" in done.stderr
+
+
+# Kinds of workers
+
+
+def test_script_sees_its_arguments_and_itself(job: Job) -> None:
+    script = job.script("mark(repr((sys.argv, __name__, __file__, sys.path[0])))")
+    assert job.run("--nproc-per-node", "1", "train.py", "--mo", "1", "--nnodes", "x").returncode == 0
+    argv, name, file, path = eval(job.marks()[0].split(" ", 1)[1])
+    assert (argv, name) == (["train.py", "--mo", "1", "--nnodes", "x"], "__main__")
+    assert (file, path) == (script, str(job.path))
+
+
+def test_module(job: Job) -> None:
+    (job.path / "pkg").mkdir()
+    job.script("mark(repr((sys.argv[1:], __package__)))", "pkg/__main__.py")
+    assert job.run("--nproc-per-node", "1", "-m", "pkg", "a").returncode == 0
+    assert job.marks() == ["0.0 (['a'], 'pkg')"]
+
+
+def test_missing_module(job: Job) -> None:
+    done = job.run("--nproc-per-node", "1", "-m", "no_such_module")
+    assert done.returncode == 1
+    assert "no_such_module FAILED" in done.stderr
+    assert "No module named no_such_module" in done.stderr[done.stderr.index("Cause") :]
+
+
+def test_no_python(job: Job) -> None:
+    done = job.run(*TWO, "--no-python", "sh", "-c", "echo $RANK $0 $1; exit $((RANK * 5))", "a", "b")
+    assert sorted(done.stdout.split("\n")) == ["", "0 a b", "1 a b"]
+    assert done.returncode == 5
+    assert "sh FAILED" in done.stderr
+
+
+def test_run_path_and_python_exec(job: Job) -> None:
+    fake = job.path / "fake-python"
+    fake.write_text(f'#!/bin/sh\nVIA=fake exec {sys.executable} "$@"\n')
+    fake.chmod(0o755)
+    script = job.script("mark(os.environ.get('VIA'))")
+    assert job.run("--nproc-per-node", "1", script, PYTHON_EXEC=str(fake)).returncode == 0
+    assert job.run("--nproc-per-node", "1", "--run-path", script, PYTHON_EXEC=str(fake)).returncode == 0
+    assert job.marks() == ["0.0 fake", "0.0 None"]
+
+
+def test_standard_input_is_left_to_the_workers(job: Job) -> None:
+    script = job.script("mark(sys.stdin.readline().strip())")
+    subprocess.run(
+        [sys.executable, "-m", "elastic_launch", "--nproc-per-node", "1", script], input=b"hello\n", check=True
+    )
+    assert job.marks() == ["0.0 hello"]
+
+
+def test_descriptors_of_the_caller_do_not_reach_the_workers(job: Job) -> None:
+    script = job.script("mark(str(len([fd for fd in os.listdir('/proc/self/fd') if int(fd) > 2])))")
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "elastic_launch", "--nproc-per-node", "1", script]
+    subprocess.run(command, pass_fds=[reading, writing], check=True)
+    os.close(reading)
+    os.close(writing)
+    assert job.marks() == ["0.0 1"], "the descriptor of the listing itself, and no other"
+
+
+def test_closed_standard_streams(job: Job) -> None:
+    script = job.script("mark(str(sorted(os.listdir('/proc/self/fd'))[:3]))")
+    command = f"exec {sys.executable} -m elastic_launch --nproc-per-node 2 {script} <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", command], check=True)
+    assert sorted(job.marks()) == [f"{rank}.0 ['0', '1', '2']" for rank in (0, 1)]
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP, SIGQUIT])
+def test_signals_stop_the_job_and_reach_the_workers(job: Job, signum: signal.Signals) -> None:
+    script = job.script(
+        "def handler(signum, frame): mark(f'got {signum}'); sys.exit(0)\n"
+        f"signal.signal({signum}, handler); mark('up'); wait()"
+    )
+    process = job.start(*TWO, "--max-restarts", "3", script)
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(signum)
+    done = job.finish(process)
+    assert done.returncode == 128 + signum
+    assert {f"0.0 got {signum}", f"1.0 got {signum}"} <= set(job.marks())
+    assert "Traceback" not in done.stderr
+    assert f"{signum.name} received: stopping 2 workers" in done.stderr
+
+
+@pytest.mark.parametrize("second", [SIGTERM, SIGINT])
+def test_second_signal_kills_at_once(job: Job, second: signal.Signals) -> None:
+    script = job.script("signal.signal(15, lambda *_: mark('deaf')); mark('up'); wait()")
+    process = job.start(*TWO, "--shutdown-timeout", "600", script)
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(SIGTERM)
+    job.wait_for("0.0 deaf", "1.0 deaf")
+    process.send_signal(second)
+    assert job.finish(process).returncode == 143
+
+
+def test_shutdown_timeout_holds_for_a_signal(job: Job) -> None:
+    script = job.script("signal.signal(15, lambda *_: mark('deaf')); mark('up'); wait()")
+    process = job.start(*TWO, "--shutdown-timeout", "1", script)
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(SIGTERM)
+    done = job.finish(process)
+    assert done.returncode == 143
+    assert "sending SIGKILL to workers 0 (pid " in done.stderr
+
+
+def test_shutdown_timeout_holds_for_a_failure(job: Job) -> None:
+    script = job.script(
+        "signal.signal(15, lambda *_: mark('deaf')); mark('up')\n"
+        "while len(open('marks').readlines()) < 2: time.sleep(0.01)\n"
+        "if rank == 1: sys.exit(9)\nwait()"
+    )
+    done = job.run(*TWO, "--shutdown-timeout", "1", script)
+    assert done.returncode == 9
+    assert "0.0 deaf" in job.marks()
+    assert "sending SIGKILL to worker rank 0 (pid " in done.stderr
+
+
+def test_shutdown_timeout_from_torchs_variable(job: Job) -> None:
+    script = job.script("signal.signal(15, lambda *_: mark('deaf')); mark('up'); wait()")
+    process = job.start(*TWO, script, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(SIGTERM)
+    assert "SIGKILL in 1 s" in job.finish(process).stderr
+
+
+@pytest.mark.parametrize("signum", [SIGUSR1, SIGUSR2])
+def test_user_signals_are_the_workers_business(job: Job, signum: signal.Signals) -> None:
+    script = job.script(
+        "child = subprocess.Popen(['sleep', '1000'])\n"
+        "def handler(signum, frame): mark(f'got {signum}, child {child.poll()}')\n"
+        f"signal.signal({signum}, handler); mark('up')\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\nchild.kill()"
+    )
+    process = job.start(*TWO, script)
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(signum)
+    job.wait_for(f"0.0 got {signum}, child None", f"1.0 got {signum}, child None")
+    (job.path / "go").touch()
+    assert job.finish(process).returncode == 0
+
+
+def test_user_signal_stops_the_job_where_the_user_says_so(job: Job) -> None:
+    process = job.start(*TWO, "--signals-to-handle", "SIGUSR1", job.script("mark('up'); wait()"))
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(SIGUSR1)
+    assert job.finish(process).returncode == 128 + SIGUSR1
+
+
+def test_nohup_works(job: Job) -> None:
+    script = job.script("mark('up')\nwhile not os.path.exists('go'): time.sleep(0.01)")
+    command = ["nohup", sys.executable, "-m", "elastic_launch", *TWO, script]
+    process = subprocess.Popen(command, cwd=job.path, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job.wait_for("0.0 up", "1.0 up")
+    process.send_signal(SIGHUP)
+    (job.path / "go").touch()
+    assert process.wait(DEADLINE) == 0
+
+
+def test_stopped_worker_is_woken_to_end(job: Job) -> None:
+    script = job.script("mark(str(os.getpid())); wait()")
+    process = job.start(*TWO, "--shutdown-timeout", "600", script)
+    wait_until(lambda: len(job.marks()) == 2)
+    for mark in job.marks():
+        os.kill(int(mark.split()[1]), signal.SIGSTOP)
+    process.send_signal(SIGTERM)
+    assert job.finish(process).returncode == 143
+
+
+def test_ctrl_c_in_a_terminal_leaves_a_clean_prompt(job: Job) -> None:
+    """Run a shell's foreground job on a terminal and press Ctrl-C: everything is over when the prompt is back."""
+    script = job.script(
+        "def handler(signum, frame): time.sleep(0.2); print(f'saved {rank}'); mark('saved'); sys.exit(0)\n"
+        "signal.signal(2, handler); mark('up'); wait()"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(job.path)
+        command = f"{sys.executable} -m elastic_launch --standalone --nproc-per-node 2 {script}; echo status $? END"
+        os.execvp("bash", ["bash", "--norc", "-ic", command])
+    try:
+        job.wait_for("0.0 up", "1.0 up")
+        os.write(terminal, b"\x03")
+        text = b""
+        end = time.monotonic() + DEADLINE
+        while b"END" not in text and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                try:
+                    text += os.read(terminal, 4096)
+                except OSError:
+                    break
+    finally:
+        os.kill(pid, SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+    screen = text.decode()
+    assert "status 130 END" in screen, screen
+    before, _, _ = screen.partition("status 130")
+    assert "saved 0" in before
+    assert "saved 1" in before
+    assert "Traceback" not in screen
+    assert "KeyboardInterrupt" not in screen
+
+
+# Nothing is left behind
+
+TREE = """
+subprocess.Popen(['sleep', '1000'])
+subprocess.Popen(['setsid', 'sleep', '1000'])
+subprocess.Popen(['env', '-i', '/bin/sh', '-c', "trap '' TERM HUP INT; while :; do sleep 1; done"])
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(15, signal.SIG_IGN)
+        mark('daemon'); wait()
+    os._exit(0)
+os.wait()
+mark('up')
+"""
+"""A worker's script that starts what is hard to get rid of: children in groups and sessions of their own, a daemon."""
+
+
+def tree_is_up(job: Job) -> None:
+    job.wait_for("0.0 up", "1.0 up", "0.0 daemon", "1.0 daemon")
+
+
+def below(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+@pytest.mark.parametrize("victim", ["agent", "keeper"])
+def test_sigkill_leaves_nothing(job: Job, victim: str) -> None:
+    process = job.start(*TWO, job.script(TREE + "wait()"))
+    tree_is_up(job)
+    [keeper] = [child.pid for child in psutil.Process(process.pid).children()]
+    family = below(process.pid)
+    assert len(family) >= 1 + 2 * 6
+    start = time.monotonic()
+    os.kill(process.pid if victim == "agent" else keeper, SIGKILL)
+    wait_until(lambda: not [pid for pid in family if is_alive(pid)], "the end of all processes")
+    assert time.monotonic() - start < 2, "drop-in.md promises two seconds"
+    done = job.finish(process)
+    assert done.returncode == (-SIGKILL if victim == "agent" else 137)
+    if victim == "keeper":
+        assert f"the process that kept the workers (pid {keeper}) was killed" in done.stderr
+
+
+def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job) -> None:
+    process = job.start(*TWO, job.script("mark('up'); wait()"))
+    job.wait_for("0.0 up", "1.0 up")
+    [keeper] = psutil.Process(process.pid).children()
+    workers = [child.pid for child in keeper.children()]
+    os.kill(process.pid, signal.SIGSTOP)  # it cannot react between the two
+    os.kill(keeper.pid, SIGKILL)
+    os.kill(process.pid, SIGKILL)
+    wait_until(lambda: not [pid for pid in workers if is_alive(pid)])
+    process.wait()
+
+
+def test_job_survives_the_loss_of_its_keeper(job: Job) -> None:
+    script = job.script(TREE + "if restart == 0: wait()")
+    process = job.start(*TWO, "--max-restarts", "1", script)
+    tree_is_up(job)
+    family = below(process.pid)
+    os.kill(psutil.Process(process.pid).children()[0].pid, SIGKILL)
+    done = job.finish(process)
+    assert done.returncode == 0
+    assert {"0.1 up", "1.1 up"} <= set(job.marks())
+    assert not [pid for pid in family if is_alive(pid)]
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("", 0), ("if rank == 1: sys.exit(4)\nwait()", 4), ("wait()", 143)],
+    ids=["good", "failure", "signal"],
+)
+def test_every_end_leaves_nothing(job: Job, end: str, status: int) -> None:
+    process = job.start(*TWO, "--shutdown-timeout", "1", job.script(TREE + end))
+    tree_is_up(job)
+    if status == 143:
+        process.send_signal(SIGTERM)
+    assert job.finish(process).returncode == status
+    # The fixture that watches every test fails this one if anything is left.
+
+
+def test_nothing_of_a_round_lives_in_the_next(job: Job) -> None:
+    script = job.script(
+        "if restart == 0:\n"
+        + "\n".join(f"    {line}" for line in TREE.strip().splitlines())
+        + "\n    if rank == 0: sys.exit(1)\n    wait()\n"
+        "mark(str(len(subprocess.run(['pgrep', '-f', f'^sleep 1000$'], capture_output=True).stdout.split())))"
+    )
+    done = job.run(*TWO, "--max-restarts", "1", "--shutdown-timeout", "1", script)
+    assert done.returncode == 0
+    assert {"0.1 0", "1.1 0"} <= set(job.marks())
+
+
+def test_agent_that_cannot_write_its_log_directory(job: Job) -> None:
+    (job.path / "file").touch()
+    done = job.run("--log-dir", str(job.path / "file"), job.script(""))
+    assert done.returncode == 69
+    assert "--log-dir=" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_error_files_lie_where_the_log_directory_says(job: Job) -> None:
+    script = job.script("raise ValueError('boom')")
+    args = ("--nproc-per-node", "1", "--max-restarts", "1", "--log-dir", "logs", "--rdzv-id", "a/b")
+    done = job.run(*args, script)
+    files = sorted(str(path.relative_to(job.path)) for path in job.path.glob("logs/**/*.json"))
+    assert files == [f"logs/a%2Fb/attempt_{attempt}/0/error.json" for attempt in (0, 1)]
+    assert f"logs      : {job.path}/logs/a%2Fb" in done.stderr
+    # A later job of the same id must not report the earlier one's exception.
+    job.script("sys.exit(3)")
+    done = job.run(*args, script)
+    assert done.returncode == 3
+    assert "boom" not in done.stderr
+
+
+def test_full_disk_hides_no_failure(job: Job) -> None:
+    small = job.path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=20", "tmpfs", small], check=True)
+    try:
+        with pytest.raises(OSError, match="No space"), (small / "filler").open("wb") as file:
+            file.write(b"x" * (1 << 20))
+        done = job.run("--nproc-per-node", "1", "--log-dir", str(small), job.script("raise ValueError('boom')"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert done.returncode == 1
+    assert "ValueError: boom" in done.stderr
+    assert "exit    : exit code 1" in done.stderr
+
+
+def test_two_jobs_at_once_do_not_meet(job: Job) -> None:
+    script = job.script("mark(os.environ['MASTER_PORT']); wait()")
+    first, second = job.start(*TWO, script), job.start(*TWO, script)
+    wait_until(lambda: len(job.marks()) == 4)
+    assert len({mark.split()[1] for mark in job.marks()}) == 2
+    for process in (first, second):
+        process.send_signal(SIGTERM)
+        assert job.finish(process).returncode == 143
+
+
+def test_idle_agent_sleeps(job: Job) -> None:
+    process = job.start(*TWO, job.script("mark('up'); wait()"))
+    job.wait_for("0.0 up", "1.0 up")
+    [keeper] = psutil.Process(process.pid).children()
+
+    def switches() -> int:
+        return sum(psutil.Process(pid).num_ctx_switches().voluntary for pid in (process.pid, keeper.pid))
+
+    def wchan() -> list[str]:
+        return [psutil.Process(pid).status() for pid in (process.pid, keeper.pid)]
+
+    wait_until(lambda: wchan() == ["sleeping", "sleeping"])
+    before = switches()
+    select.select([], [], [], 1.0)  # the second that is measured
+    assert switches() - before <= 2
+    process.send_signal(SIGTERM)
+    job.finish(process)

@@ -1,0 +1,87 @@
+"""Who may import whom, and what the agent's process never imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "elastic_launch"
+MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
+FLOORS = {
+    0: {"errors", "model", "config", "env"},
+    1: {"core"},
+    2: {"workers", "signals", "devices", "ports", "job_files", "console"},
+    3: {"rendezvous", "agent"},
+    4: {"launch"},
+    5: {"run", "options", "cli", "__main__"},
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
+NEVER = ("torch", "grpc", "etcd3", "logging", "asyncio", "psutil", "subprocess", "tempfile", "json")
+"""What the agent does not import before the first worker runs: torch and gRPC start threads, the rest is slow."""
+
+
+def part(module: str) -> str:
+    """``core`` for ``elastic_launch.core.lifecycle``; empty for the package itself and for strangers."""
+    root, _, rest = module.partition(".")
+    return rest.partition(".")[0] if root == "elastic_launch" else ""
+
+
+def imports(path: Path) -> list[str]:
+    """The modules that a file imports, wherever in it."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse((PACKAGE.parent / path).read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_arrows_run_down(path: Path) -> None:
+    name = part(".".join(path.with_suffix("").parts))
+    if name in ("", "__init__"):
+        return  # the package's table of names points at every floor, lazily
+    assert name in FLOOR, f"{path}: has no floor; give it one here"
+    above = [module for module in imports(path) if part(module) and FLOOR[part(module)] > FLOOR[name]]
+    assert not above, f"{path} (floor {FLOOR[name]}) imports upwards"
+    if name == "workers":
+        assert not [module for module in imports(path) if part(module) in ("rendezvous", "logs", "store")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_torch_and_its_launcher_are_not_imported(path: Path) -> None:
+    assert not [module for module in imports(path) if module.split(".")[0] in ("torch", "grpc", "etcd3")]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if "core" in path.parts], ids=str)
+def test_decisions_are_pure(path: Path) -> None:
+    allowed = {"__future__", "re", "signal", "time", "typing", "collections", "dataclasses", "enum", "elastic_launch"}
+    assert {module.split(".")[0] for module in imports(path)} <= allowed
+    text = (PACKAGE.parent / path).read_text()
+    assert not [call for call in ("time.time(", "monotonic(", "open(") if call in text]
+
+
+def test_only_one_place_reads_the_environment() -> None:
+    readers = [str(path) for path in MODULES if "os.environ" in (PACKAGE.parent / path).read_text()]
+    # The two programs that run in processes of their own read theirs.
+    assert readers == [
+        "elastic_launch/env.py",
+        "elastic_launch/workers/bootstrap.py",
+        "elastic_launch/workers/keeper_main.py",
+    ]
+
+
+def test_agent_imports_nothing_slow_before_its_workers_run(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("")
+    code = (
+        "import sys; from elastic_launch.run import main; main(['--nproc-per-node', '2', 'x.py']);"
+        f"print([name for name in {NEVER} if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -1,0 +1,342 @@
+"""The agent's decisions, fed with events: by hand for what is promised, in thousands of orders for what may happen."""
+
+from __future__ import annotations
+
+import random
+import signal
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
+
+import pytest
+
+from elastic_launch.core import lifecycle
+from elastic_launch.core.lifecycle import (
+    FREE_RESTARTS,
+    KILL_PATIENCE,
+    Action,
+    Assigned,
+    Event,
+    Exited,
+    Finish,
+    Gone,
+    Join,
+    Kill,
+    Life,
+    Limits,
+    Passed,
+    Say,
+    Signalled,
+    Start,
+    Started,
+    State,
+    Sweep,
+    TimedOut,
+)
+from elastic_launch.core.root_cause import ErrorRecord, Exit
+from elastic_launch.model import Assignment
+
+PIDS = {0: 100, 1: 101}
+ALL = frozenset(PIDS)
+
+
+def place(port: int = 29500, *, picked: bool = True) -> Assignment:
+    return Assignment(0, 1, 0, 2, 2, 0, 2, "127.0.0.1", port, "host-a", picked)
+
+
+class Agent:
+    """A life with a virtual clock, and all actions that it has led to."""
+
+    def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
+        self.life, self.last = lifecycle.begin(Limits(max_restarts, shutdown_timeout))
+        self.now = 1000.0
+
+    def __call__(self, *events: Event) -> list[Action]:
+        """Feed events; return the actions of the last, without what is said."""
+        for event in events:
+            self.life, self.last = lifecycle.step(self.life, event, self.now)
+        return [action for action in self.last if not isinstance(action, Say)]
+
+    def said(self) -> str:
+        return "\n".join(action.text for action in self.last if isinstance(action, Say))
+
+    def running(self, port: int = 29500, *, picked: bool = True) -> Agent:
+        self(Assigned(place(port, picked=picked)), Started(PIDS))
+        assert self.life.state is State.RUNNING
+        return self
+
+
+def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 50.0) -> Exited:
+    return Exited(Exit(rank, code, time, told))
+
+
+def test_good_job() -> None:
+    agent = Agent()
+    assert agent.last == [Join()]
+    assert agent(Assigned(place())) == [Start(place(), 0)]
+    assert agent(Started(PIDS), exited(1)) == []
+    assert agent(exited(0)) == [Sweep(kill=False)]
+    assert agent(Gone({})) == [Finish()]
+    assert agent.life.state is State.DONE
+
+
+def test_failure_stops_the_others_and_fails_the_job() -> None:
+    agent = Agent().running()
+    assert agent(exited(1, 42)) == [Kill(SIGTERM, ALL)]
+    assert agent(exited(0, -SIGTERM, (SIGTERM,))) == [Sweep(kill=False)]
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert [(f.rank, f.exitcode, f.pid, f.host) for f in finish.failures] == [(1, 42, 101, "host-a")]
+
+
+def test_restart_has_a_new_number_and_is_charged() -> None:
+    agent = Agent(max_restarts=1).running()
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(Gone({})) == [Join()]
+    assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.said()
+    assert agent(Assigned(place(29501))) == [Start(place(29501), 1)]
+    agent(Started(PIDS), exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert finish.failures[0].exitcode == 1
+
+
+def test_last_worker_that_fails_leaves_nobody_to_stop() -> None:
+    agent = Agent().running()
+    agent(exited(0))
+    assert agent(exited(1, 3)) == [Kill(SIGTERM, ALL), Sweep(kill=False)]
+
+
+@pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP])
+def test_signal_is_handed_to_the_workers_and_ends_the_job(signum: signal.Signals) -> None:
+    agent = Agent(max_restarts=3).running()
+    assert agent(Signalled(signum, 50)) == [Kill(signum, ALL)]
+    agent(exited(0, -signum, (signum,)))
+    assert agent(exited(1, 7, (signum,))) == [Sweep(kill=False)]
+    assert agent(Gone({})) == [Finish(signum=signum)]
+
+
+def test_worker_that_crashes_on_the_signal_does_not_hide_it() -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50), exited(0, -signal.SIGSEGV, (SIGTERM,)), exited(1, 0, (SIGTERM,)))
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+@pytest.mark.parametrize("second", [SIGTERM, SIGINT])
+def test_second_signal_kills_at_once(second: signal.Signals) -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50))
+    assert agent(Signalled(second, 51)) == [Sweep(kill=True)]
+    assert agent(Signalled(second, 52)) == []
+    assert agent(exited(0, -SIGKILL, (SIGTERM, SIGKILL)), exited(1, -SIGKILL, (SIGTERM, SIGKILL))) == []
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+def test_second_hangup_does_not_kill() -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGHUP, 50))
+    assert agent(Signalled(SIGHUP, 50)) == []
+
+
+def test_signal_while_a_failure_is_dealt_with_ends_the_job_instead_of_restarting() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1))
+    assert agent(Signalled(SIGTERM, 51)) == []
+    agent(exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+def test_signal_does_not_hide_the_failure_that_ended_the_job_before() -> None:
+    agent = Agent(max_restarts=0).running()
+    agent(exited(0, 5), Signalled(SIGTERM, 51), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert finish.failures[0].exitcode == 5
+
+
+def test_signal_before_the_first_round() -> None:
+    assert Agent()(Signalled(SIGINT, 1)) == [Finish(signum=SIGINT)]
+
+
+def test_stop_sequence_keeps_its_deadlines() -> None:
+    agent = Agent(shutdown_timeout=7).running()
+    assert agent.life.deadline is None
+    agent(Signalled(SIGTERM, 50))
+    assert agent.life.deadline == agent.now + 7
+    agent(exited(0, 0, (SIGTERM,)))
+    agent.now += 7
+    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert "worker rank 1 (pid 101)" in agent.said()
+    assert agent.life.deadline == agent.now + KILL_PATIENCE
+    agent(exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+def test_what_a_good_job_left_is_killed_soon() -> None:
+    agent = Agent(shutdown_timeout=30).running()
+    agent(exited(0), exited(1))
+    assert agent.life.deadline == agent.now + lifecycle.LEFTOVER_GRACE
+    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert agent(Gone({})) == [Finish()]
+
+
+def test_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1), TimedOut())
+    [finish] = agent(TimedOut())
+    assert "worker rank 1 (pid 101) cannot be killed" in agent.said()
+    assert isinstance(finish, Finish)
+    assert [f.rank for f in finish.failures] == [0]
+
+
+def test_passed_signal_reaches_the_leading_processes_that_still_run() -> None:
+    agent = Agent()
+    assert agent(Passed(SIGUSR1)) == []
+    agent.running()
+    assert agent(Passed(SIGUSR1)) == [Kill(SIGUSR1, ALL, group=False)]
+    agent(exited(0))
+    assert agent(Passed(SIGUSR1)) == [Kill(SIGUSR1, frozenset({1}), group=False)]
+    assert agent.life.state is State.RUNNING
+
+
+def clash(port: int) -> dict[int, ErrorRecord]:
+    text = f"DistNetworkError: The server socket has failed to listen. port: {port}, EADDRINUSE"
+    return {0: ErrorRecord(text, text, 49.0, "error.json")}
+
+
+def test_taken_port_is_free_of_charge_a_few_times() -> None:
+    agent = Agent(max_restarts=0)
+    for attempt in range(FREE_RESTARTS):
+        agent.running(port=29500 + attempt)
+        agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+        assert agent(Gone(clash(29500 + attempt))) == [Join()]
+        assert "without charge" in agent.said()
+        assert agent.life.charged == 0
+        assert agent.life.restart_count == attempt + 1
+    agent.running(port=29509)
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone(clash(29509)))
+    assert isinstance(finish, Finish)
+    assert finish.failures
+
+
+@pytest.mark.parametrize(("clashes_with", "picked"), [(29501, True), (2950, True), (29500, False)])
+def test_other_port_clashes_are_failures(clashes_with: int, picked: bool) -> None:
+    agent = Agent(max_restarts=0).running(port=29500, picked=picked)
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone(clash(clashes_with)))
+    assert isinstance(finish, Finish)
+    assert finish.failures
+
+
+def test_what_is_not_in_the_table_raises_with_the_history() -> None:
+    agent = Agent().running()
+    with pytest.raises(lifecycle.UnexpectedEventError, match=r"Gone while running; history: joining:Assigned"):
+        agent(Gone({}))
+
+
+def test_every_state_deals_with_every_signal() -> None:
+    for state in (State.JOINING, State.RUNNING, State.STOPPING):
+        assert (state, Signalled) in lifecycle.TABLE
+        assert (state, Passed) in lifecycle.TABLE
+
+
+class World:
+    """A node whose workers, stragglers, keeper, clock and users do anything that they can do, in any order."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.max_restarts = self.random.randrange(3)
+        self.agent = Agent(self.max_restarts, self.random.choice([0, 5]))
+        self.alive: set[int] = set()
+        self.stragglers = self.started = self.swept = self.killed = False
+        self.told: tuple[int, ...] = ()
+        self.rounds: list[int] = []
+        self.signals_left = self.random.randrange(4)
+        self.finish: Finish | None = None
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            assert self.finish is None, "an action after the end"
+            match action:
+                case Start(_, restart_count):
+                    assert not self.alive, "a round beside another's workers"
+                    assert not self.stragglers, "a round beside what another left"
+                    self.rounds.append(restart_count)
+                    self.alive, self.stragglers, self.told = {0, 1}, self.random.random() < 0.3, ()
+                    self.started = self.swept = self.killed = False
+                case Kill(signum, _, group):
+                    self.told += (signum,) if group else ()
+                case Sweep(kill):
+                    assert kill or not self.alive, "a sweep while workers have their grace"
+                    self.swept, self.killed = True, self.killed or kill
+                case Finish():
+                    self.finish = action
+
+    def next_event(self) -> Event:
+        """One of the events that can come now."""
+        life, can = self.agent.life, list[Event]()
+        if self.signals_left:
+            can += [Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), 50.0), Passed(SIGUSR1)]
+        if life.state is State.JOINING:
+            return self.random.choice([*can, Assigned(place(29500 + len(self.rounds)))])
+        if not self.started:
+            return self.random.choice([*can, Started(PIDS)])
+        can += [exited(rank, self.exit_code(), self.told_now(), 50 + len(self.rounds)) for rank in self.alive]
+        if self.swept and not self.alive:
+            can.append(Gone(clash(29499 + len(self.rounds)) if self.random.random() < 0.2 else {}))
+        if life.deadline is not None and not self.killed:
+            can.append(TimedOut())
+        return self.random.choice(can)
+
+    def told_now(self) -> tuple[int, ...]:
+        return (*self.told, SIGKILL) if self.killed else self.told
+
+    def exit_code(self) -> int:
+        return self.random.choice([0, 0, 1, 42, -signal.SIGSEGV, *(-signum for signum in self.told_now())])
+
+    def run(self) -> None:
+        self.carry_out(self.agent.last)
+        for _ in range(200):
+            event = self.next_event()
+            match event:
+                case Started():
+                    self.started = True
+                case Exited(exit_):
+                    self.alive.discard(exit_.local_rank)
+                case Signalled() | Passed():
+                    self.signals_left -= 1
+                case Gone():
+                    self.stragglers = False
+            self.agent(event)
+            self.carry_out(self.agent.last)
+            if self.finish is not None:
+                return
+        raise AssertionError("the agent came to no end")
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
+    ends: set[str] = set()
+    for seed in range(block * 1000, (block + 1) * 1000):
+        world = World(seed)
+        world.run()
+        life, finish = world.agent.life, world.finish
+        assert finish is not None
+        assert life.state is State.DONE
+        assert not world.alive, f"seed {seed}: workers live on"
+        assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number was used twice"
+        assert life.charged <= world.max_restarts
+        assert life.free <= FREE_RESTARTS
+        assert len(world.rounds) <= 1 + life.charged + life.free
+        if finish.failures:
+            assert finish.signum is None
+            assert finish.failures[0].exitcode != 0
+        ends.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")
+    assert ends == {"failed", "signalled", "succeeded"}, "the orders tried do not reach every end"
+
+
+def test_life_is_a_value() -> None:
+    agent = Agent().running()
+    before = agent.life
+    agent(exited(0, 1))
+    assert before.state is State.RUNNING
+    assert isinstance(agent.life, Life)

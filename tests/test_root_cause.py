@@ -1,0 +1,139 @@
+"""Which worker failed, and which failure was the cause."""
+
+from __future__ import annotations
+
+from signal import SIGKILL, SIGSEGV, SIGTERM
+
+import pytest
+
+from elastic_launch.core.report import format_report
+from elastic_launch.core.root_cause import ErrorRecord, Exit, is_port_clash, judge
+from elastic_launch.errors import ChildFailedError, ProcessFailure
+from elastic_launch.model import Assignment
+
+# The second of two nodes: global ranks 4 to 7.
+PLACE = Assignment(1, 2, 4, 8, 4, 4, 8, "10.0.0.1", 29500, "host-b", port_picked=True)
+PIDS = {0: 200, 1: 201, 2: 202, 3: 203}
+STOPPED_AT = 100.0
+TOLD = (SIGTERM,)
+
+
+def error(text: str, time: float) -> ErrorRecord:
+    return ErrorRecord(text, f"Traceback (most recent call last):\n  ...\n{text}", time, "error.json")
+
+
+def ranks(exits: list[Exit], errors: dict[int, ErrorRecord] | None = None) -> list[int]:
+    return [failure.rank for failure in judge(exits, errors or {}, PIDS, PLACE, STOPPED_AT)]
+
+
+@pytest.mark.parametrize(
+    ("exit_", "errors", "failed"),
+    [
+        (Exit(0, 0, 99.0), {}, False),
+        (Exit(0, 1, 99.0), {}, True),
+        (Exit(0, -SIGSEGV, 99.0), {}, True),
+        (Exit(0, -SIGTERM, 99.0), {}, True),  # somebody else's SIGTERM
+        (Exit(0, -SIGTERM, 101.0, TOLD), {}, False),
+        (Exit(0, -SIGKILL, 101.0, (*TOLD, SIGKILL)), {}, False),
+        (Exit(0, -SIGKILL, 101.0, TOLD), {}, True),  # the kernel's, short of memory, say
+        (Exit(0, 0, 101.0, TOLD), {}, False),
+        (Exit(0, 1, 101.0, TOLD), {}, False),
+        (Exit(0, 1, 101.0, TOLD), {0: error("KeyboardInterrupt", 100.5)}, False),  # an answer to the signal
+        (Exit(0, 1, 101.0, TOLD), {0: error("ValueError: boom", 99.5)}, True),  # on its way down already
+        (Exit(0, -SIGTERM, 101.0, TOLD), {0: error("ValueError: boom", 99.5)}, True),
+    ],
+)
+def test_stopped_workers_did_not_fail(exit_: Exit, errors: dict[int, ErrorRecord], failed: bool) -> None:
+    assert bool(ranks([exit_], errors)) is failed
+
+
+def test_earliest_failure_is_the_cause() -> None:
+    assert ranks([Exit(2, 1, 99.3), Exit(0, 1, 99.1), Exit(1, 1, 99.2)]) == [4, 5, 6]
+
+
+def test_an_exception_counts_from_when_it_was_raised() -> None:
+    exits = [Exit(0, 1, 99.0), Exit(1, 1, 99.9)]
+    assert ranks(exits, {0: error("RuntimeError: late", 98.9), 1: error("ValueError: early", 98.0)}) == [5, 4]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4871",
+        "torch.distributed.DistBackendError: NCCL error: remote error, remote process exited",
+        "ConnectionResetError: [Errno 104] Connection reset by peer",
+        "BrokenPipeError: [Errno 32] Broken pipe",
+    ],
+)
+def test_plain_consequences_come_after_causes(text: str) -> None:
+    exits = [Exit(0, 1, 98.0), Exit(1, -SIGKILL, 98.5)]
+    assert ranks(exits, {0: error(text, 97.9)}) == [5, 4]
+
+
+def test_failure_tells_what_is_known() -> None:
+    [failure] = judge([Exit(3, 1, 99.0)], {3: error("ValueError: boom", 98.5)}, PIDS, PLACE, STOPPED_AT)
+    assert failure == ProcessFailure(
+        local_rank=3,
+        pid=203,
+        exitcode=1,
+        error_file="error.json",
+        error="ValueError: boom",
+        message="Traceback (most recent call last):\n  ...\nValueError: boom",
+        timestamp=98.5,
+        rank=7,
+        host="host-b",
+    )
+    [failure] = judge([Exit(3, -SIGKILL, 99.0)], {}, PIDS, PLACE, STOPPED_AT)
+    assert failure.message == "The process (pid 203) killed by SIGKILL."
+    assert failure.signal_name() == "SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("text", "clash"),
+    [
+        ("DistNetworkError: failed to listen. port: 29500, useIpv6: false, code: -98, name: EADDRINUSE", True),
+        ("OSError: [Errno 98] Address already in use: 29500", True),
+        ("OSError: [Errno 98] Address already in use: 8080", False),
+        ("OSError: [Errno 98] Address already in use: 129500", False),
+        ("ValueError: 29500", False),
+    ],
+)
+def test_port_clash(text: str, clash: bool) -> None:
+    assert is_port_clash(ProcessFailure(0, 1, 1, error=text), 29500) is clash
+
+
+def test_exit_status_is_the_causes() -> None:
+    assert ChildFailedError("x", {1: ProcessFailure(1, 9, 42), 0: ProcessFailure(0, 8, 1)}).exit_code == 42
+    assert ChildFailedError("x", {1: ProcessFailure(1, 9, -9)}).exit_code == 137
+
+
+def test_report_tells_the_cause_first() -> None:
+    failures = judge(
+        [Exit(0, 1, 99.0), Exit(1, -SIGKILL, 98.0)],
+        {0: error("RuntimeError: Connection closed by peer", 98.9)},
+        PIDS,
+        PLACE,
+        STOPPED_AT,
+    )
+    report = format_report("train.py", failures, restarts=1, max_restarts=3, log_dir="/logs/job")
+    lines = report.splitlines()
+    assert lines[1] == "train.py FAILED"
+    cause, then = report.index("Cause"), report.index("Then")
+    assert cause < report.index("rank    : 5 (local rank 1, pid 201) on host-b") < then
+    assert cause < report.index("exit    : killed by SIGKILL") < then
+    assert then < report.index("rank 4 on host-b (pid 200): exit code 1, RuntimeError: Connection closed by peer at ")
+    assert "restarts  : 1 of 3 used" in lines
+    assert "logs      : /logs/job" in lines
+
+
+def test_report_shows_the_traceback_and_shortens_an_endless_one() -> None:
+    def report(message: str) -> str:
+        failure = ProcessFailure(0, 1, 1, error="ValueError: boom", message=message, rank=0, host="h")
+        return format_report("x", [failure], restarts=0, max_restarts=0, log_dir=None)
+
+    assert '    File "x.py", line 1\n    ValueError: boom\n' in report('File "x.py", line 1\nValueError: boom\n')
+    long = report("\n".join(f"line {i}" for i in range(100_000)))
+    assert "line 0\n" in long
+    assert "line 99999\n" in long
+    assert "99800 lines left out" in long
+    assert "logs" not in long
