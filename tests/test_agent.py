@@ -464,6 +464,16 @@ def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job) -> None:
     process.wait()
 
 
+def test_stopped_keeper_is_replaced_by_the_agent_at_the_end(job: Job) -> None:
+    process = job.start(*TWO, "--shutdown-timeout", "0", job.script(TREE + "wait()"))
+    tree_is_up(job)
+    family = below(process.pid)
+    os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGSTOP)
+    process.send_signal(SIGTERM)
+    assert job.finish(process).returncode == 143
+    assert not [pid for pid in family if is_alive(pid)]
+
+
 def test_job_survives_the_loss_of_its_keeper(job: Job) -> None:
     script = job.script(TREE + "if restart == 0: wait()")
     process = job.start(*TWO, "--max-restarts", "1", script)
@@ -508,6 +518,14 @@ def test_agent_that_cannot_write_its_log_directory(job: Job) -> None:
     assert done.returncode == 69
     assert "--log-dir=" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_no_place_for_temporary_files_stops_no_job(job: Job) -> None:
+    done = job.run("--nproc-per-node", "1", job.script("mark()\nraise ValueError('boom')"), TMPDIR="/proc/nowhere")
+    assert done.returncode == 1
+    assert job.marks() == ["0.0"]
+    assert "ValueError: boom" in done.stderr
+    assert "exit    : exit code 1" in done.stderr
 
 
 def test_error_files_lie_where_the_log_directory_says(job: Job) -> None:

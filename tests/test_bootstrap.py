@@ -128,7 +128,7 @@ def place(work: Path, form: str, source: str) -> tuple[str, str]:
     if form in ("module", "package", "sub"):
         package = work / "package"
         package.mkdir()
-        (package / "__init__.py").write_text("import sys\nprint(sys.argv, sorted(vars(sys.modules['__main__'])))\n")
+        (package / "__init__.py").write_text("import sys\nprint(sys.argv, vars(sys.modules['__main__']))\n")
         for file in (work / "program.py", package / "__main__.py", package / "program.py"):
             file.write_text(source)
         return "module", {"module": "program", "package": "package", "sub": "package.program"}[form]
@@ -257,7 +257,12 @@ SCRIPTS: dict[str, tuple[str, int, str | None]] = {
         9,
         "ValueError: v",
     ),
-    "hook deleted": ("import sys\ndel sys.excepthook\nsys.exit('text')\n", 1, "SystemExit: text"),
+    "hook that fails": (
+        "import sys\ndef hook(*_):\n    1 / 0\nsys.excepthook = hook\nraise ValueError('v')\n",
+        1,
+        "ValueError: v",
+    ),
+    "hook deleted": ("import sys\ndel sys.excepthook\nraise ValueError('v')\n", 1, "ValueError: v"),
     "source": (
         "import inspect, linecache\n"
         "def f():\n    return 'f'\n"
@@ -275,8 +280,20 @@ SCRIPTS: dict[str, tuple[str, int, str | None]] = {
     "future": ("from __future__ import annotations\ndef f(x: nothing): ...\nprint(f.__annotations__)\n", 0, None),
     "no future": ("def f(x: list[int]): ...\nprint(f.__annotations__)\n", 0, None),
 }
+# What is freed when depends on who else refers to it. A function here would leave all to the garbage collector.
 FINISH = """
-import atexit, sys, threading
+import atexit, sys, threading, helper
+first, _second = helper.Last("first"), helper.Last("second")
+in_cycle = [helper.Last("cycle")]
+in_cycle.append(in_cycle)
+sys.kept = helper.Last("kept")
+atexit.register(print, "at exit")
+threading.Thread(target=helper.late).start()
+"""
+HELPER = """
+import sys, threading
+def fail():
+    raise RuntimeError("in helper")
 class Last:
     def __init__(self, name):
         self.name = name
@@ -285,12 +302,6 @@ class Last:
 def late():
     threading.main_thread().join()
     print("thread ended", sys.excepthook is sys.__excepthook__)
-first, _second = Last("first"), Last("second")
-in_cycle = [Last("cycle")]
-in_cycle.append(in_cycle)
-sys.kept = Last("kept")
-atexit.register(print, "at exit")
-threading.Thread(target=late).start()
 """
 SCRIPTS["finish"] = (FINISH, 0, None)
 SCRIPTS["finish with exit"] = (FINISH + "sys.exit(4)\n", 4, None)
@@ -301,7 +312,7 @@ SCRIPTS["finish with failure"] = (FINISH + "raise ValueError('v')\n", 1, "ValueE
 def test_a_script_ends_as_under_plain_python(tmp_path: Path, work: Path, name: str) -> None:
     source, returncode, message = SCRIPTS[name]
     (work / "script.py").write_text(source, encoding="utf-8", errors="surrogateescape")
-    (work / "helper.py").write_text("def fail():\n    raise RuntimeError('in helper')\n")
+    (work / "helper.py").write_text(HELPER)
     (work / "broken.py").write_text("f(\n")
     run = both(tmp_path, "script", "script.py")
     stack = run.check(returncode, message)
@@ -461,6 +472,9 @@ def test_the_error_file_is_the_one_given_at_the_start(tmp_path: Path, work: Path
 
 
 def test_a_module_of_the_script_s_own_is_not_taken_for_the_library_s(tmp_path: Path, work: Path) -> None:
-    (work / "script.py").write_text(RAISE)
+    (work / "script.py").write_text("import atexit\natexit.register(lambda: __import__('late'))\n" + RAISE)
     (work / "json.py").write_text("print('not that json')\n")
-    both(tmp_path, "script", "script.py").check(1, "ValueError: boom 7")
+    (work / "late.py").write_text("print('late')\n")
+    run = both(tmp_path, "script", "script.py")
+    run.check(1, "ValueError: boom 7")
+    assert run.ours.stdout == "late\n"

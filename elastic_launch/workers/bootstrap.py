@@ -99,7 +99,7 @@ def write(error: BaseException, path: str) -> None:
     content = json.dumps({"message": {"message": f"{type(error).__name__}: {text}", "extraInfo": extra}})
     beside = f"{path}.{pid}"
     try:
-        with open(beside, "w") as stream:
+        with open(beside, "w", encoding="ascii") as stream:
             stream.write(content)
         os.replace(beside, path)
     except BaseException:
@@ -135,7 +135,7 @@ if __name__ == "__main__":
     pid = os.getpid()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     is_module, program = sys.argv[1] == "module", sys.argv[2]
-    command = getattr(sys, "orig_argv", [sys.executable, "-u", *sys.argv])  # what Python was started with; 3.10 on
+    command = getattr(sys, "orig_argv", [sys.executable, "-u", *sys.argv])  # how Python was started; 3.10 on
     command[-len(sys.argv) :] = ["-m", *sys.argv[2:]] if is_module else sys.argv[2:]
     sys.argv[:3] = ["-m" if is_module else program]
     is_safe = bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # 3.11 on, where isolated implies it
@@ -144,7 +144,6 @@ if __name__ == "__main__":
     sys.path_importer_cache.pop(__file__, None)
     library = sys.path[:]
     set_main()
-    # No name here refers to anything of the program's, so that it is freed when plain Python would free it.
     try:
         if (file := set_path(program, is_module, is_safe)) is not None:
             exec(load(file), vars(sys.modules["__main__"]))
@@ -155,7 +154,7 @@ if __name__ == "__main__":
             getattr(runpy, "_run_module_as_main")(program if is_module else "__main__", is_module)  # noqa: B009
     except BaseException as error:
         keep(error)
-        if not isinstance(error, SystemExit):
-            hide_bootstrap()
+        if sys.version_info < (3, 11) and not isinstance(error, SystemExit):
+            hide_bootstrap()  # later versions raise it with the traceback that keep() has left it
         # From here on Python does as ever: it knows the exit status, the signal and the words for each exception.
         raise

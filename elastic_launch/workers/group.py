@@ -49,7 +49,7 @@ class WorkerProcesses:
 
     def kill(self, signum: int, local_ranks: frozenset[int], group: bool) -> None:
         """Signal those workers that have not ended, with their process groups or alone."""
-        self._keeper.send("signal", int(signum), sorted(local_ranks), group)
+        self._keeper.send("tell", int(signum), sorted(local_ranks), group)
 
     def sweep(self, kill: bool) -> None:
         """End what is left; ``Gone`` follows when nothing is."""
@@ -64,8 +64,9 @@ class WorkerProcesses:
             return self._keeper_is_lost()
 
     def close(self) -> None:
-        """Kill whatever is left, and the keeper with it."""
+        """Have the keeper kill whatever is left; what it leaves, since it was killed or stopped, is killed here."""
         self._keeper.close()
+        bury_orphans(self._strangers, self._pids.values(), self._run_id)
 
     def _events(self, message: tuple[object, ...]) -> list[Event]:
         match message:
@@ -94,8 +95,7 @@ class WorkerProcesses:
     def _keeper_is_lost(self) -> list[Event]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
-        self._keeper.close()
-        bury_orphans(self._strangers, self._pids.values(), self._run_id)
+        self.close()
         now = time.time()
         exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now)) for rank in sorted(self._running)]
         self._errors = {rank: ErrorRecord(text, text, now, "<N/A>") for rank in self._running} | self._errors

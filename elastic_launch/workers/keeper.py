@@ -18,8 +18,8 @@ from typing import Any
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers import keeper_main
 
-CLOSE_PATIENCE = 10.0
-"""Seconds that ``close`` waits for the keeper to bury what is left."""
+CLOSE_PATIENCE = 2.0
+"""Seconds to wait for a process that was killed, or for the keeper to kill what is left."""
 
 _FOLDER = os.path.dirname(__file__)
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
@@ -39,14 +39,12 @@ class Keeper:
         Raises:
             UnavailableError: the system cannot (no pidfd before Linux 5.3, no more processes).
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                agent = os.pidfd_open(os.getpid())
-                stack.callback(os.close, agent)
-                self._sock, theirs = socket.socketpair()
-                stack.enter_context(theirs)
+        self._buffer = bytearray()
+        self._sock, theirs = socket.socketpair()
+        try:
+            with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
                 # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
-                inherited = (theirs.fileno(), agent)
+                inherited = (theirs.fileno(), agent.fileno())
                 self.pid = os.posix_spawn(
                     sys.executable,
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
@@ -55,9 +53,10 @@ class Keeper:
                     setsid=True,
                     setsigmask=signal.valid_signals() - {signal.SIGCHLD},
                 )
-            except OSError as error:
-                raise UnavailableError(f"cannot start the process that keeps the workers: {error}") from error
-        self._buffer = bytearray()
+            self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
+        except OSError as error:
+            self._sock.close()
+            raise UnavailableError(f"cannot start the process that keeps the workers: {error}") from error
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
@@ -84,9 +83,15 @@ class Keeper:
         return list(keeper_main.unpack(self._buffer))
 
     def close(self) -> None:
-        """Have the keeper kill whatever is left, and wait for its end, for ``CLOSE_PATIENCE`` at most."""
+        """Have the keeper kill whatever is left and end; kill it where it does not, within ``CLOSE_PATIENCE``."""
+        if self._process.closed:
+            return
         self._sock.close()
-        _bury(self.pid, CLOSE_PATIENCE)
+        with self._process as process:
+            if not _wait(process.fileno(), CLOSE_PATIENCE):
+                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+                _wait(process.fileno(), CLOSE_PATIENCE)
+        _reap(self.pid)
 
 
 @contextlib.contextmanager
@@ -127,8 +132,11 @@ def bury_orphans(strangers: frozenset[int], workers: Collection[int], run_id: st
         for orphan in orphans:
             for pid in (orphan, *keeper_main.descendants(orphan)):
                 keeper_main.kill(pid, signal.SIGKILL)
-        if not all(_bury(orphan, CLOSE_PATIENCE) for orphan in orphans):
-            return  # state D: nothing helps
+        for orphan in orphans:
+            with contextlib.suppress(OSError), open(os.pidfd_open(orphan), "rb") as process:
+                if not _wait(process.fileno(), CLOSE_PATIENCE):
+                    return  # state D: nothing helps
+            _reap(orphan)
 
 
 def _environment_of(pid: int) -> bytes:
@@ -139,13 +147,13 @@ def _environment_of(pid: int) -> bytes:
         return b""
 
 
-def _bury(pid: int, patience: float) -> bool:
-    """Wait for the end of a child, for some seconds at most. Returns whether it has ended."""
-    with contextlib.suppress(OSError), os.fdopen(os.pidfd_open(pid), "rb") as ended:
-        poller = select.poll()
-        poller.register(ended, select.POLLIN)
-        if not poller.poll(patience * 1000):
-            return False
+def _wait(process: int, seconds: float) -> bool:
+    """Wait for the end of a process, by its pidfd. Returns whether it has ended."""
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
+
+
+def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):  # the program around us may wait for all its children
         os.waitpid(pid, os.WNOHANG)
-    return True

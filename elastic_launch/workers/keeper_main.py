@@ -15,7 +15,7 @@ Messages are marshalled tuples after a length of four bytes; both ends are the s
 
 To the keeper:
     ("spawn", [(local rank, argv, environment changes), ...])  -- begins a round
-    ("signal", signum, [local rank, ...], to the whole process group?)
+    ("tell", signum, [local rank, ...], the whole process groups?)
     ("sweep", kill?)
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
@@ -153,8 +153,8 @@ class Keeper:
                 self.workers[local_rank] = _Worker(local_rank, pid)
         self.send(("started", started, failed))
 
-    def signal(self, signum: int, local_ranks: list[int], group: bool) -> None:
-        """Signal workers that have not ended: so their pids are theirs."""
+    def tell(self, signum: int, local_ranks: list[int], group: bool) -> None:
+        """Send a signal to workers; only to those that have not ended, whose pids are still theirs."""
         for worker in [self.workers[rank] for rank in local_ranks if rank in self.workers]:
             worker.told += (signum,)
             if group:
