@@ -189,6 +189,22 @@ def test_lost_keeper_costs_no_child_of_the_program_around(
             process.wait()
 
 
+def test_run_costs_no_child_that_the_program_starts_meanwhile() -> None:
+    mine: list[subprocess.Popen[bytes]] = []
+    starter = threading.Thread(target=lambda: mine.append(subprocess.Popen(["sleep", "1000"], start_new_session=True)))
+    try:
+        started = threading.Thread(target=lambda: sh("exec sleep 0.3"))
+        started.start()
+        starter.start()
+        starter.join()
+        started.join()
+        assert mine[0].poll() is None
+    finally:
+        for process in mine:
+            process.kill()
+            process.wait()
+
+
 def test_program_that_waits_for_all_its_children() -> None:
     """The keeper is a child of the program, which may reap it before the agent does."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)

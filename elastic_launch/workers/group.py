@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +28,7 @@ class WorkerProcesses:
         """Prepare; ``run_id`` marks the workers and all that they start, ``environ`` is what they inherit."""
         self._run_id = run_id
         self._environ = environ
-        self._strangers = children()
+        self._strangers, self._alone = children(), threading.active_count() == 1
         self._keeper = Keeper(environ)
         self._commands: dict[int, list[str]] = {}
         self._pids: Mapping[int, int] = {}
@@ -64,9 +65,9 @@ class WorkerProcesses:
             return self._keeper_is_lost()
 
     def close(self) -> None:
-        """Have the keeper kill whatever is left; what it leaves, since it was killed or stopped, is killed here."""
-        self._keeper.close()
-        bury_orphans(self._strangers, self._pids.values(), self._run_id)
+        """Have the keeper kill whatever is left; where it does not, since somebody stopped it, do it here."""
+        if not self._keeper.close():
+            self._bury_orphans()
 
     def _events(self, message: tuple[object, ...]) -> list[Event]:
         match message:
@@ -88,6 +89,9 @@ class WorkerProcesses:
         code = ExitCode.NOT_FOUND if number == errno.ENOENT else ExitCode.CANNOT_EXECUTE
         return Exited(Exit(local_rank, code, time.time()))
 
+    def _bury_orphans(self) -> None:
+        bury_orphans(self._strangers, self._alone, self._pids.values(), self._run_id)
+
     def _gone(self) -> Event:
         self._sweep_unanswered = False
         return Gone(self._errors)
@@ -95,7 +99,8 @@ class WorkerProcesses:
     def _keeper_is_lost(self) -> list[Event]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
-        self.close()
+        self._keeper.close()
+        self._bury_orphans()
         now = time.time()
         exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now)) for rank in sorted(self._running)]
         self._errors = {rank: ErrorRecord(text, text, now, "<N/A>") for rank in self._running} | self._errors

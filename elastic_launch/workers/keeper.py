@@ -11,7 +11,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,16 +81,20 @@ class Keeper:
         self._buffer += data
         return list(keeper_main.unpack(self._buffer))
 
-    def close(self) -> None:
-        """Have the keeper kill whatever is left and end; kill it where it does not, within ``CLOSE_PATIENCE``."""
+    def close(self) -> bool:
+        """Have the keeper kill whatever is left, and wait for its end; kill it after ``CLOSE_PATIENCE``.
+
+        Returns:
+            Whether it did its work. If not, what was below it is this process's now.
+        """
         if self._process.closed:
-            return
+            return True
         self._sock.close()
         with self._process as process:
             if not _wait(process.fileno(), CLOSE_PATIENCE):
                 signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
                 _wait(process.fileno(), CLOSE_PATIENCE)
-        _reap(self.pid)
+        return _reap(self.pid) == 0
 
 
 @contextlib.contextmanager
@@ -114,7 +117,7 @@ def children() -> frozenset[int]:
     return frozenset(keeper_main.children_by_parent().get(os.getpid(), ()))
 
 
-def bury_orphans(strangers: frozenset[int], workers: Collection[int], run_id: str) -> None:
+def bury_orphans(strangers: frozenset[int], alone: bool, workers: Collection[int], run_id: str) -> None:
     """Kill what a lost keeper left to this process, its subreaper, and wait until it is gone.
 
     A program around the agent may have children of its own, which must not be hit: those that it had before the run
@@ -123,10 +126,10 @@ def bury_orphans(strangers: frozenset[int], workers: Collection[int], run_id: st
 
     Args:
         strangers: the children that this process had before the run.
+        alone: the process has no other thread that could have started some since.
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
-    alone = threading.active_count() == 1
     mark = f"TORCHELASTIC_RUN_ID={run_id}\0".encode()
     while orphans := [pid for pid in children() - strangers if alone or pid in workers or mark in _environment_of(pid)]:
         for orphan in orphans:
@@ -154,6 +157,9 @@ def _wait(process: int, seconds: float) -> bool:
     return bool(poller.poll(seconds * 1000))
 
 
-def _reap(pid: int) -> None:
-    with contextlib.suppress(ChildProcessError):  # the program around us may wait for all its children
-        os.waitpid(pid, os.WNOHANG)
+def _reap(pid: int) -> int:
+    """Collect a child that has ended. Returns its status; 0 if the program around us, waiting for all, was first."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[1]
+    except ChildProcessError:
+        return 0
