@@ -94,6 +94,7 @@ def read_error_file(path: str) -> ErrorRecord | None:
         if isinstance(message, str):
             return ErrorRecord(message, message, written, path)
         extra = message["extraInfo"]
-        return ErrorRecord(str(message["message"]), str(extra["py_callstack"]), float(extra.get("time", written)), path)
+        error = str(message["message"]).removesuffix(": ")  # of an exception without a text
+        return ErrorRecord(error, str(extra["py_callstack"]), float(extra.get("time", written)), path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

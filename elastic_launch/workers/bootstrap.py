@@ -35,14 +35,15 @@ def set_path(program: str, is_module: bool, is_safe: bool) -> "str | None":
     """Set `sys.path[0]`; return the script to run, None where runpy is to find the program on that path."""
     try:
         here = os.getcwd()
-    except FileNotFoundError:
+    except OSError:
         here = ""  # somebody has removed it: Python does without
     if is_module:
         if here and not is_safe:
             sys.path.insert(0, here)
         return None
-    absolute = sys.version_info >= (3, 9) and not os.path.isabs(program)
-    file = f"{here}/{program}" if absolute else program
+    file = program
+    if here and sys.version_info >= (3, 9) and not os.path.isabs(program):
+        file = f"{here}/{program}"
     if importlib.PathFinder.find_spec("__main__", [file]) is not None:  # a folder or a zip file
         sys.path.insert(0, file)
         return None
