@@ -17,7 +17,7 @@ import pytest
 
 from elastic_launch.workers.keeper_main import set_subreaper
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 """Seconds until a condition that a test waits for counts as failed: far above what it takes."""
 
 
