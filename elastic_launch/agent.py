@@ -9,7 +9,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, DefaultLogsSpecs, parse_signals
@@ -22,7 +22,6 @@ from elastic_launch.core.lifecycle import (
     Finish,
     Gone,
     Join,
-    Kill,
     Life,
     Limits,
     Passed,
@@ -30,10 +29,12 @@ from elastic_launch.core.lifecycle import (
     Signalled,
     Start,
     Sweep,
+    Tell,
     TimedOut,
 )
 from elastic_launch.core.ranks import worker_environment
 from elastic_launch.core.report import format_report
+from elastic_launch.core.root_cause import ErrorRecord
 from elastic_launch.env import environment
 from elastic_launch.errors import SignalException, UsageError, signal_name
 from elastic_launch.job_files import JobFiles, read_error_file
@@ -43,13 +44,11 @@ from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.group import Command, WorkerProcesses
 from elastic_launch.workers.keeper import subreaper
 
+_LONGEST_POLL = 86400.0
+"""Seconds; poll(2) takes no more than 24 days, and a deadline may be further away."""
+
 PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 """Signals that are the workers' own business, unless the user has the agent stop at them."""
-
-
-def command_name(command: Sequence[str]) -> str:
-    """What is run, for people: the script or module under the bootstrap, else the command."""
-    return command[command.index(BOOTSTRAP) + 2] if BOOTSTRAP in command else command[0]
 
 
 class LocalElasticAgent:
@@ -89,6 +88,12 @@ class LocalElasticAgent:
         self._say = say
         self._run_id = str(spec.rdzv_handler.get_run_id())
 
+    @property
+    def name(self) -> str:
+        """What is run, for people: the script or module under the bootstrap, else the command."""
+        command = self._command
+        return command[command.index(BOOTSTRAP) + 2] if BOOTSTRAP in command else command[0]
+
     def run(self, role: str = "default") -> RunResult:
         """Run the job to its end on this node. Signals are handled where this is the program's main thread.
 
@@ -100,7 +105,8 @@ class LocalElasticAgent:
             self._files = JobFiles(self._logs_specs.log_dir, self._run_id, self._environ.get("TMPDIR") or "/tmp")
             stack.callback(self._files.close)
             self._signals = stack.enter_context(SignalQueue(self._stop_signals | PASSED_ON))
-            stack.enter_context(subreaper())
+            if not stack.enter_context(subreaper()):
+                self._say("this system has no subreapers: daemons that workers start may outlive a killed launcher")
             stack.callback(self._spec.rdzv_handler.close)
             self._workers = WorkerProcesses(self._run_id, self._environ)
             stack.callback(self._workers.close)
@@ -109,7 +115,8 @@ class LocalElasticAgent:
             return self._failed(life, finish)
         if finish.signum is not None:
             raise SignalException(f"stopped by {signal_name(finish.signum)}", signal.Signals(finish.signum))
-        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(exit_.local_rank for exit_ in life.exits))
+        ranks = sorted(life.place.rank(exit_.local_rank) for exit_ in life.exits) if life.place else []
+        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
 
     def _live(self) -> tuple[Life, Finish]:
         """Events in, actions out, until the end."""
@@ -123,8 +130,8 @@ class LocalElasticAgent:
             while not events:
                 events.extend(self._wait(life.deadline))
             event = events.popleft()
-            if isinstance(event, Gone):
-                event = self._with_error_files(life, event)
+            if isinstance(event, Gone | TimedOut):
+                event = event._replace(errors={**event.errors, **self._error_files(life)})
             life, actions = lifecycle.step(life, event, time.monotonic())
 
     def _do(self, action: Action) -> list[Event]:
@@ -134,8 +141,8 @@ class LocalElasticAgent:
                 return [Assigned(self._spec.rdzv_handler.next_round(self._spec.local_world_size))]
             case Start():
                 self._workers.start(self._commands(action))
-            case Kill(signum, local_ranks, group):
-                self._workers.kill(signum, local_ranks, group)
+            case Tell(signum, local_ranks, stop):
+                self._workers.tell(signum, local_ranks, stop)
             case Sweep(kill):
                 self._workers.sweep(kill)
             case Say(text):
@@ -147,14 +154,14 @@ class LocalElasticAgent:
         poller = select.poll()
         for source in (self._workers, self._signals):
             poller.register(source, select.POLLIN)
-        timeout = None if deadline is None else max(0, (deadline - time.monotonic()) * 1000)
-        ready = {fd for fd, _ in poller.poll(timeout)}
+        left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), _LONGEST_POLL)
+        ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
         events: list[Event] = []
         if self._signals.fileno() in ready:
             events += [self._signal_event(signum) for signum in self._signals.take()]
         if self._workers.fileno() in ready:
             events += self._workers.take()
-        return events if ready else [TimedOut()]
+        return [TimedOut()] if deadline is not None and not ready and time.monotonic() >= deadline else events
 
     def _signal_event(self, signum: int) -> Event:
         return Signalled(signum, time.time()) if signum in self._stop_signals else Passed(signum)
@@ -178,19 +185,19 @@ class LocalElasticAgent:
             for local_rank in range(start.place.local_world_size)
         ]
 
-    def _with_error_files(self, life: Life, gone: Gone) -> Gone:
-        """Add what the workers wrote of their exceptions to what is known of them."""
-        errors = dict(gone.errors)
+    def _error_files(self, life: Life) -> dict[int, ErrorRecord]:
+        """What the workers that failed wrote of their exceptions, by local rank."""
+        records: dict[int, ErrorRecord] = {}
         for exit_ in life.exits:
-            if exit_.exitcode != 0 and life.place is not None:
+            if exit_.exitcode != 0 and life.place:
                 path = self._files.error_file(life.restart_count, life.place.rank(exit_.local_rank))
                 if record := read_error_file(path):
-                    errors[exit_.local_rank] = record
-        return Gone(errors)
+                    records[exit_.local_rank] = record
+        return records
 
     def _failed(self, life: Life, finish: Finish) -> RunResult:
         report = format_report(
-            command_name(self._command),
+            self.name,
             finish.failures,
             restarts=life.charged,
             max_restarts=self._spec.max_restarts,

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import sys
 
-from elastic_launch.console import say
+from elastic_launch.console import say, write
 
 
 def main() -> int:
     """Run the command line and return the exit status: 0, the cause's, 128 + N for signal N, or an ``ExitCode``."""
     _open_standard_streams()
     try:
-        from elastic_launch.errors import ChildFailedError, LaunchError, SignalException
+        from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException
         from elastic_launch.run import main as run
 
         try:
@@ -24,11 +24,17 @@ def main() -> int:
             say(str(error))
             return error.exit_code
         except ChildFailedError as error:
-            _write(f"{error}\n")
+            write(f"{error}\n")
             return error.exit_code
         except LaunchError as error:
             say(f"error: {error}")
             return error.exit_code
+        except Exception:
+            import traceback
+
+            write(traceback.format_exc())
+            say("error: this is a defect of the launcher; please report it with the lines above")
+            return ExitCode.SOFTWARE
     except KeyboardInterrupt:
         return 130  # before the agent took over the signals, or after it gave them back
     return 0
@@ -39,16 +45,6 @@ def _open_standard_streams() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-
-
-def _write(text: str) -> None:
-    """Write to standard error as a whole, whatever becomes of it."""
-    data = memoryview(text.encode(errors="backslashreplace"))
-    try:
-        while data:
-            data = data[os.write(2, data) :]
-    except OSError:
-        pass
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Floor 0: the settings of a job, and how their text forms are read.
 
-Pure: text in, values out; what is wrong raises UsageError with a line that says what is allowed.
+Pure: text in, values out. What is wrong raises UsageError, with a line that begins with the value, so that the caller
+can put its name before it, and says what is allowed.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ class LaunchConfig:
 
 
 def is_number(text: str) -> bool:
-    """Whether the text is a plain non-negative decimal number; ``int()`` would also take `` 1``, ``1_0`` and ``+1``."""
-    return text.isascii() and text.isdigit()
+    """Whether the text is a plain non-negative number of sane length; ``int()`` would also take `` 1`` and ``1_0``."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def parse_nnodes(text: str) -> tuple[int, int]:

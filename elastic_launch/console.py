@@ -7,6 +7,13 @@ import os
 
 
 def say(text: str) -> None:
-    """Write one line, whole, whatever becomes of standard error: it must not end the job."""
+    """Write one line of the launcher's."""
+    write(f"elastic-run: {text}\n")
+
+
+def write(text: str) -> None:
+    """Write to standard error, whatever becomes of it: it must not end the job."""
+    data = memoryview(text.encode(errors="backslashreplace"))
     with contextlib.suppress(OSError):
-        os.write(2, f"elastic-run: {text}\n".encode(errors="backslashreplace"))
+        while data:
+            data = data[os.write(2, data) :]

@@ -10,7 +10,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from elastic_launch.config import is_number
 from elastic_launch.errors import UsageError, signal_name
+
+MAX_WORKERS = 1 << 16
+"""More on one host is a slip of the keyboard."""
 
 TORCH_DEADLINE = 120.0
 """Seconds that the child which imports torch may take; it is slow where torch lies on a cold network disk."""
@@ -50,13 +54,14 @@ def local_world_size(nproc_per_node: str, environ: Mapping[str, str]) -> int:
 
     ``environ`` decides which devices are visible, as it will for the workers. Raises UsageError.
     """
-    if nproc_per_node.isascii() and nproc_per_node.isdigit() and int(nproc_per_node) > 0:
+    if is_number(nproc_per_node) and 1 <= int(nproc_per_node) <= MAX_WORKERS:
         return int(nproc_per_node)
     if nproc_per_node == "cpu":
         return cpu_count()
     option = f"--nproc-per-node={ascii(nproc_per_node)[1:-1]}"  # ascii: one line, and what looks like a digit shows
     refusal = UsageError(
-        f"{option}: must be a number of at least 1, or auto, cpu, gpu, xpu (or another accelerator that torch knows)"
+        f"{option}: must be a number from 1 to {MAX_WORKERS}, "
+        "or auto, cpu, gpu, xpu (or another accelerator that torch knows)"
     )
     name = "cuda" if nproc_per_node == "gpu" else nproc_per_node
     if not (name.isascii() and name.isidentifier()):

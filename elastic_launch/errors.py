@@ -16,7 +16,6 @@ class ExitCode(IntEnum):
     The numbers above 64 are those of BSD's sysexits.h.
     """
 
-    OK = 0
     USAGE = 2
     """An option, variable or argument is wrong; nothing was started."""
     UNAVAILABLE = 69
@@ -68,6 +67,11 @@ def signal_name(signum: int) -> str:
         return f"signal {signum}"
 
 
+def how_it_ended(exitcode: int) -> str:
+    """``exit code 42``, or ``killed by SIGKILL`` for -9."""
+    return f"killed by {signal_name(-exitcode)}" if exitcode < 0 else f"exit code {exitcode}"
+
+
 @dataclass(frozen=True)
 class ProcessFailure:
     """One worker that failed. The first four fields are torch's and stand in its order."""
@@ -95,7 +99,12 @@ class ProcessFailure:
 
     def how(self) -> str:
         """How the process ended, in words: ``exit code 42`` or ``killed by SIGKILL``."""
-        return f"killed by {self.signal_name()}" if self.exitcode < 0 else f"exit code {self.exitcode}"
+        return how_it_ended(self.exitcode)
+
+    def error_line(self) -> str:
+        """The exception in one line of moderate length; some of torch's C++ errors are pages long."""
+        line = self.error.split("\n", 1)[0]
+        return line if len(line) <= 500 else f"{line[:500]} ..."
 
     def status(self) -> int:
         """The exit status that a shell would show: the exit code, or 128 + the signal's number."""

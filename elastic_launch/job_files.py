@@ -14,6 +14,9 @@ from elastic_launch.errors import UnavailableError
 _MAX_ERROR_FILE = 64 << 20
 """Bytes of an error file that are worth reading; a larger one is not the report of an exception."""
 
+_PLAUSIBLE = 3600.0
+"""Seconds between the time that an error file tells and the time when it was written; beyond, the latter counts."""
+
 
 class JobFiles:
     """The directory of one job on this node."""
@@ -95,6 +98,8 @@ def read_error_file(path: str) -> ErrorRecord | None:
             return ErrorRecord(message, message, written, path)
         extra = message["extraInfo"]
         error = str(message["message"]).removesuffix(": ")  # of an exception without a text
-        return ErrorRecord(error, str(extra["py_callstack"]), float(extra.get("time", written)), path)
+        time = float(extra.get("time", written))
+        plausible = abs(time - written) < _PLAUSIBLE  # false for NaN
+        return ErrorRecord(error, str(extra["py_callstack"]), time if plausible else written, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from elastic_launch.agent import LocalElasticAgent, command_name
+from elastic_launch.agent import LocalElasticAgent
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number
 from elastic_launch.console import say
 from elastic_launch.core.ranks import omp_num_threads
@@ -41,7 +41,7 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
         UsageError: a setting is wrong, or not available yet.
         LaunchError: the launcher could not do its work.
     """
-    refuse_what_is_missing(config)
+    _refuse_what_is_missing(config)
     environ = environment()
     shutdown_timeout = _shutdown_timeout(config, environ)
     address, port = _master(config)
@@ -65,12 +65,11 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     )
     result = agent.run(config.role)
     if result.is_failed():
-        name = command_name([str(entrypoint), *map(str, args)])
-        raise ChildFailedError(name, result.failures, result.report)
+        raise ChildFailedError(agent.name, result.failures, result.report)
     return result.return_values
 
 
-def refuse_what_is_missing(config: LaunchConfig) -> None:
+def _refuse_what_is_missing(config: LaunchConfig) -> None:
     """Say so where a setting asks for a part that does not exist yet, rather than ignore it.
 
     Raises:

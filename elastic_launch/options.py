@@ -98,6 +98,11 @@ class Option(NamedTuple):
         return f"PET_{self.dest.upper()}"
 
     @property
+    def is_flag(self) -> bool:
+        """Whether it stands on the command line without a value."""
+        return self.read is _flag
+
+    @property
     def flags(self) -> list[str]:
         """Every way to write it, without repetition."""
         return [*filter(None, [self.short]), *dict.fromkeys((f"--{self.name}", f"--{self.dest}"))]
@@ -143,16 +148,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as argparse does. Everything from the script on is the script's, so nothing is ever left over."""
+        """Parse as argparse does; everything from the script on is the script's, and never left over."""
         if args is None:
             import sys
 
             args = sys.argv[1:]
-        script = _script_position(args)
+        script = self._script_position(args)
         namespace = argparse.Namespace() if namespace is None else namespace
         _, rest = super().parse_known_args(list(args[:script]), namespace)
-        if rest and rest != ["--"]:
-            self.error(f"unknown option {rest[0]}")
         if script >= len(args):
             self.error("the script to run is missing")
         try:
@@ -161,7 +164,27 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
         namespace.training_script = args[script]
         namespace.training_script_args = list(args[script + 1 :])
-        return namespace, []
+        return namespace, [word for word in rest if word != "--"]
+
+    def _script_position(self, args: Sequence[str]) -> int:
+        """Where the script stands: the first word that is neither an option nor an option's value."""
+        position = 0
+        while position < len(args):
+            word = args[position]
+            if word == "--":
+                return position + 1
+            if not word.startswith("-") or word == "-":
+                return position
+            position += 2 if self._takes_next_word(word) else 1
+        return position
+
+    def _takes_next_word(self, word: str) -> bool:
+        """Whether an option's value is the word after it: for ``-r`` and ``--tee``, not for ``-r3`` and ``--tee=3``."""
+        actions = self._option_string_actions  # with those that other programs have added to this parser
+        matches = (
+            [word] if word in actions else [flag for flag in actions if flag.startswith(word) and word[:2] == "--"]
+        )
+        return any(actions[flag].nargs != 0 for flag in matches)
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and one line."""
@@ -179,35 +202,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
     )
     for option in OPTIONS:
-        if option.read is _flag:
+        if option.is_flag:
             parser.add_argument(*option.flags, dest=option.dest, action="store_true", help=option.help)
         else:
             default = f" (default {option.default})" if option.default not in (None, "", []) else ""
             parser.add_argument(*option.flags, dest=option.dest, metavar="VALUE", help=option.help + default)
     return parser
-
-
-def _script_position(args: Sequence[str]) -> int:
-    """Where the script stands: the first word that is neither an option nor an option's value."""
-    position = 0
-    while position < len(args):
-        word = args[position]
-        if word == "--":
-            return position + 1
-        if not word.startswith("-") or word == "-":
-            return position
-        position += 2 if _takes_next_word(word) else 1
-    return position
-
-
-def _takes_next_word(word: str) -> bool:
-    if not word.startswith("--"):  # -r 3, -r3, -m
-        return any(option.short == word and option.read is not _flag for option in OPTIONS)
-    if "=" in word:
-        return False
-    matches = [option for option in OPTIONS if any(flag.startswith(word) for flag in option.flags)]
-    exact = [option for option in matches if word in option.flags]
-    return any(option.read is not _flag for option in exact or matches)
 
 
 def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:

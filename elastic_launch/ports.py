@@ -49,7 +49,10 @@ def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socke
 def _in_use(port: int) -> str:
     owner = port_owner(port)
     by = f" by {owner}" if owner else ""
-    return f"port {port} is in use{by}: pass another --master-port, or none to have a free one picked"
+    return (
+        f"port {port} is in use{by}: choose another (--master-port, PET_MASTER_PORT, or the endpoint's), "
+        "or none to have a free one picked"
+    )
 
 
 def port_owner(port: int) -> str | None:
@@ -61,6 +64,6 @@ def port_owner(port: int) -> str | None:
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
             if listens and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except psutil.Error:
+    except (psutil.Error, OSError):
         pass
     return None

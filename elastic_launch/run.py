@@ -133,6 +133,8 @@ def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str,
     if "PYTHON_EXEC" in environ and not args.run_path:
         python = environ["PYTHON_EXEC"]
         _check_program("PYTHON_EXEC", python)
+    if script == "-" and not args.module:
+        return python, ["-u", "-", *script_args]  # a program on standard input: nothing for the bootstrap to find
     if not args.module:
         _check_script(script)
     return python, ["-u", BOOTSTRAP, "module" if args.module else "script", script, *script_args]

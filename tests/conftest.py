@@ -49,6 +49,9 @@ def _nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     temp = tmp_path / "system-temp"
     temp.mkdir()
     monkeypatch.setenv("TMPDIR", str(temp))
+    for name in os.environ:
+        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")):
+            monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", None)
     before = psutil.Process().num_fds(), threading.active_count()
     yield

@@ -150,6 +150,12 @@ def test_subreaper_flag_is_put_back() -> None:
     try:
         sh("exit 0")
         assert not get_subreaper()
+        agents = [threading.Thread(target=sh, args=(f"sleep 0.{tenths}",)) for tenths in (1, 3, 2)]
+        for agent in agents:
+            agent.start()
+        for agent in agents:
+            agent.join()
+        assert not get_subreaper()
     finally:
         set_subreaper(True)
     sh("exit 0")
@@ -161,7 +167,13 @@ def test_lost_keeper_costs_no_child_of_the_program_around(
     threads: int, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(job.path)
-    mine = [subprocess.Popen(["sleep", "1000"], start_new_session=True)]
+    # A child, and a grandchild that becomes a child when its parent ends: the agent's process is a subreaper meanwhile.
+    mine = [
+        subprocess.Popen(["sleep", "1000"], start_new_session=True),
+        subprocess.Popen(["sh", "-c", "sleep 1000 & echo $! > grandchild; read line"], stdin=subprocess.PIPE),
+    ]
+    wait_until(lambda: (job.path / "grandchild").exists() and (job.path / "grandchild").read_text())
+    grandchild = psutil.Process(int((job.path / "grandchild").read_text()))
     release = threading.Event()
 
     def start_another() -> None:
@@ -169,40 +181,31 @@ def test_lost_keeper_costs_no_child_of_the_program_around(
         release.wait()
 
     helpers = [threading.Thread(target=start_another) for _ in range(threads)]
-    strays = "setsid sleep 1000 & echo $! > stray.$RANK; "
     try:
         for helper in helpers:
             helper.start()
         # A worker's parent is the keeper.
+        text = (
+            "setsid sleep 1000 & echo $! > stray.$RANK;"
+            f"[ $RANK = 0 ] && kill -KILL {mine[1].pid};"
+            "[ $RANK = 1 ] && while [ ! -s stray.0 ]; do :; done && kill -KILL $PPID;"
+            "exec sleep 1000"
+        )
         with pytest.raises(ChildFailedError, match="was killed, and its workers with it") as caught:
-            sh(strays + "[ $RANK = 1 ] && while [ ! -s stray.0 ]; do :; done && kill -KILL $PPID; exec sleep 1000")
+            sh(text)
         assert caught.value.exit_code == 137
-        assert all(process.poll() is None for process in mine)
+        assert all(process.poll() is None for process in mine if process is not mine[1])
+        assert is_alive(grandchild.pid)
         strays_left = [int((job.path / f"stray.{rank}").read_text()) for rank in (0, 1)]
         assert not [pid for pid in strays_left if is_alive(pid)]
     finally:
         release.set()
         for helper in helpers:
             helper.join()
+        grandchild.kill()
         for process in mine:
             process.kill()
-            process.wait()
-
-
-def test_run_costs_no_child_that_the_program_starts_meanwhile() -> None:
-    mine: list[subprocess.Popen[bytes]] = []
-    starter = threading.Thread(target=lambda: mine.append(subprocess.Popen(["sleep", "1000"], start_new_session=True)))
-    try:
-        started = threading.Thread(target=lambda: sh("exec sleep 0.3"))
-        started.start()
-        starter.start()
-        starter.join()
-        started.join()
-        assert mine[0].poll() is None
-    finally:
-        for process in mine:
-            process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_program_that_waits_for_all_its_children() -> None:

@@ -28,9 +28,6 @@ from elastic_launch.workers import BOOTSTRAP
 
 @pytest.fixture(autouse=True)
 def _script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("PET_"):
-            monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("")
 
@@ -56,8 +53,8 @@ WRONG = [
     (["--nnodes", "0"], "--nnodes='0': must be"),
     (["--nnodes", "a:b"], "--nnodes='a:b': must be"),
     (["--nnodes", "1:2:3"], "--nnodes='1:2:3': must be"),
-    (["--nproc-per-node", "-1"], "--nproc-per-node=-1: must be a number of at least 1, or auto"),
-    (["--nproc-per-node", "0"], "--nproc-per-node=0: must be a number of at least 1, or auto"),
+    (["--nproc-per-node", "-1"], "--nproc-per-node=-1: must be a number from 1 to 65536, or auto"),
+    (["--nproc-per-node", "0"], "--nproc-per-node=0: must be a number from 1 to 65536, or auto"),
     (["--rdzv-conf", "abc"], "--rdzv-conf='abc': must be KEY=VALUE"),
     (["--rdzv-conf", "=1"], "--rdzv-conf='=1': must be KEY=VALUE"),
     (["--rdzv-backend", "zookeeper"], "--rdzv-backend='zookeeper': must be one of static, c10d, etcd, etcd-v2"),
@@ -77,7 +74,9 @@ WRONG = [
     (["--node-rank", "1"], "--node-rank=1: must be below the number of nodes, 1"),
     (["--start-method", "thread"], "--start-method='thread': must be one of spawn, fork, forkserver"),
     (["--numa-binding", "cpu"], "--numa-binding='cpu': must be one of node, socket, exclusive, core-complex"),
-    (["--no-such-option"], "unknown option --no-such-option"),
+    (["--nproc-per-node", "9" * 20], "must be a number from 1 to 65536, or auto"),
+    (["--max-restarts", "9" * 5000], "must be a number of at least 0"),
+    (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     (["--ma", "1"], "ambiguous option: --ma"),
     # Parts that do not exist yet say so.
     (["--nnodes", "2"], "--nnodes above 1: not available yet"),
@@ -246,9 +245,14 @@ def test_unique_abbreviations_and_joined_values(before: list[str], dest: str, va
 
 
 def test_parser_serves_other_programs() -> None:
-    known, rest = get_args_parser().parse_known_args(["--nnodes", "2", "train.py", "--lr", "1"])
-    assert (known.nnodes, known.training_script_args, rest) == ("2", ["--lr", "1"], [])
+    known, rest = get_args_parser().parse_known_args(["--nnodes", "2", "--zzz", "train.py", "--lr", "1"])
+    assert (known.nnodes, known.training_script_args, rest) == ("2", ["--lr", "1"], ["--zzz"])
     assert isinstance(known, argparse.Namespace)
+    parser = get_args_parser()
+    parser.add_argument("--mine")
+    parser.add_argument("--mine-too", action="store_true")
+    parsed = parser.parse_args(["--mine", "value", "--mine-too", "train.py"])
+    assert (parsed.mine, parsed.mine_too, parsed.training_script) == ("value", True, "train.py")
 
 
 def test_command_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +263,7 @@ def test_command_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("train.py", "-x") == (python[0], [*python[1:], "script", "train.py", "-x"])
     assert command("-m", "pkg.mod", "-x") == (python[0], [*python[1:], "module", "pkg.mod", "-x"])
     assert command("--no-python", "true", "-x") == ("true", ["-x"])
+    assert command("-", "-x") == (python[0], ["-u", "-", "-x"])
     assert command("--no-python", "--run-path", "train.py")[0] == sys.executable
     monkeypatch.setenv("PYTHON_EXEC", "/bin/sh")
     assert command("train.py")[0] == "/bin/sh"
@@ -327,6 +332,20 @@ def test_text_forms() -> None:
 def test_config_from_python_is_checked_too(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         LaunchConfig(**{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 1, **wrong})
+
+
+def test_defect_of_the_launcher_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("elastic_launch.run.run", fail)
+    monkeypatch.setattr(sys, "argv", ["elastic-run", "train.py"])
+    assert cli.main() == 70
+    text = capfd.readouterr().err
+    assert "RuntimeError: a defect" in text
+    assert "this is a defect of the launcher" in text
 
 
 def test_help(capfd: pytest.CaptureFixture[str]) -> None:

@@ -593,7 +593,7 @@ def test_cpu_and_auto_without_torch_are_the_cpu_count(monkeypatch: pytest.Monkey
     assert local_world_size("auto", {}) == 11
 
 
-ALLOWED = "must be a number of at least 1, or auto, cpu, gpu, xpu (or another accelerator that torch knows)"
+ALLOWED = "must be a number from 1 to 65536, or auto, cpu, gpu, xpu (or another accelerator that torch knows)"
 
 
 @pytest.mark.parametrize(
@@ -687,7 +687,7 @@ def test_meta_is_no_accelerator_to_the_real_torch(real_environ: dict[str, str]) 
 
 
 def test_importing_the_module_imports_nothing_else() -> None:
-    code = "import sys, elastic_launch.errors; before = set(sys.modules); import elastic_launch.devices"
+    code = "import sys, elastic_launch.config; before = set(sys.modules); import elastic_launch.devices"
     code += "; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "elastic_launch.devices\n"
 

@@ -50,8 +50,9 @@ def test_arrows_run_down(path: Path) -> None:
     assert name in FLOOR, f"{path}: has no floor; give it one here"
     above = [module for module in imports(path) if part(module) and FLOOR[part(module)] > FLOOR[name]]
     assert not above, f"{path} (floor {FLOOR[name]}) imports upwards"
-    if name == "workers":
-        assert not [module for module in imports(path) if part(module) in ("rendezvous", "logs", "store")]
+    if FLOOR[name] == 2:
+        beside = {part(module) for module in imports(path) if FLOOR.get(part(module)) == 2} - {name}
+        assert not beside, f"{path}: effects do not import each other"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -61,7 +62,18 @@ def test_torch_and_its_launcher_are_not_imported(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if "core" in path.parts], ids=str)
 def test_decisions_are_pure(path: Path) -> None:
-    allowed = {"__future__", "re", "signal", "time", "typing", "collections", "dataclasses", "enum", "elastic_launch"}
+    allowed = {
+        "__future__",
+        "re",
+        "signal",
+        "time",
+        "typing",
+        "collections",
+        "dataclasses",
+        "enum",
+        "types",
+        "elastic_launch",
+    }
     assert {module.split(".")[0] for module in imports(path)} <= allowed
     text = (PACKAGE.parent / path).read_text()
     assert not [call for call in ("time.time(", "monotonic(", "open(") if call in text]

@@ -84,7 +84,7 @@ def test_failure_tells_what_is_known() -> None:
         host="host-b",
     )
     [failure] = judge([Exit(3, -SIGKILL, 99.0)], {}, PIDS, PLACE, STOPPED_AT)
-    assert failure.message == "The process (pid 203) killed by SIGKILL."
+    assert failure.message == "The process (pid 203) ended: killed by SIGKILL."
     assert failure.signal_name() == "SIGKILL"
 
 

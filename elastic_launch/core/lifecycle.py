@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from elastic_launch.core import root_cause
@@ -26,8 +27,10 @@ ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
 FREE_RESTARTS = 3
 """How often a port that was taken is replaced without charge to ``max_restarts``."""
+DOUBLE = 0.02
+"""Seconds within which a second signal is the first one, delivered twice (to the process and to its group, say)."""
 LEFTOVER_GRACE = 1.0
-"""Seconds between SIGTERM and SIGKILL for what the workers left behind when they ended."""
+"""Seconds, at least, between SIGTERM and SIGKILL for what the workers left behind when they ended."""
 KILL_PATIENCE = 5.0
 """Seconds after SIGKILL until a process is given up as unkillable (state D, usually a hung file system)."""
 
@@ -79,11 +82,17 @@ class Passed(NamedTuple):
 class TimedOut(NamedTuple):
     """``deadline`` has passed."""
 
+    errors: Mapping[int, ErrorRecord] = MappingProxyType({})
+    """As for ``Gone``."""
+
 
 class Gone(NamedTuple):
-    """The round's workers, and all that they left, are gone. ``errors`` is what they wrote of their exceptions."""
+    """The round's workers, and all that they left, are gone."""
 
     errors: Mapping[int, ErrorRecord]
+    """What the workers wrote of their exceptions, by local rank."""
+    leftovers: tuple[str, ...] = ()
+    """Names of the processes that had to be killed when the workers had ended."""
 
 
 Event = Assigned | Started | Exited | Signalled | Passed | TimedOut | Gone
@@ -102,12 +111,12 @@ class Start(NamedTuple):
     restart_count: int
 
 
-class Kill(NamedTuple):
-    """Send a signal to workers: to their whole process groups, or to the processes that lead them only."""
+class Tell(NamedTuple):
+    """Send a signal to workers: to their whole process groups to stop them, else to the processes that lead them."""
 
     signum: int
     local_ranks: frozenset[int]
-    group: bool = True
+    stop: bool
 
 
 class Sweep(NamedTuple):
@@ -129,7 +138,7 @@ class Finish(NamedTuple):
     signum: int | None = None
 
 
-Action = Join | Start | Kill | Sweep | Say | Finish
+Action = Join | Start | Tell | Sweep | Say | Finish
 
 
 class Limits(NamedTuple):
@@ -162,6 +171,8 @@ class Life:
     """The signal that ends the job."""
     interrupted: bool = False
     """That signal, and no failure, ended the round."""
+    asked_at: float | None = None
+    """When the first of ``ESCALATING`` came, on the agent's monotonic clock."""
     deadline: float | None = None
     """When ``TimedOut`` is due, on the agent's monotonic clock."""
     killed: bool = False
@@ -229,58 +240,72 @@ def _worker_ended(life: Life, event: Exited, now: float) -> Step:
         return _stop(life, signal.SIGTERM, event.exit.time, now)
     if life.running:
         return life, []
-    deadline = now + min(LEFTOVER_GRACE, life.limits.shutdown_timeout)
-    return _enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=deadline), [Sweep(kill=False)]
+    return _sweep(_enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=now), now)
 
 
 def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
+    workers = "1 worker" if len(life.running) == 1 else f"{len(life.running)} workers"
     say = Say(
-        f"{signal_name(event.signum)} received: stopping {len(life.running)} workers, SIGKILL in "
-        f"{life.limits.shutdown_timeout:g} s or on a second SIGTERM or SIGINT"
+        f"{signal_name(event.signum)} received: stopping {workers}; SIGKILL in "
+        f"{life.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
-    life, actions = _stop(replace(life, signum=event.signum, interrupted=True), event.signum, event.time, now)
+    life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event, now))
+    life, actions = _stop(life, event.signum, event.time, now)
     return life, [say, *actions]
 
 
 def _stop(life: Life, signum: int, time: float, now: float) -> Step:
     """Begin the stop sequence: signal, wait until the deadline, SIGKILL, wait a little, give up."""
-    everyone = frozenset(range(_place(life).local_world_size))
     life = _enter(life, State.STOPPING, stopped_at=time, deadline=now + life.limits.shutdown_timeout)
-    # The groups of workers that have ended are signalled too: their children may live on in them.
-    actions: list[Action] = [Kill(signum, everyone)]
-    return life, actions if life.running else [*actions, Sweep(kill=False)]
+    if life.running:
+        return life, [Tell(signum, life.running, stop=True)]
+    return _sweep(life, now)
 
 
 def _stopped_worker_ended(life: Life, event: Exited, now: float) -> Step:
     life = _note_exit(life, event)
-    return life, [] if life.running or life.killed else [Sweep(kill=False)]
+    return (life, []) if life.running or life.killed else _sweep(life, now)
+
+
+def _sweep(life: Life, now: float) -> Step:
+    """End what the workers left. It has what remains of their grace, and a little at least."""
+    return replace(life, deadline=max(life.deadline or now, now + LEFTOVER_GRACE)), [Sweep(kill=False)]
 
 
 def _hurry(life: Life, event: Signalled, now: float) -> Step:
-    """A signal while stopping: the job will not restart; a second one from a person means now."""
-    name = signal_name(event.signum)
+    """A signal while stopping: the job will not restart; a second SIGTERM or SIGINT means now."""
+    name, asked_at = signal_name(event.signum), life.asked_at
+    life = replace(life, asked_at=_asked_at(life, event, now))
     if life.signum is None:
-        return replace(life, signum=event.signum), [Say(f"{name} received: the job ends when its workers have stopped")]
-    if event.signum not in ESCALATING or life.killed:
+        return replace(life, signum=event.signum), [Say(f"{name} received: the job ends with this round")]
+    if asked_at is None or now - asked_at < DOUBLE or event.signum not in ESCALATING or life.killed:
         return life, []
     return _kill(life, f"{name} received again", now)
+
+
+def _asked_at(life: Life, event: Signalled, now: float) -> float | None:
+    return now if life.asked_at is None and event.signum in ESCALATING else life.asked_at
 
 
 def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
     if not life.killed:
         return _kill(life, "time to stop is up", now)
     # Not even SIGKILL helps. Another round beside such a process could train twice at once, so the job ends here.
-    say = Say(f"{_survivors(life)} cannot be killed (state D: a hung device or file system?); left to the kernel")
-    return _conclude(life, {}, [say], may_restart=False)
+    say = Say(
+        f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
+        "the job ends without waiting"
+    )
+    return _conclude(life, event.errors, [say], may_restart=False)
 
 
 def _kill(life: Life, why: str, now: float) -> Step:
-    life = replace(life, killed=True, deadline=now + KILL_PATIENCE)
-    return life, [Say(f"{why}: sending SIGKILL to {_survivors(life)}"), Sweep(kill=True)]
+    says = [Say(f"{why}: sending SIGKILL to {_survivors(life)}")] if life.running else []
+    return replace(life, killed=True, deadline=now + KILL_PATIENCE), [*says, Sweep(kill=True)]
 
 
 def _round_is_over(life: Life, event: Gone, now: float) -> Step:
-    return _conclude(life, event.errors, [], may_restart=True)
+    says = [Say(f"killed what the workers had left running: {', '.join(event.leftovers)}")] if event.leftovers else []
+    return _conclude(life, event.errors, [*says], may_restart=True)
 
 
 def _conclude(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Action], *, may_restart: bool) -> Step:
@@ -288,8 +313,10 @@ def _conclude(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Actio
     place = _place(life)
     failures = root_cause.judge(life.exits, errors, life.pids, place, life.stopped_at)
     done = _enter(life, State.DONE, deadline=None)
-    if life.interrupted or not failures:
+    if life.interrupted:
         return done, [*actions, Finish(signum=life.signum)]
+    if not failures:
+        return done, [*actions, Finish()]
     free = life.free < FREE_RESTARTS and place.port_picked and _lost_its_port(failures, place)
     if not may_restart or not (free or life.charged < life.limits.max_restarts):
         return done, [*actions, Finish(failures)]
@@ -312,12 +339,12 @@ def _lost_its_port(failures: tuple[ProcessFailure, ...], place: Assignment) -> b
 def _restart_line(cause: ProcessFailure, life: Life, *, free: bool) -> str:
     if free:
         return "MASTER_PORT was taken by another process: starting again with another port, without charge"
-    what = f"{cause.how()}, {cause.error}" if cause.error else cause.how()
+    what = f"{cause.how()}, {cause.error_line()}" if cause.error else cause.how()
     return f"rank {cause.rank} failed ({what}): restart {life.charged} of {life.limits.max_restarts}"
 
 
 def _pass_on(life: Life, event: Passed, now: float) -> Step:
-    return life, [Kill(event.signum, life.running, group=False)]
+    return life, [Tell(event.signum, life.running, stop=False)]
 
 
 def _ignore(life: Life, event: Passed, now: float) -> Step:
@@ -337,7 +364,7 @@ def _place(life: Life) -> Assignment:
 def _survivors(life: Life) -> str:
     """The processes that have not ended, for people."""
     if not life.running:
-        return "processes that the workers left behind"
+        return "a process that a worker left behind"
     names = ", ".join(f"{_place(life).rank(local)} (pid {life.pids.get(local, -1)})" for local in sorted(life.running))
     return f"worker rank {names}" if len(life.running) == 1 else f"workers {names}"
 

@@ -21,7 +21,7 @@ def format_report(
         failures: the cause first.
         restarts: how many restarts were used up.
         max_restarts: how many there were.
-        log_dir: where the round's files lie; None where there are none.
+        log_dir: where the job's files lie; None where there are none.
     """
     cause, *consequences = failures
     lines = [
@@ -34,7 +34,7 @@ def format_report(
         f"  time    : {_when(cause)}",
     ]
     if cause.error:
-        lines += [f"  error   : {_first_line(cause.error)}"]
+        lines += [f"  error   : {cause.error_line()}"]
         lines += _indent(cause.message) if cause.message != cause.error else []
     if consequences:
         lines += ["Then"]
@@ -46,18 +46,13 @@ def format_report(
 
 
 def _consequence(failure: ProcessFailure) -> str:
-    error = f", {_first_line(failure.error)}" if failure.error else ""
+    error = f", {failure.error_line()}" if failure.error else ""
     return f"rank {failure.rank} on {failure.host} (pid {failure.pid}): {failure.how()}{error} at {_when(failure)}"
 
 
 def _when(failure: ProcessFailure) -> str:
     millis = int(failure.timestamp % 1 * 1000)
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(failure.timestamp))}.{millis:03d}"
-
-
-def _first_line(text: str) -> str:
-    line = text.split("\n", 1)[0]
-    return line if len(line) <= 500 else f"{line[:500]} ..."
 
 
 def _indent(text: str) -> list[str]:

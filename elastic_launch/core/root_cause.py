@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from elastic_launch.errors import ProcessFailure, signal_name
+from elastic_launch.errors import ProcessFailure, how_it_ended
 from elastic_launch.model import Assignment
 
 _CONSEQUENCE = re.compile(
@@ -42,7 +42,7 @@ class Exit(NamedTuple):
     time: float
     """Seconds since 1970."""
     told: tuple[int, ...] = ()
-    """The signals that it had been sent by then."""
+    """The signals that it had been sent to stop it, by then."""
 
 
 def judge(
@@ -89,14 +89,13 @@ def _is_consequence(failure: ProcessFailure) -> bool:
 
 
 def _failure(exit_: Exit, error: ErrorRecord | None, pid: int, place: Assignment) -> ProcessFailure:
-    how = f"killed by {signal_name(-exit_.exitcode)}" if exit_.exitcode < 0 else f"exited with {exit_.exitcode}"
     return ProcessFailure(
         local_rank=exit_.local_rank,
         pid=pid,
         exitcode=exit_.exitcode,
         error_file=error.path if error else "<N/A>",
         error=error.error if error else "",
-        message=error.traceback if error else f"The process (pid {pid}) {how}.",
+        message=error.traceback if error else f"The process (pid {pid}) ended: {how_it_ended(exit_.exitcode)}.",
         timestamp=min(error.time, exit_.time) if error else exit_.time,
         rank=place.rank(exit_.local_rank),
         host=place.host,

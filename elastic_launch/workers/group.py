@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
 from elastic_launch.core.root_cause import ErrorRecord, Exit
-from elastic_launch.errors import ExitCode
-from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans, children
+from elastic_launch.errors import ExitCode, LaunchError
+from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans, has_children
 
 Command = tuple[int, list[str], dict[str, str]]
 """Local rank, argument vector, changes to the inherited environment."""
@@ -28,7 +28,7 @@ class WorkerProcesses:
         """Prepare; ``run_id`` marks the workers and all that they start, ``environ`` is what they inherit."""
         self._run_id = run_id
         self._environ = environ
-        self._strangers, self._alone = children(), threading.active_count() == 1
+        self._alone = threading.active_count() == 1 and not has_children()
         self._keeper = Keeper(environ)
         self._commands: dict[int, list[str]] = {}
         self._pids: Mapping[int, int] = {}
@@ -45,12 +45,12 @@ class WorkerProcesses:
         """Start a round; ``Started`` follows, and ``Exited`` for each worker, also for those that cannot be started."""
         self._commands = {local_rank: argv for local_rank, argv, _ in commands}
         self._running = set(self._commands)
-        self._errors = {}
+        self._pids, self._errors = {}, {}
         self._keeper.send("spawn", list(commands))
 
-    def kill(self, signum: int, local_ranks: frozenset[int], group: bool) -> None:
-        """Signal those workers that have not ended, with their process groups or alone."""
-        self._keeper.send("tell", int(signum), sorted(local_ranks), group)
+    def tell(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
+        """Signal workers: to stop them, with their process groups, or else alone."""
+        self._keeper.send("tell", int(signum), sorted(local_ranks), stop)
 
     def sweep(self, kill: bool) -> None:
         """End what is left; ``Gone`` follows when nothing is."""
@@ -77,9 +77,9 @@ class WorkerProcesses:
             case ("exited", list(exits)):
                 self._running -= {exit_[0] for exit_ in exits}
                 return [Exited(Exit(*exit_)) for exit_ in exits]
-            case ("gone",):
-                return [self._gone()]
-        raise ValueError(f"internal error: the keeper said {message!r}")
+            case ("gone", dict(leftovers)):
+                return [self._gone(leftovers)]
+        raise LaunchError(f"internal error: the keeper said {message!r}")
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> Event:
         command = self._commands[local_rank][0]
@@ -90,11 +90,11 @@ class WorkerProcesses:
         return Exited(Exit(local_rank, code, time.time()))
 
     def _bury_orphans(self) -> None:
-        bury_orphans(self._strangers, self._alone, self._pids.values(), self._run_id)
+        bury_orphans(self._alone, self._pids.values(), self._run_id)
 
-    def _gone(self) -> Event:
+    def _gone(self, leftovers: Mapping[int, str]) -> Event:
         self._sweep_unanswered = False
-        return Gone(self._errors)
+        return Gone(self._errors, tuple(f"{name} (pid {pid})" for pid, name in sorted(leftovers.items())))
 
     def _keeper_is_lost(self) -> list[Event]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
@@ -107,4 +107,4 @@ class WorkerProcesses:
         self._running.clear()
         self._keeper = Keeper(self._environ)
         # An order to sweep that the agent still gives goes to the new keeper, which finds nothing.
-        return [*exits, self._gone()] if self._sweep_unanswered else exits
+        return [*exits, self._gone({})] if self._sweep_unanswered else exits

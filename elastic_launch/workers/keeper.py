@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -94,44 +95,60 @@ class Keeper:
             if not _wait(process.fileno(), CLOSE_PATIENCE):
                 signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
                 _wait(process.fileno(), CLOSE_PATIENCE)
-        return _reap(self.pid) == 0
+        return _reap(self.pid)
 
 
 @contextlib.contextmanager
-def subreaper() -> Iterator[None]:
-    """Make this process the one that adopts what a keeper leaves when it is killed; afterwards as before."""
-    before = keeper_main.get_subreaper()
-    keeper_main.set_subreaper(True)
+def subreaper() -> Iterator[bool]:
+    """Make this process the one that adopts what a keeper leaves when it is killed; afterwards as before.
+
+    Yields whether the system lets it.
+    """
+    global _subreaper_users, _subreaper_before  # agents may run in several threads of a program
+    with _subreaper_lock:
+        if _subreaper_users == 0:
+            _subreaper_before = keeper_main.get_subreaper()
+        _subreaper_users += 1
+        done = keeper_main.set_subreaper(True)
     try:
-        yield
+        yield done
     finally:
-        keeper_main.set_subreaper(before)
+        with _subreaper_lock:
+            _subreaper_users -= 1
+            if _subreaper_users == 0:
+                keeper_main.set_subreaper(_subreaper_before)
 
 
-def children() -> frozenset[int]:
-    """The children of this process, living or dead."""
+_subreaper_lock = threading.Lock()
+_subreaper_users, _subreaper_before = 0, False
+
+
+def has_children() -> bool:
+    """Whether this process has a child, living or dead."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return frozenset()  # as in a command line's agent: no need to search /proc
-    return frozenset(keeper_main.children_by_parent().get(os.getpid(), ()))
+        return False
+    return True
 
 
-def bury_orphans(strangers: frozenset[int], alone: bool, workers: Collection[int], run_id: str) -> None:
+def bury_orphans(alone: bool, workers: Collection[int], run_id: str) -> None:
     """Kill what a lost keeper left to this process, its subreaper, and wait until it is gone.
 
-    A program around the agent may have children of its own, which must not be hit: those that it had before the run
-    and, where it has other threads that can start some meanwhile, all that are not workers and do not carry the job's
-    variable.
-
     Args:
-        strangers: the children that this process had before the run.
-        alone: the process has no other thread that could have started some since.
+        alone: the process has no other child, and no thread that could have started one: all that it has is ours.
+            Else ours are the workers, and what carries the job's variable.
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
     mark = f"TORCHELASTIC_RUN_ID={run_id}\0".encode()
-    while orphans := [pid for pid in children() - strangers if alone or pid in workers or mark in _environment_of(pid)]:
+    while has_children() and (
+        orphans := [
+            pid
+            for pid in keeper_main.children_by_parent().get(os.getpid(), ())
+            if alone or pid in workers or mark in _environment_of(pid)
+        ]
+    ):
         for orphan in orphans:
             for pid in (orphan, *keeper_main.descendants(orphan)):
                 keeper_main.kill(pid, signal.SIGKILL)
@@ -157,9 +174,9 @@ def _wait(process: int, seconds: float) -> bool:
     return bool(poller.poll(seconds * 1000))
 
 
-def _reap(pid: int) -> int:
-    """Collect a child that has ended. Returns its status; 0 if the program around us, waiting for all, was first."""
+def _reap(pid: int) -> bool:
+    """Collect a child. Returns whether it ended with status 0, as far as is known: others may wait for all children."""
     try:
-        return os.waitpid(pid, os.WNOHANG)[1]
+        return os.waitpid(pid, os.WNOHANG) == (pid, 0)
     except ChildProcessError:
-        return 0
+        return True

@@ -9,18 +9,18 @@ that forks may keep copies of the socket's other end. It has all signals blocked
 neither a terminal nor a batch system that signals every process of a job can hit it by accident.
 
 It imports nothing of elastic_launch and as little as possible of the standard library: it stands in the way of the
-first worker. It decides nothing but when to give up on processes: that is never.
+first worker. It decides nothing, and gives no process up; the agent does, and then leaves the keeper to its task.
 
 Messages are marshalled tuples after a length of four bytes; both ends are the same interpreter.
 
 To the keeper:
     ("spawn", [(local rank, argv, environment changes), ...])  -- begins a round
-    ("tell", signum, [local rank, ...], the whole process groups?)
+    ("tell", signum, [local rank, ...], stop?)
     ("sweep", kill?)
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
-    ("exited", [(local rank, exit code, time, (signals sent before, ...)), ...])
-    ("gone",)  -- the answer to the first sweep that leaves no process; it ends the round
+    ("exited", [(local rank, exit code, time, (stop signals sent before, ...)), ...])
+    ("gone", {pid: name})  -- answers the sweeps of a round, when nothing is left; what had to be killed besides workers
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ import os
 import select
 import signal
 import time
+from enum import Enum
 
 TYPE_CHECKING = False  # typing is an import that the keeper does without
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -48,9 +49,9 @@ FIRST_LOOK, SLOWEST_LOOK = 0.01, 1.0
 libc = ctypes.CDLL(None)
 
 
-def set_subreaper(on: bool) -> None:
-    """Make this process the parent of what its descendants orphan, or undo that (``prctl(2)``)."""
-    libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+def set_subreaper(on: bool) -> bool:
+    """Make this process the parent of what its descendants orphan, or undo that. Returns whether the system lets it."""
+    return bool(libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0) == 0)
 
 
 def get_subreaper() -> bool:
@@ -92,6 +93,15 @@ def kill(pid: int, signum: int) -> None:
         pass  # ended, or it runs as another user (sudo in a worker)
 
 
+def name_of(pid: int) -> str:
+    """The name of a process, as ``ps`` shows it; empty when it has ended."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def pack(message: tuple[Any, ...]) -> bytes:
     """A message as it goes over the socket."""
     data = marshal.dumps(message)
@@ -106,41 +116,94 @@ def unpack(buffer: bytearray) -> Iterator[tuple[Any, ...]]:
         yield message
 
 
-class _Worker:
+class Phase(Enum):
+    """Where a round stands, as the keeper sees it."""
+
+    SERVING = 0
+    SWEEPING = 1
+    """What is left has had SIGTERM."""
+    KILLING = 2
+    """SIGKILL goes to whatever is left, again and again."""
+    SWEPT = 3
+    """Nothing is left, and the agent has been told."""
+
+
+class Worker:
+    """A worker that has not ended."""
+
     def __init__(self, local_rank: int, pid: int) -> None:
         self.local_rank = local_rank
         self.pid = pid
         self.told: tuple[int, ...] = ()
+        """The stop signals that it was sent."""
 
 
-class Keeper:
-    """The state of the process, and what it does on each message and death."""
+class Service:
+    """What the keeper does on each order and each death."""
 
-    def __init__(self, sock: int) -> None:
+    def __init__(self, sock: int, agent: int) -> None:
         self.sock = sock
-        self.workers: dict[int, _Worker] = {}
+        self.agent = agent
+        self.agent_lives = True
+        self.phase = Phase.SERVING
+        self.workers: dict[int, Worker] = {}
         """By local rank, until they have ended."""
         self.told_groups: set[int] = set()
         """Process groups that were sent a stop signal as a whole."""
-        self.sweeping = False
-        self.swept = False
-        self.killing = False
-        self.agent_lives = True
-        self.next_look: float | None = None
+        self.leftovers: dict[int, str] = {}
+        """What had to be killed when the workers had ended: name by pid."""
+        self.next_look = FIRST_LOOK
+
+    def run(self) -> None:
+        """Serve until the agent is gone and nothing is left."""
+        deaths, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakeup)
+        poller = select.poll()
+        for fd in (self.sock, self.agent, deaths):
+            poller.register(fd, select.POLLIN)
+        orders: dict[str, Callable[..., None]] = {"spawn": self.spawn, "tell": self.tell, "sweep": self.sweep}
+        buffer = bytearray()
+        while True:
+            timeout = self.next_look * 1000 if self.phase is Phase.KILLING else None
+            ready = [fd for fd, _ in poller.poll(timeout)]
+            if deaths in ready:
+                os.read(deaths, 4096)
+            if self.sock in ready:
+                data = self.receive()
+                self.agent_lives = bool(data)
+                buffer += data
+                for name, *arguments in unpack(buffer):
+                    orders[name](*arguments)
+            if self.agent in ready or (self.sock in ready and not self.agent_lives):
+                self.agent_lives = False
+                poller.unregister(self.sock)
+                poller.unregister(self.agent)
+                self.kill_all()
+            if not self.look() and not self.agent_lives:
+                return
+
+    def receive(self) -> bytes:
+        """Read what the agent sent; nothing when it has closed its end."""
+        try:
+            return os.read(self.sock, 1 << 16)
+        except ConnectionError:
+            return b""
 
     def send(self, message: tuple[Any, ...]) -> None:
-        """Send to the agent, if it lives."""
+        """Send to the agent; that it is gone shows elsewhere."""
         data = memoryview(pack(message))
         try:
             while self.agent_lives and data:
                 data = data[os.write(self.sock, data) :]
         except OSError:
-            self.agent_lives = False
+            return
 
     def spawn(self, commands: list[tuple[int, list[str], dict[str, str]]]) -> None:
         """Start the workers of a round."""
+        self.phase = Phase.SERVING
         self.told_groups.clear()
-        self.swept = False
+        self.leftovers.clear()
         started: dict[int, int] = {}
         failed: dict[int, tuple[int, str]] = {}
         for local_rank, argv, environment in commands:
@@ -150,29 +213,32 @@ class Keeper:
                 failed[local_rank] = (error.errno or 0, error.strerror or str(error))
             else:
                 started[local_rank] = pid
-                self.workers[local_rank] = _Worker(local_rank, pid)
+                self.workers[local_rank] = Worker(local_rank, pid)
         self.send(("started", started, failed))
 
-    def tell(self, signum: int, local_ranks: list[int], group: bool) -> None:
-        """Send a signal to workers; only to those that have not ended, whose pids are still theirs."""
+    def tell(self, signum: int, local_ranks: list[int], stop: bool) -> None:
+        """Send a signal to workers that have not ended, whose pids are still theirs.
+
+        One that is to stop them goes to their whole process groups, and is remembered: how they end is then an answer.
+        """
         for worker in [self.workers[rank] for rank in local_ranks if rank in self.workers]:
-            worker.told += (signum,)
-            if group:
-                self.told_groups.add(worker.pid)
-                # SIGCONT, or a stopped worker would sleep through its grace.
-                for number in (signum, signal.SIGCONT):
-                    kill(-worker.pid, number)
-            else:
+            if not stop:
                 kill(worker.pid, signum)
+                continue
+            worker.told += (signum,)
+            self.told_groups.add(worker.pid)
+            for number in (signum, signal.SIGCONT):  # a stopped worker would sleep through its grace
+                kill(-worker.pid, number)
 
     def sweep(self, with_kill: bool) -> None:
-        """Begin to end what is left; ``after_deaths`` tells the agent when nothing is."""
-        if self.swept:
+        """Begin to end what is left; ``look`` tells the agent when nothing is."""
+        if self.phase is Phase.SWEPT:
             return  # the order and the answer to an earlier one have crossed
-        self.sweeping = True
         if with_kill:
-            self.start_killing()
-        elif self.reap():
+            self.kill_all()
+            return
+        self.phase = Phase.SWEEPING
+        if self.reap():
             # What had its stop signal with its group is not sent another: a second one often means "now".
             for pid in descendants(os.getpid()):
                 try:
@@ -183,12 +249,26 @@ class Keeper:
                     kill(pid, signal.SIGTERM)
                     kill(pid, signal.SIGCONT)
 
-    def start_killing(self) -> None:
-        """SIGKILL whatever is below, again and again, until nothing is."""
-        self.killing = True
+    def kill_all(self) -> None:
+        """SIGKILL whatever is below, from the next ``look`` on until nothing is."""
+        self.phase = Phase.KILLING
+        self.next_look = FIRST_LOOK
         for worker in self.workers.values():
             worker.told += (int(signal.SIGKILL),)
-        self.next_look = FIRST_LOOK
+
+    def look(self) -> bool:
+        """Look who is left, and do what the phase asks for. Returns whether any process is left."""
+        left = self.reap()
+        if left and self.phase is Phase.KILLING:
+            for pid in descendants(os.getpid()):
+                if not self.workers:
+                    self.leftovers[pid] = name_of(pid)
+                kill(pid, signal.SIGKILL)
+            self.next_look = min(2 * self.next_look, SLOWEST_LOOK)
+        if not left and self.phase in (Phase.SWEEPING, Phase.KILLING):
+            self.phase = Phase.SWEPT
+            self.send(("gone", self.leftovers))
+        return left
 
     def reap(self) -> bool:
         """Collect the dead, workers or adopted; tell of the workers. Returns whether any process is left."""
@@ -209,56 +289,6 @@ class Keeper:
         if ended:
             self.send(("exited", ended))
         return left
-
-    def after_deaths(self) -> bool:
-        """Look who is left, and go on killing if that is due. Returns whether the keeper's work is done."""
-        left = self.reap()
-        if left and self.killing and self.next_look is not None:
-            for pid in descendants(os.getpid()):
-                kill(pid, signal.SIGKILL)
-            self.next_look = min(2 * self.next_look, SLOWEST_LOOK)
-        if not left:
-            if self.sweeping:
-                self.swept = True
-                self.send(("gone",))
-            self.sweeping = self.killing = False
-            self.next_look = None
-        return not left and not self.agent_lives
-
-    def run(self, agent: int) -> None:
-        """Serve until the agent is gone and nothing is left."""
-        deaths, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wakeup)
-        poller = select.poll()
-        for fd in (self.sock, agent, deaths):
-            poller.register(fd, select.POLLIN)
-        buffer = bytearray()
-        while True:
-            ready = [fd for fd, _ in poller.poll(None if self.next_look is None else self.next_look * 1000)]
-            if deaths in ready:
-                os.read(deaths, 4096)
-            if self.sock in ready:
-                data = self.receive()
-                self.agent_lives = self.agent_lives and bool(data)
-                buffer += data
-                for name, *arguments in unpack(buffer):
-                    getattr(self, name)(*arguments)
-            if agent in ready:
-                self.agent_lives = False
-            if not self.agent_lives and self.next_look is None:
-                for fd in (self.sock, agent):
-                    poller.unregister(fd)
-                self.start_killing()
-            if self.after_deaths():
-                return
-
-    def receive(self) -> bytes:
-        """Read what the agent sent; nothing when it has closed its end."""
-        try:
-            return os.read(self.sock, 1 << 16)
-        except ConnectionError:
-            return b""
 
 
 def start(argv: list[str], environment: dict[str, str]) -> int:
@@ -305,10 +335,12 @@ def main(sock: int, agent: int) -> NoReturn:
     """Run the keeper; ``sock`` and ``agent`` are inherited descriptors."""
     for fd in (sock, agent):
         os.set_inheritable(fd, False)
-    low, high = sorted((sock, agent))
-    for start_, end in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
-        os.closerange(start_, end)  # what the caller left open is neither for us nor for the workers
+    limit = os.sysconf("SC_OPEN_MAX")
+    bounds = sorted({2, sock, agent, limit if limit > 0 else 1 << 20})
+    for low, high in zip(bounds, bounds[1:]):  # noqa: B905, RUF007 - itertools is an import
+        if low >= 2:
+            os.closerange(low + 1, high)  # what the caller left open is neither for us nor for the workers
     libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
     set_subreaper(True)
-    Keeper(sock).run(agent)
+    Service(sock, agent).run()
     os._exit(0)
