@@ -29,7 +29,7 @@ from common import (
 
 IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)$")  # self and cumulative in µs, module
 
-ENTRY = "from elastic_launch.cli import main; raise SystemExit(main())"  # what the script elastic-run does
+ENTRY = "from elastic_launch.cli import console; console()"  # what the script elastic-run does
 
 
 def main() -> None:

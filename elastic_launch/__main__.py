@@ -1,7 +1,6 @@
 """Floor 5: ``python -m elastic_launch`` is ``elastic-run``."""
 
-import sys
+from elastic_launch.cli import console
 
-from elastic_launch.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    console()

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, DefaultLogsSpecs, parse_signals
 from elastic_launch.console import say as say_on_stderr
+from elastic_launch.console import standard_streams
 from elastic_launch.core import lifecycle
 from elastic_launch.core.lifecycle import (
     Action,
@@ -102,6 +103,7 @@ class LocalElasticAgent:
             LaunchError: the launcher could not do its work; no worker is left.
         """
         with ExitStack() as stack:
+            stack.enter_context(standard_streams())
             self._files = JobFiles(self._logs_specs.log_dir, self._run_id, self._environ.get("TMPDIR") or "/tmp")
             stack.callback(self._files.close)
             self._signals = stack.enter_context(SignalQueue(self._stop_signals | PASSED_ON))

@@ -6,14 +6,18 @@ Imports next to nothing before it can deal with Ctrl-C.
 from __future__ import annotations
 
 import os
-import sys
+import signal
+from typing import NoReturn
 
-from elastic_launch.console import say, write
+from elastic_launch import signals
+from elastic_launch.console import REPORT_PATIENCE, say, write
 
 
 def main() -> int:
     """Run the command line and return the exit status: 0, the cause's, 128 + N for signal N, or an ``ExitCode``."""
-    _open_standard_streams()
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, _ignore)  # the workers' business, also while there are none yet
+    signals.owns_process = True
     try:
         from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException
         from elastic_launch.run import main as run
@@ -24,7 +28,7 @@ def main() -> int:
             say(str(error))
             return error.exit_code
         except ChildFailedError as error:
-            write(f"{error}\n")
+            write(f"{error}\n", REPORT_PATIENCE)
             return error.exit_code
         except LaunchError as error:
             say(f"error: {error}")
@@ -32,20 +36,18 @@ def main() -> int:
         except Exception:
             import traceback
 
-            write(traceback.format_exc())
+            write(traceback.format_exc(), REPORT_PATIENCE)
             say("error: this is a defect of the launcher; please report it with the lines above")
             return ExitCode.SOFTWARE
     except KeyboardInterrupt:
-        return 130  # before the agent took over the signals, or after it gave them back
+        return 130  # before the agent took over the signals
     return 0
 
 
-def _open_standard_streams() -> None:
-    """Take up descriptors 0 to 2 where the caller closed them, before a socket gets such a number."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
+def console() -> NoReturn:
+    """The program: ``main``, and then an end without the interpreter's own, which gives the signals back first."""
+    os._exit(main())
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _ignore(signum: int, frame: object) -> None:
+    """Not SIG_IGN, which the workers would inherit."""

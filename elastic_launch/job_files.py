@@ -6,7 +6,9 @@ The only module that knows a path of the layout ``LOG_DIR/RUN_ID/attempt_K/RANK/
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 
 from elastic_launch.core.root_cause import ErrorRecord
 from elastic_launch.errors import UnavailableError
@@ -33,15 +35,17 @@ class JobFiles:
             UnavailableError: it cannot be made.
         """
         self._temporary = None if log_dir else os.path.join(temp_dir, f"elastic_launch_{os.urandom(6).hex()}")
-        self.root = os.path.join(os.path.abspath(log_dir or self._temporary or ""), _as_file_name(run_id))
+        self.root = os.path.join(log_dir or self._temporary or "", _as_file_name(run_id))
+        self._usable = True
         try:
+            self.root = os.path.abspath(self.root)
             if self._temporary:
                 os.mkdir(self._temporary, mode=0o700)
             os.makedirs(self.root, exist_ok=True)
         except OSError as error:
             if log_dir:
                 raise UnavailableError(f"--log-dir={log_dir}: cannot make {self.root}: {error.strerror}") from error
-            # No place for temporary files: a job can run without error files.
+            self._usable = False  # no place for temporary files: a job can run without error files
 
     def attempt_dir(self, attempt: int) -> str:
         """The directory of one round."""
@@ -57,6 +61,8 @@ class JobFiles:
         A disk that is full or gone does not stop a job from running, only from telling its error in a file.
         """
         path = self.error_file(attempt, rank)
+        if not self._usable:
+            return path
         with contextlib.suppress(OSError):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         with contextlib.suppress(OSError):
@@ -81,7 +87,7 @@ def _as_file_name(run_id: str) -> str:
         return run_id
     from urllib.parse import quote  # late: 3 ms, and most ids need it not
 
-    name = quote(run_id, safe="")
+    name = quote(os.fsencode(run_id), safe="")
     return name if name.strip(".") else f"_{name}"
 
 
@@ -90,7 +96,7 @@ def read_error_file(path: str) -> ErrorRecord | None:
     import json  # late: needed after a failure only
 
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", opener=_open_regular) as file:
             record = json.loads(file.read(_MAX_ERROR_FILE))
             written = os.fstat(file.fileno()).st_mtime
         message = record["message"]
@@ -101,5 +107,14 @@ def read_error_file(path: str) -> ErrorRecord | None:
         time = float(extra.get("time", written))
         plausible = abs(time - written) < _PLAUSIBLE  # false for NaN
         return ErrorRecord(error, str(extra["py_callstack"]), time if plausible else written, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file, but nothing that could make the reader wait or lead it elsewhere: no pipe, no link."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a file", path)
+    return fd

@@ -215,7 +215,7 @@ def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> N
     for option in OPTIONS:
         source, value = f"--{option.name}", getattr(namespace, option.dest, None)
         if value is None:
-            source, value = option.variable, environ.get(option.variable)
+            source, value = option.variable, environ.get(option.variable) or None  # an empty one is none
         if value is None:
             value = option.default
         elif isinstance(value, str):

@@ -151,6 +151,6 @@ def _check_script(script: str) -> None:
     """Complain once here rather than once per worker, and restart, there."""
     if not os.path.exists(script):
         hint = "; for a module, pass -m" if not script.endswith(".py") and os.sep not in script else ""
-        raise UsageError(f"script {script}: no such file in {os.getcwd()}{hint}")
+        raise UsageError(f"script {script}: no such file{hint}")
     if not os.access(script, os.R_OK):
         raise UsageError(f"script {script}: not readable by this user")

@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+owns_process = False
+"""Set by the command line, whose process has nothing else to do: when the run is over its outcome is decided, and
+signals that come while the report is written are no one's. They stay without effect instead of being given back."""
+
 
 class SignalQueue:
     """A context in which signals are queued instead of acted on.
@@ -40,9 +44,10 @@ class SignalQueue:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, before in self._before.items():
-            # None: a handler that C code had installed, which Python cannot put back.
-            signal.signal(signum, signal.SIG_DFL if before is None else before)
+        if not owns_process:
+            for signum, before in self._before.items():
+                # None: a handler that C code had installed, which Python cannot put back.
+                signal.signal(signum, signal.SIG_DFL if before is None else before)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._reading)

@@ -516,6 +516,18 @@ def test_stopped_keeper_is_replaced_by_the_agent_at_the_end(job: Job) -> None:
     assert not [pid for pid in family if is_alive(pid)]
 
 
+def test_stopped_keeper_is_replaced_also_where_children_are_not_waited_for(job: Job) -> None:
+    script = job.script(TREE + "wait()")
+    command = f"trap '' CHLD; exec {sys.executable} -m elastic_launch --nproc-per-node 1 --shutdown-timeout 0 {script}"
+    process = subprocess.Popen(["bash", "-c", command], cwd=job.path, stderr=subprocess.DEVNULL)
+    job.wait_for("0.0 up", "0.0 daemon")
+    family = below(process.pid)
+    os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGSTOP)
+    process.send_signal(SIGTERM)
+    assert process.wait(DEADLINE) == 143
+    assert not [pid for pid in family if is_alive(pid)]
+
+
 def test_job_survives_the_loss_of_its_keeper(job: Job) -> None:
     script = job.script(TREE + "if restart == 0: wait()")
     process = job.start(*TWO, "--max-restarts", "1", script)
@@ -643,6 +655,66 @@ def test_odd_error_file_hides_no_failure(job: Job, content: str) -> None:
     done = job.run("--nproc-per-node", "1", script)
     assert done.returncode == 4
     assert "exit    : exit code 4" in done.stderr
+
+
+@pytest.mark.parametrize("make", ["os.mkfifo(path)", "os.symlink('/proc/self/fd/0', path)", "os.mkdir(path)"])
+def test_error_file_that_is_no_file_is_not_waited_for(job: Job, make: str) -> None:
+    script = job.script(f"path = os.environ['TORCHELASTIC_ERROR_FILE']; {make}; os._exit(3)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elastic_launch", "--nproc-per-node", "1", "--log-dir", "logs", script],
+        cwd=job.path,
+        stdin=subprocess.PIPE,  # which stays open
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.wait(DEADLINE) == 3
+    process.communicate()
+
+
+def test_reader_that_has_stopped_does_not_hold_up_the_agent(job: Job) -> None:
+    script = job.script(
+        "signal.signal(15, lambda *_: (mark('saved'), os._exit(0)))\n"
+        "os.set_blocking(2, False)\n"
+        "try:\n    while True: os.write(2, b'x' * 4096)\n"
+        "except BlockingIOError: os.set_blocking(2, True)\n"
+        "mark('full'); wait()"
+    )
+    process = job.start("--nproc-per-node", "1", script)  # whose stderr is read at the end only
+    job.wait_for("0.0 full")
+    process.send_signal(SIGTERM)
+    job.wait_for("0.0 saved")
+    assert process.wait(DEADLINE) == 143
+
+
+@pytest.mark.parametrize(("end", "status"), [("raise ValueError('boom')", 1), ("os._exit(0)", 0)])
+def test_storm_of_signals_at_the_end_costs_neither_report_nor_status(job: Job, end: str, status: int) -> None:
+    script = job.script(
+        f"signal.signal(10, signal.SIG_IGN); mark('up')\nwhile not os.path.exists('go'): time.sleep(0.01)\n{end}"
+    )
+    process = job.start("--nproc-per-node", "1", script)
+    job.wait_for("0.0 up")
+    (job.path / "go").touch()
+    while process.poll() is None:
+        process.send_signal(SIGUSR1)
+    done = job.finish(process)
+    assert done.returncode == status
+    assert ("train.py FAILED" in done.stderr) == (status != 0)
+
+
+def test_arguments_and_environment_are_bytes(job: Job) -> None:
+    env = {**os.environb, b"NAME": b"caf\xe9", b"LC_ALL": b"C", b"PYTHONCOERCECLOCALE": b"0", b"PYTHONUTF8": b"1"}
+    command = [sys.executable, "-m", "elastic_launch", "--no-python", "sh", "-c", 'printf "$1 $NAME $LC_CTYPE"', "sh"]
+    done = subprocess.run([*command, b"\xff\xe2\x82\xac"], env=env, capture_output=True, check=True)
+    assert done.stdout == b"\xff\xe2\x82\xac caf\xe9 "
+
+
+def test_deleted_working_directory(job: Job) -> None:
+    script = job.script("mark()")
+    (job.path / "gone").mkdir()
+    command = f"rmdir ../gone; exec {sys.executable} -m elastic_launch --log-dir logs {script}"
+    done = subprocess.run(["sh", "-c", command], cwd=job.path / "gone", capture_output=True, text=True)
+    assert done.returncode == 69
+    assert "--log-dir=logs: cannot make" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_two_jobs_at_once_do_not_meet(job: Job) -> None:

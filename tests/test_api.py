@@ -208,6 +208,20 @@ def test_lost_keeper_costs_no_child_of_the_program_around(
             process.communicate()
 
 
+def test_closed_standard_streams_of_the_program_around() -> None:
+    """Descriptors 0 and 2 are free, and so would be those of the agent's own pipes."""
+    code = (
+        "import os; os.close(0); os.close(2)\n"
+        "from elastic_launch import ChildFailedError, LaunchConfig, elastic_launch\n"
+        "config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, max_restarts=2)\n"
+        "try: elastic_launch(config, 'sh')('-c', 'exit 7')\n"
+        "except ChildFailedError as error: print(error.exit_code)\n"
+        "print(sorted(fd for fd in os.listdir('/proc/self/fd')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    assert done.stdout == "7\n['0', '1']\n"
+
+
 def test_program_that_waits_for_all_its_children() -> None:
     """The keeper is a child of the program, which may reap it before the agent does."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)

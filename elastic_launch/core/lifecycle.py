@@ -251,7 +251,7 @@ def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
     )
     life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event, now))
     life, actions = _stop(life, event.signum, event.time, now)
-    return life, [say, *actions]
+    return life, [*actions, say]  # deeds before words, which may have to wait for their reader
 
 
 def _stop(life: Life, signum: int, time: float, now: float) -> Step:
@@ -300,7 +300,7 @@ def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
 
 def _kill(life: Life, why: str, now: float) -> Step:
     says = [Say(f"{why}: sending SIGKILL to {_survivors(life)}")] if life.running else []
-    return replace(life, killed=True, deadline=now + KILL_PATIENCE), [*says, Sweep(kill=True)]
+    return replace(life, killed=True, deadline=now + KILL_PATIENCE), [Sweep(kill=True), *says]
 
 
 def _round_is_over(life: Life, event: Gone, now: float) -> Step:

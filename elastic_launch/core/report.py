@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from elastic_launch.errors import ProcessFailure
 
 _MAX_TRACEBACK_LINES = 200
+_MAX_LINE = 2000
 _WIDTH = 80
 
 
@@ -60,4 +61,4 @@ def _indent(text: str) -> list[str]:
     if len(lines) > _MAX_TRACEBACK_LINES:
         half = _MAX_TRACEBACK_LINES // 2
         lines = [*lines[:half], f"... {len(lines) - 2 * half} lines left out ...", *lines[-half:]]
-    return [f"    {line}" for line in lines]
+    return [f"    {line[:_MAX_LINE]}" for line in lines]

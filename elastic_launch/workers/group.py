@@ -7,6 +7,7 @@ work in its place. Decides nothing.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,12 @@ from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans,
 
 Command = tuple[int, list[str], dict[str, str]]
 """Local rank, argument vector, changes to the inherited environment."""
+
+
+def _encoded(words: Sequence[str] | Mapping[str, str]) -> list[bytes] | dict[bytes, bytes]:
+    if isinstance(words, Mapping):
+        return {os.fsencode(name): os.fsencode(value) for name, value in words.items()}
+    return [os.fsencode(word) for word in words]
 
 
 class WorkerProcesses:
@@ -46,7 +53,8 @@ class WorkerProcesses:
         self._commands = {local_rank: argv for local_rank, argv, _ in commands}
         self._running = set(self._commands)
         self._pids, self._errors = {}, {}
-        self._keeper.send("spawn", list(commands))
+        # As bytes: the two interpreters may be set to different encodings.
+        self._keeper.send("spawn", [(rank, _encoded(argv), _encoded(changes)) for rank, argv, changes in commands])
 
     def tell(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
         """Signal workers: to stop them, with their process groups, or else alone."""

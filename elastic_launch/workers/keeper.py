@@ -92,10 +92,11 @@ class Keeper:
             return True
         self._sock.close()
         with self._process as process:
-            if not _wait(process.fileno(), CLOSE_PATIENCE):
+            ended = _wait(process.fileno(), CLOSE_PATIENCE)
+            if not ended:
                 signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
                 _wait(process.fileno(), CLOSE_PATIENCE)
-        return _reap(self.pid)
+        return _reap(self.pid) and ended
 
 
 @contextlib.contextmanager

@@ -145,6 +145,7 @@ class Service:
         self.sock = sock
         self.agent = agent
         self.agent_lives = True
+        self.environment = inherited_environment()
         self.phase = Phase.SERVING
         self.workers: dict[int, Worker] = {}
         """By local rank, until they have ended."""
@@ -199,7 +200,7 @@ class Service:
         except OSError:
             return
 
-    def spawn(self, commands: list[tuple[int, list[str], dict[str, str]]]) -> None:
+    def spawn(self, commands: list[tuple[int, list[bytes], dict[bytes, bytes]]]) -> None:
         """Start the workers of a round."""
         self.phase = Phase.SERVING
         self.told_groups.clear()
@@ -208,7 +209,7 @@ class Service:
         failed: dict[int, tuple[int, str]] = {}
         for local_rank, argv, environment in commands:
             try:
-                pid = start(argv, {**os.environ, **environment})
+                pid = start(argv, {**self.environment, **environment})
             except OSError as error:
                 failed[local_rank] = (error.errno or 0, error.strerror or str(error))
             else:
@@ -291,7 +292,13 @@ class Service:
         return left
 
 
-def start(argv: list[str], environment: dict[str, str]) -> int:
+def inherited_environment() -> dict[bytes, bytes]:
+    """The variables as the agent gave them: Python may have set LC_CTYPE in ``os.environ`` since."""
+    with open("/proc/self/environ", "rb") as file:
+        return dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
+
+
+def start(argv: list[bytes], environment: dict[bytes, bytes]) -> int:
     """Start one worker as the leader of a session of its own, and return its pid.
 
     Raises:
