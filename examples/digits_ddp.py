@@ -66,8 +66,8 @@ def main() -> None:
             save_checkpoint(args.path, network, optimizer, next_epoch=epoch + 1)
             print(f"epoch {epoch:2}: loss {loss_sum / len(batches):.4f} on rank 0's share", flush=True)
 
-    # The network is the same on all ranks by now, so one of them can judge it. No dist.all_reduce here, on purpose: with
-    # torch 2.13, a rank that exits soon after one on a tensor of its own now and then aborts in gloo's thread.
+    # The network is the same on all ranks by now, so one of them can judge it. (Not by dist.all_reduce, on purpose:
+    # with torch 2.13 and gloo, a process that ends soon after one now and then aborts.)
     if rank == 0:
         correct = count_correct(network, held_out)
         print(f"accuracy on {len(held_out)} held-out images: {100 * correct / len(held_out):.1f} %", flush=True)
