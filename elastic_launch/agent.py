@@ -88,6 +88,7 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._say = say
         self._run_id = str(spec.rdzv_handler.get_run_id())
+        self._has_failed = False
 
     @property
     def name(self) -> str:
@@ -105,7 +106,7 @@ class LocalElasticAgent:
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
             self._files = JobFiles(self._logs_specs.log_dir, self._run_id, self._environ.get("TMPDIR") or "/tmp")
-            stack.callback(self._files.close)
+            stack.callback(lambda: self._files.close(keep=self._has_failed))
             self._signals = stack.enter_context(SignalQueue(self._stop_signals | PASSED_ON))
             if not stack.enter_context(subreaper()):
                 self._say("this system has no subreapers: daemons that workers start may outlive a killed launcher")
@@ -113,6 +114,7 @@ class LocalElasticAgent:
             self._workers = WorkerProcesses(self._run_id, self._environ)
             stack.callback(self._workers.close)
             life, finish = self._live()
+            self._has_failed = bool(finish.failures)
         if finish.failures:
             return self._failed(life, finish)
         if finish.signum is not None:
@@ -193,7 +195,7 @@ class LocalElasticAgent:
         for exit_ in life.exits:
             if exit_.exitcode != 0 and life.place:
                 path = self._files.error_file(life.restart_count, life.place.rank(exit_.local_rank))
-                if record := read_error_file(path):
+                if record := read_error_file(path, life.pids.get(exit_.local_rank, -1)):
                     records[exit_.local_rank] = record
         return records
 

@@ -31,13 +31,13 @@ def main() -> int:
             write(f"{error}\n", REPORT_PATIENCE)
             return error.exit_code
         except LaunchError as error:
-            say(f"error: {error}")
+            say(str(error))
             return error.exit_code
         except Exception:
             import traceback
 
             write(traceback.format_exc(), REPORT_PATIENCE)
-            say("error: this is a defect of the launcher; please report it with the lines above")
+            say("this is a defect of the launcher; please report it with the lines above")
             return ExitCode.SOFTWARE
     except KeyboardInterrupt:
         return 130  # before the agent took over the signals

@@ -69,17 +69,19 @@ class JobFiles:
             os.unlink(path)
         return path
 
-    def close(self) -> None:
-        """Remove the directories that hold no file, unless the user named them."""
+    def close(self, keep: bool) -> None:
+        """Remove a directory that the user did not name: all of it, or, to ``keep`` files, if it has none."""
         if self._temporary:
-            for directory, _, _ in os.walk(self._temporary, topdown=False):
+            for directory, _, files in os.walk(self._temporary, topdown=False):
                 with contextlib.suppress(OSError):
+                    for file in [] if keep else files:
+                        os.unlink(os.path.join(directory, file))
                     os.rmdir(directory)
 
     @property
     def kept(self) -> bool:
         """Whether there are files to look at."""
-        return os.path.isdir(self.root)
+        return any(files for _, _, files in os.walk(self.root))
 
 
 def _as_file_name(run_id: str) -> str:
@@ -91,8 +93,15 @@ def _as_file_name(run_id: str) -> str:
     return name if name.strip(".") else f"_{name}"
 
 
-def read_error_file(path: str) -> ErrorRecord | None:
-    """Read what a worker wrote of its exception, in the format of torch's ``record``; None if that is not usable."""
+def read_error_file(path: str, pid: int) -> ErrorRecord | None:
+    """Read what a worker wrote of its exception, in the format of torch's ``record``.
+
+    None if that is not usable, or of another worker: that of a second job with the same id and directory.
+
+    Args:
+        path: the file.
+        pid: the worker, which leads a session that its Python is in, also below a wrapper (PYTHON_EXEC).
+    """
     import json  # late: needed after a failure only
 
     try:
@@ -103,6 +112,8 @@ def read_error_file(path: str) -> ErrorRecord | None:
         if isinstance(message, str):
             return ErrorRecord(message, message, written, path)
         extra = message["extraInfo"]
+        if extra.get("session", pid) not in (pid, 0):  # 0: of another PID namespace
+            return None
         error = str(message["message"]).removesuffix(": ")  # of an exception without a text
         time = float(extra.get("time", written))
         plausible = abs(time - written) < _PLAUSIBLE  # false for NaN

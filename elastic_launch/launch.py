@@ -92,7 +92,7 @@ def _refuse_what_is_missing(config: LaunchConfig) -> None:
     }
     for option, asked in asked_for.items():
         if asked:
-            raise UsageError(f"{option}: not available yet in this version of elastic-launch")
+            raise UsageError(f"{option}: not available yet in this version; use torchrun for that")
 
 
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:

@@ -113,7 +113,7 @@ OPTIONS = (
     Option("nproc-per-node", "1", str, "workers per node: a number, auto, cpu, gpu, xpu or another accelerator"),
     Option("rdzv-backend", "static", _one_of("static", "c10d", "etcd", "etcd-v2"), "how nodes meet"),
     Option("rdzv-endpoint", "", str, "where nodes meet, HOST:PORT"),
-    Option("rdzv-id", "none", str, "the job's id"),
+    Option("rdzv-id", "none", str, "the job's id; none stands for a fresh one"),
     Option("rdzv-conf", "", _checked(parse_rdzv_conf), "settings of the rendezvous, KEY=VALUE,..."),
     Option("standalone", False, _flag, "one node: no endpoint, a fresh id"),
     Option("max-restarts", 0, _count(0), "how often failed workers are started again"),
@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
         namespace = argparse.Namespace() if namespace is None else namespace
         _, rest = super().parse_known_args(list(args[:script]), namespace)
         if script >= len(args):
-            self.error("the script to run is missing")
+            self.error(f"unrecognized arguments: {' '.join(rest)}" if rest else "the script to run is missing")
         try:
             _read_values(namespace, environment())
         except UsageError as error:

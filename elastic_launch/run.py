@@ -70,7 +70,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     environ = environment()
     command = _command(args, environ)
     if args.logs_specs is not None:
-        raise UsageError(f"--logs-specs={args.logs_specs}: not available yet in this version of elastic-launch")
+        raise UsageError(f"--logs-specs={args.logs_specs}: not available yet in this version; use torchrun for that")
     min_nodes, max_nodes = parse_nnodes(args.nnodes)
     if args.node_rank >= max_nodes:
         raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     config, command, command_args = config_from_args(args)
     for variable in NOT_YET:
         if environment().get(variable):
-            say(f"{variable}: not available yet in this version of elastic-launch; going on without it")
+            say(f"{variable}: not available yet in this version; going on without it")
     elastic_launch(config, command)(*command_args)
 
 
@@ -127,12 +127,12 @@ def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str,
     if args.module and (args.no_python or args.run_path):
         raise UsageError("-m/--module together with --no-python or --run-path: choose one of them")
     if args.no_python and not args.run_path:
-        _check_program("--no-python", script)
+        _check_program("--no-python ", script)
         return script, script_args
     python = sys.executable
     if "PYTHON_EXEC" in environ and not args.run_path:
         python = environ["PYTHON_EXEC"]
-        _check_program("PYTHON_EXEC", python)
+        _check_program("PYTHON_EXEC=", python)
     if script == "-" and not args.module:
         return python, ["-u", "-", *script_args]  # a program on standard input: nothing for the bootstrap to find
     if not args.module:
@@ -144,7 +144,7 @@ def _check_program(option: str, program: str) -> None:
     import shutil  # late: 3 ms
 
     if shutil.which(program) is None:
-        raise UsageError(f"{option}={program}: no such program, or not executable")
+        raise UsageError(f"{option}{program}: no such program, or not executable")
 
 
 def _check_script(script: str) -> None:
@@ -152,5 +152,13 @@ def _check_script(script: str) -> None:
     if not os.path.exists(script):
         hint = "; for a module, pass -m" if not script.endswith(".py") and os.sep not in script else ""
         raise UsageError(f"script {script}: no such file{hint}")
+    if os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
+        raise UsageError(f"script {script}: a directory without a __main__.py")
     if not os.access(script, os.R_OK):
         raise UsageError(f"script {script}: not readable by this user")
+
+
+if __name__ == "__main__":  # python -m elastic_launch.run, as people write python -m torch.distributed.run
+    from elastic_launch.cli import console
+
+    console()

@@ -33,9 +33,13 @@ def test_python_dash_m_and_the_console_script_are_the_same(job: Job) -> None:
     script = Path(sys.executable).parent / "elastic-run"
     versions = [
         subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
-        for command in ([str(script)], [sys.executable, "-m", "elastic_launch"])
+        for command in (
+            [str(script)],
+            [sys.executable, "-m", "elastic_launch"],
+            [sys.executable, "-m", "elastic_launch.run"],
+        )
     ]
-    assert versions[0] == versions[1]
+    assert versions[0] == versions[1] == versions[2]
     assert "elastic-run [OPTION ...] SCRIPT" in versions[0]
 
 
@@ -203,6 +207,7 @@ def test_missing_and_unexecutable_commands(job: Job) -> None:
     done = job.run("--no-python", str(file))
     assert done.returncode == 126
     assert f"cannot start {file}: Exec format error" in done.stderr
+    assert "(local rank 0, not started)" in done.stderr
 
 
 # Kinds of workers
@@ -227,7 +232,9 @@ def test_missing_module(job: Job) -> None:
     done = job.run("--nproc-per-node", "1", "-m", "no_such_module")
     assert done.returncode == 1
     assert "no_such_module FAILED" in done.stderr
-    assert "No module named no_such_module" in done.stderr[done.stderr.index("Cause") :]
+    report = done.stderr[done.stderr.index("Cause") :]
+    assert "No module named no_such_module" in report
+    assert "Traceback" not in report
 
 
 def test_no_python(job: Job) -> None:
@@ -245,6 +252,15 @@ def test_run_path_and_python_exec(job: Job) -> None:
     assert job.run("--nproc-per-node", "1", script, PYTHON_EXEC=str(fake)).returncode == 0
     assert job.run("--nproc-per-node", "1", "--run-path", script, PYTHON_EXEC=str(fake)).returncode == 0
     assert job.marks() == ["0.0 fake", "0.0 None"]
+
+
+def test_exception_below_a_wrapper_is_told(job: Job) -> None:
+    wrapper = job.path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    done = job.run("--nproc-per-node", "1", job.script("raise ValueError('boom')"), PYTHON_EXEC=str(wrapper))
+    assert done.returncode == 1
+    assert "error   : ValueError: boom" in done.stderr
 
 
 def test_standard_input_is_left_to_the_workers(job: Job) -> None:
@@ -623,6 +639,29 @@ def test_error_files_lie_where_the_log_directory_says(job: Job) -> None:
     done = job.run(*args, script)
     assert done.returncode == 3
     assert "boom" not in done.stderr
+
+
+def test_good_job_leaves_no_temporary_file(job: Job) -> None:
+    script = job.script("if restart == 0: raise ValueError('boom')")
+    assert job.run("--nproc-per-node", "1", "--max-restarts", "1", script).returncode == 0
+    assert list((job.path / "system-temp").iterdir()) == []
+
+
+def test_error_of_another_job_is_never_the_cause(job: Job) -> None:
+    """Two jobs of the same id in the same directory, at the same time."""
+    script = job.script(
+        "if sys.argv[1] == 'A': mark('up')\n"
+        "while sys.argv[1] == 'A' and not os.path.exists('go'): time.sleep(0.01)\n"
+        "raise ValueError(f'job {sys.argv[1]}')"
+    )
+    args = ("--nproc-per-node", "1", "--log-dir", "logs", "--rdzv-id", "same", script)
+    first = job.start(*args, "A")
+    job.wait_for("0.0 up")
+    assert "error   : ValueError: job B" in job.run(*args, "B").stderr
+    (job.path / "go").touch()
+    done = job.finish(first)
+    assert done.returncode == 1
+    assert "job B" not in done.stderr
 
 
 def test_full_disk_hides_no_failure(job: Job) -> None:

@@ -114,8 +114,10 @@ def test_wrong_use_is_told_in_one_line(args: list[str], words: str, capfd: pytes
 def test_script_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "script nowhere.py: no such file" in complaint(capfd, "nowhere.py")
     assert "for a module, pass -m" in complaint(capfd, "json.tool")
-    assert "--no-python=no-such-program: no such program" in complaint(capfd, "--no-python", "no-such-program")
+    assert "--no-python no-such-program: no such program" in complaint(capfd, "--no-python", "no-such-program")
     assert "the script to run is missing" in complaint(capfd, "--standalone")
+    assert "unrecognized arguments: --version" in complaint(capfd, "--version")
+    assert f"script {tmp_path}: a directory without a __main__.py" in complaint(capfd, str(tmp_path))
 
 
 def test_unreadable_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

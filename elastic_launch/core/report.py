@@ -30,7 +30,7 @@ def format_report(
         f"{name} FAILED",
         "-" * _WIDTH,
         "Cause",
-        f"  rank    : {cause.rank} (local rank {cause.local_rank}, pid {cause.pid}) on {cause.host}",
+        f"  rank    : {cause.rank} (local rank {cause.local_rank}, {_pid(cause)}) on {cause.host}",
         f"  exit    : {cause.how()}",
         f"  time    : {_when(cause)}",
     ]
@@ -48,7 +48,11 @@ def format_report(
 
 def _consequence(failure: ProcessFailure) -> str:
     error = f", {failure.error_line()}" if failure.error else ""
-    return f"rank {failure.rank} on {failure.host} (pid {failure.pid}): {failure.how()}{error} at {_when(failure)}"
+    return f"{_when(failure)} rank {failure.rank} on {failure.host} ({_pid(failure)}): {failure.how()}{error}"
+
+
+def _pid(failure: ProcessFailure) -> str:
+    return f"pid {failure.pid}" if failure.pid > 0 else "not started"
 
 
 def _when(failure: ProcessFailure) -> str:

@@ -95,9 +95,12 @@ def write(error: BaseException, path: str) -> None:
         text = str(error)
     except Exception:
         text = "<exception str() failed>"
+    line = f"{type(error).__name__}: {text}"
     stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    extra = {"py_callstack": stack, "timestamp": str(int(now)), "time": now}
-    content = json.dumps({"message": {"message": f"{type(error).__name__}: {text}", "extraInfo": extra}})
+    if isinstance(error, SystemExit):
+        stack = line  # all that Python shows of it
+    extra = {"py_callstack": stack, "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
+    content = json.dumps({"message": {"message": line, "extraInfo": extra}})
     beside = f"{path}.{pid}"
     try:
         with open(beside, "w", encoding="ascii") as stream:
