@@ -162,13 +162,13 @@ class LocalElasticAgent:
         ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
         events: list[Event] = []
         if self._signals.fileno() in ready:
-            events += [self._signal_event(signum) for signum in self._signals.take()]
+            events += [self._signal_event(signum, at) for signum, at in self._signals.take()]
         if self._workers.fileno() in ready:
             events += self._workers.take()
         return [TimedOut()] if deadline is not None and not ready and time.monotonic() >= deadline else events
 
-    def _signal_event(self, signum: int) -> Event:
-        return Signalled(signum, time.time()) if signum in self._stop_signals else Passed(signum)
+    def _signal_event(self, signum: int, at: float) -> Event:
+        return Signalled(signum, at) if signum in self._stop_signals else Passed(signum)
 
     def _commands(self, start: Start) -> list[Command]:
         """What each worker of a round executes, and with which variables."""

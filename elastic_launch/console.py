@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import stat
 import time
 from collections.abc import Iterator
 
@@ -26,16 +27,29 @@ def write(text: str, patience: float) -> None:
     """Write to standard error, whatever becomes of it, for some seconds at most."""
     data = memoryview(text.encode(errors="backslashreplace"))
     end = time.monotonic() + patience
-    poller = select.poll()
-    poller.register(2, select.POLLOUT)
-    while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
-        try:
-            # A pipe that poll calls writable takes a page without blocking.
-            data = data[os.write(2, data[: select.PIPE_BUF]) :]
-        except BlockingIOError:
-            continue
-        except OSError:
-            return
+    with contextlib.suppress(OSError), _unblocked_stderr() as fd:
+        poller = select.poll()
+        poller.register(fd, select.POLLOUT)
+        while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
+            with contextlib.suppress(BlockingIOError):
+                data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
+@contextlib.contextmanager
+def _unblocked_stderr() -> Iterator[int]:
+    """Standard error, opened anew without blocking where it is a pipe or a terminal: its own flags are its owner's."""
+    kind = os.fstat(2).st_mode
+    try:
+        if not (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):
+            raise FileNotFoundError("a file never blocks; a socket cannot be opened anew")
+        fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        yield 2
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

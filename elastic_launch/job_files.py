@@ -16,6 +16,9 @@ from elastic_launch.errors import UnavailableError
 _MAX_ERROR_FILE = 64 << 20
 """Bytes of an error file that are worth reading; a larger one is not the report of an exception."""
 
+_MAX_ERROR, _MAX_TRACEBACK = 10_000, 1_000_000
+"""Characters of what is read that are kept: the ends tell more than the middle."""
+
 _PLAUSIBLE = 3600.0
 """Seconds between the time that an error file tells and the time when it was written; beyond, the latter counts."""
 
@@ -109,17 +112,26 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
             record = json.loads(file.read(_MAX_ERROR_FILE))
             written = os.fstat(file.fileno()).st_mtime
         message = record["message"]
+        if not 0 <= written < 1e11:
+            written = float("inf")  # somebody has set it; then the worker's end counts
         if isinstance(message, str):
-            return ErrorRecord(message, message, written, path)
+            return ErrorRecord(_shortened(message, _MAX_ERROR), _shortened(message, _MAX_TRACEBACK), written, path)
         extra = message["extraInfo"]
         if extra.get("session", pid) not in (pid, 0):  # 0: of another PID namespace
             return None
         error = str(message["message"]).removesuffix(": ")  # of an exception without a text
         time = float(extra.get("time", written))
         plausible = abs(time - written) < _PLAUSIBLE  # false for NaN
-        return ErrorRecord(error, str(extra["py_callstack"]), time if plausible else written, path)
+        stack = _shortened(str(extra["py_callstack"]), _MAX_TRACEBACK)
+        return ErrorRecord(_shortened(error, _MAX_ERROR), stack, time if plausible else written, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
+
+
+def _shortened(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}\n... {len(text) - limit} characters left out ...\n{text[-(limit // 2) :]}"
 
 
 def _open_regular(path: str, flags: int) -> int:

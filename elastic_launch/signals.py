@@ -1,14 +1,17 @@
 """Floor 2: signals as events of the agent's loop.
 
-Handlers only enqueue: the interpreter writes each signal's number to a pipe that the loop waits on. Touches the
-process's signal handlers and nothing else, and puts back what was there.
+Handlers only enqueue, and the interpreter writes to a pipe that the loop waits on. Touches the process's signal
+handlers and nothing else, and puts back what was there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -29,6 +32,7 @@ class SignalQueue:
         self._signums = frozenset(signums)
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
+        self._queue: deque[tuple[int, float]] = deque()
 
     def __enter__(self) -> SignalQueue:
         self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -38,7 +42,7 @@ class SignalQueue:
                 before = signal.getsignal(signum)
                 if not (signum == signal.SIGHUP and before is signal.SIG_IGN):
                     self._before[signum] = before
-                    signal.signal(signum, _enqueue)
+                    signal.signal(signum, self._enqueue)
         return self
 
     def __exit__(
@@ -57,14 +61,11 @@ class SignalQueue:
         """The descriptor to wait on."""
         return self._reading
 
-    def take(self) -> list[int]:
-        """The signals that have come, in their order."""
-        try:
-            numbers = os.read(self._reading, 4096)
-        except BlockingIOError:
-            return []
-        return [signum for signum in numbers if signum in self._signums]
+    def take(self) -> list[tuple[int, float]]:
+        """The signals that have come, in their order, each with its time in seconds since 1970."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reading, 4096)  # before the queue is read: what comes now is announced again
+        return [self._queue.popleft() for _ in range(len(self._queue))]
 
-
-def _enqueue(signum: int, frame: object) -> None:
-    """Nothing: that a handler exists makes the interpreter write the number to the wakeup descriptor."""
+    def _enqueue(self, signum: int, frame: object) -> None:
+        self._queue.append((signum, time.time()))

@@ -724,6 +724,41 @@ def test_reader_that_has_stopped_does_not_hold_up_the_agent(job: Job) -> None:
     assert process.wait(DEADLINE) == 143
 
 
+def test_terminal_that_is_not_read_does_not_hold_up_the_agent(job: Job) -> None:
+    script = job.script("mark('up')\nwhile not os.path.exists('go'): time.sleep(0.01)\nraise ValueError('x' * 300)")
+    command = [sys.executable, "-m", "elastic_launch", "--nproc-per-node", "1", "--max-restarts", "1", script]
+    reader, terminal = pty.openpty()
+    os.set_blocking(terminal, False)
+    while select.select([], [terminal], [], 0)[1]:
+        os.write(terminal, b"x" * 100)
+    os.set_blocking(terminal, True)
+    os.read(reader, 1000)  # some room, for less than what is to be said
+    process = subprocess.Popen(command, cwd=job.path, stdin=subprocess.DEVNULL, stderr=terminal)
+    try:
+        job.wait_for("0.0 up")
+        process.send_signal(SIGTERM)
+        assert process.wait(DEADLINE) == 143
+    finally:
+        os.close(reader)
+        os.close(terminal)
+
+
+def test_lost_keeper_of_a_job_with_an_odd_name(job: Job) -> None:
+    process = job.start(*TWO[1:], "--rdzv-id", "\udcff\udcfe", job.script(TREE + "wait()"))
+    tree_is_up(job)
+    family = below(process.pid)
+    os.kill(psutil.Process(process.pid).children()[0].pid, SIGKILL)
+    assert job.finish(process).returncode == 137
+    assert not [pid for pid in family if is_alive(pid)]
+
+
+def test_endless_error_is_dealt_with_at_once(job: Job) -> None:
+    script = job.script("raise RuntimeError('NCCL info; ' * 20000)")
+    done = job.run("--nproc-per-node", "1", script)
+    assert done.returncode == 1
+    assert "RuntimeError: NCCL info" in done.stderr
+
+
 @pytest.mark.parametrize(("end", "status"), [("raise ValueError('boom')", 1), ("os._exit(0)", 0)])
 def test_storm_of_signals_at_the_end_costs_neither_report_nor_status(job: Job, end: str, status: int) -> None:
     script = job.script(

@@ -70,7 +70,7 @@ class Signalled(NamedTuple):
 
     signum: int
     time: float
-    """Seconds since 1970."""
+    """Seconds since 1970, when it came; the agent may deal with it later."""
 
 
 class Passed(NamedTuple):
@@ -172,7 +172,7 @@ class Life:
     interrupted: bool = False
     """That signal, and no failure, ended the round."""
     asked_at: float | None = None
-    """When the first of ``ESCALATING`` came, on the agent's monotonic clock."""
+    """When the first of ``ESCALATING`` came, in seconds since 1970."""
     deadline: float | None = None
     """When ``TimedOut`` is due, on the agent's monotonic clock."""
     killed: bool = False
@@ -249,7 +249,7 @@ def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
         f"{signal_name(event.signum)} received: stopping {workers}; SIGKILL in "
         f"{life.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
-    life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event, now))
+    life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event))
     life, actions = _stop(life, event.signum, event.time, now)
     return life, [*actions, say]  # deeds before words, which may have to wait for their reader
 
@@ -275,16 +275,16 @@ def _sweep(life: Life, now: float) -> Step:
 def _hurry(life: Life, event: Signalled, now: float) -> Step:
     """A signal while stopping: the job will not restart; a second SIGTERM or SIGINT means now."""
     name, asked_at = signal_name(event.signum), life.asked_at
-    life = replace(life, asked_at=_asked_at(life, event, now))
+    life = replace(life, asked_at=_asked_at(life, event))
     if life.signum is None:
         return replace(life, signum=event.signum), [Say(f"{name} received: the job ends with this round")]
-    if asked_at is None or now - asked_at < DOUBLE or event.signum not in ESCALATING or life.killed:
+    if asked_at is None or event.time - asked_at < DOUBLE or event.signum not in ESCALATING or life.killed:
         return life, []
     return _kill(life, f"{name} received again", now)
 
 
-def _asked_at(life: Life, event: Signalled, now: float) -> float | None:
-    return now if life.asked_at is None and event.signum in ESCALATING else life.asked_at
+def _asked_at(life: Life, event: Signalled) -> float | None:
+    return event.time if life.asked_at is None and event.signum in ESCALATING else life.asked_at
 
 
 def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:

@@ -16,7 +16,7 @@ from elastic_launch.model import Assignment
 
 _CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|aborted)|broken pipe|socket closed|remote (process|peer) (exited|closed)"
-    r"|NCCL.*(remote error|abort)",
+    r"|NCCL.{0,200}?(remote error|abort)",
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)

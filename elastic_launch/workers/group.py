@@ -41,6 +41,7 @@ class WorkerProcesses:
         self._pids: Mapping[int, int] = {}
         self._running: set[int] = set()
         self._sweep_unanswered = False
+        self._burial_owed = False
         self._errors: dict[int, ErrorRecord] = {}
         """What the workers cannot tell themselves, by local rank."""
 
@@ -74,7 +75,7 @@ class WorkerProcesses:
 
     def close(self) -> None:
         """Have the keeper kill whatever is left; where it does not, since somebody stopped it, do it here."""
-        if not self._keeper.close():
+        if not self._keeper.close() or self._burial_owed:
             self._bury_orphans()
 
     def _events(self, message: tuple[object, ...]) -> list[Event]:
@@ -99,6 +100,7 @@ class WorkerProcesses:
 
     def _bury_orphans(self) -> None:
         bury_orphans(self._alone, self._pids.values(), self._run_id)
+        self._burial_owed = False
 
     def _gone(self, leftovers: Mapping[int, str]) -> Event:
         self._sweep_unanswered = False
@@ -107,6 +109,7 @@ class WorkerProcesses:
     def _keeper_is_lost(self) -> list[Event]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
+        self._burial_owed = True
         self._keeper.close()
         self._bury_orphans()
         now = time.time()

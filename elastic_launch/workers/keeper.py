@@ -142,7 +142,7 @@ def bury_orphans(alone: bool, workers: Collection[int], run_id: str) -> None:
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
-    mark = f"TORCHELASTIC_RUN_ID={run_id}\0".encode()
+    mark = os.fsencode(f"TORCHELASTIC_RUN_ID={run_id}") + b"\0"
     while has_children() and (
         orphans := [
             pid

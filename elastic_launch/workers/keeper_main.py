@@ -342,11 +342,12 @@ def main(sock: int, agent: int) -> NoReturn:
     """Run the keeper; ``sock`` and ``agent`` are inherited descriptors."""
     for fd in (sock, agent):
         os.set_inheritable(fd, False)
-    limit = os.sysconf("SC_OPEN_MAX")
-    bounds = sorted({2, sock, agent, limit if limit > 0 else 1 << 20})
-    for low, high in zip(bounds, bounds[1:]):  # noqa: B905, RUF007 - itertools is an import
-        if low >= 2:
-            os.closerange(low + 1, high)  # what the caller left open is neither for us nor for the workers
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in (sock, agent):
+            try:  # noqa: SIM105 - contextlib is an import that the keeper does without
+                os.close(fd)  # what the caller left open is neither for us nor for the workers
+            except OSError:
+                pass  # the descriptor of the listing itself
     libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
     set_subreaper(True)
     Service(sock, agent).run()
