@@ -105,10 +105,10 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
         path: the file.
         pid: the worker, which leads a session that its Python is in, also below a wrapper (PYTHON_EXEC).
     """
-    import json  # late: needed after a failure only
-
     try:
         with open(path, encoding="utf-8", errors="replace", opener=_open_regular) as file:
+            import json  # late: 5 ms, and most workers that die have written nothing
+
             record = json.loads(file.read(_MAX_ERROR_FILE))
             written = os.fstat(file.fileno()).st_mtime
         message = record["message"]
