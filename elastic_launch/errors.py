@@ -22,6 +22,8 @@ class ExitCode(IntEnum):
     """Something that the job needs is not to be had: a port in use, a log directory that cannot be written."""
     SOFTWARE = 70
     """The launcher failed at its own work."""
+    TIMEOUT = 75
+    """Not enough nodes met in time; trying again later may help."""
     CANNOT_EXECUTE = 126
     """A worker's command was found and could not be executed (the shell's convention)."""
     NOT_FOUND = 127
@@ -44,6 +46,32 @@ class UnavailableError(LaunchError):
     """Something outside the launcher that the job needs is missing or taken."""
 
     exit_code = ExitCode.UNAVAILABLE
+
+
+class RendezvousError(UnavailableError):
+    """Nodes could not meet. This and the names below are torch's."""
+
+
+class RendezvousTimeoutError(RendezvousError):
+    """Not enough nodes came in time; the message names those that did."""
+
+    exit_code = ExitCode.TIMEOUT
+
+
+class RendezvousConnectionError(RendezvousError):
+    """The store where nodes meet cannot be reached, is lost, or is none."""
+
+
+class RendezvousStateError(RendezvousError):
+    """The store holds what nobody of this job can have written."""
+
+
+class RendezvousClosedError(RendezvousError):
+    """The job has ended already."""
+
+
+class RendezvousGracefulExitError(RendezvousError):
+    """The job goes on without this node."""
 
 
 class SignalException(Exception):  # noqa: N818 - the name is torch's, and callers catch it by that name

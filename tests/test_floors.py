@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 FLOORS = {
     0: {"errors", "model", "config", "env"},
     1: {"core"},
-    2: {"workers", "signals", "devices", "ports", "job_files", "console"},
+    2: {"store", "workers", "signals", "devices", "ports", "job_files", "console"},
     3: {"rendezvous", "agent"},
     4: {"launch"},
     5: {"run", "options", "cli", "__main__"},
