@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from typing import Protocol, cast
 
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, DefaultLogsSpecs, parse_signals
 from elastic_launch.console import say as say_on_stderr
@@ -18,11 +19,10 @@ from elastic_launch.console import standard_streams
 from elastic_launch.core import lifecycle
 from elastic_launch.core.lifecycle import (
     Action,
-    Assigned,
+    Asking,
     Event,
     Finish,
     Gone,
-    Join,
     Life,
     Limits,
     Passed,
@@ -37,7 +37,7 @@ from elastic_launch.core.ranks import worker_environment
 from elastic_launch.core.report import format_report
 from elastic_launch.core.root_cause import ErrorRecord
 from elastic_launch.env import environment
-from elastic_launch.errors import SignalException, UsageError, signal_name
+from elastic_launch.errors import RendezvousError, SignalException, UsageError, signal_name
 from elastic_launch.job_files import JobFiles, read_error_file
 from elastic_launch.model import RunResult, WorkerSpec, WorkerState
 from elastic_launch.signals import SignalQueue
@@ -50,6 +50,28 @@ _LONGEST_POLL = 86400.0
 
 PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 """Signals that are the workers' own business, unless the user has the agent stop at them."""
+
+
+class AgentRendezvous(Protocol):
+    """What the agent asks of a rendezvous: an answer to its actions, at once or by events of its own."""
+
+    def get_run_id(self) -> str:
+        """The job's id."""
+
+    def ask(self, action: Asking) -> list[Event]:
+        """Take an action; the events that answer it come at once or from ``take``."""
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """What to wait for: descriptors and poll masks."""
+
+    def deadline(self) -> float | None:
+        """When ``take`` is due, on ``time.monotonic``, if no descriptor is ready before."""
+
+    def take(self) -> list[Event]:
+        """What has happened; never blocks. Raises LaunchError where the node cannot go on."""
+
+    def close(self) -> None:
+        """Say goodbye to the other nodes, in bounded time, and let go of everything."""
 
 
 class LocalElasticAgent:
@@ -87,7 +109,8 @@ class LocalElasticAgent:
         self._stop_signals = parse_signals(signals_to_handle)
         self._environ = environment() if environ is None else environ
         self._say = say
-        self._run_id = str(spec.rdzv_handler.get_run_id())
+        self._rendezvous = cast(AgentRendezvous, spec.rdzv_handler)
+        self._run_id = str(self._rendezvous.get_run_id())
         self._has_failed = False
 
     @property
@@ -110,13 +133,15 @@ class LocalElasticAgent:
             self._signals = stack.enter_context(SignalQueue(self._stop_signals | PASSED_ON))
             if not stack.enter_context(subreaper()):
                 self._say("this system has no subreapers: daemons that workers start may outlive a killed launcher")
-            stack.callback(self._spec.rdzv_handler.close)
+            stack.callback(self._rendezvous.close)
             self._workers = WorkerProcesses(self._run_id, self._environ)
             stack.callback(self._workers.close)
             life, finish = self._live()
             self._has_failed = bool(finish.failures)
         if finish.failures:
             return self._failed(life, finish)
+        if finish.error:
+            raise RendezvousError(finish.error, finish.status)
         if finish.signum is not None:
             raise SignalException(f"stopped by {signal_name(finish.signum)}", signal.Signals(finish.signum))
         ranks = sorted(life.place.rank(exit_.local_rank) for exit_ in life.exits) if life.place else []
@@ -141,8 +166,6 @@ class LocalElasticAgent:
     def _do(self, action: Action) -> list[Event]:
         """Carry out one action."""
         match action:
-            case Join():
-                return [Assigned(self._spec.rdzv_handler.next_round(self._spec.local_world_size))]
             case Start():
                 self._workers.start(self._commands(action))
             case Tell(signum, local_ranks, stop):
@@ -151,6 +174,10 @@ class LocalElasticAgent:
                 self._workers.sweep(kill)
             case Say(text):
                 self._say(text)
+            case Finish():
+                pass
+            case asking:
+                return self._rendezvous.ask(asking)
         return []
 
     def _wait(self, deadline: float | None) -> list[Event]:
@@ -158,14 +185,21 @@ class LocalElasticAgent:
         poller = select.poll()
         for source in (self._workers, self._signals):
             poller.register(source, select.POLLIN)
-        left = None if deadline is None else min(max(0.0, deadline - time.monotonic()), _LONGEST_POLL)
+        waits_on = self._rendezvous.descriptors()
+        for fd, mask in waits_on:
+            poller.register(fd, mask)
+        rendezvous_deadline = self._rendezvous.deadline()
+        first = min((at for at in (deadline, rendezvous_deadline) if at is not None), default=None)
+        left = None if first is None else min(max(0.0, first - time.monotonic()), _LONGEST_POLL)
         ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
         events: list[Event] = []
         if self._signals.fileno() in ready:
             events += [self._signal_event(signum, at) for signum, at in self._signals.take()]
         if self._workers.fileno() in ready:
             events += self._workers.take()
-        return [TimedOut()] if deadline is not None and not ready and time.monotonic() >= deadline else events
+        if not ready.isdisjoint(fd for fd, _ in waits_on) or _is_over(rendezvous_deadline):
+            events += self._rendezvous.take()
+        return [TimedOut()] if not ready and not events and _is_over(deadline) else events
 
     def _signal_event(self, signum: int, at: float) -> Event:
         return Signalled(signum, at) if signum in self._stop_signals else Passed(signum)
@@ -180,9 +214,8 @@ class LocalElasticAgent:
                     self._spec,
                     start.place,
                     local_rank,
-                    restart_count=start.restart_count,
                     run_id=self._run_id,
-                    error_file=self._files.prepare(start.restart_count, start.place.rank(local_rank)),
+                    error_file=self._files.prepare(start.place.restart_count, start.place.rank(local_rank)),
                     inherited=self._environ,
                 ),
             )
@@ -194,7 +227,7 @@ class LocalElasticAgent:
         records: dict[int, ErrorRecord] = {}
         for exit_ in life.exits:
             if exit_.exitcode != 0 and life.place:
-                path = self._files.error_file(life.restart_count, life.place.rank(exit_.local_rank))
+                path = self._files.error_file(life.place.restart_count, life.place.rank(exit_.local_rank))
                 if record := read_error_file(path, life.pids.get(exit_.local_rank, -1)):
                     records[exit_.local_rank] = record
         return records
@@ -203,8 +236,12 @@ class LocalElasticAgent:
         report = format_report(
             self.name,
             finish.failures,
-            restarts=life.charged,
+            restarts=life.place.charged if life.place else 0,
             max_restarts=self._spec.max_restarts,
             log_dir=self._files.root if self._files.kept else None,
         )
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline

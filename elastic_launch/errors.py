@@ -45,17 +45,22 @@ class UsageError(LaunchError, ValueError):
 class UnavailableError(LaunchError):
     """Something outside the launcher that the job needs is missing or taken."""
 
-    exit_code = ExitCode.UNAVAILABLE
+    exit_code: int = ExitCode.UNAVAILABLE
 
 
 class RendezvousError(UnavailableError):
-    """Nodes could not meet. This and the names below are torch's."""
+    """Nodes could not meet, or go on. This and the names below are torch's."""
+
+    def __init__(self, message: str = "", exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class RendezvousTimeoutError(RendezvousError):
     """Not enough nodes came in time; the message names those that did."""
 
-    exit_code = ExitCode.TIMEOUT
+    exit_code: int = ExitCode.TIMEOUT
 
 
 class RendezvousConnectionError(RendezvousError):

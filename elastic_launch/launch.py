@@ -49,7 +49,7 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
-        rdzv_handler=LocalRendezvous(config.run_id or os.urandom(8).hex(), address, port),
+        rdzv_handler=LocalRendezvous(config.run_id or os.urandom(8).hex(), config.nproc_per_node, address, port),
         entrypoint=entrypoint,
         args=tuple(args),
         max_restarts=config.max_restarts,

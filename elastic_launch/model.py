@@ -26,16 +26,13 @@ class WorkerState(StrEnum):
 
 
 class Rendezvous(Protocol):
-    """What the agent asks of a rendezvous."""
+    """What a ``WorkerSpec`` needs of its rendezvous; the agent asks more of it (``agent.AgentRendezvous``).
+
+    A ``RendezvousHandler`` of torch's interface does as well.
+    """
 
     def get_run_id(self) -> str:
         """The job's id."""
-
-    def next_round(self, local_world_size: int) -> Assignment:
-        """The node's place in the next round."""
-
-    def close(self) -> None:
-        """Let go of what the last round held."""
 
 
 @dataclass
@@ -81,10 +78,67 @@ class Assignment(NamedTuple):
     """The node's name, for people."""
     port_picked: bool
     """The launcher chose ``master_port``, so that it may choose another when a stranger takes it."""
+    agent_store: bool = False
+    """The workers' store is served already, by the launcher; else the worker of rank 0 serves it."""
+    restart_count: int = 0
+    """Rounds before this one; it grows whatever ended them, so that no two rounds share a key space in the store."""
+    charged: int = 0
+    """Restarts of the job that counted against ``max_restarts``."""
+    free: int = 0
+    """Restarts for a port that was taken, which did not."""
 
     def rank(self, local_rank: int) -> int:
         """The global rank of a worker of this node."""
         return self.base_rank + local_rank
+
+
+class EndKind(StrEnum):
+    """Why a round ends, and so what follows."""
+
+    FAILED = "failed"
+    """A worker failed: its node decides, in a ``Verdict``, whether there is another round."""
+    REFORM = "reform"
+    """Nodes come or go: another round, without charge."""
+    STOP = "stop"
+    """A signal stops the whole job."""
+    DONE = "done"
+    """All workers of all nodes have ended well."""
+    ERROR = "error"
+    """The nodes cannot work together, or did not meet in time."""
+
+
+class End(NamedTuple):
+    """The first reason to end a round: every node acts on the same one."""
+
+    kind: EndKind
+    reason: str
+    """For people, in one line."""
+    node: str = ""
+    """The id of the node that said so."""
+    gone: tuple[str, ...] = ()
+    """Ids of the nodes that will not be in the next round."""
+    signum: int = 0
+    """The signal, for ``STOP``."""
+    status: int = 0
+    """The exit status, for ``ERROR``."""
+    mine: bool = False
+    """It was this node that said so."""
+
+
+class Verdict(NamedTuple):
+    """What follows a round, for every node alike."""
+
+    restart: bool
+    charged: int = 0
+    """As in ``Assignment``, for the next round."""
+    free: int = 0
+    failures: tuple[ProcessFailure, ...] = ()
+    """The cause first."""
+    signum: int = 0
+    """The signal that stopped the job, if one did."""
+    error: str = ""
+    """What the nodes cannot agree on, if that ends the job, and with which exit status."""
+    status: int = 0
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_main_raises_what_the_console_script_prints(job: Job) -> None:
 
 def test_agent_by_itself() -> None:
     spec = WorkerSpec(
-        "trainer", 2, LocalRendezvous("job-7"), entrypoint="sh", args=("-c", "exit $RANK"), max_restarts=0
+        "trainer", 2, LocalRendezvous("job-7", 2), entrypoint="sh", args=("-c", "exit $RANK"), max_restarts=0
     )
     result = LocalElasticAgent(spec, DefaultLogsSpecs()).run()
     assert result.state is WorkerState.FAILED

@@ -15,55 +15,85 @@ from elastic_launch.core.lifecycle import (
     KILL_PATIENCE,
     LEFTOVER_GRACE,
     Action,
+    Announce,
     Assigned,
+    Decided,
     Event,
     Exited,
     Finish,
     Gone,
     Join,
+    Leave,
     Life,
     Limits,
     Passed,
     Say,
+    Settle,
     Signalled,
     Start,
     Started,
     State,
+    Succeed,
     Sweep,
     Tell,
     TimedOut,
 )
 from elastic_launch.core.root_cause import ErrorRecord, Exit
-from elastic_launch.model import Assignment
+from elastic_launch.model import Assignment, Verdict
+from elastic_launch.rendezvous.local import LocalRendezvous
 
 PIDS = {0: 100, 1: 101}
 ALL = frozenset(PIDS)
 
 
-def place(port: int = 29500, *, picked: bool = True) -> Assignment:
-    return Assignment(0, 1, 0, 2, 2, 0, 2, "127.0.0.1", port, "host-a", picked)
+PLACE = Assignment(0, 1, 0, 2, 2, 0, 2, "127.0.0.1", 29500, "host-a", port_picked=True)
 
 
 class Agent:
-    """A life with a virtual clock, and all actions that it has led to."""
+    """A life on a single node, with a virtual clock, and all actions that the last event has led to."""
 
     def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
         self.life, self.last = lifecycle.begin(Limits(max_restarts, shutdown_timeout))
         self.now = 1000.0
+        self.rendezvous = LocalRendezvous("job", 2)
+        self.rounds = 0
+        self.verdict = Verdict(restart=True)
 
     def __call__(self, *events: Event) -> list[Action]:
-        """Feed events; return the actions of the last, without what is said."""
+        """Feed events; return the actions of the last, without what is said and what the rendezvous answered."""
         for event in events:
-            self.life, self.last = lifecycle.step(self.life, event, self.now)
-        return [action for action in self.last if not isinstance(action, Say)]
+            queue, self.last = [event], []
+            while queue:
+                event = queue.pop(0)
+                if isinstance(event, Decided):
+                    self.verdict = event.verdict
+                self.life, actions = lifecycle.step(self.life, event, self.now)
+                self.last += actions
+                queue += [e for a in actions if isinstance(a, ASKING) for e in self.rendezvous.ask(a)]
+        return [action for action in self.last if not isinstance(action, NOT_SHOWN)]
 
     def said(self) -> str:
         return "\n".join(action.text for action in self.last if isinstance(action, Say))
 
+    def place(self, port: int = 29500, *, picked: bool = True) -> Assignment:
+        """The place in the next round."""
+        self.rounds += 1
+        return PLACE._replace(
+            master_port=port,
+            port_picked=picked,
+            restart_count=self.rounds - 1,
+            charged=self.verdict.charged,
+            free=self.verdict.free,
+        )
+
     def running(self, port: int = 29500, *, picked: bool = True) -> Agent:
-        self(Assigned(place(port, picked=picked)), Started(PIDS))
+        self(Assigned(self.place(port, picked=picked)), Started(PIDS))
         assert self.life.state is State.RUNNING
         return self
+
+
+ASKING = (Announce, Succeed, Settle, Leave)
+NOT_SHOWN = (Say, *ASKING)
 
 
 def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 50.0) -> Exited:
@@ -73,7 +103,7 @@ def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 5
 def test_good_job() -> None:
     agent = Agent()
     assert agent.last == [Join()]
-    assert agent(Assigned(place())) == [Start(place(), 0)]
+    assert agent(Assigned(PLACE)) == [Start(PLACE)]
     assert agent(Started(PIDS), exited(1)) == []
     assert agent(exited(0)) == [Sweep(kill=False)]
     assert agent(Gone({})) == [Finish()]
@@ -94,7 +124,9 @@ def test_restart_has_a_new_number_and_is_charged() -> None:
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     assert agent(Gone({})) == [Join()]
     assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.said()
-    assert agent(Assigned(place(29501))) == [Start(place(29501), 1)]
+    place = agent.place(29501)
+    assert place.charged == 1
+    assert agent(Assigned(place)) == [Start(place)]
     agent(Started(PIDS), exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     [finish] = agent(Gone({}))
     assert isinstance(finish, Finish)
@@ -267,8 +299,7 @@ def test_taken_port_is_free_of_charge_a_few_times() -> None:
         agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
         assert agent(Gone(clash(29500 + attempt))) == [Join()]
         assert "without charge" in agent.said()
-        assert agent.life.charged == 0
-        assert agent.life.restart_count == attempt + 1
+        assert agent.verdict[:3] == (True, 0, attempt + 1)
     agent.running(port=29509)
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     [finish] = agent(Gone(clash(29509)))
@@ -292,7 +323,7 @@ def test_what_is_not_in_the_table_raises_with_the_history() -> None:
 
 
 def test_every_state_deals_with_every_signal() -> None:
-    for state in (State.JOINING, State.RUNNING, State.STOPPING):
+    for state in set(State) - {State.DONE}:
         assert (state, Signalled) in lifecycle.TABLE
         assert (state, Passed) in lifecycle.TABLE
 
@@ -319,10 +350,10 @@ class World:
             match action:
                 case Join():
                     assert not self.signalled, "another round after a signal to stop"
-                case Start(_, restart_count):
+                case Start(place):
                     assert not self.alive, "a round beside another's workers"
                     assert not self.stragglers, "a round beside what another left"
-                    self.rounds.append(restart_count)
+                    self.rounds.append(place.restart_count)
                     self.alive, self.codes, self.told = {0, 1}, [], {}
                     self.stragglers = self.random.random() < 0.3
                     self.hopeless = self.random.random() < 0.1
@@ -345,7 +376,8 @@ class World:
         if self.signals_left:
             can += [[Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now)], [Passed(SIGUSR1)]]
         if life.state is State.JOINING:
-            return self.random.choice([*can, [Assigned(place(29500 + len(self.rounds)))]])
+            self.agent.rounds = len(self.rounds)
+            return self.random.choice([*can, [Assigned(self.agent.place(29500 + len(self.rounds)))]])
         lost: list[Event] = [exited(rank, -SIGKILL, (), 50 + len(self.rounds)) for rank in sorted(self.alive)]
         if self.random.random() < 0.02 and (lost or self.swept):
             return [*lost, Gone({})] if self.swept else lost
@@ -402,9 +434,9 @@ def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
         assert life.state is State.DONE
         assert not world.alive or (world.hopeless and world.killed), f"seed {seed}: workers live on"
         assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number was used twice"
-        assert life.charged <= world.max_restarts
-        assert life.free <= FREE_RESTARTS
-        assert len(world.rounds) <= 1 + life.charged + life.free
+        assert world.agent.verdict.charged <= world.max_restarts
+        assert world.agent.verdict.free <= FREE_RESTARTS
+        assert len(world.rounds) <= 1 + world.agent.verdict.charged + world.agent.verdict.free
         if finish.failures:
             assert finish.signum is None
             assert finish.failures[0].exitcode != 0

@@ -8,7 +8,9 @@ import socket
 
 import pytest
 
+from elastic_launch.core.lifecycle import Assigned, Join
 from elastic_launch.errors import UnavailableError
+from elastic_launch.model import Assignment
 from elastic_launch.ports import port_owner, reserve_port
 from elastic_launch.rendezvous.local import LocalRendezvous
 from tests.conftest import Job
@@ -22,6 +24,12 @@ mark(f'sum {total.item():g}')
 dist.destroy_process_group()
 os._exit(0)  # torch 2.13 now and then aborts in gloo's thread when the interpreter ends soon after a collective
 """
+
+
+def next_place(rendezvous: LocalRendezvous) -> Assignment:
+    [event] = rendezvous.ask(Join())
+    assert isinstance(event, Assigned)
+    return event.place
 
 
 def test_reserved_port_is_given_to_nobody_who_asks_for_any() -> None:
@@ -55,13 +63,13 @@ def test_port_in_use_names_the_process() -> None:
 
 
 def test_rounds_have_fresh_ports_unless_one_is_named() -> None:
-    rendezvous = LocalRendezvous("job")
-    places = [rendezvous.next_round(2) for _ in range(5)]
+    rendezvous = LocalRendezvous("job", 2)
+    places = [next_place(rendezvous) for _ in range(5)]
     assert all(place.port_picked for place in places)
     assert all(first.master_port != second.master_port for first, second in itertools.pairwise(places))
     rendezvous.close()
-    rendezvous = LocalRendezvous("job", "host", places[0].master_port)
-    place = rendezvous.next_round(2)
+    rendezvous = LocalRendezvous("job", 2, "host", places[0].master_port)
+    place = next_place(rendezvous)
     assert (place.master_addr, place.master_port, place.port_picked) == ("host", places[0].master_port, False)
     rendezvous.close()
 

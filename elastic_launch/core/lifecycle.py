@@ -1,11 +1,12 @@
 """Floor 1: the agent's whole life, as one table of state and event. Pure.
 
-    JOINING -> RUNNING -> (STOPPING -> JOINING)* -> DONE
+    JOINING -> RUNNING -> (STOPPING -> SETTLING -> JOINING)* -> DONE
 
 ``step`` takes the life so far, an event and the time; it gives the life after it, and the actions that the agent must
 carry out. Every round ends through STOPPING, a good one too, so that nothing a worker started outlives its round:
 first the workers are signalled and awaited, then whatever else they left is swept away; at ``deadline`` the rest gets
-SIGKILL. When the agent reports ``Gone``, the round's outcome is decided. What happens in an order that ``TABLE`` does
+SIGKILL. When the agent reports ``Gone``, the node settles the round with the others: whoever ended it decides what
+follows, and all do that. On a single node the rendezvous answers at once. What happens in an order that ``TABLE`` does
 not know raises ``UnexpectedEventError`` with the history.
 """
 
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 
 from elastic_launch.core import root_cause
 from elastic_launch.core.root_cause import ErrorRecord, Exit
-from elastic_launch.errors import LaunchError, ProcessFailure, signal_name
-from elastic_launch.model import Assignment
+from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, how_it_ended, signal_name
+from elastic_launch.model import Assignment, End, Verdict
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
@@ -41,6 +42,8 @@ class State(Enum):
     JOINING = "joining"
     RUNNING = "running"
     STOPPING = "stopping"
+    SETTLING = "settling"
+    """The workers are gone; what follows is not agreed yet."""
     DONE = "done"
 
 
@@ -95,7 +98,21 @@ class Gone(NamedTuple):
     """Names of the processes that had to be killed when the workers had ended."""
 
 
-Event = Assigned | Started | Exited | Signalled | Passed | TimedOut | Gone
+class Ended(NamedTuple):
+    """The round is over, for all nodes."""
+
+    end: End
+    time: float
+    """When this node learnt of it, in seconds since 1970."""
+
+
+class Decided(NamedTuple):
+    """What follows the round. While joining: the job has ended without this node."""
+
+    verdict: Verdict
+
+
+Event = Assigned | Ended | Decided | Started | Exited | Signalled | Passed | TimedOut | Gone
 
 # Actions: what the agent must do.
 
@@ -104,11 +121,33 @@ class Join(NamedTuple):
     """Ask the rendezvous for a place in the next round; answer with ``Assigned``."""
 
 
+class Announce(NamedTuple):
+    """End the round for all nodes, since a worker of this one failed; answer with the ``Ended`` that came first."""
+
+    reason: str
+
+
+class Succeed(NamedTuple):
+    """This node's workers have all ended well; answer with ``Ended`` when the others' have, or something else came."""
+
+
+class Settle(NamedTuple):
+    """This node is through with the round; answer with ``Decided``."""
+
+    verdict: Verdict
+    """What follows, if this node's failure ended the round; else only its failures matter, as consequences."""
+
+
+class Leave(NamedTuple):
+    """The job must go on without this node, or stop, since a signal came; no answer."""
+
+    signum: int
+
+
 class Start(NamedTuple):
     """Start the workers of this round; answer with ``Started``."""
 
     place: Assignment
-    restart_count: int
 
 
 class Tell(NamedTuple):
@@ -136,9 +175,14 @@ class Finish(NamedTuple):
 
     failures: tuple[ProcessFailure, ...] = ()
     signum: int | None = None
+    error: str = ""
+    status: int = 0
+    """The exit status that goes with ``error``."""
 
 
-Action = Join | Start | Tell | Sweep | Say | Finish
+Asking = Join | Announce | Succeed | Settle | Leave
+"""What the agent hands to the rendezvous."""
+Action = Asking | Start | Tell | Sweep | Say | Finish
 
 
 class Limits(NamedTuple):
@@ -155,12 +199,14 @@ class Life:
     limits: Limits
     state: State = State.JOINING
     place: Assignment | None = None
-    restart_count: int = 0
-    """Rounds before this one; it grows whatever ended them, so that no two rounds share a key space in the store."""
-    charged: int = 0
-    """Restarts that counted against ``max_restarts``."""
-    free: int = 0
-    """Restarts that did not."""
+    end: End | None = None
+    """Why the round is over, once that is known."""
+    announced: bool = False
+    """This node said that it is."""
+    failures: tuple[ProcessFailure, ...] = ()
+    """Of this node's workers, once all are gone."""
+    may_restart: bool = True
+    """False: a process could not be killed."""
     running: frozenset[int] = frozenset()
     """Local ranks whose process has not ended."""
     pids: Mapping[int, int] = field(default_factory=dict)
@@ -222,12 +268,15 @@ def _enter(life: Life, state: State, **changes: Any) -> Life:
 
 def _start(life: Life, event: Assigned, now: float) -> Step:
     ranks = frozenset(range(event.place.local_world_size))
-    life = _enter(life, State.RUNNING, place=event.place, running=ranks)
-    return life, [Start(event.place, life.restart_count)]
+    return _enter(life, State.RUNNING, place=event.place, running=ranks), [Start(event.place)]
 
 
 def _give_up_joining(life: Life, event: Signalled, now: float) -> Step:
-    return _enter(life, State.DONE), [Finish(signum=event.signum)]
+    return _enter(life, State.DONE), [Leave(event.signum), Finish(signum=event.signum)]
+
+
+def _ended_without_us(life: Life, event: Decided, now: float) -> Step:
+    return _finish(life, event.verdict)
 
 
 def _note_pids(life: Life, event: Started, now: float) -> Step:
@@ -237,21 +286,28 @@ def _note_pids(life: Life, event: Started, now: float) -> Step:
 def _worker_ended(life: Life, event: Exited, now: float) -> Step:
     life = _note_exit(life, event)
     if event.exit.exitcode != 0:
-        return _stop(life, signal.SIGTERM, event.exit.time, now)
+        rank, how = _place(life).rank(event.exit.local_rank), how_it_ended(event.exit.exitcode)
+        life, actions = _stop(replace(life, announced=True), signal.SIGTERM, event.exit.time, now)
+        return life, [*actions, Announce(f"rank {rank} on {_place(life).host} failed ({how})")]
     if life.running:
         return life, []
     return _sweep(_enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=now), now)
 
 
 def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
-    workers = "1 worker" if len(life.running) == 1 else f"{len(life.running)} workers"
     say = Say(
-        f"{signal_name(event.signum)} received: stopping {workers}; SIGKILL in "
+        f"{signal_name(event.signum)} received: stopping {_count(life.running)}; SIGKILL in "
         f"{life.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
     life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event))
     life, actions = _stop(life, event.signum, event.time, now)
-    return life, [*actions, say]  # deeds before words, which may have to wait for their reader
+    return life, [*actions, Leave(event.signum), say]  # deeds before words, which may have to wait for their reader
+
+
+def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
+    """Another node ended the round."""
+    life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
+    return life, [*actions, Say(f"{event.end.reason}: stopping {_count(life.running)}")]
 
 
 def _stop(life: Life, signum: int, time: float, now: float) -> Step:
@@ -295,7 +351,7 @@ def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
         f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
         "the job ends without waiting"
     )
-    return _conclude(life, event.errors, [say], may_restart=False)
+    return _settle(replace(life, may_restart=False), event.errors, [say])
 
 
 def _kill(life: Life, why: str, now: float) -> Step:
@@ -305,42 +361,79 @@ def _kill(life: Life, why: str, now: float) -> Step:
 
 def _round_is_over(life: Life, event: Gone, now: float) -> Step:
     says = [Say(f"killed what the workers had left running: {', '.join(event.leftovers)}")] if event.leftovers else []
-    return _conclude(life, event.errors, [*says], may_restart=True)
+    return _settle(life, event.errors, [*says])
 
 
-def _conclude(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Action], *, may_restart: bool) -> Step:
-    """Decide what follows the round: nothing more, another round without charge, another round, or failure."""
-    place = _place(life)
-    failures = root_cause.judge(life.exits, errors, life.pids, place, life.stopped_at)
-    done = _enter(life, State.DONE, deadline=None)
+def _settle(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Action]) -> Step:
+    """The node's part of the round is over: find what failed, and agree with the others on what follows."""
+    failures = root_cause.judge(life.exits, errors, life.pids, _place(life), life.stopped_at)
     if life.interrupted:
-        return done, [*actions, Finish(signum=life.signum)]
-    if not failures:
-        return done, [*actions, Finish()]
-    free = life.free < FREE_RESTARTS and place.port_picked and _lost_its_port(failures, place)
-    if not may_restart or not (free or life.charged < life.limits.max_restarts):
-        return done, [*actions, Finish(failures)]
+        return _enter(life, State.DONE, deadline=None), [*actions, Finish(signum=life.signum)]
+    life = _enter(life, State.SETTLING, deadline=None, failures=failures)
+    if life.end is not None:
+        return life, [*actions, Settle(_verdict(life))]
+    if life.announced:
+        return life, actions
+    if life.signum is not None and _place(life).group_world_size > 1:
+        return _enter(life, State.DONE), [*actions, Leave(life.signum), Finish(signum=life.signum)]
+    return life, [*actions, Succeed()]
+
+
+def _settle_now(life: Life, event: Ended, now: float) -> Step:
+    life = replace(life, end=event.end)
+    return life, [Settle(_verdict(life))]
+
+
+def _verdict(life: Life) -> Verdict:
+    """What follows, if it is for this node to decide: nothing, another round without charge, another round, failure."""
+    place = _place(life)
+    free = place.free < FREE_RESTARTS and place.port_picked and _lost_its_port(life.failures, place)
+    if life.failures and life.may_restart and (free or place.charged < life.limits.max_restarts):
+        return Verdict(True, place.charged + (not free), place.free + free, life.failures)
+    return Verdict(False, place.charged, place.free, life.failures)
+
+
+def _decided(life: Life, event: Decided, now: float) -> Step:
+    """Do what follows. A signal that came meanwhile ends a job that would go on; it does not hide that one failed."""
+    if not event.verdict.restart:
+        return _finish(life, event.verdict)
     if life.signum is not None:
-        return done, [*actions, Finish(signum=life.signum)]
-    life = Life(
-        life.limits,
-        restart_count=life.restart_count + 1,
-        charged=life.charged + (not free),
-        free=life.free + free,
-        history=life.history,
-    )
-    return life, [*actions, Say(_restart_line(failures[0], life, free=free)), Join()]
+        return _enter(life, State.DONE), [Leave(life.signum), Finish(signum=life.signum)]
+    if not life.may_restart:
+        error = f"{_survivors(life)} cannot be killed, so this node does not take part in another round"
+        return _enter(life, State.DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
+    says: list[Action] = [Say(line)] if (line := _restart_line(life, event.verdict)) else []
+    return Life(life.limits, history=life.history), [*says, Join()]
+
+
+def _finish(life: Life, verdict: Verdict) -> Step:
+    signum = verdict.signum or None
+    life = _enter(life, State.DONE)
+    return life, [Finish(verdict.failures, signum, verdict.error, verdict.status)]
+
+
+def _leave_unsettled(life: Life, event: Signalled, now: float) -> Step:
+    """A signal while the others decide: it ends this node's part, but if they wait for this one's word."""
+    if life.announced and (life.end is None or life.end.mine):
+        return replace(life, signum=event.signum), []
+    return _enter(life, State.DONE), [Leave(event.signum), Finish(signum=event.signum)]
 
 
 def _lost_its_port(failures: tuple[ProcessFailure, ...], place: Assignment) -> bool:
     return any(failure.rank == 0 and root_cause.is_port_clash(failure, place.master_port) for failure in failures)
 
 
-def _restart_line(cause: ProcessFailure, life: Life, *, free: bool) -> str:
-    if free:
+def _restart_line(life: Life, verdict: Verdict) -> str:
+    """What people are told of a restart; empty where another node tells it."""
+    place = _place(life)
+    if not verdict.failures or not (life.announced or place.group_rank == 0):
+        return ""
+    if verdict.free > place.free:
         return "MASTER_PORT was taken by another process: starting again with another port, without charge"
+    cause = verdict.failures[0]
+    where = f" on {cause.host}" if place.group_world_size > 1 else ""
     what = f"{cause.how()}, {cause.error_line()}" if cause.error else cause.how()
-    return f"rank {cause.rank} failed ({what}): restart {life.charged} of {life.limits.max_restarts}"
+    return f"rank {cause.rank}{where} failed ({what}): restart {verdict.charged} of {life.limits.max_restarts}"
 
 
 def _pass_on(life: Life, event: Passed, now: float) -> Step:
@@ -351,6 +444,10 @@ def _ignore(life: Life, event: Passed, now: float) -> Step:
     return life, []
 
 
+def _note_end(life: Life, event: Ended, now: float) -> Step:
+    return replace(life, end=event.end), []
+
+
 def _note_exit(life: Life, event: Exited) -> Life:
     return replace(life, running=life.running - {event.exit.local_rank}, exits=(*life.exits, event.exit))
 
@@ -359,6 +456,10 @@ def _place(life: Life) -> Assignment:
     if life.place is None:
         raise LaunchError(f"internal error: no place in a round while {life.state.value}")
     return life.place
+
+
+def _count(running: frozenset[int]) -> str:
+    return "1 worker" if len(running) == 1 else f"{len(running)} workers"
 
 
 def _survivors(life: Life) -> str:
@@ -373,14 +474,21 @@ TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
     (State.JOINING, Assigned): _start,
     (State.JOINING, Signalled): _give_up_joining,
     (State.JOINING, Passed): _ignore,
+    (State.JOINING, Decided): _ended_without_us,
     (State.RUNNING, Started): _note_pids,
     (State.RUNNING, Exited): _worker_ended,
     (State.RUNNING, Signalled): _stop_on_signal,
     (State.RUNNING, Passed): _pass_on,
+    (State.RUNNING, Ended): _stop_with_the_others,
     (State.STOPPING, Started): _note_pids,
     (State.STOPPING, Exited): _stopped_worker_ended,
     (State.STOPPING, Signalled): _hurry,
     (State.STOPPING, Passed): _pass_on,
     (State.STOPPING, TimedOut): _time_is_up,
+    (State.STOPPING, Ended): _note_end,
     (State.STOPPING, Gone): _round_is_over,
+    (State.SETTLING, Ended): _settle_now,
+    (State.SETTLING, Decided): _decided,
+    (State.SETTLING, Signalled): _leave_unsettled,
+    (State.SETTLING, Passed): _ignore,
 }

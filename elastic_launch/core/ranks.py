@@ -12,15 +12,11 @@ def worker_environment(
     place: Assignment,
     local_rank: int,
     *,
-    restart_count: int,
     run_id: str,
     error_file: str,
     inherited: Mapping[str, str],
 ) -> dict[str, str]:
-    """The variables that a worker gets beside those that it inherits, by torch's names and with torch's meanings.
-
-    ``TORCHELASTIC_USE_AGENT_STORE`` is False: the worker of rank 0 hosts the process group's store.
-    """
+    """The variables that a worker gets beside those that it inherits, by torch's names and with torch's meanings."""
     return {
         "RANK": str(place.rank(local_rank)),
         "LOCAL_RANK": str(local_rank),
@@ -33,10 +29,10 @@ def worker_environment(
         "ROLE_WORLD_SIZE": str(place.role_world_size),
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(place.master_port),
-        "TORCHELASTIC_RESTART_COUNT": str(restart_count),
+        "TORCHELASTIC_RESTART_COUNT": str(place.restart_count),
         "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
         "TORCHELASTIC_RUN_ID": run_id,
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCHELASTIC_USE_AGENT_STORE": str(place.agent_store),
         "TORCHELASTIC_ERROR_FILE": error_file,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }

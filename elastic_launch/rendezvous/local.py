@@ -1,4 +1,4 @@
-"""Floor 3: the rendezvous of a job on one node: no store, nobody to wait for.
+"""Floor 3: the rendezvous of a job on one node: no store, nobody to wait for, every answer at once.
 
 The worker of rank 0 hosts the process group's store, each round on a fresh port unless the user named one.
 """
@@ -7,49 +7,85 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
-from elastic_launch.model import Assignment
+from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle, Succeed
+from elastic_launch.model import Assignment, End, EndKind, Verdict
 from elastic_launch.ports import reserve_port
 
 
 class LocalRendezvous:
     """Gives one node its place in each round."""
 
-    def __init__(self, run_id: str, master_addr: str = "127.0.0.1", master_port: int = 0) -> None:
-        """Take the job's id and the address of the workers' store; port 0 picks a free one for each round."""
+    def __init__(
+        self, run_id: str, local_world_size: int, master_addr: str = "127.0.0.1", master_port: int = 0
+    ) -> None:
+        """Take the job's id, the node's workers and the address of their store; port 0: a free one for each round."""
         self._run_id = run_id
+        self._workers = local_world_size
         self._addr = master_addr
         self._port = master_port
         self._reserved: socket.socket | None = None
+        self._rounds = 0
+        self._last = Verdict(restart=True)
 
     def get_run_id(self) -> str:
         """The job's id."""
         return self._run_id
 
-    def next_round(self, local_world_size: int) -> Assignment:
-        """The node's place in the next round.
+    def ask(self, action: Asking) -> list[Event]:
+        """Answer what the agent asks.
 
         Raises:
             UnavailableError: the port that the user named is in use.
         """
-        self.close()
-        self._reserved = reserve_port(self._port)
-        return Assignment(
-            group_rank=0,
-            group_world_size=1,
-            base_rank=0,
-            world_size=local_world_size,
-            local_world_size=local_world_size,
-            base_role_rank=0,
-            role_world_size=local_world_size,
-            master_addr=self._addr,
-            master_port=self._reserved.getsockname()[1],
-            host=os.uname().nodename,
-            port_picked=self._port == 0,
-        )
+        match action:
+            case Join():
+                return [Assigned(self._next_round())]
+            case Announce(reason):
+                return [Ended(End(EndKind.FAILED, reason, mine=True), time.time())]
+            case Succeed():
+                return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
+            case Settle(verdict):
+                self._last = verdict
+                return [Decided(self._last)]
+        return []
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Nothing to wait for."""
+        return []
+
+    def deadline(self) -> float | None:
+        """No time to keep."""
+        return None
+
+    def take(self) -> list[Event]:
+        """Nothing comes by itself."""
+        return []
 
     def close(self) -> None:
         """End the reservation of the port."""
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None
+
+    def _next_round(self) -> Assignment:
+        self.close()
+        self._reserved = reserve_port(self._port)
+        self._rounds += 1
+        return Assignment(
+            group_rank=0,
+            group_world_size=1,
+            base_rank=0,
+            world_size=self._workers,
+            local_world_size=self._workers,
+            base_role_rank=0,
+            role_world_size=self._workers,
+            master_addr=self._addr,
+            master_port=self._reserved.getsockname()[1],
+            host=os.uname().nodename,
+            port_picked=self._port == 0,
+            restart_count=self._rounds - 1,
+            charged=self._last.charged,
+            free=self._last.free,
+        )
