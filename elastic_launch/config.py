@@ -176,3 +176,17 @@ def parse_signals(text: str) -> frozenset[signal.Signals]:
 def parse_filters(text: str) -> list[str]:
     """Read ``apple,orange`` into a list of texts; a doubled comma stands for a comma."""
     return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",") if part]
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Read ``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``; port 0 where there is none.
+
+    Raises:
+        UsageError: the port is none.
+    """
+    host, colon, port = endpoint.strip().rpartition(":")
+    if not colon or (":" in host and not host.endswith("]")):
+        host, port = endpoint.strip(), "0"  # no port, perhaps a bare IPv6 address
+    if not is_number(port) or int(port) > 65535:
+        raise UsageError(f"{endpoint!r}: the port must be a number from 0 to 65535")
+    return host.strip("[]"), int(port)

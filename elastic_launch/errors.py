@@ -105,6 +105,11 @@ def how_it_ended(exitcode: int) -> str:
     return f"killed by {signal_name(-exitcode)}" if exitcode < 0 else f"exit code {exitcode}"
 
 
+def shell_status(exitcode: int) -> int:
+    """The exit status that a shell would show: the exit code, or 128 + the signal's number for a negative one."""
+    return 128 - exitcode if exitcode < 0 else exitcode
+
+
 @dataclass(frozen=True)
 class ProcessFailure:
     """One worker that failed. The first four fields are torch's and stand in its order."""
@@ -141,7 +146,7 @@ class ProcessFailure:
 
     def status(self) -> int:
         """The exit status that a shell would show: the exit code, or 128 + the signal's number."""
-        return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
+        return shell_status(self.exitcode)
 
 
 class ChildFailedError(Exception):

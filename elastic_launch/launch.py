@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.agent import LocalElasticAgent
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number, split_endpoint
 from elastic_launch.console import say
 from elastic_launch.core.ranks import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
-from elastic_launch.model import WorkerSpec
+from elastic_launch.model import Rendezvous, WorkerSpec
 from elastic_launch.rendezvous.local import LocalRendezvous
 
 
@@ -44,12 +44,11 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     _refuse_what_is_missing(config)
     environ = environment()
     shutdown_timeout = _shutdown_timeout(config, environ)
-    address, port = _master(config)
     _share_out_cpus(config, environ)
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
-        rdzv_handler=LocalRendezvous(config.run_id or os.urandom(8).hex(), config.nproc_per_node, address, port),
+        rdzv_handler=_rendezvous(config, environ),
         entrypoint=entrypoint,
         args=tuple(args),
         max_restarts=config.max_restarts,
@@ -77,10 +76,6 @@ def _refuse_what_is_missing(config: LaunchConfig) -> None:
     """
     logs = config.logs_specs or DefaultLogsSpecs()
     asked_for = {
-        "--nnodes above 1": config.max_nodes > 1,
-        f"--rdzv-backend={config.rdzv_backend}": config.max_nodes == 1
-        and config.rdzv_backend not in ("static", "c10d")
-        and bool(config.rdzv_endpoint),
         "-r/--redirects": bool(logs.redirects),
         "-t/--tee": bool(logs.tee),
         "--local-ranks-filter": logs.local_ranks_filter is not None,
@@ -109,26 +104,21 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
             )
 
 
+def _rendezvous(config: LaunchConfig, environ: dict[str, str]) -> Rendezvous:
+    """One node meets nobody; several need a store."""
+    if config.max_nodes == 1:
+        return LocalRendezvous(config.run_id or os.urandom(8).hex(), config.nproc_per_node, *_master(config))
+    from elastic_launch.rendezvous.registry import create_dynamic  # late: a job of one node does not need it
+
+    return create_dynamic(config, environ, say)
+
+
 def _master(config: LaunchConfig) -> tuple[str, int]:
     """The address and port of the workers' store; port 0 stands for a free one."""
     host, port = "127.0.0.1", 0
     if config.rdzv_backend == "static" and config.rdzv_endpoint:
         host, port = split_endpoint(config.rdzv_endpoint)
     return config.local_addr or host, port
-
-
-def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Read ``HOST``, ``HOST:PORT`` or ``[IPV6]:PORT``; port 0 where there is none.
-
-    Raises:
-        UsageError: the port is none.
-    """
-    host, colon, port = endpoint.strip().rpartition(":")
-    if not colon or (":" in host and not host.endswith("]")):
-        host, port = endpoint.strip(), "0"  # no port, perhaps a bare IPv6 address
-    if not is_number(port) or int(port) > 65535:
-        raise UsageError(f"{endpoint!r}: the port must be a number from 0 to 65535")
-    return host.strip("[]"), int(port)
 
 
 def _shutdown_timeout(config: LaunchConfig, environ: dict[str, str]) -> float:

@@ -120,7 +120,7 @@ class End(NamedTuple):
     signum: int = 0
     """The signal, for ``STOP``."""
     status: int = 0
-    """The exit status, for ``ERROR``."""
+    """The exit status, for ``ERROR``, and of the worker for ``FAILED``."""
     mine: bool = False
     """It was this node that said so."""
 

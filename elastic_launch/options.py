@@ -142,6 +142,12 @@ OPTIONS = (
 )
 
 
+class Arguments(argparse.Namespace):
+    """A parsed command line; ``given`` has the options that were given, by flag or variable. No argument itself."""
+
+    __slots__ = ("given",)
+
+
 class Parser(argparse.ArgumentParser):
     """Parses the options before the script, and leaves everything after it alone."""
 
@@ -154,7 +160,7 @@ class Parser(argparse.ArgumentParser):
 
             args = sys.argv[1:]
         script = self._script_position(args)
-        namespace = argparse.Namespace() if namespace is None else namespace
+        namespace = Arguments() if namespace is None else namespace
         _, rest = super().parse_known_args(list(args[:script]), namespace)
         if script >= len(args):
             self.error(f"unrecognized arguments: {' '.join(rest)}" if rest else "the script to run is missing")
@@ -212,15 +218,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
     """Read each option's text, from the command line, else from its variable; else set its default."""
+    given = set()
     for option in OPTIONS:
         source, value = f"--{option.name}", getattr(namespace, option.dest, None)
         if value is None:
             source, value = option.variable, environ.get(option.variable) or None  # an empty one is none
         if value is None:
             value = option.default
-        elif isinstance(value, str):
+        else:
+            given.add(option.dest)
+        if value is not option.default and isinstance(value, str):
             try:
                 value = option.read(value)
             except UsageError as error:
                 raise UsageError(f"{source}={error}") from error
         setattr(namespace, option.dest, value)
+    if isinstance(namespace, Arguments):
+        namespace.given = given

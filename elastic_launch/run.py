@@ -74,6 +74,13 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     min_nodes, max_nodes = parse_nnodes(args.nnodes)
     if args.node_rank >= max_nodes:
         raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
+    given = getattr(args, "given", {"master_addr"} | ({"node_rank"} if args.node_rank else set()))
+    if args.rdzv_backend == "static" and max_nodes > 1 and not (args.rdzv_endpoint or "master_addr" in given):
+        raise UsageError(
+            f"--nnodes={args.nnodes}: several nodes need a place to meet: pass --rdzv-backend c10d --rdzv-endpoint "
+            "HOST:PORT, where HOST is one of them; or --master-addr with the address of the node with --node-rank 0"
+        )
+    pinned = args.rdzv_backend == "static" or "node_rank" in given
     config = LaunchConfig(
         min_nodes=min_nodes,
         max_nodes=max_nodes,
@@ -88,7 +95,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         role=args.role,
         rdzv_endpoint="" if args.standalone else args.rdzv_endpoint or _static_endpoint(args),
         rdzv_backend="c10d" if args.standalone else args.rdzv_backend,
-        rdzv_configs={**parse_rdzv_conf(args.rdzv_conf), "rank": args.node_rank},
+        rdzv_configs={**parse_rdzv_conf(args.rdzv_conf), **({"rank": args.node_rank} if pinned else {})},
         max_restarts=args.max_restarts,
         monitor_interval=args.monitor_interval,
         start_method=args.start_method,

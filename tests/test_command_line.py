@@ -13,8 +13,14 @@ from typing import Any
 import pytest
 
 from elastic_launch import LaunchConfig, Std, UsageError, cli, signals
-from elastic_launch.config import parse_filters, parse_nnodes, parse_ranks, parse_rdzv_conf, parse_signals
-from elastic_launch.launch import split_endpoint
+from elastic_launch.config import (
+    parse_filters,
+    parse_nnodes,
+    parse_ranks,
+    parse_rdzv_conf,
+    parse_signals,
+    split_endpoint,
+)
 from elastic_launch.options import OPTIONS
 from elastic_launch.run import (
     config_from_args,
@@ -58,6 +64,7 @@ def cli_status(*args: str) -> object:
                 signal.signal(signum, handler)
 
 
+C10D = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "h:1"]
 WRONG = [
     (["--nnodes", "3:1"], "--nnodes='3:1': must be a number of nodes"),
     (["--nnodes", "0"], "--nnodes='0': must be"),
@@ -88,10 +95,15 @@ WRONG = [
     (["--max-restarts", "9" * 5000], "must be a number of at least 0"),
     (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     (["--ma", "1"], "ambiguous option: --ma"),
+    # Several nodes.
+    (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
+    ([*C10D, "--rdzv-conf", "join_timeout=soon"], "join_timeout=soon: must be a number of seconds above 0"),
+    ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
+    ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
+    ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
     # Parts that do not exist yet say so.
-    (["--nnodes", "2"], "--nnodes above 1: not available yet"),
-    (["--nnodes", "1:4"], "--nnodes above 1: not available yet"),
-    (["--rdzv-backend", "etcd", "--rdzv-endpoint", "h:1"], "--rdzv-backend=etcd: not available yet"),
     (["-r", "3"], "-r/--redirects: not available yet"),
     (["-t", "0:1"], "-t/--tee: not available yet"),
     (["--local-ranks-filter", "0"], "--local-ranks-filter: not available yet"),

@@ -57,6 +57,8 @@ def test_arrows_run_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_torch_and_its_launcher_are_not_imported(path: Path) -> None:
+    if path.name == "host_main.py":
+        return  # a process of its own, which hosts torch's store
     assert not [module for module in imports(path) if module.split(".")[0] in ("torch", "grpc", "etcd3")]
 
 

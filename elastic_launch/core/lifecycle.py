@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from elastic_launch.core import root_cause
 from elastic_launch.core.root_cause import ErrorRecord, Exit
-from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, how_it_ended, signal_name
+from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, how_it_ended, shell_status, signal_name
 from elastic_launch.model import Assignment, End, Verdict
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -125,6 +125,8 @@ class Announce(NamedTuple):
     """End the round for all nodes, since a worker of this one failed; answer with the ``Ended`` that came first."""
 
     reason: str
+    status: int
+    """The worker's exit status, as a shell shows it."""
 
 
 class Succeed(NamedTuple):
@@ -288,7 +290,8 @@ def _worker_ended(life: Life, event: Exited, now: float) -> Step:
     if event.exit.exitcode != 0:
         rank, how = _place(life).rank(event.exit.local_rank), how_it_ended(event.exit.exitcode)
         life, actions = _stop(replace(life, announced=True), signal.SIGTERM, event.exit.time, now)
-        return life, [*actions, Announce(f"rank {rank} on {_place(life).host} failed ({how})")]
+        reason = f"rank {rank} on {_place(life).host} failed ({how})"
+        return life, [*actions, Announce(reason, shell_status(event.exit.exitcode))]
     if life.running:
         return life, []
     return _sweep(_enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=now), now)

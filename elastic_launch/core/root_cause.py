@@ -66,7 +66,7 @@ def judge(
         for exit_ in exits
         if _is_failure(exit_, errors.get(exit_.local_rank), stopped_at)
     ]
-    return tuple(sorted(failures, key=lambda f: (_is_consequence(f), f.timestamp, f.rank)))
+    return tuple(sorted(failures, key=lambda f: (is_consequence(f), f.timestamp, f.rank)))
 
 
 def is_port_clash(failure: ProcessFailure, port: int) -> bool:
@@ -84,7 +84,8 @@ def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bo
     return exit_.exitcode < 0 and -exit_.exitcode not in exit_.told
 
 
-def _is_consequence(failure: ProcessFailure) -> bool:
+def is_consequence(failure: ProcessFailure) -> bool:
+    """Whether the error is plainly that of a worker that lost its peer."""
     return _CONSEQUENCE.search(failure.error) is not None
 
 

@@ -42,8 +42,8 @@ class LocalRendezvous:
         match action:
             case Join():
                 return [Assigned(self._next_round())]
-            case Announce(reason):
-                return [Ended(End(EndKind.FAILED, reason, mine=True), time.time())]
+            case Announce(reason, status):
+                return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
             case Succeed():
                 return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
             case Settle(verdict):

@@ -1,0 +1,140 @@
+"""Floor 1: what nodes write to the job's store for each other: the records of a round, and their JSON. Pure.
+
+Records are checked against their types when they are read: the store is open to everybody who can reach it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from elastic_launch.errors import RendezvousStateError
+
+T = TypeVar("T")
+
+
+class NodeRecord(NamedTuple):
+    """A node that takes part in a round."""
+
+    node: str
+    """An id of its own, the same in every round."""
+    host: str
+    pid: int
+    workers: int
+    role: str
+    rank: int = -1
+    """The group rank that it asks for; -1: any."""
+    previous: int = -1
+    """Its group rank in the round before; -1: none."""
+    address: str = ""
+    """By which it reaches the store, and so the others reach it; or the one that its user named."""
+    named: bool = False
+    """The user named it (--local-addr)."""
+    outward: str = ""
+    """The same, for when that is a loopback address, and not everybody is on this host."""
+    port: int = 0
+    """Reserved for the workers' store, in case the node gets rank 0."""
+    serves: bool = False
+    """It hosts the job's store."""
+    charged: int = 0
+    free: int = 0
+    """As in ``Assignment``."""
+
+
+class Closed(NamedTuple):
+    """The membership of a round is final."""
+
+    chief: int
+    """Which chief closed it: the first, 0, or one that took over."""
+    nodes: int
+    """Members."""
+    tickets: int
+    """Arrivals that the chief knew of."""
+    spares: tuple[int, ...] = ()
+    """Tickets of those that it had no use for."""
+
+
+class Roster(NamedTuple):
+    """The members of a round, by group rank."""
+
+    tickets: tuple[int, ...]
+    nodes: tuple[str, ...]
+    hosts: tuple[str, ...]
+
+
+class Status(NamedTuple):
+    """Who has come so far, for people."""
+
+    joined: int
+    hosts: str
+    missing: str
+
+
+def encode(record: NamedTuple) -> bytes:
+    """The record as JSON."""
+    return json.dumps(_plain(record), separators=(",", ":")).encode()
+
+
+def decode(kind: type[T], data: bytes, key: str) -> T:
+    """Read a record.
+
+    Raises:
+        RendezvousStateError: ``data``, found at ``key``, is not one.
+    """
+    try:
+        return cast(T, _reader(kind)(json.loads(data)))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RendezvousStateError(
+            f"the store holds at {key!r} what no node of this job can have written ({data[:60]!r}): does another job, "
+            "or another version of elastic-launch, use the same --rdzv-id?"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _plain(part) for name, part in value._asdict().items()}
+    if is_dataclass(value):
+        return {name: _plain(part) for name, part in vars(value).items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    """What turns the JSON of a value of this type back into it."""
+    if hint not in _readers:
+        _readers[hint] = _make_reader(hint)
+    return _readers[hint]
+
+
+_readers: dict[Any, Callable[[Any], Any]] = {}
+
+
+def _make_reader(hint: Any) -> Callable[[Any], Any]:
+    if get_origin(hint) is tuple:
+        part = _reader(get_args(hint)[0])
+
+        def read_tuple(value: Any) -> Any:
+            if not isinstance(value, list):
+                raise TypeError(hint)
+            return tuple(map(part, value))
+
+        return read_tuple
+    if is_dataclass(hint) or hasattr(hint, "_fields"):
+        fields = {name: _reader(field) for name, field in get_type_hints(hint).items()}
+
+        def read_record(value: Any) -> Any:
+            return hint(**{name: read(value[name]) for name, read in fields.items()})
+
+        return read_record
+
+    def read_plain(value: Any) -> Any:
+        if hint is float and type(value) is int:
+            return float(value)
+        if issubclass(hint, str) and type(value) is str:
+            return hint(value)  # also an enumeration's
+        if type(value) is not hint:
+            raise TypeError(hint)
+        return value
+
+    return read_plain

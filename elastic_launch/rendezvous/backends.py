@@ -1,0 +1,207 @@
+"""Floor 3: where the nodes of a job meet: which store, who hosts it, and connections to it.
+
+A ``Backend`` starts what the store needs on this node (the process that hosts it, or the bridge to etcd) and makes
+connections that do not block. It gives no second chances: that is its user's part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from elastic_launch.config import split_endpoint
+from elastic_launch.errors import RendezvousConnectionError, UnavailableError
+from elastic_launch.ports import port_owner
+from elastic_launch.store.client import StoreClient, connect
+from elastic_launch.store.etcd import EtcdBridge
+from elastic_launch.store.host import StoreHost, bind_endpoint
+
+Address = tuple[int, tuple[Any, ...]]
+"""Family, and what ``connect`` takes."""
+
+
+class Backend(Protocol):
+    """A store, as seen from one node."""
+
+    where: str
+    """What messages call it."""
+    serves: bool
+    """This node hosts it."""
+
+    def open(self) -> None:
+        """Start what it needs here. Raises LaunchError."""
+
+    def connect(self) -> StoreClient:
+        """Begin another connection. Raises RendezvousConnectionError."""
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        """By which address this node reaches the store, and the store's own, over a connection that is ready."""
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        """The error with what is known here of its cause."""
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """What to wait for, beside the connections."""
+
+    def take(self) -> None:
+        """Look whether the process that serves still does. Raises RendezvousConnectionError."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+class C10dBackend:
+    """torch's TCPStore at ``HOST:PORT``, hosted by the first agent there."""
+
+    def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
+        """Take the endpoint; ``is_host`` None: this node hosts the store if the endpoint is an address of its own."""
+        self.where = f"the store at {f'[{host}]' if ':' in host else host}:{port}"
+        self.serves = False
+        self._host, self._port = host, port
+        self._is_host = is_host
+        self._environ = environ
+        self._process: StoreHost | None = None
+        self._addresses: list[Address] = []
+        self._attempts = 0
+
+    def open(self) -> None:
+        """Host the store, if that is this node's part and no other agent of this host was first."""
+        if self._is_host is None:
+            try:
+                self._is_host = any(map(_is_own, resolve(self._host, self._port)))
+            except RendezvousConnectionError:
+                return  # a name that is not known yet is not this host's
+        if not self._is_host:
+            return
+        try:
+            listening = bind_endpoint(self._port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return  # another agent hosts the store, or a stranger is there: the connection will show
+            raise UnavailableError(f"cannot host {self.where}: {error.strerror}") from error
+        self._process = StoreHost(listening, self._environ)
+        self.serves = True
+
+    def connect(self) -> StoreClient:
+        """Connect to the endpoint's addresses in turn."""
+        if not self._addresses:
+            self._addresses = resolve(self._host, self._port)
+        family, address = self._addresses[self._attempts % len(self._addresses)]
+        self._attempts += 1
+        if self._attempts % len(self._addresses) == 0:
+            self._addresses = []  # a name may stand for another address the next time
+        return connect(address, family, self.where)
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        """Both ends of the connection."""
+        with socket.socket(fileno=os.dup(client.fileno())) as sock:
+            return sock.getsockname()[0], sock.getpeername()[0]
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        """Name the process that listens on the port, if it is one of this host."""
+        owner = port_owner(self._port) if self._is_host and not self.serves else None
+        return RendezvousConnectionError(f"{error} (port {self._port} is in use by {owner})") if owner else error
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Those of the process that hosts the store."""
+        return [(self._process.fileno(), select.POLLIN)] if self._process else []
+
+    def take(self) -> None:
+        """Look after the process that hosts the store."""
+        if self._process:
+            self._process.take()
+
+    def close(self) -> None:
+        """End the store that this node hosts."""
+        if self._process:
+            self._process.close()
+            self._process = None
+
+
+class EtcdBackend:
+    """etcd v3, through a bridge process of this node's own."""
+
+    serves = False
+
+    def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
+        """Take the endpoints, the job's id and etcd's settings; see ``EtcdBridge``."""
+        self.where = f"etcd at {endpoints}"
+        self._endpoints, self._conf, self._environ = endpoints, conf, environ
+        self._prefix = f"elastic-launch/{run_id}/"
+        self._bridge: EtcdBridge | None = None
+
+    def open(self) -> None:
+        """Start the bridge."""
+        self._bridge = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
+
+    def connect(self) -> StoreClient:
+        """Another connection to the bridge."""
+        if self._bridge is None:
+            raise RendezvousConnectionError(f"{self.where}: not open")
+        return StoreClient(self._bridge.connect(), self.where)
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        """The address by which this node reaches an endpoint; and none, since etcd does not serve workers."""
+        for endpoint in self._endpoints.split(","):
+            with contextlib.suppress(OSError, RendezvousConnectionError):
+                return own_address(split_endpoint(endpoint)[0]), ""
+        return "127.0.0.1", ""
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        """The bridge tells by itself."""
+        return error
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """That of the bridge."""
+        return [(self._bridge.fileno(), select.POLLIN)] if self._bridge else []
+
+    def take(self) -> None:
+        """Look after the bridge."""
+        if self._bridge:
+            self._bridge.take()
+
+    def close(self) -> None:
+        """End the bridge."""
+        if self._bridge:
+            self._bridge.close()
+            self._bridge = None
+
+
+def resolve(host: str, port: int) -> list[Address]:
+    """The addresses of a name.
+
+    Raises:
+        RendezvousConnectionError: it has none, or they cannot be found out now.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RendezvousConnectionError(
+            f"cannot find the address of {host!r}: {reason}; check --rdzv-endpoint or --master-addr, and DNS"
+        ) from error
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def own_address(towards: str) -> str:
+    """The address of this host by which it reaches another; nothing is sent."""
+    family, address = resolve(towards, 9)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)
+        return str(sock.getsockname()[0])
+
+
+def _is_own(address: Address) -> bool:
+    """Whether an address is one of this host's: only those can be bound."""
+    family, where = address
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        try:
+            sock.bind((where[0], 0, *where[2:]))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,325 @@
+"""Floor 3: the driver of ``core.rendezvous``: its requests go to the job's store, the store's answers come back.
+
+Two connections that never block: one for requests, one that waits for a key to appear. One that is lost is made again,
+and what it had not answered is asked again. Decides when to give up the store; all else is decided in ``core``.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from elastic_launch.core import rendezvous
+from elastic_launch.core.lifecycle import Asking, Assigned, Decided, Ended, Event, Join, Leave
+from elastic_launch.core.records import NodeRecord
+from elastic_launch.core.rendezvous import Answered, Appeared, Ask, Found, Lost, Node, Opening, Passing, Phase, Settings
+from elastic_launch.core.requests import Append, Cancel, Set, Wait
+from elastic_launch.errors import ExitCode, RendezvousConnectionError
+from elastic_launch.ports import reserve_port
+from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.store.client import NotAStoreError, StoreClient
+
+RETRY_FIRST, RETRY_LATER = 0.02, 1.0
+"""Seconds between attempts to connect: at first, and when they have doubled up."""
+DOUBTS = 3
+"""How often in a row something has to look like no store, until that is believed: a server that ends looks so, too."""
+SAY_UNREACHABLE = 10.0
+"""Seconds between two lines that tell that the store cannot be reached."""
+FAREWELL = 5.0
+"""Seconds, at most, that a node takes to say goodbye to a store that does not answer."""
+
+
+UNACKNOWLEDGED = (Set, Append)
+"""Requests that the store does not answer."""
+
+
+class Timeouts(NamedTuple):
+    """In seconds."""
+
+    read: float = 60.0
+    """For an answer of the store."""
+    store: float = 60.0
+    """For a store that was lost to come back."""
+
+
+class DynamicRendezvous:
+    """The rendezvous of a job of many nodes, as the agent sees it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        record: NodeRecord,
+        backend: Backend,
+        say: Callable[[str], None],
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - a value
+    ) -> None:
+        """Take what the job's nodes agree on, this node's record, and the store; nothing is started yet."""
+        self._settings = settings
+        self._node = Node(record, settings)
+        self._backend = backend
+        self._say = say
+        self._timeouts = timeouts
+        self._events: list[Event] = []
+        self._is_open = False
+        self._reserved: socket.socket | None = None
+        self._calls: StoreClient | None = None
+        self._waits: StoreClient | None = None
+        self._unanswered: deque[tuple[Ask, float]] = deque()
+        """What the store has to answer, and when that was asked of the connection that there is."""
+        self._awaited: str | None = None
+        self._store_addr = ""
+        self._was_ready = self._has_met = self._has_given_up = False
+        self._connected_at = 0.0
+        self._lost_at = 0.0
+        """When the store was there for the last time, or was first looked for."""
+        self._retry_at = 0.0
+        self._attempts = self._doubts = 0
+        self._said_at = 0.0
+        self._why: RendezvousConnectionError | None = None
+
+    def get_run_id(self) -> str:
+        """The job's id."""
+        return self._settings.run_id
+
+    def ask(self, action: Asking) -> list[Event]:
+        """Take an action of the agent; most answers come later, from ``take``."""
+        if isinstance(action, Join):
+            self._open()
+            if not self._settings.store_port:
+                self._release()
+                self._reserved = reserve_port()
+            port = self._reserved.getsockname()[1] if self._reserved else 0
+            self._step(Opening(port))
+        else:
+            self._step(action)
+        self._turn()
+        return self._take_events()
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """The connections, and what the backend looks after."""
+        found = self._backend.descriptors()
+        for client in (self._calls, self._waits):
+            if client and client.fileno() >= 0:
+                found.append((client.fileno(), select.POLLIN | (select.POLLOUT if client.wants_write() else 0)))
+        return found
+
+    def deadline(self) -> float | None:
+        """When the node, or a connection, needs attention."""
+        times = [self._node.deadline] if self._node.deadline is not None else []
+        if self._has_given_up:
+            pass
+        elif self._calls is None:
+            times.append(self._retry_at)
+        elif not self._calls.ready:
+            times.append(self._connected_at + self._timeouts.read)
+        elif (since := self._asked_at()) is not None:
+            times.append(since + self._timeouts.read)
+        return min(times, default=None)
+
+    def take(self) -> list[Event]:
+        """Read answers, keep time, connect anew."""
+        self._turn()
+        if self._node.deadline is not None and time.monotonic() >= self._node.deadline:
+            self._step(Passing())
+            self._turn()
+        return self._take_events()
+
+    def close(self) -> None:
+        """Say goodbye, which takes some seconds at most; the store's host waits until the others know the outcome."""
+        try:
+            if self._is_open:
+                if self._node.phase is not Phase.LEAVING:
+                    self._step(Leave(signal.SIGTERM))
+                self._say_goodbye()
+        except RendezvousConnectionError:
+            pass  # without a store there is nobody to say it to
+        finally:
+            self._disconnect()
+            self._release()
+            self._backend.close()
+
+    # --- the node
+
+    def _step(self, event: rendezvous.Event) -> None:
+        now = time.monotonic()
+        for output in self._node.step(event, now):
+            match output:
+                case Ask():
+                    self._unanswered.append((output, now))
+                    if self._calls:
+                        self._calls.submit(output.request, output)
+                case rendezvous.Say(text):
+                    self._say(text)
+                case rendezvous.Tell(told):
+                    self._events.append(self._completed(told))
+
+    def _completed(self, event: Assigned | Ended | Decided) -> Event:
+        """What only this side knows: the store's address, the time of day."""
+        match event:
+            case Assigned(place) if not place.master_addr:
+                return Assigned(place._replace(master_addr=self._store_addr))
+            case Ended(end, _):
+                return Ended(end, time.time())
+        return event
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    # --- the connections
+
+    def _open(self) -> None:
+        if not self._is_open:
+            self._is_open = True
+            self._lost_at = self._said_at = time.monotonic()
+            self._backend.open()
+            self._node.me = self._node.me._replace(serves=self._backend.serves)
+
+    def _turn(self) -> None:
+        """Send and read what can be, until there is nothing more to do now."""
+        if self._has_given_up:
+            return
+        try:
+            self._backend.take()
+        except RendezvousConnectionError as error:
+            self._give_up(str(error))  # it will not come back by itself
+            return
+        try:
+            if self._calls is None and time.monotonic() >= self._retry_at:
+                self._connect()
+            while self._calls and self._waits:
+                self._await()
+                for client in (self._calls, self._waits):
+                    client.flush()
+                if not self._read():
+                    break
+            self._check_patience()
+        except RendezvousConnectionError as error:
+            self._lose(error)
+
+    def _read(self) -> bool:
+        """Hand the answers that have come to the node. Returns whether there were any."""
+        if not self._calls or not self._waits:
+            return False
+        answers = self._calls.take()
+        if self._calls.ready and not self._was_ready:
+            self._greet(self._calls)
+        for ask, value in answers:
+            if isinstance(ask.request, UNACKNOWLEDGED):
+                continue  # it is on its way; that it has arrived the next answer tells
+            while self._unanswered.popleft()[0] is not ask:
+                pass
+            self._step(Answered(ask.what, ask.round, value, ask.about))
+        came = self._waits.take()
+        for key, appeared in came:
+            if key == self._awaited:
+                self._awaited = None
+            if appeared and key == self._node.awaiting:
+                self._step(Appeared(key))
+        return bool(answers or came)
+
+    def _asked_at(self) -> float | None:
+        """Since when the store owes an answer."""
+        return next((at for ask, at in self._unanswered if not isinstance(ask.request, UNACKNOWLEDGED)), None)
+
+    def _await(self) -> None:
+        """Have the second connection wait for what the node wants to learn of."""
+        if self._waits and self._node.awaiting != self._awaited:
+            if self._awaited is not None:
+                self._waits.submit(Cancel())
+            self._awaited = self._node.awaiting
+            if self._awaited is not None:
+                self._waits.submit(Wait((self._awaited,)), self._awaited)
+
+    def _connect(self) -> None:
+        self._connected_at = time.monotonic()
+        self._was_ready = False
+        self._calls = self._backend.connect()
+        self._waits = self._backend.connect()
+        self._awaited = None
+        again, self._unanswered = self._unanswered, deque()
+        for ask, _ in again:
+            self._unanswered.append((ask, self._connected_at))
+            self._calls.submit(ask.request, ask)
+
+    def _greet(self, client: StoreClient) -> None:
+        """The store answers."""
+        self._was_ready = True
+        own, self._store_addr = self._backend.addresses(client)
+        if not self._node.me.named:
+            self._node.me = self._node.me._replace(address=own)
+        if self._has_met:
+            self._step(Found())
+        self._has_met = True
+        self._attempts = self._doubts = 0
+        self._why = None
+
+    def _lose(self, error: RendezvousConnectionError) -> None:
+        """The store cannot be reached: try again, or give it up."""
+        now = time.monotonic()
+        if self._was_ready:
+            self._lost_at = now
+        self._disconnect()
+        self._why = error
+        if isinstance(error, NotAStoreError):
+            self._doubts = DOUBTS if error.certain else self._doubts + 1
+        self._attempts += 1
+        self._retry_at = now + min(RETRY_FIRST * 2**self._attempts, RETRY_LATER)
+        if self._node.is_settled:
+            self._give_up("")  # nothing is needed of the store any more
+        elif self._doubts >= DOUBTS:
+            self._give_up(str(self._backend.explain(error)))
+        else:
+            self._check_patience()
+
+    def _disconnect(self) -> None:
+        for client in (self._calls, self._waits):
+            if client:
+                client.close()
+        self._calls = self._waits = None
+        self._was_ready = False
+
+    def _check_patience(self) -> None:
+        now = time.monotonic()
+        if self._calls and not self._calls.ready and now - self._connected_at >= self._timeouts.read:
+            raise self._calls.silence(self._timeouts.read)
+        if self._calls and self._calls.ready:
+            if (since := self._asked_at()) is not None and now - since >= self._timeouts.read:
+                raise self._calls.silence(self._timeouts.read)
+            return
+        patience = self._timeouts.store if self._node.round >= 0 else self._settings.join_timeout
+        if self._why and now - self._lost_at >= patience:
+            self._give_up(f"{self._backend.explain(self._why)} (tried for {now - self._lost_at:.0f} s)")
+        elif self._why and now - self._said_at >= SAY_UNREACHABLE:
+            self._said_at = now
+            left = patience - (now - self._lost_at)
+            self._say(f"{self._why}; trying for up to {left:.0f} s more")
+
+    def _give_up(self, text: str) -> None:
+        """Without the store the node cannot go on; its workers are stopped in good order."""
+        self._has_given_up = True
+        self._disconnect()
+        self._step(Lost(text, ExitCode.UNAVAILABLE))
+
+    def _release(self) -> None:
+        if self._reserved:
+            self._reserved.close()
+            self._reserved = None
+
+    def _say_goodbye(self) -> None:
+        end = time.monotonic() + (self._node.deadline - time.monotonic() if self._node.deadline else FAREWELL)
+        while not self._node.is_gone and time.monotonic() < end:
+            self._turn()
+            if self._calls is None or self._node.is_gone:
+                break
+            poller = select.poll()
+            for fd, mask in self.descriptors():
+                poller.register(fd, mask)
+            poller.poll(max(0.0, end - time.monotonic()) * 1000)
+        if self._calls:
+            self._calls.flush()

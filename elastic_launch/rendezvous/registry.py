@@ -1,0 +1,123 @@
+"""Floor 3: which rendezvous a job gets: from its settings to what the agent talks to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from elastic_launch.config import LaunchConfig, split_endpoint
+from elastic_launch.errors import UsageError
+
+if TYPE_CHECKING:
+    from elastic_launch.rendezvous.backends import Backend
+    from elastic_launch.rendezvous.dynamic import DynamicRendezvous
+
+DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
+"""torch's."""
+TIMES = ("join_timeout", "last_call_timeout", "close_timeout", "keep_alive_interval", "store_timeout", "read_timeout")
+"""Settings of ``--rdzv-conf`` that are seconds."""
+OTHERS = ("keep_alive_max_attempt", "is_host", "timeout", "rank")
+ETCD = ("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+
+
+def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> DynamicRendezvous:
+    """The rendezvous of a job of several nodes.
+
+    Raises:
+        UsageError: a setting is missing or wrong.
+    """
+    from elastic_launch.core.records import NodeRecord  # late: 10 ms that a job of one node does not need
+    from elastic_launch.core.rendezvous import Settings
+    from elastic_launch.rendezvous.dynamic import DynamicRendezvous, Timeouts
+
+    conf = config.rdzv_configs
+    seconds = {name: _seconds(conf, name) for name in TIMES if conf.get(name) is not None}
+    limit = config.rdzv_timeout if config.rdzv_timeout != -1 else conf.get("timeout")
+    if limit is not None and "join_timeout" not in seconds:
+        seconds["join_timeout"] = _seconds({"timeout": limit}, "timeout")
+    if unknown := sorted(set(conf) - {*TIMES, *OTHERS, *ETCD}):
+        say(f"--rdzv-conf: {', '.join(unknown)}: not known here, and ignored")
+    timeouts = {name: seconds.pop(f"{name}_timeout") for name in Timeouts._fields if f"{name}_timeout" in seconds}
+    rank = _rank(config)
+    run_id = config.run_id or "none"
+    backend, port = _backend(config, run_id, rank, environ)
+    settings = Settings(
+        run_id=run_id,
+        min_nodes=config.min_nodes,
+        max_nodes=config.max_nodes,
+        keep_alive_max_attempt=_attempts(conf),
+        max_restarts=config.max_restarts,
+        store_port=0 if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1" else port,
+        **seconds,
+    )
+    host, pid = os.uname().nodename, os.getpid()
+    record = NodeRecord(
+        node=f"{host}-{pid}-{os.urandom(4).hex()}",
+        host=host,
+        pid=pid,
+        workers=config.nproc_per_node,
+        role=config.role,
+        rank=rank,
+        address=config.local_addr or "",
+        named=bool(config.local_addr),
+    )
+    return DynamicRendezvous(settings, record, backend, say, Timeouts(**timeouts))
+
+
+def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str, str]) -> tuple[Backend, int]:
+    """The store, and the port on which it serves workers, too (0: it does not)."""
+    from elastic_launch.rendezvous.backends import C10dBackend, EtcdBackend
+
+    endpoint = config.rdzv_endpoint.strip()
+    if not endpoint:
+        raise UsageError(
+            f"{config.max_nodes} nodes need a place to meet: pass --rdzv-backend c10d --rdzv-endpoint HOST:PORT, where "
+            "HOST is one of them, or --master-addr with --node-rank, the same --rdzv-id and --nnodes everywhere"
+        )
+    if config.rdzv_backend.startswith("etcd"):
+        conf = {name: str(value) for name, value in config.rdzv_configs.items()}
+        return EtcdBackend(endpoint, run_id, conf, environ), 0
+    host, port = split_endpoint(endpoint)
+    port = port or DEFAULT_PORTS[config.rdzv_backend]
+    is_host = _flag(config.rdzv_configs, "is_host")
+    if is_host is None and config.rdzv_backend == "static":
+        is_host = rank == 0
+    return C10dBackend(host, port, is_host, environ), port
+
+
+def _rank(config: LaunchConfig) -> int:
+    """The group rank that this node asks for; -1: none."""
+    rank = config.rdzv_configs.get("rank", 0 if config.rdzv_backend == "static" else -1)
+    if not isinstance(rank, int) or rank >= config.max_nodes:
+        raise UsageError(f"--node-rank={rank}: must be below the number of nodes, {config.max_nodes}")
+    return rank
+
+
+def _seconds(conf: Mapping[str, Any], name: str) -> float:
+    try:
+        value = float(conf[name])
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be a number of seconds above 0")
+    return value
+
+
+def _attempts(conf: Mapping[str, Any]) -> int:
+    text = str(conf.get("keep_alive_max_attempt", 3))
+    if not text.isdigit() or int(text) < 2:
+        raise UsageError(f"--rdzv-conf keep_alive_max_attempt={text}: must be a number of at least 2")
+    return int(text)
+
+
+def _flag(conf: Mapping[str, Any], name: str) -> bool | None:
+    """torch's spellings of yes and no."""
+    if conf.get(name) is None:
+        return None
+    value = {"1": True, "true": True, "t": True, "yes": True, "y": True}
+    value |= {"0": False, "false": False, "f": False, "no": False, "n": False}
+    text = str(conf[name]).lower()
+    if text not in value:
+        raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be true or false")
+    return value[text]

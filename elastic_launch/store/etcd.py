@@ -1,0 +1,198 @@
+"""Floor 2: the agent's hand on its bridge to etcd (``etcd_main``): settings, start, connections, end.
+
+Starts one process, reads the files that the settings name; no gRPC and no thread in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from elastic_launch.errors import RendezvousConnectionError, UsageError, how_it_ended
+
+CLOSE_PATIENCE = 2.0
+"""Seconds to wait for the bridge to do what was asked last, and to end; it is killed then."""
+
+DEFAULT_PORT = 2379
+READ_TIMEOUT = 60.0
+"""Seconds for a call to etcd, all attempts together; torch's default."""
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_PROGRAM = (
+    "import sys; sys.path.append(sys.argv[1]);"
+    "from elastic_launch.store import etcd_main; etcd_main.main(*map(int, sys.argv[2:]))"
+)
+_NAMES = {
+    "protocol": ("protocol",),
+    "cacert": ("cacert", "ca_cert"),
+    "cert": ("cert", "ssl_cert"),
+    "key": ("key", "ssl_cert_key"),
+    "user": ("user", "username"),
+    "password": ("password",),
+    "read_timeout": ("read_timeout",),
+}
+"""What ``--rdzv-conf`` may call each setting; torch's backends etcd and etcd-v2 have names of their own."""
+
+
+class EtcdBridge:
+    """A bridge process. ``fileno()`` is readable when ``take()`` has something to say: that the bridge has ended."""
+
+    def __init__(self, endpoints: str, prefix: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
+        """Start the process; it reaches out for etcd by itself, and ``take()`` tells when it cannot.
+
+        Args:
+            endpoints: ``HOST:PORT`` of members, with commas in between; the port is 2379 if left out.
+            prefix: what all keys begin with in etcd. Those who use the same one share their keys, and a lease.
+            conf: of ``--rdzv-conf``: protocol (http or https), cacert, cert, key (files), user, password, read_timeout
+                (seconds for a call, 60). Others are ignored.
+            environ: the variables of the process.
+
+        Raises:
+            UsageError: a setting is wrong, or its file cannot be read.
+            RendezvousConnectionError: the system cannot start a process.
+        """
+        self.where = f"etcd at {endpoints}"
+        """What messages call it."""
+        told = {"prefix": prefix, "path": list(map(str, sys.path)), **_settings(endpoints, conf)}
+        self._closed = False
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
+                self._control.setblocking(False)
+                # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
+                inherited = (theirs.fileno(), agent.fileno())
+                self.pid = os.posix_spawn(
+                    sys.executable,
+                    [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE, *map(str, inherited)],
+                    environ,
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+                        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),
+                    ],
+                    setsid=True,
+                    setsigmask=signal.valid_signals(),
+                )
+            self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
+            with contextlib.suppress(BrokenPipeError):
+                self._control.send(marshal.dumps(told))  # the first message: there is room
+        except OSError as error:
+            self._control.close()
+            raise RendezvousConnectionError(f"cannot start the bridge to etcd: {error}") from error
+
+    def fileno(self) -> int:
+        """The descriptor to wait on; -1 when closed."""
+        return self._control.fileno()
+
+    def connect(self) -> socket.socket:
+        """A new connection that speaks TCPStore's protocol, non-blocking. What is sent on it waits for the bridge.
+
+        Where the bridge has ended the connection is closed at once, and ``take()`` says why.
+
+        Raises:
+            RendezvousConnectionError: no more descriptors, or the bridge takes no connection.
+        """
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._control.settimeout(CLOSE_PATIENCE)  # a few hundred fit, while the bridge starts
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+        except OSError as error:
+            raise RendezvousConnectionError(f"cannot connect to the bridge to etcd: {error}") from error
+        finally:
+            self._control.setblocking(False)
+        ours.setblocking(False)
+        return ours
+
+    def take(self) -> None:
+        """Look whether the bridge still serves.
+
+        Raises:
+            RendezvousConnectionError: it has ended; the message says why. ``close()`` is still due.
+        """
+        try:
+            text = self._control.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            text = b""
+        if text:
+            raise RendezvousConnectionError(text.decode())
+        how = "has ended"
+        if _wait(self._process.fileno(), CLOSE_PATIENCE):
+            with contextlib.suppress(ChildProcessError):
+                status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+                if status:
+                    exited = status.si_code == os.CLD_EXITED
+                    how = f"ended: {how_it_ended(status.si_status if exited else -status.si_status)}"
+        raise RendezvousConnectionError(f"{self.where}: the bridge process (pid {self.pid}) {how}")
+
+    def close(self) -> None:
+        """Have the bridge do what was sent so far, and wait for its end; kill it after ``CLOSE_PATIENCE``.
+
+        It is quickest when the connections are closed before.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._control.close()
+        with self._process as process:
+            if not _wait(process.fileno(), CLOSE_PATIENCE):
+                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+                _wait(process.fileno(), CLOSE_PATIENCE)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+
+
+def _settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of ``etcd_cluster.Settings``, from what the user wrote."""
+    given = {name: conf[key] for name, keys in _NAMES.items() for key in keys if conf.get(key)}
+    files = {name: _file(name, given[name]) if name in given else None for name in ("cacert", "cert", "key")}
+    if (files["cert"] is None) != (files["key"] is None):
+        raise UsageError("--rdzv-conf has one of cert and key; a client's certificate needs both")
+    protocol = given.get("protocol", "https" if any(files.values()) else "http").strip().lower()
+    if protocol not in ("http", "https"):
+        raise UsageError(f"--rdzv-conf protocol={protocol}: must be http or https")
+    if ("user" in given) != ("password" in given):
+        raise UsageError("--rdzv-conf has one of user and password; etcd needs both")
+    text = given.get("read_timeout", str(READ_TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--rdzv-conf read_timeout={text}: must be a number of seconds above 0")
+    members = [endpoint for entry in endpoints.split(",") if (endpoint := entry.strip())]
+    if not members:
+        raise UsageError("no endpoint of etcd: pass --rdzv-endpoint HOST:PORT, or several with commas in between")
+    return {
+        "endpoints": tuple(f"{m}:{DEFAULT_PORT}" if ":" not in m.rpartition("]")[2] else m for m in members),
+        "secure": protocol == "https",
+        **files,
+        "user": given.get("user"),
+        "password": given.get("password"),
+        "read_timeout": seconds,
+    }
+
+
+def _file(name: str, path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError(f"--rdzv-conf {name}={path}: {error.strerror}") from error
+
+
+def _wait(process: int, seconds: float) -> bool:
+    """Wait for the end of a process, by its pidfd. Returns whether it has ended."""
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))

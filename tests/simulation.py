@@ -1,0 +1,299 @@
+"""A job's nodes in one process, on a virtual clock: the real decisions, a store in memory, and all kinds of bad luck.
+
+Every message takes its time, connections break after a request was carried out and before its answer came, agents are
+killed, frozen, started late, signalled; workers fail. The same seed gives the same run.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable
+from signal import SIGTERM
+
+from elastic_launch.core import lifecycle, rendezvous
+from elastic_launch.core.lifecycle import (
+    Announce,
+    Assigned,
+    Decided,
+    Ended,
+    Exited,
+    Finish,
+    Gone,
+    Join,
+    Leave,
+    Limits,
+    Settle,
+    Signalled,
+    Start,
+    Started,
+    State,
+    Succeed,
+    Sweep,
+    TimedOut,
+)
+from elastic_launch.core.records import NodeRecord
+from elastic_launch.core.rendezvous import Answered, Appeared, Ask, Node, Opening, Passing, Phase, Settings
+from elastic_launch.core.requests import Cancel, Wait
+from elastic_launch.core.root_cause import Exit
+from elastic_launch.model import Assignment
+from elastic_launch.store.memory import MemoryStore
+
+
+class World:
+    """Time, the network, the store, and what must hold whatever happens."""
+
+    def __init__(self, seed: int, settings: Settings, max_restarts: int = 3) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.settings = settings
+        self.max_restarts = max_restarts
+        self.store = MemoryStore()
+        self.now = 1000.0
+        self.agents: list[Agent] = []
+        self.places: dict[int, dict[int, Assignment]] = {}
+        """By round and group rank: every place that was given."""
+        self.trouble = True
+        """Whether the network loses and delays."""
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+
+    def at(self, time: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (time, next(self._count), do))
+
+    def after(self, seconds: float, do: Callable[[], None]) -> None:
+        self.at(self.now + seconds, do)
+
+    def run(self, until: float | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+        """Let time pass, to a moment or until something holds."""
+        while self._queue and not stop() and (until is None or self._queue[0][0] <= until):
+            self.now, _, do = heapq.heappop(self._queue)
+            do()
+        if until is not None and not stop():
+            self.now = max(self.now, until)
+
+    def delay(self) -> float:
+        """Seconds that a message takes."""
+        if self.trouble and self.random.random() < 0.02:
+            return self.random.uniform(0.1, 3.0)
+        return self.random.uniform(0.0001, 0.02)
+
+    def add(self, **record: object) -> Agent:
+        agent = Agent(self, len(self.agents), **record)
+        self.agents.append(agent)
+        return agent
+
+    def live(self) -> list[Agent]:
+        return [agent for agent in self.agents if not agent.dead and agent.finish is None]
+
+    def assigned(self, agent: Agent, place: Assignment) -> None:
+        """Check a place against all that were given in its round."""
+        given = self.places.setdefault(place.restart_count, {})
+        assert place.group_rank not in given, f"{self}: two nodes with group rank {place.group_rank} in one round"
+        given[place.group_rank] = place
+        first = next(iter(given.values()))
+        for field in ("group_world_size", "world_size", "master_addr", "master_port", "charged", "free"):
+            assert getattr(place, field) == getattr(first, field), f"{self}: {field} differs within a round"
+        assert self.settings.min_nodes <= place.group_world_size <= self.settings.max_nodes
+        assert 0 <= place.group_rank < place.group_world_size
+        assert 0 <= place.base_rank <= place.world_size - place.local_world_size
+        assert place.charged <= self.max_restarts
+        for other in given.values():
+            apart = abs(other.group_rank - place.group_rank)
+            assert apart == 0 or abs(other.base_rank - place.base_rank) >= apart, f"{self}: ranks overlap"
+
+    def __str__(self) -> str:
+        return f"seed {self.seed} at {self.now - 1000:.3f} s"
+
+
+class Agent:
+    """One node: the agent's life and its part in the rendezvous, with workers that do as they are told."""
+
+    def __init__(self, world: World, number: int, **record: object) -> None:
+        self.world = world
+        self.name = f"host-{number}"
+        self.node = Node(NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record), world.settings)  # type: ignore[arg-type]
+        self.dead = False
+        self.finish: Finish | None = None
+        self.said: list[str] = []
+        self.seen_ends: set[int] = set()
+        self.frozen_until = 0.0
+        self._epoch = 0
+        """Of the connection: what an earlier one still brings is lost."""
+        self._unanswered: deque[Ask] = deque()
+        self._ready_at = 0.0
+        self._awaited: str | None = None
+        self._timer: float | None = None
+        self.life, actions = lifecycle.begin(Limits(world.max_restarts, 30))
+        self._carry_out(actions)
+
+    @property
+    def running(self) -> int | None:
+        """The round whose workers run."""
+        return self.life.place.restart_count if self.life.state is State.RUNNING and self.life.place else None
+
+    # --- what can happen to it
+
+    def kill(self) -> None:
+        self.dead = True
+        self._epoch += 1
+        self.world.store.drop(self)
+
+    def freeze(self, seconds: float) -> None:
+        self.frozen_until = max(self.frozen_until, self.world.now + seconds)
+
+    def disconnect(self) -> None:
+        """The connection breaks; what was not answered is asked again on the next one."""
+        self._epoch += 1
+        self.world.store.drop(self)
+        self._awaited = None
+        again, self._unanswered = self._unanswered, deque()
+        self._ready_at = self.world.now + self.world.delay()
+
+        def reconnect(epoch: int = self._epoch) -> None:
+            if epoch == self._epoch:
+                self._await()
+
+        for ask in again:
+            self._send(ask)
+        self.world.at(self._ready_at, reconnect)
+
+    def fail_worker(self) -> None:
+        if self.life.state is State.RUNNING and self.life.running:
+            rank = self.world.random.choice(sorted(self.life.running))
+            self._live(Exited(Exit(rank, 1, self.world.now)))
+
+    def succeed_worker(self) -> None:
+        if self.life.state is State.RUNNING and self.life.running:
+            self._live(Exited(Exit(min(self.life.running), 0, self.world.now)))
+
+    def signal(self) -> None:
+        self._live(Signalled(SIGTERM, self.world.now))
+
+    # --- how it works
+
+    def _soon(self, do: Callable[[], None], seconds: float) -> None:
+        """Do something in a while, unless the agent is killed; a frozen one does it when it thaws."""
+
+        def when_thawed() -> None:
+            if self.dead:
+                return
+            if self.frozen_until > self.world.now:
+                self.world.at(self.frozen_until, when_thawed)
+            else:
+                do()
+
+        self.world.after(seconds, when_thawed)
+
+    def _live(self, event: lifecycle.Event) -> None:
+        if self.dead or self.finish is not None:
+            return
+        self.life, actions = lifecycle.step(self.life, event, self.world.now)
+        self._carry_out(actions)
+
+    def _carry_out(self, actions: list[lifecycle.Action]) -> None:
+        for action in actions:
+            match action:
+                case Join():
+                    self._step(Opening(29500))
+                case Announce() | Succeed() | Settle() | Leave():
+                    self._step(action)
+                case Start(place):
+                    assert place.restart_count not in self.seen_ends, f"{self.world}: {self.name} runs an ended round"
+                    pids = {rank: 100 + rank for rank in range(place.local_world_size)}
+                    self._soon(lambda pids=pids: self._live(Started(pids)), 0.01)  # type: ignore[misc]
+                case lifecycle.Tell(signum, ranks, True):
+                    for rank in ranks:
+                        stop = Exited(Exit(rank, -signum, self.world.now, (signum,)))
+                        self._soon(lambda stop=stop: self._exit(stop), self.world.random.uniform(0.01, 2))  # type: ignore[misc]
+                case Sweep():
+                    self._soon(lambda: self._live(Gone({})), 0.01)
+                case Finish():
+                    self.finish = action
+                case lifecycle.Say(text):
+                    self.said.append(text)
+
+    def _exit(self, event: Exited) -> None:
+        if self.life.state in (State.RUNNING, State.STOPPING) and event.exit.local_rank in self.life.running:
+            self._live(event)
+
+    def _step(self, event: rendezvous.Event) -> None:
+        for output in self.node.step(event, self.world.now):
+            match output:
+                case Ask():
+                    self._send(output)
+                case rendezvous.Tell(told):
+                    match told:
+                        case Assigned(place):
+                            self.world.assigned(self, place)
+                        case Ended():
+                            self.seen_ends.add(self.node.round)
+                        case Decided():
+                            pass
+                    self._soon(lambda told=told: self._live(told), 0.0)  # type: ignore[misc]
+                case rendezvous.Say(text):
+                    self.said.append(text)
+        self._await()
+        if self.node.deadline is not None and self.node.deadline != self._timer:
+            self._timer = self.node.deadline
+            self._soon(self._tick, max(0.0, self._timer - self.world.now))
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self.node.deadline is not None and self.node.deadline <= self.world.now:
+            self._step(Passing())
+        elif self.node.deadline is not None:
+            self._timer = self.node.deadline
+            self._soon(self._tick, self._timer - self.world.now)
+
+    def _send(self, ask: Ask) -> None:
+        self._unanswered.append(ask)
+        self._ready_at = max(self._ready_at, self.world.now + self.world.delay())
+
+        def execute(epoch: int = self._epoch) -> None:
+            if epoch == self._epoch:
+                self.world.store.apply(ask.request, lambda value: self._answer(ask, value, epoch), (self, "calls"))
+
+        self.world.at(self._ready_at, execute)  # in order, as on a connection
+
+    def _answer(self, ask: Ask, value: object, epoch: int) -> None:
+        if self.world.trouble and self.world.random.random() < 0.002:
+            self.world.after(0.0, lambda: None if self.dead or epoch != self._epoch else self.disconnect())
+            return
+        self._answered_at = max(getattr(self, "_answered_at", 0.0), self.world.now + self.world.delay())
+
+        def deliver() -> None:
+            if epoch == self._epoch:
+                assert self._unanswered.popleft() is ask
+                self._step(Answered(ask.what, ask.round, value, ask.about))
+
+        self._soon(deliver, self._answered_at - self.world.now)
+
+    def _await(self) -> None:
+        """Have the second connection wait for the key that the node is curious about."""
+        key = self.node.awaiting
+        if key == self._awaited or self.dead:
+            return
+        self._awaited = key
+
+        def wait(epoch: int = self._epoch) -> None:
+            if epoch != self._epoch or self._awaited != key:
+                return
+            self.world.store.apply(Cancel(), lambda _: None, self)
+            if key is not None:
+                self.world.store.apply(Wait((key,)), lambda came: appeared(epoch) if came else None, self)
+
+        def appeared(epoch: int) -> None:
+            def tell() -> None:
+                if epoch == self._epoch and self._awaited == key:
+                    self._awaited = None
+                    self._step(Appeared(key or ""))
+
+            self._soon(tell, self.world.delay())
+
+        self._soon(wait, self.world.delay())
+
+
+__all__ = ["Agent", "Phase", "TimedOut", "World"]
