@@ -201,7 +201,7 @@ class Node:
         self.place: Assignment | None = None
         self.end: End | None = None
         self.verdict: Verdict | None = None
-        self._acknowledged = False
+        self._acknowledged = self._has_counted = False
         self._mine: Verdict | None = None
         """This node's settlement of the round."""
         self._closed: Closed | None = None
@@ -932,6 +932,13 @@ class Node:
     def _on_arrivals(self, value: list[bytes]) -> None:
         if self._about >= int(value[0] or b"0"):
             self._set([("empty", b"1")])
+        self._has_counted = True
+        self._close_quietly()
+
+    def _close_quietly(self) -> None:
+        """A node that hosts nothing is gone when the store has done all that it was asked for."""
+        if self.phase is Phase.LEAVING and self._has_counted and not self.me.serves:
+            self._get("gone", "empty")
 
     def _say_goodbye(self) -> None:
         if self.phase is Phase.LEAVING:
@@ -947,8 +954,7 @@ class Node:
         if self.me.serves:
             self._await("empty")
             self._in("close", min(self.settings.close_timeout, self.settings.keep_alive_deadline))
-        else:
-            self._get("gone", "empty")  # when this is answered, what was asked before is done
+        self._close_quietly()
 
     def _on_gone(self, value: Any) -> None:
         self._gone_at_last()

@@ -292,7 +292,7 @@ class DynamicRendezvous:
             if (since := self._asked_at()) is not None and now - since >= self._timeouts.read:
                 raise self._calls.silence(self._timeouts.read)
             return
-        patience = self._timeouts.store if self._node.round >= 0 else self._settings.join_timeout
+        patience = self._timeouts.store if self._has_met else self._settings.join_timeout
         if self._why and now - self._lost_at >= patience:
             self._give_up(f"{self._backend.explain(self._why)} (tried for {now - self._lost_at:.0f} s)")
         elif self._why and now - self._said_at >= SAY_UNREACHABLE:
