@@ -171,7 +171,9 @@ def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
     assert "the job runs on 1 nodes already: joining" in results[1].stderr or "joins" in results[0].stderr
 
 
-def start_three(job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = QUICK) -> list[subprocess.Popen[str]]:
+def start_three(
+    job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = QUICK
+) -> list[subprocess.Popen[str]]:
     """Three nodes that run; the first hosts the store."""
     nodes = c10d(job, nnodes, conf)
     first = nodes(0, "--max-restarts", "3", *args, script=script)
@@ -253,7 +255,7 @@ def test_a_spare_takes_over(job: Job) -> None:
 def test_waiting_in_vain_ends_with_its_own_status_and_says_who_was_there(job: Job) -> None:
     result = job.finish(c10d(job, "3", "join_timeout=4")(0, script=job.script(RUN)))
     assert result.returncode == 75
-    assert re.search(r"1 of 3 nodes has joined after \d+ s: \S+: gave up \(join_timeout=1 s\)", result.stderr)
+    assert re.search(r"1 of 3 nodes has joined after \d+ s: \S+: gave up \(join_timeout=4 s\)", result.stderr)
     assert job.marks() == []
 
 

@@ -77,6 +77,17 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
         soft, hard = psutil.Process(host.pid).rlimit(psutil.RLIMIT_NOFILE)
         assert soft == hard
 
+        # Further stores are empty, and replace each other.
+        ports: list[int] = []
+        for _ in range(2):
+            further = bind_endpoint(0)
+            ports.append(further.getsockname()[1])
+            host.serve(further)
+            with contextlib.closing(connect(("127.0.0.1", ports[-1]), socket.AF_INET, "store")) as client:
+                assert client.call(Add("n", 1), DEADLINE) == 1
+        with socket.socket() as sock:
+            assert sock.connect_ex(("127.0.0.1", ports[0])) == errno.ECONNREFUSED
+
         # A bad client is turned away, without a page on the terminal.
         with socket.create_connection(("127.0.0.1", port)) as bad:
             bad.sendall(wire.pack_hello(1) + wire.pack(wire.Op.SET, b"k" * 9000, b"x"))

@@ -551,10 +551,13 @@ class Node:
         self._closing = True
         self.awaiting = None
         records = [self._joined[ticket] for ticket in members]
+        host = next((node for node in self._joined.values() if node.serves), None)
         places = assign(
             records,
-            self._master_addr(),
-            self.settings.store_port,
+            host.address
+            if host and host.named
+            else "",  # else each node uses the address by which it reaches the store
+            (host.port if host else 0) or self.settings.store_port,
             restart_count=self.round,
             charged=max(node.charged for node in self._joined.values()),
             free=max(node.free for node in self._joined.values()),
@@ -566,10 +569,6 @@ class Node:
         self._set([(f"roster/{self._chief}", encode(roster))])
         closed = Closed(self._chief, len(members), self._known, tuple(spares))
         self._create("closed", "closed", encode(closed))
-
-    def _master_addr(self) -> str:
-        """The address of the job's store, if its host has named one; else each node uses its own."""
-        return next((node.address for node in self._joined.values() if node.serves and node.named), "")
 
     def _on_closed(self, value: bytes) -> None:
         self._closed = decode(Closed, value, self._key("closed"))

@@ -36,6 +36,9 @@ class Backend(Protocol):
     def open(self) -> None:
         """Start what it needs here. Raises LaunchError."""
 
+    def fresh_store(self) -> int:
+        """Have the store's host serve another, empty store, for the workers. Returns its port; 0: not hosted here."""
+
     def connect(self) -> StoreClient:
         """Begin another connection. Raises RendezvousConnectionError."""
 
@@ -86,6 +89,15 @@ class C10dBackend:
             raise UnavailableError(f"cannot host {self.where}: {error.strerror}") from error
         self._process = StoreHost(listening, self._environ)
         self.serves = True
+
+    def fresh_store(self) -> int:
+        """Serve an empty store on any port."""
+        if self._process is None:
+            return 0
+        listening = bind_endpoint(0)
+        port: int = listening.getsockname()[1]
+        self._process.serve(listening)
+        return port
 
     def connect(self) -> StoreClient:
         """Connect to the endpoint's addresses in turn."""
@@ -138,6 +150,10 @@ class EtcdBackend:
     def open(self) -> None:
         """Start the bridge."""
         self._bridge = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
+
+    def fresh_store(self) -> int:
+        """The workers host their store themselves."""
+        return 0
 
     def connect(self) -> StoreClient:
         """Another connection to the bridge."""

@@ -89,12 +89,7 @@ class DynamicRendezvous:
     def ask(self, action: Asking) -> list[Event]:
         """Take an action of the agent; most answers come later, from ``take``."""
         if isinstance(action, Join):
-            self._open()
-            if not self._settings.store_port:
-                self._release()
-                self._reserved = reserve_port()
-            port = self._reserved.getsockname()[1] if self._reserved else 0
-            self._step(Opening(port))
+            self._step(Opening(self._port()))
         else:
             self._step(action)
         self._turn()
@@ -142,6 +137,20 @@ class DynamicRendezvous:
             self._disconnect()
             self._release()
             self._backend.close()
+
+    def _port(self) -> int:
+        """The port that this node offers for the workers' store in the next round.
+
+        torch's process groups would meet keys of the round before in a store that served it. So the job's store serves
+        the workers of the first round only, and a fresh one those of each further round.
+        """
+        is_first = not self._is_open
+        self._open()
+        if self._settings.store_port:
+            return 0 if is_first else self._backend.fresh_store()
+        self._release()
+        self._reserved = reserve_port()
+        return int(self._reserved.getsockname()[1])
 
     # --- the node
 

@@ -111,6 +111,15 @@ class StoreHost:
         self.ready = True
         return True
 
+    def serve(self, listening: socket.socket) -> None:
+        """Have the process serve a further, empty store, in place of the further one before.
+
+        Args:
+            listening: from ``bind_endpoint``; closed here.
+        """
+        with listening, contextlib.suppress(BrokenPipeError, ConnectionResetError):  # take() tells of that
+            socket.send_fds(self._sock, [b"+"], [listening.fileno()])
+
     def close(self) -> None:
         """End the process, and the store with it: it holds nothing that is worth a farewell."""
         if not self._process.closed:

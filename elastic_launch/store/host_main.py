@@ -5,6 +5,9 @@ hundred megabytes to import, and starts threads. LISTENING is the socket to serv
 gets one byte when the store serves; AGENT a pidfd of the agent, since a program that forks may keep copies of the
 stream's other end. The process ends when either says that the agent is gone.
 
+With each byte that comes from the agent comes a listening socket, for a further, empty store that replaces the further
+one before: it serves the workers of one round, which would be confused by the keys of an earlier one.
+
 It has a session of its own and all signals blocked: neither a terminal nor a batch system that signals every process
 of a job can end the store before the agents that need it. What it prints goes to a file that the agent reads if it
 fails to start, and nowhere afterwards: torch reports every bad client with a page of C++ frames.
@@ -14,11 +17,14 @@ It imports nothing of elastic_launch, and of torch only what it serves.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
+import socket
 import sys
 import threading
+from queue import SimpleQueue
 
 OLDEST_TORCH = (2, 5)
 """The first whose server answers the greeting of our client."""
@@ -29,7 +35,8 @@ def main(listening: int, port: int, sock: int, agent: int) -> None:
     sys.path.pop()  # the folder that this module was found in: its other names are nobody's business
     for fd in (listening, sock, agent):
         os.set_inheritable(fd, False)
-    watcher = threading.Thread(target=_end_with, args=(sock, agent))
+    sockets: SimpleQueue[socket.socket] = SimpleQueue()
+    watcher = threading.Thread(target=_listen_to, args=(sock, agent, sockets), daemon=True)
     watcher.start()  # before the import, which takes seconds
     try:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -43,8 +50,13 @@ def main(listening: int, port: int, sock: int, agent: int) -> None:
         # One line, the last: what torch raises has pages of C++ frames.
         print(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr, flush=True)
         os._exit(1)  # the watcher must not keep the process
-    watcher.join()
-    del store
+    stores = [store]
+    while True:
+        fresh = sockets.get()
+        del stores[1:]  # ends the server that is replaced
+        with contextlib.suppress(Exception):  # clients are refused then, and tell
+            port = fresh.getsockname()[1]
+            stores.append(_serve(fresh.detach(), port))
 
 
 def _serve(listening: int, port: int) -> object:
@@ -68,10 +80,18 @@ def _serve(listening: int, port: int) -> object:
     )
 
 
-def _end_with(sock: int, agent: int) -> None:
-    """End the process when the agent is gone."""
+def _listen_to(sock: int, agent: int, sockets: SimpleQueue[socket.socket]) -> None:
+    """Take the sockets that the agent sends, and end the process when it is gone."""
+    stream = socket.socket(fileno=sock)
     poller = select.poll()
     for fd in (sock, agent):
         poller.register(fd, select.POLLIN)
-    poller.poll()
+    while agent not in dict(poller.poll()):
+        try:
+            data, descriptors, _, _ = socket.recv_fds(stream, 1, 1, socket.MSG_DONTWAIT)
+        except OSError:
+            break
+        if not data:
+            break
+        sockets.put(socket.socket(fileno=descriptors[0]))
     os._exit(0)
