@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from signal import SIGTERM
 
-from elastic_launch.core import lifecycle, rendezvous
+from elastic_launch.core import lifecycle, protocol
 from elastic_launch.core.lifecycle import (
     Announce,
     Assigned,
@@ -34,8 +34,9 @@ from elastic_launch.core.lifecycle import (
     Sweep,
     TimedOut,
 )
+from elastic_launch.core.protocol import Answered, Appeared, Ask, Opening, Passing, Phase, Settings
 from elastic_launch.core.records import NodeRecord
-from elastic_launch.core.rendezvous import Answered, Appeared, Ask, Node, Opening, Passing, Phase, Settings
+from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Cancel, Wait
 from elastic_launch.core.root_cause import Exit
 from elastic_launch.model import Assignment
@@ -45,11 +46,11 @@ from elastic_launch.store.memory import MemoryStore
 class World:
     """Time, the network, the store, and what must hold whatever happens."""
 
-    def __init__(self, seed: int, settings: Settings, max_restarts: int = 3) -> None:
+    def __init__(self, seed: int, settings: Settings) -> None:
         self.seed = seed
         self.random = random.Random(seed)
         self.settings = settings
-        self.max_restarts = max_restarts
+        self.max_restarts = settings.max_restarts
         self.store = MemoryStore()
         self.now = 1000.0
         self.agents: list[Agent] = []
@@ -79,6 +80,10 @@ class World:
         if self.trouble and self.random.random() < 0.02:
             return self.random.uniform(0.1, 3.0)
         return self.random.uniform(0.0001, 0.02)
+
+    def start(self) -> None:
+        """As ``add``."""
+        self.add()
 
     def add(self, **record: object) -> Agent:
         agent = Agent(self, len(self.agents), **record)
@@ -120,9 +125,12 @@ class Agent:
         self.said: list[str] = []
         self.seen_ends: set[int] = set()
         self.frozen_until = 0.0
+        self.asked = 0
+        """Requests to the store."""
         self._epoch = 0
         """Of the connection: what an earlier one still brings is lost."""
         self._unanswered: deque[Ask] = deque()
+        self._answers: deque[tuple[Ask, object, int]] = deque()
         self._ready_at = 0.0
         self._awaited: str | None = None
         self._timer: float | None = None
@@ -219,12 +227,12 @@ class Agent:
         if self.life.state in (State.RUNNING, State.STOPPING) and event.exit.local_rank in self.life.running:
             self._live(event)
 
-    def _step(self, event: rendezvous.Event) -> None:
+    def _step(self, event: protocol.Event) -> None:
         for output in self.node.step(event, self.world.now):
             match output:
                 case Ask():
                     self._send(output)
-                case rendezvous.Tell(told):
+                case protocol.Tell(told):
                     match told:
                         case Assigned(place):
                             self.world.assigned(self, place)
@@ -233,22 +241,20 @@ class Agent:
                         case Decided():
                             pass
                     self._soon(lambda told=told: self._live(told), 0.0)  # type: ignore[misc]
-                case rendezvous.Say(text):
+                case protocol.Say(text):
                     self.said.append(text)
         self._await()
-        if self.node.deadline is not None and self.node.deadline != self._timer:
-            self._timer = self.node.deadline
-            self._soon(self._tick, max(0.0, self._timer - self.world.now))
+        if (deadline := self.node.deadline) is not None and deadline != self._timer:
+            self._timer = deadline
+            self._soon(lambda: self._tick(deadline), max(0.0, deadline - self.world.now))
 
-    def _tick(self) -> None:
-        self._timer = None
-        if self.node.deadline is not None and self.node.deadline <= self.world.now:
+    def _tick(self, deadline: float) -> None:
+        if deadline == self._timer:
+            self._timer = None
             self._step(Passing())
-        elif self.node.deadline is not None:
-            self._timer = self.node.deadline
-            self._soon(self._tick, self._timer - self.world.now)
 
     def _send(self, ask: Ask) -> None:
+        self.asked += 1
         self._unanswered.append(ask)
         self._ready_at = max(self._ready_at, self.world.now + self.world.delay())
 
@@ -264,7 +270,10 @@ class Agent:
             return
         self._answered_at = max(getattr(self, "_answered_at", 0.0), self.world.now + self.world.delay())
 
+        self._answers.append((ask, value, epoch))
+
         def deliver() -> None:
+            ask, value, epoch = self._answers.popleft()  # in order, also after several frosts
             if epoch == self._epoch:
                 assert self._unanswered.popleft() is ask
                 self._step(Answered(ask.what, ask.round, value, ask.about))

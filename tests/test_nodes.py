@@ -243,8 +243,9 @@ def test_a_spare_takes_over(job: Job) -> None:
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     spare = nodes(2, script=script)
-    assert spare.stderr
-    wait_until(lambda: "waiting as a spare" in spare.stderr.readline())
+    lines = spare.stderr
+    assert lines is not None
+    wait_until(lambda: "waiting as a spare" in lines.readline())
     second.send_signal(signal.SIGKILL)
     assert job.finish(second).returncode == -signal.SIGKILL
     for process in (first, spare):

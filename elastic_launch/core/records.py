@@ -62,6 +62,9 @@ class Roster(NamedTuple):
     tickets: tuple[int, ...]
     nodes: tuple[str, ...]
     hosts: tuple[str, ...]
+    charged: int = 0
+    free: int = 0
+    """As in ``Assignment``."""
 
 
 class Status(NamedTuple):

@@ -32,21 +32,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from enum import Enum
 from typing import Any, NamedTuple
 
-from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Leave, Settle, Succeed
-from elastic_launch.core.ranks import assign, choose
+from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse, listed
+from elastic_launch.core.lifecycle import Announce, Assigned, Decided, Ended, Leave, Settle, Succeed
+from elastic_launch.core.protocol import (
+    Answered,
+    Appeared,
+    Ask,
+    Event,
+    Found,
+    Lost,
+    Opening,
+    Output,
+    Passing,
+    Phase,
+    Say,
+    Settings,
+    Tell,
+)
+from elastic_launch.core.ranks import assign
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, decode, encode
 from elastic_launch.core.requests import Add, Append, Get, Request, Set, Swap
 from elastic_launch.core.root_cause import is_consequence
+from elastic_launch.core.watch import LEFT, Watch
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
 from elastic_launch.model import Assignment, End, EndKind, Verdict
 
-TICK = 1.0
-"""Seconds between two looks of a chief, a coordinator or a deputy, if the keep-alive interval is not shorter."""
-LEFT = 1 << 40
-"""Added to a node's counter: it has left."""
 TAKE_OVER = 1 << 20
 """A counter that is set to this tells its node to take over as chief at once."""
 BATCH = 256
@@ -55,126 +67,6 @@ SAY_FIRST, SAY_LATER = 5.0, 30.0
 """Seconds until a waiting node says who is there, and between two such lines when it has said so a few times."""
 MESSAGE = 60_000
 """Characters of the cause's traceback that the other nodes get to see."""
-SHOWN = 8
-"""Hosts that are named in a line."""
-
-
-class Settings(NamedTuple):
-    """What a job's nodes agree on beforehand. Times in seconds; names and defaults are torch's."""
-
-    run_id: str
-    min_nodes: int
-    max_nodes: int
-    join_timeout: float = 600.0
-    """How long a node waits for a round to form."""
-    last_call_timeout: float = 30.0
-    """How long a round with enough nodes waits, after the last arrival, for more of them."""
-    close_timeout: float = 30.0
-    """How long the node that hosts the store waits at the end until the others are through."""
-    keep_alive_interval: float = 5.0
-    keep_alive_max_attempt: int = 3
-    """After so many intervals without a sign of life a node counts as dead."""
-    max_restarts: int = 0
-    store_port: int = 0
-    """The port on which the job's store serves the workers, too; 0: it does not."""
-
-    @property
-    def keep_alive_deadline(self) -> float:
-        """Seconds of silence after which a node counts as dead."""
-        return self.keep_alive_interval * self.keep_alive_max_attempt
-
-    @property
-    def tick(self) -> float:
-        """Seconds between two looks of those who watch."""
-        return min(TICK, self.keep_alive_interval / 2)
-
-
-# Events, beside those wishes of the agent that are an ``Asking``.
-
-
-class Opening(NamedTuple):
-    """The agent wants a place in the next round; ``port`` is reserved for the workers' store."""
-
-    port: int = 0
-
-
-class Answered(NamedTuple):
-    """The store's answer to an ``Ask``."""
-
-    what: str
-    round: int
-    value: Any
-    about: Any = None
-
-
-class Appeared(NamedTuple):
-    """The key that was awaited exists."""
-
-    key: str
-
-
-class Passing(NamedTuple):
-    """Time has passed: ``deadline`` is over."""
-
-
-class Found(NamedTuple):
-    """The store is there again, after it could not be reached; it may have forgotten everything."""
-
-
-class Lost(NamedTuple):
-    """The store is gone for good."""
-
-    text: str
-    status: int
-    """The exit status that goes with it."""
-
-
-Event = Opening | Answered | Appeared | Passing | Found | Lost | Asking
-
-# Outputs.
-
-
-class Ask(NamedTuple):
-    """Send a request; ``Answered`` brings the answer under the same name and round, where there is one."""
-
-    what: str
-    round: int
-    request: Request
-    about: Any = None
-    """Comes back with the answer."""
-
-
-class Tell(NamedTuple):
-    """An event for the agent."""
-
-    event: Assigned | Ended | Decided
-
-
-class Say(NamedTuple):
-    """Tell people, in one line."""
-
-    text: str
-
-
-Output = Ask | Tell | Say
-
-
-class Phase(Enum):
-    """Where the node stands in its round."""
-
-    IDLE = "idle"
-    """Before the first round, or between two."""
-    OPENING = "opening"
-    """It has asked for the round's number and a ticket."""
-    WAITING = "waiting"
-    """It waits for the round to close; as chief it closes it."""
-    MEMBER = "member"
-    BESIDE = "beside"
-    """The round goes on without it: it came late, or there were enough."""
-    ENDED = "ended"
-    """The round is over; what follows may not be known yet."""
-    LEAVING = "leaving"
-    """It is through with the job."""
 
 
 class Node:
@@ -208,24 +100,15 @@ class Node:
         self._beating = False
         self._beats_before = 0
         self._roster: Roster | None = None
-        self._signs: dict[int, tuple[bytes, float]] = {}
-        """By ticket: the counter as it was last seen, and when it had changed."""
-        self._watched_at = 0.0
-        # What a chief knows.
-        self._chief = 0
-        self._is_chief = False
-        self._joined: dict[int, NodeRecord] = {}
-        self._tickets: dict[str, int] = {}
-        self._arrived: dict[int, float] = {}
-        self._known = 0
-        self._missing: list[int] = []
-        self._gaps: set[int] = set()
-        self._last_arrival = 0.0
-        self._expected: dict[str, tuple[int, str]] | None = None
-        """Who was in the round before and has not come yet: by node id, old ticket and host. None: not known yet."""
-        self._past: dict[str, str] = {}
-        """Node id and host of all who were there in the round before."""
-        self._closing = False
+        self._beside: list[int] = []
+        """Tickets of those who are no members, if this node watches over them."""
+        self._watch: Watch | None = None
+        """Of the members, if this node watches over them."""
+        self._chiefs = 0
+        """Which chief this node follows, or is."""
+        self._chief_ticket = 1
+        self._chief: Chief | None = None
+        """What it knows as chief, if it is."""
         self._status = Status(0, "", "")
 
     @property
@@ -265,6 +148,13 @@ class Node:
 
     def _key(self, name: str) -> str:
         return f"elastic/{self.settings.run_id}/{self.round}/{name}"
+
+    @property
+    def _round_key(self) -> str:
+        return f"elastic/{self.settings.run_id}/round"
+
+    def _past_key(self, name: str) -> str:
+        return f"elastic/{self.settings.run_id}/{self.round - 1}/{name}"
 
     def _ask(self, what: str, request: Request, about: Any = None) -> None:
         self._out.append(Ask(what, self.round, request, about))
@@ -309,19 +199,18 @@ class Node:
         after = self.round
         self._begin_round()
         self.round = after + 1
-        key = f"elastic/{self.settings.run_id}/round"
         if after < 0:
-            self._ask("round", Get((key,)))
+            self._ask("round", Get((self._round_key,)))
         else:
-            self._ask("round", Swap(key, b"%d" % after if after else b"", b"%d" % self.round))
+            self._ask("round", Swap(self._round_key, b"%d" % after if after else b"", b"%d" % self.round))
 
     def _on_round(self, value: list[bytes] | bytes) -> None:
         found = value[0] if isinstance(value, list) else value
-        if found and not found.isdigit():
-            raise RendezvousStateError(f"the store holds {found[:60]!r} as the number of the round: not this program's")
-        number = int(found or b"0")
+        number = _number(found)
+        if self.phase is not Phase.OPENING:
+            return
         if number < self.round:  # the store has forgotten it
-            self._ask("round", Swap(f"elastic/{self.settings.run_id}/round", found, b"%d" % self.round))
+            self._ask("round", Swap(self._round_key, found, b"%d" % self.round))
             return
         if number > self.round > 0:
             self.me = self.me._replace(previous=-1)  # the others have gone on without this node
@@ -329,8 +218,8 @@ class Node:
         self._ask("ticket", Add(self._key("ticket"), 1))
 
     def _on_ticket(self, ticket: int) -> None:
-        if self.ticket:
-            return
+        if self.phase is not Phase.OPENING:
+            return  # it has left meanwhile
         self.ticket, self.phase = ticket, Phase.WAITING
         self._set([(f"node/{ticket}", encode(self.me))])
         self._in("say", SAY_FIRST)
@@ -341,40 +230,34 @@ class Node:
         self._in("beat", self._beat_period())
 
     def _become_chief(self) -> None:
-        self._is_chief = True
-        self._last_arrival = self._watched_at = self._now
+        before = self._chief_ticket if self._chiefs else 0
+        self._chief = Chief(self.settings, self.me, self._chiefs, before, self.round == 0, self._now)
         self._await("node/1")
         self._in("watch", self.settings.tick)
-        self._expected = None if self.round else {}
         if self.round:
-            before = f"elastic/{self.settings.run_id}/{self.round - 1}"
-            self._ask("past", Get((f"{before}/ticket", f"{before}/end")))
+            self._ask("past", Get((self._past_key("ticket"), self._past_key("end"))))
 
     def _stand_down(self) -> None:
-        self._chief += 1
-        self._is_chief = False
+        """Another node took over while this one slept: two chiefs would confuse each other."""
+        self._chiefs += 1
+        self._chief = None
         self._beats_before = 0
         for name in ("watch", "last_call"):
             self._timers.pop(name, None)
         self._await("closed")
 
     def _on_past(self, value: list[bytes]) -> None:
-        before = f"elastic/{self.settings.run_id}/{self.round - 1}"
-        gone = set(decode(End, value[1], f"{before}/end").gone) if value[1] else set()
-        self._gone_before = gone
-        count = int(value[0] or b"0")
-        self._ask("past_nodes", Get(tuple(f"{before}/node/{ticket}" for ticket in range(1, count + 1))))
+        count, end = value
+        gone = decode(End, end, self._past_key("end")).gone if end else ()
+        keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, _number(count) + 1))
+        self._ask("past_nodes", Get(keys), about=(keys, gone))
 
     def _on_past_nodes(self, value: list[bytes]) -> None:
-        self._expected = {}
-        joined = {record.node for record in self._joined.values()}
-        for ticket, data in enumerate(value, 1):
-            record = decode(NodeRecord, data, f"{self.round - 1}/node/{ticket}") if data else None
-            if record and record.node not in self._gone_before:
-                self._past[record.node] = record.host
-                if record.node not in joined:
-                    self._expected[record.node] = (ticket, record.host)
-        self._consider()
+        if self._chief:
+            keys, gone = self._about
+            nodes = [(t, decode(NodeRecord, data, keys[t - 1])) for t, data in enumerate(value, 1) if data]
+            self._chief.note_past((ticket, node) for ticket, node in nodes if node.node not in gone)
+            self._consider()
 
     def _on_key(self, event: Appeared) -> None:
         """A key that was awaited exists; one that is no longer of interest may be told of, too."""
@@ -394,180 +277,105 @@ class Node:
             case _:
                 self._get("count", "ticket")
 
-    # --- the chief: who has come
+    # --- the chief
 
     def _on_count(self, value: list[bytes]) -> None:
-        self._note_tickets(int(value[0] or b"0"))
-        self._read_nodes(self._missing)
-
-    def _note_tickets(self, count: int) -> None:
-        self._missing += range(self._known + 1, count + 1)
-        self._known = max(self._known, count)
+        if self._chief:
+            self._chief.note_tickets(_number(value[0]))
+            self._read_nodes(self._chief.missing)
 
     def _read_nodes(self, tickets: list[int]) -> None:
-        some = tickets[:BATCH]
-        if some:
+        if some := tickets[:BATCH]:
             self._get("nodes", *(f"node/{ticket}" for ticket in some), about=some)
         else:
             self._await_arrivals()
 
     def _on_nodes(self, value: list[bytes]) -> None:
-        read: list[int] = self._about
-        if self._closing or self.phase is not Phase.WAITING:
+        chief, read = self._chief, self._about
+        if chief is None or chief.is_closing:
             return
-        for ticket, data in zip(read, value, strict=True):
-            if data and ticket not in self._arrived:
-                record = decode(NodeRecord, data, self._key(f"node/{ticket}"))
-                self._joined.pop(self._tickets.get(record.node, 0), None)  # the same node, come twice
-                self._joined[ticket] = record
-                self._tickets[record.node] = ticket
-                self._signs[ticket] = (b"", self._now)
-                self._arrived[ticket] = self._last_arrival = self._now
-                if self._expected is not None:
-                    self._expected.pop(record.node, None)
-        self._missing = [ticket for ticket in self._missing if ticket not in self._arrived]
-        later = [ticket for ticket in self._missing if ticket > read[-1]]
-        if later:
-            self._read_nodes(later)
-        else:
-            self._await_arrivals()
+        found = ((ticket, data) for ticket, data in zip(read, value, strict=True) if data)
+        chief.note_nodes(((t, decode(NodeRecord, data, self._key(f"node/{t}"))) for t, data in found), self._now)
+        self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()
 
     def _await_arrivals(self) -> None:
-        if self._is_chief and self.phase is Phase.WAITING and not self._closing:
-            slow = next((ticket for ticket in self._missing if ticket not in self._gaps), self._known + 1)
-            self._await(f"node/{slow}")
+        if self._chief and not self._chief.is_closing:
+            self._await(f"node/{self._chief.next_ticket()}")
 
-    def _watch(self) -> None:
-        """The chief looks: at signs of life, at tickets whose record is late, and for another chief's work."""
+    def _look(self) -> None:
+        """The chief looks at signs of life, tickets whose record is late, and another chief's work; the coordinator
+        at the members' signs of life."""
         self._in("watch", self.settings.tick)
-        if self.phase is Phase.WAITING:
-            self._gaps = set(self._missing)
-            before = f"elastic/{self.settings.run_id}/{self.round - 1}/beat/"
-            past = {node: ticket for node, (ticket, _) in (self._expected or {}).items()}
-            keys = [f"elastic/{self.settings.run_id}/round"]
-            keys += [self._key("closed"), self._key(f"chief/{self._chief + 1}"), self._key("ticket")]
-            keys += [self._key(f"beat/{ticket}") for ticket in self._joined]
-            keys += [f"{before}{ticket}" for ticket in past.values()]
-            self._ask("beats", Get(tuple(keys)), about=(list(self._joined), past))
-            self._publish()
+        if self._chief:
+            self._chief.note_tick()
+            joined = [*self._chief.joined, *self._chief.doubtful]
+            past = {node: ticket for node, (ticket, _) in (self._chief.expected or {}).items()}
+            names = ["closed", f"chief/{self._chiefs + 1}", "ticket", *(f"beat/{ticket}" for ticket in joined)]
+            keys = (self._round_key, *map(self._key, names), *(self._past_key(f"beat/{t}") for t in past.values()))
+            self._ask("beats", Get(keys), about=(joined, past))
+            self._publish(self._chief)
         elif self._roster:
-            self._get("member_beats", *(f"beat/{ticket}" for ticket in self._roster.tickets))
+            # Also of those beside the members: they see that the coordinator lives.
+            tickets = [*self._roster.tickets, *self._beside]
+            self._get("member_beats", "ticket", *(f"beat/{ticket}" for ticket in tickets), about=tickets)
 
     def _on_beats(self, value: list[bytes]) -> None:
-        if self.phase is not Phase.WAITING or not self._is_chief or self._closing:
+        chief = self._chief
+        if chief is None or chief.is_closing:
             return
         number, closed, successor, count, *beats = value
-        if number.isdigit() and int(number) > self.round:
-            self._rejoin()  # nodes that knew more than the store, which had forgotten it, are ahead
-            return
-        if closed or successor:  # another chief took over while this node slept: two would confuse each other
-            self._stand_down()
-            return
         joined, past = self._about
-        for ticket in self._silent(joined, beats):
-            self._joined.pop(ticket, None)
-        lost = self._silent([-ticket for ticket in past.values()], beats[len(joined) :])  # negative: of the last round
-        for node, ticket in past.items():
-            if -ticket in lost and self._expected:
-                self._expected.pop(node, None)
-        self._note_tickets(int(count or b"0"))
-        self._watched_at = self._now
-        self._read_nodes(self._missing)
-        self._consider()
+        if _number(number) > self.round:
+            self._rejoin()  # the store had forgotten the number, and nodes that remembered it are ahead
+        elif closed or successor:
+            self._stand_down()
+        else:
+            self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now))
+            chief.look_back(list(past), list(zip(past.values(), beats[len(joined) :], strict=True)), self._now)
+            chief.note_tickets(_number(count))
+            self._read_nodes(chief.missing)
+            self._consider()
 
-    def _silent(self, tickets: list[int], beats: list[bytes]) -> list[int]:
-        """Note signs of life; return who gave none until the deadline, or has left. Set the counters back."""
-        deadline = self.settings.keep_alive_deadline
-        late = self._now - self._watched_at > deadline / 2 + self.settings.tick
-        silent: list[int] = []
-        seen: list[int] = []
-        for ticket, beat in zip(tickets, beats, strict=False):
-            before, at = self._signs.get(ticket, (b"", self._now))
-            if int(beat or b"0") >= LEFT:
-                silent.append(ticket)
-            elif beat != before or late or ticket not in self._signs:  # late: this node slept, not the others
-                self._signs[ticket] = (beat, self._now)
-            elif self._now - at >= deadline:
-                silent.append(ticket)
-            if beat not in (b"", b"0") and ticket > 0 and int(beat) < LEFT:
-                seen.append(ticket)
-                self._signs[ticket] = (b"0", self._signs[ticket][1])
-        self._set((f"beat/{ticket}", b"0") for ticket in seen)
-        return silent
+    def _set_back(self, tickets: list[int]) -> None:
+        self._set((f"beat/{ticket}", b"0") for ticket in tickets)
 
     def _consider(self) -> None:
-        """The chief decides whether the round can be closed."""
-        if self._closing or not self._is_chief or self.phase is not Phase.WAITING:
+        """Close the round, if the chief can."""
+        if self._chief is None or self._chief.is_closing:
             return
-        if self._expected is None or self._expected or len(self._joined) < self.settings.min_nodes:
-            return
-        if self._twins() or self._missing_soon():
-            return
-        last_call = self._last_arrival + self.settings.last_call_timeout - self._now
-        as_before = self.round > 0 and all(node in self._past for node in self._tickets)
-        if not as_before and len(self._joined) < self.settings.max_nodes and last_call > 0:
-            self._in("last_call", last_call)
-            return
-        members, spares = choose(self._joined, self.settings.max_nodes)
-        if len(members) == self.settings.max_nodes or (
-            len(members) >= self.settings.min_nodes and (as_before or last_call <= 0)
-        ):
-            self._close(members, spares)
+        match self._chief.decide(self._now):
+            case Close(members, spares):
+                self._close(self._chief, members, spares)
+            case Refuse(reason):
+                self._give_up(reason, ExitCode.USAGE)
+            case Later(seconds):
+                self._in("last_call", seconds)
 
-    def _missing_soon(self) -> bool:
-        """Whether somebody has a ticket, and the record is on its way."""
-        return any(ticket not in self._gaps for ticket in self._missing)
-
-    def _twins(self) -> bool:
-        """Whether two nodes ask for one rank. Once both are known to live, that is an error."""
-        by_rank: dict[int, int] = {}
-        for ticket, node in self._joined.items():
-            if node.rank < 0:
-                continue
-            if node.rank >= self.settings.max_nodes:
-                self._give_up(
-                    f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but for {self.me.host} "
-                    f"(pid {self.me.pid}) the job has at most {self.settings.max_nodes} nodes: "
-                    "give all nodes the same --nnodes",
-                    ExitCode.USAGE,
-                )
-                return True
-            other = by_rank.setdefault(node.rank, ticket)
-            first = self._joined[other]
-            if other == ticket or max(node.previous, first.previous) >= 0:
-                continue  # one that had the rank before keeps it; the other can be a spare
-            both_came = max(self._arrived[ticket], self._arrived[other])
-            if all(self._signs[t][0] and self._signs[t][1] > both_came for t in (ticket, other)):
-                self._give_up(
-                    f"two nodes ask for --node-rank={node.rank}: {first.host} (pid {first.pid}) and "
-                    f"{node.host} (pid {node.pid}); give each node a rank of its own",
-                    ExitCode.USAGE,
-                )
-            return True
-        return False
-
-    def _close(self, members: list[int], spares: list[int]) -> None:
-        self._closing = True
+    def _close(self, chief: Chief, members: list[int], spares: list[int]) -> None:
+        chief.is_closing = True
         self.awaiting = None
-        records = [self._joined[ticket] for ticket in members]
-        host = next((node for node in self._joined.values() if node.serves), None)
+        nodes = [chief.joined[ticket] for ticket in members]
+        everybody = chief.joined.values()
+        host = next((node for node in everybody if node.serves), None)
         places = assign(
-            records,
-            host.address
-            if host and host.named
-            else "",  # else each node uses the address by which it reaches the store
+            nodes,
+            host.address if host and host.named else "",  # empty: each node uses the one by which it reaches the store
             (host.port if host else 0) or self.settings.store_port,
             restart_count=self.round,
-            charged=max(node.charged for node in self._joined.values()),
-            free=max(node.free for node in self._joined.values()),
+            charged=max(node.charged for node in everybody),
+            free=max(node.free for node in everybody),
         )
-        self._set(
-            (f"place/{self._chief}/{ticket}", encode(place)) for ticket, place in zip(members, places, strict=True)
+        self._set((f"place/{chief.number}/{t}", encode(place)) for t, place in zip(members, places, strict=True))
+        roster = Roster(
+            tuple(members),
+            tuple(node.node for node in nodes),
+            tuple(node.host for node in nodes),
+            places[0].charged,
+            places[0].free,
         )
-        roster = Roster(tuple(members), tuple(r.node for r in records), tuple(r.host for r in records))
-        self._set([(f"roster/{self._chief}", encode(roster))])
-        closed = Closed(self._chief, len(members), self._known, tuple(spares))
+        self._set([(f"roster/{chief.number}", encode(roster))])
+        closed = Closed(chief.number, len(members), chief.known, tuple(spares))
         self._create("closed", "closed", encode(closed))
 
     def _on_closed(self, value: bytes) -> None:
@@ -576,27 +384,18 @@ class Node:
 
     # --- while nodes gather: words for people
 
-    def _publish(self) -> None:
+    def _publish(self, chief: Chief) -> None:
         """The chief tells the others who is there."""
-        status = self._who_is_there()
-        if status != self._status:
-            self._status = status
-            self._set([("status", encode(status))])
-
-    def _who_is_there(self) -> Status:
-        hosts = [node.host for node in self._joined.values()]
-        ranks = {node.rank for node in self._joined.values()}
-        missing = [host for _, host in (self._expected or {}).values()]
-        if not missing and -1 not in ranks and self.settings.min_nodes == self.settings.max_nodes:
-            absent = sorted(set(range(self.settings.max_nodes)) - ranks)
-            missing = [f"node rank {rank}" for rank in absent]
-        return Status(len(hosts), _listed(hosts), _listed(missing))
+        self._status = chief.status()
+        if self._status != chief.published:
+            chief.published = self._status
+            self._set([("status", encode(self._status))])
 
     def _say_who_is_there(self) -> None:
         self._spoken += 1
         self._in("say", min(SAY_FIRST * self._spoken, SAY_LATER))
-        if self._is_chief:
-            self._say_status(self._who_is_there())
+        if self._chief:
+            self._say_status(self._chief.status())
         elif self.ticket:
             self._get("status", "status")
         else:
@@ -623,7 +422,7 @@ class Node:
         return f"{status.joined} of {needed} nodes {have} joined after {after:.0f} s{hosts}{missing}{more}"
 
     def _waited_in_vain(self) -> None:
-        status = self._who_is_there() if self._is_chief else self._status
+        status = self._chief.status() if self._chief else self._status
         text = f"{self._waiting(status)}: gave up (join_timeout={self.settings.join_timeout:g} s)"
         if self.me.serves:
             self._give_up(text, ExitCode.TIMEOUT)
@@ -632,9 +431,10 @@ class Node:
 
     def _give_up(self, text: str, status: int) -> None:
         """End the job for all, before this round has begun."""
-        self._closing = True
+        if self._chief:
+            self._chief.is_closing = True
         self._create("end", "end", encode(End(EndKind.ERROR, text, self.me.node, status=status)))
-        self._create("set", "closed", encode(Closed(-1, 0, self._known)))
+        self._create("set", "closed", encode(Closed(-1, 0, max(self.ticket, self._chief.known if self._chief else 0))))
 
     # --- signs of life
 
@@ -654,30 +454,32 @@ class Node:
             self._beats_before = 0
         silent = (count - self._beats_before - 1) * self._beat_period()
         if silent >= self.settings.keep_alive_deadline:  # or the chief has set the counter to TAKE_OVER
-            if self.phase is Phase.WAITING and not self._is_chief:
+            if self.phase is Phase.WAITING and self._chief is None:
                 self._beats_before = count
-                self._create("chief", f"chief/{self._chief + 1}", b"%d" % self.ticket)
-            elif self.place is not None and self.place.group_rank > 0:
+                self._create("chief", f"chief/{self._chiefs + 1}", b"%d" % self.ticket)
+            elif self.phase in (Phase.MEMBER, Phase.BESIDE, Phase.ENDED) and (not self.place or self.place.group_rank):
                 self._lose_coordinator()
 
     def _on_chief(self, value: bytes) -> None:
         if self.phase is not Phase.WAITING:
             return
-        self._chief += 1
+        self._chiefs += 1
         if value == b"%d" % self.ticket:
             self._become_chief()
+        self._chief_ticket = _number(value)
 
     def _on_member_beats(self, value: list[bytes]) -> None:
         """The coordinator looks at the signs of life of all members."""
-        if self._roster is None or self.phase not in (Phase.MEMBER, Phase.ENDED):
+        roster = self._roster
+        if roster is None or self._watch is None or self.phase not in (Phase.MEMBER, Phase.ENDED):
             return
-        silent = self._silent(list(self._roster.tickets), value)
-        self._watched_at = self._now
-        lost = [rank for rank, ticket in enumerate(self._roster.tickets) if ticket in silent and ticket != self.ticket]
+        count, *beats = value
+        self._beside = sorted(set(range(1, _number(count) + 1)) - set(roster.tickets))
+        silent = self._watch.look(zip(self._about, beats, strict=True), self._now)
+        self._set_back(self._watch.set_back())
+        lost = [rank for rank, ticket in enumerate(roster.tickets) if ticket in silent and ticket != self.ticket]
         if lost:
-            self._lose(
-                [self._roster.nodes[rank] for rank in lost], _listed([self._roster.hosts[rank] for rank in lost])
-            )
+            self._lose([roster.nodes[rank] for rank in lost], listed(roster.hosts[rank] for rank in lost))
 
     def _lose_coordinator(self) -> None:
         if self._roster is None:
@@ -690,8 +492,8 @@ class Node:
         if self.end is None:
             reason = f"no sign of life from {hosts} for {self.settings.keep_alive_deadline:g} s"
             self._create("end", "end", encode(End(EndKind.REFORM, reason, self.me.node, tuple(nodes))))
-        elif self.end.kind is EndKind.FAILED and self.end.node in nodes and self.verdict is None and self.place:
-            charged, free = self.place.charged, self.place.free
+        elif self.end.kind is EndKind.FAILED and self.end.node in nodes and self.verdict is None and self._roster:
+            charged, free = self._roster.charged, self._roster.free
             if charged < self.settings.max_restarts:
                 verdict = Verdict(True, charged + 1, free)
             else:
@@ -702,7 +504,7 @@ class Node:
     # --- the round has closed
 
     def _ask_for_place(self) -> None:
-        self._asked_chief = self._closed.chief if self._closed else self._chief
+        self._asked_chief = self._closed.chief if self._closed else self._chiefs
         self._get("place", "closed", f"place/{self._asked_chief}/{self.ticket}", "end")
 
     def _on_place(self, value: list[bytes]) -> None:
@@ -715,7 +517,7 @@ class Node:
             return
         for name in ("give_up", "say", "watch", "last_call"):
             self._timers.pop(name, None)
-        self._is_chief = False
+        self._chief = None
         self._beats_before = 0
         if end:
             self.phase = Phase.BESIDE
@@ -739,8 +541,8 @@ class Node:
     def _on_roster(self, value: list[bytes]) -> None:
         if self._roster is None:
             self._roster = decode(Roster, value[0], self._key("roster"))
-            self._signs = dict.fromkeys(self._roster.tickets, (b"", self._now))
-            self._watched_at = self._now
+            self._watch = Watch(self.settings.keep_alive_deadline, self.settings.tick, self._now)
+            self._watch.greet(self._roster.tickets, self._now)
         if self.place and self.place.group_rank == 0 and "watch" not in self._timers:
             self._in("watch", self.settings.tick)
         if self._mine is not None and self.end is None:
@@ -913,10 +715,9 @@ class Node:
                 reason = f"{self.me.host} leaves ({name}), and the job cannot go on without it"
                 end = End(EndKind.STOP, reason, self.me.node, signum=wish.signum)
             self._create("set", "end", encode(end))
-        elif self.phase is Phase.WAITING and self._is_chief:
-            heir = min((ticket for ticket in self._joined if ticket != self.ticket), default=0)
-            if heir:
-                self._set([(f"beat/{heir}", b"%d" % TAKE_OVER)])
+        elif self.phase is Phase.WAITING and self._chief:
+            heirs = sorted(ticket for ticket in self._chief.joined if ticket != self.ticket)
+            self._set((f"beat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
         self._say_goodbye()
 
     def _acknowledge(self) -> None:
@@ -929,7 +730,7 @@ class Node:
         self._get("arrivals", "ticket", about=count)
 
     def _on_arrivals(self, value: list[bytes]) -> None:
-        if self._about >= int(value[0] or b"0"):
+        if self._about >= _number(value[0]):
             self._set([("empty", b"1")])
         self._has_counted = True
         self._close_quietly()
@@ -963,6 +764,16 @@ class Node:
         self.is_gone = True
 
 
+def _number(value: bytes) -> int:
+    """A counter; 0 where there is none."""
+    if value and not value.isdigit():
+        raise RendezvousStateError(
+            f"the store holds {value[:60]!r} where a number should be, which no node of this job has written: does "
+            "something else use the same store and --rdzv-id?"
+        )
+    return int(value or b"0")
+
+
 class _Failure(NamedTuple):
     """A failure in the list of consequences."""
 
@@ -980,16 +791,6 @@ def _cut(failure: ProcessFailure) -> ProcessFailure:
     if len(text) > MESSAGE:
         text = f"{text[: MESSAGE // 2]}\n... {len(text) - MESSAGE} characters left out ...\n{text[-MESSAGE // 2 :]}"
     return replace(failure, error=failure.error_line(), message=text)
-
-
-def _listed(names: list[str]) -> str:
-    """``host-a, host-b (2 nodes), host-c and 12 more``."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    shown = [name if count == 1 else f"{name} ({count} nodes)" for name, count in list(counts.items())[:SHOWN]]
-    more = len(counts) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 ANSWERS: dict[str, Callable[[Node, Any], None]] = {
@@ -1023,7 +824,7 @@ ANSWERS: dict[str, Callable[[Node, Any], None]] = {
 TIMERS: dict[str, Callable[[Node], None]] = {
     "give_up": Node._waited_in_vain,
     "say": Node._say_who_is_there,
-    "watch": Node._watch,
+    "watch": Node._look,
     "last_call": Node._consider,
     "beat": Node._beat,
     "join_running": Node._join_running,

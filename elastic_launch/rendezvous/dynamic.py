@@ -14,10 +14,23 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from elastic_launch.core import rendezvous
 from elastic_launch.core.lifecycle import Asking, Assigned, Decided, Ended, Event, Join, Leave
+from elastic_launch.core.protocol import (
+    Answered,
+    Appeared,
+    Ask,
+    Found,
+    Lost,
+    Opening,
+    Passing,
+    Phase,
+    Say,
+    Settings,
+    Tell,
+)
+from elastic_launch.core.protocol import Event as NodeEvent
 from elastic_launch.core.records import NodeRecord
-from elastic_launch.core.rendezvous import Answered, Appeared, Ask, Found, Lost, Node, Opening, Passing, Phase, Settings
+from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Append, Cancel, Set, Wait
 from elastic_launch.errors import ExitCode, RendezvousConnectionError
 from elastic_launch.ports import reserve_port
@@ -154,7 +167,7 @@ class DynamicRendezvous:
 
     # --- the node
 
-    def _step(self, event: rendezvous.Event) -> None:
+    def _step(self, event: NodeEvent) -> None:
         now = time.monotonic()
         for output in self._node.step(event, now):
             match output:
@@ -162,9 +175,9 @@ class DynamicRendezvous:
                     self._unanswered.append((output, now))
                     if self._calls:
                         self._calls.submit(output.request, output)
-                case rendezvous.Say(text):
+                case Say(text):
                     self._say(text)
-                case rendezvous.Tell(told):
+                case Tell(told):
                     self._events.append(self._completed(told))
 
     def _completed(self, event: Assigned | Ended | Decided) -> Event:

@@ -27,8 +27,8 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
     Raises:
         UsageError: a setting is missing or wrong.
     """
+    from elastic_launch.core.protocol import Settings
     from elastic_launch.core.records import NodeRecord  # late: 10 ms that a job of one node does not need
-    from elastic_launch.core.rendezvous import Settings
     from elastic_launch.rendezvous.dynamic import DynamicRendezvous, Timeouts
 
     conf = config.rdzv_configs

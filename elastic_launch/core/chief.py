@@ -1,0 +1,201 @@
+"""Floor 1: what the chief of a round knows and decides: who has come, who is expected, when the round closes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from elastic_launch.core.protocol import Settings
+from elastic_launch.core.ranks import choose
+from elastic_launch.core.records import NodeRecord, Status
+from elastic_launch.core.watch import Watch
+
+SHOWN = 8
+"""Hosts that are named in a line."""
+
+
+class Close(NamedTuple):
+    """The round can be closed; members by group rank, both as tickets."""
+
+    members: list[int]
+    spares: list[int]
+
+
+class Refuse(NamedTuple):
+    """The nodes that came cannot work together."""
+
+    reason: str
+
+
+class Later(NamedTuple):
+    """Nothing to do yet; if nobody comes, decide again in so many seconds."""
+
+    seconds: float
+
+
+class Chief:
+    """The chief of one round."""
+
+    def __init__(
+        self, settings: Settings, me: NodeRecord, number: int, predecessor: int, is_first_round: bool, now: float
+    ) -> None:
+        """Begin to gather.
+
+        Args:
+            settings: the job's.
+            me: the node that is chief.
+            number: 0 for the first chief of a round; it grows with each that takes over.
+            predecessor: the ticket of the silent chief before; 0: there was none.
+            is_first_round: there is no round before that nodes come from.
+            now: seconds on a monotonic clock, as everywhere here.
+        """
+        self.number = number
+        self._predecessor = predecessor
+        self.doubtful: dict[int, NodeRecord] = {}
+        """Who came and was silent then, until it gives a sign of life."""
+        self.is_closing = False
+        self.joined: dict[int, NodeRecord] = {}
+        """By ticket: who is there, and gives signs of life."""
+        self.known = 0
+        """Tickets that were given out."""
+        self.missing: list[int] = []
+        """Tickets whose record has not come."""
+        self.expected: dict[str, tuple[int, str]] | None = {} if is_first_round else None
+        """By node id: ticket and host in the round before of those who have not come yet. None: not known yet."""
+        self.published = Status(0, "", "")
+        self._settings = settings
+        self._me = me
+        self._is_first_round = is_first_round
+        self._watch = Watch(settings.keep_alive_deadline, settings.tick, now)
+        self._past_watch = Watch(settings.keep_alive_deadline, settings.tick, now)
+        self._tickets: dict[str, int] = {}
+        self._arrived: dict[int, float] = {}
+        self._late: set[int] = set()
+        """Those of ``missing`` that were missing a tick ago: their nodes may be dead."""
+        self._last_arrival = now
+        self._past: set[str] = set()
+
+    # --- who has come
+
+    def note_tickets(self, count: int) -> None:
+        """So many tickets were given out."""
+        self.missing += range(self.known + 1, count + 1)
+        self.known = max(self.known, count)
+
+    def note_nodes(self, records: Iterable[tuple[int, NodeRecord]], now: float) -> None:
+        """Records have come, by ticket."""
+        for ticket, record in records:
+            if ticket not in self._arrived:
+                self.joined.pop(self._tickets.get(record.node, 0), None)  # the same node, come twice
+                (self.doubtful if ticket == self._predecessor else self.joined)[ticket] = record
+                self._tickets[record.node] = ticket
+                self._arrived[ticket] = self._last_arrival = now
+                self._watch.greet([ticket], now)
+                if self.expected is not None:
+                    self.expected.pop(record.node, None)
+        self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]
+
+    def note_past(self, nodes: Iterable[tuple[int, NodeRecord]]) -> None:
+        """Who was in the round before, by ticket, without those that are known to be gone."""
+        self.expected = {}
+        for ticket, record in nodes:
+            self._past.add(record.node)
+            if record.node not in self._tickets:
+                self.expected[record.node] = (ticket, record.host)
+
+    def next_ticket(self) -> int:
+        """The ticket whose record will probably come next."""
+        return next((ticket for ticket in self.missing if ticket not in self._late), self.known + 1)
+
+    # --- who has gone
+
+    def note_tick(self) -> None:
+        """A tick has passed."""
+        self._late = set(self.missing)
+
+    def look(self, counters: Sequence[tuple[int, bytes]], now: float) -> list[int]:
+        """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
+        for ticket in self._watch.look(counters, now):
+            self.joined.pop(ticket, None)
+        for ticket in list(self.doubtful):
+            if self._watch.has_lived_since(ticket, self._arrived[ticket]):
+                self.joined[ticket] = self.doubtful.pop(ticket)
+        return self._watch.set_back()
+
+    def look_back(self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float) -> None:
+        """Note the counters, in the round before, of nodes that have not come; do not expect the silent ones."""
+        silent = self._past_watch.look(counters, now)
+        for node, (ticket, _) in zip(nodes, counters, strict=True):
+            if ticket in silent and self.expected:
+                self.expected.pop(node, None)
+
+    # --- what follows
+
+    def decide(self, now: float) -> Close | Refuse | Later | None:
+        """Whether the round can be closed. None: not before somebody comes or goes."""
+        settings = self._settings
+        if self.expected is None or self.expected or len(self.joined) < settings.min_nodes:
+            return None
+        if refusal := self._refusal():
+            return Refuse(refusal)
+        if self._has_twins() or any(ticket not in self._late for ticket in self.missing):
+            return None
+        last_call = self._last_arrival + settings.last_call_timeout - now
+        as_before = not self._is_first_round and self._past.issuperset(self._tickets)
+        is_time = as_before or last_call <= 0
+        if not is_time and len(self.joined) < settings.max_nodes:
+            return Later(last_call)
+        members, spares = choose(self.joined, settings.max_nodes)
+        if len(members) == settings.max_nodes or (len(members) >= settings.min_nodes and is_time):
+            return Close(members, spares)
+        return None
+
+    def status(self) -> Status:
+        """Who is there and who is missing, for people."""
+        missing = [host for _, host in (self.expected or {}).values()]
+        ranks = {node.rank for node in self.joined.values()}
+        if not missing and -1 not in ranks and self._settings.min_nodes == self._settings.max_nodes:
+            missing = [f"node rank {rank}" for rank in sorted(set(range(self._settings.max_nodes)) - ranks)]
+        return Status(len(self.joined), listed(node.host for node in self.joined.values()), listed(missing))
+
+    def _twins(self) -> Iterable[tuple[int, int]]:
+        """Tickets of nodes that ask for one rank, and neither of them had it before: else the other can be a spare."""
+        by_rank: dict[int, int] = {}
+        for ticket, node in self.joined.items():
+            if node.rank >= 0:
+                first = by_rank.setdefault(node.rank, ticket)
+                if first != ticket and max(node.previous, self.joined[first].previous) < 0:
+                    yield first, ticket
+
+    def _has_twins(self) -> bool:
+        """Whether two ask for one rank; one of them may be dead, and its place taken by the other."""
+        return next(iter(self._twins()), None) is not None
+
+    def _refusal(self) -> str:
+        """Why the nodes that came cannot work together; empty: they can, as far as is known."""
+        for node in self.joined.values():
+            if node.rank >= self._settings.max_nodes:
+                return (
+                    f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but for {self._me.host} "
+                    f"(pid {self._me.pid}) the job has at most {self._settings.max_nodes} nodes: "
+                    "give all nodes the same --nnodes"
+                )
+        for first, second in self._twins():
+            both_came = max(self._arrived[first], self._arrived[second])
+            if all(self._watch.has_lived_since(ticket, both_came) for ticket in (first, second)):
+                one, other = self.joined[first], self.joined[second]
+                return (
+                    f"two nodes ask for --node-rank={one.rank}: {one.host} (pid {one.pid}) and "
+                    f"{other.host} (pid {other.pid}); give each node a rank of its own"
+                )
+        return ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """``host-a, host-b (2 nodes), host-c and 12 more``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    shown = [name if count == 1 else f"{name} ({count} nodes)" for name, count in list(counts.items())[:SHOWN]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,0 +1,130 @@
+"""Floor 1: the vocabulary of ``core.rendezvous``: settings, events, outputs, phases. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, NamedTuple
+
+from elastic_launch.core.lifecycle import Asking, Assigned, Decided, Ended
+from elastic_launch.core.requests import Request
+
+TICK = 1.0
+"""Seconds between two looks of a chief, a coordinator or a deputy, if the keep-alive interval is not shorter."""
+
+
+class Settings(NamedTuple):
+    """What a job's nodes agree on beforehand. Times in seconds; names and defaults are torch's."""
+
+    run_id: str
+    min_nodes: int
+    max_nodes: int
+    join_timeout: float = 600.0
+    """How long a node waits for a round to form."""
+    last_call_timeout: float = 30.0
+    """How long a round with enough nodes waits, after the last arrival, for more of them."""
+    close_timeout: float = 30.0
+    """How long the node that hosts the store waits at the end until the others are through."""
+    keep_alive_interval: float = 5.0
+    keep_alive_max_attempt: int = 3
+    """After so many intervals without a sign of life a node counts as dead."""
+    max_restarts: int = 0
+    store_port: int = 0
+    """The port on which the job's store serves the workers, too; 0: it does not."""
+
+    @property
+    def keep_alive_deadline(self) -> float:
+        """Seconds of silence after which a node counts as dead."""
+        return self.keep_alive_interval * self.keep_alive_max_attempt
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks of those who watch."""
+        return min(TICK, self.keep_alive_interval / 2)
+
+
+# Events, beside those wishes of the agent that are an ``Asking``.
+
+
+class Opening(NamedTuple):
+    """The agent wants a place in the next round; ``port`` is reserved for the workers' store."""
+
+    port: int = 0
+
+
+class Answered(NamedTuple):
+    """The store's answer to an ``Ask``."""
+
+    what: str
+    round: int
+    value: Any
+    about: Any = None
+
+
+class Appeared(NamedTuple):
+    """The key that was awaited exists."""
+
+    key: str
+
+
+class Passing(NamedTuple):
+    """Time has passed: ``deadline`` is over."""
+
+
+class Found(NamedTuple):
+    """The store is there again, after it could not be reached; it may have forgotten everything."""
+
+
+class Lost(NamedTuple):
+    """The store is gone for good."""
+
+    text: str
+    status: int
+    """The exit status that goes with it."""
+
+
+Event = Opening | Answered | Appeared | Passing | Found | Lost | Asking
+
+# Outputs.
+
+
+class Ask(NamedTuple):
+    """Send a request; ``Answered`` brings the answer under the same name and round, where there is one."""
+
+    what: str
+    round: int
+    request: Request
+    about: Any = None
+    """Comes back with the answer."""
+
+
+class Tell(NamedTuple):
+    """An event for the agent."""
+
+    event: Assigned | Ended | Decided
+
+
+class Say(NamedTuple):
+    """Tell people, in one line."""
+
+    text: str
+
+
+Output = Ask | Tell | Say
+
+
+class Phase(Enum):
+    """Where the node stands in its round."""
+
+    IDLE = "idle"
+    """Before the first round, or between two."""
+    OPENING = "opening"
+    """It has asked for the round's number and a ticket."""
+    WAITING = "waiting"
+    """It waits for the round to close; as chief it closes it."""
+    MEMBER = "member"
+    BESIDE = "beside"
+    """The round goes on without it: it came late, or there were enough."""
+    ENDED = "ended"
+    """The round is over; what follows may not be known yet."""
+    LEAVING = "leaving"
+    """It is through with the job."""

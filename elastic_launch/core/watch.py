@@ -1,0 +1,63 @@
+"""Floor 1: signs of life: who has been silent for too long. Pure.
+
+Each node adds to a counter of its own now and then. Who watches reads the counters, times their silence with a clock of
+its own, and sets them back to 0, which the node sees: a sign of life of the one who watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LEFT = 1 << 40
+"""Added to a node's counter: it has left."""
+
+
+class Watch:
+    """What is known of the counters of some nodes, by ticket."""
+
+    def __init__(self, deadline: float, tick: float, now: float) -> None:
+        """Begin to watch.
+
+        Args:
+            deadline: seconds of silence after which a node counts as dead.
+            tick: seconds between two looks.
+            now: seconds on a monotonic clock, as everywhere here.
+        """
+        self._deadline = deadline
+        self._tick = tick
+        self._looked_at = now
+        self._signs: dict[int, tuple[bytes, float]] = {}
+        """The counter as it was last seen, and when it had changed."""
+
+    def greet(self, tickets: Iterable[int], now: float) -> None:
+        """Nodes came: their first sign of life."""
+        for ticket in tickets:
+            self._signs[ticket] = (b"", now)
+
+    def has_lived_since(self, ticket: int, time: float) -> bool:
+        """Whether a node has added to its counter after a moment."""
+        counter, at = self._signs[ticket]
+        return counter != b"" and at > time
+
+    def look(self, counters: Iterable[tuple[int, bytes]], now: float) -> set[int]:
+        """Note what the counters hold now. Returns who has been silent until the deadline, or has left."""
+        slept = now - self._looked_at > self._deadline / 2 + self._tick  # this node did, or the store: not the others
+        self._looked_at = now
+        silent: set[int] = set()
+        for ticket, counter in counters:
+            before, at = self._signs.get(ticket, (None, now))
+            if int(counter or b"0") >= LEFT:
+                silent.add(ticket)
+                continue
+            if counter != before or slept:
+                self._signs[ticket] = (counter, now)
+            elif now - at >= self._deadline:
+                silent.add(ticket)
+        return silent
+
+    def set_back(self) -> list[int]:
+        """Whose counter the caller must set back to 0; it is taken as done."""
+        grown = [ticket for ticket, (counter, _) in self._signs.items() if counter not in (b"", b"0")]
+        for ticket in grown:
+            self._signs[ticket] = (b"0", self._signs[ticket][1])
+        return grown
