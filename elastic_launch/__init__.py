@@ -16,13 +16,26 @@ if TYPE_CHECKING:
     from elastic_launch.errors import ChildFailedError as ChildFailedError
     from elastic_launch.errors import LaunchError as LaunchError
     from elastic_launch.errors import ProcessFailure as ProcessFailure
+    from elastic_launch.errors import RendezvousClosedError as RendezvousClosedError
+    from elastic_launch.errors import RendezvousConnectionError as RendezvousConnectionError
+    from elastic_launch.errors import RendezvousError as RendezvousError
+    from elastic_launch.errors import RendezvousGracefulExitError as RendezvousGracefulExitError
+    from elastic_launch.errors import RendezvousStateError as RendezvousStateError
+    from elastic_launch.errors import RendezvousTimeoutError as RendezvousTimeoutError
     from elastic_launch.errors import SignalException as SignalException
     from elastic_launch.errors import UsageError as UsageError
+    from elastic_launch.etcd_server import EtcdServer as EtcdServer
     from elastic_launch.launch import elastic_launch as elastic_launch
     from elastic_launch.launch import launch_agent as launch_agent
     from elastic_launch.model import RunResult as RunResult
     from elastic_launch.model import WorkerSpec as WorkerSpec
     from elastic_launch.model import WorkerState as WorkerState
+    from elastic_launch.rendezvous.handlers import RendezvousHandler as RendezvousHandler
+    from elastic_launch.rendezvous.handlers import RendezvousInfo as RendezvousInfo
+    from elastic_launch.rendezvous.handlers import RendezvousParameters as RendezvousParameters
+    from elastic_launch.rendezvous.handlers import RendezvousStoreInfo as RendezvousStoreInfo
+    from elastic_launch.rendezvous.handlers import get_rendezvous_handler as get_rendezvous_handler
+    from elastic_launch.rendezvous.handlers import rendezvous_handler_registry as rendezvous_handler_registry
 
 __version__ = "0.1.0"
 
@@ -36,6 +49,19 @@ _HOMES = {
     "ProcessFailure": "errors",
     "SignalException": "errors",
     "UsageError": "errors",
+    "RendezvousParameters": "rendezvous.handlers",
+    "RendezvousHandler": "rendezvous.handlers",
+    "RendezvousInfo": "rendezvous.handlers",
+    "RendezvousStoreInfo": "rendezvous.handlers",
+    "get_rendezvous_handler": "rendezvous.handlers",
+    "rendezvous_handler_registry": "rendezvous.handlers",
+    "EtcdServer": "etcd_server",
+    "RendezvousError": "errors",
+    "RendezvousTimeoutError": "errors",
+    "RendezvousConnectionError": "errors",
+    "RendezvousStateError": "errors",
+    "RendezvousClosedError": "errors",
+    "RendezvousGracefulExitError": "errors",
     "elastic_launch": "launch",
     "launch_agent": "launch",
     "RunResult": "model",

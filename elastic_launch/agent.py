@@ -109,7 +109,7 @@ class LocalElasticAgent:
         self._stop_signals = parse_signals(signals_to_handle)
         self._environ = environment() if environ is None else environ
         self._say = say
-        self._rendezvous = cast(AgentRendezvous, spec.rdzv_handler)
+        self._rendezvous = _adapted(spec, self._environ, say)
         self._run_id = str(self._rendezvous.get_run_id())
         self._has_failed = False
 
@@ -241,6 +241,15 @@ class LocalElasticAgent:
             log_dir=self._files.root if self._files.kept else None,
         )
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)
+
+
+def _adapted(spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> AgentRendezvous:
+    """The spec's rendezvous; a handler of torch's interface gets a wrapping."""
+    if hasattr(spec.rdzv_handler, "ask"):
+        return cast(AgentRendezvous, spec.rdzv_handler)
+    from elastic_launch.rendezvous.foreign import adapt  # late: most jobs do not need it
+
+    return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, say))
 
 
 def _is_over(deadline: float | None) -> bool:

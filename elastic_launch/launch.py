@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.agent import LocalElasticAgent
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number, split_endpoint
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number
 from elastic_launch.console import say
 from elastic_launch.core.ranks import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
-from elastic_launch.model import Rendezvous, WorkerSpec
-from elastic_launch.rendezvous.local import LocalRendezvous
+from elastic_launch.model import WorkerSpec
+from elastic_launch.rendezvous.registry import create_rendezvous
 
 
 class elastic_launch:  # noqa: N801 - torch's name
@@ -48,7 +47,7 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
-        rdzv_handler=_rendezvous(config, environ),
+        rdzv_handler=create_rendezvous(config, environ, say),
         entrypoint=entrypoint,
         args=tuple(args),
         max_restarts=config.max_restarts,
@@ -102,23 +101,6 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
                 f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
                 f"({cpus} CPUs, {config.nproc_per_node} workers); set it to have another number"
             )
-
-
-def _rendezvous(config: LaunchConfig, environ: dict[str, str]) -> Rendezvous:
-    """One node meets nobody; several need a store."""
-    if config.max_nodes == 1:
-        return LocalRendezvous(config.run_id or os.urandom(8).hex(), config.nproc_per_node, *_master(config))
-    from elastic_launch.rendezvous.registry import create_dynamic  # late: a job of one node does not need it
-
-    return create_dynamic(config, environ, say)
-
-
-def _master(config: LaunchConfig) -> tuple[str, int]:
-    """The address and port of the workers' store; port 0 stands for a free one."""
-    host, port = "127.0.0.1", 0
-    if config.rdzv_backend == "static" and config.rdzv_endpoint:
-        host, port = split_endpoint(config.rdzv_endpoint)
-    return config.local_addr or host, port
 
 
 def _shutdown_timeout(config: LaunchConfig, environ: dict[str, str]) -> float:

@@ -71,6 +71,12 @@ def _one_of(*allowed: str) -> Read:
     return read
 
 
+def _name(text: str) -> str:
+    if not text.strip():
+        raise UsageError(f"{text!r}: must not be empty")
+    return text
+
+
 def _flag(text: str) -> bool:
     value = {"0": False, "1": True, "false": False, "true": True}.get(text.lower())
     if value is None:
@@ -111,7 +117,7 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("nnodes", "1:1", _checked(parse_nnodes), "nodes: a number, or a range MIN:MAX"),
     Option("nproc-per-node", "1", str, "workers per node: a number, auto, cpu, gpu, xpu or another accelerator"),
-    Option("rdzv-backend", "static", _one_of("static", "c10d", "etcd", "etcd-v2"), "how nodes meet"),
+    Option("rdzv-backend", "static", _name, "how nodes meet: static, c10d, etcd, or a plug-in's name"),
     Option("rdzv-endpoint", "", str, "where nodes meet, HOST:PORT"),
     Option("rdzv-id", "none", str, "the job's id; none stands for a fresh one"),
     Option("rdzv-conf", "", _checked(parse_rdzv_conf), "settings of the rendezvous, KEY=VALUE,..."),

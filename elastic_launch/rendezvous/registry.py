@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from elastic_launch.config import LaunchConfig, split_endpoint
 from elastic_launch.errors import UsageError
+from elastic_launch.model import Rendezvous
+from elastic_launch.rendezvous.local import LocalRendezvous
 
 if TYPE_CHECKING:
     from elastic_launch.rendezvous.backends import Backend
@@ -19,6 +21,43 @@ TIMES = ("join_timeout", "last_call_timeout", "close_timeout", "keep_alive_inter
 """Settings of ``--rdzv-conf`` that are seconds."""
 OTHERS = ("keep_alive_max_attempt", "is_host", "timeout", "rank")
 ETCD = ("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+
+
+BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
+
+
+def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> Rendezvous:
+    """What the agent gets: a backend of the launcher's own, or the handler of a plug-in.
+
+    Raises:
+        UsageError: a setting is missing or wrong; the message lists the backends where it names none of them.
+    """
+    if config.rdzv_backend in BUILT_IN or not config.rdzv_backend:
+        return create_own(config, environ, say)
+    from elastic_launch.rendezvous.handlers import RendezvousParameters, get_rendezvous_handler
+
+    own = {"backend", "endpoint", "run_id", "min_nodes", "max_nodes", "local_addr"}
+    params = RendezvousParameters(
+        config.rdzv_backend,
+        config.rdzv_endpoint,
+        config.run_id or "none",
+        config.min_nodes,
+        config.max_nodes,
+        config.local_addr,
+        **{name: value for name, value in config.rdzv_configs.items() if name not in own},
+    )
+    return cast(Rendezvous, get_rendezvous_handler(params))
+
+
+def create_own(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> Rendezvous:
+    """One node meets nobody; several need a store. Raises UsageError where a setting is missing or wrong."""
+    if config.max_nodes > 1:
+        return create_dynamic(config, environ, say)
+    host, port = "127.0.0.1", 0  # of the workers' store; 0: a free one for each round
+    if config.rdzv_backend == "static" and config.rdzv_endpoint:
+        host, port = split_endpoint(config.rdzv_endpoint)
+    run_id = config.run_id or os.urandom(8).hex()
+    return LocalRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
 
 
 def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> DynamicRendezvous:
