@@ -679,11 +679,20 @@ def test_torchs_own_handler(job: Job) -> None:
 
     with reserve_port() as sock:
         endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
-    command = (
-        "mark $WORLD_SIZE $TORCHELASTIC_USE_AGENT_STORE; [ $TORCHELASTIC_RESTART_COUNT = 1 ] && exit 0;"
-        "[ $RANK = 1 ] && exit 7; exec sleep 1000"
+    script = job.script(
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "sums = torch.ones(1)\n"
+        "dist.all_reduce(sums)\n"
+        "mark(f'{sums.item():g} ' + os.environ['TORCHELASTIC_USE_AGENT_STORE'])\n"
+        "dist.barrier()\n"
+        "if restart == 0 and rank == 1: os._exit(7)\n"
+        "if restart == 0: wait()\n"
+        "dist.destroy_process_group()\n"
+        "os._exit(0)\n"
     )
+    command = f"exec {sys.executable} {script}"
     agents = [start(job, command, kind="torch", path=endpoint, restarts=1) for _ in range(2)]
     ends = [job.finish(agent) for agent in agents]
     assert [end.returncode for end in ends] == [0, 0], ends
-    assert sorted(job.marks()) == ["0.0 2 True", "0.1 2 True", "1.0 2 True", "1.1 2 True"]
+    assert sorted(job.marks()) == ["0.0 2 True", "0.1 2 False", "1.0 2 True", "1.1 2 False"]

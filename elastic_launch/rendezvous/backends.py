@@ -212,6 +212,13 @@ def own_address(towards: str) -> str:
         return str(sock.getsockname()[0])
 
 
+def outward_address() -> str:
+    """The address of this host on its way out, for other hosts; empty where there is none."""
+    with contextlib.suppress(OSError):
+        return own_address("192.0.2.1")  # reserved for documentation; nothing is sent
+    return ""
+
+
 def _is_own(address: Address) -> bool:
     """Whether an address is one of this host's: only those can be bound."""
     family, where = address

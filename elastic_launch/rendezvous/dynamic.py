@@ -34,7 +34,7 @@ from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Append, Cancel, Set, Wait
 from elastic_launch.errors import ExitCode, RendezvousConnectionError
 from elastic_launch.ports import reserve_port
-from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.rendezvous.backends import Backend, outward_address
 from elastic_launch.store.client import NotAStoreError, StoreClient
 
 RETRY_FIRST, RETRY_LATER = 0.02, 1.0
@@ -274,7 +274,7 @@ class DynamicRendezvous:
         self._was_ready = True
         own, self._store_addr = self._backend.addresses(client)
         if not self._node.me.named:
-            self._node.me = self._node.me._replace(address=own)
+            self._node.me = self._node.me._replace(address=own, outward=outward_address())
         if self._has_met:
             self._step(Found())
         self._has_met = True

@@ -297,17 +297,21 @@ class ForeignRendezvous:
         hello = _Hello(node, os.urandom(8).hex(), self._rounds)
         if rank == 0:
             hellos = [hello, *_read_hellos(store, size)]
-            where = info.bootstrap_store_info or RendezvousStoreInfo.build(0, store, self._local_addr)
+            rounds = max(hello.rounds for hello in hellos)
+            # In a store that served an earlier round, torch's process groups would meet the keys of that.
+            shares = bool(getattr(self._handler, "use_agent_store", False))
+            served = shares and rounds == 0
+            where = None if shares and not served else info.bootstrap_store_info
+            where = where or RendezvousStoreInfo.build(0, store, self._local_addr)
             places = assign(
                 [hello.node for hello in hellos],
                 where.master_addr,
                 where.master_port,
-                restart_count=max(hello.rounds for hello in hellos),
+                restart_count=rounds,
                 charged=max(hello.node.charged for hello in hellos),
                 free=max(hello.node.free for hello in hellos),
             )
             # The handler's port may be the same in each round, so another round is no remedy when it is taken.
-            served = bool(getattr(self._handler, "use_agent_store", False))
             answers = [_Answer(place._replace(port_picked=False, agent_store=served), hello.token) for place in places]
             for place_rank in range(1, size):
                 answer = encode(answers[place_rank]).decode()
