@@ -16,6 +16,7 @@ import pytest
 
 from elastic_launch.etcd_server import EtcdServer
 from tests.conftest import Job, is_alive, wait_until
+from tests.test_etcd import Trio
 
 QUICK = "last_call_timeout=1,keep_alive_interval=0.5,keep_alive_max_attempt=3"
 MARK = "e = os.environ\nmark(' '.join(f'{k}={e[k]}' for k in sys.argv[1:]))\n"
@@ -306,6 +307,32 @@ def test_a_finished_job_stays_finished(etcd: EtcdServer, job: Job) -> None:
     assert late.returncode == 0
     assert "job job-1 has ended already" in late.stderr
     assert sorted(job.marks()) == ["0.0", "1.0"]
+
+
+def test_one_of_three_members_of_etcd_may_die(job: Job) -> None:
+    trio = Trio()
+    try:
+        nodes = Nodes(job, "etcd", trio.endpoints, "2")
+        script = job.script("mark('up')\nif restart == 0: wait()\n")
+        processes = [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]
+        wait_until(lambda: up(job, 0, 2))
+        trio.servers[0].kill()  # the one that both use: it is the first of the endpoints
+        wait_until(lambda: not listens(trio.servers[0].get_endpoint()))
+        [pid] = [
+            child.pid
+            for process in processes
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.environ().get("RANK") == "1"
+        ]
+        os.kill(pid, signal.SIGKILL)
+        for process in processes:
+            result = job.finish(process)
+            assert result.returncode == 0, result.stderr
+    finally:
+        for server in trio.servers:
+            server.kill()
+            server.stop()
+    assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 up", "1.1 up"}
 
 
 def test_an_endpoint_that_belongs_to_a_stranger_is_named(job: Job) -> None:
