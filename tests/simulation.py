@@ -124,6 +124,7 @@ class Agent:
         self.finish: Finish | None = None
         self.said: list[str] = []
         self.seen_ends: set[int] = set()
+        self.decided: set[int] = set()
         self.frozen_until = 0.0
         self.asked = 0
         """Requests to the store."""
@@ -142,6 +143,12 @@ class Agent:
         """The round whose workers run."""
         return self.life.place.restart_count if self.life.state is State.RUNNING and self.life.place else None
 
+    @property
+    def part(self) -> int | None:
+        """The round that it takes part in: its workers run, or have all ended well."""
+        is_in = self.life.state in (State.RUNNING, State.SETTLING) and self.node.end is None
+        return self.life.place.restart_count if is_in and self.life.place else None
+
     # --- what can happen to it
 
     def kill(self) -> None:
@@ -152,13 +159,13 @@ class Agent:
     def freeze(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self.world.now + seconds)
 
-    def disconnect(self) -> None:
-        """The connection breaks; what was not answered is asked again on the next one."""
+    def disconnect(self, seconds: float = 0.0) -> None:
+        """The connection breaks; what was not answered is asked again on the next one, after some seconds at least."""
         self._epoch += 1
         self.world.store.drop(self)
         self._awaited = None
         again, self._unanswered = self._unanswered, deque()
-        self._ready_at = self.world.now + self.world.delay()
+        self._ready_at = self.world.now + seconds + self.world.delay()
 
         def reconnect(epoch: int = self._epoch) -> None:
             if epoch == self._epoch:
@@ -176,6 +183,11 @@ class Agent:
     def succeed_worker(self) -> None:
         if self.life.state is State.RUNNING and self.life.running:
             self._live(Exited(Exit(min(self.life.running), 0, self.world.now)))
+
+    def succeed(self) -> None:
+        """All its workers end well."""
+        while self.life.state is State.RUNNING and self.life.running:
+            self.succeed_worker()
 
     def signal(self) -> None:
         self._live(Signalled(SIGTERM, self.world.now))
@@ -239,7 +251,8 @@ class Agent:
                         case Ended():
                             self.seen_ends.add(self.node.round)
                         case Decided():
-                            pass
+                            assert self.node.round not in self.decided, f"{self.world}: {self.name}: decided twice"
+                            self.decided.add(self.node.round)
                     self._soon(lambda told=told: self._live(told), 0.0)  # type: ignore[misc]
                 case protocol.Say(text):
                     self.said.append(text)

@@ -100,7 +100,13 @@ def test_ranks_and_sizes(nodes: Nodes, job: Job) -> None:
 
 
 def test_a_failure_anywhere_restarts_all_and_counts_once(nodes: Nodes, job: Job) -> None:
-    script = job.script("mark('up')\nif rank == 1 and restart == 0: sys.exit(3)\nif restart == 0: wait()\n")
+    script = job.script(
+        "mark('up')\n"
+        "while rank == 1 and restart == 0:\n"
+        f"    if '0.0 up' in open('{job.path}/marks').read(): sys.exit(3)\n"
+        "    time.sleep(0.01)\n"
+        "if restart == 0: wait()\n"
+    )
     results = [job.finish(process) for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]]
     assert [result.returncode for result in results] == [0, 0]
     assert sorted(job.marks()) == ["0.0 up", "0.1 up", "1.0 up", "1.1 up"]
@@ -257,7 +263,7 @@ def test_a_spare_takes_over(job: Job) -> None:
 def test_waiting_in_vain_ends_with_its_own_status_and_says_who_was_there(job: Job) -> None:
     result = job.finish(c10d(job, "3", "join_timeout=4")(0, script=job.script(RUN)))
     assert result.returncode == 75
-    assert re.search(r"1 of 3 nodes has joined after \d+ s: \S+: gave up \(join_timeout=4 s\)", result.stderr)
+    assert re.search(r"1 of 3 nodes has joined after \d+ s: \S+; gave up \(join_timeout=4 s\)", result.stderr)
     assert job.marks() == []
 
 

@@ -75,7 +75,7 @@ def test_too_few_nodes_give_up_with_the_names_of_those_that_came() -> None:
     [agent] = made.agents
     assert agent.finish is not None
     assert agent.finish.status == 75
-    assert "1 of 2 to 3 nodes has joined after 600 s: host-0: gave up (join_timeout=600 s)" in agent.finish.error
+    assert "1 of 2 to 3 nodes has joined after 600 s: host-0; gave up (join_timeout=600 s)" in agent.finish.error
 
 
 def test_waiting_nodes_say_who_is_there() -> None:
@@ -294,12 +294,14 @@ def play(seed: int) -> Scene:
             "kill": agent.kill,
             "freeze": lambda: agent.freeze(chance.uniform(0.5, 30)),
             "disconnect": agent.disconnect,
+            "cut": lambda: agent.disconnect(chance.uniform(0.5, 30)),
+            "succeed": agent.succeed,
             "fail": agent.fail_worker,
             "signal": agent.signal,
         }[what]()
 
     for _ in range(chance.randint(0, 8)):
-        what = chance.choice(["kill", "freeze", "disconnect", "fail", "fail", "signal", "add"])
+        what = chance.choice(["kill", "freeze", "disconnect", "cut", "fail", "fail", "succeed", "signal", "add"])
         made.after(chance.uniform(0, 60), lambda what=what: strike(what))  # type: ignore[misc]
     made.run(1100)
     made.trouble = False
@@ -308,13 +310,11 @@ def play(seed: int) -> Scene:
     finished = [agent.finish for agent in made.agents if agent.finish and not agent.dead and not agent.finish.signum]
     assert not (live and finished), f"{made}: the job has ended for some and not for others"
     if len(live) >= low:
-        rounds = {agent.running for agent in live} - {None}
+        rounds = {agent.part for agent in live} - {None}
         assert len(rounds) == 1, f"{made}: in different rounds, or in none: {running(made)}"
-        members = sum(agent.running is not None for agent in live)
-        assert members == min(high, len(live)), f"{made}: {members} of {len(live)} nodes run"
-        assert sorted(a.life.place.group_rank for a in live if a.running is not None and a.life.place) == list(
-            range(members)
-        ), f"{made}: ranks are not dense"
+        places = [agent.life.place for agent in live if agent.part is not None and agent.life.place]
+        assert len(places) == min(high, len(live)), f"{made}: {len(places)} of {len(live)} nodes take part"
+        assert sorted(place.group_rank for place in places) == list(range(len(places))), f"{made}: ranks have gaps"
         all_end(made)
         return Scene("succeeded", len(made.places))
     causes = {(finish.failures, finish.error) for finish in finished}

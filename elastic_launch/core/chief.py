@@ -36,23 +36,23 @@ class Later(NamedTuple):
 class Chief:
     """The chief of one round."""
 
-    def __init__(
-        self, settings: Settings, me: NodeRecord, number: int, predecessor: int, is_first_round: bool, now: float
-    ) -> None:
+    def __init__(self, settings: Settings, me: NodeRecord, number: int, is_first_round: bool, now: float) -> None:
         """Begin to gather.
 
         Args:
             settings: the job's.
             me: the node that is chief.
             number: 0 for the first chief of a round; it grows with each that takes over.
-            predecessor: the ticket of the silent chief before; 0: there was none.
             is_first_round: there is no round before that nodes come from.
             now: seconds on a monotonic clock, as everywhere here.
         """
         self.number = number
-        self._predecessor = predecessor
         self.doubtful: dict[int, NodeRecord] = {}
-        """Who came and was silent then, until it gives a sign of life."""
+        """Who came before this chief took over, until it gives a sign of life: the one that it follows is silent."""
+        self._doubtful_tickets: int | None = None if number else 0
+        """Tickets up to this one are such; None: not known yet."""
+        self._doubts_end = now + settings.keep_alive_interval + 2 * settings.tick
+        """When each of them that lives has given a sign."""
         self.is_closing = False
         self.joined: dict[int, NodeRecord] = {}
         """By ticket: who is there, and gives signs of life."""
@@ -79,6 +79,8 @@ class Chief:
 
     def note_tickets(self, count: int) -> None:
         """So many tickets were given out."""
+        if self._doubtful_tickets is None:
+            self._doubtful_tickets = count
         self.missing += range(self.known + 1, count + 1)
         self.known = max(self.known, count)
 
@@ -87,7 +89,8 @@ class Chief:
         for ticket, record in records:
             if ticket not in self._arrived:
                 self.joined.pop(self._tickets.get(record.node, 0), None)  # the same node, come twice
-                (self.doubtful if ticket == self._predecessor else self.joined)[ticket] = record
+                doubt = ticket <= (self._doubtful_tickets or 0) and record.node != self._me.node
+                (self.doubtful if doubt else self.joined)[ticket] = record
                 self._tickets[record.node] = ticket
                 self._arrived[ticket] = self._last_arrival = now
                 self._watch.greet([ticket], now)
@@ -117,6 +120,7 @@ class Chief:
         """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
         for ticket in self._watch.look(counters, now):
             self.joined.pop(ticket, None)
+            self.doubtful.pop(ticket, None)
         for ticket in list(self.doubtful):
             if self._watch.has_lived_since(ticket, self._arrived[ticket]):
                 self.joined[ticket] = self.doubtful.pop(ticket)
@@ -134,11 +138,13 @@ class Chief:
     def decide(self, now: float) -> Close | Refuse | Later | None:
         """Whether the round can be closed. None: not before somebody comes or goes."""
         settings = self._settings
+        if self._is_first_round and (refusal := self._refusal()):
+            return Refuse(refusal)
         if self.expected is None or self.expected or len(self.joined) < settings.min_nodes:
             return None
-        if refusal := self._refusal():
-            return Refuse(refusal)
-        if self._has_twins() or any(ticket not in self._late for ticket in self.missing):
+        if self.doubtful and now < self._doubts_end:
+            return None
+        if (self._is_first_round and self._has_twins()) or any(ticket not in self._late for ticket in self.missing):
             return None
         last_call = self._last_arrival + settings.last_call_timeout - now
         as_before = not self._is_first_round and self._past.issuperset(self._tickets)
@@ -174,11 +180,12 @@ class Chief:
     def _refusal(self) -> str:
         """Why the nodes that came cannot work together; empty: they can, as far as is known."""
         for node in self.joined.values():
+            if node.limits != self._me.limits:
+                return disagreement(node.host, node.pid, node.limits, self._me.host, self._me.limits)
             if node.rank >= self._settings.max_nodes:
                 return (
-                    f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but for {self._me.host} "
-                    f"(pid {self._me.pid}) the job has at most {self._settings.max_nodes} nodes: "
-                    "give all nodes the same --nnodes"
+                    f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but the job has at most "
+                    f"{self._settings.max_nodes} nodes"
                 )
         for first, second in self._twins():
             both_came = max(self._arrived[first], self._arrived[second])
@@ -189,6 +196,18 @@ class Chief:
                     f"{other.host} (pid {other.pid}); give each node a rank of its own"
                 )
         return ""
+
+
+def disagreement(host: str, pid: int, limits: tuple[int, ...], other: str, others: tuple[int, ...]) -> str:
+    """That two nodes were started with different options."""
+
+    def options(limits: tuple[int, ...]) -> str:
+        return "--nnodes={}:{} --max-restarts={}".format(*limits) if len(limits) == 3 else "an unknown version"
+
+    return (
+        f"{host} (pid {pid}) was started with {options(limits)}, {other} with {options(others)}: "
+        "give all nodes of a job the same"
+    )
 
 
 def listed(names: Iterable[str]) -> str:

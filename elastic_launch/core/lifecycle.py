@@ -278,6 +278,8 @@ def _give_up_joining(life: Life, event: Signalled, now: float) -> Step:
 
 
 def _ended_without_us(life: Life, event: Decided, now: float) -> Step:
+    if event.verdict.restart:
+        raise UnexpectedEventError(life, event)
     return _finish(life, event.verdict)
 
 

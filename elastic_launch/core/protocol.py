@@ -32,6 +32,11 @@ class Settings(NamedTuple):
     """The port on which the job's store serves the workers, too; 0: it does not."""
 
     @property
+    def limits(self) -> tuple[int, ...]:
+        """What all nodes must have been told alike."""
+        return self.min_nodes, self.max_nodes, self.max_restarts
+
+    @property
     def keep_alive_deadline(self) -> float:
         """Seconds of silence after which a node counts as dead."""
         return self.keep_alive_interval * self.keep_alive_max_attempt

@@ -14,6 +14,10 @@ from elastic_launch.errors import RendezvousStateError
 
 T = TypeVar("T")
 
+_json = json.JSONEncoder(separators=(",", ":"))
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+"""What JSON holds as it is; most parts of a record are that."""
+
 
 class NodeRecord(NamedTuple):
     """A node that takes part in a round."""
@@ -41,6 +45,8 @@ class NodeRecord(NamedTuple):
     charged: int = 0
     free: int = 0
     """As in ``Assignment``."""
+    limits: tuple[int, ...] = ()
+    """What it takes for the job's min_nodes, max_nodes and max_restarts."""
 
 
 class Closed(NamedTuple):
@@ -54,6 +60,8 @@ class Closed(NamedTuple):
     """Arrivals that the chief knew of."""
     spares: tuple[int, ...] = ()
     """Tickets of those that it had no use for."""
+    limits: tuple[int, ...] = ()
+    """The chief's, as in ``NodeRecord``."""
 
 
 class Roster(NamedTuple):
@@ -77,7 +85,7 @@ class Status(NamedTuple):
 
 def encode(record: NamedTuple) -> bytes:
     """The record as JSON."""
-    return json.dumps(_plain(record), separators=(",", ":")).encode()
+    return _json.encode(_plain(record)).encode()
 
 
 def decode(kind: type[T], data: bytes, key: str) -> T:
@@ -96,11 +104,14 @@ def decode(kind: type[T], data: bytes, key: str) -> T:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "_asdict"):
-        return {name: _plain(part) for name, part in value._asdict().items()}
+    if type(value) in _SCALARS:
+        return value
+    if isinstance(value, tuple):
+        parts = [part if type(part) in _SCALARS else _plain(part) for part in value]
+        return dict(zip(value._fields, parts, strict=True)) if hasattr(value, "_fields") else parts
     if is_dataclass(value):
         return {name: _plain(part) for name, part in vars(value).items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+    return value
 
 
 def _reader(hint: Any) -> Callable[[Any], Any]:
@@ -132,12 +143,12 @@ def _make_reader(hint: Any) -> Callable[[Any], Any]:
         return read_record
 
     def read_plain(value: Any) -> Any:
+        if type(value) is hint:
+            return value
         if hint is float and type(value) is int:
             return float(value)
         if issubclass(hint, str) and type(value) is str:
-            return hint(value)  # also an enumeration's
-        if type(value) is not hint:
-            raise TypeError(hint)
-        return value
+            return hint(value)  # an enumeration's
+        raise TypeError(hint)
 
     return read_plain

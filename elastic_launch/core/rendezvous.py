@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse, listed
+from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse, disagreement, listed
 from elastic_launch.core.lifecycle import Announce, Assigned, Decided, Ended, Leave, Settle, Succeed
 from elastic_launch.core.protocol import (
     Answered,
@@ -55,7 +55,7 @@ from elastic_launch.core.ranks import assign
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, decode, encode
 from elastic_launch.core.requests import Add, Append, Get, Request, Set, Swap
 from elastic_launch.core.root_cause import is_consequence
-from elastic_launch.core.watch import LEFT, Watch
+from elastic_launch.core.watch import LEFT, Watch, number
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
 from elastic_launch.model import Assignment, End, EndKind, Verdict
 
@@ -74,7 +74,7 @@ class Node:
 
     def __init__(self, record: NodeRecord, settings: Settings) -> None:
         """Take what the node tells of itself, and the job's settings."""
-        self.me = record
+        self.me = record._replace(limits=settings.limits)
         self.settings = settings
         self.phase = Phase.IDLE
         self.round = -1
@@ -97,7 +97,8 @@ class Node:
         self._mine: Verdict | None = None
         """This node's settlement of the round."""
         self._closed: Closed | None = None
-        self._beating = False
+        self._beating = self._is_fenced = False
+        self._beat_at = 0.0
         self._beats_before = 0
         self._roster: Roster | None = None
         self._beside: list[int] = []
@@ -106,7 +107,6 @@ class Node:
         """Of the members, if this node watches over them."""
         self._chiefs = 0
         """Which chief this node follows, or is."""
-        self._chief_ticket = 1
         self._chief: Chief | None = None
         """What it knows as chief, if it is."""
         self._status = Status(0, "", "")
@@ -205,16 +205,16 @@ class Node:
             self._ask("round", Swap(self._round_key, b"%d" % after if after else b"", b"%d" % self.round))
 
     def _on_round(self, value: list[bytes] | bytes) -> None:
-        found = value[0] if isinstance(value, list) else value
-        number = _number(found)
         if self.phase is not Phase.OPENING:
             return
-        if number < self.round:  # the store has forgotten it
+        found = value[0] if isinstance(value, list) else value
+        current = number(found)
+        if current < self.round:  # the store has forgotten it
             self._ask("round", Swap(self._round_key, found, b"%d" % self.round))
             return
-        if number > self.round > 0:
+        if current > self.round > 0:
             self.me = self.me._replace(previous=-1)  # the others have gone on without this node
-        self.round = number
+        self.round = current
         self._ask("ticket", Add(self._key("ticket"), 1))
 
     def _on_ticket(self, ticket: int) -> None:
@@ -230,8 +230,7 @@ class Node:
         self._in("beat", self._beat_period())
 
     def _become_chief(self) -> None:
-        before = self._chief_ticket if self._chiefs else 0
-        self._chief = Chief(self.settings, self.me, self._chiefs, before, self.round == 0, self._now)
+        self._chief = Chief(self.settings, self.me, self._chiefs, self.round == 0, self._now)
         self._await("node/1")
         self._in("watch", self.settings.tick)
         if self.round:
@@ -249,7 +248,7 @@ class Node:
     def _on_past(self, value: list[bytes]) -> None:
         count, end = value
         gone = decode(End, end, self._past_key("end")).gone if end else ()
-        keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, _number(count) + 1))
+        keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, number(count) + 1))
         self._ask("past_nodes", Get(keys), about=(keys, gone))
 
     def _on_past_nodes(self, value: list[bytes]) -> None:
@@ -281,7 +280,7 @@ class Node:
 
     def _on_count(self, value: list[bytes]) -> None:
         if self._chief:
-            self._chief.note_tickets(_number(value[0]))
+            self._chief.note_tickets(number(value[0]))
             self._read_nodes(self._chief.missing)
 
     def _read_nodes(self, tickets: list[int]) -> None:
@@ -324,16 +323,16 @@ class Node:
         chief = self._chief
         if chief is None or chief.is_closing:
             return
-        number, closed, successor, count, *beats = value
+        current, closed, successor, count, *beats = value
         joined, past = self._about
-        if _number(number) > self.round:
+        if number(current) > self.round:
             self._rejoin()  # the store had forgotten the number, and nodes that remembered it are ahead
         elif closed or successor:
             self._stand_down()
         else:
             self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now))
             chief.look_back(list(past), list(zip(past.values(), beats[len(joined) :], strict=True)), self._now)
-            chief.note_tickets(_number(count))
+            chief.note_tickets(number(count))
             self._read_nodes(chief.missing)
             self._consider()
 
@@ -375,7 +374,7 @@ class Node:
             places[0].free,
         )
         self._set([(f"roster/{chief.number}", encode(roster))])
-        closed = Closed(chief.number, len(members), chief.known, tuple(spares))
+        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.limits)
         self._create("closed", "closed", encode(closed))
 
     def _on_closed(self, value: bytes) -> None:
@@ -423,7 +422,7 @@ class Node:
 
     def _waited_in_vain(self) -> None:
         status = self._chief.status() if self._chief else self._status
-        text = f"{self._waiting(status)}: gave up (join_timeout={self.settings.join_timeout:g} s)"
+        text = f"{self._waiting(status)}; gave up (join_timeout={self.settings.join_timeout:g} s)"
         if self.me.serves:
             self._give_up(text, ExitCode.TIMEOUT)
         else:
@@ -434,7 +433,10 @@ class Node:
         if self._chief:
             self._chief.is_closing = True
         self._create("end", "end", encode(End(EndKind.ERROR, text, self.me.node, status=status)))
-        self._create("set", "closed", encode(Closed(-1, 0, max(self.ticket, self._chief.known if self._chief else 0))))
+        self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets())))
+
+    def _known_tickets(self) -> int:
+        return max(self.ticket, self._chief.known if self._chief else 0)
 
     # --- signs of life
 
@@ -446,7 +448,20 @@ class Node:
         self._in("beat", self._beat_period())
         if not self._beating:  # one at a time, also while the store does not answer
             self._beating = True
+            self._beat_at = self._now
             self._ask("beat", Add(self._key(f"beat/{self.ticket}"), 1))
+        elif self._now - self._beat_at >= self.settings.keep_alive_deadline - self._beat_period():
+            self._fence()
+
+    def _fence(self) -> None:
+        """The store has not answered for so long that the others may go on without this node: it must not, either."""
+        if self.phase is Phase.MEMBER and not self._is_fenced:
+            self._is_fenced = True
+            self._mine = None
+            reason = f"the store has not answered for {self._now - self._beat_at:.0f} s"
+            end = End(EndKind.REFORM, f"{self.me.host} was cut off: {reason}", self.me.node)
+            self._create("end", "end", encode(end))  # when the store is there again; or it tells how the round ended
+            self._out.append(Tell(Ended(end._replace(reason=reason), 0.0)))
 
     def _on_beat(self, count: int) -> None:
         self._beating = False
@@ -466,7 +481,6 @@ class Node:
         self._chiefs += 1
         if value == b"%d" % self.ticket:
             self._become_chief()
-        self._chief_ticket = _number(value)
 
     def _on_member_beats(self, value: list[bytes]) -> None:
         """The coordinator looks at the signs of life of all members."""
@@ -474,7 +488,7 @@ class Node:
         if roster is None or self._watch is None or self.phase not in (Phase.MEMBER, Phase.ENDED):
             return
         count, *beats = value
-        self._beside = sorted(set(range(1, _number(count) + 1)) - set(roster.tickets))
+        self._beside = sorted(set(range(1, number(count) + 1)) - set(roster.tickets))
         silent = self._watch.look(zip(self._about, beats, strict=True), self._now)
         self._set_back(self._watch.set_back())
         lost = [rank for rank, ticket in enumerate(roster.tickets) if ticket in silent and ticket != self.ticket]
@@ -543,6 +557,9 @@ class Node:
             self._roster = decode(Roster, value[0], self._key("roster"))
             self._watch = Watch(self.settings.keep_alive_deadline, self.settings.tick, self._now)
             self._watch.greet(self._roster.tickets, self._now)
+        if self.phase is Phase.BESIDE and 0 <= self.me.rank < len(self._roster.hosts):
+            holder = self._roster.hosts[self.me.rank]
+            self._out.append(Say(f"--node-rank={self.me.rank} is held by a node on {holder} at present"))
         if self.place and self.place.group_rank == 0 and "watch" not in self._timers:
             self._in("watch", self.settings.tick)
         if self._mine is not None and self.end is None:
@@ -551,6 +568,14 @@ class Node:
     def _stand_by(self, closed: Closed) -> None:
         """There is no place for this node: as a spare it waits for the round's end; with room it brings that about."""
         self.phase = Phase.BESIDE
+        if closed.limits != self.me.limits:
+            text = disagreement(
+                self.me.host, self.me.pid, self.me.limits, "the nodes of the running job", closed.limits
+            )
+            self._decide(Verdict(False, error=text, status=ExitCode.USAGE))
+            return
+        if self.me.rank >= 0:
+            self._get_roster()  # to tell who has that rank
         room = self.settings.max_nodes - closed.nodes
         late = self.ticket - closed.tickets
         if room <= 0 or self.ticket in closed.spares:
@@ -579,6 +604,8 @@ class Node:
         if self.end is not None or self.phase is Phase.LEAVING:
             return
         end = decode(End, data, self._key("end"))
+        if not (0 <= end.signum < 65 and 0 <= end.status < 256):
+            raise RendezvousStateError(f"the store holds at {self._key('end')!r} no signal or status: {data[:60]!r}")
         self.end = end = end._replace(mine=end.node == self.me.node)
         beside = self.place is None
         self.phase = Phase.ENDED
@@ -594,11 +621,11 @@ class Node:
             case EndKind.DONE:
                 self.verdict = Verdict(False, charged, free)
             case EndKind.ERROR:
-                late = self._closed is not None and self.ticket > self._closed.tickets
-                self.verdict = Verdict(True) if late else Verdict(False, error=end.reason, status=end.status)
-        if not beside:
+                self.verdict = Verdict(True) if self._is_late else Verdict(False, error=end.reason, status=end.status)
+        if not beside and not self._is_fenced:
+            self._mine = None  # also of a node whose workers have ended well: it settles this end
             self._out.append(Tell(Ended(end, 0.0)))
-        self._conclude()
+        self._report()
 
     def _succeed(self, wish: Succeed) -> None:
         self._mine = Verdict(False)
@@ -622,12 +649,17 @@ class Node:
 
     def _settle(self, wish: Settle) -> None:
         self._mine = wish.verdict
-        if self.end is None or self.end.kind is not EndKind.FAILED:
+        self._report()
+
+    def _report(self) -> None:
+        """Say what follows, if that is for this node to say; else tell its failures, as consequences."""
+        is_open = self.end is not None and self.end.kind is EndKind.FAILED and self.verdict is None
+        if self._mine is None or self.end is None or not is_open:
             self._conclude()
         elif self.end.mine:
             self._get("also", "also")
-        elif wish.verdict.failures:
-            lines = b"".join(encode(_Failure(_brief(failure))) + b"\n" for failure in wish.verdict.failures[:SHOWN])
+        elif self._mine.failures:
+            lines = b"".join(encode(_Failure(_brief(failure))) + b"\n" for failure in self._mine.failures[:SHOWN])
             self._ask("set", Append(self._key("also"), lines))
             self._conclude()
         else:
@@ -660,9 +692,23 @@ class Node:
         if self.place is None and self.verdict.restart:
             self._rejoin()
         elif self.place is None or self._mine is not None:
-            if self.place is None and self.end and self.end.kind is EndKind.DONE:
-                self._out.append(Say(f"job {self.settings.run_id} has ended already, well: there is nothing to do"))
-            self._decide(self.verdict)
+            self._decide(self._as_latecomer(self.verdict) if self._is_late else self.verdict)
+
+    @property
+    def _is_late(self) -> bool:
+        return self._closed is not None and self.ticket > self._closed.tickets
+
+    def _as_latecomer(self, verdict: Verdict) -> Verdict:
+        """What the end of a job means to a node that came when it was over."""
+        job = f"job {self.settings.run_id}"
+        if self.end and self.end.kind is EndKind.DONE:
+            self._out.append(Say(f"{job} has ended already, well: there is nothing to do (a new job needs another id)"))
+        elif self.end and self.end.kind is EndKind.STOP:
+            text = f"{job} was stopped already: {self.end.reason}; pass another --rdzv-id for a new job"
+            return Verdict(False, error=text, status=ExitCode.UNAVAILABLE)
+        elif self.end and self.end.kind is EndKind.FAILED:
+            self._out.append(Say(f"{job} has failed already, as follows; pass another --rdzv-id for a new job"))
+        return verdict
 
     def _decide(self, verdict: Verdict) -> None:
         self.verdict = verdict
@@ -715,6 +761,10 @@ class Node:
                 reason = f"{self.me.host} leaves ({name}), and the job cannot go on without it"
                 end = End(EndKind.STOP, reason, self.me.node, signum=wish.signum)
             self._create("set", "end", encode(end))
+        elif self.me.serves and self.phase in (Phase.WAITING, Phase.BESIDE):
+            reason = f"{self.me.host}, which hosts the store, leaves ({signal_name(wish.signum)})"
+            self._create("set", "end", encode(End(EndKind.STOP, reason, self.me.node, signum=wish.signum)))
+            self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets())))
         elif self.phase is Phase.WAITING and self._chief:
             heirs = sorted(ticket for ticket in self._chief.joined if ticket != self.ticket)
             self._set((f"beat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
@@ -730,7 +780,7 @@ class Node:
         self._get("arrivals", "ticket", about=count)
 
     def _on_arrivals(self, value: list[bytes]) -> None:
-        if self._about >= _number(value[0]):
+        if self._about >= number(value[0]):
             self._set([("empty", b"1")])
         self._has_counted = True
         self._close_quietly()
@@ -762,16 +812,6 @@ class Node:
     def _gone_at_last(self) -> None:
         self._timers.clear()
         self.is_gone = True
-
-
-def _number(value: bytes) -> int:
-    """A counter; 0 where there is none."""
-    if value and not value.isdigit():
-        raise RendezvousStateError(
-            f"the store holds {value[:60]!r} where a number should be, which no node of this job has written: does "
-            "something else use the same store and --rdzv-id?"
-        )
-    return int(value or b"0")
 
 
 class _Failure(NamedTuple):

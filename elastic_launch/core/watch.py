@@ -8,8 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from elastic_launch.errors import RendezvousStateError
+
 LEFT = 1 << 40
 """Added to a node's counter: it has left."""
+
+
+def number(value: bytes) -> int:
+    """Read a counter; 0 where there is none.
+
+    Raises:
+        RendezvousStateError: it is no number.
+    """
+    if value and not (value.isdigit() and len(value) <= 18):
+        raise RendezvousStateError(
+            f"the store holds {value[:60]!r} where a number should be, which no node of this job has written: does "
+            "something else use the same store and --rdzv-id?"
+        )
+    return int(value or b"0")
 
 
 class Watch:
@@ -46,7 +62,7 @@ class Watch:
         silent: set[int] = set()
         for ticket, counter in counters:
             before, at = self._signs.get(ticket, (None, now))
-            if int(counter or b"0") >= LEFT:
+            if number(counter) >= LEFT:
                 silent.add(ticket)
                 continue
             if counter != before or slept:

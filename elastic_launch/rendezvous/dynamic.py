@@ -86,7 +86,7 @@ class DynamicRendezvous:
         """What the store has to answer, and when that was asked of the connection that there is."""
         self._awaited: str | None = None
         self._store_addr = ""
-        self._was_ready = self._has_met = self._has_given_up = False
+        self._was_ready = self._has_met = self._has_answer = self._has_given_up = False
         self._connected_at = 0.0
         self._lost_at = 0.0
         """When the store was there for the last time, or was first looked for."""
@@ -126,7 +126,7 @@ class DynamicRendezvous:
         elif not self._calls.ready:
             times.append(self._connected_at + self._timeouts.read)
         elif (since := self._asked_at()) is not None:
-            times.append(since + self._timeouts.read)
+            times += [since + self._timeouts.read, max(since, self._said_at) + SAY_UNREACHABLE]
         return min(times, default=None)
 
     def take(self) -> list[Event]:
@@ -187,6 +187,9 @@ class DynamicRendezvous:
                 return Assigned(place._replace(master_addr=self._store_addr))
             case Ended(end, _):
                 return Ended(end, time.time())
+            case Decided(verdict) if verdict.status == ExitCode.TIMEOUT and not self._has_answer:
+                why = self._why or (self._calls and self._calls.silence(self._settings.join_timeout))
+                return Decided(verdict._replace(error=str(why or verdict.error), status=ExitCode.UNAVAILABLE))
         return event
 
     def _take_events(self) -> list[Event]:
@@ -203,7 +206,7 @@ class DynamicRendezvous:
             self._node.me = self._node.me._replace(serves=self._backend.serves)
 
     def _turn(self) -> None:
-        """Send and read what can be, until there is nothing more to do now."""
+        """Read what has come, and send what that leads to; what is answered to it wakes the loop again."""
         if self._has_given_up:
             return
         try:
@@ -214,23 +217,26 @@ class DynamicRendezvous:
         try:
             if self._calls is None and time.monotonic() >= self._retry_at:
                 self._connect()
-            while self._calls and self._waits:
-                self._await()
-                for client in (self._calls, self._waits):
+            self._read()
+            self._await()
+            for client in (self._calls, self._waits):
+                if client:
                     client.flush()
-                if not self._read():
-                    break
             self._check_patience()
         except RendezvousConnectionError as error:
             self._lose(error)
 
-    def _read(self) -> bool:
-        """Hand the answers that have come to the node. Returns whether there were any."""
+    def _read(self) -> None:
+        """Hand the answers that have come to the node."""
         if not self._calls or not self._waits:
-            return False
+            return
         answers = self._calls.take()
         if self._calls.ready and not self._was_ready:
             self._greet(self._calls)
+        if answers:
+            self._has_answer = True
+            self._attempts = self._doubts = 0  # a greeting alone is no proof: the store may drop us at each request
+            self._why = None
         for ask, value in answers:
             if isinstance(ask.request, UNACKNOWLEDGED):
                 continue  # it is on its way; that it has arrived the next answer tells
@@ -243,7 +249,6 @@ class DynamicRendezvous:
                 self._awaited = None
             if appeared and key == self._node.awaiting:
                 self._step(Appeared(key))
-        return bool(answers or came)
 
     def _asked_at(self) -> float | None:
         """Since when the store owes an answer."""
@@ -278,16 +283,14 @@ class DynamicRendezvous:
         if self._has_met:
             self._step(Found())
         self._has_met = True
-        self._attempts = self._doubts = 0
-        self._why = None
 
     def _lose(self, error: RendezvousConnectionError) -> None:
         """The store cannot be reached: try again, or give it up."""
         now = time.monotonic()
-        if self._was_ready:
+        if self._why is None and self._has_answer:
             self._lost_at = now
         self._disconnect()
-        self._why = error
+        self._why = RendezvousConnectionError(f"{self._backend.where} is lost: {error}") if self._has_answer else error
         if isinstance(error, NotAStoreError):
             self._doubts = DOUBTS if error.certain else self._doubts + 1
         self._attempts += 1
@@ -310,11 +313,15 @@ class DynamicRendezvous:
         now = time.monotonic()
         if self._calls and not self._calls.ready and now - self._connected_at >= self._timeouts.read:
             raise self._calls.silence(self._timeouts.read)
-        if self._calls and self._calls.ready:
-            if (since := self._asked_at()) is not None and now - since >= self._timeouts.read:
+        if self._calls and self._calls.ready and self._why is None:
+            since = self._asked_at()
+            if since is not None and now - since >= self._timeouts.read:
                 raise self._calls.silence(self._timeouts.read)
+            if since is not None and now - max(since, self._said_at) >= SAY_UNREACHABLE:
+                self._said_at = now
+                self._say(f"{self._backend.where} has not answered for {now - since:.0f} s")
             return
-        patience = self._timeouts.store if self._has_met else self._settings.join_timeout
+        patience = self._timeouts.store if self._has_answer else self._settings.join_timeout
         if self._why and now - self._lost_at >= patience:
             self._give_up(f"{self._backend.explain(self._why)} (tried for {now - self._lost_at:.0f} s)")
         elif self._why and now - self._said_at >= SAY_UNREACHABLE:

@@ -109,6 +109,8 @@ def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str,
     from elastic_launch.rendezvous.backends import C10dBackend, EtcdBackend
 
     endpoint = config.rdzv_endpoint.strip()
+    if not endpoint and config.rdzv_backend.startswith("etcd"):
+        raise UsageError("--rdzv-backend etcd needs --rdzv-endpoint HOST:PORT, or several with commas in between")
     if not endpoint:
         raise UsageError(
             f"{config.max_nodes} nodes need a place to meet: pass --rdzv-backend c10d --rdzv-endpoint HOST:PORT, where "
@@ -116,7 +118,10 @@ def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str,
         )
     if config.rdzv_backend.startswith("etcd"):
         conf = {name: str(value) for name, value in config.rdzv_configs.items()}
+        conf["read_timeout"] = str(conf.get("store_timeout", conf.get("read_timeout", 60)))  # all attempts together
         return EtcdBackend(endpoint, run_id, conf, environ), 0
+    if any(character in endpoint for character in "/, "):
+        raise UsageError(f"--rdzv-endpoint={endpoint}: must be HOST:PORT")
     host, port = split_endpoint(endpoint)
     port = port or DEFAULT_PORTS[config.rdzv_backend]
     is_host = _flag(config.rdzv_configs, "is_host")

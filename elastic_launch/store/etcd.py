@@ -26,7 +26,8 @@ READ_TIMEOUT = 60.0
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PROGRAM = (
-    "import sys; sys.path.append(sys.argv[1]);"
+    # This copy of the package, and nothing else of its folder before what Python itself finds.
+    "import sys; sys.path.insert(0, sys.argv[1]); import elastic_launch; sys.path.append(sys.path.pop(0));"
     "from elastic_launch.store import etcd_main; etcd_main.main(*map(int, sys.argv[2:]))"
 )
 _NAMES = {

@@ -98,14 +98,13 @@ class Bridge:
             give_up(self._control, error)
 
     async def _serve(self, sock: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         connection = self._keys.connection()
         buffer = bytearray()
         greeted = False
         while True:
             request = wire.take_request(buffer)
             if request is None:
-                if not (data := await loop.sock_recv(sock, _CHUNK)):
+                if not (data := await _receive(sock)):
                     return
                 buffer += data
                 continue
@@ -167,12 +166,33 @@ class Bridge:
     async def _cancellation(self, sock: socket.socket, buffer: bytearray) -> bool:
         """Return True when CANCEL_WAIT has come, False when the client is gone."""
         while (request := wire.take_request(buffer)) is None:
-            if not (data := await asyncio.get_running_loop().sock_recv(sock, _CHUNK)):
+            if not (data := await _receive(sock)):
                 return False
             buffer += data
         if request[0] is not Op.CANCEL_WAIT:
             raise wire.ProtocolError("a connection that waits can be asked for nothing else")
         return True
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    """Wait for what a client sends. Where this is cancelled nothing is lost, as it can be with asyncio's sock_recv."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return sock.recv(_CHUNK)
+        except BlockingIOError:
+            pass
+        readable = loop.create_future()
+        loop.add_reader(sock, _set, readable)
+        try:
+            await readable
+        finally:
+            loop.remove_reader(sock)
 
 
 async def _reply(sock: socket.socket, answer: bytes) -> None:

@@ -1,0 +1,559 @@
+"""Many nodes meet: from "go" to the last agent holding its place, and the same once more after a failure.
+
+Each simulated agent is the real ``DynamicRendezvous`` with connections of its own; two processes run half of the agents
+each, in one loop. The store is real: torch's TCPStore in its own process, or an etcd, reached through one bridge
+process per process of agents, where a job has one per agent. All of it shares this machine's cores: what is measured is
+about the CPU time of all agents together, and a job, whose agents have cores of their own, is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import multiprocessing
+import os
+import queue
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from multiprocessing.connection import Connection, wait
+from statistics import median
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import psutil
+from common import machine, spread
+
+from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle
+from elastic_launch.core.protocol import Settings
+from elastic_launch.core.records import NodeRecord
+from elastic_launch.core.requests import Get, Request
+from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
+from elastic_launch.etcd_server import EtcdServer
+from elastic_launch.model import Verdict
+from elastic_launch.rendezvous.dynamic import DynamicRendezvous
+from elastic_launch.store import client as store_client
+from elastic_launch.store.client import StoreClient
+from elastic_launch.store.etcd import EtcdBridge
+from elastic_launch.store.host import StoreHost, bind_endpoint
+
+PROCESSES = 2
+"""That run agents; one more serves the store."""
+SIZES = {"c10d": (64, 256, 1024, 4096), "etcd": (64, 256, 1024)}
+PEER_SIZES = (64, 128)
+GOALS = {("c10d", 1024): 1.0, ("c10d", 4096): 4.0}
+"""Seconds, by store and agents."""
+PATIENCE = 120.0
+"""Seconds for a meeting of ours."""
+PEER_PATIENCE = 30.0
+"""Seconds for a meeting of torch's agents, together with what is left of the import of torch."""
+INTERVALS = 2
+"""Keep-alive intervals that are counted."""
+
+Context = multiprocessing.get_context("fork")  # the parent has no threads, and imports no torch
+
+
+class Job(NamedTuple):
+    """What all agents of one run need to know."""
+
+    store: str
+    """``c10d`` or ``etcd``."""
+    port: int
+    agents: int
+    run_id: str
+    is_connected: bool
+    """Connections are made before "go", the greeting included."""
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(
+            self.run_id, self.agents, self.agents, max_restarts=3, store_port=self.port if self.store == "c10d" else 0
+        )
+
+
+# --- in the processes that run agents
+
+
+class Counting(StoreClient):
+    """A connection that counts its requests."""
+
+    requests = 0
+
+    def submit(self, request: Request, tag: Any = None) -> None:
+        self.requests += 1
+        super().submit(request, tag)
+
+
+class Backend:
+    """What an agent connects to: the one store that there is, or one bridge that all agents of a process share."""
+
+    serves = False
+    where = "store"
+
+    def __init__(self, port: int, bridge: EtcdBridge | None) -> None:
+        self._port, self._bridge = port, bridge
+        self.prepared: list[StoreClient] = []
+        self.clients: list[Counting] = []
+
+    def open(self) -> None:
+        pass
+
+    def fresh_store(self) -> int:
+        return 0
+
+    def prepare(self) -> list[StoreClient]:
+        """Make an agent's two connections in advance."""
+        self.prepared = [self.make(), self.make()]
+        return self.prepared
+
+    def make(self) -> StoreClient:
+        if self._bridge:
+            client = Counting(self._bridge.connect(), self.where)
+        else:
+            made = store_client.connect(("127.0.0.1", self._port), socket.AF_INET, self.where)
+            assert isinstance(made, Counting)
+            client = made
+        self.clients.append(client)
+        return client
+
+    def connect(self) -> StoreClient:
+        return self.prepared.pop() if self.prepared else self.make()
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        return "127.0.0.1", "" if self._bridge else "127.0.0.1"
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        return error
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        return []
+
+    def take(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def traffic(self) -> tuple[int, int]:
+        """Requests and bytes so far, both ways. TCP counts the bytes; of a bridge's sockets nobody does."""
+        total = 0
+        for client in [] if self._bridge else self.clients:
+            with socket.socket(fileno=os.dup(client.fileno())) as sock:
+                # tcp_info: tcpi_bytes_acked and tcpi_bytes_received
+                total += sum(struct.unpack_from("QQ", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 120))
+        return sum(client.requests for client in self.clients), total
+
+
+@dataclass(eq=False)
+class Agent:
+    rendezvous: DynamicRendezvous
+    backend: Backend
+    watched: list[tuple[int, int]] = field(default_factory=list)
+    """Descriptors as they are registered."""
+    due: float = float("inf")
+    """The earliest time for it in the loop's heap."""
+    rank: int = -1
+
+
+class Fleet:
+    """The agents of one process, in one loop. What one wake-up costs does not depend on how many there are."""
+
+    def __init__(self, job: Job, count: int, first: int, control: Connection, bridge: EtcdBridge | None) -> None:
+        self.job, self.control, self.bridge = job, control, bridge
+        self.epoll = select.epoll()
+        self.epoll.register(control.fileno(), select.EPOLLIN)
+        self.owners: dict[int, Agent] = {}
+        self.heap: list[tuple[float, int, Agent]] = []
+        self.placed = self.pushed = 0
+        self.agents = []
+        for number in range(first, first + count):
+            record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
+            backend = Backend(job.port, bridge)
+            self.agents.append(Agent(DynamicRendezvous(job.settings, record, backend, lambda text: None), backend))
+        if job.is_connected:
+            self.connect()
+
+    def connect(self) -> None:
+        waiting = {client.fileno(): client for agent in self.agents for client in agent.backend.prepare()}
+        epoll = select.epoll()
+        for fd in waiting:
+            epoll.register(fd, select.EPOLLOUT)
+        while waiting:
+            for fd, mask in epoll.poll():
+                client = waiting[fd]
+                if mask & select.EPOLLOUT:
+                    client.flush()
+                    epoll.modify(fd, select.EPOLLIN)
+                client.take()
+                if client.ready:
+                    epoll.unregister(fd)
+                    del waiting[fd]
+        epoll.close()
+
+    def run(self) -> None:
+        """Serve the control connection, until it is closed."""
+        while True:
+            timeout = max(0.0, self.heap[0][0] - time.monotonic()) if self.heap else -1
+            ready = [fd for fd, _ in self.epoll.poll(timeout)]
+            if self.control.fileno() in ready and not self.obey():
+                return
+            for agent in {self.owners[fd]: None for fd in ready if fd in self.owners}:
+                self.follow(agent, agent.rendezvous.take())
+            now = time.monotonic()
+            while self.heap and self.heap[0][0] <= now:
+                at, _, agent = heappop(self.heap)
+                if at == agent.due:
+                    agent.due = float("inf")
+                    self.follow(agent, agent.rendezvous.take())
+
+    def obey(self) -> bool:
+        try:
+            order = self.control.recv()
+        except EOFError:
+            return False
+        match order:
+            case "join":
+                for agent in self.agents:
+                    self.ask(agent, Join())
+            case "fail":
+                self.ask(self.agents[-1], Announce("rank 8 failed: exit code 1", 1))
+            case "traffic":
+                cpu = cpu_time([os.getpid()]), cpu_time([self.bridge.pid] if self.bridge else [])
+                self.control.send(([agent.backend.traffic() for agent in self.agents], *cpu))
+        return True
+
+    def ask(self, agent: Agent, action: Asking) -> None:
+        self.follow(agent, agent.rendezvous.ask(action))
+
+    def follow(self, agent: Agent, events: list[Event]) -> None:
+        """Do what the real agent does, but for the workers."""
+        while events:
+            event = events.pop(0)
+            match event:
+                case Assigned(place):
+                    agent.rank = place.group_rank
+                    self.placed += 1
+                    if self.placed == len(self.agents):
+                        self.placed = 0
+                        now = time.monotonic()
+                        self.control.send((now, place.restart_count, [agent.rank for agent in self.agents]))
+                case Ended(end):
+                    verdict = Verdict(True)
+                    if end.mine:
+                        failure = ProcessFailure(
+                            0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001"
+                        )
+                        verdict = Verdict(True, 1, failures=(failure,))
+                    events += agent.rendezvous.ask(Settle(verdict))
+                case Decided(verdict) if verdict.restart:
+                    events += agent.rendezvous.ask(Join())
+                case _:
+                    raise SystemExit(f"unexpected: {event}")
+        self.look_after(agent)
+
+    def look_after(self, agent: Agent) -> None:
+        """Register what the agent waits for now."""
+        watched = agent.rendezvous.descriptors()
+        if watched != agent.watched:
+            before = dict(agent.watched)
+            for fd, mask in watched:
+                if fd not in before:
+                    self.epoll.register(fd, mask)
+                    self.owners[fd] = agent
+                elif before[fd] != mask:
+                    self.epoll.modify(fd, mask)
+            for fd in before.keys() - dict(watched).keys():
+                raise SystemExit(f"a connection (descriptor {fd}) was lost")
+            agent.watched = watched
+        deadline = agent.rendezvous.deadline()
+        if deadline is not None and deadline < agent.due:
+            agent.due = deadline
+            self.pushed += 1
+            heappush(self.heap, (deadline, self.pushed, agent))
+
+
+def run_agents(job: Job, count: int, first: int, control: Connection, inherited: list[Connection]) -> None:
+    for other in inherited:
+        other.close()  # else the other end's closing would go unnoticed
+    environ = dict(os.environ)
+    with contextlib.ExitStack() as stack, patch.object(store_client, "StoreClient", Counting):
+        bridge = None
+        if job.store == "etcd":
+            bridge = EtcdBridge(f"127.0.0.1:{job.port}", f"benchmark/{job.run_id}/", {}, environ)
+            stack.callback(bridge.close)
+            client = StoreClient(bridge.connect(), "bridge")
+            client.call(Get(("none",)), PATIENCE)  # it has started
+            client.close()
+        fleet = Fleet(job, count, first, control, bridge)
+        gc.collect()
+        gc.freeze()  # an agent has one rendezvous to look through, not thousands
+        control.send("ready")
+        fleet.run()
+
+
+# --- in the process that measures
+
+
+class Figures(NamedTuple):
+    """Of one run. Times in seconds."""
+
+    join: float
+    reform: float
+    requests: list[int]
+    """Of each agent, until it had its first place."""
+    octets: list[int]
+    again: list[int]
+    """Requests of the re-form."""
+    idle: list[float]
+    """Requests in a keep-alive interval afterwards; empty if not measured."""
+    cpu: list[float]
+    """Of the processes that run agents, of the bridges and of the store, for both meetings."""
+
+
+def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
+    shares = [job.agents * (i + 1) // PROCESSES - job.agents * i // PROCESSES for i in range(PROCESSES)]
+    with fleets(job, shares) as controls:
+        gather(controls)  # all are ready
+
+        def traffic() -> tuple[list[tuple[int, int]], list[float]]:
+            """Of each agent so far: requests and bytes. And the CPU time of agents, of bridges, and of the store."""
+            for control in controls:
+                control.send("traffic")
+            counts, agents, bridges = zip(*gather(controls), strict=True)
+            return [one for part in counts for one in part], [sum(agents), sum(bridges), cpu_time(store_pids)]
+
+        def meet(orders: dict[Connection, str], round_: int) -> float:
+            begin = time.monotonic()
+            for control, order in orders.items():
+                control.send(order)
+            answers = gather(controls)
+            ranks = sorted(rank for _, _, part in answers for rank in part)
+            if ranks != list(range(job.agents)) or {count for _, count, _ in answers} != {round_}:
+                raise SystemExit(f"round {round_}: ranks are not 0 to {job.agents - 1}, each once: {answers}")
+            last: float = max(at for at, _, _ in answers)
+            return last - begin
+
+        begun, cpu_begun = traffic()
+        join = meet(dict.fromkeys(controls, "join"), 0)
+        joined, _ = traffic()
+        reform = meet({controls[-1]: "fail"}, 1)
+        reformed, cpu = traffic()
+        idle: list[float] = []
+        if intervals:
+            interval = job.settings.keep_alive_interval
+            time.sleep(interval / 2)  # signs of life are due at whole intervals
+            before, _ = traffic()
+            time.sleep(intervals * interval)
+            idle = [(b - a) / intervals for (a, _), (b, _) in zip(before, traffic()[0], strict=True)]
+        return Figures(
+            join,
+            reform,
+            [b - a for (a, _), (b, _) in zip(begun, joined, strict=True)],
+            [b - a for (_, a), (_, b) in zip(begun, joined, strict=True)],
+            [b - a for (a, _), (b, _) in zip(joined, reformed, strict=True)],
+            idle,
+            [b - a for a, b in zip(cpu_begun, cpu, strict=True)],
+        )
+
+
+@contextlib.contextmanager
+def fleets(job: Job, shares: Sequence[int]) -> Iterator[list[Connection]]:
+    """Processes that run agents; ended by the end of their control connections."""
+    controls: list[Connection] = []
+    processes = []
+    try:
+        for number, share in enumerate(shares):
+            ours, theirs = Context.Pipe()
+            controls.append(ours)
+            arguments = (job, share, sum(shares[:number]), theirs, list(controls))
+            processes.append(Context.Process(target=run_agents, args=arguments))
+            processes[-1].start()
+            theirs.close()
+        yield controls
+    finally:
+        for control in controls:
+            control.close()
+        for process in processes:
+            process.join(30)
+            process.kill()
+            process.join()
+
+
+def gather(controls: Sequence[Connection]) -> list[Any]:
+    """A message from each; ends the benchmark if one ends, or takes too long."""
+    found: dict[Connection, Any] = {}
+    while len(found) < len(controls):
+        ready = wait([control for control in controls if control not in found], PATIENCE)
+        if not ready:
+            raise SystemExit(f"no meeting within {PATIENCE:.0f} s")
+        for control in controls:
+            if control in ready:
+                try:
+                    found[control] = control.recv()
+                except EOFError:
+                    raise SystemExit("a process of agents failed") from None
+    return [found[control] for control in controls]
+
+
+def cpu_time(pids: Sequence[int]) -> float:
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+
+
+@contextlib.contextmanager
+def serving(store: str) -> Iterator[tuple[int, int]]:
+    """A store. Yields its port and pid."""
+    if store == "etcd":
+        server = EtcdServer()
+        server.start(stderr=subprocess.DEVNULL)
+        try:
+            yield server.get_port(), server.pid
+        finally:
+            server.stop()
+        return
+    host = StoreHost(bind_endpoint(0), dict(os.environ))
+    try:
+        while not host.take():
+            select.select([host], [], [], 60)
+        yield host.port, host.pid
+    finally:
+        host.close()
+
+
+# --- torch's dynamic rendezvous
+
+
+def run_peers(job: Job, gate: Any, times: Any) -> None:
+    """Start torch's agents, a process each, as copies of this one, which has imported torch."""
+    os.setsid()  # to be killed together
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # torch has a line for each connection whose host has no name
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    for _ in range(job.agents):
+        if os.fork() == 0:
+            endpoint = f"127.0.0.1:{job.port}"
+            handler = get_rendezvous_handler(
+                RendezvousParameters(
+                    "c10d", endpoint, job.run_id, job.agents, job.agents, local_addr="127.0.0.1", is_host=False
+                )
+            )
+            gate.wait()
+            handler.next_rendezvous()
+            times.put(time.monotonic())
+            time.sleep(PATIENCE)  # the others may still need its signs of life
+    time.sleep(PATIENCE)
+
+
+def measure_peer(job: Job) -> float:
+    """Seconds from "go" to the last agent with a place, connected before; infinite if that takes too long."""
+    gate, times = Context.Barrier(job.agents + 1), Context.Queue()
+    process = Context.Process(target=run_peers, args=(job, gate, times))
+    process.start()
+    try:
+        gate.wait(60)
+        begin = time.monotonic()
+        last = begin
+        for _ in range(job.agents):
+            last = max(last, times.get(timeout=max(0.0, begin + PEER_PATIENCE - time.monotonic())))
+        return last - begin
+    except queue.Empty:
+        return float("inf")
+    finally:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+
+
+# --- the tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast many agents meet, ours and torch's.")
+    parser.add_argument("--agents", type=int, nargs="+", metavar="N", help="default: 64 256 1024, and 4096 with c10d")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="meetings of each size (default: 3)")
+    parser.add_argument("--backend", choices=list(SIZES), help="default: both")
+    parser.add_argument(
+        "--peer", type=int, nargs="*", default=list(PEER_SIZES), metavar="N", help="agents of torch's; none: 64 128"
+    )
+    options = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    medians: dict[int, float] = {}
+    for store in [options.backend] if options.backend else SIZES:
+        sizes = options.agents or SIZES[store]
+        print(f"\n{store}: {options.runs} runs each, connections made before; seconds, median (min–max)\n")
+        print(
+            "| agents | go to all placed | goal | with connecting | failure to all placed | CPU, agents/bridges/store |"
+        )
+        print("|---|---|---|---|---|---|", flush=True)
+        found: dict[int, list[Figures]] = {}
+        with serving(store) as (port, pid):
+            for agents in sizes:
+                found[agents], cold = [], []
+                for run in range(options.runs):
+                    job = Job(store, port, agents, f"{agents:04}-{run}", True)
+                    found[agents].append(measure(job, [pid], INTERVALS if run == 0 else 0))
+                    # All connect at once here: the last waits for all others.
+                    cold.append(
+                        measure(job._replace(run_id=f"{agents:04}-{run}-cold", is_connected=False), [pid], 0).join
+                    )
+                print(times_row(store, agents, found[agents], cold), flush=True)
+                if store == "c10d":
+                    medians[agents] = median(figures.join for figures in found[agents])
+        print("\nPer agent: median (max; one agent does the work for all)\n")
+        print("| agents | requests, first meeting | bytes | requests, re-form | requests per keep-alive interval |")
+        print("|---|---|---|---|---|")
+        for agents, runs in found.items():
+            print(traffic_row(agents, runs))
+    if options.peer and options.backend != "etcd":
+        print(f"\ntorch's dynamic rendezvous, c10d, {options.runs} runs each; seconds to all placed\n")
+        print("| agents | torch | ours, with connections made before | ratio |\n|---|---|---|---|", flush=True)
+        with serving("c10d") as (port, _):
+            for agents in options.peer:
+                theirs = [
+                    measure_peer(Job("c10d", port, agents, f"peer-{agents}-{run}", False))
+                    for run in range(options.runs)
+                ]
+                ours = medians.get(agents)
+                if ours is None:
+                    jobs = [Job("c10d", port, agents, f"ours-{agents}-{run}", True) for run in range(options.runs)]
+                    ours = median(measure(job, [], 0).join for job in jobs)
+                print(f"| {agents} | {spread(theirs, 2)} | {ours:.3f} | {ours / median(theirs):.4f} |", flush=True)
+    print(f"\n{machine([sys.argv[0], *sys.argv[1:]])}; {PROCESSES} processes of agents")
+
+
+def times_row(store: str, agents: int, runs: list[Figures], cold: list[float]) -> str:
+    join = [figures.join for figures in runs]
+    goal = GOALS.get((store, agents))
+    target = "" if goal is None else f"≤ {goal:g}: {'met' if median(join) <= goal else 'MISSED'}"
+    cpu = " / ".join(f"{median(values):.2f}" for values in zip(*[figures.cpu for figures in runs], strict=True))
+    again = spread([figures.reform for figures in runs], 3)
+    return f"| {agents:,} | {spread(join, 3)} | {target} | {spread(cold, 3)} | {again} | {cpu} |"
+
+
+def traffic_row(agents: int, runs: list[Figures]) -> str:
+    def each(values: Sequence[Sequence[float]], digits: int = 0) -> str:
+        every = [value for part in values for value in part]
+        return f"{median(every):,.{digits}f} ({max(every):,.{digits}f})" if any(every) else "–"
+
+    cells = [
+        each([figures.requests for figures in runs]),
+        each([figures.octets for figures in runs]),
+        each([figures.again for figures in runs]),
+        each([figures.idle for figures in runs], 1),
+    ]
+    return f"| {agents:,} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
