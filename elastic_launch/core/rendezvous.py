@@ -498,8 +498,10 @@ class Node:
     def _lose_coordinator(self) -> None:
         if self._roster is None:
             self._get_roster()
-        else:
+        elif self.end is None:
             self._lose([self._roster.nodes[0]], self._roster.hosts[0])
+        elif "watch" not in self._timers:  # somebody must see whether the node that is to say what follows is alive
+            self._watch_over(self._roster)
 
     def _lose(self, nodes: list[str], hosts: str) -> None:
         """Members are silent: the round ends, or, if it was for them to say what follows its end, this node says it."""
@@ -555,15 +557,18 @@ class Node:
     def _on_roster(self, value: list[bytes]) -> None:
         if self._roster is None:
             self._roster = decode(Roster, value[0], self._key("roster"))
-            self._watch = Watch(self.settings.keep_alive_deadline, self.settings.tick, self._now)
-            self._watch.greet(self._roster.tickets, self._now)
         if self.phase is Phase.BESIDE and 0 <= self.me.rank < len(self._roster.hosts):
             holder = self._roster.hosts[self.me.rank]
             self._out.append(Say(f"--node-rank={self.me.rank} is held by a node on {holder} at present"))
         if self.place and self.place.group_rank == 0 and "watch" not in self._timers:
-            self._in("watch", self.settings.tick)
+            self._watch_over(self._roster)
         if self._mine is not None and self.end is None:
             self._ask_who_is_done()
+
+    def _watch_over(self, roster: Roster) -> None:
+        self._watch = Watch(self.settings.keep_alive_deadline, self.settings.tick, self._now)
+        self._watch.greet(roster.tickets, self._now)
+        self._in("watch", self.settings.tick)
 
     def _stand_by(self, closed: Closed) -> None:
         """There is no place for this node: as a spare it waits for the round's end; with room it brings that about."""
@@ -794,6 +799,7 @@ class Node:
         if self.phase is Phase.LEAVING:
             return
         self.phase = Phase.LEAVING
+        self._chief = None
         self._timers.clear()
         self.awaiting = None
         if not self.ticket:
