@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import re
@@ -14,7 +15,9 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
+from elastic_launch.core.requests import Set, Wait
 from elastic_launch.etcd_server import EtcdServer
+from elastic_launch.store.client import connect
 from tests.conftest import Job, is_alive, wait_until
 from tests.test_etcd import Trio
 
@@ -397,3 +400,98 @@ def test_nothing_is_left_of_an_agent_that_is_killed(job: Job) -> None:
         job.finish(process)
     wait_until(lambda: not any(map(is_alive, pids)))
     wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+
+
+def test_a_node_whose_workers_have_ended_well_stays_for_another_round(job: Job) -> None:
+    nodes = c10d(job, "2")
+    script = job.script("mark('up')\nif rank == 1 and restart == 0: wait()\n")
+    first = nodes(0, "--node-rank", "0", script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, "--node-rank", "1", script=script)
+    wait_until(lambda: up(job, 0, 2))
+    second.send_signal(signal.SIGKILL)
+    job.finish(second)
+    third = nodes(1, "--node-rank", "1", script=script)
+    for process in (first, third):
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 up", "1.1 up"} <= set(job.marks())
+
+
+def test_a_node_that_left_or_died_while_gathering_is_no_member(etcd: EtcdServer, job: Job) -> None:
+    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+    script = job.script("mark()")
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        gone = nodes(0, script=script)
+        lines = gone.stderr
+        assert lines is not None
+        wait_until(lambda lines=lines: "1 of 2 nodes has joined" in lines.readline())  # type: ignore[misc]
+        gone.send_signal(signum)
+        assert job.finish(gone).returncode == (143 if signum == signal.SIGTERM else -9)
+    for process in [nodes(n, script=script) for n in (1, 2)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert sorted(job.marks()) == ["0.0", "1.0"]
+
+
+def test_the_host_of_the_store_that_leaves_while_nodes_gather_tells_the_others(job: Job) -> None:
+    nodes = c10d(job, "3", "last_call_timeout=1")
+    script = job.script(RUN)
+    host = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    other = nodes(1, script=script)
+    lines = other.stderr
+    assert lines is not None
+    wait_until(lambda: "2 of 3 nodes have joined" in lines.readline())
+    host.send_signal(signal.SIGINT)
+    assert job.finish(host).returncode == 128 + signal.SIGINT
+    assert job.finish(other).returncode == 128 + signal.SIGINT
+
+
+def test_workers_are_stopped_when_the_store_is_silent_for_too_long(job: Job) -> None:
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=30,read_timeout=30")
+    script = job.script(
+        "signal.signal(signal.SIGTERM, lambda *_: (mark('stopped'), os._exit(0)))\n"
+        "mark('up')\n"
+        "if restart == 0: wait()\n"
+    )
+    first = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, script=script)
+    wait_until(lambda: up(job, 0, 2))
+    [store] = [p for p in psutil.Process(first.pid).children() if "host_main" in " ".join(p.cmdline())]
+    store.suspend()
+    job.wait_for("0.0 stopped", "1.0 stopped")
+    store.resume()
+    for process in (first, second):
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+        assert "the store has not answered for" in result.stderr
+    assert {"0.1 up", "1.1 up"} <= set(job.marks())
+
+
+def test_nodes_that_were_told_different_things_are_told_so(job: Job) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    script = job.script(RUN)
+    first = Nodes(job, "c10d", endpoint, "2")(0, script=script)
+    wait_until(lambda: listens(endpoint))
+    second = Nodes(job, "c10d", endpoint, "3")(1, script=script)
+    for process in (first, second):
+        result = job.finish(process)
+        assert result.returncode == 2
+        assert "was started with --nnodes=" in result.stderr
+
+
+def test_garbage_in_the_store_ends_the_job_in_one_line(job: Job) -> None:
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=2")
+    script = job.script(RUN)
+    first = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    host, port = nodes.endpoint.rsplit(":", 1)
+    with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as stranger:
+        stranger.call(Wait(("elastic/job-1/0/node/1",)), 30)
+        stranger.call(Set((("elastic/job-1/0/node/2", b'{"node": 1}'), ("elastic/job-1/0/ticket", b"2"))), 30)
+        result = job.finish(first)
+    assert result.returncode == 69
+    assert "elastic/job-1/0/node/2" in result.stderr
+    assert "Traceback" not in result.stderr

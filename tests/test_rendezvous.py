@@ -421,6 +421,15 @@ def test_silence_is_timed_by_the_one_who_watches() -> None:
     assert watch.look([(1, b"%d" % LEFT)], 16) == {1}
 
 
+def test_a_counter_that_stands_still_is_no_sign_of_life() -> None:
+    watch = Watch(deadline=15, tick=1, now=0)
+    watch.look([(1, b"7"), (2, b"7")], 1)
+    assert not watch.has_lived_since(1, 0)
+    assert watch.set_back() == [1, 2]
+    watch.look([(1, b"0"), (2, b"1")], 2)
+    assert [watch.has_lived_since(ticket, 0) for ticket in (1, 2)] == [False, True]
+
+
 def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
     watch = Watch(deadline=15, tick=1, now=0)
     watch.greet([1], 0)

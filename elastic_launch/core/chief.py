@@ -93,7 +93,8 @@ class Chief:
                 (self.doubtful if doubt else self.joined)[ticket] = record
                 self._tickets[record.node] = ticket
                 self._arrived[ticket] = self._last_arrival = now
-                self._watch.greet([ticket], now)
+                if not doubt:
+                    self._watch.greet([ticket], now)
                 if self.expected is not None:
                     self.expected.pop(record.node, None)
         self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]

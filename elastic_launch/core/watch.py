@@ -44,6 +44,8 @@ class Watch:
         self._looked_at = now
         self._signs: dict[int, tuple[bytes, float]] = {}
         """The counter as it was last seen, and when it had changed."""
+        self._unproven: set[int] = set()
+        """Those whose counter has only been seen as it is: they may have been dead for long."""
 
     def greet(self, tickets: Iterable[int], now: float) -> None:
         """Nodes came: their first sign of life."""
@@ -52,8 +54,8 @@ class Watch:
 
     def has_lived_since(self, ticket: int, time: float) -> bool:
         """Whether a node has added to its counter after a moment."""
-        counter, at = self._signs[ticket]
-        return counter != b"" and at > time
+        counter, at = self._signs.get(ticket, (b"", time))
+        return counter != b"" and at > time and ticket not in self._unproven
 
     def look(self, counters: Iterable[tuple[int, bytes]], now: float) -> set[int]:
         """Note what the counters hold now. Returns who has been silent until the deadline, or has left."""
@@ -61,12 +63,16 @@ class Watch:
         self._looked_at = now
         silent: set[int] = set()
         for ticket, counter in counters:
-            before, at = self._signs.get(ticket, (None, now))
+            if ticket not in self._signs:
+                self._signs[ticket] = (counter, now)
+                self._unproven.add(ticket)
+            before, at = self._signs[ticket]
             if number(counter) >= LEFT:
                 silent.add(ticket)
                 continue
             if counter != before or slept:
                 self._signs[ticket] = (counter, now)
+                self._unproven -= {ticket} if counter != before else set()
             elif now - at >= self._deadline:
                 silent.add(ticket)
         return silent
