@@ -253,6 +253,24 @@ def test_a_wait_ends_when_the_last_key_comes_or_when_it_is_cancelled(etcd: str, 
     assert waiting.call(Get(("x",)), DEADLINE) == [b"1"]
 
 
+def test_a_wait_that_ends_while_its_cancellation_comes_loses_nothing(etcd: str, agents: Callable[..., Agent]) -> None:
+    agent = agents(etcd)
+    rows = [(agent.connect(), agent.connect()) for _ in range(8)]
+    for turn in range(60):
+        for row, (waiting, setting) in enumerate(rows):
+            waiting.submit(Wait((f"{turn}/{row}",)), turn)
+            setting.submit(Set(((f"{turn}/{row}", b"x"),)))
+            waiting.flush()
+        for waiting, setting in rows:
+            setting.flush()
+            waiting.submit(Cancel())
+            waiting.flush()
+        for row, (waiting, _) in enumerate(rows):
+            assert waiting.call(Wait((f"{turn}/{row}",)), DEADLINE) is True
+            [(tag, came)] = waiting.take()
+            assert (tag, came in (True, False)) == (turn, True)
+
+
 def test_a_wait_survives_the_compaction_of_its_revision(agents: Callable[..., Agent]) -> None:
     ports = free_ports(2)
     server = EtcdServer()
@@ -541,8 +559,7 @@ def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> Non
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ca.pem, another-ca.pem; server.pem, client.pem with their .key files."""
     folder = tmp_path_factory.mktemp("tls")
-    if not shutil.which("openssl"):
-        pytest.skip("makes its certificates with openssl, which is not there")
+    assert shutil.which("openssl"), "the certificates are made with openssl: install it"
 
     def openssl(*args: str) -> None:
         subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
