@@ -199,7 +199,7 @@ class LocalElasticAgent:
             events += self._workers.take()
         if not ready.isdisjoint(fd for fd, _ in waits_on) or _is_over(rendezvous_deadline):
             events += self._rendezvous.take()
-        return [TimedOut()] if not ready and not events and _is_over(deadline) else events
+        return events or ([TimedOut()] if _is_over(deadline) else [])
 
     def _signal_event(self, signum: int, at: float) -> Event:
         return Signalled(signum, at) if signum in self._stop_signals else Passed(signum)

@@ -119,7 +119,7 @@ OPTIONS = (
     Option("nproc-per-node", "1", str, "workers per node: a number, auto, cpu, gpu, xpu or another accelerator"),
     Option("rdzv-backend", "static", _name, "how nodes meet: static, c10d, etcd, or a plug-in's name"),
     Option("rdzv-endpoint", "", str, "where nodes meet, HOST:PORT"),
-    Option("rdzv-id", "none", str, "the job's id; none stands for a fresh one"),
+    Option("rdzv-id", "none", str, "the job's id; none stands for a fresh one on one node"),
     Option("rdzv-conf", "", _checked(parse_rdzv_conf), "settings of the rendezvous, KEY=VALUE,..."),
     Option("standalone", False, _flag, "one node: no endpoint, a fresh id"),
     Option("max-restarts", 0, _count(0), "how often failed workers are started again"),

@@ -254,6 +254,8 @@ class Agent:
                             assert self.node.round not in self.decided, f"{self.world}: {self.name}: decided twice"
                             self.decided.add(self.node.round)
                     self._soon(lambda told=told: self._live(told), 0.0)  # type: ignore[misc]
+                case protocol.Renew():
+                    pass
                 case protocol.Say(text):
                     self.said.append(text)
         self._await()

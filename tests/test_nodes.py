@@ -470,6 +470,29 @@ def test_workers_are_stopped_when_the_store_is_silent_for_too_long(job: Job) -> 
     assert {"0.1 up", "1.1 up"} <= set(job.marks())
 
 
+def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
+    nodes = c10d(job, "2")
+    script = job.script(ALL_REDUCE)
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
+
+
+def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None:
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=1")
+    script = job.script("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark('up')\nwait()\n")
+    first = nodes(0, "--shutdown-timeout", "1", script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, "--shutdown-timeout", "1", script=script)
+    wait_until(lambda: up(job, 0, 2))
+    [store] = [p for p in psutil.Process(first.pid).children() if "host_main" in " ".join(p.cmdline())]
+    store.kill()
+    for process in (first, second):
+        assert job.finish(process).returncode == 69
+
+
 def test_nodes_that_were_told_different_things_are_told_so(job: Job) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     script = job.script(RUN)

@@ -114,7 +114,11 @@ class Say(NamedTuple):
     text: str
 
 
-Output = Ask | Tell | Say
+class Renew(NamedTuple):
+    """Serve a fresh store for the workers of the next round, and set the record's port to its own, now."""
+
+
+Output = Ask | Tell | Say | Renew
 
 
 class Phase(Enum):

@@ -100,7 +100,7 @@ def assign(members: Sequence[NodeRecord], master_addr: str, master_port: int, **
     if not master_port:
         first = members[0]
         scattered = any(not _is_loopback(node.address) for node in members)
-        master_addr = first.outward if _is_loopback(first.address) and scattered else first.address
+        master_addr = (scattered and _is_loopback(first.address) and first.outward) or first.address
     places: list[Assignment] = []
     base = 0
     for rank, node in enumerate(members):

@@ -73,6 +73,8 @@ class Roster(NamedTuple):
     charged: int = 0
     free: int = 0
     """As in ``Assignment``."""
+    ranks: tuple[int, ...] = ()
+    """What each asked for, as in ``NodeRecord``."""
 
 
 class Status(NamedTuple):

@@ -47,6 +47,7 @@ from elastic_launch.core.protocol import (
     Output,
     Passing,
     Phase,
+    Renew,
     Say,
     Settings,
     Tell,
@@ -61,9 +62,11 @@ from elastic_launch.model import Assignment, End, EndKind, Verdict
 
 TAKE_OVER = 1 << 20
 """A counter that is set to this tells its node to take over as chief at once."""
+ANY_TICKET = 1 << 40
+"""Above every ticket: of a round that ends before it begins, for whoever comes."""
 BATCH = 256
 """Records that the chief reads with one request, and keys that are written with one."""
-SAY_FIRST, SAY_LATER = 5.0, 30.0
+SAY_FIRST, SAY_LATER = 5.0, 10.0
 """Seconds until a waiting node says who is there, and between two such lines when it has said so a few times."""
 MESSAGE = 60_000
 """Characters of the cause's traceback that the other nodes get to see."""
@@ -97,6 +100,9 @@ class Node:
         self._mine: Verdict | None = None
         """This node's settlement of the round."""
         self._closed: Closed | None = None
+        self._asked_chief = 0
+        self._stood_by = False
+        """It was beside the members before the round ended."""
         self._beating = self._is_fenced = False
         self._beat_at = 0.0
         self._beats_before = 0
@@ -182,10 +188,16 @@ class Node:
     # --- joining
 
     def _begin(self, wish: Opening) -> None:
+        self._look_for_round()
         self.me = self.me._replace(port=wish.port)
-        self._rejoin()
 
     def _rejoin(self) -> None:
+        """Go on to the next round without the agent, which has no workers in this one."""
+        if self.me.serves and self.settings.store_port:
+            self._out.append(Renew())
+        self._look_for_round()
+
+    def _look_for_round(self) -> None:
         """Find out which round comes next."""
         if self.verdict:
             self.me = self.me._replace(charged=self.verdict.charged, free=self.verdict.free)
@@ -360,7 +372,7 @@ class Node:
         places = assign(
             nodes,
             host.address if host and host.named else "",  # empty: each node uses the one by which it reaches the store
-            (host.port if host else 0) or self.settings.store_port,
+            self.settings.store_port and ((host.port if host else 0) or self.settings.store_port),
             restart_count=self.round,
             charged=max(node.charged for node in everybody),
             free=max(node.free for node in everybody),
@@ -372,6 +384,7 @@ class Node:
             tuple(node.host for node in nodes),
             places[0].charged,
             places[0].free,
+            tuple(node.rank for node in nodes),
         )
         self._set([(f"roster/{chief.number}", encode(roster))])
         closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.limits)
@@ -395,10 +408,8 @@ class Node:
         self._in("say", min(SAY_FIRST * self._spoken, SAY_LATER))
         if self._chief:
             self._say_status(self._chief.status())
-        elif self.ticket:
-            self._get("status", "status")
         else:
-            self._say_status(self._status)
+            self._get("status", "status")
 
     def _on_status(self, value: list[bytes]) -> None:
         if value[0]:
@@ -527,6 +538,8 @@ class Node:
         if self.phase is not Phase.WAITING:
             return
         closed, place, end = value
+        if not closed:
+            return  # the store was started anew: the record is missing, too
         self._closed = decode(Closed, closed, self._key("closed"))
         if self._closed.chief != self._asked_chief and self._closed.chief >= 0:
             self._ask_for_place()
@@ -555,11 +568,16 @@ class Node:
             self._get("roster", f"roster/{self._closed.chief}")
 
     def _on_roster(self, value: list[bytes]) -> None:
+        if not value[0]:
+            return  # the store was started anew: the record is missing, too
         if self._roster is None:
             self._roster = decode(Roster, value[0], self._key("roster"))
-        if self.phase is Phase.BESIDE and 0 <= self.me.rank < len(self._roster.hosts):
-            holder = self._roster.hosts[self.me.rank]
-            self._out.append(Say(f"--node-rank={self.me.rank} is held by a node on {holder} at present"))
+        if self.phase is Phase.BESIDE and self._closed and self.me.rank in self._roster.ranks:
+            holder = self._roster.hosts[self._roster.ranks.index(self.me.rank)]
+            text = f"{self.me.host} asks for --node-rank={self.me.rank}, which {holder} has asked for before: waiting "
+            self._out.append(Say(f"{text}as a spare, in case that node is gone"))
+        elif self.phase is Phase.BESIDE and self._closed and self.me.rank >= 0:
+            self._wait_beside(self._closed)
         if self.place and self.place.group_rank == 0 and "watch" not in self._timers:
             self._watch_over(self._roster)
         if self._mine is not None and self.end is None:
@@ -579,8 +597,13 @@ class Node:
             )
             self._decide(Verdict(False, error=text, status=ExitCode.USAGE))
             return
+        self._stood_by = True
         if self.me.rank >= 0:
-            self._get_roster()  # to tell who has that rank
+            self._get_roster()  # to see who has that rank
+        else:
+            self._wait_beside(closed)
+
+    def _wait_beside(self, closed: Closed) -> None:
         room = self.settings.max_nodes - closed.nodes
         late = self.ticket - closed.tickets
         if room <= 0 or self.ticket in closed.spares:
@@ -606,7 +629,7 @@ class Node:
         self._on_end(value[0])
 
     def _on_end(self, data: bytes) -> None:
-        if self.end is not None or self.phase is Phase.LEAVING:
+        if not data or self.end is not None or self.phase is Phase.LEAVING:
             return
         end = decode(End, data, self._key("end"))
         if not (0 <= end.signum < 65 and 0 <= end.status < 256):
@@ -683,7 +706,7 @@ class Node:
         self._on_next(value[0])
 
     def _on_next(self, data: bytes) -> None:
-        if self.verdict is None:
+        if data and self.verdict is None:
             self.verdict = decode(Verdict, data, self._key("next"))
             self.awaiting = None
             self._conclude()
@@ -701,7 +724,8 @@ class Node:
 
     @property
     def _is_late(self) -> bool:
-        return self._closed is not None and self.ticket > self._closed.tickets
+        """It came when the round was over."""
+        return self._closed is not None and self.ticket > self._closed.tickets and not self._stood_by
 
     def _as_latecomer(self, verdict: Verdict) -> Verdict:
         """What the end of a job means to a node that came when it was over."""
@@ -766,10 +790,11 @@ class Node:
                 reason = f"{self.me.host} leaves ({name}), and the job cannot go on without it"
                 end = End(EndKind.STOP, reason, self.me.node, signum=wish.signum)
             self._create("set", "end", encode(end))
-        elif self.me.serves and self.phase in (Phase.WAITING, Phase.BESIDE):
+        elif self.me.serves and self.phase is not Phase.IDLE and not self.is_settled:
+            self.round += self.phase is Phase.ENDED  # the others have gone on, or will
             reason = f"{self.me.host}, which hosts the store, leaves ({signal_name(wish.signum)})"
             self._create("set", "end", encode(End(EndKind.STOP, reason, self.me.node, signum=wish.signum)))
-            self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets())))
+            self._create("set", "closed", encode(Closed(-1, 0, ANY_TICKET)))
         elif self.phase is Phase.WAITING and self._chief:
             heirs = sorted(ticket for ticket in self._chief.joined if ticket != self.ticket)
             self._set((f"beat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])

@@ -63,13 +63,13 @@ class Watch:
         self._looked_at = now
         silent: set[int] = set()
         for ticket, counter in counters:
+            if number(counter) >= LEFT:
+                silent.add(ticket)
+                continue
             if ticket not in self._signs:
                 self._signs[ticket] = (counter, now)
                 self._unproven.add(ticket)
             before, at = self._signs[ticket]
-            if number(counter) >= LEFT:
-                silent.add(ticket)
-                continue
             if counter != before or slept:
                 self._signs[ticket] = (counter, now)
                 self._unproven -= {ticket} if counter != before else set()

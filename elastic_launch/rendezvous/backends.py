@@ -94,9 +94,12 @@ class C10dBackend:
         """Serve an empty store on any port."""
         if self._process is None:
             return 0
-        listening = bind_endpoint(0)
-        port: int = listening.getsockname()[1]
-        self._process.serve(listening)
+        try:
+            listening = bind_endpoint(0)
+            port: int = listening.getsockname()[1]
+            self._process.serve(listening)
+        except OSError as error:
+            raise UnavailableError(f"cannot serve a store for the workers of the next round: {error}") from error
         return port
 
     def connect(self) -> StoreClient:
@@ -111,8 +114,11 @@ class C10dBackend:
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Both ends of the connection."""
-        with socket.socket(fileno=os.dup(client.fileno())) as sock:
-            return sock.getsockname()[0], sock.getpeername()[0]
+        try:
+            with socket.socket(fileno=os.dup(client.fileno())) as sock:
+                return sock.getsockname()[0], sock.getpeername()[0]
+        except OSError as error:
+            raise RendezvousConnectionError(f"{self.where}: connection lost: {error.strerror}") from error
 
     def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
         """Name the process that listens on the port, if it is one of this host."""
@@ -214,8 +220,9 @@ def own_address(towards: str) -> str:
 
 def outward_address() -> str:
     """The address of this host on its way out, for other hosts; empty where there is none."""
-    with contextlib.suppress(OSError):
-        return own_address("192.0.2.1")  # reserved for documentation; nothing is sent
+    for far in ("192.0.2.1", "2001:db8::1"):  # reserved for documentation; nothing is sent
+        with contextlib.suppress(OSError, RendezvousConnectionError):
+            return own_address(far)
     return ""
 
 

@@ -24,6 +24,7 @@ from elastic_launch.core.protocol import (
     Opening,
     Passing,
     Phase,
+    Renew,
     Say,
     Settings,
     Tell,
@@ -32,7 +33,7 @@ from elastic_launch.core.protocol import Event as NodeEvent
 from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Append, Cancel, Set, Wait
-from elastic_launch.errors import ExitCode, RendezvousConnectionError
+from elastic_launch.errors import ExitCode, RendezvousConnectionError, RendezvousError
 from elastic_launch.ports import reserve_port
 from elastic_launch.rendezvous.backends import Backend, outward_address
 from elastic_launch.store.client import NotAStoreError, StoreClient
@@ -110,7 +111,7 @@ class DynamicRendezvous:
 
     def descriptors(self) -> list[tuple[int, int]]:
         """The connections, and what the backend looks after."""
-        found = self._backend.descriptors()
+        found = [] if self._has_given_up else self._backend.descriptors()
         for client in (self._calls, self._waits):
             if client and client.fileno() >= 0:
                 found.append((client.fileno(), select.POLLIN | (select.POLLOUT if client.wants_write() else 0)))
@@ -121,10 +122,9 @@ class DynamicRendezvous:
         times = [self._node.deadline] if self._node.deadline is not None else []
         if self._has_given_up:
             pass
-        elif self._calls is None:
-            times.append(self._retry_at)
-        elif not self._calls.ready:
-            times.append(self._connected_at + self._timeouts.read)
+        elif self._calls is None or not self._calls.ready:
+            times.append(self._connected_at + self._timeouts.read if self._calls else self._retry_at)
+            times += [self._lost_at + self._patience, self._said_at + SAY_UNREACHABLE]
         elif (since := self._asked_at()) is not None:
             times += [since + self._timeouts.read, max(since, self._said_at) + SAY_UNREACHABLE]
         return min(times, default=None)
@@ -144,7 +144,7 @@ class DynamicRendezvous:
                 if self._node.phase is not Phase.LEAVING:
                     self._step(Leave(signal.SIGTERM))
                 self._say_goodbye()
-        except RendezvousConnectionError:
+        except RendezvousError:
             pass  # without a store there is nobody to say it to
         finally:
             self._disconnect()
@@ -177,6 +177,8 @@ class DynamicRendezvous:
                         self._calls.submit(output.request, output)
                 case Say(text):
                     self._say(text)
+                case Renew():
+                    self._node.me = self._node.me._replace(port=self._backend.fresh_store())
                 case Tell(told):
                     self._events.append(self._completed(told))
 
@@ -188,8 +190,8 @@ class DynamicRendezvous:
             case Ended(end, _):
                 return Ended(end, time.time())
             case Decided(verdict) if verdict.status == ExitCode.TIMEOUT and not self._has_answer:
-                why = self._why or (self._calls and self._calls.silence(self._settings.join_timeout))
-                return Decided(verdict._replace(error=str(why or verdict.error), status=ExitCode.UNAVAILABLE))
+                why = self._backend.explain(self._why or self._silence(self._settings.join_timeout))
+                return Decided(verdict._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
 
     def _take_events(self) -> list[Event]:
@@ -294,7 +296,7 @@ class DynamicRendezvous:
         if isinstance(error, NotAStoreError):
             self._doubts = DOUBTS if error.certain else self._doubts + 1
         self._attempts += 1
-        self._retry_at = now + min(RETRY_FIRST * 2**self._attempts, RETRY_LATER)
+        self._retry_at = now + min(RETRY_FIRST * 2 ** min(self._attempts, 10), RETRY_LATER)
         if self._node.is_settled:
             self._give_up("")  # nothing is needed of the store any more
         elif self._doubts >= DOUBTS:
@@ -313,21 +315,32 @@ class DynamicRendezvous:
         now = time.monotonic()
         if self._calls and not self._calls.ready and now - self._connected_at >= self._timeouts.read:
             raise self._calls.silence(self._timeouts.read)
+        since = self._asked_at() if self._calls and self._calls.ready else None
+        if self._calls and since is not None and now - since >= self._timeouts.read:
+            raise self._calls.silence(self._timeouts.read)
         if self._calls and self._calls.ready and self._why is None:
-            since = self._asked_at()
-            if since is not None and now - since >= self._timeouts.read:
-                raise self._calls.silence(self._timeouts.read)
             if since is not None and now - max(since, self._said_at) >= SAY_UNREACHABLE:
                 self._said_at = now
                 self._say(f"{self._backend.where} has not answered for {now - since:.0f} s")
             return
-        patience = self._timeouts.store if self._has_answer else self._settings.join_timeout
-        if self._why and now - self._lost_at >= patience:
-            self._give_up(f"{self._backend.explain(self._why)} (tried for {now - self._lost_at:.0f} s)")
-        elif self._why and now - self._said_at >= SAY_UNREACHABLE:
+        away = now - self._lost_at
+        if away >= self._patience:
+            why = self._backend.explain(self._why or self._silence(away))
+            self._give_up(f"{why} (tried for {away:.0f} s)")
+        elif now - self._said_at >= SAY_UNREACHABLE:
             self._said_at = now
-            left = patience - (now - self._lost_at)
-            self._say(f"{self._why}; trying for up to {left:.0f} s more")
+            self._say(f"{self._why or self._silence(away)}; trying for up to {self._patience - away:.0f} s more")
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that the store is looked for."""
+        return self._timeouts.store if self._has_answer else self._settings.join_timeout
+
+    def _silence(self, seconds: float) -> RendezvousConnectionError:
+        """What to say of a store that has not said anything."""
+        if self._calls:
+            return self._calls.silence(round(seconds))
+        return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
 
     def _give_up(self, text: str) -> None:
         """Without the store the node cannot go on; its workers are stopped in good order."""

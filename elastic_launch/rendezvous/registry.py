@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from elastic_launch.config import LaunchConfig, split_endpoint
+from elastic_launch.config import LaunchConfig, is_number, split_endpoint
 from elastic_launch.errors import UsageError
 from elastic_launch.model import Rendezvous
 from elastic_launch.rendezvous.local import LocalRendezvous
@@ -24,19 +24,21 @@ ETCD = ("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_ke
 
 
 BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
+"""The backends of the launcher's own; ``etcd`` and ``etcd-v2`` both mean etcd v3."""
 
 
 def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> Rendezvous:
     """What the agent gets: a backend of the launcher's own, or the handler of a plug-in.
 
     Raises:
-        UsageError: a setting is missing or wrong; the message lists the backends where it names none of them.
+        UsageError: a setting is missing or wrong, or there is no such backend.
     """
     if config.rdzv_backend in BUILT_IN or not config.rdzv_backend:
         return create_own(config, environ, say)
     from elastic_launch.rendezvous.handlers import RendezvousParameters, get_rendezvous_handler
 
     own = {"backend", "endpoint", "run_id", "min_nodes", "max_nodes", "local_addr"}
+    timeout = config.rdzv_timeout if config.rdzv_timeout != -1 else config.rdzv_configs.get("timeout", 900)
     params = RendezvousParameters(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -44,7 +46,7 @@ def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], say: Cal
         config.min_nodes,
         config.max_nodes,
         config.local_addr,
-        **{name: value for name, value in config.rdzv_configs.items() if name not in own},
+        **{name: value for name, value in config.rdzv_configs.items() if name not in own} | {"timeout": timeout},
     )
     return cast(Rendezvous, get_rendezvous_handler(params))
 
@@ -117,13 +119,17 @@ def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str,
             "HOST is one of them, or --master-addr with --node-rank, the same --rdzv-id and --nnodes everywhere"
         )
     if config.rdzv_backend.startswith("etcd"):
+        if not config.run_id:
+            raise UsageError(
+                "--rdzv-backend etcd needs --rdzv-id: the cluster keeps a job's outcome under it for a day"
+            )
         conf = {name: str(value) for name, value in config.rdzv_configs.items()}
         conf["read_timeout"] = str(conf.get("store_timeout", conf.get("read_timeout", 60)))  # all attempts together
         return EtcdBackend(endpoint, run_id, conf, environ), 0
     if any(character in endpoint for character in "/, "):
         raise UsageError(f"--rdzv-endpoint={endpoint}: must be HOST:PORT")
     host, port = split_endpoint(endpoint)
-    port = port or DEFAULT_PORTS[config.rdzv_backend]
+    port = port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"])
     is_host = _flag(config.rdzv_configs, "is_host")
     if is_host is None and config.rdzv_backend == "static":
         is_host = rank == 0
@@ -132,10 +138,10 @@ def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str,
 
 def _rank(config: LaunchConfig) -> int:
     """The group rank that this node asks for; -1: none."""
-    rank = config.rdzv_configs.get("rank", 0 if config.rdzv_backend == "static" else -1)
-    if not isinstance(rank, int) or rank >= config.max_nodes:
-        raise UsageError(f"--node-rank={rank}: must be below the number of nodes, {config.max_nodes}")
-    return rank
+    rank = str(config.rdzv_configs.get("rank", 0 if config.rdzv_backend == "static" else -1))
+    if rank != "-1" and not (is_number(rank) and int(rank) < config.max_nodes):
+        raise UsageError(f"--node-rank={rank}: must be a number below the number of nodes, {config.max_nodes}")
+    return int(rank)
 
 
 def _seconds(conf: Mapping[str, Any], name: str) -> float:
