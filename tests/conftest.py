@@ -86,12 +86,14 @@ class Job:
         self.processes: list[subprocess.Popen[str]] = []
 
     def script(self, text: str, name: str = "train.py") -> str:
-        """Write a worker's script; it finds ``rank``, ``restart`` and ``mark(text)`` ready."""
+        """Write a worker's script; it finds ``rank``, ``restart``, ``mark(text)`` and ``wait_for(marks)`` ready."""
         prelude = (
             "import os, signal, subprocess, sys, time\n"
             "rank, restart = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
             "def mark(text=''):\n"
             f"    with open(f'{self.path}/marks', 'a') as f: f.write(f'{{rank}}.{{restart}} {{text}}\\n')\n"
+            "def wait_for(*marks):\n"
+            f"    while not set(marks) <= {{line.strip() for line in open('{self.path}/marks')}}: time.sleep(0.01)\n"
             "def wait(): \n"
             "    while True: signal.pause()\n"
         )

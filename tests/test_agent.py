@@ -558,7 +558,11 @@ def test_job_survives_the_loss_of_its_keeper(job: Job) -> None:
 
 @pytest.mark.parametrize(
     ("end", "status"),
-    [("", 0), ("if rank == 1: sys.exit(4)\nwait()", 4), ("wait()", 143)],
+    [
+        ("", 0),
+        ("if rank == 1: wait_for('0.0 up', '0.0 daemon', '1.0 daemon'); sys.exit(4)\nwait()", 4),
+        ("wait()", 143),
+    ],
     ids=["good", "failure", "signal"],
 )
 def test_every_end_leaves_nothing(job: Job, end: str, status: int) -> None:

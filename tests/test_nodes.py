@@ -104,11 +104,7 @@ def test_ranks_and_sizes(nodes: Nodes, job: Job) -> None:
 
 def test_a_failure_anywhere_restarts_all_and_counts_once(nodes: Nodes, job: Job) -> None:
     script = job.script(
-        "mark('up')\n"
-        "while rank == 1 and restart == 0:\n"
-        f"    if '0.0 up' in open('{job.path}/marks').read(): sys.exit(3)\n"
-        "    time.sleep(0.01)\n"
-        "if restart == 0: wait()\n"
+        "mark('up')\nif rank == 1 and restart == 0: wait_for('0.0 up'); sys.exit(3)\nif restart == 0: wait()\n"
     )
     results = [job.finish(process) for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]]
     assert [result.returncode for result in results] == [0, 0]
