@@ -112,6 +112,17 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18
 
 
+def read_flag(value: object) -> bool | None:
+    """Read torch's spellings of yes and no, in any case: 1, true, t, yes, y, 0, false, f, no, n. None: none of them."""
+    return _YES_AND_NO.get(str(value).lower())
+
+
+_YES_AND_NO = {
+    **dict.fromkeys(("1", "true", "t", "yes", "y"), True),
+    **dict.fromkeys(("0", "false", "f", "no", "n"), False),
+}
+
+
 def parse_nnodes(text: str) -> tuple[int, int]:
     """Read ``N`` or ``MIN:MAX`` into (min, max).
 

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 
-from elastic_launch.core.root_cause import ErrorRecord
+from elastic_launch.core.root_cause import ErrorRecord, shortened
 from elastic_launch.errors import UnavailableError
 
 _MAX_ERROR_FILE = 64 << 20
@@ -115,23 +115,17 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
         if not 0 <= written < 1e11:
             written = float("inf")  # somebody has set it; then the worker's end counts
         if isinstance(message, str):
-            return ErrorRecord(_shortened(message, _MAX_ERROR), _shortened(message, _MAX_TRACEBACK), written, path)
+            return ErrorRecord(shortened(message, _MAX_ERROR), shortened(message, _MAX_TRACEBACK), written, path)
         extra = message["extraInfo"]
         if extra.get("session", pid) not in (pid, 0):  # 0: of another PID namespace
             return None
         error = str(message["message"]).removesuffix(": ")  # of an exception without a text
         time = float(extra.get("time", written))
         plausible = abs(time - written) < _PLAUSIBLE  # false for NaN
-        stack = _shortened(str(extra["py_callstack"]), _MAX_TRACEBACK)
-        return ErrorRecord(_shortened(error, _MAX_ERROR), stack, time if plausible else written, path)
+        stack = shortened(str(extra["py_callstack"]), _MAX_TRACEBACK)
+        return ErrorRecord(shortened(error, _MAX_ERROR), stack, time if plausible else written, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
-
-
-def _shortened(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]}\n... {len(text) - limit} characters left out ...\n{text[-(limit // 2) :]}"
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -1,4 +1,4 @@
-"""Floor 2: the port on which the worker of rank 0 serves the process group's store.
+"""Floor 2: this host's ports and addresses, above all the port on which rank 0 serves the process group's store.
 
 A port that is looked up and let go can be taken before the worker binds it. So the agent keeps its socket bound, but
 never listens on it: the kernel then gives the port to nobody who asks for any port, and a worker that asks for this
@@ -7,6 +7,7 @@ one, with SO_REUSEADDR as torch's store does, gets it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 
@@ -53,6 +54,15 @@ def _in_use(port: int) -> str:
         f"port {port} is in use{by}: choose another (--master-port, PET_MASTER_PORT, or the endpoint's), "
         "or none to have a free one picked"
     )
+
+
+def outward_address() -> str:
+    """The address of this host on its way out, for other hosts; empty where there is none. Nothing is sent."""
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # reserved for documentation
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 9))
+            return str(sock.getsockname()[0])
+    return ""
 
 
 def port_owner(port: int) -> str | None:

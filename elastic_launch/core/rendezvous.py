@@ -55,7 +55,7 @@ from elastic_launch.core.protocol import (
 from elastic_launch.core.ranks import assign
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, decode, encode
 from elastic_launch.core.requests import Add, Append, Get, Request, Set, Swap
-from elastic_launch.core.root_cause import is_consequence
+from elastic_launch.core.root_cause import is_consequence, shortened
 from elastic_launch.core.watch import LEFT, Watch, number
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
 from elastic_launch.model import Assignment, End, EndKind, Verdict
@@ -283,8 +283,7 @@ class Node:
             case "next":
                 self._get("next_read", "next")
             case "empty":
-                self._timers.clear()
-                self.is_gone = True
+                self._gone_at_last()
             case _:
                 self._get("count", "ticket")
 
@@ -681,17 +680,14 @@ class Node:
 
     def _report(self) -> None:
         """Say what follows, if that is for this node to say; else tell its failures, as consequences."""
-        is_open = self.end is not None and self.end.kind is EndKind.FAILED and self.verdict is None
-        if self._mine is None or self.end is None or not is_open:
-            self._conclude()
-        elif self.end.mine:
-            self._get("also", "also")
-        elif self._mine.failures:
-            lines = b"".join(encode(_Failure(_brief(failure))) + b"\n" for failure in self._mine.failures[:SHOWN])
-            self._ask("set", Append(self._key("also"), lines))
-            self._conclude()
-        else:
-            self._conclude()
+        if self._mine and self.end and self.end.kind is EndKind.FAILED and self.verdict is None:
+            if self.end.mine:
+                self._get("also", "also")
+                return
+            if self._mine.failures:
+                lines = b"".join(encode(_Failure(_brief(failure))) + b"\n" for failure in self._mine.failures[:SHOWN])
+                self._ask("set", Append(self._key("also"), lines))
+        self._conclude()
 
     def _on_also(self, value: list[bytes]) -> None:
         """Say what follows; the cause is this node's, unless that is plainly the consequence of another's."""
@@ -858,10 +854,7 @@ def _brief(failure: ProcessFailure) -> ProcessFailure:
 
 def _cut(failure: ProcessFailure) -> ProcessFailure:
     """A failure of moderate size: every node reads it."""
-    text = failure.message
-    if len(text) > MESSAGE:
-        text = f"{text[: MESSAGE // 2]}\n... {len(text) - MESSAGE} characters left out ...\n{text[-MESSAGE // 2 :]}"
-    return replace(failure, error=failure.error_line(), message=text)
+    return replace(failure, error=failure.error_line(), message=shortened(failure.message, MESSAGE))
 
 
 ANSWERS: dict[str, Callable[[Node, Any], None]] = {

@@ -69,6 +69,13 @@ def judge(
     return tuple(sorted(failures, key=lambda f: (is_consequence(f), f.timestamp, f.rank)))
 
 
+def shortened(text: str, limit: int) -> str:
+    """A text of so many characters at most, and a line that tells how many are missing: its ends say more."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}\n... {len(text) - limit} characters left out ...\n{text[-(limit // 2) :]}"
+
+
 def is_port_clash(failure: ProcessFailure, port: int) -> bool:
     """Whether the worker failed because another process holds the port on which it was to serve the group's store."""
     text = f"{failure.error}\n{failure.message}"

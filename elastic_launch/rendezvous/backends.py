@@ -218,14 +218,6 @@ def own_address(towards: str) -> str:
         return str(sock.getsockname()[0])
 
 
-def outward_address() -> str:
-    """The address of this host on its way out, for other hosts; empty where there is none."""
-    for far in ("192.0.2.1", "2001:db8::1"):  # reserved for documentation; nothing is sent
-        with contextlib.suppress(OSError, RendezvousConnectionError):
-            return own_address(far)
-    return ""
-
-
 def _is_own(address: Address) -> bool:
     """Whether an address is one of this host's: only those can be bound."""
     family, where = address

@@ -34,8 +34,8 @@ from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Append, Cancel, Set, Wait
 from elastic_launch.errors import ExitCode, RendezvousConnectionError, RendezvousError
-from elastic_launch.ports import reserve_port
-from elastic_launch.rendezvous.backends import Backend, outward_address
+from elastic_launch.ports import outward_address, reserve_port
+from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import NotAStoreError, StoreClient
 
 RETRY_FIRST, RETRY_LATER = 0.02, 1.0
@@ -354,7 +354,7 @@ class DynamicRendezvous:
             self._reserved = None
 
     def _say_goodbye(self) -> None:
-        end = time.monotonic() + (self._node.deadline - time.monotonic() if self._node.deadline else FAREWELL)
+        end = self._node.deadline or time.monotonic() + FAREWELL
         while not self._node.is_gone and time.monotonic() < end:
             self._turn()
             if self._calls is None or self._node.is_gone:

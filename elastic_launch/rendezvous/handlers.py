@@ -13,20 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from elastic_launch.config import LaunchConfig
+from elastic_launch.config import LaunchConfig, read_flag
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.model import WorkerSpec
-from elastic_launch.ports import reserve_port
-from elastic_launch.rendezvous.registry import BUILT_IN
+from elastic_launch.ports import outward_address, reserve_port
+from elastic_launch.rendezvous.registry import BUILT_IN, create_own
 
-"""Backends that are part of the launcher."""
 ENTRY_POINTS = "torchrun.handlers"
 """The group in which a package offers handlers: a name, and a function that returns the creator of handlers."""
-
-_YES_AND_NO = {
-    **dict.fromkeys(("1", "true", "t", "yes", "y"), True),
-    **dict.fromkeys(("0", "false", "f", "no", "n"), False),
-}
 
 
 class RendezvousParameters:
@@ -72,7 +66,7 @@ class RendezvousParameters:
         value = self.get(key, default)
         if value is None or isinstance(value, bool):
             return value
-        answer = _YES_AND_NO.get(str(value).lower()) if isinstance(value, int | str) else None
+        answer = read_flag(value) if isinstance(value, int | str) else None
         if answer is None:
             raise UsageError(f"{key}={value!r} in the settings of the rendezvous: must be true or false")
         return answer
@@ -264,8 +258,6 @@ class BuiltInHandler(RendezvousHandler):
 
     def for_agent(self, spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> Any:
         """What an agent with these workers talks to. Raises UsageError where a parameter is wrong."""
-        from elastic_launch.rendezvous.registry import create_own
-
         params = self._params
         config = LaunchConfig(
             min_nodes=params.min_nodes,
@@ -329,8 +321,4 @@ def _own_name() -> str:
             with contextlib.suppress(OSError, UnicodeError):
                 socket.getaddrinfo(name, None)
                 return name
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((far, 9))  # addresses for documentation; nothing is sent
-            return str(sock.getsockname()[0])
-    return "127.0.0.1"
+    return outward_address() or "127.0.0.1"

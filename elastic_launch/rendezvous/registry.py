@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from elastic_launch.config import LaunchConfig, is_number, split_endpoint
+from elastic_launch.config import LaunchConfig, is_number, read_flag, split_endpoint
 from elastic_launch.errors import UsageError
 from elastic_launch.model import Rendezvous
 from elastic_launch.rendezvous.local import LocalRendezvous
@@ -162,12 +162,10 @@ def _attempts(conf: Mapping[str, Any]) -> int:
 
 
 def _flag(conf: Mapping[str, Any], name: str) -> bool | None:
-    """torch's spellings of yes and no."""
+    """A setting that is yes or no; None: it is not set."""
     if conf.get(name) is None:
         return None
-    value = {"1": True, "true": True, "t": True, "yes": True, "y": True}
-    value |= {"0": False, "false": False, "f": False, "no": False, "n": False}
-    text = str(conf[name]).lower()
-    if text not in value:
+    flag = read_flag(conf[name])
+    if flag is None:
         raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be true or false")
-    return value[text]
+    return flag
