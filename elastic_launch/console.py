@@ -27,7 +27,7 @@ def write(text: str, patience: float) -> None:
     """Write to standard error, whatever becomes of it, for some seconds at most."""
     data = memoryview(text.encode(errors="backslashreplace"))
     end = time.monotonic() + patience
-    with contextlib.suppress(OSError), _unblocked_stderr() as fd:
+    with contextlib.suppress(OSError), unblocked(2) as fd:
         poller = select.poll()
         poller.register(fd, select.POLLOUT)
         while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
@@ -36,15 +36,15 @@ def write(text: str, patience: float) -> None:
 
 
 @contextlib.contextmanager
-def _unblocked_stderr() -> Iterator[int]:
-    """Standard error, opened anew without blocking where it is a pipe or a terminal: its own flags are its owner's."""
-    kind = os.fstat(2).st_mode
+def unblocked(stream: int) -> Iterator[int]:
+    """A standard stream, opened anew without blocking where it is a pipe or a terminal: its own flags are its owner's."""
+    kind = os.fstat(stream).st_mode
     try:
         if not (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):
             raise FileNotFoundError("a file never blocks; a socket cannot be opened anew")
-        fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(f"/proc/self/fd/{stream}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        yield 2
+        yield stream
         return
     try:
         yield fd

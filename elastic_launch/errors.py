@@ -125,6 +125,10 @@ class ProcessFailure:
     """The exception in one line, ``ValueError: boom``; empty where there was none."""
     message: str = ""
     """The traceback where there is one, else a sentence on how the worker ended."""
+    stderr: str = ""
+    """The last lines that it wrote to stderr, where it left no exception."""
+    note: str = ""
+    """What else is known of its end: that memory ran out, that it hung, and where its stacks are."""
     timestamp: float = 0.0
     """When it failed, in seconds since 1970, on the worker's host: for people, and for order within one host."""
     rank: int = -1
