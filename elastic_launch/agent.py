@@ -37,8 +37,9 @@ from elastic_launch.core.ranks import worker_environment
 from elastic_launch.core.report import format_report
 from elastic_launch.core.root_cause import ErrorRecord
 from elastic_launch.env import environment
+from elastic_launch.error_files import read_error_file
 from elastic_launch.errors import RendezvousError, SignalException, UsageError, signal_name
-from elastic_launch.job_files import JobFiles, read_error_file
+from elastic_launch.job_files import JobFiles
 from elastic_launch.model import RunResult, WorkerSpec, WorkerState
 from elastic_launch.signals import SignalQueue
 from elastic_launch.workers import BOOTSTRAP
