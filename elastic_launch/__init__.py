@@ -5,13 +5,14 @@ The names below are imported when they are first used: the command line needs fe
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker that imports this milliseconds
 if TYPE_CHECKING:
+    from typing import Any
+
     from elastic_launch.agent import LocalElasticAgent as LocalElasticAgent
-    from elastic_launch.config import DefaultLogsSpecs as DefaultLogsSpecs
     from elastic_launch.config import LaunchConfig as LaunchConfig
+    from elastic_launch.config import LogsDest as LogsDest
+    from elastic_launch.config import LogsSpecs as LogsSpecs
     from elastic_launch.config import Std as Std
     from elastic_launch.errors import ChildFailedError as ChildFailedError
     from elastic_launch.errors import LaunchError as LaunchError
@@ -25,24 +26,35 @@ if TYPE_CHECKING:
     from elastic_launch.errors import SignalException as SignalException
     from elastic_launch.errors import UsageError as UsageError
     from elastic_launch.etcd_server import EtcdServer as EtcdServer
+    from elastic_launch.job_files import DefaultLogsSpecs as DefaultLogsSpecs
     from elastic_launch.launch import elastic_launch as elastic_launch
     from elastic_launch.launch import launch_agent as launch_agent
     from elastic_launch.model import RunResult as RunResult
+    from elastic_launch.model import Worker as Worker
+    from elastic_launch.model import WorkerGroup as WorkerGroup
     from elastic_launch.model import WorkerSpec as WorkerSpec
     from elastic_launch.model import WorkerState as WorkerState
+    from elastic_launch.multiprocessing import PContext as PContext
+    from elastic_launch.multiprocessing import RunProcsResult as RunProcsResult
+    from elastic_launch.multiprocessing import start_processes as start_processes
     from elastic_launch.rendezvous.handlers import RendezvousHandler as RendezvousHandler
     from elastic_launch.rendezvous.handlers import RendezvousInfo as RendezvousInfo
     from elastic_launch.rendezvous.handlers import RendezvousParameters as RendezvousParameters
     from elastic_launch.rendezvous.handlers import RendezvousStoreInfo as RendezvousStoreInfo
     from elastic_launch.rendezvous.handlers import get_rendezvous_handler as get_rendezvous_handler
     from elastic_launch.rendezvous.handlers import rendezvous_handler_registry as rendezvous_handler_registry
+    from elastic_launch.workers.error_handler import ErrorHandler as ErrorHandler
+    from elastic_launch.workers.error_handler import get_error_handler as get_error_handler
+    from elastic_launch.workers.error_handler import record as record
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LocalElasticAgent": "agent",
-    "DefaultLogsSpecs": "config",
+    "DefaultLogsSpecs": "job_files",
     "LaunchConfig": "config",
+    "LogsDest": "config",
+    "LogsSpecs": "config",
     "Std": "config",
     "ChildFailedError": "errors",
     "LaunchError": "errors",
@@ -64,6 +76,14 @@ _HOMES = {
     "RendezvousGracefulExitError": "errors",
     "elastic_launch": "launch",
     "launch_agent": "launch",
+    "PContext": "multiprocessing",
+    "RunProcsResult": "multiprocessing",
+    "start_processes": "multiprocessing",
+    "record": "workers.error_handler",
+    "ErrorHandler": "workers.error_handler",
+    "get_error_handler": "workers.error_handler",
+    "Worker": "model",
+    "WorkerGroup": "model",
     "RunResult": "model",
     "WorkerSpec": "model",
     "WorkerState": "model",
@@ -75,4 +95,6 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,59 +1,42 @@
-"""Floor 3: the agent: carries out what ``core.lifecycle`` decides, and tells it what happened.
-
-Its loop waits in one place: for the keeper of its workers, for a signal, for the deadline of the moment.
-"""
+"""Floor 3: the agent: one node's part of a job. Puts together what the driver's loop needs for it."""
 
 from __future__ import annotations
 
-import select
+import os
 import signal
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, DefaultLogsSpecs, parse_signals
-from elastic_launch.console import say as say_on_stderr
-from elastic_launch.console import standard_streams
-from elastic_launch.core import lifecycle
-from elastic_launch.core.lifecycle import (
-    Action,
-    Asking,
-    Event,
-    Finish,
-    Gone,
-    Life,
-    Limits,
-    Passed,
-    Say,
-    Signalled,
-    Start,
-    Sweep,
-    Tell,
-    TimedOut,
+from elastic_launch.config import (
+    DEFAULT_SHUTDOWN_TIMEOUT,
+    DEFAULT_SIGNALS,
+    LogsSpecs,
+    is_number,
+    parse_signals,
+    read_flag,
 )
+from elastic_launch.console import say as say_on_stderr
+from elastic_launch.console import spoken_by, standard_streams
+from elastic_launch.core.lifecycle import Asking, Event, Exited, Finish, Gone, Life, Limits, State
+from elastic_launch.core.placement import virtual_device
 from elastic_launch.core.ranks import worker_environment
 from elastic_launch.core.report import format_report
-from elastic_launch.core.root_cause import ErrorRecord
+from elastic_launch.driver import Driver, Source
 from elastic_launch.env import environment
-from elastic_launch.error_files import read_error_file
-from elastic_launch.errors import RendezvousError, SignalException, UsageError, signal_name
-from elastic_launch.job_files import JobFiles
-from elastic_launch.model import RunResult, WorkerSpec, WorkerState
+from elastic_launch.errors import LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
+from elastic_launch.model import Assignment, RunResult, WorkerGroup, WorkerSpec, WorkerState
+from elastic_launch.processes import Workers, name_of, prefix
 from elastic_launch.signals import SignalQueue
-from elastic_launch.workers import BOOTSTRAP
-from elastic_launch.workers.group import Command, WorkerProcesses
+from elastic_launch.telemetry import Telemetry
 from elastic_launch.workers.keeper import subreaper
 
-_LONGEST_POLL = 86400.0
-"""Seconds; poll(2) takes no more than 24 days, and a deadline may be further away."""
-
-PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
-"""Signals that are the workers' own business, unless the user has the agent stop at them."""
+if TYPE_CHECKING:
+    from elastic_launch.watchdog import Watchdog
 
 
-class AgentRendezvous(Protocol):
+class AgentRendezvous(Source, Protocol):
     """What the agent asks of a rendezvous: an answer to its actions, at once or by events of its own."""
 
     def get_run_id(self) -> str:
@@ -61,15 +44,6 @@ class AgentRendezvous(Protocol):
 
     def ask(self, action: Asking) -> list[Event]:
         """Take an action; the events that answer it come at once or from ``take``."""
-
-    def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for: descriptors and poll masks."""
-
-    def deadline(self) -> float | None:
-        """When ``take`` is due, on ``time.monotonic``, if no descriptor is ready before."""
-
-    def take(self) -> list[Event]:
-        """What has happened; never blocks. Raises LaunchError where the node cannot go on."""
 
     def close(self) -> None:
         """Say goodbye to the other nodes, in bounded time, and let go of everything."""
@@ -81,157 +55,196 @@ class LocalElasticAgent:
     def __init__(
         self,
         spec: WorkerSpec,
-        logs_specs: DefaultLogsSpecs | None = None,
-        *,
+        logs_specs: LogsSpecs | None = None,
+        start_method: str = "spawn",
+        exit_barrier_timeout: float = 300,
+        log_line_prefix_template: str | None = None,
         shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT,
+        health_check_server: Any = None,
+        uninterruptible_state_timeout: float | None = None,
+        *,
         signals_to_handle: str = DEFAULT_SIGNALS,
         environ: Mapping[str, str] | None = None,
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
-        """Prepare a run; nothing is started yet.
+        """Prepare a run; nothing is started yet. The positional arguments are those of torch's agent.
 
         Args:
-            spec: what to run; its ``entrypoint`` is a command.
-            logs_specs: where the workers' files lie.
+            spec: what to run; its ``entrypoint`` is a command or a function.
+            logs_specs: where the workers' files lie, and what becomes of their output.
+            start_method: how the processes of a function start: spawn, fork or forkserver.
+            exit_barrier_timeout: accepted for torch's sake: nodes wait for each other as long as they live.
+            log_line_prefix_template: what stands before lines on the console, with ``${role_name}``,
+                ``${local_rank}``, ``${rank}`` and ``${host}``; None: role and local rank, or host and rank where the
+                job has several nodes.
             shutdown_timeout: seconds between a worker's stop signal and SIGKILL.
+            health_check_server: something with ``start()`` and ``stop()``, called around the run.
+            uninterruptible_state_timeout: accepted for torch's sake: a process that SIGKILL does not end is given up
+                after ``lifecycle.KILL_PATIENCE``.
             signals_to_handle: the signals that stop the job.
             environ: what the workers inherit; None: this process's environment.
             say: takes each line for people.
 
         Raises:
-            UsageError: the entry point is not a command.
+            UsageError: the spec says nothing to run, or a signal's name is none.
         """
-        if not isinstance(spec.entrypoint, str):
-            raise UsageError(f"entrypoint={spec.entrypoint!r}: must be a command; functions are not available yet")
         self._spec = spec
-        self._command = [spec.entrypoint, *map(str, spec.args)]
+        self._entrypoint = spec.entrypoint or spec.fn
         self._logs_specs = logs_specs or DefaultLogsSpecs()
+        self._start_method = start_method
+        self._prefix_template = log_line_prefix_template
         self._shutdown_timeout = shutdown_timeout
+        self._health_check_server = health_check_server
         self._stop_signals = parse_signals(signals_to_handle)
         self._environ = environment() if environ is None else environ
+        self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._say = say
+        self.name = name_of(self._entrypoint, spec.args)
         self._rendezvous = _adapted(spec, self._environ, say)
         self._run_id = str(self._rendezvous.get_run_id())
         self._has_failed = False
+        self._group = WorkerGroup(spec)
 
-    @property
-    def name(self) -> str:
-        """What is run, for people: the script or module under the bootstrap, else the command."""
-        command = self._command
-        return command[command.index(BOOTSTRAP) + 2] if BOOTSTRAP in command else command[0]
+    def get_worker_group(self, role: str = "default") -> WorkerGroup:
+        """The workers as they are now, or as they were at the end; ``role`` is for torch's sake: there is one group."""
+        return self._group
 
     def run(self, role: str = "default") -> RunResult:
         """Run the job to its end on this node. Signals are handled where this is the program's main thread.
 
         Raises:
             SignalException: a signal ended the job; the workers are stopped.
+            UsageError: the function cannot be sent to the workers.
             LaunchError: the launcher could not do its work; no worker is left.
         """
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
-            self._files = JobFiles(self._logs_specs.log_dir, self._run_id, self._environ.get("TMPDIR") or "/tmp")
+            self._files = JobFiles(self._logs_specs, self._run_id, self._temp_dir)
             stack.callback(lambda: self._files.close(keep=self._has_failed))
-            self._signals = stack.enter_context(SignalQueue(self._stop_signals | PASSED_ON))
+            signals = stack.enter_context(SignalQueue(self._stop_signals))
             if not stack.enter_context(subreaper()):
                 self._say("this system has no subreapers: daemons that workers start may outlive a killed launcher")
+            self._cpus = self._bindings()
+            if self._health_check_server:
+                stack.callback(self._health_check_server.stop)
+                self._health_check_server.start()
             stack.callback(self._rendezvous.close)
-            self._workers = WorkerProcesses(self._run_id, self._environ)
+            self._workers = Workers(
+                self.name,
+                cast("Callable[..., Any] | str", self._entrypoint),
+                dict.fromkeys(range(self._spec.local_world_size), self._spec.args),
+                run_id=self._run_id,
+                environ=self._environ,
+                start_method=self._start_method,
+                say=self._say,
+                interrupt=signals.fileno(),
+            )
             stack.callback(self._workers.close)
-            life, finish = self._live()
+            stack.enter_context(spoken_by(self._workers.say))
+            # After the keeper: it then knows that this process has no other children.
+            self._watchdog, watches = self._watches(stack)
+            self._telemetry = Telemetry(self._spec, self._run_id, self._say)
+            limits = Limits(self._spec.max_restarts, self._shutdown_timeout)
+            sources = [signals, self._rendezvous, *watches]
+            driver = Driver(limits, self._workers, self._start, self._rendezvous.ask, sources, self._say, self._observe)
+            finish, life = cast(Finish, driver.run()), driver.life
+            self._telemetry.end(life, finish)
             self._has_failed = bool(finish.failures)
+            if not finish.failures and not finish.error and finish.signum is None:
+                return RunResult(WorkerState.SUCCEEDED, return_values=self._return_values(life))
         if finish.failures:
             return self._failed(life, finish)
         if finish.error:
             raise RendezvousError(finish.error, finish.status)
-        if finish.signum is not None:
-            raise SignalException(f"stopped by {signal_name(finish.signum)}", signal.Signals(finish.signum))
-        ranks = sorted(life.place.rank(exit_.local_rank) for exit_ in life.exits) if life.place else []
-        return RunResult(WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
+        signum = signal.Signals(cast(int, finish.signum))
+        raise SignalException(f"stopped by {signal_name(signum)}", signum)
 
-    def _live(self) -> tuple[Life, Finish]:
-        """Events in, actions out, until the end."""
-        life, actions = lifecycle.begin(Limits(self._spec.max_restarts, self._shutdown_timeout))
-        events: deque[Event] = deque()
-        while True:
-            for action in actions:
-                if isinstance(action, Finish):
-                    return life, action
-                events.extend(self._do(action))
-            while not events:
-                events.extend(self._wait(life.deadline))
-            event = events.popleft()
-            if isinstance(event, Gone | TimedOut):
-                event = event._replace(errors={**event.errors, **self._error_files(life)})
-            life, actions = lifecycle.step(life, event, time.monotonic())
+    def _observe(self, event: Event, life: Life) -> None:
+        """Tell the parts that only look on."""
+        self._telemetry.note(event, life)
+        _update(self._group, life)
+        match event:
+            case Exited(exit_) if self._watchdog:
+                self._watchdog.forget(life.pids.get(exit_.local_rank, -1))
+            case Gone() if self._watchdog:
+                self._watchdog.clear()
 
-    def _do(self, action: Action) -> list[Event]:
-        """Carry out one action."""
-        match action:
-            case Start():
-                self._workers.start(self._commands(action))
-            case Tell(signum, local_ranks, stop):
-                self._workers.tell(signum, local_ranks, stop)
-            case Sweep(kill):
-                self._workers.sweep(kill)
-            case Say(text):
-                self._say(text)
-            case Finish():
-                pass
-            case asking:
-                return self._rendezvous.ask(asking)
-        return []
+    def _start(self, place: Assignment) -> None:
+        """Start the workers of a round."""
+        envs = {
+            local_rank: worker_environment(self._spec, place, local_rank, run_id=self._run_id, inherited=self._environ)
+            | (virtual_device(local_rank, self._environ) if self._spec.virtual_local_rank else {})
+            | ({"TORCHELASTIC_TIMER_FILE": self._watchdog.path} if self._watchdog else {})
+            for local_rank in range(place.local_world_size)
+        }
+        dest = self._files.prepare(envs)
+        for local_rank, environ in envs.items():
+            if path := dest.error_files.get(local_rank):
+                environ["TORCHELASTIC_ERROR_FILE"] = path
+        self._workers.start(
+            envs,
+            dest,
+            self._prefixes(place) if dest.tee_stdouts or dest.tee_stderrs else {},
+            {1: self._spec.duplicate_stdout_filters or (), 2: self._spec.duplicate_stderr_filters or ()},
+            self._cpus,
+        )
 
-    def _wait(self, deadline: float | None) -> list[Event]:
-        """Sleep until something happens: the one place where the agent waits."""
-        poller = select.poll()
-        for source in (self._workers, self._signals):
-            poller.register(source, select.POLLIN)
-        waits_on = self._rendezvous.descriptors()
-        for fd, mask in waits_on:
-            poller.register(fd, mask)
-        rendezvous_deadline = self._rendezvous.deadline()
-        first = min((at for at in (deadline, rendezvous_deadline) if at is not None), default=None)
-        left = None if first is None else min(max(0.0, first - time.monotonic()), _LONGEST_POLL)
-        ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
-        events: list[Event] = []
-        if self._signals.fileno() in ready:
-            events += [self._signal_event(signum, at) for signum, at in self._signals.take()]
-        if self._workers.fileno() in ready:
-            events += self._workers.take()
-        if not ready.isdisjoint(fd for fd, _ in waits_on) or _is_over(rendezvous_deadline):
-            events += self._rendezvous.take()
-        return events or ([TimedOut()] if _is_over(deadline) else [])
-
-    def _signal_event(self, signum: int, at: float) -> Event:
-        return Signalled(signum, at) if signum in self._stop_signals else Passed(signum)
-
-    def _commands(self, start: Start) -> list[Command]:
-        """What each worker of a round executes, and with which variables."""
-        return [
-            (
-                local_rank,
-                self._command,
-                worker_environment(
-                    self._spec,
-                    start.place,
-                    local_rank,
-                    run_id=self._run_id,
-                    error_file=self._files.prepare(start.place.restart_count, start.place.rank(local_rank)),
-                    inherited=self._environ,
-                ),
+    def _prefixes(self, place: Assignment) -> dict[int, str]:
+        """What stands before each worker's lines on the console."""
+        default = "[${role_name}${local_rank}]:" if place.group_world_size == 1 else "[${host} ${role_name}${rank}]:"
+        template = default if self._prefix_template is None else self._prefix_template
+        return {
+            local_rank: prefix(
+                template,
+                role_name=self._spec.role,
+                local_rank=local_rank,
+                rank=place.rank(local_rank),
+                host=place.host,
             )
-            for local_rank in range(start.place.local_world_size)
-        ]
+            for local_rank in range(place.local_world_size)
+        }
 
-    def _error_files(self, life: Life) -> dict[int, ErrorRecord]:
-        """What the workers that failed wrote of their exceptions, by local rank."""
-        records: dict[int, ErrorRecord] = {}
-        for exit_ in life.exits:
-            if exit_.exitcode != 0 and life.place:
-                path = self._files.error_file(life.place.restart_count, life.place.rank(exit_.local_rank))
-                if record := read_error_file(path, life.pids.get(exit_.local_rank, -1)):
-                    records[exit_.local_rank] = record
-        return records
+    def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[Source]]:
+        """What looks after the workers, and after this process, where the environment asks for it."""
+        watchdog, sources = None, list[Source]()
+        if read_flag(self._environ.get("TORCHELASTIC_ENABLE_FILE_TIMER", "0")):
+            from elastic_launch.watchdog import Watchdog  # late, as the others here: few jobs need it
+
+            default = os.path.join(self._temp_dir, f"watchdog_timer_{os.urandom(8).hex()}")
+            watchdog = Watchdog(self._environ.get("TORCHELASTIC_TIMER_FILE") or default)
+            stack.callback(watchdog.close)
+            sources.append(watchdog)
+        if port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT"):
+            from elastic_launch.health import HealthServer
+
+            if not is_number(port) or int(port) > 65535:
+                raise UsageError(f"TORCHELASTIC_HEALTH_CHECK_PORT={port!r}: must be a port, a number from 0 to 65535")
+            health = HealthServer(int(port), self._environ)
+            stack.callback(health.close)
+            sources.append(health)
+        return watchdog, sources
+
+    def _bindings(self) -> dict[int, frozenset[int]]:
+        """Where each worker is bound to, where the user wants that."""
+        if self._spec.numa_options is None:
+            return {}
+        from elastic_launch.numa import bindings, mode_of
+
+        mode, may_fail = mode_of(self._spec.numa_options)
+        try:
+            return dict(enumerate(bindings(mode, self._spec.local_world_size, self._environ)))
+        except LaunchError as error:
+            if not may_fail:
+                raise
+            self._say(f"{error}; going on without it")
+            return {}
+
+    def _return_values(self, life: Life) -> dict[int, Any]:
+        """What the functions returned, by global rank."""
+        ranks = sorted(exit_.local_rank for exit_ in life.exits)
+        return (
+            {life.place.rank(local_rank): self._workers.value(local_rank) for local_rank in ranks} if life.place else {}
+        )
 
     def _failed(self, life: Life, finish: Finish) -> RunResult:
         report = format_report(
@@ -244,6 +257,24 @@ class LocalElasticAgent:
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)
 
 
+def _update(group: WorkerGroup, life: Life) -> None:
+    """Have torch's view of the workers follow the agent's life."""
+    if (place := life.place) is None:
+        return
+    group.group_rank, group.group_world_size = place.group_rank, place.group_world_size
+    group.master_addr, group.master_port = place.master_addr, place.master_port
+    failed = any(exit_.exitcode for exit_ in life.exits)
+    group.state = {
+        State.JOINING: WorkerState.INIT,
+        State.RUNNING: WorkerState.HEALTHY,
+        State.STOPPING: WorkerState.UNHEALTHY if failed else WorkerState.HEALTHY,
+    }.get(life.state, WorkerState.FAILED if failed else WorkerState.SUCCEEDED)
+    for worker in group.workers:
+        worker.global_rank, worker.world_size = place.rank(worker.local_rank), place.world_size
+        worker.role_rank, worker.role_world_size = place.base_role_rank + worker.local_rank, place.role_world_size
+        worker.id = life.pids.get(worker.local_rank)
+
+
 def _adapted(spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> AgentRendezvous:
     """The spec's rendezvous; a handler of torch's interface gets a wrapping."""
     if hasattr(spec.rdzv_handler, "ask"):
@@ -251,7 +282,3 @@ def _adapted(spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], 
     from elastic_launch.rendezvous.foreign import adapt  # late: most jobs do not need it
 
     return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, say))
-
-
-def _is_over(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline

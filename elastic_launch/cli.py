@@ -29,6 +29,9 @@ def main() -> int:
             return error.exit_code
         except ChildFailedError as error:
             write(f"{error}\n", REPORT_PATIENCE)
+            from elastic_launch.workers.error_handler import get_error_handler
+
+            get_error_handler().record_exception(error)  # for a launcher that this one is a worker of
             return error.exit_code
         except LaunchError as error:
             say(str(error))

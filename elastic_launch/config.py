@@ -7,6 +7,7 @@ can put its name before it, and says what is allowed.
 from __future__ import annotations
 
 import signal
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any
@@ -49,15 +50,64 @@ class Std(IntFlag):
 _STD_NUMBERS = ("0", "1", "2", "3")
 
 
-@dataclass
-class DefaultLogsSpecs:
-    """Where the workers' output goes."""
+def to_map(val_or_map: Std | dict[int, Std], local_world_size: int) -> dict[int, Std]:
+    """One value for all, or a map that may have gaps, as a map by local rank without gaps."""
+    if isinstance(val_or_map, dict):
+        return {rank: val_or_map.get(rank, Std.NONE) for rank in range(local_world_size)}
+    return dict.fromkeys(range(local_world_size), val_or_map)
 
-    log_dir: str | None = None
-    """Files lie in ``log_dir/run_id/attempt_K/RANK``; None: a fresh temporary directory."""
-    redirects: Std | dict[int, Std] = Std.NONE
-    tee: Std | dict[int, Std] = Std.NONE
-    local_ranks_filter: set[int] | None = None
+
+INHERIT = ""
+"""In place of a file: the launcher's own stream."""
+
+
+@dataclass
+class LogsDest:
+    """Where the output of one round's workers goes. Fields are torch's; maps are by local rank."""
+
+    stdouts: dict[int, str] = field(default_factory=dict)
+    """A file, or ``""`` for the launcher's own stream."""
+    stderrs: dict[int, str] = field(default_factory=dict)
+    tee_stdouts: dict[int, str] = field(default_factory=dict)
+    """The workers whose file is shown on the console, too."""
+    tee_stderrs: dict[int, str] = field(default_factory=dict)
+    error_files: dict[int, str] = field(default_factory=dict)
+    filtered_stdout: str = ""
+    """For the lines that match ``duplicate_stdout_filters``."""
+    filtered_stderr: str = ""
+
+
+class LogsSpecs(ABC):
+    """Decides where output goes, once a round. Plug-ins (entry points of ``torchrun.logs_specs``) derive from this."""
+
+    def __init__(
+        self,
+        log_dir: str | None = None,
+        redirects: Std | dict[int, Std] = Std.NONE,
+        tee: Std | dict[int, Std] = Std.NONE,
+        local_ranks_filter: set[int] | None = None,
+    ) -> None:
+        """Take what the command line says.
+
+        Args:
+            log_dir: where files go; None: a fresh temporary directory.
+            redirects: which streams go to files only; for all workers, or by local rank.
+            tee: which go to files and to the console.
+            local_ranks_filter: whose output the console shows; None: everybody's.
+        """
+        self._root_log_dir = log_dir
+        self._redirects = redirects
+        self._tee = tee
+        self._local_ranks_filter = local_ranks_filter
+
+    @abstractmethod
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Where each worker's output goes in the round that begins; ``envs``: their variables by local rank."""
+
+    @property
+    @abstractmethod
+    def root_log_dir(self) -> str | None:
+        """The directory of all files."""
 
 
 @dataclass
@@ -71,7 +121,7 @@ class LaunchConfig:
     min_nodes: int
     max_nodes: int
     nproc_per_node: int
-    logs_specs: DefaultLogsSpecs | None = None
+    logs_specs: LogsSpecs | None = None
     run_id: str = ""
     role: str = "default_role"
     rdzv_endpoint: str = ""

@@ -9,8 +9,9 @@ import contextlib
 import os
 import select
 import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 LINE_PATIENCE = 0.2
 """Seconds that a line may wait for its reader. The agent waits with it."""
@@ -18,9 +19,28 @@ REPORT_PATIENCE = 10.0
 """Seconds that the report at the end may wait."""
 
 
+_thread = threading.local()
+"""Who speaks for a thread: agents may run in several of a program."""
+
+
 def say(text: str) -> None:
     """Write one line of the launcher's."""
+    speaker: Callable[[str], None] = getattr(_thread, "speaker", _say_directly)
+    speaker(text)
+
+
+def _say_directly(text: str) -> None:
     write(f"elastic-run: {text}\n", LINE_PATIENCE)
+
+
+@contextlib.contextmanager
+def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
+    """Have the lines of this thread pass through somebody who keeps them apart from the workers'."""
+    _thread.speaker = speaker
+    try:
+        yield
+    finally:
+        del _thread.speaker
 
 
 def write(text: str, patience: float) -> None:
@@ -37,7 +57,7 @@ def write(text: str, patience: float) -> None:
 
 @contextlib.contextmanager
 def unblocked(stream: int) -> Iterator[int]:
-    """A standard stream, opened anew without blocking where it is a pipe or a terminal: its own flags are its owner's."""
+    """A standard stream, opened anew without blocking if it is a pipe or a terminal: its own flags are its owner's."""
     kind = os.fstat(stream).st_mode
     try:
         if not (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):

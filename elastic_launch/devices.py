@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from elastic_launch.config import is_number
+from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError, signal_name
 
 MAX_WORKERS = 1 << 16
@@ -125,35 +126,6 @@ def _read(root: str, path: str) -> str:
             return file.read()
     except OSError:
         return ""
-
-
-def visible_cuda_devices(value: str | None, uuids: Sequence[str]) -> list[int] | None:
-    """Which of the GPUs with these UUIDs CUDA shows a process whose ``CUDA_VISIBLE_DEVICES`` is ``value``, in order.
-
-    None where ``value`` names MIG devices: only CUDA knows. The rules are the CUDA runtime's (CUDA programming guide,
-    "CUDA environment variables"), and where that is silent, what torch counts: the list ends before its first invalid
-    entry; an entry given twice hides all; the first entry decides between numbers and UUIDs; a number may be followed
-    by anything.
-    """
-    if value is None:
-        return list(range(len(uuids)))
-    if "MIG-" in value:
-        return None
-    import re
-
-    visible: list[int] = []
-    for entry in value.split(","):
-        if value.startswith("GPU-"):
-            found = [i for i, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
-        else:
-            number = re.match(r"\s*([+-]?\d+)", entry, re.ASCII)
-            found = [i for i in range(len(uuids)) if number and i == int(number[1])]
-        if len(found) != 1:
-            break
-        if found[0] in visible:
-            return []
-        visible += found
-    return visible
 
 
 def _ask_nvml(environ: Mapping[str, str], torch_installed: bool) -> tuple[int | None, str]:

@@ -6,8 +6,10 @@ Values only: nothing here reads a file, a clock or the environment.
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -112,7 +114,10 @@ def shell_status(exitcode: int) -> int:
 
 @dataclass(frozen=True)
 class ProcessFailure:
-    """One worker that failed. The first four fields are torch's and stand in its order."""
+    """One worker that failed. The first four fields are torch's and stand in its order.
+
+    torch's reads the rest from ``error_file`` when it is made; this one is told it, and reads nothing.
+    """
 
     local_rank: int
     pid: int
@@ -124,7 +129,7 @@ class ProcessFailure:
     error: str = ""
     """The exception in one line, ``ValueError: boom``; empty where there was none."""
     message: str = ""
-    """The traceback where there is one, else a sentence on how the worker ended."""
+    """The traceback where there is one, else a sentence on how the worker ended, which is made where none is given."""
     stderr: str = ""
     """The last lines that it wrote to stderr, where it left no exception."""
     note: str = ""
@@ -134,6 +139,20 @@ class ProcessFailure:
     rank: int = -1
     """Global rank."""
     host: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.error and not self.message:
+            object.__setattr__(self, "message", f"The process (pid {self.pid}) ended: {self.how()}.")
+
+    @property
+    def error_file_data(self) -> dict[str, Any]:
+        """What an error file says of such a failure, in torch's form; of one without an exception, its message."""
+        extra = {"py_callstack": self.message, "timestamp": str(int(self.timestamp))}
+        return {"message": {"message": self.error or self.message, "extraInfo": extra}}
+
+    def timestamp_isoformat(self) -> str:
+        """When it failed, ``2026-01-31_23:59:59`` in local time."""
+        return time.strftime("%Y-%m-%d_%H:%M:%S", time.localtime(self.timestamp))
 
     def signal_name(self) -> str:
         """The signal that killed the worker, ``<N/A>`` where none did."""
@@ -156,24 +175,48 @@ class ProcessFailure:
 class ChildFailedError(Exception):
     """The job failed because workers did.
 
-    ``failures`` maps global rank to failure, the cause first. ``str()`` of the error is the whole report.
+    ``failures`` maps global rank to failure. ``str()`` of the error is the whole report.
     """
 
     def __init__(self, name: str, failures: dict[int, ProcessFailure], report: str = "") -> None:
+        """As torch's.
+
+        Args:
+            name: what was run.
+            failures: at least one.
+            report: the launcher's, which has put the cause first in ``failures``; without it, that is the earliest one.
+
+        Raises:
+            ValueError: there are no failures.
+        """
         if not failures:
             raise ValueError("ChildFailedError needs at least one failure")
         self.name = name
         self.failures = failures
+        self._report = report
         rank, cause = self.get_first_failure()
         super().__init__(report or f"{name} FAILED: rank {rank}: {cause.error or cause.how()}")
 
+    def __reduce__(self) -> tuple[type[ChildFailedError], tuple[str, dict[int, ProcessFailure], str]]:
+        return type(self), (self.name, self.failures, self._report)  # for other processes, as a function's exception
+
     def get_first_failure(self) -> tuple[int, ProcessFailure]:
         """The cause: its global rank and the failure."""
-        return next(iter(self.failures.items()))
+        if self._report:
+            return next(iter(self.failures.items()))
+        # As torch; the time of one that was made by hand may be unknown.
+        return min(self.failures.items(), key=lambda item: item[1].timestamp or float("inf"))
 
-    def format_msg(self) -> str:
-        """The report, as text."""
-        return str(self)
+    def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
+        """The report, as text.
+
+        Args:
+            boarder_delim: what its outermost lines are drawn with (torch's name and spelling).
+            section_delim: what its inner lines are drawn with.
+        """
+        drawn = str.maketrans({"=": boarder_delim, "-": section_delim})
+        lines = str(self).split("\n")
+        return "\n".join(line if line.strip("=-") else line.translate(drawn) for line in lines)
 
     @property
     def exit_code(self) -> int:

@@ -1,71 +1,126 @@
-"""Floor 2: the job's files: where they lie.
+"""Floor 2: the job's files: where they lie, and what of a worker's output goes where.
 
-The only module that knows a path of the layout ``LOG_DIR/RUN_ID/attempt_K/RANK/error.json``.
+The only module that knows a path of the layout ``LOG_DIR/RUN_ID/attempt_K/RANK/{stdout.log,stderr.log,error.json}``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+from collections.abc import Mapping
 
-from elastic_launch.errors import UnavailableError
+from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
+from elastic_launch.errors import LaunchError, UnavailableError
+
+
+class DefaultLogsSpecs(LogsSpecs):
+    """The layout ``LOG_DIR/RUN_ID/attempt_K/RANK``: whoever knows the job knows where its files are."""
+
+    @property
+    def root_log_dir(self) -> str | None:
+        """What the user named; None where that was nothing."""
+        return self._root_log_dir
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether any output goes to files."""
+        return any(any(std.values()) if isinstance(std, dict) else bool(std) for std in (self._redirects, self._tee))
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Make the workers' directories, and name the files in them.
+
+        A disk that is full or gone does not stop a job from running, only from telling in files what it did.
+        """
+        dest = LogsDest()
+        workers = max(envs, default=-1) + 1
+        redirects, tee = to_map(self._redirects, workers), to_map(self._tee, workers)
+        for local_rank, environ in envs.items():
+            folder = self._folder(environ, environ.get("RANK", str(local_rank)))
+            with contextlib.suppress(OSError):
+                os.makedirs(folder, exist_ok=True)
+            shown = self._local_ranks_filter is None or local_rank in self._local_ranks_filter
+            for std, name, files, shown_files in (
+                (Std.OUT, "stdout.log", dest.stdouts, dest.tee_stdouts),
+                (Std.ERR, "stderr.log", dest.stderrs, dest.tee_stderrs),
+            ):
+                path = os.path.join(folder, name)
+                if not (redirects[local_rank] | tee[local_rank]) & std:
+                    path = INHERIT if shown else os.devnull
+                elif tee[local_rank] & std and shown:
+                    shown_files[local_rank] = path
+                files[local_rank] = path
+            dest.error_files[local_rank] = os.path.join(folder, "error.json")
+        attempt = self._folder(next(iter(envs.values()), {}))
+        dest.filtered_stdout = os.path.join(attempt, "filtered_stdout.log")
+        dest.filtered_stderr = os.path.join(attempt, "filtered_stderr.log")
+        return dest
+
+    def _folder(self, environ: Mapping[str, str], *rank: str) -> str:
+        root = self._root_log_dir or os.path.join(environ.get("TMPDIR") or "/tmp", "elastic_launch")
+        run_id, attempt = environ.get("TORCHELASTIC_RUN_ID", "none"), environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return os.path.join(os.path.abspath(root), as_file_name(run_id), f"attempt_{attempt}", *rank)
 
 
 class JobFiles:
-    """The directory of one job on this node."""
+    """The files of one job on this node."""
 
-    def __init__(self, log_dir: str | None, run_id: str, temp_dir: str) -> None:
+    def __init__(self, specs: LogsSpecs, run_id: str, temp_dir: str) -> None:
         """Make the directory.
 
         Args:
-            log_dir: what the user asked for; None: a directory in ``temp_dir`` that ``close`` removes when it is empty.
+            specs: what the user asked for. Without a directory: one in ``temp_dir``, which ``close`` may remove.
             run_id: the job's id; characters that a file name cannot have are percent-encoded.
             temp_dir: the system's directory for temporary files.
 
         Raises:
             UnavailableError: it cannot be made.
         """
-        self._temporary = None if log_dir else os.path.join(temp_dir, f"elastic_launch_{os.urandom(6).hex()}")
-        self.root = os.path.join(log_dir or self._temporary or "", _as_file_name(run_id))
-        self._usable = True
+        self._specs = specs
+        self._temporary: str | None = None
+        self.root = specs.root_log_dir or ""
+        if not isinstance(specs, DefaultLogsSpecs):
+            return  # a plug-in knows its own
+        self.asked_for = bool(specs.root_log_dir) or specs.keeps_output
+        log_dir = specs.root_log_dir
+        if not log_dir:
+            self._specs = copy.copy(specs)
+            self._specs._root_log_dir = log_dir = self._temporary = os.path.join(
+                temp_dir, f"elastic_launch_{os.urandom(6).hex()}"
+            )
+        self.root = os.path.join(log_dir, as_file_name(run_id))
         try:
             self.root = os.path.abspath(self.root)
             if self._temporary:
                 os.mkdir(self._temporary, mode=0o700)
             os.makedirs(self.root, exist_ok=True)
         except OSError as error:
-            if log_dir:
-                raise UnavailableError(f"--log-dir={log_dir}: cannot make {self.root}: {error.strerror}") from error
-            self._usable = False  # no place for temporary files: a job can run without error files
+            if self.asked_for:
+                name = f"--log-dir={log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
+                raise UnavailableError(f"{name}: cannot make {self.root}: {error.strerror}") from error
+            # No place for temporary files: a job can run without error files.
 
-    def attempt_dir(self, attempt: int) -> str:
-        """The directory of one round."""
-        return os.path.join(self.root, f"attempt_{attempt}")
+    def prepare(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Where everything goes in the round that begins; what an earlier job of the same id left is cleared.
 
-    def error_file(self, attempt: int, rank: int) -> str:
-        """Where the worker of a global rank writes its exception."""
-        return os.path.join(self.attempt_dir(attempt), str(rank), "error.json")
-
-    def prepare(self, attempt: int, rank: int) -> str:
-        """Make the directory of a worker and clear what an earlier job of the same id left; return its error file.
-
-        A disk that is full or gone does not stop a job from running, only from telling its error in a file.
+        Raises:
+            LaunchError: a plug-in has no answer.
         """
-        path = self.error_file(attempt, rank)
-        if not self._usable:
-            return path
-        with contextlib.suppress(OSError):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        return path
+        try:
+            dest = self._specs.reify(envs)
+            for path in dest.error_files.values():
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        except Exception as error:
+            raise LaunchError(f"{type(self._specs).__qualname__}.reify(): {type(error).__name__}: {error}") from error
+        return dest
 
     def close(self, keep: bool) -> None:
-        """Remove a directory that the user did not name: all of it, or, to ``keep`` files, if it has none."""
+        """Remove a directory that the user did not ask for: all of it, or, to ``keep`` files, if it has none."""
         if self._temporary:
             for directory, _, files in os.walk(self._temporary, topdown=False):
                 with contextlib.suppress(OSError):
-                    for file in [] if keep else files:
+                    for file in [] if keep or self.asked_for else files:
                         os.unlink(os.path.join(directory, file))
                     os.rmdir(directory)
 
@@ -75,7 +130,8 @@ class JobFiles:
         return any(files for _, _, files in os.walk(self.root))
 
 
-def _as_file_name(run_id: str) -> str:
+def as_file_name(run_id: str) -> str:
+    """A job's id as the name of its directory."""
     if run_id.isalnum() and run_id.isascii():
         return run_id
     from urllib.parse import quote  # late: 3 ms, and most ids need it not

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.agent import LocalElasticAgent
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DefaultLogsSpecs, LaunchConfig, is_number
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig, is_number
 from elastic_launch.console import say
 from elastic_launch.core.ranks import omp_num_threads
 from elastic_launch.env import environment
@@ -16,7 +16,7 @@ from elastic_launch.rendezvous.registry import create_rendezvous
 
 
 class elastic_launch:  # noqa: N801 - torch's name
-    """Launches a command on this node: ``elastic_launch(config, "my-program")("argument", ...)``."""
+    """Launches a command or a function on this node: ``elastic_launch(config, train)(argument, ...)``."""
 
     def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | None) -> None:
         """Take the job's settings and what each worker runs."""
@@ -32,15 +32,18 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     """Run a job's workers on this node, to the job's end.
 
     Returns:
-        The workers' return values by global rank; None for commands.
+        What the workers of this node returned, by global rank; None for commands.
 
     Raises:
         ChildFailedError: workers failed, and there was no restart left.
         SignalException: a signal ended the job.
-        UsageError: a setting is wrong, or not available yet.
+        UsageError: a setting is wrong, or the function cannot be sent to the workers.
         LaunchError: the launcher could not do its work.
     """
-    _refuse_what_is_missing(config)
+    if config.metrics_cfg:
+        from elastic_launch.metrics import MetricsConfig, initialize_metrics  # late: few jobs want them
+
+        initialize_metrics(MetricsConfig(config.metrics_cfg))
     environ = environment()
     shutdown_timeout = _shutdown_timeout(config, environ)
     _share_out_cpus(config, environ)
@@ -53,10 +56,17 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
         local_addr=config.local_addr,
+        event_log_handler=config.event_log_handler,
+        numa_options=config.numa_options,
+        duplicate_stdout_filters=config.duplicate_stdout_filters,
+        duplicate_stderr_filters=config.duplicate_stderr_filters,
+        virtual_local_rank=config.virtual_local_rank,
     )
     agent = LocalElasticAgent(
         spec,
         config.logs_specs,
+        config.start_method,
+        log_line_prefix_template=config.log_line_prefix_template,
         shutdown_timeout=shutdown_timeout,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
@@ -65,28 +75,6 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
     if result.is_failed():
         raise ChildFailedError(agent.name, result.failures, result.report)
     return result.return_values
-
-
-def _refuse_what_is_missing(config: LaunchConfig) -> None:
-    """Say so where a setting asks for a part that does not exist yet, rather than ignore it.
-
-    Raises:
-        UsageError: the option, by its name on the command line.
-    """
-    logs = config.logs_specs or DefaultLogsSpecs()
-    asked_for = {
-        "-r/--redirects": bool(logs.redirects),
-        "-t/--tee": bool(logs.tee),
-        "--local-ranks-filter": logs.local_ranks_filter is not None,
-        "--duplicate-stdout-filters": bool(config.duplicate_stdout_filters),
-        "--duplicate-stderr-filters": bool(config.duplicate_stderr_filters),
-        "--event-log-handler": config.event_log_handler != "null",
-        "--numa-binding": config.numa_options is not None,
-        "--virtual-local-rank": config.virtual_local_rank,
-    }
-    for option, asked in asked_for.items():
-        if asked:
-            raise UsageError(f"{option}: not available yet in this version; use torchrun for that")
 
 
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:

@@ -24,6 +24,10 @@ class WorkerState(StrEnum):
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
 
+    def is_running(self) -> bool:
+        """Whether there are worker processes, in good order or not."""
+        return self in (WorkerState.HEALTHY, WorkerState.UNHEALTHY)
+
 
 class Rendezvous(Protocol):
     """What a ``WorkerSpec`` needs of its rendezvous; the agent asks more of it (``agent.AgentRendezvous``).
@@ -57,6 +61,41 @@ class WorkerSpec:
     duplicate_stdout_filters: list[str] | None = None
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
+
+    def get_entrypoint_name(self) -> str:
+        """The function's name, or the command."""
+        entrypoint = self.entrypoint or self.fn
+        return str(getattr(entrypoint, "__qualname__", entrypoint))
+
+
+@dataclass(eq=False)
+class Worker:
+    """One worker of a group, by torch's names; -1: not known yet."""
+
+    local_rank: int
+    global_rank: int = -1
+    role_rank: int = -1
+    world_size: int = -1
+    role_world_size: int = -1
+    id: Any = field(default=None, init=False)
+    """Its pid."""
+
+
+@dataclass(eq=False)
+class WorkerGroup:
+    """The workers of one node in one round, by torch's names."""
+
+    spec: WorkerSpec
+    workers: list[Worker] = field(init=False)
+    store: Any = field(default=None, init=False)
+    group_rank: int | None = field(default=None, init=False)
+    group_world_size: int | None = field(default=None, init=False)
+    master_addr: str | None = field(default=None, init=False)
+    master_port: int | None = field(default=None, init=False)
+    state: WorkerState = field(default=WorkerState.INIT, init=False)
+
+    def __post_init__(self) -> None:
+        self.workers = [Worker(local_rank) for local_rank in range(self.spec.local_world_size)]
 
 
 class Assignment(NamedTuple):

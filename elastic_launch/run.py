@@ -8,24 +8,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from elastic_launch.config import (
-    DefaultLogsSpecs,
-    LaunchConfig,
-    Std,
-    parse_nnodes,
-    parse_ranks,
-    parse_rdzv_conf,
-)
-from elastic_launch.console import say
+from elastic_launch.config import LaunchConfig, LogsSpecs, Std, parse_nnodes, parse_ranks, parse_rdzv_conf
 from elastic_launch.devices import local_world_size
 from elastic_launch.env import environment
-from elastic_launch.errors import UsageError
+from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.job_files import DefaultLogsSpecs
 from elastic_launch.launch import elastic_launch
 from elastic_launch.options import make_parser
 from elastic_launch.workers import BOOTSTRAP
 
-NOT_YET = ("TORCHELASTIC_HEALTH_CHECK_PORT", "TORCHELASTIC_ENABLE_FILE_TIMER")
-"""Variables of parts that do not exist yet; said aloud rather than ignored."""
+LOGS_SPECS = "torchrun.logs_specs"
+"""The entry point group of ``LogsSpecs`` plug-ins."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -69,8 +62,6 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     """
     environ = environment()
     command = _command(args, environ)
-    if args.logs_specs is not None:
-        raise UsageError(f"--logs-specs={args.logs_specs}: not available yet in this version; use torchrun for that")
     min_nodes, max_nodes = parse_nnodes(args.nnodes)
     if args.node_rank >= max_nodes:
         raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
@@ -85,7 +76,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         min_nodes=min_nodes,
         max_nodes=max_nodes,
         nproc_per_node=determine_local_world_size(args.nproc_per_node),
-        logs_specs=DefaultLogsSpecs(
+        logs_specs=_logs_specs(args.logs_specs)(
             log_dir=args.log_dir,
             redirects=Std.from_str(args.redirects),
             tee=Std.from_str(args.tee),
@@ -115,10 +106,24 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
 def run(args: argparse.Namespace) -> None:
     """Run a parsed command line; see ``main``."""
     config, command, command_args = config_from_args(args)
-    for variable in NOT_YET:
-        if environment().get(variable):
-            say(f"{variable}: not available yet in this version; going on without it")
     elastic_launch(config, command)(*command_args)
+
+
+def _logs_specs(name: str | None) -> Callable[..., LogsSpecs]:
+    """The class that decides where output goes: the launcher's own, or an installed package's."""
+    if name in (None, "default"):  # torch's own has that name, too
+        return DefaultLogsSpecs
+    from importlib.metadata import entry_points  # late: 20 ms, and only for plug-ins
+
+    for entry_point in entry_points(group=LOGS_SPECS, name=name):
+        try:
+            return entry_point.load()  # type: ignore[no-any-return]
+        except Exception as error:
+            raise LaunchError(
+                f"--logs-specs={name}: {entry_point.value} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+    known = ", ".join(sorted({"default", *entry_points(group=LOGS_SPECS).names}))
+    raise UsageError(f"--logs-specs={name}: no such entry point in the group {LOGS_SPECS}; there is {known}")
 
 
 def _static_endpoint(args: argparse.Namespace) -> str:

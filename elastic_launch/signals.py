@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_launch.core.lifecycle import Event
+
+PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+"""Signals that are the workers' own business, unless the user has the agent stop at them."""
 
 owns_process = False
 """Set by the command line, whose process has nothing else to do: when the run is over its outcome is decided, and
@@ -28,8 +35,9 @@ class SignalQueue:
     go on. A SIGHUP that is ignored stays ignored, so that ``nohup`` works.
     """
 
-    def __init__(self, signums: Iterable[int]) -> None:
-        self._signums = frozenset(signums)
+    def __init__(self, stop: Iterable[int]) -> None:
+        """Take the signals that stop the job; ``PASSED_ON`` are queued as well."""
+        self._stop = frozenset(stop)
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
         self._queue: deque[tuple[int, float]] = deque()
@@ -38,7 +46,7 @@ class SignalQueue:
         self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
             self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            for signum in self._signums:
+            for signum in self._stop | PASSED_ON:
                 before = signal.getsignal(signum)
                 if not (signum == signal.SIGHUP and before is signal.SIG_IGN):
                     self._before[signum] = before
@@ -58,14 +66,24 @@ class SignalQueue:
         os.close(self._writing)
 
     def fileno(self) -> int:
-        """The descriptor to wait on."""
+        """The descriptor that is readable when a signal has come."""
         return self._reading
 
-    def take(self) -> list[tuple[int, float]]:
-        """The signals that have come, in their order, each with its time in seconds since 1970."""
+    def descriptors(self) -> list[tuple[int, int]]:
+        """What to wait for."""
+        return [(self._reading, select.POLLIN)]
+
+    def deadline(self) -> None:
+        """No time to keep."""
+
+    def take(self, ready: Collection[int] = ()) -> list[Event]:
+        """The signals that have come, in their order."""
+        from elastic_launch.core.lifecycle import Passed, Signalled  # late: the command line imports this file first
+
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)  # before the queue is read: what comes now is announced again
-        return [self._queue.popleft() for _ in range(len(self._queue))]
+        come = [self._queue.popleft() for _ in range(len(self._queue))]
+        return [Signalled(signum, at) if signum in self._stop else Passed(signum) for signum, at in come]
 
     def _enqueue(self, signum: int, frame: object) -> None:
         self._queue.append((signum, time.time()))

@@ -23,13 +23,13 @@ from elastic_launch import (
     LocalElasticAgent,
     ProcessFailure,
     SignalException,
-    Std,
     UsageError,
     WorkerSpec,
     WorkerState,
     elastic_launch,
     launch_agent,
 )
+from elastic_launch.driver import Driver
 from elastic_launch.rendezvous.local import LocalRendezvous
 from elastic_launch.run import main
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
@@ -91,14 +91,11 @@ def test_agent_by_itself() -> None:
     assert result.failures[1].exitcode == 1
 
 
-def test_functions_are_refused_while_they_are_missing() -> None:
-    with pytest.raises(UsageError, match="functions are not available yet"):
-        elastic_launch(config(), print)()
-
-
 def test_usage_errors_are_value_errors() -> None:
-    with pytest.raises(ValueError, match=r"-r/--redirects: not available yet"):
-        sh("true", logs_specs=DefaultLogsSpecs(redirects=Std.ALL))
+    with pytest.raises(ValueError, match="start_method='thread': must be one of spawn, fork, forkserver"):
+        elastic_launch(config(start_method="thread"), os.getpid)()
+    with pytest.raises(ValueError, match="entrypoint=None: there is nothing to run"):
+        elastic_launch(config(), None)()
     with pytest.raises(LaunchError, match="port must be a number"):
         sh("true", rdzv_backend="static", rdzv_endpoint="host:many")
 
@@ -245,7 +242,7 @@ def test_exception_in_the_loop_leaves_no_worker(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise RuntimeError("a defect of the launcher")
 
-    monkeypatch.setattr(LocalElasticAgent, "_wait", fail)
+    monkeypatch.setattr(Driver, "_wait", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         sh("exec sleep 1000")
     assert not [child for child in psutil.Process().children() if is_alive(child.pid)]

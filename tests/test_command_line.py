@@ -103,15 +103,8 @@ WRONG = [
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
     ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
     ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
-    # Parts that do not exist yet say so.
-    (["-r", "3"], "-r/--redirects: not available yet"),
-    (["-t", "0:1"], "-t/--tee: not available yet"),
-    (["--local-ranks-filter", "0"], "--local-ranks-filter: not available yet"),
-    (["--duplicate-stdout-filters", "a"], "--duplicate-stdout-filters: not available yet"),
-    (["--event-log-handler", "console"], "--event-log-handler: not available yet"),
-    (["--logs-specs", "mine"], "--logs-specs=mine: not available yet"),
-    (["--numa-binding", "node"], "--numa-binding: not available yet"),
-    (["--virtual-local-rank"], "--virtual-local-rank: not available yet"),
+    (["--logs-specs", "mine"], "--logs-specs=mine: no such entry point in the group torchrun.logs_specs"),
+    (["--numa-binding", "moon"], "'moon': must be one of node, socket, exclusive, core-complex"),
 ]
 
 
@@ -306,7 +299,7 @@ def test_config_holds_what_was_asked_for() -> None:
     )
     assert (made.nproc_per_node, made.max_restarts, made.role, made.run_id) == (3, 2, "trainer", "j")
     assert made.logs_specs is not None
-    assert made.logs_specs.log_dir == "l"
+    assert made.logs_specs.root_log_dir == "l"
     assert config("--rdzv-conf", "timeout=9").rdzv_configs == {"timeout": "9", "rank": 0}
     assert config("--master-addr", "h", "--master-port", "7").rdzv_endpoint == "h:7"
     assert config("--master-addr", "::1").rdzv_endpoint == "[::1]:0"

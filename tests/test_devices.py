@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from elastic_launch import devices
-from elastic_launch.devices import cpu_count, local_world_size, visible_cuda_devices
+from elastic_launch.core.placement import visible_cuda_devices
+from elastic_launch.devices import cpu_count, local_world_size
 from elastic_launch.errors import UsageError
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]
@@ -689,7 +690,9 @@ def test_meta_is_no_accelerator_to_the_real_torch(real_environ: dict[str, str]) 
 def test_importing_the_module_imports_nothing_else() -> None:
     code = "import sys, elastic_launch.config; before = set(sys.modules); import elastic_launch.devices"
     code += "; print(*sorted(set(sys.modules) - before))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "elastic_launch.devices\n"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
+        "elastic_launch.core elastic_launch.core.placement elastic_launch.devices\n"
+    )
 
 
 def test_a_number_needs_no_other_module() -> None:

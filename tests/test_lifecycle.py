@@ -11,6 +11,7 @@ import pytest
 from elastic_launch.core import lifecycle
 from elastic_launch.core.lifecycle import (
     DOUBLE,
+    DUMP_TIME,
     FREE_RESTARTS,
     KILL_PATIENCE,
     LEFTOVER_GRACE,
@@ -18,8 +19,10 @@ from elastic_launch.core.lifecycle import (
     Announce,
     Assigned,
     Decided,
+    Dump,
     Event,
     Exited,
+    Expired,
     Finish,
     Gone,
     Join,
@@ -38,7 +41,7 @@ from elastic_launch.core.lifecycle import (
     Tell,
     TimedOut,
 )
-from elastic_launch.core.root_cause import ErrorRecord, Exit
+from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.model import Assignment, Verdict
 from elastic_launch.rendezvous.local import LocalRendezvous
 
@@ -227,14 +230,56 @@ def test_stop_sequence_keeps_its_deadlines() -> None:
     agent = Agent(shutdown_timeout=7).running()
     assert agent.life.deadline is None
     agent(Signalled(SIGTERM, 50))
-    assert agent.life.deadline == agent.now + 7
+    assert agent.life.deadline == agent.now + 7 - DUMP_TIME
     agent(exited(0, 0, (SIGTERM,)))
-    agent.now += 7
+    agent.now += 7 - DUMP_TIME
+    assert agent(TimedOut()) == [Dump(frozenset({1}))]
+    agent.now += DUMP_TIME
+    assert agent.life.deadline == agent.now
     assert agent(TimedOut()) == [Sweep(kill=True)]
     assert "worker rank 1 (pid 101)" in agent.said()
     assert agent.life.deadline == agent.now + KILL_PATIENCE
     agent(exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
     assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+def test_no_time_to_stop_is_no_time_for_stacks_either() -> None:
+    agent = Agent(shutdown_timeout=0).running()
+    agent(Signalled(SIGTERM, 50))
+    assert agent(TimedOut()) == [Dump(ALL)]
+    assert agent.life.deadline == agent.now
+    assert agent(TimedOut()) == [Sweep(kill=True)]
+
+
+def test_worker_that_hung_is_told_of_where_something_failed() -> None:
+    stacks = {1: Evidence(note="the stacks of its threads are in 1/stacks.log")}
+    agent = Agent().running()
+    agent(exited(0, 1), TimedOut(), TimedOut(), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    [finish] = agent(Gone(stacks))
+    assert "rank 1 (pid 101) did not stop in time; the stacks of its threads are in 1/stacks.log" in agent.said()
+    assert isinstance(finish, Finish)
+    assert [(failure.rank, failure.note) for failure in finish.failures] == [(0, ""), (1, stacks[1].note)]
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50), TimedOut(), TimedOut())
+    agent(*(exited(rank, -SIGKILL, (SIGTERM, SIGKILL)) for rank in ALL))
+    assert agent(Gone(stacks)) == [Finish(signum=SIGTERM)], "a worker that hangs is no failure by itself"
+    assert "stacks.log" in agent.said()
+
+
+def test_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
+    agent = Agent().running()
+    assert agent(Expired(PIDS[1], "its timer 'step' expired")) == [Dump(frozenset({1}))]
+    assert agent.life.state is State.RUNNING
+    assert agent(Expired(PIDS[1], "once more"), Expired(999, "no worker")) == []
+    assert agent.life.deadline == agent.now + DUMP_TIME
+    assert agent(TimedOut()) == [Tell(SIGKILL, frozenset({1}), stop=False)]
+    assert agent.life.deadline is None
+    agent(exited(1, -SIGKILL), exited(0, 0, (SIGTERM,)))
+    [finish] = agent(Gone({1: Evidence(note="stacks: here")}))
+    assert isinstance(finish, Finish)
+    assert [(failure.rank, failure.note) for failure in finish.failures] == [
+        (1, "its timer 'step' expired; stacks: here")
+    ]
 
 
 def test_what_a_good_job_left_is_killed_soon() -> None:
@@ -255,14 +300,14 @@ def test_what_a_stopped_worker_left_has_its_grace_too() -> None:
     assert agent.life.deadline == agent.now + 20
     agent = Agent(shutdown_timeout=30).running()
     agent(exited(0, 1))
-    agent.now += 29.5
+    agent.now += 29.25
     agent(exited(1, 0, (SIGTERM,)))
     assert agent.life.deadline == agent.now + LEFTOVER_GRACE
 
 
 def test_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
     agent = Agent(max_restarts=3).running()
-    agent(exited(0, 1), TimedOut())
+    agent(exited(0, 1), TimedOut(), TimedOut())
     [finish] = agent(TimedOut(clash(1)))
     assert "worker rank 1 (pid 101) cannot be killed" in agent.said()
     assert isinstance(finish, Finish)
@@ -283,13 +328,13 @@ def test_passed_signal_reaches_the_leading_processes_that_still_run() -> None:
 def test_restart_is_told_in_one_line() -> None:
     agent = Agent(max_restarts=1).running()
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-    agent(Gone({0: ErrorRecord("RuntimeError: first\nsecond\nthird", "", 49.0, "error.json")}))
+    agent(Gone({0: Evidence(ErrorRecord("RuntimeError: first\nsecond\nthird", "", 49.0, "error.json"))}))
     assert agent.said() == "rank 0 failed (exit code 1, RuntimeError: first): restart 1 of 1"
 
 
-def clash(port: int) -> dict[int, ErrorRecord]:
+def clash(port: int) -> dict[int, Evidence]:
     text = f"DistNetworkError: The server socket has failed to listen. port: {port}, EADDRINUSE"
-    return {0: ErrorRecord(text, text, 49.0, "error.json")}
+    return {0: Evidence(ErrorRecord(text, text, 49.0, "error.json"))}
 
 
 def test_taken_port_is_free_of_charge_a_few_times() -> None:
@@ -326,6 +371,7 @@ def test_every_state_deals_with_every_signal() -> None:
     for state in set(State) - {State.DONE}:
         assert (state, Signalled) in lifecycle.TABLE
         assert (state, Passed) in lifecycle.TABLE
+        assert (state, Expired) in lifecycle.TABLE
 
 
 class World:
@@ -339,6 +385,8 @@ class World:
         self.codes: list[int] = []
         self.stragglers = self.started = self.swept = self.killed = self.hopeless = False
         self.told: dict[int, tuple[int, ...]] = {}
+        self.shot: set[int] = set()
+        """Workers that were killed while the others ran."""
         self.rounds: list[int] = []
         self.signals_left = self.random.randrange(5)
         self.signalled = False
@@ -354,14 +402,17 @@ class World:
                     assert not self.alive, "a round beside another's workers"
                     assert not self.stragglers, "a round beside what another left"
                     self.rounds.append(place.restart_count)
-                    self.alive, self.codes, self.told = {0, 1}, [], {}
+                    self.alive, self.codes, self.told, self.shot = {0, 1}, [], {}, set()
                     self.stragglers = self.random.random() < 0.3
                     self.hopeless = self.random.random() < 0.1
                     self.started = self.swept = self.killed = False
                 case Tell(signum, ranks, stop):
                     assert ranks <= self.alive, "a signal to a worker that has ended"
+                    self.shot |= ranks if signum == SIGKILL else set()
                     if stop:
                         self.told |= {rank: (*self.told.get(rank, ()), signum) for rank in ranks}
+                case Dump(ranks):
+                    assert ranks <= self.alive, "stacks of a worker that has ended"
                 case Sweep(kill):
                     assert kill or not self.alive, "a sweep while workers have their grace"
                     self.swept, self.killed = True, self.killed or kill
@@ -388,13 +439,17 @@ class World:
             can += [[exited(rank, self.exit_code(rank), self.told.get(rank, ()), 50.0)] for rank in self.alive]
         if self.swept and not self.alive and not stuck:
             can.append([Gone(clash(29499 + len(self.rounds)) if self.random.random() < 0.2 else {})])
+        if self.random.random() < 0.1:
+            can.append([Expired(self.random.choice([*PIDS.values()]), "its timer expired")])
         if life.deadline is not None and (stuck or not self.killed):
             can.append([TimedOut()])
         return self.random.choice(can)
 
     def exit_code(self, rank: int) -> int:
         return self.random.choice(
-            [0, 0, 1, 42, -signal.SIGSEGV, -SIGUSR1, *(-told for told in self.told.get(rank, ()))]
+            [-SIGKILL]
+            if rank in self.shot
+            else [0, 0, 1, 42, -signal.SIGSEGV, -SIGUSR1, *(-told for told in self.told.get(rank, ()))]
         )
 
     def run(self) -> None:
@@ -417,7 +472,8 @@ class World:
                 self.agent(event)
                 self.carry_out(self.agent.last)
                 life = self.agent.life
-                assert (life.deadline is not None) == (life.state is State.STOPPING), "a deadline is for stopping"
+                if life.state is not State.RUNNING or not life.expired:
+                    assert (life.deadline is not None) == (life.state is State.STOPPING), "a deadline is for stopping"
             if self.finish is not None:
                 return
         raise AssertionError("the agent came to no end")

@@ -7,7 +7,7 @@ from signal import SIGKILL, SIGSEGV, SIGTERM
 import pytest
 
 from elastic_launch.core.report import format_report
-from elastic_launch.core.root_cause import ErrorRecord, Exit, is_port_clash, judge
+from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit, is_port_clash, judge
 from elastic_launch.errors import ChildFailedError, ProcessFailure
 from elastic_launch.model import Assignment
 
@@ -18,11 +18,11 @@ STOPPED_AT = 100.0
 TOLD = (SIGTERM,)
 
 
-def error(text: str, time: float) -> ErrorRecord:
-    return ErrorRecord(text, f"Traceback (most recent call last):\n  ...\n{text}", time, "error.json")
+def error(text: str, time: float) -> Evidence:
+    return Evidence(ErrorRecord(text, f"Traceback (most recent call last):\n  ...\n{text}", time, "error.json"))
 
 
-def ranks(exits: list[Exit], errors: dict[int, ErrorRecord] | None = None) -> list[int]:
+def ranks(exits: list[Exit], errors: dict[int, Evidence] | None = None) -> list[int]:
     return [failure.rank for failure in judge(exits, errors or {}, PIDS, PLACE, STOPPED_AT)]
 
 
@@ -43,7 +43,7 @@ def ranks(exits: list[Exit], errors: dict[int, ErrorRecord] | None = None) -> li
         (Exit(0, -SIGTERM, 101.0, TOLD), {0: error("ValueError: boom", 99.5)}, True),
     ],
 )
-def test_stopped_workers_did_not_fail(exit_: Exit, errors: dict[int, ErrorRecord], failed: bool) -> None:
+def test_stopped_workers_did_not_fail(exit_: Exit, errors: dict[int, Evidence], failed: bool) -> None:
     assert bool(ranks([exit_], errors)) is failed
 
 
@@ -86,6 +86,18 @@ def test_failure_tells_what_is_known() -> None:
     [failure] = judge([Exit(3, -SIGKILL, 99.0)], {}, PIDS, PLACE, STOPPED_AT)
     assert failure.message == "The process (pid 203) ended: killed by SIGKILL."
     assert failure.signal_name() == "SIGKILL"
+
+
+def test_what_a_worker_wrote_last_stands_in_for_an_exception() -> None:
+    known = Evidence(stderr="Segmentation fault", note="out of memory, perhaps")
+    [failure] = judge([Exit(3, -SIGSEGV, 99.0)], {3: known}, PIDS, PLACE, STOPPED_AT)
+    assert (failure.stderr, failure.note) == ("Segmentation fault", "out of memory, perhaps")
+    report = format_report("x", [failure], restarts=0, max_restarts=0, log_dir=None)
+    assert "  note    : out of memory, perhaps\n" in report
+    assert "  stderr  : its last lines\n    Segmentation fault\n" in report
+    told = error("ValueError: boom", 98.0)._replace(stderr="Traceback, once more")
+    [failure] = judge([Exit(3, 1, 99.0)], {3: told}, PIDS, PLACE, STOPPED_AT)
+    assert failure.stderr == "", "the exception says it all"
 
 
 @pytest.mark.parametrize(

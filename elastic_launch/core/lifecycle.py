@@ -20,9 +20,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from elastic_launch.core import root_cause
-from elastic_launch.core.root_cause import ErrorRecord, Exit
+from elastic_launch.core.root_cause import NOTHING, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, how_it_ended, shell_status, signal_name
-from elastic_launch.model import Assignment, End, Verdict
+from elastic_launch.model import Assignment, End, EndKind, Verdict
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
@@ -32,6 +32,8 @@ DOUBLE = 0.02
 """Seconds within which a second signal is the first one, delivered twice (to the process and to its group, say)."""
 LEFTOVER_GRACE = 1.0
 """Seconds, at least, between SIGTERM and SIGKILL for what the workers left behind when they ended."""
+DUMP_TIME = 0.5
+"""Seconds, at most, that a hung worker has to write the stacks of its threads before SIGKILL."""
 KILL_PATIENCE = 5.0
 """Seconds after SIGKILL until a process is given up as unkillable (state D, usually a hung file system)."""
 
@@ -82,18 +84,26 @@ class Passed(NamedTuple):
     signum: int
 
 
+class Expired(NamedTuple):
+    """A worker has stayed in a scope of a timer for too long."""
+
+    pid: int
+    why: str
+    """For people, in a few words."""
+
+
 class TimedOut(NamedTuple):
     """``deadline`` has passed."""
 
-    errors: Mapping[int, ErrorRecord] = MappingProxyType({})
+    evidence: Mapping[int, Evidence] = MappingProxyType({})
     """As for ``Gone``."""
 
 
 class Gone(NamedTuple):
     """The round's workers, and all that they left, are gone."""
 
-    errors: Mapping[int, ErrorRecord]
-    """What the workers wrote of their exceptions, by local rank."""
+    evidence: Mapping[int, Evidence]
+    """What is known of the workers' ends, by local rank."""
     leftovers: tuple[str, ...] = ()
     """Names of the processes that had to be killed when the workers had ended."""
 
@@ -112,7 +122,7 @@ class Decided(NamedTuple):
     verdict: Verdict
 
 
-Event = Assigned | Ended | Decided | Started | Exited | Signalled | Passed | TimedOut | Gone
+Event = Assigned | Ended | Decided | Started | Exited | Signalled | Passed | Expired | TimedOut | Gone
 
 # Actions: what the agent must do.
 
@@ -160,6 +170,12 @@ class Tell(NamedTuple):
     stop: bool
 
 
+class Dump(NamedTuple):
+    """Have workers write the stacks of their threads, if they know how to."""
+
+    local_ranks: frozenset[int]
+
+
 class Sweep(NamedTuple):
     """End what the round left: SIGTERM, or SIGKILL to the workers too; answer with ``Gone`` when nothing is left."""
 
@@ -184,7 +200,7 @@ class Finish(NamedTuple):
 
 Asking = Join | Announce | Succeed | Settle | Leave
 """What the agent hands to the rendezvous."""
-Action = Asking | Start | Tell | Sweep | Say | Finish
+Action = Asking | Start | Tell | Dump | Sweep | Say | Finish
 
 
 class Limits(NamedTuple):
@@ -223,6 +239,10 @@ class Life:
     """When the first of ``ESCALATING`` came, in seconds since 1970."""
     deadline: float | None = None
     """When ``TimedOut`` is due, on the agent's monotonic clock."""
+    expired: Mapping[int, str] = field(default_factory=dict)
+    """Why workers are killed while the others run, by local rank."""
+    dumped: frozenset[int] = frozenset()
+    """Those that did not stop in time, and were asked for their stacks."""
     killed: bool = False
     """SIGKILL was sent to everything."""
     history: tuple[str, ...] = ()
@@ -319,13 +339,17 @@ def _stop(life: Life, signum: int, time: float, now: float) -> Step:
     """Begin the stop sequence: signal, wait until the deadline, SIGKILL, wait a little, give up."""
     life = _enter(life, State.STOPPING, stopped_at=time, deadline=now + life.limits.shutdown_timeout)
     if life.running:
+        life = replace(life, deadline=now + life.limits.shutdown_timeout - _dump_time(life))
         return life, [Tell(signum, life.running, stop=True)]
     return _sweep(life, now)
 
 
 def _stopped_worker_ended(life: Life, event: Exited, now: float) -> Step:
     life = _note_exit(life, event)
-    return (life, []) if life.running or life.killed else _sweep(life, now)
+    if life.running or life.killed:
+        return life, []
+    rest = 0.0 if life.dumped else _dump_time(life)
+    return _sweep(replace(life, deadline=(life.deadline or now) + rest), now)
 
 
 def _sweep(life: Life, now: float) -> Step:
@@ -348,7 +372,27 @@ def _asked_at(life: Life, event: Signalled) -> float | None:
     return event.time if life.asked_at is None and event.signum in ESCALATING else life.asked_at
 
 
+def _kill_when_dumped(life: Life, event: Expired, now: float) -> Step:
+    """A worker hangs. Its end will be a failure like any other."""
+    ranks = frozenset(rank for rank in life.running if life.pids.get(rank) == event.pid) - life.expired.keys()
+    if not ranks:
+        return life, []
+    life = replace(life, expired={**life.expired, **dict.fromkeys(ranks, event.why)}, deadline=now + DUMP_TIME)
+    return life, [Dump(ranks)]
+
+
+def _kill_expired(life: Life, event: TimedOut, now: float) -> Step:
+    return replace(life, deadline=None), [Tell(signal.SIGKILL, life.running & life.expired.keys(), stop=False)]
+
+
+def _dump_time(life: Life) -> float:
+    """It is part of the time to stop."""
+    return min(DUMP_TIME, life.limits.shutdown_timeout / 4)
+
+
 def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
+    if life.running and not life.dumped and not life.killed:
+        return replace(life, dumped=life.running, deadline=now + _dump_time(life)), [Dump(life.running)]
     if not life.killed:
         return _kill(life, "time to stop is up", now)
     # Not even SIGKILL helps. Another round beside such a process could train twice at once, so the job ends here.
@@ -356,7 +400,7 @@ def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
         f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
         "the job ends without waiting"
     )
-    return _settle(replace(life, may_restart=False), event.errors, [say])
+    return _settle(replace(life, may_restart=False), event.evidence, [say])
 
 
 def _kill(life: Life, why: str, now: float) -> Step:
@@ -366,12 +410,24 @@ def _kill(life: Life, why: str, now: float) -> Step:
 
 def _round_is_over(life: Life, event: Gone, now: float) -> Step:
     says = [Say(f"killed what the workers had left running: {', '.join(event.leftovers)}")] if event.leftovers else []
-    return _settle(life, event.errors, [*says])
+    return _settle(life, event.evidence, [*says])
 
 
-def _settle(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Action]) -> Step:
+def _settle(life: Life, evidence: Mapping[int, Evidence], actions: list[Action]) -> Step:
     """The node's part of the round is over: find what failed, and agree with the others on what follows."""
-    failures = root_cause.judge(life.exits, errors, life.pids, _place(life), life.stopped_at)
+    known = {rank: evidence.get(rank, NOTHING) for rank in {*evidence, *life.expired}}
+    evidence = {
+        rank: it._replace(note="; ".join(filter(None, (life.expired.get(rank), it.note)))) for rank, it in known.items()
+    }
+    failures = root_cause.judge(life.exits, evidence, life.pids, _place(life), life.stopped_at)
+    hung = _hung(life, evidence)
+    actions += [
+        Say(f"rank {failure.rank} (pid {failure.pid}) did not stop in time; {failure.note}")
+        for failure in hung
+        if failure.note
+    ]
+    if failures or (life.end is not None and life.end.kind is EndKind.FAILED):
+        failures += hung
     if life.interrupted:
         return _enter(life, State.DONE, deadline=None), [*actions, Finish(signum=life.signum)]
     life = _enter(life, State.SETTLING, deadline=None, failures=failures)
@@ -382,6 +438,17 @@ def _settle(life: Life, errors: Mapping[int, ErrorRecord], actions: list[Action]
     if life.signum is not None and _place(life).group_world_size > 1:
         return _enter(life, State.DONE), [*actions, Leave(life.signum), Finish(signum=life.signum)]
     return life, [*actions, Succeed()]
+
+
+def _hung(life: Life, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure, ...]:
+    """The workers that would not stop. They are no cause of anything, but worth a line where something failed."""
+    return tuple(
+        root_cause.failure_of(
+            exit_, evidence.get(exit_.local_rank, NOTHING), life.pids.get(exit_.local_rank, -1), _place(life)
+        )
+        for exit_ in life.exits
+        if exit_.local_rank in life.dumped and exit_.told and exit_.exitcode == -signal.SIGKILL
+    )
 
 
 def _settle_now(life: Life, event: Ended, now: float) -> Step:
@@ -445,7 +512,7 @@ def _pass_on(life: Life, event: Passed, now: float) -> Step:
     return life, [Tell(event.signum, life.running, stop=False)]
 
 
-def _ignore(life: Life, event: Passed, now: float) -> Step:
+def _ignore(life: Life, event: Passed | Expired, now: float) -> Step:
     return life, []
 
 
@@ -480,15 +547,19 @@ TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
     (State.JOINING, Signalled): _give_up_joining,
     (State.JOINING, Passed): _ignore,
     (State.JOINING, Decided): _ended_without_us,
+    (State.JOINING, Expired): _ignore,
     (State.RUNNING, Started): _note_pids,
     (State.RUNNING, Exited): _worker_ended,
     (State.RUNNING, Signalled): _stop_on_signal,
     (State.RUNNING, Passed): _pass_on,
     (State.RUNNING, Ended): _stop_with_the_others,
+    (State.RUNNING, Expired): _kill_when_dumped,
+    (State.RUNNING, TimedOut): _kill_expired,
     (State.STOPPING, Started): _note_pids,
     (State.STOPPING, Exited): _stopped_worker_ended,
     (State.STOPPING, Signalled): _hurry,
     (State.STOPPING, Passed): _pass_on,
+    (State.STOPPING, Expired): _ignore,
     (State.STOPPING, TimedOut): _time_is_up,
     (State.STOPPING, Ended): _note_end,
     (State.STOPPING, Gone): _round_is_over,
@@ -496,4 +567,5 @@ TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
     (State.SETTLING, Decided): _decided,
     (State.SETTLING, Signalled): _leave_unsettled,
     (State.SETTLING, Passed): _ignore,
+    (State.SETTLING, Expired): _ignore,
 }

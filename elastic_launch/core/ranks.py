@@ -17,7 +17,6 @@ def worker_environment(
     local_rank: int,
     *,
     run_id: str,
-    error_file: str,
     inherited: Mapping[str, str],
 ) -> dict[str, str]:
     """The variables that a worker gets beside those that it inherits, by torch's names and with torch's meanings."""
@@ -37,7 +36,6 @@ def worker_environment(
         "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_USE_AGENT_STORE": str(place.agent_store),
-        "TORCHELASTIC_ERROR_FILE": error_file,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }
 

@@ -34,9 +34,13 @@ def format_report(
         f"  exit    : {cause.how()}",
         f"  time    : {_when(cause)}",
     ]
+    if cause.note:
+        lines += [f"  note    : {cause.note}"]
     if cause.error:
         lines += [f"  error   : {cause.error_line()}"]
         lines += _indent(cause.message) if cause.message != cause.error else []
+    elif cause.stderr:
+        lines += ["  stderr  : its last lines", *_indent(cause.stderr)]
     if consequences:
         lines += ["Then"]
         lines += [f"  {_consequence(failure)}" for failure in consequences]
@@ -48,6 +52,7 @@ def format_report(
 
 def _consequence(failure: ProcessFailure) -> str:
     error = f", {failure.error_line()}" if failure.error else ""
+    error += f"; {failure.note}" if failure.note else ""
     return f"{_when(failure)} rank {failure.rank} on {failure.host} ({_pid(failure)}): {failure.how()}{error}"
 
 

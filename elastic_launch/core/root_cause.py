@@ -33,6 +33,19 @@ class ErrorRecord(NamedTuple):
     path: str
 
 
+class Evidence(NamedTuple):
+    """What is known of a worker's end beside its status."""
+
+    error: ErrorRecord | None = None
+    stderr: str = ""
+    """The last lines that it wrote there."""
+    note: str = ""
+    """As in ``ProcessFailure``."""
+
+
+NOTHING = Evidence()
+
+
 class Exit(NamedTuple):
     """The end of one worker process."""
 
@@ -47,7 +60,7 @@ class Exit(NamedTuple):
 
 def judge(
     exits: Sequence[Exit],
-    errors: Mapping[int, ErrorRecord],
+    evidence: Mapping[int, Evidence],
     pids: Mapping[int, int],
     place: Assignment,
     stopped_at: float,
@@ -56,15 +69,15 @@ def judge(
 
     Args:
         exits: how the round's workers ended.
-        errors: what they wrote of it, by local rank.
+        evidence: what else is known of it, by local rank.
         pids: by local rank; a worker that could not be started has none.
         place: the node's place in the round.
         stopped_at: when the agent began to stop the workers, in seconds since 1970.
     """
     failures = [
-        _failure(exit_, errors.get(exit_.local_rank), pids.get(exit_.local_rank, -1), place)
+        failure_of(exit_, evidence.get(exit_.local_rank, NOTHING), pids.get(exit_.local_rank, -1), place)
         for exit_ in exits
-        if _is_failure(exit_, errors.get(exit_.local_rank), stopped_at)
+        if _is_failure(exit_, evidence.get(exit_.local_rank, NOTHING).error, stopped_at)
     ]
     return tuple(sorted(failures, key=lambda f: (is_consequence(f), f.timestamp, f.rank)))
 
@@ -96,7 +109,9 @@ def is_consequence(failure: ProcessFailure) -> bool:
     return _CONSEQUENCE.search(failure.error) is not None
 
 
-def _failure(exit_: Exit, error: ErrorRecord | None, pid: int, place: Assignment) -> ProcessFailure:
+def failure_of(exit_: Exit, evidence: Evidence, pid: int, place: Assignment) -> ProcessFailure:
+    """A worker's end, as a failure."""
+    error = evidence.error
     return ProcessFailure(
         local_rank=exit_.local_rank,
         pid=pid,
@@ -107,4 +122,6 @@ def _failure(exit_: Exit, error: ErrorRecord | None, pid: int, place: Assignment
         timestamp=min(error.time, exit_.time) if error else exit_.time,
         rank=place.rank(exit_.local_rank),
         host=place.host,
+        stderr="" if error else evidence.stderr,
+        note=evidence.note,
     )

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from elastic_launch.core.lifecycle import Asking, Assigned, Decided, Ended, Event, Join, Leave
@@ -129,7 +129,7 @@ class DynamicRendezvous:
             times += [since + self._timeouts.read, max(since, self._said_at) + SAY_UNREACHABLE]
         return min(times, default=None)
 
-    def take(self) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[Event]:
         """Read answers, keep time, connect anew."""
         self._turn()
         if self._node.deadline is not None and time.monotonic() >= self._node.deadline:

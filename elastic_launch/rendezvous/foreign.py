@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -199,7 +199,7 @@ class ForeignRendezvous:
         """No time to keep: the thread does."""
         return None
 
-    def take(self) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[Event]:
         """What the thread has found.
 
         Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Collection
 
 from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle, Succeed
 from elastic_launch.model import Assignment, End, EndKind, Verdict
@@ -59,7 +60,7 @@ class LocalRendezvous:
         """No time to keep."""
         return None
 
-    def take(self) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[Event]:
         """Nothing comes by itself."""
         return []
 

@@ -17,7 +17,9 @@ import sys
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import CodeType, TracebackType
+    from typing import Any, TextIO
 
 importlib = sys.modules["_frozen_importlib_external"]  # what importlib.machinery is made of, without importing it
 
@@ -80,6 +82,14 @@ def strip(tb: "TracebackType | None") -> "TracebackType | None":
     return tb
 
 
+def shortened(text: str) -> str:
+    """Return at most a million characters of a text: its two ends."""
+    half = 500000
+    if len(text) <= 2 * half:
+        return text
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
 def write(error: BaseException, path: str) -> None:
     """Write the error file, as a whole or not at all."""
     import time
@@ -91,16 +101,19 @@ def write(error: BaseException, path: str) -> None:
         import traceback
     finally:
         sys.path = search
-    try:
-        text = str(error)
-    except Exception:
-        text = "<exception str() failed>"
-    line = f"{type(error).__name__}: {text}"
-    stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    if isinstance(error, SystemExit):
-        stack = line  # all that Python shows of it
-    extra = {"py_callstack": stack, "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
-    content = json.dumps({"message": {"message": line, "extraInfo": extra}})
+    record = passed_on(error, json.load)
+    if record is None:
+        try:
+            text = str(error)
+        except Exception:
+            text = "<exception str() failed>"
+        line = f"{type(error).__name__}: {text}"
+        stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        if isinstance(error, SystemExit):
+            stack = line  # all that Python shows of it
+        extra = {"py_callstack": shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
+        record = {"message": {"message": shortened(line), "extraInfo": extra}}
+    content = json.dumps(record)
     beside = f"{path}.{pid}"
     try:
         with open(beside, "w", encoding="ascii") as stream:
@@ -109,6 +122,21 @@ def write(error: BaseException, path: str) -> None:
     except BaseException:
         os.unlink(beside)
         raise
+
+
+def passed_on(error: BaseException, load: "Callable[[TextIO], Any]") -> "dict[str, Any] | None":
+    """Return what the worker wrote that made a launcher fail, this one or torch's; None for any other error."""
+    try:
+        _, failure = getattr(error, "get_first_failure")()  # noqa: B009 - no usual exception has it
+        with open(failure.error_file, encoding="utf-8") as stream:
+            record: dict[str, Any] = load(stream)
+        message = record["message"]
+        message["errorCode"] = failure.exitcode
+        extra = message["extraInfo"]
+        extra.update(py_callstack=shortened(extra["py_callstack"]), session=os.getsid(0))
+    except Exception:
+        return None
+    return record
 
 
 def keep(error: BaseException) -> None:
@@ -121,6 +149,14 @@ def keep(error: BaseException) -> None:
             write(error, error_file)
         except BaseException:  # a full disk, say: the program's own failure is the one to tell
             return
+
+
+def answer_for_stacks() -> None:
+    """Have Python write the stacks of all threads to stderr on the keeper's DUMP_SIGNAL."""
+    import faulthandler
+
+    faulthandler.register(63, file=2)
+    del sys.modules["faulthandler"]  # the program finds what plain Python has loaded
 
 
 def hide_bootstrap() -> None:
@@ -146,6 +182,7 @@ if __name__ == "__main__":
     if not is_safe:
         del sys.path[0]  # this file's folder
     sys.path_importer_cache.pop(__file__, None)
+    answer_for_stacks()
     library = sys.path[:]
     set_main()
     try:

@@ -11,15 +11,34 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
-from elastic_launch.core.root_cause import ErrorRecord, Exit
+from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError
-from elastic_launch.workers.keeper import Keeper, KeeperLostError, bury_orphans, has_children
+from elastic_launch.workers.keeper import (
+    Begin,
+    Keeper,
+    KeeperLostError,
+    bury_orphans,
+    execute_keeper,
+    has_children,
+)
 
-Command = tuple[int, list[str], dict[str, str]]
-"""Local rank, argument vector, changes to the inherited environment."""
+
+class Command(NamedTuple):
+    """What one worker is started with."""
+
+    local_rank: int
+    argv: list[str]
+    """Empty for a function, which its keeper knows."""
+    environ: dict[str, str]
+    """Changes to the inherited environment."""
+    descriptors: tuple[tuple[int, int], ...] = ()
+    """Descriptors of this process, and their numbers in the worker; -1: any."""
+    cpus: frozenset[int] = frozenset()
+    """Where it may run; empty: where this process may."""
 
 
 def _encoded(words: Sequence[str] | Mapping[str, str]) -> list[bytes] | dict[bytes, bytes]:
@@ -31,18 +50,25 @@ def _encoded(words: Sequence[str] | Mapping[str, str]) -> list[bytes] | dict[byt
 class WorkerProcesses:
     """The processes of the current round. ``take()`` gives the events that ``fileno()`` announces."""
 
-    def __init__(self, run_id: str, environ: Mapping[str, str]) -> None:
-        """Prepare; ``run_id`` marks the workers and all that they start, ``environ`` is what they inherit."""
+    def __init__(self, run_id: str, environ: Mapping[str, str], begin: Begin = execute_keeper) -> None:
+        """Prepare.
+
+        Args:
+            run_id: marks the workers and all that they start.
+            environ: what they inherit.
+            begin: starts a keeper.
+        """
         self._run_id = run_id
         self._environ = environ
         self._alone = threading.active_count() == 1 and not has_children()
-        self._keeper = Keeper(environ)
+        self._begin = begin
+        self._keeper = Keeper(environ, begin)
         self._commands: dict[int, list[str]] = {}
         self._pids: Mapping[int, int] = {}
         self._running: set[int] = set()
         self._sweep_unanswered = False
         self._burial_owed = False
-        self._errors: dict[int, ErrorRecord] = {}
+        self._errors: dict[int, Evidence] = {}
         """What the workers cannot tell themselves, by local rank."""
 
     def fileno(self) -> int:
@@ -51,15 +77,29 @@ class WorkerProcesses:
 
     def start(self, commands: Sequence[Command]) -> None:
         """Start a round; ``Started`` follows, and ``Exited`` for each worker, also for those that cannot be started."""
-        self._commands = {local_rank: argv for local_rank, argv, _ in commands}
+        self._commands = {command.local_rank: command.argv for command in commands}
         self._running = set(self._commands)
         self._pids, self._errors = {}, {}
         # As bytes: the two interpreters may be set to different encodings.
-        self._keeper.send("spawn", [(rank, _encoded(argv), _encoded(changes)) for rank, argv, changes in commands])
+        orders = [
+            (
+                command.local_rank,
+                _encoded(command.argv),
+                _encoded(command.environ),
+                [number for _, number in command.descriptors],
+                sorted(command.cpus),
+            )
+            for command in commands
+        ]
+        self._keeper.send("spawn", orders, descriptors=[fd for command in commands for fd, _ in command.descriptors])
 
     def tell(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
         """Signal workers: to stop them, with their process groups, or else alone."""
         self._keeper.send("tell", int(signum), sorted(local_ranks), stop)
+
+    def dump(self, local_ranks: Collection[int]) -> None:
+        """Have workers that know how to write the stacks of their threads to stderr."""
+        self._keeper.send("dump", sorted(local_ranks))
 
     def sweep(self, kill: bool) -> None:
         """End what is left; ``Gone`` follows when nothing is."""
@@ -91,9 +131,9 @@ class WorkerProcesses:
         raise LaunchError(f"internal error: the keeper said {message!r}")
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> Event:
-        command = self._commands[local_rank][0]
+        command = (self._commands[local_rank] or ["a function's process"])[0]
         text = f"cannot start {command}: {reason}"
-        self._errors[local_rank] = ErrorRecord(text, text, time.time(), "<N/A>")
+        self._errors[local_rank] = Evidence(ErrorRecord(text, text, time.time(), "<N/A>"))
         self._running.discard(local_rank)
         code = ExitCode.NOT_FOUND if number == errno.ENOENT else ExitCode.CANNOT_EXECUTE
         return Exited(Exit(local_rank, code, time.time()))
@@ -114,8 +154,9 @@ class WorkerProcesses:
         self._bury_orphans()
         now = time.time()
         exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now)) for rank in sorted(self._running)]
-        self._errors = {rank: ErrorRecord(text, text, now, "<N/A>") for rank in self._running} | self._errors
+        lost = Evidence(ErrorRecord(text, text, now, "<N/A>"))
+        self._errors = dict.fromkeys(self._running, lost) | self._errors
         self._running.clear()
-        self._keeper = Keeper(self._environ)
+        self._keeper = Keeper(self._environ, self._begin)
         # An order to sweep that the agent still gives goes to the new keeper, which finds nothing.
         return [*exits, self._gone({})] if self._sweep_unanswered else exits

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from elastic_launch.errors import UnavailableError
@@ -21,19 +21,40 @@ from elastic_launch.workers import keeper_main
 CLOSE_PATIENCE = 2.0
 """Seconds to wait for a process that was killed, or for the keeper to kill what is left."""
 
-_FOLDER = os.path.dirname(__file__)
+Begin = Callable[[Mapping[str, str], tuple[int, ...]], int]
+"""Starts a keeper's process with an environment and inherited descriptors (socket, agent's pidfd); returns its pid."""
+
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
 """Imported, not executed as a script, for the compiled file that the agent's own import has left: 5 ms."""
+_KEEPER = (sys.executable, "-I", "-S", "-c", _PROGRAM, os.path.dirname(__file__))
 
 
 class KeeperLostError(Exception):
     """The keeper ended before it was told to."""
 
 
+def execute(argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int]) -> int:
+    """Start a program for a keeper: argv and the numbers of what it inherits. Returns its pid; raises OSError."""
+    return os.posix_spawn(
+        argv[0],
+        [*argv, *map(str, inherited)],
+        environ,
+        # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
+        setsid=True,
+        setsigmask=signal.valid_signals() - {signal.SIGCHLD},
+    )
+
+
+def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+    """Start the small keeper, which executes commands."""
+    return execute(_KEEPER, environ, inherited)
+
+
 class Keeper:
     """A keeper process. ``fileno()`` is readable when ``receive()`` has something to say."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], begin: Begin = execute_keeper) -> None:
         """Start the process. What it inherits, and ``environ``, its workers inherit.
 
         Raises:
@@ -43,16 +64,7 @@ class Keeper:
         self._sock, theirs = socket.socketpair()
         try:
             with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
-                # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
-                inherited = (theirs.fileno(), agent.fileno())
-                self.pid = os.posix_spawn(
-                    sys.executable,
-                    [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
-                    environ,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
-                    setsid=True,
-                    setsigmask=signal.valid_signals() - {signal.SIGCHLD},
-                )
+                self.pid = begin(environ, (theirs.fileno(), agent.fileno()))
             self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
         except OSError as error:
             self._sock.close()
@@ -62,10 +74,15 @@ class Keeper:
         """The descriptor to wait on."""
         return self._sock.fileno()
 
-    def send(self, *message: Any) -> None:
-        """Send an order; a keeper that is gone shows at the next ``receive``."""
+    def send(self, *message: Any, descriptors: Sequence[int] = ()) -> None:
+        """Send an order, and descriptors with it; a keeper that is gone shows at the next ``receive``."""
+        data = keeper_main.pack(message)
         with contextlib.suppress(OSError):
-            self._sock.sendall(keeper_main.pack(message))
+            for start in range(0, len(descriptors), keeper_main.MOST_DESCRIPTORS):
+                # With each batch a byte of the message, which is longer than there are batches.
+                socket.send_fds(self._sock, [data[:1]], descriptors[start : start + keeper_main.MOST_DESCRIPTORS])
+                data = data[1:]
+            self._sock.sendall(data)
 
     def receive(self) -> Iterable[tuple[Any, ...]]:
         """Read what has come.
@@ -90,6 +107,8 @@ class Keeper:
         """
         if self._process.closed:
             return True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # forks of this process may have copies
         self._sock.close()
         with self._process as process:
             ended = _wait(process.fileno(), CLOSE_PATIENCE)

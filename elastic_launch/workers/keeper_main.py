@@ -6,7 +6,8 @@ worker started, daemons included, outlives the job, even when the agent or the k
 It runs as a program of its own, ``main(SOCKET, AGENT)`` under ``python -I -S``: executed, not forked, because the agent
 may live in a program full of threads. SOCKET is a stream to the agent; AGENT is a pidfd of the agent, since a program
 that forks may keep copies of the socket's other end. It has all signals blocked but SIGCHLD, and a session of its own:
-neither a terminal nor a batch system that signals every process of a job can hit it by accident.
+neither a terminal nor a batch system that signals every process of a job can hit it by accident. (Workers that are
+functions and are to be forked need a keeper that can: ``function_main`` has it.)
 
 It imports nothing of elastic_launch and as little as possible of the standard library: it stands in the way of the
 first worker. It decides nothing, and gives no process up; the agent does, and then leaves the keeper to its task.
@@ -14,8 +15,10 @@ first worker. It decides nothing, and gives no process up; the agent does, and t
 Messages are marshalled tuples after a length of four bytes; both ends are the same interpreter.
 
 To the keeper:
-    ("spawn", [(local rank, argv, environment changes), ...])  -- begins a round
+    ("spawn", [(local rank, argv, environment changes, [descriptor's number in the worker, ...], [cpu, ...]), ...])
+        -- begins a round; the descriptors come with it, in that order; number -1: any. No argv: a function's worker
     ("tell", signum, [local rank, ...], stop?)
+    ("dump", [local rank, ...])  -- have them write the stacks of their threads to stderr
     ("sweep", kill?)
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
@@ -25,7 +28,9 @@ To the agent:
 
 from __future__ import annotations
 
+import _socket
 import ctypes
+import fcntl
 import marshal
 import os
 import select
@@ -35,13 +40,24 @@ from enum import Enum
 
 TYPE_CHECKING = False  # typing is an import that the keeper does without
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, NoReturn
+
+    Call = Callable[[int, dict[bytes, bytes], list[int]], NoReturn]
+    """What a forked worker does instead of executing a command; takes local rank, environment and descriptors."""
+    Order = tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]
+    """One worker to be started, as in the ``spawn`` message."""
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
+
+MSG_CMSG_CLOEXEC = 0x40000000
+DUMP_SIGNAL = 63
+"""Python workers answer it with the stacks of their threads (``bootstrap``, ``function_main``)."""
+MOST_DESCRIPTORS = 250
+"""That go with one message; the kernel takes 253."""
 
 FIRST_LOOK, SLOWEST_LOOK = 0.01, 1.0
 """Seconds between looks for processes that are still there after SIGKILL, or were forked meanwhile."""
@@ -102,6 +118,16 @@ def name_of(pid: int) -> str:
         return ""
 
 
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            mask = file.read().partition(b"\nSigCgt:")[2].split(None, 1)[0]
+    except (OSError, IndexError):
+        return False  # it has ended
+    return bool(int(mask, 16) >> (signum - 1) & 1)
+
+
 def pack(message: tuple[Any, ...]) -> bytes:
     """A message as it goes over the socket."""
     data = marshal.dumps(message)
@@ -141,11 +167,17 @@ class Worker:
 class Service:
     """What the keeper does on each order and each death."""
 
-    def __init__(self, sock: int, agent: int) -> None:
+    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], call: Call | None = None) -> None:
         self.sock = sock
+        self.socket = _socket.socket(fileno=sock)
         self.agent = agent
         self.agent_lives = True
-        self.environment = inherited_environment()
+        self.environment = environment
+        self.call = call
+        self.own: tuple[int, ...] = ()
+        """Descriptors that are nothing for a worker that is forked and not executed."""
+        self.held: list[int] = []
+        """Descriptors that came for the workers to be started."""
         self.phase = Phase.SERVING
         self.workers: dict[int, Worker] = {}
         """By local rank, until they have ended."""
@@ -158,12 +190,18 @@ class Service:
     def run(self) -> None:
         """Serve until the agent is gone and nothing is left."""
         deaths, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.own = (self.sock, self.agent, deaths, wakeup)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakeup)
         poller = select.poll()
         for fd in (self.sock, self.agent, deaths):
             poller.register(fd, select.POLLIN)
-        orders: dict[str, Callable[..., None]] = {"spawn": self.spawn, "tell": self.tell, "sweep": self.sweep}
+        orders: dict[str, Callable[..., None]] = {
+            "spawn": self.spawn,
+            "tell": self.tell,
+            "dump": self.dump,
+            "sweep": self.sweep,
+        }
         buffer = bytearray()
         while True:
             timeout = self.next_look * 1000 if self.phase is Phase.KILLING else None
@@ -187,9 +225,13 @@ class Service:
     def receive(self) -> bytes:
         """Read what the agent sent; nothing when it has closed its end."""
         try:
-            return os.read(self.sock, 1 << 16)
+            room = _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
+            data, ancillary, _, _ = self.socket.recvmsg(1 << 16, room, MSG_CMSG_CLOEXEC)
         except ConnectionError:
             return b""
+        for _, _, numbers in ancillary:
+            self.held += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
+        return data
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Send to the agent; that it is gone shows elsewhere."""
@@ -200,22 +242,74 @@ class Service:
         except OSError:
             return
 
-    def spawn(self, commands: list[tuple[int, list[bytes], dict[bytes, bytes]]]) -> None:
+    def spawn(self, orders: list[Order]) -> None:
         """Start the workers of a round."""
         self.phase = Phase.SERVING
         self.told_groups.clear()
         self.leftovers.clear()
         started: dict[int, int] = {}
         failed: dict[int, tuple[int, str]] = {}
-        for local_rank, argv, environment in commands:
+        for order in orders:
+            local_rank, targets = order[0], order[3]
+            descriptors, self.held = self.held[: len(targets)], self.held[len(targets) :]
             try:
-                pid = start(argv, {**self.environment, **environment})
+                started[local_rank] = pid = self.start(order, descriptors)
             except OSError as error:
                 failed[local_rank] = (error.errno or 0, error.strerror or str(error))
             else:
-                started[local_rank] = pid
                 self.workers[local_rank] = Worker(local_rank, pid)
+            for fd in descriptors:
+                os.close(fd)
         self.send(("started", started, failed))
+
+    def start(self, order: Order, descriptors: Sequence[int]) -> int:
+        """Start one worker as the leader of a session of its own, and return its pid.
+
+        Raises:
+            OSError: it could not be forked or executed.
+        """
+        local_rank, argv, changes, targets, cpus = order
+        environment = {**self.environment, **changes}
+        keeper = os.getpid()
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(writing)
+            os.close(reading)
+            raise
+        if pid == 0:
+            try:
+                os.setsid()
+                # For the case that the keeper and the agent die in the same instant. It outlives the exec, and the
+                # keeper may have died before it was set.
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() == keeper:
+                    numbers, writing = place(descriptors, targets, writing)
+                    if cpus:
+                        os.sched_setaffinity(0, cpus)
+                    for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
+                        signal.signal(ignored_by_python, signal.SIG_DFL)
+                    if argv:
+                        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                        os.execvpe(argv[0], argv, environment)
+                    elif self.call:
+                        for fd in {reading, writing, *self.own, *descriptors, *self.held} - set(numbers):
+                            os.close(fd)
+                        self.call(local_rank, environment, numbers)
+            except OSError as error:
+                os.write(writing, marshal.dumps((error.errno, error.strerror)))
+            except BaseException as error:
+                os.write(writing, marshal.dumps((0, str(error))))
+            finally:
+                os._exit(127)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            data = pipe.read()
+        if data:
+            os.waitpid(pid, 0)
+            raise OSError(*marshal.loads(data))
+        return pid
 
     def tell(self, signum: int, local_ranks: list[int], stop: bool) -> None:
         """Send a signal to workers that have not ended, whose pids are still theirs.
@@ -230,6 +324,15 @@ class Service:
             self.told_groups.add(worker.pid)
             for number in (signum, signal.SIGCONT):  # a stopped worker would sleep through its grace
                 kill(-worker.pid, number)
+
+    def dump(self, local_ranks: list[int]) -> None:
+        """Have workers write their stacks: each itself or, below a wrapper, the nearest process that knows how to."""
+        for worker in [self.workers[rank] for rank in local_ranks if rank in self.workers]:
+            for pid in (worker.pid, *descendants(worker.pid)):
+                if catches(pid, DUMP_SIGNAL):
+                    kill(pid, DUMP_SIGNAL)
+                    kill(pid, signal.SIGCONT)
+                    break
 
     def sweep(self, with_kill: bool) -> None:
         """Begin to end what is left; ``look`` tells the agent when nothing is."""
@@ -298,57 +401,42 @@ def inherited_environment() -> dict[bytes, bytes]:
         return dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
 
 
-def start(argv: list[bytes], environment: dict[bytes, bytes]) -> int:
-    """Start one worker as the leader of a session of its own, and return its pid.
+def place(descriptors: Sequence[int], targets: Sequence[int], pipe: int) -> tuple[list[int], int]:
+    """Give descriptors the numbers that the worker knows them by. Returns those, and where ``pipe`` is now."""
+    lowest = max((2, *targets)) + 1
+    old, pipe = pipe, fcntl.fcntl(pipe, fcntl.F_DUPFD_CLOEXEC, lowest)
+    os.close(old)
+    # All of them out of the way first: one's number may be another's target.
+    numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
+    for index, target in enumerate(targets):
+        if target >= 0:
+            os.dup2(numbers[index], target)
+            os.close(numbers[index])
+            numbers[index] = target
+    return numbers, pipe
 
-    Raises:
-        OSError: it could not be forked or executed.
-    """
-    keeper = os.getpid()
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = os.fork()
-    except OSError:
-        os.close(writing)
-        os.close(reading)
-        raise
-    if pid == 0:
-        try:
-            os.setsid()
-            # For the case that the keeper and the agent die in the same instant. It outlives the exec, and the
-            # keeper may have died before it was set.
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() == keeper:
-                for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
-                    signal.signal(ignored_by_python, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                os.execvpe(argv[0], argv, environment)
-        except OSError as error:
-            os.write(writing, marshal.dumps((error.errno, error.strerror)))
-        except BaseException as error:
-            os.write(writing, marshal.dumps((0, str(error))))
-        finally:
-            os._exit(127)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        data = pipe.read()
-    if data:
-        os.waitpid(pid, 0)
-        raise OSError(*marshal.loads(data))
-    return pid
+
+def close_others(kept: Sequence[int]) -> None:
+    """Close what the caller left open: it is neither for the keeper nor for the workers."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in kept:
+            try:  # noqa: SIM105 - contextlib is an import that the keeper does without
+                os.close(fd)
+            except OSError:
+                pass  # the descriptor of the listing itself
+
+
+def serve(sock: int, agent: int, environment: dict[bytes, bytes], call: Call | None = None) -> NoReturn:
+    """Be the keeper, to the end of this process."""
+    for fd in (sock, agent):
+        os.set_inheritable(fd, False)
+    libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
+    set_subreaper(True)
+    Service(sock, agent, environment, call).run()
+    os._exit(0)
 
 
 def main(sock: int, agent: int) -> NoReturn:
-    """Run the keeper; ``sock`` and ``agent`` are inherited descriptors."""
-    for fd in (sock, agent):
-        os.set_inheritable(fd, False)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in (sock, agent):
-            try:  # noqa: SIM105 - contextlib is an import that the keeper does without
-                os.close(fd)  # what the caller left open is neither for us nor for the workers
-            except OSError:
-                pass  # the descriptor of the listing itself
-    libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
-    set_subreaper(True)
-    Service(sock, agent).run()
-    os._exit(0)
+    """Run the keeper as a program; ``sock`` and ``agent`` are inherited descriptors."""
+    close_others((sock, agent))
+    serve(sock, agent, inherited_environment())

@@ -1,0 +1,245 @@
+"""Floor 4: what ``torch.distributed.elastic.multiprocessing`` offers, by the same names: one group of processes.
+
+No rendezvous and no restart: the processes start, and end together.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
+from elastic_launch.console import say, spoken_by, standard_streams
+from elastic_launch.core.lifecycle import (
+    Announce,
+    Asking,
+    Assigned,
+    Decided,
+    Ended,
+    Event,
+    Finish,
+    Join,
+    Limits,
+    Settle,
+    Signalled,
+    Succeed,
+)
+from elastic_launch.driver import Driver
+from elastic_launch.env import environment
+from elastic_launch.errors import ProcessFailure, SignalException, UsageError
+from elastic_launch.job_files import DefaultLogsSpecs
+from elastic_launch.model import Assignment, End, EndKind
+from elastic_launch.processes import Workers
+from elastic_launch.workers.keeper import subreaper
+
+__all__ = [
+    "DefaultLogsSpecs",
+    "LogsDest",
+    "LogsSpecs",
+    "PContext",
+    "ProcessFailure",
+    "RunProcsResult",
+    "SignalException",
+    "Std",
+    "start_processes",
+    "to_map",
+]
+
+
+@dataclass
+class RunProcsResult:
+    """How a group of processes ended. Maps are by local rank."""
+
+    return_values: dict[int, Any] = field(default_factory=dict)
+    """What functions returned; None for commands."""
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
+    """The cause first."""
+    stdouts: dict[int, str] = field(default_factory=dict)
+    """Files; ``""`` for the launcher's own stream."""
+    stderrs: dict[int, str] = field(default_factory=dict)
+
+    def is_failed(self) -> bool:
+        """Whether processes failed."""
+        return bool(self.failures)
+
+
+def start_processes(
+    name: str,
+    entrypoint: Callable[..., Any] | str,
+    args: dict[int, tuple[Any, ...]],
+    envs: dict[int, dict[str, str]],
+    logs_specs: LogsSpecs,
+    log_line_prefixes: dict[int, str] | None = None,
+    start_method: str = "spawn",
+    numa_options: Any = None,
+    duplicate_stdout_filters: list[str] | None = None,
+    duplicate_stderr_filters: list[str] | None = None,
+) -> PContext:
+    """Start a process for each local rank, from 0.
+
+    Args:
+        name: for people, and of processes that run a function.
+        entrypoint: a program, or a function.
+        args: its arguments, by local rank.
+        envs: changes to the inherited environment, by local rank.
+        logs_specs: where output goes.
+        log_line_prefixes: what stands before lines on the console; by default name and local rank.
+        start_method: for functions: spawn, fork or forkserver.
+        numa_options: as for ``--numa-binding``.
+        duplicate_stdout_filters: texts; lines with one of them go to a file of their own as well.
+        duplicate_stderr_filters: the same for stderr.
+
+    Raises:
+        UsageError: args and envs do not have the same ranks, or the function cannot be sent.
+        UnavailableError: the system cannot have such processes.
+    """
+    ranks = list(range(len(args)))
+    if not ranks or sorted(args) != ranks or sorted(envs) != ranks:
+        raise UsageError(
+            f"args for local ranks {sorted(args)}, envs for {sorted(envs)}: must both be for 0, 1, ... without gaps"
+        )
+    context = PContext(
+        name,
+        entrypoint,
+        args,
+        envs,
+        logs_specs,
+        log_line_prefixes,
+        duplicate_stdout_filters,
+        duplicate_stderr_filters,
+        start_method=start_method,
+        numa_options=numa_options,
+    )
+    try:
+        context.start()
+    except BaseException:
+        context.close()
+        raise
+    return context
+
+
+class PContext:
+    """A group of processes. To be used by the thread that started it."""
+
+    def __init__(
+        self,
+        name: str,
+        entrypoint: Callable[..., Any] | str,
+        args: dict[int, tuple[Any, ...]],
+        envs: dict[int, dict[str, str]],
+        logs_specs: LogsSpecs,
+        log_line_prefixes: dict[int, str] | None = None,
+        duplicate_stdout_filters: list[str] | None = None,
+        duplicate_stderr_filters: list[str] | None = None,
+        *,
+        start_method: str = "spawn",
+        numa_options: Any = None,
+    ) -> None:
+        """Take what ``start_processes`` takes; nothing is started yet."""
+        self.name = name
+        self._entrypoint = entrypoint
+        self._args = args
+        self._envs = {rank: dict(environ) for rank, environ in envs.items()}
+        self._logs_specs = logs_specs
+        self._prefixes = log_line_prefixes or {rank: f"[{name}{rank}]:" for rank in envs}
+        self._filters: Mapping[int, list[str]] = {
+            1: duplicate_stdout_filters or [],
+            2: duplicate_stderr_filters or [],
+        }
+        self._start_method = start_method
+        self._numa_options = numa_options
+        self._stack = ExitStack()
+        self._driver: Driver | None = None
+        self._dest = LogsDest()
+        self._result: RunProcsResult | None = None
+
+    def start(self) -> None:
+        """Start the processes."""
+        if self._driver:
+            raise UsageError(f"{self.name}: the processes were started already")
+        stack = self._stack
+        stack.enter_context(standard_streams())
+        stack.enter_context(subreaper())
+        self._dest = self._logs_specs.reify(self._envs)
+        for rank, path in self._dest.error_files.items():
+            self._envs[rank].setdefault("TORCHELASTIC_ERROR_FILE", path)
+        self._workers = Workers(
+            self.name,
+            self._entrypoint,
+            self._args,
+            run_id=self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}"),
+            environ=environment(),
+            start_method=self._start_method,
+            say=say,
+        )
+        stack.callback(self._workers.close)
+        limits = Limits(max_restarts=0, shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
+        self._driver = Driver(limits, self._workers, self._start, self._answer, (), lambda text: None)
+        self._run(lambda driver: driver.run(enough=lambda life: "running:Started" in life.history))
+
+    def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
+        """Wait for the end of all processes; when one fails, the others are stopped.
+
+        Args:
+            timeout: seconds; 0 only looks, a negative one has no end.
+            period: accepted for torch's sake: nothing here polls.
+
+        Returns:
+            None while they run; and after ``close``, if they had not ended before.
+        """
+        if self._driver and self._driver.finish is None:
+            self._run(lambda driver: driver.run(None if timeout < 0 else time.monotonic() + timeout))
+        return self._result
+
+    def pids(self) -> dict[int, int]:
+        """The processes' ids, by local rank."""
+        return dict(self._driver.life.pids) if self._driver else {}
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        """Stop what runs, with a signal (SIGTERM) and after ``timeout`` seconds SIGKILL; let go of everything."""
+        if self._driver and self._driver.finish is None:
+            self._driver.life = replace(self._driver.life, limits=Limits(max_restarts=0, shutdown_timeout=timeout))
+            self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
+            self._run(lambda driver: driver.run())
+        self._stack.close()
+
+    def _run(self, what: Callable[[Driver], Finish | None]) -> None:
+        """Let the driver run; then the result, if this was its end."""
+        driver = self._driver
+        if driver is None:
+            return
+        with spoken_by(self._workers.say):
+            finish = what(driver)
+        if finish is None or finish.signum is not None:
+            return
+        failures = {failure.local_rank: failure for failure in finish.failures}
+        values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
+        self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
+        self._stack.close()
+
+    def _start(self, place: Assignment) -> None:
+        cpus = {}
+        if self._numa_options is not None:
+            from elastic_launch.numa import bindings, mode_of  # late: few need it
+
+            mode, _ = mode_of(self._numa_options)
+            cpus = dict(enumerate(bindings(mode, len(self._args), environment())))
+        self._workers.start(self._envs, self._dest, self._prefixes, self._filters, cpus)
+
+    def _answer(self, action: Asking) -> list[Event]:
+        """Be the rendezvous of a group that nobody else is part of."""
+        workers = len(self._args)
+        match action:
+            case Join():
+                return [Assigned(Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False))]
+            case Announce(reason, status):
+                return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
+            case Succeed():
+                return [Ended(End(EndKind.DONE, ""), time.time())]
+            case Settle(verdict):
+                return [Decided(verdict)]
+        return []

@@ -1,0 +1,205 @@
+"""Floor 2: what runs in the process of a worker that is a function, and in the keeper that forks such workers.
+
+As a program, with the numbers of inherited descriptors:
+
+    python function_main.py run PREPARATION FUNCTION RESULT [TRACKER]    -- one worker, with start method spawn
+    python function_main.py serve SOCKET AGENT PREPARATION [TRACKER]     -- a keeper, with start method forkserver
+
+``multiprocessing`` makes the process what its own children are (``BaseProcess._bootstrap``): a function that asks it
+for its name, its parent or its queues finds what it knows. The programs import nothing of elastic_launch before the
+module search path is that of the program that launches.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing import process, spawn
+from typing import Any, NoReturn
+
+DUMP_SIGNAL = 63
+"""As in ``keeper_main``."""
+
+
+class FunctionProcess(process.BaseProcess):
+    """A worker, as multiprocessing sees it."""
+
+    def __init__(self, name: str, start_method: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        super().__init__(name=name, target=fn, args=args)
+        self._start_method = start_method
+        self.result = -1
+        """The descriptor of the memory file for what the function returns."""
+
+    @staticmethod
+    def _Popen(process_obj: process.BaseProcess) -> NoReturn:  # noqa: N802 - multiprocessing's name
+        raise NotImplementedError("its keeper starts it")
+
+    def run(self) -> None:
+        """Call the function, and hand over what it returns, or keep what it raises for the report."""
+        self._file = os.fstat(self.result)
+        try:
+            value = self._target(*self._args)  # type: ignore[attr-defined]
+            if value is not None:
+                self._hand_over(value)
+        except BaseException as error:
+            if not isinstance(error, SystemExit) or not isinstance(error.code, int | None):
+                keep(error)
+            raise
+
+    def _hand_over(self, value: Any) -> None:
+        try:
+            with open(self._checked_result(), "wb", closefd=False) as file:
+                pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise TypeError(
+                f"rank {os.environ.get('RANK', '?')} returned a value of type {type(value).__qualname__}, which cannot "
+                f"be handed over: {type(error).__name__}: {error}"
+            ) from error
+
+    def _checked_result(self) -> int:
+        """The descriptor, if it still is what it was: the function may have closed it and opened another."""
+        try:
+            now = os.fstat(self.result)
+        except OSError:
+            now = None
+        if now is None or (now.st_dev, now.st_ino) != (self._file.st_dev, self._file.st_ino):
+            raise OSError("the function has closed the descriptor that was to take it")
+        return self.result
+
+
+def keep(error: BaseException) -> None:
+    """Write what the worker died of to its error file, if that can be done."""
+    try:
+        from elastic_launch.workers.error_handler import write_error
+
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            write_error(error, path)
+    except Exception:  # a full disk, say: the function's own failure is the one to tell
+        return
+
+
+def run(load: Callable[[], FunctionProcess], result: int) -> int:
+    """Be the worker, and return its exit status."""
+    faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True)
+    try:
+        worker = load()
+    except BaseException as error:  # a module that cannot be imported here, most likely
+        keep(error)
+        import traceback
+
+        traceback.print_exc()
+        return 1
+    worker.result = result
+    parent = os.pidfd_open(os.getppid())
+    return worker._bootstrap(parent_sentinel=parent)  # type: ignore[attr-defined, no-any-return]
+
+
+def load_pickled(preparation: int, payload: int) -> FunctionProcess:
+    """Prepare a fresh process, as multiprocessing does, and read what it is to run."""
+    process.current_process()._inheriting = True  # type: ignore[attr-defined]
+    try:
+        spawn.prepare(read(preparation))
+        worker = read(payload)
+    finally:
+        del process.current_process()._inheriting  # type: ignore[attr-defined]
+    return worker  # type: ignore[no-any-return]
+
+
+def read(memory_file: int) -> Any:
+    """Read a pickle; the file's position is not touched, since other workers share it."""
+    with open(f"/proc/self/fd/{memory_file}", "rb") as file:
+        return pickle.load(file)
+
+
+def use_tracker(numbers: list[int]) -> None:
+    """Share the resource tracker of the program that launches, if it has one."""
+    if numbers:
+        from multiprocessing import resource_tracker
+
+        (resource_tracker._resource_tracker._fd,) = numbers  # type: ignore[attr-defined]
+
+
+def serve_functions(
+    sock: int,
+    agent: int,
+    environ: Mapping[str, str],
+    load: Callable[[int, list[int]], FunctionProcess],
+) -> NoReturn:
+    """Be a keeper that forks its workers from this process.
+
+    Args:
+        sock: as for ``keeper_main.main``.
+        agent: as for ``keeper_main.main``.
+        environ: what workers inherit.
+        load: gives what a worker runs, in its process, from its local rank and its descriptors but the first.
+    """
+    from elastic_launch.workers import keeper_main
+
+    def call(local_rank: int, environment: dict[bytes, bytes], descriptors: list[int]) -> NoReturn:
+        result, *others = (fd for fd in descriptors if fd > 2)
+        like_executed(environment, len(others) + 1 < len(descriptors))
+        os._exit(run(lambda: load(local_rank, others), result))
+
+    environment = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
+    keeper_main.serve(sock, agent, environment, call)
+
+
+def like_executed(environment: dict[bytes, bytes], has_streams: bool) -> None:
+    """Give a forked process what a new program would have: default signals, its own environment."""
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(signum, signal.SIG_IGN)  # as Python has it
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.environb.clear()
+    os.environb.update(environment)
+    if has_streams:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(line_buffering=True)  # a pipe now, which somebody watches
+
+
+def main(arguments: list[str]) -> None:
+    """Be one of the programs."""
+    what, numbers = arguments[0], list(map(int, arguments[1:]))
+    for fd in numbers:
+        os.set_inheritable(fd, False)
+    if what == "run":
+        preparation, payload, result, *tracker = numbers
+        use_tracker(tracker)
+        sys.exit(run(lambda: load_pickled(preparation, payload), result))
+    sock, agent, preparation, *tracker = numbers
+    use_tracker(tracker)
+    data = read(preparation)
+    sys.path[:] = data.get("sys_path", sys.path)
+    import_before_forking(data)
+
+    def load(local_rank: int, descriptors: list[int]) -> FunctionProcess:
+        from multiprocessing import forkserver
+
+        payload, *referred = descriptors
+        forkserver._forkserver._inherited_fds = referred  # type: ignore[attr-defined]
+        return load_pickled(preparation, payload)
+
+    serve_functions(sock, agent, os.environ, load)
+
+
+def import_before_forking(data: dict[str, Any]) -> None:
+    """Import the main module, as a fork server does. What goes wrong does so again in each worker, which tells it."""
+    process.current_process()._inheriting = True  # type: ignore[attr-defined]
+    try:
+        spawn.prepare({key: data[key] for key in data if key not in ("name", "authkey", "start_method", "log_level")})
+    except Exception:
+        return
+    finally:
+        del process.current_process()._inheriting  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,193 @@
+"""Floor 2: functions as workers, as the agent sees them: what their keeper and their processes are started with.
+
+The three start methods are those of ``multiprocessing``, whose machinery does the pickling and runs the function, so
+that queues, locks, connections and tensors can be arguments. But the processes are the keeper's:
+
+    spawn       the small keeper executes a fresh Python for each worker
+    fork        the keeper is a fork of this process, and forks the workers
+    forkserver  the keeper is a fresh Python that has imported what multiprocessing's fork server would have
+
+A function comes by a memory file, and what it returns goes back by one: nobody has to read while it is written.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.workers import function_main
+from elastic_launch.workers.keeper import Begin, execute, execute_keeper
+
+START_METHODS = ("spawn", "fork", "forkserver")
+
+
+class Functions:
+    """What the workers of one node run: a function, and by local rank its arguments and what it returned."""
+
+    def __init__(
+        self, name: str, fn: Callable[..., Any], args: Mapping[int, tuple[Any, ...]], start_method: str
+    ) -> None:
+        """Pickle what the start method needs pickled.
+
+        Args:
+            name: of the processes, followed by their local rank.
+            fn: what each worker calls.
+            args: with which arguments, by local rank.
+            start_method: one of ``START_METHODS``.
+
+        Raises:
+            UsageError: the start method is unknown, or function and arguments cannot be sent with it.
+        """
+        if start_method not in START_METHODS:
+            raise UsageError(f"start_method={start_method!r}: must be one of {', '.join(START_METHODS)}")
+        self._method = start_method
+        self._results: dict[int, int] = {}
+        self._preparation = -1
+        self._payloads: dict[int, tuple[int, list[int]]] = {}
+        """By local rank: memory file, and the descriptors that the pickle refers to."""
+        self._processes = {
+            rank: function_main.FunctionProcess(f"{name}-{rank}", start_method, fn, arguments)
+            for rank, arguments in args.items()
+        }
+        if start_method != "fork":
+            try:
+                self._pickle(name)
+            except Exception as error:
+                self.close()
+                raise UsageError(_why_not(fn, start_method, error)) from error
+
+    def _pickle(self, name: str) -> None:
+        from multiprocessing import spawn
+
+        # What a fresh Python needs to become like this one: module search path, main module, directory.
+        self._preparation, _ = _pickled(spawn.get_preparation_data(name), self._method)
+        for rank, process in self._processes.items():
+            self._payloads[rank] = _pickled(process, self._method)
+
+    def begin(self) -> Begin:
+        """What starts the keeper."""
+        return {"spawn": execute_keeper, "fork": self._fork_keeper, "forkserver": self._execute_server}[self._method]
+
+    def command(self, local_rank: int) -> tuple[list[str], list[tuple[int, int]]]:
+        """What a worker is started with in a new round: argument vector, and descriptors with their numbers there."""
+        if local_rank in self._results:
+            os.close(self._results.pop(local_rank))
+        self._results[local_rank] = result = os.memfd_create("result")
+        if self._method == "fork":
+            return [], [(result, -1)]
+        payload, referred = self._payloads[local_rank]
+        if self._method == "forkserver":
+            return [], [(fd, -1) for fd in (result, payload, *referred)]
+        descriptors = [self._preparation, payload, result, *_tracker()]
+        argv = [*_python(), function_main.__file__, "run", *map(str, descriptors)]
+        return argv, [(fd, fd) for fd in (*descriptors, *referred)]
+
+    def value(self, local_rank: int) -> Any:
+        """What a worker that has ended with 0 returned; None also if it ended before it could.
+
+        Raises:
+            LaunchError: this process cannot make the value of what the worker's pickle says.
+        """
+        result = self._results[local_rank]
+        if os.fstat(result).st_size == 0:
+            return None
+        try:
+            with open(f"/proc/self/fd/{result}", "rb") as file:
+                return pickle.load(file)
+        except Exception as error:
+            raise LaunchError(
+                f"local rank {local_rank}: the value that it returned cannot be read: {type(error).__name__}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the memory files."""
+        for fd in [*self._results.values(), *(payload for payload, _ in self._payloads.values())]:
+            os.close(fd)
+        if self._preparation >= 0:
+            os.close(self._preparation)
+        self._results, self._payloads, self._preparation = {}, {}, -1
+
+    def _fork_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            self._be_the_keeper(environ, inherited)
+        return pid
+
+    def _be_the_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> NoReturn:
+        """In the fork: become what ``execute_keeper`` would have started, but with this program's memory."""
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
+            signal.set_wakeup_fd(-1)
+            os.setsid()
+            sock, agent = inherited
+            function_main.serve_functions(sock, agent, environ, lambda rank, _: self._processes[rank])
+        finally:
+            os._exit(70)
+
+    def _execute_server(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+        argv = [*_python(), function_main.__file__, "serve"]
+        return execute(argv, environ, (*inherited, self._preparation, *_tracker()))
+
+
+def _python() -> list[str]:
+    from multiprocessing import spawn, util
+
+    return [os.fsdecode(spawn.get_executable()), *util._args_from_interpreter_flags(), "-u"]  # type: ignore[attr-defined]
+
+
+def _tracker() -> list[int]:
+    """The descriptor of this program's resource tracker; none where it has none: then the workers have one each."""
+    if "multiprocessing.resource_tracker" not in sys.modules:
+        return []
+    from multiprocessing import resource_tracker
+
+    number = resource_tracker._resource_tracker._fd  # type: ignore[attr-defined]
+    return [] if number is None else [int(number)]
+
+
+def _pickled(value: object, start_method: str) -> tuple[int, list[int]]:
+    """A memory file with a pickle for a worker, and the descriptors that it refers to."""
+    from multiprocessing import context, popen_forkserver, popen_spawn_posix, reduction
+
+    referred: list[int] = []
+
+    class Popen:
+        """What multiprocessing's objects ask, while they are pickled, for a way to send their descriptors."""
+
+        DupFd = popen_forkserver._DupFd if start_method == "forkserver" else popen_spawn_posix._DupFd
+
+        @staticmethod
+        def duplicate_for_child(fd: int) -> int:
+            referred.append(fd)
+            return len(referred) - 1 if start_method == "forkserver" else fd
+
+    buffer = io.BytesIO()
+    context.set_spawning_popen(Popen())  # type: ignore[arg-type]
+    try:
+        reduction.dump(value, buffer)
+    finally:
+        context.set_spawning_popen(None)
+    fd = os.memfd_create("pickle")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(buffer.getbuffer())
+    return fd, referred
+
+
+def _why_not(fn: Callable[..., Any], start_method: str, error: Exception) -> str:
+    """What made pickling fail, and what to do."""
+    name = getattr(fn, "__qualname__", repr(fn))
+    if isinstance(error, RuntimeError) and "bootstrapping phase" in str(error):
+        return (
+            f"entrypoint {name}: a worker that imports this module would start workers itself: "
+            "put the launch under if __name__ == '__main__':"
+        )
+    return (
+        f"entrypoint {name}: cannot be sent to workers with start_method={start_method!r}: "
+        f"{type(error).__name__}: {error}; define it at the top level of a module, or use start_method='fork'"
+    )

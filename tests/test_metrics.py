@@ -1,0 +1,207 @@
+"""Metrics: torch's names, signatures and printed format."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from elastic_launch import metrics
+from elastic_launch.metrics import (
+    ConsoleMetricHandler,
+    MetricData,
+    MetricHandler,
+    MetricsConfig,
+    NullMetricHandler,
+    configure,
+    get_elapsed_time_ms,
+    getStream,
+    initialize_metrics,
+    prof,
+    profile,
+    publish_metric,
+    put_metric,
+    put_round_metrics,
+    put_run_metrics,
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_handlers", {})
+
+
+class Kept(MetricHandler):
+    """Keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.data: list[MetricData] = []
+
+    def emit(self, metric_data: MetricData) -> None:
+        self.data.append(metric_data)
+
+    def values(self) -> dict[str, float]:
+        return {data.name: data.value for data in self.data}
+
+
+@pytest.fixture
+def kept() -> Kept:
+    handler = Kept()
+    configure(handler)
+    return handler
+
+
+def silence(line: str) -> None:
+    raise AssertionError(line)
+
+
+def test_nothing_is_printed_unless_configured(capsys: pytest.CaptureFixture[str]) -> None:
+    put_metric("name", 1)
+    configure(NullMetricHandler())
+    put_metric("name", 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_console_prints_in_torchs_format(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(ConsoleMetricHandler())
+    before = time.time()
+    put_metric("name", 1)
+    put_metric("other", 2.5, "group")
+    first, second = capsys.readouterr().out.splitlines()
+    match = re.fullmatch(r"\[(\d+\.\d+)\]\[torchelastic\]: name=1", first)
+    assert match
+    assert before <= float(match[1]) <= time.time()
+    assert second.endswith("][group]: other=2.5")
+
+
+def test_group_with_a_handler_of_its_own(kept: Kept) -> None:
+    own = Kept()
+    configure(own, "mine")
+    put_metric("a", 1, "mine")
+    put_metric("b", 2, "other")
+    getStream("mine").add_value("c", 3)
+    assert [(data.group_name, data.name, data.value) for data in own.data] == [("mine", "a", 1), ("mine", "c", 3)]
+    assert [(data.group_name, data.name, data.value) for data in kept.data] == [("other", "b", 2)]
+
+
+def test_group_can_be_silenced(kept: Kept) -> None:
+    configure(NullMetricHandler(), "quiet")
+    put_metric("a", 1, "quiet")
+    assert kept.data == []
+
+
+@prof
+def free_function(a: int, b: int = 1) -> int:
+    """Adds."""
+    return a + b
+
+
+class Thing:
+    @prof(group="things")
+    def method(self) -> None:
+        raise KeyError("x")
+
+
+def test_prof_measures_a_call(kept: Kept) -> None:
+    assert free_function(1, b=2) == 3
+    assert (free_function.__name__, free_function.__doc__) == ("free_function", "Adds.")
+    name = f"{__name__}.free_function"
+    assert [(data.group_name, data.name) for data in kept.data] == [
+        ("torchelastic", f"{name}.success"),
+        ("torchelastic", f"{name}.duration.ms"),
+    ]
+    assert kept.values()[f"{name}.success"] == 1
+
+
+def test_prof_tells_of_a_failure_and_lets_it_pass(kept: Kept) -> None:
+    with pytest.raises(KeyError, match="x"):
+        Thing().method()
+    assert [(data.group_name, data.name) for data in kept.data] == [
+        ("things", "Thing.method.failure"),
+        ("things", "Thing.method.duration.ms"),
+    ]
+
+
+def test_function_that_configures_is_measured(kept: Kept) -> None:
+    own = Kept()
+
+    @prof
+    def main() -> None:
+        time.sleep(0.02)
+        configure(own)
+
+    main()
+    assert kept.data == []
+    assert own.data[1].value >= 20
+
+
+def test_deprecated_names_work_and_say_so(kept: Kept) -> None:
+    with pytest.warns(FutureWarning, match="use @prof"):
+
+        @profile("group")
+        def work() -> int:
+            return 1
+
+    assert work() == 1
+    with pytest.warns(FutureWarning, match="put_metric") as warned:
+        publish_metric("group", "name", 3)
+    assert warned[0].filename == __file__
+    assert [(data.group_name, data.name) for data in kept.data] == [
+        ("group", "work.success"),
+        ("group", "work.duration.ms"),
+        ("group", "name"),
+    ]
+
+
+def test_small_names() -> None:
+    assert MetricsConfig().params == {}
+    initialize_metrics(MetricsConfig({"a": "b"}))
+    elapsed = get_elapsed_time_ms(time.time() - 1)
+    assert isinstance(elapsed, int)
+    assert 1000 <= elapsed < 60_000
+    assert MetricData(1.0, "g", "n", 2)._fields == ("timestamp", "group_name", "name", "value")
+    with pytest.raises(TypeError, match="abstract"):
+        MetricHandler()  # type: ignore[abstract]
+
+
+def test_what_the_agent_tells_of_a_round(kept: Kept) -> None:
+    put_round_metrics("trainer", "FAILED", 1, 3, silence)
+    assert kept.values() == {"workers.trainer.remaining_restarts": 2, "workers.trainer.failed": 1}
+
+
+@pytest.mark.parametrize(
+    ("succeeded", "restarts", "max_restarts", "flakiness", "outcome"),
+    [  # as torch's agent tells them
+        (True, 0, 0, 0, "run_success_no_retries"),
+        (True, 1, 1, 50, "run_success_with_retries"),
+        (True, 1, 3, 25, "run_success_with_retries"),
+        (False, 0, 0, 100, "run_failed_no_retries"),
+        (False, 3, 3, 100, "run_failed_with_retries"),
+    ],
+)
+def test_what_the_agent_tells_of_a_run(
+    kept: Kept, succeeded: bool, restarts: int, max_restarts: int, flakiness: int, outcome: str
+) -> None:
+    put_run_metrics("default", succeeded, restarts, max_restarts, 1.5, silence)
+    values = kept.values()
+    assert values.pop("SimpleElasticAgent.run.success") == 1
+    assert values.pop("SimpleElasticAgent.run.duration.ms") == 1500
+    assert values.pop("workers.default.flakiness") == flakiness
+    assert values.pop("workers.default.run_total") == 1
+    assert sorted(values) == [
+        f"workers.default.run_{end}_{retries}_retries" for end in ("failed", "success") for retries in ("no", "with")
+    ]
+    assert {name for name, value in values.items() if value} == {f"workers.default.{outcome}"}
+
+
+def test_handler_that_raises_ends_no_job() -> None:
+    class Broken(MetricHandler):
+        def emit(self, metric_data: MetricData) -> None:
+            raise OSError("disk")
+
+    configure(Broken())
+    said: list[str] = []
+    put_round_metrics("default", "HEALTHY", 0, 0, said.append)
+    put_run_metrics("default", True, 0, 0, 1.0, said.append)
+    assert said == ["metrics are lost: OSError: disk"] * 2
