@@ -104,9 +104,9 @@ def put(queue: Any, lock: Any) -> None:
         queue.put(rank())
 
 
-def add(total: Any) -> None:
-    with total.get_lock():
-        total.value += 1 + rank()
+def send(connection: Any, lock: Any) -> None:
+    with lock:
+        connection.send(rank())
 
 
 def fail_once(marks: str) -> int:
@@ -219,14 +219,14 @@ def _tracker() -> Iterator[None]:
 @pytest.mark.usefixtures("_tracker")
 def test_queues_and_locks_are_arguments_as_for_multiprocessing(method: str) -> None:
     context = multiprocessing.get_context(method)
-    queue, lock, total = context.Queue(), context.Lock(), context.Value("i", 0)
+    queue, lock, (ours, theirs) = context.Queue(), context.Lock(), context.Pipe()
     run(put, queue, lock, method=method)
     assert sorted(queue.get(timeout=30) for _ in range(2)) == [0, 1]
     queue.close()
     queue.join_thread()
-    run(add, total, method=method)
-    assert total.value == 3
-    del queue, lock, total
+    run(send, theirs, lock, method=method)
+    assert sorted(ours.recv() for _ in range(2)) == [0, 1]
+    del queue, lock, ours, theirs
     gc.collect()  # their descriptors are open until then
 
 

@@ -170,7 +170,7 @@ def _described(error: BaseException) -> dict[str, Any]:
 
 def _users_part(tb: TracebackType | None) -> TracebackType | None:
     """What is left of a traceback without the frames of this package at its head."""
-    while tb is not None and str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+    while tb is not None and str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] == "elastic_launch":
         tb = tb.tb_next
     return tb
 
