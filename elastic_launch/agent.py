@@ -148,6 +148,8 @@ class LocalElasticAgent:
             sources = [signals, self._rendezvous, *watches]
             driver = Driver(limits, self._workers, self._start, self._rendezvous.ask, sources, self._say, self._observe)
             finish, life = cast(Finish, driver.run()), driver.life
+            if life.asked_at is not None and life.killed:
+                self._workers.console_patience = 0.0  # told twice to end: now
             self._telemetry.end(life, finish)
             self._has_failed = bool(finish.failures)
             if not finish.failures and not finish.error and finish.signum is None:
@@ -181,13 +183,9 @@ class LocalElasticAgent:
         for local_rank, environ in envs.items():
             if path := dest.error_files.get(local_rank):
                 environ["TORCHELASTIC_ERROR_FILE"] = path
-        self._workers.start(
-            envs,
-            dest,
-            self._prefixes(place) if dest.tee_stdouts or dest.tee_stderrs else {},
-            {1: self._spec.duplicate_stdout_filters or (), 2: self._spec.duplicate_stderr_filters or ()},
-            self._cpus,
-        )
+        filters = {1: self._spec.duplicate_stdout_filters or (), 2: self._spec.duplicate_stderr_filters or ()}
+        has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(filters.values())
+        self._workers.start(envs, dest, self._prefixes(place) if has_prefixes else {}, filters, self._cpus)
 
     def _prefixes(self, place: Assignment) -> dict[int, str]:
         """What stands before each worker's lines on the console."""

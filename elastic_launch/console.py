@@ -43,8 +43,16 @@ def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
         del _thread.speaker
 
 
+def begin_with_new_line(needed: bool) -> None:
+    """Tell whether a worker's line without an end stands where this thread's next ``write`` would begin."""
+    _thread.needs_new_line = needed
+
+
 def write(text: str, patience: float) -> None:
     """Write to standard error, whatever becomes of it, for some seconds at most."""
+    if getattr(_thread, "needs_new_line", False):
+        text = f"\n{text}"
+        _thread.needs_new_line = False
     data = memoryview(text.encode(errors="backslashreplace"))
     end = time.monotonic() + patience
     with contextlib.suppress(OSError), unblocked(2) as fd:

@@ -17,6 +17,18 @@ from elastic_launch.errors import LaunchError, UnavailableError
 class DefaultLogsSpecs(LogsSpecs):
     """The layout ``LOG_DIR/RUN_ID/attempt_K/RANK``: whoever knows the job knows where its files are."""
 
+    def __init__(
+        self,
+        log_dir: str | None = None,
+        redirects: Std | dict[int, Std] = Std.NONE,
+        tee: Std | dict[int, Std] = Std.NONE,
+        local_ranks_filter: set[int] | None = None,
+    ) -> None:
+        """Take what the command line says; ``/dev/null``, as with torchrun, means: no files, all output as it comes."""
+        if log_dir == os.devnull:
+            log_dir, redirects, tee = None, Std.NONE, Std.NONE
+        super().__init__(log_dir, redirects, tee, local_ranks_filter)
+
     @property
     def root_log_dir(self) -> str | None:
         """What the user named; None where that was nothing."""
@@ -51,9 +63,11 @@ class DefaultLogsSpecs(LogsSpecs):
                     shown_files[local_rank] = path
                 files[local_rank] = path
             dest.error_files[local_rank] = os.path.join(folder, "error.json")
-        attempt = self._folder(next(iter(envs.values()), {}))
-        dest.filtered_stdout = os.path.join(attempt, "filtered_stdout.log")
-        dest.filtered_stderr = os.path.join(attempt, "filtered_stderr.log")
+        environ = next(iter(envs.values()), {})
+        node = environ.get("GROUP_RANK", "0")
+        suffix = "" if node == "0" else f"_{node}"  # each agent writes its own, and all may share the directory
+        dest.filtered_stdout = os.path.join(self._folder(environ), f"filtered_stdout{suffix}.log")
+        dest.filtered_stderr = os.path.join(self._folder(environ), f"filtered_stderr{suffix}.log")
         return dest
 
     def _folder(self, environ: Mapping[str, str], *rank: str) -> str:
@@ -108,6 +122,8 @@ class JobFiles:
         """
         try:
             dest = self._specs.reify(envs)
+            # torch's class names /dev/null where there are to be no files; a worker would put its own in that place.
+            dest.error_files = {rank: path for rank, path in dest.error_files.items() if path != os.devnull}
             for path in dest.error_files.values():
                 with contextlib.suppress(OSError):
                     os.unlink(path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_launch.cgroup import OomCounter
 from elastic_launch.config import INHERIT, LogsDest
-from elastic_launch.console import unblocked
+from elastic_launch.console import begin_with_new_line, unblocked
 from elastic_launch.core.lifecycle import Event, Gone, TimedOut
 from elastic_launch.core.root_cause import Evidence, Exit
 from elastic_launch.error_files import read_error_file
@@ -27,7 +27,6 @@ LOCAL_RANK = "${local_rank}"
 """Stands for the local rank in arguments that are texts, as torch's ``macros.local_rank`` does."""
 STDOUT, STDERR = 1, 2
 CONSOLE_PATIENCE = 10.0
-"""Seconds without progress after which a console's reader is given up, at the end."""
 
 
 class Workers:
@@ -64,6 +63,8 @@ class Workers:
         self._interrupt = interrupt
         self._args = {rank: tuple(_with_local_rank(each, rank) for each in args[rank]) for rank in args}
         self._program = entrypoint if isinstance(entrypoint, str) else ""
+        self.console_patience = CONSOLE_PATIENCE
+        """Seconds without progress after which ``close`` gives up a console's reader."""
         self._functions: Functions | None = None
         with contextlib.ExitStack() as stack:
             if callable(entrypoint):
@@ -160,7 +161,8 @@ class Workers:
 
     def _end_output(self) -> None:
         self._pump.drain()
-        self._pump.flush(CONSOLE_PATIENCE, self._interrupt)
+        self._pump.flush(self.console_patience, self._interrupt)
+        begin_with_new_line(not self._pump.is_at_line_start)
         self._pump.close()
 
     def _command(self, rank: int) -> tuple[list[str], list[tuple[int, int]]]:

@@ -76,12 +76,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         min_nodes=min_nodes,
         max_nodes=max_nodes,
         nproc_per_node=determine_local_world_size(args.nproc_per_node),
-        logs_specs=_logs_specs(args.logs_specs)(
-            log_dir=args.log_dir,
-            redirects=Std.from_str(args.redirects),
-            tee=Std.from_str(args.tee),
-            local_ranks_filter=parse_ranks(args.local_ranks_filter),
-        ),
+        logs_specs=_logs_specs(args),
         run_id="" if args.standalone or args.rdzv_id == "none" else args.rdzv_id,
         role=args.role,
         rdzv_endpoint="" if args.standalone else args.rdzv_endpoint or _static_endpoint(args),
@@ -109,8 +104,29 @@ def run(args: argparse.Namespace) -> None:
     elastic_launch(config, command)(*command_args)
 
 
-def _logs_specs(name: str | None) -> Callable[..., LogsSpecs]:
-    """The class that decides where output goes: the launcher's own, or an installed package's."""
+def _logs_specs(args: argparse.Namespace) -> LogsSpecs:
+    """What decides where output goes.
+
+    Raises:
+        LaunchError: an installed package's class cannot be had.
+    """
+    create = _logs_specs_class(args.logs_specs)
+    # torch's classes, and what derives from them, ask whether a value is torch's Std. Then torch is there already.
+    torchs: Any = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
+    std = torchs.Std if torchs and isinstance(create, type) and issubclass(create, torchs.LogsSpecs) else Std
+    streams = {
+        name: {rank: std(int(each)) for rank, each in value.items()} if isinstance(value, dict) else std(int(value))
+        for name, value in (("redirects", Std.from_str(args.redirects)), ("tee", Std.from_str(args.tee)))
+    }
+    try:
+        return create(log_dir=args.log_dir, local_ranks_filter=parse_ranks(args.local_ranks_filter), **streams)
+    except Exception as error:
+        name = getattr(create, "__qualname__", repr(create))
+        raise LaunchError(f"--logs-specs={args.logs_specs}: {name}: {type(error).__name__}: {error}") from error
+
+
+def _logs_specs_class(name: str | None) -> Callable[..., LogsSpecs]:
+    """The launcher's own class, or an installed package's."""
     if name in (None, "default"):  # torch's own has that name, too
         return DefaultLogsSpecs
     from importlib.metadata import entry_points  # late: 20 ms, and only for plug-ins

@@ -52,7 +52,7 @@ class Watchdog:
         Raises:
             UnavailableError: it cannot be made.
         """
-        self.path = path
+        self.path = path = os.path.abspath(path)  # workers may go elsewhere
         self._wall_clock = wall_clock
         self._buffer = bytearray()
         self._timers: dict[tuple[int, str], tuple[float, int]] = {}
@@ -80,10 +80,11 @@ class Watchdog:
         """Read what workers have written; never blocks.
 
         Returns:
-            The processes that have not left a scope in time, but for those that want no signal for that.
+            The workers that have not left a scope in time, themselves or in a process of theirs, but for scopes that
+            want no signal for that.
         """
         return [
-            Expired(pid, f"was still in the timer's scope {scope!r} when its time was over")
+            Expired(_worker_of(pid), f"was still in the timer's scope {scope!r} when its time was over")
             for pid, scope, _, signum in self.overdue(time.monotonic())
             if signum
         ]
@@ -137,6 +138,19 @@ class Watchdog:
             self._fd = -1
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
+
+
+def _worker_of(pid: int) -> int:
+    """Whose timer it is: a worker leads the session that its children are in, Python below a wrapper (PYTHON_EXEC) too.
+
+    A process that has ended, or left that session, stands for itself, which is nobody's worker.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+    except OSError:
+        return pid
+    return pid if state in b"ZX" or session == b"0" else int(session)
 
 
 def _remove_stale(path: str) -> None:

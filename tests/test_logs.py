@@ -639,8 +639,9 @@ def test_a_full_disk_costs_the_files_only(small_disk: Path, tmp_path: Path, cons
 
 def test_a_console_file_that_is_full_gets_nothing_after_the_gap(small_disk: Path, tmp_path: Path) -> None:
     filler, shown = small_disk / "filler", small_disk / "console"
+    said: list[str] = []
     with shown.open("wb") as file, standing_in(file.fileno(), file.fileno()):
-        pump = LogPump(pytest.fail, unblocked)
+        pump = LogPump(said.append, unblocked)
         end = pump.open([Route(0, 1, str(tmp_path / "log"), True, b"")])[0, 1]
         for text in (b"first\n", b"x" * (64 << 10) + b"\n", b"last\n"):
             filler.write_bytes(b"x" * (32 << 10)) if text == b"first\n" else None
@@ -653,6 +654,8 @@ def test_a_console_file_that_is_full_gets_nothing_after_the_gap(small_disk: Path
     assert (tmp_path / "log").read_bytes() == whole
     assert whole.startswith(shown.read_bytes())
     assert shown.stat().st_size < len(whole)
+    assert len(said) == 1
+    assert said[0].startswith("stdout: no space left on device: the rest of this output is not shown")
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path, console: Console) -> None:

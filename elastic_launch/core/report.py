@@ -70,4 +70,9 @@ def _indent(text: str) -> list[str]:
     if len(lines) > _MAX_TRACEBACK_LINES:
         half = _MAX_TRACEBACK_LINES // 2
         lines = [*lines[:half], f"... {len(lines) - 2 * half} lines left out ...", *lines[-half:]]
-    return [f"    {line[:_MAX_LINE]}" for line in lines]
+    return [f"    {_shortened(line)}" for line in lines]
+
+
+def _shortened(line: str) -> str:
+    half = _MAX_LINE // 2
+    return line if len(line) <= _MAX_LINE else f"{line[:half]} ... {line[-half:]}"

@@ -16,10 +16,8 @@ from contextlib import AbstractContextManager, ExitStack
 
 from elastic_launch.errors import UnavailableError
 from elastic_launch.logs.channel import DEFAULT_SIZE, make_channel, raise_limit
-from elastic_launch.logs.sinks import Console, File
+from elastic_launch.logs.sinks import NAMES, Console, File
 from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route, Source
-
-_NAMES = {STDOUT: "stdout", STDERR: "stderr"}
 
 BLOCK = 1 << 20
 """Bytes: the most that one read takes, and the size of a pipe where the system grants it."""
@@ -50,6 +48,8 @@ class LogPump:
             unblocked: opens a standard stream so that writing to it does not block (``console.unblocked``).
         """
         self._tell = say
+        self._losses: list[str] = []
+        self._has_lost = False
         self._stack = ExitStack()
         self._consoles: dict[int, Console] = {}
         for stream in (STDOUT, STDERR):
@@ -62,8 +62,6 @@ class LogPump:
         self._buffer = bytearray()
         self._pipe_size = self._backlog = BLOCK
         self._taken_at = self._rest_until = float("-inf")
-        self._losses: list[str] = []
-        self._has_lost = False
         self._words = _Words()
 
     def _console(self, stream: int, unblocked: Callable[[int], AbstractContextManager[int]]) -> Console:
@@ -72,7 +70,7 @@ class LogPump:
         for console in self._consoles.values():
             if (status.st_dev, status.st_ino) == console.identity:
                 return console
-        return Console(stream, self._stack.enter_context(unblocked(stream)), self._stack)
+        return Console(stream, self._stack.enter_context(unblocked(stream)), self._stack, self._losses.append)
 
     # ---- a round
 
@@ -279,8 +277,14 @@ class LogPump:
                 break
         lost = {console: size for console in waiting if (size := console.give_up())}
         for console, size in lost.items():
-            self._tell(f"{_NAMES[console.stream]} takes no more output: {size} bytes were not shown")
+            self._tell(f"{NAMES[console.stream]} takes no more output: {size} bytes were not shown")
+        self._report_losses()
         return sum(lost.values())
+
+    @property
+    def is_at_line_start(self) -> bool:
+        """Whether what was written to standard error so far ends with a line's end."""
+        return STDERR not in self._consoles or self._consoles[STDERR].is_at_line_start
 
     def _report_losses(self) -> None:
         losses, self._losses[:] = self._losses[:], []

@@ -17,6 +17,10 @@ _CLEAR = b"\r\x1b[K"
 _ON_ONE_ROW, _WRAPPED = b"\x1b[?7l", b"\x1b[?7h"
 """Switch a terminal's wrapping at its right margin off and on: a row can be cleared, a second one not."""
 _MOST_BUFFERS = 64
+_NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+"""Whoever closes what he reads (``| head``), or a terminal, knows that."""
+_GOES_ON = "; the job goes on, and other logs may break off without a word"
+NAMES = {1: "stdout", 2: "stderr"}
 
 
 class Writer(Protocol):
@@ -35,8 +39,9 @@ class Redrawn(Protocol):
 class Console:
     """One of the launcher's own streams, and what waits for it. ``queue`` is empty once nobody reads it any more."""
 
-    def __init__(self, stream: int, fd: int, stack: ExitStack) -> None:
+    def __init__(self, stream: int, fd: int, stack: ExitStack, report: Callable[[str], None]) -> None:
         status = os.fstat(stream)
+        self._report = report
         self.identity = (status.st_dev, status.st_ino)
         self.is_terminal = os.isatty(stream)
         self.stream = stream
@@ -47,7 +52,8 @@ class Console:
         if stat.S_ISSOCK(status.st_mode):
             self._socket = stack.enter_context(socket.socket(fileno=os.dup(fd)))
         self._is_lost = False
-        self._is_at_line_start = True
+        self.is_at_line_start = True
+        """Whether what was shown so far ends with a line's end."""
         self._live: Redrawn | None = None  # the redrawn line that the terminal's last row is for
         self._is_drawn = self._is_stale = False
 
@@ -58,9 +64,9 @@ class Console:
         if self._is_drawn:
             self.queue.append((memoryview(_CLEAR), None))
             self._is_drawn, self._is_stale = False, self._live is not None
-        if is_lines and not self._is_at_line_start:
+        if is_lines and not self.is_at_line_start:
             self.queue.append((memoryview(b"\n"), None))
-        self._is_at_line_start = is_lines or data[-1] == ord("\n")
+        self.is_at_line_start = is_lines or data[-1] == ord("\n")
         self.queue.append((memoryview(data), owner))
         owner.backlog += len(data)
 
@@ -79,9 +85,9 @@ class Console:
         if self._is_stale and not self.queue and not self._is_lost:
             self._is_stale = False
             row = self._live.row() if self._live else b""
-            if not self._is_at_line_start and row:
+            if not self.is_at_line_start and row:
                 self.queue.append((memoryview(b"\n"), None))
-                self._is_at_line_start = True
+                self.is_at_line_start = True
             if row or self._is_drawn:
                 self.queue.append((memoryview(b"".join((_CLEAR, _ON_ONE_ROW, row, _WRAPPED))), None))
                 self._is_drawn = bool(row)
@@ -93,10 +99,14 @@ class Console:
                 written = self._send()
             except (BlockingIOError, InterruptedError):
                 return
-            except OSError:
+            except OSError as error:
                 # Closed, hung up or full: nobody will see more, and what a file gets after a gap misleads.
                 self._is_lost = True
                 self.give_up()
+                if error.errno not in _NO_READER:
+                    self._report(
+                        f"{NAMES[self.stream]}: {_told(error)}: the rest of this output is not shown{_GOES_ON}"
+                    )
                 return
             while self.queue and written >= len(self.queue[0][0]):
                 data, owner = self.queue.popleft()
@@ -132,7 +142,12 @@ class Console:
             if owner:
                 owner.backlog -= len(data)
         self.queue.clear()
+        self.is_at_line_start = self.is_at_line_start and not lost  # who knows where it broke off
         return lost
+
+
+def _told(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
 
 
 class File:
@@ -143,7 +158,10 @@ class File:
         self._report = report
         self._fd: int | None = None
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            # O_APPEND: logrotate may cut it meanwhile. O_NONBLOCK: a path may also be a pipe's, which may cost output,
+            # but does not hold up the job.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
+            self._fd = os.open(path, flags, 0o666)
         except OSError as error:
             self._lose(error)
 
@@ -161,10 +179,7 @@ class File:
     def _lose(self, error: OSError) -> None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise error
-        self._report(
-            f"log {self._path}: {(error.strerror or str(error)).lower()}: the rest of this output is not kept; "
-            "the job goes on, and other logs may break off without a word"
-        )
+        self._report(f"log {self._path}: {_told(error)}: the rest of this output is not kept{_GOES_ON}")
         self.close()
 
     def close(self) -> None:
