@@ -18,17 +18,25 @@ from elastic_launch.rendezvous.registry import create_rendezvous
 class elastic_launch:  # noqa: N801 - torch's name
     """Launches a command or a function on this node: ``elastic_launch(config, train)(argument, ...)``."""
 
-    def __init__(self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | None) -> None:
-        """Take the job's settings and what each worker runs."""
+    def __init__(
+        self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | None, health_check_server: Any = None
+    ) -> None:
+        """Take the job's settings, what each worker runs, and a server as for ``LocalElasticAgent``."""
         self._config = config
         self._entrypoint = entrypoint
+        self._health_check_server = health_check_server
 
     def __call__(self, *args: Any) -> dict[int, Any]:
         """Run to the end; see ``launch_agent``."""
-        return launch_agent(self._config, self._entrypoint, list(args))
+        return launch_agent(self._config, self._entrypoint, list(args), self._health_check_server)
 
 
-def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> dict[int, Any]:
+def launch_agent(
+    config: LaunchConfig,
+    entrypoint: Callable[..., Any] | str | None,
+    args: list[Any],
+    health_check_server: Any = None,
+) -> dict[int, Any]:
     """Run a job's workers on this node, to the job's end.
 
     Returns:
@@ -68,6 +76,7 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
         config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
         shutdown_timeout=shutdown_timeout,
+        health_check_server=health_check_server,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
     )

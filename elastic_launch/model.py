@@ -65,7 +65,16 @@ class WorkerSpec:
     def get_entrypoint_name(self) -> str:
         """The function's name, or the command."""
         entrypoint = self.entrypoint or self.fn
-        return str(getattr(entrypoint, "__qualname__", entrypoint))
+        return callable_name(entrypoint) if callable(entrypoint) else str(entrypoint)
+
+
+def callable_name(fn: Callable[..., Any]) -> str:
+    """The name of something that can be called: the function's, that of a partial's function, or the class's.
+
+    Not its ``repr``: that of a partial shows all its arguments, and an object's may be any text.
+    """
+    name = getattr(fn, "__qualname__", None) or getattr(getattr(fn, "func", None), "__qualname__", None)
+    return str(name or type(fn).__qualname__)
 
 
 @dataclass(eq=False)

@@ -23,15 +23,18 @@ from elastic_launch.core.lifecycle import (
     Event,
     Finish,
     Join,
+    Life,
     Limits,
     Settle,
     Signalled,
+    State,
     Succeed,
 )
+from elastic_launch.core.root_cause import NOTHING, failure_of
 from elastic_launch.driver import Driver
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
-from elastic_launch.job_files import DefaultLogsSpecs
+from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.model import Assignment, End, EndKind
 from elastic_launch.processes import Workers
 from elastic_launch.workers.keeper import subreaper
@@ -152,6 +155,8 @@ class PContext:
         }
         self._start_method = start_method
         self._numa_options = numa_options
+        workers = len(args)
+        self._place = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
         self._driver: Driver | None = None
         self._dest = LogsDest()
@@ -164,15 +169,20 @@ class PContext:
         stack = self._stack
         stack.enter_context(standard_streams())
         stack.enter_context(subreaper())
-        self._dest = self._logs_specs.reify(self._envs)
+        environ = environment()
+        # Without a run id, the name keeps the files of several contexts apart.
+        named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
+        files = JobFiles(self._logs_specs, named[0]["TORCHELASTIC_RUN_ID"], environ.get("TMPDIR") or "/tmp")
+        stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
+        self._dest = files.prepare(named)
         for rank, path in self._dest.error_files.items():
-            self._envs[rank].setdefault("TORCHELASTIC_ERROR_FILE", path)
+            self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
         self._workers = Workers(
             self.name,
             self._entrypoint,
             self._args,
             run_id=self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}"),
-            environ=environment(),
+            environ=environ,
             start_method=self._start_method,
             say=say,
         )
@@ -189,7 +199,7 @@ class PContext:
             period: accepted for torch's sake: nothing here polls.
 
         Returns:
-            None while they run; and after ``close``, if they had not ended before.
+            None while they run. After ``close``, those that it stopped are among the failures, as in torch's.
         """
         if self._driver and self._driver.finish is None:
             self._run(lambda driver: driver.run(None if timeout < 0 else time.monotonic() + timeout))
@@ -201,11 +211,17 @@ class PContext:
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         """Stop what runs, with a signal (SIGTERM) and after ``timeout`` seconds SIGKILL; let go of everything."""
-        if self._driver and self._driver.finish is None:
-            self._driver.life = replace(self._driver.life, limits=Limits(max_restarts=0, shutdown_timeout=timeout))
-            self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
-            self._run(lambda driver: driver.run())
-        self._stack.close()
+        with self._stack:
+            if self._driver and self._driver.finish is None:
+                life = replace(self._driver.life, limits=Limits(max_restarts=0, shutdown_timeout=timeout))
+                if life.state is State.STOPPING:  # since one has failed; the others had SIGTERM then
+                    now = time.monotonic()
+                    life = replace(life, deadline=min(life.deadline or now, now + timeout))
+                    if death_sig:
+                        self._workers.tell(death_sig, life.running, stop=True)
+                self._driver.life = life
+                self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
+                self._run(lambda driver: driver.run())
 
     def _run(self, what: Callable[[Driver], Finish | None]) -> None:
         """Let the driver run; then the result, if this was its end."""
@@ -214,12 +230,22 @@ class PContext:
             return
         with spoken_by(self._workers.say):
             finish = what(driver)
-        if finish is None or finish.signum is not None:
+        if finish is None:
             return
-        failures = {failure.local_rank: failure for failure in finish.failures}
-        values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
-        self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
-        self._stack.close()
+        with self._stack:
+            failed = finish.failures if finish.signum is None else self._stopped(driver.life)
+            failures = {failure.local_rank: failure for failure in failed}
+            values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
+            self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
+
+    def _stopped(self, life: Life) -> list[ProcessFailure]:
+        """How those ended that ``close`` stopped, or that had failed when nobody waited."""
+        pid = life.pids.get
+        return [
+            failure_of(exit_, NOTHING, pid(exit_.local_rank, -1), self._place)
+            for exit_ in life.exits
+            if exit_.exitcode != 0
+        ]
 
     def _start(self, place: Assignment) -> None:
         cpus = {}
@@ -232,10 +258,9 @@ class PContext:
 
     def _answer(self, action: Asking) -> list[Event]:
         """Be the rendezvous of a group that nobody else is part of."""
-        workers = len(self._args)
         match action:
             case Join():
-                return [Assigned(Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False))]
+                return [Assigned(self._place)]
             case Announce(reason, status):
                 return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
             case Succeed():

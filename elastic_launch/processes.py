@@ -16,6 +16,7 @@ from elastic_launch.core.root_cause import Evidence, Exit
 from elastic_launch.error_files import read_error_file
 from elastic_launch.errors import UsageError
 from elastic_launch.logs import Duplicates, LogPump, Route
+from elastic_launch.model import callable_name
 from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.group import Command, WorkerProcesses
 from elastic_launch.workers.keeper import execute_keeper
@@ -242,5 +243,5 @@ def name_of(entrypoint: Callable[..., Any] | str | None, args: Sequence[Any] = (
     if not entrypoint:
         raise UsageError("entrypoint=None: there is nothing to run; pass a command or a function")
     if callable(entrypoint):
-        return str(getattr(entrypoint, "__qualname__", repr(entrypoint)))
+        return callable_name(entrypoint)
     return str(args[args.index(BOOTSTRAP) + 2]) if BOOTSTRAP in args else entrypoint

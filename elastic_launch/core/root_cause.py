@@ -75,7 +75,7 @@ def judge(
         stopped_at: when the agent began to stop the workers, in seconds since 1970.
     """
     failures = [
-        failure_of(exit_, evidence.get(exit_.local_rank, NOTHING), pids.get(exit_.local_rank, -1), place)
+        failure_of(_as_it_raised(exit_), evidence.get(exit_.local_rank, NOTHING), pids.get(exit_.local_rank, -1), place)
         for exit_ in exits
         if _is_failure(exit_, evidence.get(exit_.local_rank, NOTHING).error, stopped_at)
     ]
@@ -102,6 +102,11 @@ def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bo
         return True
     # Told to stop: whatever status it chose is an answer to that. A signal that nobody sent (a segfault, say) is not.
     return exit_.exitcode < 0 and -exit_.exitcode not in exit_.told
+
+
+def _as_it_raised(exit_: Exit) -> Exit:
+    """The end of a failure; of one that the agent stopped on its way out, after its exception, as Python's would be."""
+    return exit_._replace(exitcode=1) if -exit_.exitcode in exit_.told else exit_
 
 
 def is_consequence(failure: ProcessFailure) -> bool:

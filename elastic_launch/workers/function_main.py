@@ -12,6 +12,7 @@ module search path is that of the program that launches.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -40,24 +41,29 @@ class FunctionProcess(process.BaseProcess):
 
     def run(self) -> None:
         """Call the function, and hand over what it returns, or keep what it raises for the report."""
+        # What the function changes in the environment changes none of this; and a child that it forks is no worker.
+        pid, rank, error_file = os.getpid(), os.environ.get("RANK", "?"), os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._file = os.fstat(self.result)
         try:
             value = self._target(*self._args)  # type: ignore[attr-defined]
-            if value is not None:
-                self._hand_over(value)
+            if value is not None and os.getpid() == pid:
+                self._hand_over(value, rank)
         except BaseException as error:
-            if not isinstance(error, SystemExit) or not isinstance(error.code, int | None):
-                keep(error)
+            if os.getpid() == pid and not (isinstance(error, SystemExit) and isinstance(error.code, int | None)):
+                keep(error, error_file)
             raise
 
-    def _hand_over(self, value: Any) -> None:
+    def _hand_over(self, value: Any, rank: str) -> None:
+        """Write the value's type, for the case that it cannot be read, and the value."""
+        kind = type(value).__qualname__
         try:
             with open(self._checked_result(), "wb", closefd=False) as file:
+                pickle.dump(kind, file)
                 pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
         except Exception as error:
             raise TypeError(
-                f"rank {os.environ.get('RANK', '?')} returned a value of type {type(value).__qualname__}, which cannot "
-                f"be handed over: {type(error).__name__}: {error}"
+                f"rank {rank} returned a value of type {kind}, which cannot be handed over: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def _checked_result(self) -> int:
@@ -71,12 +77,12 @@ class FunctionProcess(process.BaseProcess):
         return self.result
 
 
-def keep(error: BaseException) -> None:
-    """Write what the worker died of to its error file, if that can be done."""
+def keep(error: BaseException, path: str | None) -> None:
+    """Write what the worker died of to its error file, if it has one and that can be done."""
     try:
         from elastic_launch.workers.error_handler import write_error
 
-        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        if path:
             write_error(error, path)
     except Exception:  # a full disk, say: the function's own failure is the one to tell
         return
@@ -88,14 +94,17 @@ def run(load: Callable[[], FunctionProcess], result: int) -> int:
     try:
         worker = load()
     except BaseException as error:  # a module that cannot be imported here, most likely
-        keep(error)
+        keep(error, os.environ.get("TORCHELASTIC_ERROR_FILE"))
         import traceback
 
         traceback.print_exc()
         return 1
     worker.result = result
     parent = os.pidfd_open(os.getppid())
-    return worker._bootstrap(parent_sentinel=parent)  # type: ignore[attr-defined, no-any-return]
+    try:
+        return worker._bootstrap(parent_sentinel=parent)  # type: ignore[attr-defined, no-any-return]
+    except Exception:  # multiprocessing could not show the function's exception: sys.stderr is None, closed or full
+        return 1
 
 
 def load_pickled(preparation: int, payload: int) -> FunctionProcess:
@@ -141,8 +150,11 @@ def serve_functions(
 
     def call(local_rank: int, environment: dict[bytes, bytes], descriptors: list[int]) -> NoReturn:
         result, *others = (fd for fd in descriptors if fd > 2)
-        like_executed(environment, len(others) + 1 < len(descriptors))
-        os._exit(run(lambda: load(local_rank, others), result))
+        try:
+            like_executed(environment, len(others) + 1 < len(descriptors))
+            os._exit(run(lambda: load(local_rank, others), result))
+        finally:
+            os._exit(1)  # whatever happens: what is above in the stack is the keeper's
 
     environment = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
     keeper_main.serve(sock, agent, environment, call)
@@ -161,8 +173,8 @@ def like_executed(environment: dict[bytes, bytes], has_streams: bool) -> None:
     os.environb.update(environment)
     if has_streams:
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(line_buffering=True)  # a pipe now, which somebody watches
+            with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a pipe now, which somebody watches
 
 
 def main(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ A function comes by a memory file, and what it returns goes back by one: nobody 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.model import callable_name
 from elastic_launch.workers import function_main
 from elastic_launch.workers.keeper import Begin, execute, execute_keeper
 
@@ -57,16 +59,23 @@ class Functions:
         }
         if start_method != "fork":
             try:
-                self._pickle(name)
+                self._pickle(name, fn)
             except Exception as error:
-                self.close()
                 raise UsageError(_why_not(fn, start_method, error)) from error
+            finally:
+                if len(self._payloads) < len(self._processes):
+                    self.close()
 
-    def _pickle(self, name: str) -> None:
+    def _pickle(self, name: str, fn: Callable[..., Any]) -> None:
         from multiprocessing import spawn
 
         # What a fresh Python needs to become like this one: module search path, main module, directory.
-        self._preparation, _ = _pickled(spawn.get_preparation_data(name), self._method)
+        data = spawn.get_preparation_data(name)
+        if not os.path.exists(data.get("init_main_from_path", "/")):
+            del data["init_main_from_path"]  # a program that came by a pipe; other modules can be imported
+        if getattr(fn, "__module__", "") == "__main__" and not any(key.startswith("init_main") for key in data):
+            raise ImportError("this program has no file (a notebook?) that a fresh process could import it from")
+        self._preparation, _ = _pickled(data, self._method)
         for rank, process in self._processes.items():
             self._payloads[rank] = _pickled(process, self._method)
 
@@ -97,12 +106,15 @@ class Functions:
         result = self._results[local_rank]
         if os.fstat(result).st_size == 0:
             return None
+        kind = "unknown"
         try:
             with open(f"/proc/self/fd/{result}", "rb") as file:
+                kind = pickle.load(file)
                 return pickle.load(file)
         except Exception as error:
             raise LaunchError(
-                f"local rank {local_rank}: the value that it returned cannot be read: {type(error).__name__}: {error}"
+                f"local rank {local_rank} returned a value of type {kind}, which cannot be read in this process: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def close(self) -> None:
@@ -114,6 +126,9 @@ class Functions:
         self._results, self._payloads, self._preparation = {}, {}, -1
 
     def _fork_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, it is full
+                stream.flush()  # or each worker would write what waits in it
         pid = os.fork()
         if pid == 0:
             self._be_the_keeper(environ, inherited)
@@ -181,7 +196,7 @@ def _pickled(value: object, start_method: str) -> tuple[int, list[int]]:
 
 def _why_not(fn: Callable[..., Any], start_method: str, error: Exception) -> str:
     """What made pickling fail, and what to do."""
-    name = getattr(fn, "__qualname__", repr(fn))
+    name = callable_name(fn)
     if isinstance(error, RuntimeError) and "bootstrapping phase" in str(error):
         return (
             f"entrypoint {name}: a worker that imports this module would start workers itself: "

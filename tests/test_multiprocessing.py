@@ -1,0 +1,414 @@
+"""A group of processes without rendezvous: ``start_processes``, its ``PContext`` and their results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
+from elastic_launch.multiprocessing import start_processes
+from tests.conftest import DEADLINE, is_alive, wait_until
+
+METHODS = ("spawn", "fork", "forkserver")
+RANKS = (0, 1)
+
+
+def envs(**variables: str) -> dict[int, dict[str, str]]:
+    return {rank: {"RANK": str(rank), **variables} for rank in RANKS}
+
+
+def start(entrypoint: Any, *args: Any, specs: LogsSpecs | None = None, **more: Any) -> PContext:
+    """Two processes with the same arguments."""
+    specs = specs or DefaultLogsSpecs()
+    return start_processes("trainer", entrypoint, dict.fromkeys(RANKS, args), more.pop("envs", envs()), specs, **more)
+
+
+def sh(text: str, **more: Any) -> PContext:
+    return start("sh", "-c", text, **more)
+
+
+def ended(context: PContext) -> RunProcsResult:
+    result = context.wait()
+    assert result is not None
+    return result
+
+
+@pytest.fixture
+def hung(tmp_path: Path) -> Iterator[PContext]:
+    """Processes that SIGTERM does not stop."""
+    context = start(ignore_sigterm, str(tmp_path), start_method="fork")
+    wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in RANKS))
+    yield context
+    context.close(signal.SIGKILL)
+
+
+# What the processes run.
+
+
+def greet(greeting: str) -> str:
+    return f"{greeting} {os.environ['RANK']}"
+
+
+def wait_for(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.005)
+
+
+def boom() -> None:
+    if os.environ["RANK"] == "1":
+        raise ValueError("boom")
+    signal.pause()
+
+
+def ignore_sigterm(path: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(path, f"ready.{os.environ['RANK']}").write_text("")
+    while True:
+        signal.pause()
+
+
+def fail_beside_one_that_ignores_sigterm(path: str) -> None:
+    if os.environ["RANK"] == "0":
+        ignore_sigterm(path)
+    wait_for(f"{path}/ready.0")
+    sys.exit(4)
+
+
+def speak() -> None:
+    os.write(1, f"out {os.environ['RANK']}\n".encode())  # pytest has its own in place of sys.stdout
+    os.write(2, f"err {os.environ['RANK']}\n".encode())
+
+
+class Unreadable:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return int, ("nothing",)
+
+
+def unreadable() -> Unreadable:
+    return Unreadable()
+
+
+# What the launcher makes of it.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_return_by_local_rank(method: str) -> None:
+    context = start(greet, "hello", start_method=method)
+    pids = context.pids()
+    assert list(pids) == [0, 1]
+    assert len(set(pids.values())) == 2
+    result = ended(context)
+    assert result == RunProcsResult({0: "hello 0", 1: "hello 1"}, {}, {0: "", 1: ""}, {0: "", 1: ""})
+    assert not result.is_failed()
+    assert context.wait() is result, "whoever waits again gets the same"
+    assert context.pids() == pids
+    context.close()
+    context.close()
+    assert context.wait(0) is result
+
+
+def test_commands_return_none() -> None:
+    assert ended(sh("exit 0")).return_values == {0: None, 1: None}
+
+
+def test_wait_looks_waits_some_time_and_waits_for_the_end(tmp_path: Path) -> None:
+    context = start(wait_for, str(tmp_path / "go"), start_method="fork")
+    before = time.monotonic()
+    assert context.wait(timeout=0) is None
+    assert time.monotonic() - before < 0.1
+    assert context.wait(0.2, period=5) is None
+    assert 0.2 <= time.monotonic() - before < 2
+    (tmp_path / "go").write_text("")
+    assert not ended(context).is_failed()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_failure_stops_the_others_and_is_told_with_its_exception(method: str) -> None:
+    context = start(boom, start_method=method)
+    result = ended(context)
+    assert result.is_failed()
+    assert result.return_values == {}
+    assert list(result.failures) == [1], "the one that was stopped is no failure"
+    failure = result.failures[1]
+    assert (failure.local_rank, failure.pid, failure.exitcode) == (1, context.pids()[1], 1)
+    assert failure.error == "ValueError: boom"
+    told = json.loads(Path(failure.error_file).read_text())
+    assert told["message"]["message"] == "ValueError: boom"
+    assert not any(is_alive(pid) for pid in context.pids().values())
+
+
+def test_command_that_cannot_be_found_or_fails() -> None:
+    result = ended(start("no-such-program"))
+    assert [failure.exitcode for failure in result.failures.values()] == [127, 127]
+    assert "cannot start no-such-program" in result.failures[0].error
+    result = ended(sh("[ $RANK = 1 ] && kill -SEGV $$; exec sleep 1000"))
+    assert [(rank, failure.signal_name()) for rank, failure in result.failures.items()] == [(1, "SIGSEGV")]
+
+
+def test_close_stops_and_then_kills(hung: PContext) -> None:
+    before = time.monotonic()
+    hung.close(timeout=1)
+    assert 0.9 < time.monotonic() - before < 5
+    result = ended(hung)
+    assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {0: -9, 1: -9}
+    assert not any(is_alive(pid) for pid in hung.pids().values())
+    hung.close()
+
+
+def test_close_with_a_signal_of_ones_own(hung: PContext) -> None:
+    before = time.monotonic()
+    hung.close(signal.SIGKILL, timeout=30)
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(("death_sig", "timeout"), [(signal.SIGKILL, 30), (None, 1)])
+def test_close_hurries_the_end_that_a_failure_began(
+    death_sig: signal.Signals | None, timeout: int, tmp_path: Path
+) -> None:
+    context = start(fail_beside_one_that_ignores_sigterm, str(tmp_path), start_method="fork")
+    end = time.monotonic() + DEADLINE
+    while is_alive(context.pids()[1]):
+        assert context.wait(0.01) is None
+        assert time.monotonic() < end
+    before = time.monotonic()
+    context.close(death_sig, timeout)
+    assert time.monotonic() - before < 5, "not the 30 seconds of a stop"
+    assert ended(context).failures[1].exitcode == 4
+    assert not is_alive(context.pids()[0])
+
+
+def test_wait_after_close_says_what_close_stopped() -> None:
+    context = sh("exec sleep 1000")
+    context.close()
+    result = ended(context)
+    assert {rank: failure.signal_name() for rank, failure in result.failures.items()} == {0: "SIGTERM", 1: "SIGTERM"}
+    assert result.return_values == {}
+
+
+def test_close_of_what_was_never_started_and_start_twice() -> None:
+    context = PContext("trainer", "true", {0: ()}, {0: {}}, DefaultLogsSpecs())
+    assert context.pids() == {}
+    assert context.wait(0) is None
+    context.close()
+    context.start()
+    with pytest.raises(UsageError, match="trainer: the processes were started already"):
+        context.start()
+    assert ended(context).return_values == {0: None}
+
+
+def test_interrupted_wait_goes_on(tmp_path: Path) -> None:
+    context = start(wait_for, str(tmp_path / "go"), start_method="fork")
+    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        context.wait()
+    interrupt.join()
+    assert context.wait(0) is None
+    (tmp_path / "go").write_text("")
+    assert not ended(context).is_failed()
+
+
+def test_in_a_thread() -> None:
+    results: list[RunProcsResult] = []
+    thread = threading.Thread(target=lambda: results.append(ended(start(greet, "hi"))))
+    thread.start()
+    thread.join()
+    assert results[0].return_values == {0: "hi 0", 1: "hi 1"}
+
+
+def test_several_at_once_do_not_touch_each_others_files(tmp_path: Path) -> None:
+    specs = DefaultLogsSpecs(str(tmp_path), redirects=Std.ALL)
+    named = [
+        start_processes(name, "sh", dict.fromkeys(RANKS, ("-c", "echo $0", name)), envs(), specs)
+        for name in ("first", "second")
+    ]
+    failing = [start(boom, start_method="fork") for _ in range(2)]
+    assert len({ended(context).failures[1].error_file for context in failing}) == 2
+    for context in reversed(named):
+        result = ended(context)
+        assert not result.failures
+        assert [Path(path).read_text() for path in result.stdouts.values()] == [f"{context.name}\n"] * 2
+
+
+def test_without_a_directory_nothing_is_kept_of_a_success() -> None:
+    ended(start(greet, "hello", start_method="fork"))
+    temp = Path(os.environ["TMPDIR"])
+    assert list(temp.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("forms", "stdouts", "stderrs", "shown"),
+    [
+        ({"redirects": "3"}, (True, True), (True, True), ""),
+        ({"redirects": "0:1,1:2"}, (True, False), (False, True), "err 0|out 1"),
+        ({"tee": "1"}, (True, True), (False, False), "[trainer0]:out 0|[trainer1]:out 1|err 0|err 1"),
+        ({"tee": "0:3"}, (True, False), (True, False), "[trainer0]:err 0|[trainer0]:out 0|err 1|out 1"),
+        ({"redirects": "3", "tee": "1:1"}, (True, True), (True, True), "[trainer1]:out 1"),
+    ],
+)
+def test_logs(
+    forms: dict[str, str],
+    stdouts: tuple[bool, bool],
+    stderrs: tuple[bool, bool],
+    shown: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    specs = DefaultLogsSpecs(str(tmp_path), **{name: Std.from_str(form) for name, form in forms.items()})  # type: ignore[arg-type]
+    result = ended(start(speak, specs=specs, start_method="fork"))
+    for files, expected, word in ((result.stdouts, stdouts, "out"), (result.stderrs, stderrs, "err")):
+        for rank in RANKS:
+            assert bool(files[rank]) == expected[rank]
+            assert not files[rank] or Path(files[rank]).read_text() == f"{word} {rank}\n"
+    captured = capfd.readouterr()
+    assert sorted((captured.out + captured.err).splitlines()) == sorted(filter(None, shown.split("|")))
+
+
+def test_filters_and_prefixes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    specs = DefaultLogsSpecs(str(tmp_path), tee=Std.ALL, local_ranks_filter={1})
+    context = start(
+        speak,
+        specs=specs,
+        start_method="fork",
+        log_line_prefixes={0: "zero ", 1: "one "},
+        duplicate_stdout_filters=["out 0"],
+    )
+    ended(context)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("one out 1\n", "one err 1\n")
+    (filtered,) = tmp_path.rglob("filtered_stdout.log")
+    assert filtered.read_text().endswith("out 0\n")
+    assert "out 1" not in filtered.read_text()
+
+
+def test_variables_of_the_program_around_are_inherited_but_not_its_error_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FROM_THE_PROGRAM", "yes")
+    mine = tmp_path / "mine.json"
+    context = start(boom, start_method="spawn", envs=envs(TORCHELASTIC_ERROR_FILE=str(mine)))
+    assert ended(context).failures[1].error == "ValueError: boom"
+    assert not mine.exists(), "that is for the worker that launches, not for what it launches"
+    assert ended(sh('[ "$FROM_THE_PROGRAM" = yes ]')).return_values == {0: None, 1: None}
+
+
+def test_specs_of_ones_own(tmp_path: Path) -> None:
+    class Mine(LogsSpecs):
+        @property
+        def root_log_dir(self) -> str:
+            return str(tmp_path)
+
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            return LogsDest(stdouts={rank: f"{tmp_path}/{envs[rank]['RANK']}.txt" for rank in envs})
+
+    ended(start(speak, specs=Mine(), start_method="fork"))
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in RANKS] == ["out 0\n", "out 1\n"]
+
+    class Wrong(Mine):
+        def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+            raise RuntimeError("no idea")
+
+    with pytest.raises(LaunchError, match="no idea"):
+        start(speak, specs=Wrong())
+
+
+def test_usage_errors_start_nothing() -> None:
+    with pytest.raises(UsageError, match=r"args for local ranks \[0, 1\], envs for \[0\]"):
+        start(greet, "hello", envs={0: {}})
+    with pytest.raises(UsageError, match=r"args for local ranks \[0, 2\]"):
+        start_processes("trainer", "true", {0: (), 2: ()}, {0: {}, 2: {}}, DefaultLogsSpecs())
+    with pytest.raises(UsageError, match="start_method='thread'"):
+        start(greet, "hello", start_method="thread")
+    with pytest.raises(UsageError, match="cannot be sent"):
+        start(lambda: 1)
+
+
+def test_value_that_cannot_be_read_names_rank_and_type() -> None:
+    context = start(unreadable, start_method="fork")
+    with pytest.raises(LaunchError, match="local rank 0 returned a value of type Unreadable, which cannot be read"):
+        context.wait()
+
+
+def test_program_that_ends_takes_its_processes_with_it(tmp_path: Path) -> None:
+    code = (
+        "from elastic_launch import DefaultLogsSpecs, start_processes\n"
+        "context = start_processes('x', 'sleep', {0: ('1000',), 1: ('1000',)}, {0: {}, 1: {}}, DefaultLogsSpecs())\n"
+        "print(*context.pids().values(), flush=True)\n"
+    )
+    program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in program.stdout.split()))
+
+
+SAME = """
+import json, os, signal, sys
+from importlib import import_module
+api, to_map = import_module(sys.argv[1]), import_module(sys.argv[2]).to_map
+
+def double(number):
+    return 2 * number
+
+def boom():
+    if os.environ["RANK"] == "1":
+        raise ValueError("boom")
+    signal.pause()
+
+def shape(result):
+    return {
+        "values": result.return_values, "failed": result.is_failed(),
+        "failures": {
+            rank: (failure.local_rank, failure.exitcode, os.path.isfile(failure.error_file))
+            for rank, failure in result.failures.items()
+        },
+        "stdouts": {rank: os.path.basename(path) for rank, path in result.stdouts.items()},
+        "stderrs": {rank: os.path.basename(path) for rank, path in result.stderrs.items()},
+    }
+
+def start(entrypoint, *args, **specs):
+    if "log_dir" in specs:
+        os.makedirs(specs["log_dir"])
+    envs = {rank: {"RANK": str(rank)} for rank in (0, 1)}
+    return api.start_processes(
+        "x", entrypoint, dict.fromkeys(envs, args), envs, api.DefaultLogsSpecs(**specs), start_method="fork"
+    )
+
+if __name__ == "__main__":
+    shapes = []
+    context = start(double, 21)
+    shapes.append([sorted(context.pids()), shape(context.wait()), context.wait() is not None])
+    context.close()
+    shapes.append(shape(start("true").wait()))
+    shapes.append(shape(start(boom, log_dir=sys.argv[3] + "/boom").wait()))
+    tee, redirects = api.Std.from_str("0:1"), api.Std.from_str("1:2,0:3")
+    shapes.append(shape(start("true", tee=tee, redirects=redirects, log_dir=sys.argv[3] + "/logs").wait()))
+    shapes.append(shape(start("true", local_ranks_filter={1}, log_dir=sys.argv[3] + "/filter").wait()))
+    context = start("sleep", "1000")
+    context.close()
+    shapes.append([context.wait(0) and shape(context.wait()), sorted(context.pids())])
+    shapes.append([list(map(int, each.values())) for each in (to_map({1: api.Std.OUT}, 2), to_map(api.Std.ALL, 2))])
+    print(json.dumps(shapes, sort_keys=True))
+"""
+
+
+def test_results_have_the_shape_of_torchs(tmp_path: Path) -> None:
+    script = tmp_path / "same.py"
+    script.write_text(SAME)
+    shapes = []
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}  # torch's leaves files there
+    torchs = "torch.distributed.elastic.multiprocessing"
+    for api in ((torchs, f"{torchs}.api"), ("elastic_launch", "elastic_launch.multiprocessing")):
+        argv = [sys.executable, "-W", "ignore", str(script), *api, str(tmp_path / api[0])]
+        done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        shapes.append(json.loads(done.stdout.splitlines()[-1]))
+    for theirs, ours in zip(*shapes, strict=True):
+        assert ours == theirs
