@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -65,6 +65,7 @@ class LocalElasticAgent:
         *,
         signals_to_handle: str = DEFAULT_SIGNALS,
         environ: Mapping[str, str] | None = None,
+        preload: Sequence[str] = (),
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """Prepare a run; nothing is started yet. The positional arguments are those of torch's agent.
@@ -83,6 +84,7 @@ class LocalElasticAgent:
                 after ``lifecycle.KILL_PATIENCE``.
             signals_to_handle: the signals that stop the job.
             environ: what the workers inherit; None: this process's environment.
+            preload: modules that are imported once, in a process from which workers are forked.
             say: takes each line for people.
 
         Raises:
@@ -92,6 +94,7 @@ class LocalElasticAgent:
         self._entrypoint = spec.entrypoint or spec.fn
         self._logs_specs = logs_specs or DefaultLogsSpecs()
         self._start_method = start_method
+        self._preload = preload
         self._prefix_template = log_line_prefix_template
         self._shutdown_timeout = shutdown_timeout
         self._health_check_server = health_check_server
@@ -138,6 +141,7 @@ class LocalElasticAgent:
                 start_method=self._start_method,
                 say=self._say,
                 interrupt=signals.fileno(),
+                preload=self._preload,
             )
             stack.callback(self._workers.close)
             stack.enter_context(spoken_by(self._workers.say))

@@ -70,6 +70,7 @@ def launch_agent(config: LaunchConfig, entrypoint: Callable[..., Any] | str | No
         shutdown_timeout=shutdown_timeout,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
+        preload=config.preload,
     )
     result = agent.run(config.role)
     if result.is_failed():

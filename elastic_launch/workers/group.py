@@ -11,12 +11,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
 from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.errors import ExitCode, LaunchError
+from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers.keeper import (
     Begin,
     Keeper,
@@ -50,18 +50,26 @@ def _encoded(words: Sequence[str] | Mapping[str, str]) -> list[bytes] | dict[byt
 class WorkerProcesses:
     """The processes of the current round. ``take()`` gives the events that ``fileno()`` announces."""
 
-    def __init__(self, run_id: str, environ: Mapping[str, str], begin: Begin = execute_keeper) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        environ: Mapping[str, str],
+        begin: Begin = execute_keeper,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Prepare.
 
         Args:
             run_id: marks the workers and all that they start.
             environ: what they inherit.
             begin: starts a keeper.
+            say: takes a line for people.
         """
         self._run_id = run_id
         self._environ = environ
         self._alone = threading.active_count() == 1 and not has_children()
         self._begin = begin
+        self._say = say
         self._keeper = Keeper(environ, begin)
         self._commands: dict[int, list[str]] = {}
         self._pids: Mapping[int, int] = {}
@@ -128,6 +136,11 @@ class WorkerProcesses:
                 return [Exited(Exit(*exit_)) for exit_ in exits]
             case ("gone", dict(leftovers)):
                 return [self._gone(leftovers)]
+            case ("warned", str(text)):
+                self._say(text)
+                return []
+            case ("broken", str(text)):
+                raise UnavailableError(text)
         raise LaunchError(f"internal error: the keeper said {message!r}")
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> Event:

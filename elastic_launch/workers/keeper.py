@@ -26,6 +26,8 @@ Begin = Callable[[Mapping[str, str], tuple[int, ...]], int]
 
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
 """Imported, not executed as a script, for the compiled file that the agent's own import has left: 5 ms."""
+_PADDING = 4096
+"""Characters."""
 _KEEPER = (sys.executable, "-I", "-S", "-c", _PROGRAM, os.path.dirname(__file__))
 
 
@@ -33,14 +35,16 @@ class KeeperLostError(Exception):
     """The keeper ended before it was told to."""
 
 
-def execute(argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int]) -> int:
+def execute(
+    argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int], unnamed: Sequence[int] = ()
+) -> int:
     """Start a program for a keeper: argv and the numbers of what it inherits. Returns its pid; raises OSError."""
     return os.posix_spawn(
         argv[0],
         [*argv, *map(str, inherited)],
         environ,
         # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (*inherited, *unnamed)],
         setsid=True,
         setsigmask=signal.valid_signals() - {signal.SIGCHLD},
     )
@@ -49,6 +53,29 @@ def execute(argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence
 def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
     """Start the small keeper, which executes commands."""
     return execute(_KEEPER, environ, inherited)
+
+
+def preload_keeper(
+    python: Sequence[str], modules: Sequence[str], kind: str, target: str, descriptors: Sequence[int] = ()
+) -> Begin:
+    """What starts a warm keeper, which imports modules and forks its workers.
+
+    Args:
+        python: the interpreter and its flags, ``-u`` among them.
+        modules: what to import.
+        kind: what the workers run: ``script``, ``module``, ``function``, or ``main``: a function, and its main module
+            is imported, too.
+        target: the script or module; for a function the number of the descriptor that tells how to prepare for it.
+        descriptors: what the process inherits besides.
+    """
+
+    def begin(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+        program = os.path.join(os.path.dirname(__file__), "preload_main.py")
+        # The padding is room for the command lines that the workers show.
+        argv = [*python, program, ",".join(modules), kind, target, " " * _PADDING]
+        return execute(argv, environ, inherited, descriptors)
+
+    return begin
 
 
 class Keeper:
