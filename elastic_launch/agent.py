@@ -105,7 +105,7 @@ class LocalElasticAgent:
         self.name = name_of(self._entrypoint, spec.args)
         self._rendezvous = _adapted(spec, self._environ, say)
         self._run_id = str(self._rendezvous.get_run_id())
-        self._has_failed = False
+        self._has_run = self._has_failed = False
         self._group = WorkerGroup(spec)
 
     def get_worker_group(self, role: str = "default") -> WorkerGroup:
@@ -117,9 +117,12 @@ class LocalElasticAgent:
 
         Raises:
             SignalException: a signal ended the job; the workers are stopped.
-            UsageError: the function cannot be sent to the workers.
+            UsageError: the function cannot be sent to the workers; or the agent has run before.
             LaunchError: the launcher could not do its work; no worker is left.
         """
+        if self._has_run:
+            raise UsageError("this agent has run already: make another one")
+        self._has_run = True
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
             self._files = JobFiles(self._logs_specs, self._run_id, self._temp_dir)
@@ -151,7 +154,11 @@ class LocalElasticAgent:
             limits = Limits(self._spec.max_restarts, self._shutdown_timeout)
             sources = [signals, self._rendezvous, *watches]
             driver = Driver(limits, self._workers, self._start, self._rendezvous.ask, sources, self._say, self._observe)
-            finish, life = cast(Finish, driver.run()), driver.life
+            try:
+                finish, life = cast(Finish, driver.run()), driver.life
+            except LaunchError as error:
+                self._telemetry.fail(str(error))
+                raise
             self._telemetry.end(life, finish)
             self._has_failed = bool(finish.failures)
             if not finish.failures and not finish.error and finish.signum is None:
@@ -211,14 +218,17 @@ class LocalElasticAgent:
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[Source]]:
         """What looks after the workers, and after this process, where the environment asks for it."""
         watchdog, sources = None, list[Source]()
+        # A worker that launches a job has these variables from the agent above it, whose they are.
+        is_worker = "TORCHELASTIC_RUN_ID" in self._environ
         if read_flag(self._environ.get("TORCHELASTIC_ENABLE_FILE_TIMER", "0")):
             from elastic_launch.watchdog import Watchdog  # late, as the others here: few jobs need it
 
             default = os.path.join(self._temp_dir, f"watchdog_timer_{os.urandom(8).hex()}")
-            watchdog = Watchdog(self._environ.get("TORCHELASTIC_TIMER_FILE") or default)
+            given = "" if is_worker else self._environ.get("TORCHELASTIC_TIMER_FILE")
+            watchdog = Watchdog(given or default)
             stack.callback(watchdog.close)
             sources.append(watchdog)
-        if port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT"):
+        if (port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT")) and not is_worker:
             from elastic_launch.health import HealthServer
 
             if not is_number(port) or int(port) > 65535:
@@ -267,7 +277,7 @@ def _update(group: WorkerGroup, life: Life) -> None:
         return
     group.group_rank, group.group_world_size = place.group_rank, place.group_world_size
     group.master_addr, group.master_port = place.master_addr, place.master_port
-    failed = any(exit_.exitcode for exit_ in life.exits)
+    failed = any(exit_.exitcode and not exit_.told for exit_ in life.exits)
     group.state = {
         State.JOINING: WorkerState.INIT,
         State.RUNNING: WorkerState.HEALTHY,

@@ -31,6 +31,13 @@ _PADDING = 4096
 _KEEPER = (sys.executable, "-I", "-S", "-c", _PROGRAM, os.path.dirname(__file__))
 
 
+PART = "ELASTIC_LAUNCH_PART"
+"""Variable of the agent's other children, such as the store's host: the agent's pid."""
+
+_keepers: set[int] = set()
+"""The keepers of this process that live."""
+
+
 class KeeperLostError(Exception):
     """The keeper ended before it was told to."""
 
@@ -92,6 +99,7 @@ class Keeper:
         try:
             with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
                 self.pid = begin(environ, (theirs.fileno(), agent.fileno()))
+            _keepers.add(self.pid)
             self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
         except OSError as error:
             self._sock.close()
@@ -104,7 +112,7 @@ class Keeper:
     def send(self, *message: Any, descriptors: Sequence[int] = ()) -> None:
         """Send an order, and descriptors with it; a keeper that is gone shows at the next ``receive``."""
         data = keeper_main.pack(message)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionError):
             for start in range(0, len(descriptors), keeper_main.MOST_DESCRIPTORS):
                 # With each batch a byte of the message, which is longer than there are batches.
                 socket.send_fds(self._sock, [data[:1]], descriptors[start : start + keeper_main.MOST_DESCRIPTORS])
@@ -142,7 +150,13 @@ class Keeper:
             if not ended:
                 signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
                 _wait(process.fileno(), CLOSE_PATIENCE)
+        _keepers.discard(self.pid)
         return _reap(self.pid) and ended
+
+    def kill(self) -> None:
+        """Kill it; the next ``receive`` tells that it is lost."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._process.fileno(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -183,18 +197,23 @@ def bury_orphans(alone: bool, workers: Collection[int], run_id: str) -> None:
     """Kill what a lost keeper left to this process, its subreaper, and wait until it is gone.
 
     Args:
-        alone: the process has no other child, and no thread that could have started one: all that it has is ours.
-            Else ours are the workers, and what carries the job's variable.
+        alone: the process had no other child, and no thread that could have started one: all that it has is ours, but
+            for other keepers and other parts of the launcher. Else ours are the workers, what is in their sessions,
+            and what carries the job's variable.
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
     mark = os.fsencode(f"TORCHELASTIC_RUN_ID={run_id}") + b"\0"
+    ours = f"{PART}={os.getpid()}".encode() + b"\0"
+
+    def is_orphan(pid: int) -> bool:
+        environment = _environment_of(pid)
+        if pid in _keepers or ours in environment:
+            return False
+        return alone or pid in workers or mark in environment or keeper_main.session_of(pid) in workers
+
     while has_children() and (
-        orphans := [
-            pid
-            for pid in keeper_main.children_by_parent().get(os.getpid(), ())
-            if alone or pid in workers or mark in _environment_of(pid)
-        ]
+        orphans := [pid for pid in keeper_main.children_by_parent().get(os.getpid(), ()) if is_orphan(pid)]
     ):
         for orphan in orphans:
             for pid in (orphan, *keeper_main.descendants(orphan)):

@@ -32,6 +32,7 @@ import ctypes
 import fcntl
 import marshal
 import os
+import resource
 import select
 import signal
 import time
@@ -50,7 +51,7 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
 
-MSG_CMSG_CLOEXEC = 0x40000000
+MSG_CTRUNC, MSG_CMSG_CLOEXEC = 0x8, 0x40000000
 DUMP_SIGNAL = 63
 """Python workers answer it with the stacks of their threads (``bootstrap``, ``function_main``)."""
 MOST_DESCRIPTORS = 250
@@ -115,6 +116,15 @@ def kill(pid: int, signum: int) -> None:
         os.kill(pid, signum)
     except (ProcessLookupError, PermissionError):
         pass  # ended, or it runs as another user (sudo in a worker)
+
+
+def session_of(pid: int) -> int:
+    """The session of a process, living or dead; -1 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split(None, 4)[3])
+    except OSError:
+        return -1
 
 
 def name_of(pid: int) -> str:
@@ -187,6 +197,9 @@ class Service:
         """Descriptors that are nothing for a worker that is forked and not executed."""
         self.held: list[int] = []
         """Descriptors that came for the workers to be started."""
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        """The workers'. This process has many of theirs for a moment."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
         self.phase = Phase.SERVING
         self.workers: dict[int, Worker] = {}
         """By local rank, until they have ended."""
@@ -235,9 +248,12 @@ class Service:
         """Read what the agent sent; nothing when it has closed its end."""
         try:
             room = _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
-            data, ancillary, _, _ = self.socket.recvmsg(1 << 16, room, MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self.socket.recvmsg(1 << 16, room, MSG_CMSG_CLOEXEC)
         except ConnectionError:
             return b""
+        if flags & MSG_CTRUNC:  # each would get another's
+            self.send(("broken", "too many open files for the workers' output: raise the limit (`ulimit -n`)"))
+            os._exit(1)
         for _, _, numbers in ancillary:
             self.held += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
         return data
@@ -296,6 +312,7 @@ class Service:
                 if os.getppid() != keeper:
                     os._exit(127)
                 numbers, writing = place(descriptors, targets, writing)
+                resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
                 if cpus:
                     os.sched_setaffinity(0, cpus)
                 if not self.forks:

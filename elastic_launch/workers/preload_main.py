@@ -102,7 +102,7 @@ def import_main(preparation: int) -> None:
     process.current_process()._inheriting = True  # type: ignore[attr-defined]
     try:
         spawn.prepare({key: data[key] for key in data if key.startswith("init_main") or key == "sys_argv"})
-    except Exception:
+    except BaseException:
         return
     finally:
         del process.current_process()._inheriting  # type: ignore[attr-defined]
