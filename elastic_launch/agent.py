@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -65,6 +65,7 @@ class LocalElasticAgent:
         *,
         signals_to_handle: str = DEFAULT_SIGNALS,
         environ: Mapping[str, str] | None = None,
+        preload: Sequence[str] = (),
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """Prepare a run; nothing is started yet. The positional arguments are those of torch's agent.
@@ -83,6 +84,7 @@ class LocalElasticAgent:
                 after ``lifecycle.KILL_PATIENCE``.
             signals_to_handle: the signals that stop the job.
             environ: what the workers inherit; None: this process's environment.
+            preload: modules that are imported once, in a process from which workers are forked.
             say: takes each line for people.
 
         Raises:
@@ -92,6 +94,7 @@ class LocalElasticAgent:
         self._entrypoint = spec.entrypoint or spec.fn
         self._logs_specs = logs_specs or DefaultLogsSpecs()
         self._start_method = start_method
+        self._preload = preload
         self._prefix_template = log_line_prefix_template
         self._shutdown_timeout = shutdown_timeout
         self._health_check_server = health_check_server
@@ -102,7 +105,7 @@ class LocalElasticAgent:
         self.name = name_of(self._entrypoint, spec.args)
         self._rendezvous = _adapted(spec, self._environ, say)
         self._run_id = str(self._rendezvous.get_run_id())
-        self._has_failed = False
+        self._has_run = self._has_failed = False
         self._group = WorkerGroup(spec)
 
     def get_worker_group(self, role: str = "default") -> WorkerGroup:
@@ -114,9 +117,12 @@ class LocalElasticAgent:
 
         Raises:
             SignalException: a signal ended the job; the workers are stopped.
-            UsageError: the function cannot be sent to the workers.
+            UsageError: the function cannot be sent to the workers; or the agent has run before.
             LaunchError: the launcher could not do its work; no worker is left.
         """
+        if self._has_run:
+            raise UsageError("this agent has run already: make another one")
+        self._has_run = True
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
             self._files = JobFiles(self._logs_specs, self._run_id, self._temp_dir)
@@ -138,6 +144,7 @@ class LocalElasticAgent:
                 start_method=self._start_method,
                 say=self._say,
                 interrupt=signals.fileno(),
+                preload=self._preload,
             )
             stack.callback(self._workers.close)
             stack.enter_context(spoken_by(self._workers.say))
@@ -147,7 +154,11 @@ class LocalElasticAgent:
             limits = Limits(self._spec.max_restarts, self._shutdown_timeout)
             sources = [signals, self._rendezvous, *watches]
             driver = Driver(limits, self._workers, self._start, self._rendezvous.ask, sources, self._say, self._observe)
-            finish, life = cast(Finish, driver.run()), driver.life
+            try:
+                finish, life = cast(Finish, driver.run()), driver.life
+            except LaunchError as error:
+                self._telemetry.fail(str(error))
+                raise
             if life.asked_at is not None and life.killed:
                 self._workers.console_patience = 0.0  # told twice to end: now
             self._telemetry.end(life, finish)
@@ -205,14 +216,17 @@ class LocalElasticAgent:
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[Source]]:
         """What looks after the workers, and after this process, where the environment asks for it."""
         watchdog, sources = None, list[Source]()
+        # A worker that launches a job has these variables from the agent above it, whose they are.
+        is_worker = "TORCHELASTIC_RUN_ID" in self._environ
         if read_flag(self._environ.get("TORCHELASTIC_ENABLE_FILE_TIMER", "0")):
             from elastic_launch.watchdog import Watchdog  # late, as the others here: few jobs need it
 
             default = os.path.join(self._temp_dir, f"watchdog_timer_{os.urandom(8).hex()}")
-            watchdog = Watchdog(self._environ.get("TORCHELASTIC_TIMER_FILE") or default)
+            given = "" if is_worker else self._environ.get("TORCHELASTIC_TIMER_FILE")
+            watchdog = Watchdog(given or default)
             stack.callback(watchdog.close)
             sources.append(watchdog)
-        if port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT"):
+        if (port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT")) and not is_worker:
             from elastic_launch.health import HealthServer
 
             if not is_number(port) or int(port) > 65535:
@@ -261,7 +275,7 @@ def _update(group: WorkerGroup, life: Life) -> None:
         return
     group.group_rank, group.group_world_size = place.group_rank, place.group_world_size
     group.master_addr, group.master_port = place.master_addr, place.master_port
-    failed = any(exit_.exitcode for exit_ in life.exits)
+    failed = any(exit_.exitcode and not exit_.told for exit_ in life.exits)
     group.state = {
         State.JOINING: WorkerState.INIT,
         State.RUNNING: WorkerState.HEALTHY,

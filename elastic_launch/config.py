@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any
@@ -143,6 +144,8 @@ class LaunchConfig:
     virtual_local_rank: bool = False
     shutdown_timeout: int | None = None
     """Seconds between a worker's stop signal and SIGKILL; None: ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
+    preload: Sequence[str] = ()
+    """Modules that are imported once on each node, in a process from which workers are forked."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -232,6 +235,19 @@ def parse_signals(text: str) -> frozenset[signal.Signals]:
                 f"as in {DEFAULT_SIGNALS}"
             )
     return frozenset(signal.Signals[name] for name in names)
+
+
+def parse_modules(text: str) -> list[str]:
+    """Read ``torch,mylib.data``.
+
+    Raises:
+        UsageError: an entry is no module's name.
+    """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UsageError(f"{name!r}: must be names of modules, separated by commas, as in torch,mylib.data")
+    return names
 
 
 def parse_filters(text: str) -> list[str]:

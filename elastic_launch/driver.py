@@ -102,7 +102,8 @@ class Driver:
         self._events.append(event)
 
     def _step(self, event: Event) -> Finish | None:
-        if isinstance(event, Gone | TimedOut):
+        if isinstance(event, Gone) or (isinstance(event, TimedOut) and self.life.killed):
+            # Nobody writes any more, or nobody waits for those that do.
             event = self._workers.with_evidence(event, self.life.exits, self.life.pids)
         self.life, actions = lifecycle.step(self.life, event, time.monotonic())
         self._observe(event, self.life)

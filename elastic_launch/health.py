@@ -111,7 +111,7 @@ class HealthServer:
                 pid = os.posix_spawn(
                     sys.executable,
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
-                    self._environ,
+                    {**self._environ, "ELASTIC_LAUNCH_PART": str(os.getpid())},
                     file_actions=[
                         # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
                         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),

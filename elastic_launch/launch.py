@@ -79,6 +79,7 @@ def launch_agent(
         health_check_server=health_check_server,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
+        preload=config.preload,
     )
     result = agent.run(config.role)
     if result.is_failed():

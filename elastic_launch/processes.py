@@ -19,7 +19,7 @@ from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.model import callable_name
 from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.group import Command, WorkerProcesses
-from elastic_launch.workers.keeper import execute_keeper
+from elastic_launch.workers.keeper import Begin, execute_keeper, preload_keeper
 
 if TYPE_CHECKING:
     from elastic_launch.workers.functions import Functions
@@ -44,6 +44,7 @@ class Workers:
         start_method: str,
         say: Callable[[str], None],
         interrupt: int | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         """Prepare; the keeper is started.
 
@@ -55,6 +56,7 @@ class Workers:
             environ: what they inherit.
             start_method: how those are started that run a function.
             say: takes a line for people.
+            preload: modules that the keeper imports, for workers to be forked from it.
             interrupt: a descriptor; once it is readable, ``close`` does not wait for the console's readers.
 
         Raises:
@@ -71,12 +73,12 @@ class Workers:
             if callable(entrypoint):
                 from elastic_launch.workers.functions import Functions  # late: multiprocessing takes 20 ms
 
-                self._functions = Functions(name, entrypoint, self._args, start_method)
+                self._functions = Functions(name, entrypoint, self._args, start_method, preload)
                 stack.callback(self._functions.close)
             self._pump = LogPump(say, unblocked)
             stack.callback(self._end_output)
-            begin = self._functions.begin() if self._functions else execute_keeper
-            self._processes = WorkerProcesses(run_id, environ, begin)
+            begin = self._functions.begin() if self._functions else self._begin(preload)
+            self._processes = WorkerProcesses(run_id, environ, begin, say)
             stack.callback(self._processes.close)
             self._stack = stack.pop_all()
         self._oom = OomCounter()
@@ -165,6 +167,15 @@ class Workers:
         self._pump.flush(self.console_patience, self._interrupt)
         begin_with_new_line(not self._pump.is_at_line_start)
         self._pump.close()
+
+    def _begin(self, preload: Sequence[str]) -> Begin:
+        """What starts the keeper of commands."""
+        if not preload:
+            return execute_keeper
+        words = [self._program, *map(str, self._args[0])]
+        if words[1:3] != ["-u", BOOTSTRAP]:
+            raise UsageError("preload: is for Python scripts, modules and functions; a command imports for itself")
+        return preload_keeper(words[:2], preload, words[3], words[4])
 
     def _command(self, rank: int) -> tuple[list[str], list[tuple[int, int]]]:
         if self._functions:

@@ -94,6 +94,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         duplicate_stderr_filters=args.duplicate_stderr_filters,
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
+        preload=args.preload,
     )
     return config, *command
 
@@ -154,6 +155,9 @@ def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str,
     script, script_args = args.training_script, args.training_script_args
     if args.module and (args.no_python or args.run_path):
         raise UsageError("-m/--module together with --no-python or --run-path: choose one of them")
+    if args.preload and (args.no_python or args.training_script == "-" or "PYTHON_EXEC" in environ):
+        with_ = "--no-python" if args.no_python else "PYTHON_EXEC" if "PYTHON_EXEC" in environ else "a script on stdin"
+        raise UsageError(f"--preload together with {with_}: workers are forked from a Python that has the modules")
     if args.no_python and not args.run_path:
         _check_program("--no-python ", script)
         return script, script_args

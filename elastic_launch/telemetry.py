@@ -54,7 +54,9 @@ class Telemetry:
                 self._put_round("HEALTHY", life)
             case Gone():
                 self._asked = now
-                self._put_round("FAILED" if any(exit_.exitcode for exit_ in life.exits) else "SUCCEEDED", life)
+                failed = any(exit_.exitcode and not exit_.told for exit_ in life.exits)
+                stopped = life.stopped_at != float("inf") and any(exit_.told for exit_ in life.exits)
+                self._put_round("FAILED" if failed else "UNHEALTHY" if stopped else "SUCCEEDED", life)
 
     def end(self, life: Life, finish: Finish) -> None:
         """The run is over."""
@@ -72,6 +74,12 @@ class Telemetry:
                 seconds,
                 self._say,
             )
+
+    def fail(self, error: str) -> None:
+        """The launcher could not do its work."""
+        if self._recorder:
+            seconds = time.monotonic() - self._began
+            self._recorder.run_ended(WorkerState.FAILED, None, {}, seconds=seconds, error=error)
 
     def _put_round(self, state: str, life: Life) -> None:
         # Who configures a handler has imported the module.

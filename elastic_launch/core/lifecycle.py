@@ -512,7 +512,7 @@ def _pass_on(life: Life, event: Passed, now: float) -> Step:
     return life, [Tell(event.signum, life.running, stop=False)]
 
 
-def _ignore(life: Life, event: Passed | Expired, now: float) -> Step:
+def _ignore(life: Life, event: Event, now: float) -> Step:
     return life, []
 
 
@@ -568,4 +568,10 @@ TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
     (State.SETTLING, Signalled): _leave_unsettled,
     (State.SETTLING, Passed): _ignore,
     (State.SETTLING, Expired): _ignore,
+    (
+        State.SETTLING,
+        Started,
+    ): _ignore,  # these three: of a round that was given up with a process that cannot be killed
+    (State.SETTLING, Exited): _ignore,
+    (State.SETTLING, Gone): _ignore,
 }

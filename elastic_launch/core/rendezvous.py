@@ -70,6 +70,8 @@ SAY_FIRST, SAY_LATER = 5.0, 10.0
 """Seconds until a waiting node says who is there, and between two such lines when it has said so a few times."""
 MESSAGE = 60_000
 """Characters of the cause's traceback that the other nodes get to see."""
+NOTE = 1000
+"""Characters of a failure's note."""
 
 
 class Node:
@@ -849,12 +851,13 @@ class _Failure(NamedTuple):
 
 def _brief(failure: ProcessFailure) -> ProcessFailure:
     """A failure without its traceback, for a list of many."""
-    return replace(failure, error=failure.error_line(), message="")
+    return replace(failure, error=failure.error_line(), message="", stderr="", note=failure.note[:NOTE])
 
 
 def _cut(failure: ProcessFailure) -> ProcessFailure:
     """A failure of moderate size: every node reads it."""
-    return replace(failure, error=failure.error_line(), message=shortened(failure.message, MESSAGE))
+    message = shortened(failure.message, MESSAGE)
+    return replace(failure, error=failure.error_line(), message=message, note=failure.note[:NOTE])
 
 
 ANSWERS: dict[str, Callable[[Node, Any], None]] = {

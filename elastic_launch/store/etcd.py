@@ -72,7 +72,7 @@ class EtcdBridge:
                 self.pid = os.posix_spawn(
                     sys.executable,
                     [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE, *map(str, inherited)],
-                    environ,
+                    {**environ, "ELASTIC_LAUNCH_PART": str(os.getpid())},
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),

@@ -71,7 +71,7 @@ class StoreHost:
                         sys.executable,
                         # -P: the user's directory may hold a torch.py.
                         [sys.executable, "-P", "-c", _PROGRAM, _FOLDER, *map(str, arguments)],
-                        _environment(environ),
+                        _environment(environ) | {"ELASTIC_LAUNCH_PART": str(os.getpid())},
                         file_actions=[
                             # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
                             *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),

@@ -1,22 +1,19 @@
-"""Floor 2: what runs in the process of a worker that is a function, and in the keeper that forks such workers.
+"""Floor 2: what runs in the process of a worker that is a function.
 
 As a program, with the numbers of inherited descriptors:
 
-    python function_main.py run PREPARATION FUNCTION RESULT [TRACKER]    -- one worker, with start method spawn
-    python function_main.py serve SOCKET AGENT PREPARATION [TRACKER]     -- a keeper, with start method forkserver
+    python function_main.py PREPARATION FUNCTION RESULT [TRACKER]
 
 ``multiprocessing`` makes the process what its own children are (``BaseProcess._bootstrap``): a function that asks it
-for its name, its parent or its queues finds what it knows. The programs import nothing of elastic_launch before the
+for its name, its parent or its queues finds what it knows. The program imports nothing of elastic_launch before the
 module search path is that of the program that launches.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import pickle
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import process, spawn
@@ -133,10 +130,7 @@ def use_tracker(numbers: list[int]) -> None:
 
 
 def serve_functions(
-    sock: int,
-    agent: int,
-    environ: Mapping[str, str],
-    load: Callable[[int, list[int]], FunctionProcess],
+    sock: int, agent: int, environ: Mapping[str, str], workers: Mapping[int, FunctionProcess]
 ) -> NoReturn:
     """Be a keeper that forks its workers from this process.
 
@@ -144,73 +138,30 @@ def serve_functions(
         sock: as for ``keeper_main.main``.
         agent: as for ``keeper_main.main``.
         environ: what workers inherit.
-        load: gives what a worker runs, in its process, from its local rank and its descriptors but the first.
+        workers: by local rank.
     """
-    from elastic_launch.workers import keeper_main
-
-    def call(local_rank: int, environment: dict[bytes, bytes], descriptors: list[int]) -> NoReturn:
-        result, *others = (fd for fd in descriptors if fd > 2)
-        try:
-            like_executed(environment, len(others) + 1 < len(descriptors))
-            os._exit(run(lambda: load(local_rank, others), result))
-        finally:
-            os._exit(1)  # whatever happens: what is above in the stack is the keeper's
+    from elastic_launch.workers import forked, keeper_main
 
     environment = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
-    keeper_main.serve(sock, agent, environment, call)
+    try:
+        keeper_main.serve(sock, agent, environment, forks=True)
+    except keeper_main.Forked as order:
+        local_rank, environment, descriptors = order.order[0], order.environment, order.descriptors
+    (result,) = (fd for fd in descriptors if fd > 2)  # the others are standard streams
+    forked.like_executed(environment)
+    if len(descriptors) > 1:
+        forked.buffer_lines()
+    os._exit(run(lambda: workers[local_rank], result))
 
 
-def like_executed(environment: dict[bytes, bytes], has_streams: bool) -> None:
-    """Give a forked process what a new program would have: default signals, its own environment."""
-    for signum in signal.valid_signals():
-        if callable(signal.getsignal(signum)):
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    for signum in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(signum, signal.SIG_IGN)  # as Python has it
-    signal.set_wakeup_fd(-1)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.environb.clear()
-    os.environb.update(environment)
-    if has_streams:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
-                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a pipe now, which somebody watches
-
-
-def main(arguments: list[str]) -> None:
-    """Be one of the programs."""
-    what, numbers = arguments[0], list(map(int, arguments[1:]))
+def main(arguments: list[str]) -> NoReturn:
+    """Be the worker."""
+    numbers = list(map(int, arguments))
     for fd in numbers:
         os.set_inheritable(fd, False)
-    if what == "run":
-        preparation, payload, result, *tracker = numbers
-        use_tracker(tracker)
-        sys.exit(run(lambda: load_pickled(preparation, payload), result))
-    sock, agent, preparation, *tracker = numbers
+    preparation, payload, result, *tracker = numbers
     use_tracker(tracker)
-    data = read(preparation)
-    sys.path[:] = data.get("sys_path", sys.path)
-    import_before_forking(data)
-
-    def load(local_rank: int, descriptors: list[int]) -> FunctionProcess:
-        from multiprocessing import forkserver
-
-        payload, *referred = descriptors
-        forkserver._forkserver._inherited_fds = referred  # type: ignore[attr-defined]
-        return load_pickled(preparation, payload)
-
-    serve_functions(sock, agent, os.environ, load)
-
-
-def import_before_forking(data: dict[str, Any]) -> None:
-    """Import the main module, as a fork server does. What goes wrong does so again in each worker, which tells it."""
-    process.current_process()._inheriting = True  # type: ignore[attr-defined]
-    try:
-        spawn.prepare({key: data[key] for key in data if key not in ("name", "authkey", "start_method", "log_level")})
-    except Exception:
-        return
-    finally:
-        del process.current_process()._inheriting  # type: ignore[attr-defined]
+    sys.exit(run(lambda: load_pickled(preparation, payload), result))
 
 
 if __name__ == "__main__":

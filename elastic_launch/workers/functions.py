@@ -5,7 +5,7 @@ that queues, locks, connections and tensors can be arguments. But the processes 
 
     spawn       the small keeper executes a fresh Python for each worker
     fork        the keeper is a fork of this process, and forks the workers
-    forkserver  the keeper is a fresh Python that has imported what multiprocessing's fork server would have
+    forkserver  the keeper is a fresh Python that has imported the main module, and forks the workers (``preload_main``)
 
 A function comes by a memory file, and what it returns goes back by one: nobody has to read while it is written.
 """
@@ -13,27 +13,35 @@ A function comes by a memory file, and what it returns goes back by one: nobody 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.model import callable_name
 from elastic_launch.workers import function_main
-from elastic_launch.workers.keeper import Begin, execute, execute_keeper
+from elastic_launch.workers.keeper import Begin, execute_keeper, preload_keeper
 
 START_METHODS = ("spawn", "fork", "forkserver")
+_HIGH = 200
+"""From here on descriptors are likely to be free in any process."""
 
 
 class Functions:
     """What the workers of one node run: a function, and by local rank its arguments and what it returned."""
 
     def __init__(
-        self, name: str, fn: Callable[..., Any], args: Mapping[int, tuple[Any, ...]], start_method: str
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        args: Mapping[int, tuple[Any, ...]],
+        start_method: str,
+        preload: Sequence[str] = (),
     ) -> None:
         """Pickle what the start method needs pickled.
 
@@ -42,13 +50,17 @@ class Functions:
             fn: what each worker calls.
             args: with which arguments, by local rank.
             start_method: one of ``START_METHODS``.
+            preload: modules that the keeper imports, for workers to be forked from it.
 
         Raises:
             UsageError: the start method is unknown, or function and arguments cannot be sent with it.
         """
         if start_method not in START_METHODS:
             raise UsageError(f"start_method={start_method!r}: must be one of {', '.join(START_METHODS)}")
+        if preload and start_method == "fork":
+            raise UsageError("preload with start_method='fork': workers have what this program has imported already")
         self._method = start_method
+        self._preload = preload
         self._results: dict[int, int] = {}
         self._preparation = -1
         self._payloads: dict[int, tuple[int, list[int]]] = {}
@@ -75,26 +87,29 @@ class Functions:
             del data["init_main_from_path"]  # a program that came by a pipe; other modules can be imported
         if getattr(fn, "__module__", "") == "__main__" and not any(key.startswith("init_main") for key in data):
             raise ImportError("this program has no file (a notebook?) that a fresh process could import it from")
-        self._preparation, _ = _pickled(data, self._method)
+        self._preparation, _ = _pickled(data)
         for rank, process in self._processes.items():
-            self._payloads[rank] = _pickled(process, self._method)
+            self._payloads[rank] = _pickled(process)
 
     def begin(self) -> Begin:
         """What starts the keeper."""
-        return {"spawn": execute_keeper, "fork": self._fork_keeper, "forkserver": self._execute_server}[self._method]
+        if self._method == "fork":
+            return self._fork_keeper
+        if self._method == "spawn" and not self._preload:
+            return execute_keeper
+        kind = "main" if self._method == "forkserver" else "function"
+        return preload_keeper(_python(), self._preload, kind, str(self._preparation), [self._preparation])
 
     def command(self, local_rank: int) -> tuple[list[str], list[tuple[int, int]]]:
         """What a worker is started with in a new round: argument vector, and descriptors with their numbers there."""
         if local_rank in self._results:
             os.close(self._results.pop(local_rank))
-        self._results[local_rank] = result = os.memfd_create("result")
+        self._results[local_rank] = result = _memory_file("result")
         if self._method == "fork":
             return [], [(result, -1)]
         payload, referred = self._payloads[local_rank]
-        if self._method == "forkserver":
-            return [], [(fd, -1) for fd in (result, payload, *referred)]
         descriptors = [self._preparation, payload, result, *_tracker()]
-        argv = [*_python(), function_main.__file__, "run", *map(str, descriptors)]
+        argv = [*_python(), function_main.__file__, *map(str, descriptors)]
         return argv, [(fd, fd) for fd in (*descriptors, *referred)]
 
     def value(self, local_rank: int) -> Any:
@@ -141,13 +156,9 @@ class Functions:
             signal.set_wakeup_fd(-1)
             os.setsid()
             sock, agent = inherited
-            function_main.serve_functions(sock, agent, environ, lambda rank, _: self._processes[rank])
+            function_main.serve_functions(sock, agent, environ, self._processes)
         finally:
             os._exit(70)
-
-    def _execute_server(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
-        argv = [*_python(), function_main.__file__, "serve"]
-        return execute(argv, environ, (*inherited, self._preparation, *_tracker()))
 
 
 def _python() -> list[str]:
@@ -166,21 +177,21 @@ def _tracker() -> list[int]:
     return [] if number is None else [int(number)]
 
 
-def _pickled(value: object, start_method: str) -> tuple[int, list[int]]:
+def _pickled(value: object) -> tuple[int, list[int]]:
     """A memory file with a pickle for a worker, and the descriptors that it refers to."""
-    from multiprocessing import context, popen_forkserver, popen_spawn_posix, reduction
+    from multiprocessing import context, popen_spawn_posix, reduction
 
     referred: list[int] = []
 
     class Popen:
         """What multiprocessing's objects ask, while they are pickled, for a way to send their descriptors."""
 
-        DupFd = popen_forkserver._DupFd if start_method == "forkserver" else popen_spawn_posix._DupFd
+        DupFd = popen_spawn_posix._DupFd
 
         @staticmethod
         def duplicate_for_child(fd: int) -> int:
             referred.append(fd)
-            return len(referred) - 1 if start_method == "forkserver" else fd
+            return fd
 
     buffer = io.BytesIO()
     context.set_spawning_popen(Popen())  # type: ignore[arg-type]
@@ -188,10 +199,21 @@ def _pickled(value: object, start_method: str) -> tuple[int, list[int]]:
         reduction.dump(value, buffer)
     finally:
         context.set_spawning_popen(None)
-    fd = os.memfd_create("pickle")
+    fd = _memory_file("pickle")
     with open(fd, "wb", closefd=False) as file:
         file.write(buffer.getbuffer())
     return fd, referred
+
+
+def _memory_file(name: str) -> int:
+    """A memory file with a number that is free in the worker, too, where that is a fork of a program at work."""
+    fd = os.memfd_create(name)
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    except OSError:  # beyond the limit of this process
+        return os.dup(fd)
+    finally:
+        os.close(fd)
 
 
 def _why_not(fn: Callable[..., Any], start_method: str, error: Exception) -> str:

@@ -11,12 +11,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
 from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.errors import ExitCode, LaunchError
+from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers.keeper import (
     Begin,
     Keeper,
@@ -25,6 +25,9 @@ from elastic_launch.workers.keeper import (
     execute_keeper,
     has_children,
 )
+
+MOST_LOSSES = 3
+"""Keepers in a row that are lost before they have started a worker, and replaced."""
 
 
 class Command(NamedTuple):
@@ -50,22 +53,37 @@ def _encoded(words: Sequence[str] | Mapping[str, str]) -> list[bytes] | dict[byt
 class WorkerProcesses:
     """The processes of the current round. ``take()`` gives the events that ``fileno()`` announces."""
 
-    def __init__(self, run_id: str, environ: Mapping[str, str], begin: Begin = execute_keeper) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        environ: Mapping[str, str],
+        begin: Begin = execute_keeper,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Prepare.
 
         Args:
             run_id: marks the workers and all that they start.
             environ: what they inherit.
             begin: starts a keeper.
+            say: takes a line for people.
         """
         self._run_id = run_id
         self._environ = environ
         self._alone = threading.active_count() == 1 and not has_children()
         self._begin = begin
+        self._say = say
         self._keeper = Keeper(environ, begin)
         self._commands: dict[int, list[str]] = {}
         self._pids: Mapping[int, int] = {}
         self._running: set[int] = set()
+        self._is_stand_in = False
+        self._starting = False
+        """The keeper has not said yet that it has started the workers."""
+        self._told: tuple[int, ...] = ()
+        """The signals that stopped workers which were not started yet."""
+        self._losses = 0
+        """Keepers that were lost without having started anybody."""
         self._sweep_unanswered = False
         self._burial_owed = False
         self._errors: dict[int, Evidence] = {}
@@ -77,9 +95,13 @@ class WorkerProcesses:
 
     def start(self, commands: Sequence[Command]) -> None:
         """Start a round; ``Started`` follows, and ``Exited`` for each worker, also for those that cannot be started."""
+        if self._is_stand_in:
+            self._keeper.close()
+            self._keeper, self._is_stand_in = Keeper(self._environ, self._begin), False
         self._commands = {command.local_rank: command.argv for command in commands}
         self._running = set(self._commands)
         self._pids, self._errors = {}, {}
+        self._starting, self._told = True, ()
         # As bytes: the two interpreters may be set to different encodings.
         orders = [
             (
@@ -95,6 +117,9 @@ class WorkerProcesses:
 
     def tell(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
         """Signal workers: to stop them, with their process groups, or else alone."""
+        if stop and self._starting and self._begin is not execute_keeper:
+            self._told = (int(signum), signal.SIGKILL)
+            self._keeper.kill()  # it is importing modules, and hears nothing
         self._keeper.send("tell", int(signum), sorted(local_ranks), stop)
 
     def dump(self, local_ranks: Collection[int]) -> None:
@@ -121,13 +146,18 @@ class WorkerProcesses:
     def _events(self, message: tuple[object, ...]) -> list[Event]:
         match message:
             case ("started", dict(pids), dict(failed)):
-                self._pids = pids
+                self._pids, self._starting, self._losses = pids, False, 0
                 return [Started(pids), *(self._not_started(rank, *why) for rank, why in failed.items())]
             case ("exited", list(exits)):
                 self._running -= {exit_[0] for exit_ in exits}
                 return [Exited(Exit(*exit_)) for exit_ in exits]
             case ("gone", dict(leftovers)):
                 return [self._gone(leftovers)]
+            case ("warned", str(text)):
+                self._say(text)
+                return []
+            case ("broken", str(text)):
+                raise UnavailableError(text)
         raise LaunchError(f"internal error: the keeper said {message!r}")
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> Event:
@@ -149,14 +179,20 @@ class WorkerProcesses:
     def _keeper_is_lost(self) -> list[Event]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
+        self._losses += not self._told
+        if self._losses > MOST_LOSSES:
+            raise UnavailableError(f"{text}; so were {MOST_LOSSES} before it, without having started any: giving up")
         self._burial_owed = True
         self._keeper.close()
         self._bury_orphans()
         now = time.time()
-        exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now)) for rank in sorted(self._running)]
+        exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now, self._told)) for rank in sorted(self._running)]
+        self._starting = False
         lost = Evidence(ErrorRecord(text, text, now, "<N/A>"))
         self._errors = dict.fromkeys(self._running, lost) | self._errors
         self._running.clear()
-        self._keeper = Keeper(self._environ, self._begin)
+        # A small one will do until the next round; one that imports modules would not hear what it is told.
+        self._keeper = Keeper(self._environ)
+        self._is_stand_in = self._begin is not execute_keeper
         # An order to sweep that the agent still gives goes to the new keeper, which finds nothing.
         return [*exits, self._gone({})] if self._sweep_unanswered else exits

@@ -26,21 +26,32 @@ Begin = Callable[[Mapping[str, str], tuple[int, ...]], int]
 
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
 """Imported, not executed as a script, for the compiled file that the agent's own import has left: 5 ms."""
+_PADDING = 4096
+"""Characters."""
 _KEEPER = (sys.executable, "-I", "-S", "-c", _PROGRAM, os.path.dirname(__file__))
+
+
+PART = "ELASTIC_LAUNCH_PART"
+"""Variable of the agent's other children, such as the store's host: the agent's pid."""
+
+_keepers: set[int] = set()
+"""The keepers of this process that live."""
 
 
 class KeeperLostError(Exception):
     """The keeper ended before it was told to."""
 
 
-def execute(argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int]) -> int:
+def execute(
+    argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int], unnamed: Sequence[int] = ()
+) -> int:
     """Start a program for a keeper: argv and the numbers of what it inherits. Returns its pid; raises OSError."""
     return os.posix_spawn(
         argv[0],
         [*argv, *map(str, inherited)],
         environ,
         # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (*inherited, *unnamed)],
         setsid=True,
         setsigmask=signal.valid_signals() - {signal.SIGCHLD},
     )
@@ -49,6 +60,29 @@ def execute(argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence
 def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
     """Start the small keeper, which executes commands."""
     return execute(_KEEPER, environ, inherited)
+
+
+def preload_keeper(
+    python: Sequence[str], modules: Sequence[str], kind: str, target: str, descriptors: Sequence[int] = ()
+) -> Begin:
+    """What starts a warm keeper, which imports modules and forks its workers.
+
+    Args:
+        python: the interpreter and its flags, ``-u`` among them.
+        modules: what to import.
+        kind: what the workers run: ``script``, ``module``, ``function``, or ``main``: a function, and its main module
+            is imported, too.
+        target: the script or module; for a function the number of the descriptor that tells how to prepare for it.
+        descriptors: what the process inherits besides.
+    """
+
+    def begin(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+        program = os.path.join(os.path.dirname(__file__), "preload_main.py")
+        # The padding is room for the command lines that the workers show.
+        argv = [*python, program, ",".join(modules), kind, target, " " * _PADDING]
+        return execute(argv, environ, inherited, descriptors)
+
+    return begin
 
 
 class Keeper:
@@ -65,6 +99,7 @@ class Keeper:
         try:
             with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
                 self.pid = begin(environ, (theirs.fileno(), agent.fileno()))
+            _keepers.add(self.pid)
             self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
         except OSError as error:
             self._sock.close()
@@ -77,7 +112,7 @@ class Keeper:
     def send(self, *message: Any, descriptors: Sequence[int] = ()) -> None:
         """Send an order, and descriptors with it; a keeper that is gone shows at the next ``receive``."""
         data = keeper_main.pack(message)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionError):
             for start in range(0, len(descriptors), keeper_main.MOST_DESCRIPTORS):
                 # With each batch a byte of the message, which is longer than there are batches.
                 socket.send_fds(self._sock, [data[:1]], descriptors[start : start + keeper_main.MOST_DESCRIPTORS])
@@ -115,7 +150,13 @@ class Keeper:
             if not ended:
                 signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
                 _wait(process.fileno(), CLOSE_PATIENCE)
+        _keepers.discard(self.pid)
         return _reap(self.pid) and ended
+
+    def kill(self) -> None:
+        """Kill it; the next ``receive`` tells that it is lost."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._process.fileno(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -156,18 +197,23 @@ def bury_orphans(alone: bool, workers: Collection[int], run_id: str) -> None:
     """Kill what a lost keeper left to this process, its subreaper, and wait until it is gone.
 
     Args:
-        alone: the process has no other child, and no thread that could have started one: all that it has is ours.
-            Else ours are the workers, and what carries the job's variable.
+        alone: the process had no other child, and no thread that could have started one: all that it has is ours, but
+            for other keepers and other parts of the launcher. Else ours are the workers, what is in their sessions,
+            and what carries the job's variable.
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
     mark = os.fsencode(f"TORCHELASTIC_RUN_ID={run_id}") + b"\0"
+    ours = f"{PART}={os.getpid()}".encode() + b"\0"
+
+    def is_orphan(pid: int) -> bool:
+        environment = _environment_of(pid)
+        if pid in _keepers or ours in environment:
+            return False
+        return alone or pid in workers or mark in environment or keeper_main.session_of(pid) in workers
+
     while has_children() and (
-        orphans := [
-            pid
-            for pid in keeper_main.children_by_parent().get(os.getpid(), ())
-            if alone or pid in workers or mark in _environment_of(pid)
-        ]
+        orphans := [pid for pid in keeper_main.children_by_parent().get(os.getpid(), ()) if is_orphan(pid)]
     ):
         for orphan in orphans:
             for pid in (orphan, *keeper_main.descendants(orphan)):

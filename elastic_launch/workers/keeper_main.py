@@ -6,8 +6,7 @@ worker started, daemons included, outlives the job, even when the agent or the k
 It runs as a program of its own, ``main(SOCKET, AGENT)`` under ``python -I -S``: executed, not forked, because the agent
 may live in a program full of threads. SOCKET is a stream to the agent; AGENT is a pidfd of the agent, since a program
 that forks may keep copies of the socket's other end. It has all signals blocked but SIGCHLD, and a session of its own:
-neither a terminal nor a batch system that signals every process of a job can hit it by accident. (Workers that are
-functions and are to be forked need a keeper that can: ``function_main`` has it.)
+neither a terminal nor a batch system that signals every process of a job can hit it by accident.
 
 It imports nothing of elastic_launch and as little as possible of the standard library: it stands in the way of the
 first worker. It decides nothing, and gives no process up; the agent does, and then leaves the keeper to its task.
@@ -16,7 +15,7 @@ Messages are marshalled tuples after a length of four bytes; both ends are the s
 
 To the keeper:
     ("spawn", [(local rank, argv, environment changes, [descriptor's number in the worker, ...], [cpu, ...]), ...])
-        -- begins a round; the descriptors come with it, in that order; number -1: any. No argv: a function's worker
+        -- begins a round; the descriptors come with it, in that order; number -1: any
     ("tell", signum, [local rank, ...], stop?)
     ("dump", [local rank, ...])  -- have them write the stacks of their threads to stderr
     ("sweep", kill?)
@@ -33,6 +32,7 @@ import ctypes
 import fcntl
 import marshal
 import os
+import resource
 import select
 import signal
 import time
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any, NoReturn
 
-    Call = Callable[[int, dict[bytes, bytes], list[int]], NoReturn]
-    """What a forked worker does instead of executing a command; takes local rank, environment and descriptors."""
     Order = tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]
     """One worker to be started, as in the ``spawn`` message."""
 
@@ -53,7 +51,7 @@ PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
 
-MSG_CMSG_CLOEXEC = 0x40000000
+MSG_CTRUNC, MSG_CMSG_CLOEXEC = 0x8, 0x40000000
 DUMP_SIGNAL = 63
 """Python workers answer it with the stacks of their threads (``bootstrap``, ``function_main``)."""
 MOST_DESCRIPTORS = 250
@@ -63,6 +61,17 @@ FIRST_LOOK, SLOWEST_LOOK = 0.01, 1.0
 """Seconds between looks for processes that are still there after SIGKILL, or were forked meanwhile."""
 
 libc = ctypes.CDLL(None)
+
+
+class Forked(BaseException):
+    """Raised in the process of a worker that is not to execute a command, through all of the keeper's frames."""
+
+    def __init__(self, order: Order, environment: dict[bytes, bytes], descriptors: list[int]) -> None:
+        self.order = order
+        self.environment = environment
+        """All of it."""
+        self.descriptors = descriptors
+        """Those that came for it, in their order."""
 
 
 def set_subreaper(on: bool) -> bool:
@@ -107,6 +116,15 @@ def kill(pid: int, signum: int) -> None:
         os.kill(pid, signum)
     except (ProcessLookupError, PermissionError):
         pass  # ended, or it runs as another user (sudo in a worker)
+
+
+def session_of(pid: int) -> int:
+    """The session of a process, living or dead; -1 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split(None, 4)[3])
+    except OSError:
+        return -1
 
 
 def name_of(pid: int) -> str:
@@ -167,17 +185,21 @@ class Worker:
 class Service:
     """What the keeper does on each order and each death."""
 
-    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], call: Call | None = None) -> None:
+    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = False) -> None:
         self.sock = sock
         self.socket = _socket.socket(fileno=sock)
         self.agent = agent
         self.agent_lives = True
         self.environment = environment
-        self.call = call
+        self.forks = forks
+        """Workers do not execute their command: they go on in a fork of this process."""
         self.own: tuple[int, ...] = ()
         """Descriptors that are nothing for a worker that is forked and not executed."""
         self.held: list[int] = []
         """Descriptors that came for the workers to be started."""
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        """The workers'. This process has many of theirs for a moment."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
         self.phase = Phase.SERVING
         self.workers: dict[int, Worker] = {}
         """By local rank, until they have ended."""
@@ -226,9 +248,12 @@ class Service:
         """Read what the agent sent; nothing when it has closed its end."""
         try:
             room = _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
-            data, ancillary, _, _ = self.socket.recvmsg(1 << 16, room, MSG_CMSG_CLOEXEC)
+            data, ancillary, flags, _ = self.socket.recvmsg(1 << 16, room, MSG_CMSG_CLOEXEC)
         except ConnectionError:
             return b""
+        if flags & MSG_CTRUNC:  # each would get another's
+            self.send(("broken", "too many open files for the workers' output: raise the limit (`ulimit -n`)"))
+            os._exit(1)
         for _, _, numbers in ancillary:
             self.held += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
         return data
@@ -268,7 +293,7 @@ class Service:
         Raises:
             OSError: it could not be forked or executed.
         """
-        local_rank, argv, changes, targets, cpus = order
+        _, argv, changes, targets, cpus = order
         environment = {**self.environment, **changes}
         keeper = os.getpid()
         reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -284,25 +309,25 @@ class Service:
                 # For the case that the keeper and the agent die in the same instant. It outlives the exec, and the
                 # keeper may have died before it was set.
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                if os.getppid() == keeper:
-                    numbers, writing = place(descriptors, targets, writing)
-                    if cpus:
-                        os.sched_setaffinity(0, cpus)
+                if os.getppid() != keeper:
+                    os._exit(127)
+                numbers, writing = place(descriptors, targets, writing)
+                resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
+                if cpus:
+                    os.sched_setaffinity(0, cpus)
+                if not self.forks:
                     for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
                         signal.signal(ignored_by_python, signal.SIG_DFL)
-                    if argv:
-                        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                        os.execvpe(argv[0], argv, environment)
-                    elif self.call:
-                        for fd in {reading, writing, *self.own, *descriptors, *self.held} - set(numbers):
-                            os.close(fd)
-                        self.call(local_rank, environment, numbers)
-            except OSError as error:
-                os.write(writing, marshal.dumps((error.errno, error.strerror)))
+                    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                    os.execvpe(argv[0], argv, environment)
+                self.socket.detach()  # its end must not close what has its number by then
+                for fd in {reading, *self.own, *descriptors, *self.held} - set(numbers):
+                    os.close(fd)
             except BaseException as error:
-                os.write(writing, marshal.dumps((0, str(error))))
-            finally:
+                os.write(writing, marshal.dumps((getattr(error, "errno", 0), getattr(error, "strerror", str(error)))))
                 os._exit(127)
+            os.close(writing)
+            raise Forked(order, environment, numbers)
         os.close(writing)
         with open(reading, "rb") as pipe:
             data = pipe.read()
@@ -426,13 +451,17 @@ def close_others(kept: Sequence[int]) -> None:
                 pass  # the descriptor of the listing itself
 
 
-def serve(sock: int, agent: int, environment: dict[bytes, bytes], call: Call | None = None) -> NoReturn:
-    """Be the keeper, to the end of this process."""
+def serve(sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = False) -> NoReturn:
+    """Be the keeper, to the end of this process.
+
+    Raises:
+        Forked: only where it ``forks``: this process is a worker, and free of the keeper.
+    """
     for fd in (sock, agent):
         os.set_inheritable(fd, False)
     libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
     set_subreaper(True)
-    Service(sock, agent, environment, call).run()
+    Service(sock, agent, environment, forks).run()
     os._exit(0)
 
 

@@ -1,0 +1,177 @@
+"""Warm workers (``--preload torch``) beside cold ones and torchrun's: first collective, recovery, memory.
+
+The workers import torch, join a gloo group and sum a number; each notes when that was done, by CLOCK_MONOTONIC, which
+is one for the whole machine. A start lasts from the launcher's command to the last rank's note, a recovery from a
+SIGKILL of one rank to the last note of the next attempt. Memory is the sum of the proportional set sizes of the
+launcher and all below it. Pages that other processes have mapped, too, count less: no other torch should run meanwhile.
+
+torchrun recovers with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 here. Without it the next attempt meets the keys of the one
+before in the store, and often hangs; how often is told below the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import psutil
+from common import COMMANDS, OURS, PEER, Running, Samples, machine, running, spread
+
+KILLS = 2  # in each launch that is to recover
+PATIENCE = 45  # seconds that torchrun as it is has to recover
+OPTIONS = ["--standalone", "--max-restarts", "20"]
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+WARM = f"{OURS} --preload torch"
+LAUNCHERS = {WARM: [*COMMANDS[OURS], "--preload", "torch"], OURS: COMMANDS[OURS], PEER: COMMANDS[PEER]}
+WORKER = """\
+import os, sys, time
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+done = time.monotonic()
+assert total.item() == dist.get_world_size()
+with open(sys.argv[1], "a") as notes:
+    notes.write(f"{os.environ['RANK']} {os.environ['TORCHELASTIC_RESTART_COUNT']} {os.getpid()} {done}\\n")
+time.sleep(300)
+"""
+
+Notes = dict[int, tuple[int, float]]
+"""What the ranks of one attempt have noted: rank -> (pid, time)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Warm workers, cold ones and torchrun's.")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="launches of each (default: 3)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="default: 2 4 8")
+    args = parser.parse_args()
+    os.environ.pop(OWN_STORE, None)
+
+    print(f"{args.runs} launches of each, {KILLS} kills in each launch that is to recover\n")
+    print(f"| median (min–max) | {' | '.join(LAUNCHERS)} | {PEER} / warm | target |\n|---|---|---|---|---|---|")
+    recovered = []
+    for ranks in args.ranks:
+        starts, recoveries, sizes, came_back = measure_all(ranks, args.runs)
+        faster = {4: 2.5, 8: 4.0}.get(ranks)
+        print(row(f"{ranks} ranks: start to first all_reduce, s", starts, 2, faster))
+        print(row("SIGKILL of a rank to all_reduce, s", recoveries, 2, 10, 0.5 if ranks == 8 else None))
+        print(row("PSS of all processes, MiB", sizes, 0, 3 if ranks == 8 else None), flush=True)
+        recovered.append(f"{came_back} of {args.runs} times at {ranks} ranks")
+    print(f"\n{PEER} without {OWN_STORE}=1 recovered within {PATIENCE} s {', '.join(recovered)}.")
+    print(f"\n{machine([WARM, *OPTIONS, '--nproc-per-node', 'N', 'worker.py'])}")
+
+
+def measure_all(ranks: int, runs: int) -> tuple[Samples, Samples, Samples, int]:
+    """Seconds to start, seconds to recover, MiB; how often torchrun recovered as it is."""
+    starts, recoveries, sizes = ({name: list[float]() for name in LAUNCHERS} for _ in range(3))
+    came_back = 0
+    for run in range(runs):
+        for name, command in LAUNCHERS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                job = Job(command, ranks, folder)
+                with running(job.command, folder) as launcher:
+                    job.wait(launcher, 0)
+                    starts[name].append(job.last(0) - job.begin)
+                    time.sleep(0.5)  # the launcher and the workers have come to rest
+                    sizes[name].append(memory(launcher.process.pid))
+                    if name == PEER:
+                        came_back += recovers(launcher, job, run % ranks)
+                    else:
+                        recoveries[name] += recover(launcher, job, run)
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(["/usr/bin/env", f"{OWN_STORE}=1", *COMMANDS[PEER]], ranks, folder)
+            with running(job.command, folder) as launcher:
+                job.wait(launcher, 0)
+                recoveries[PEER] += recover(launcher, job, run)
+    return starts, recoveries, sizes, came_back
+
+
+class Job:
+    """The command of a launch, and what its workers have noted."""
+
+    def __init__(self, launcher: Sequence[str], ranks: int, folder: str) -> None:
+        script, self.notes = Path(folder, "worker.py"), Path(folder, "notes")
+        script.write_text(WORKER)
+        self.notes.touch()
+        self.ranks = ranks
+        self.command = [*launcher, *OPTIONS, "--nproc-per-node", str(ranks), str(script), str(self.notes)]
+        self.begin = time.monotonic()
+
+    def attempt(self, count: int) -> Notes:
+        lines = self.notes.read_text().splitlines(keepends=True)
+        fields = [line.split() for line in lines if line.endswith("\n")]
+        return {int(rank): (int(pid), float(done)) for rank, of, pid, done in fields if int(of) == count}
+
+    def complete(self, count: int) -> bool:
+        return len(self.attempt(count)) == self.ranks
+
+    def last(self, count: int) -> float:
+        return max(done for _, done in self.attempt(count).values())
+
+    def wait(self, launcher: Running, count: int) -> None:
+        launcher.wait_for(partial(self.complete, count), 120)
+
+    def kill(self, count: int, rank: int) -> float:
+        """Kill a rank of an attempt; returns when."""
+        pid, _ = self.attempt(count)[rank]
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        return killed
+
+
+def recover(launcher: Running, job: Job, run: int) -> list[float]:
+    """Seconds of each recovery."""
+    found = []
+    for count in range(KILLS):
+        # A random moment: a launcher that polls would else always be met in the same phase of its interval.
+        time.sleep(random.uniform(0.2, 0.4))
+        killed = job.kill(count, (run * KILLS + count) % job.ranks)
+        job.wait(launcher, count + 1)
+        found.append(job.last(count + 1) - killed)
+    return found
+
+
+def recovers(launcher: Running, job: Job, rank: int) -> bool:
+    """Whether the job is back in time after the loss of a rank."""
+    deadline = job.kill(0, rank) + PATIENCE
+
+    def is_over() -> bool:
+        return job.complete(1) or launcher.process.poll() is not None or time.monotonic() > deadline
+
+    launcher.wait_for(is_over, PATIENCE + 1)
+    return job.complete(1)
+
+
+def memory(launcher: int) -> float:
+    """MiB of the launcher and all below it."""
+    top = psutil.Process(launcher)
+    return float(sum(process.memory_full_info().pss for process in [top, *top.children(recursive=True)])) / 2**20
+
+
+def row(what: str, samples: Samples, digits: int, times: float | None, limit: float | None = None) -> str:
+    """One line of the table: how many times better than torchrun warm workers are to be, and their highest median."""
+    warm, peer = median(samples[WARM]), median(samples[PEER])
+    targets = []
+    if times is not None:
+        targets.append(f"≥ {times:g} times: {verdict(peer / warm >= times)}")
+    if limit is not None:
+        targets.append(f"≤ {limit:g}: {verdict(warm <= limit)}")
+    cells = [spread(samples[name], digits) for name in LAUNCHERS]
+    return f"| {what} | {' | '.join(cells)} | {peer / warm:.1f} | {', '.join(targets)} |"
+
+
+def verdict(is_met: bool) -> str:
+    return "met" if is_met else "MISSED"
+
+
+if __name__ == "__main__":
+    main()
