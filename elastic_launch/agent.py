@@ -93,6 +93,7 @@ class LocalElasticAgent:
         self._spec = spec
         self._entrypoint = spec.entrypoint or spec.fn
         self._logs_specs = logs_specs or DefaultLogsSpecs()
+        self._filters = {1: spec.duplicate_stdout_filters or [], 2: spec.duplicate_stderr_filters or []}
         self._start_method = start_method
         self._preload = preload
         self._prefix_template = log_line_prefix_template
@@ -125,7 +126,9 @@ class LocalElasticAgent:
         self._has_run = True
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
-            self._files = JobFiles(self._logs_specs, self._run_id, self._temp_dir)
+            self._files = JobFiles(
+                self._logs_specs, self._run_id, self._temp_dir, has_filters=any(self._filters.values())
+            )
             stack.callback(lambda: self._files.close(keep=self._has_failed))
             signals = stack.enter_context(SignalQueue(self._stop_signals))
             if not stack.enter_context(subreaper()):
@@ -150,7 +153,7 @@ class LocalElasticAgent:
             stack.enter_context(spoken_by(self._workers.say))
             # After the keeper: it then knows that this process has no other children.
             self._watchdog, watches = self._watches(stack)
-            self._telemetry = Telemetry(self._spec, self._run_id, self._say)
+            self._telemetry = Telemetry(self._spec, self._run_id, self._workers.show, self._say)
             limits = Limits(self._spec.max_restarts, self._shutdown_timeout)
             sources = [signals, self._rendezvous, *watches]
             driver = Driver(limits, self._workers, self._start, self._rendezvous.ask, sources, self._say, self._observe)
@@ -194,9 +197,8 @@ class LocalElasticAgent:
         for local_rank, environ in envs.items():
             if path := dest.error_files.get(local_rank):
                 environ["TORCHELASTIC_ERROR_FILE"] = path
-        filters = {1: self._spec.duplicate_stdout_filters or (), 2: self._spec.duplicate_stderr_filters or ()}
-        has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(filters.values())
-        self._workers.start(envs, dest, self._prefixes(place) if has_prefixes else {}, filters, self._cpus)
+        has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._filters.values())
+        self._workers.start(envs, dest, self._prefixes(place) if has_prefixes else {}, self._filters, self._cpus)
 
     def _prefixes(self, place: Assignment) -> dict[int, str]:
         """What stands before each worker's lines on the console."""
@@ -240,16 +242,9 @@ class LocalElasticAgent:
         """Where each worker is bound to, where the user wants that."""
         if self._spec.numa_options is None:
             return {}
-        from elastic_launch.numa import bindings, mode_of
+        from elastic_launch.numa import bind  # late: few need it
 
-        mode, may_fail = mode_of(self._spec.numa_options)
-        try:
-            return dict(enumerate(bindings(mode, self._spec.local_world_size, self._environ)))
-        except LaunchError as error:
-            if not may_fail:
-                raise
-            self._say(f"{error}; going on without it")
-            return {}
+        return bind(self._spec.numa_options, self._spec.local_world_size, self._environ, self._say)
 
     def _return_values(self, life: Life) -> dict[int, Any]:
         """What the functions returned, by global rank."""

@@ -36,11 +36,12 @@ def _say_directly(text: str) -> None:
 @contextlib.contextmanager
 def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
     """Have the lines of this thread pass through somebody who keeps them apart from the workers'."""
-    _thread.speaker = speaker
+    before: Callable[[str], None] = getattr(_thread, "speaker", _say_directly)
+    _thread.speaker, _thread.needs_new_line = speaker, False
     try:
         yield
     finally:
-        del _thread.speaker
+        _thread.speaker = before
 
 
 def begin_with_new_line(needed: bool) -> None:

@@ -244,7 +244,7 @@ def _logger(destination: str) -> logging.Logger:
 
 @dataclass(frozen=True)
 class Recorder:
-    """The agent's record of one job. Where the destination is ``null`` it costs nothing; no handler can end the job."""
+    """The agent's record of one job. No handler can end the job."""
 
     spec: WorkerSpec
     run_id: str
@@ -264,8 +264,6 @@ class Recorder:
             seconds: since the job began.
             joining: seconds until the nodes had met.
         """
-        if self.spec.event_log_handler == "null":
-            return
         events = [
             # torch gives the ranks out in a step of its own; here they come with the place.
             self._event("RENDEZVOUS", place, seconds, duration_ms=joining * 1000),
@@ -296,8 +294,6 @@ class Recorder:
             seconds: since the job began.
             error: what the agent failed at, or that a signal ended the job: then the record tells of the agent only.
         """
-        if self.spec.event_log_handler == "null":
-            return
         events: list[Event] = []
         by_rank = {failure.rank: failure for failure in failures}
         if place and not error:

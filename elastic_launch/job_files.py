@@ -1,6 +1,7 @@
 """Floor 2: the job's files: where they lie, and what of a worker's output goes where.
 
-The only module that knows a path of the layout ``LOG_DIR/RUN_ID/attempt_K/RANK/{stdout.log,stderr.log,error.json}``.
+The only module that knows a path of the layout
+``LOG_DIR/RUN_ID/attempt_K/RANK/{stdout.log,stderr.log,error.json,stacks.log}``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Mapping
 
 from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
 from elastic_launch.errors import LaunchError, UnavailableError
+
+STACKS = "stacks.log"
+"""Beside a worker's error file: the stacks of its threads, where it hung and was killed."""
 
 
 class DefaultLogsSpecs(LogsSpecs):
@@ -79,13 +83,14 @@ class DefaultLogsSpecs(LogsSpecs):
 class JobFiles:
     """The files of one job on this node."""
 
-    def __init__(self, specs: LogsSpecs, run_id: str, temp_dir: str) -> None:
+    def __init__(self, specs: LogsSpecs, run_id: str, temp_dir: str, *, has_filters: bool = False) -> None:
         """Make the directory.
 
         Args:
             specs: what the user asked for. Without a directory: one in ``temp_dir``, which ``close`` may remove.
             run_id: the job's id; characters that a file name cannot have are percent-encoded.
             temp_dir: the system's directory for temporary files.
+            has_filters: some lines go to a file of their own.
 
         Raises:
             UnavailableError: it cannot be made.
@@ -95,7 +100,7 @@ class JobFiles:
         self.root = specs.root_log_dir or ""
         if not isinstance(specs, DefaultLogsSpecs):
             return  # a plug-in knows its own
-        self.asked_for = bool(specs.root_log_dir) or specs.keeps_output
+        self.asked_for = bool(specs.root_log_dir) or specs.keeps_output or has_filters
         log_dir = specs.root_log_dir
         if not log_dir:
             self._specs = copy.copy(specs)
@@ -136,7 +141,8 @@ class JobFiles:
         if self._temporary:
             for directory, _, files in os.walk(self._temporary, topdown=False):
                 with contextlib.suppress(OSError):
-                    for file in [] if keep or self.asked_for else files:
+                    # People were told of the stacks of a worker that hung, also where the job then went well.
+                    for file in () if keep or self.asked_for else {*files} - {STACKS}:
                         os.unlink(os.path.join(directory, file))
                     os.rmdir(directory)
 

@@ -155,6 +155,7 @@ class PContext:
         }
         self._start_method = start_method
         self._numa_options = numa_options
+        self._cpus: dict[int, frozenset[int]] = {}
         workers = len(args)
         self._place = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
@@ -166,17 +167,33 @@ class PContext:
         """Start the processes."""
         if self._driver:
             raise UsageError(f"{self.name}: the processes were started already")
-        stack = self._stack
+        try:
+            self._start_all(self._stack)
+        except BaseException:
+            self._driver = None
+            self._stack.close()
+            raise
+
+    def _start_all(self, stack: ExitStack) -> None:
         stack.enter_context(standard_streams())
         stack.enter_context(subreaper())
         environ = environment()
         # Without a run id, the name keeps the files of several contexts apart.
         named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
-        files = JobFiles(self._logs_specs, named[0]["TORCHELASTIC_RUN_ID"], environ.get("TMPDIR") or "/tmp")
+        files = JobFiles(
+            self._logs_specs,
+            named[0]["TORCHELASTIC_RUN_ID"],
+            environ.get("TMPDIR") or "/tmp",
+            has_filters=any(self._filters.values()),
+        )
         stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
         self._dest = files.prepare(named)
         for rank, path in self._dest.error_files.items():
             self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
+        if self._numa_options is not None:
+            from elastic_launch.numa import bind  # late: few need it
+
+            self._cpus = bind(self._numa_options, len(self._args), environ, say)
         self._workers = Workers(
             self.name,
             self._entrypoint,
@@ -248,13 +265,7 @@ class PContext:
         ]
 
     def _start(self, place: Assignment) -> None:
-        cpus = {}
-        if self._numa_options is not None:
-            from elastic_launch.numa import bindings, mode_of  # late: few need it
-
-            mode, _ = mode_of(self._numa_options)
-            cpus = dict(enumerate(bindings(mode, len(self._args), environment())))
-        self._workers.start(self._envs, self._dest, self._prefixes, self._filters, cpus)
+        self._workers.start(self._envs, self._dest, self._prefixes, self._filters, self._cpus)
 
     def _answer(self, action: Asking) -> list[Event]:
         """Be the rendezvous of a group that nobody else is part of."""

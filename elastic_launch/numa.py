@@ -50,6 +50,27 @@ def mode_of(options: object) -> tuple[str, bool]:
     return str(mode), bool(getattr(options, "should_fall_back_if_binding_fails", False))
 
 
+def bind(
+    options: object, workers: int, environ: Mapping[str, str], say: Callable[[str], None]
+) -> dict[int, frozenset[int]]:
+    """What ``bindings`` gives, by local rank; nothing without ``options``, or where they let a failure pass.
+
+    Raises:
+        UsageError: the options are none.
+        UnavailableError: the workers cannot be bound so.
+    """
+    if options is None:
+        return {}
+    mode, may_fail = mode_of(options)
+    try:
+        return dict(enumerate(bindings(mode, workers, environ)))
+    except UnavailableError as error:
+        if not may_fail:
+            raise
+        say(f"{error}; going on without it")
+        return {}
+
+
 def bindings(mode: str, workers: int, environ: Mapping[str, str], root: str = "/") -> list[frozenset[int]]:
     """The CPUs of each worker, by local rank: never none, and none that this process may not use itself.
 

@@ -15,6 +15,7 @@ from elastic_launch.core.lifecycle import Event, Gone, TimedOut
 from elastic_launch.core.root_cause import Evidence, Exit
 from elastic_launch.error_files import read_error_file
 from elastic_launch.errors import UsageError
+from elastic_launch.job_files import STACKS
 from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.model import callable_name
 from elastic_launch.workers import BOOTSTRAP
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 LOCAL_RANK = "${local_rank}"
 """Stands for the local rank in arguments that are texts, as torch's ``macros.local_rank`` does."""
 STDOUT, STDERR = 1, 2
+FAULTHANDLER = b"(most recent call first):"
+"""What stands in the stacks that Python writes."""
 CONSOLE_PATIENCE = 10.0
 
 
@@ -87,7 +90,7 @@ class Workers:
         """The workers that were asked for their stacks."""
         self.tell = self._processes.tell
         self.sweep = self._processes.sweep
-        self.say = self._pump.say
+        self.say, self.show = self._pump.say, self._pump.show
 
     def start(
         self,
@@ -109,7 +112,7 @@ class Workers:
         self._dest = dest
         self._dumped.clear()
         self._oom = OomCounter()
-        ends = self._pump.open(_routes(dest, envs, prefixes), _duplicates(dest, filters))
+        ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
         nowhere = -1
         try:
             commands = []
@@ -194,9 +197,9 @@ class Workers:
     def _stacks(self, rank: int, error_file: str | None) -> str:
         """Keep the stacks that a worker wrote to its stderr before it was killed; say where they are."""
         stacks = self._pump.since_mark(rank)
-        if not stacks or not error_file:
-            return ""
-        path = os.path.join(os.path.dirname(error_file), "stacks.log")
+        if FAULTHANDLER not in stacks or not error_file:
+            return ""  # it is not Python's, or it wrote something else
+        path = os.path.join(os.path.dirname(error_file), STACKS)
         try:
             with open(path, "wb") as file:
                 file.write(stacks)
@@ -215,7 +218,9 @@ def prefix(template: str, **names: object) -> str:
     return Template(template).safe_substitute({name: str(value) for name, value in names.items()})
 
 
-def _routes(dest: LogsDest, ranks: Iterable[int], prefixes: Mapping[int, str]) -> list[Route]:
+def _routes(
+    dest: LogsDest, ranks: Iterable[int], prefixes: Mapping[int, str], filters: Mapping[int, Sequence[str]]
+) -> list[Route]:
     """What becomes of which stream. stderr always comes by: its last lines may be all that tells of a failure."""
     routes = []
     for rank in ranks:
@@ -227,7 +232,7 @@ def _routes(dest: LogsDest, ranks: Iterable[int], prefixes: Mapping[int, str]) -
             path = files.get(rank, INHERIT)
             if path not in (INHERIT, os.devnull):
                 routes.append(Route(rank, stream, path, rank in shown, before))
-            elif stream == STDERR:
+            elif stream == STDERR or filters.get(stream):
                 routes.append(Route(rank, stream, "", path == INHERIT, None))
     return routes
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from elastic_launch.console import LINE_PATIENCE, write
 from elastic_launch.core.lifecycle import Assigned, Event, Finish, Gone, Life, Started
 from elastic_launch.errors import signal_name
 from elastic_launch.model import WorkerSpec, WorkerState
@@ -19,12 +18,13 @@ if TYPE_CHECKING:
 class Telemetry:
     """Sees what the driver sees, and hands it to the recorder of events and to the metrics' handlers."""
 
-    def __init__(self, spec: WorkerSpec, run_id: str, say: Callable[[str], None]) -> None:
+    def __init__(self, spec: WorkerSpec, run_id: str, show: Callable[[str], None], say: Callable[[str], None]) -> None:
         """Take what events tell of.
 
         Args:
             spec: what is run, and in ``event_log_handler`` where events go.
             run_id: the job's id.
+            show: takes whole lines for standard error.
             say: takes a line for people.
 
         Raises:
@@ -39,7 +39,7 @@ class Telemetry:
 
             check_destination(spec.event_log_handler)
             get_backend = getattr(spec.rdzv_handler, "get_backend", lambda: "static")
-            self._recorder = Recorder(spec, run_id, get_backend(), lambda text: write(text, LINE_PATIENCE), say)
+            self._recorder = Recorder(spec, run_id, get_backend(), show, say)
 
     def note(self, event: Event, life: Life) -> None:
         """An event has happened; ``life`` is the one after it."""

@@ -91,6 +91,7 @@ class Job:
         prelude = (
             "import os, signal, subprocess, sys, time\n"
             "rank, restart = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+            f"open('{self.path}/marks', 'a').close()\n"
             "def mark(text=''):\n"
             f"    with open(f'{self.path}/marks', 'a') as f: f.write(f'{{rank}}.{{restart}} {{text}}\\n')\n"
             "def wait_for(*marks):\n"

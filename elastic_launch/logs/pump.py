@@ -162,12 +162,13 @@ class LogPump:
         """What to wait for: descriptors and poll masks."""
         waits = [(console.fd, select.POLLOUT) for console in self._each_console() if console.queue]
         if time.monotonic() >= self._rest_until:
+            self._rest_until = float("-inf")  # so that ``deadline`` does not have to look at the clock again
             waits += [(fd, select.POLLIN) for fd, source in self._sources.items() if source.backlog <= self._backlog]
         return waits
 
     def deadline(self) -> float | None:
         """When to ask for ``descriptors`` again, on ``time.monotonic``; None: once something has happened."""
-        return self._rest_until if time.monotonic() < self._rest_until and self._sources else None
+        return self._rest_until if self._rest_until > float("-inf") and self._sources else None
 
     def take(self, ready: Collection[int]) -> None:
         """Do what can be done without waiting. ``ready`` may hold descriptors of others."""
@@ -240,11 +241,15 @@ class LogPump:
 
         Never waits: a console that nobody reads costs words.
         """
+        self.show(f"elastic-run: {text}\n")
+
+    def show(self, text: str) -> None:
+        """Write whole lines as ``say`` does, but as they are."""
         for source in list(self._sources.values()):
             if source.backlog <= self._backlog:
                 self._read(source)
         if (console := self._consoles.get(STDERR)) and self._words.backlog < _MOST_WORDS:
-            console.add(f"elastic-run: {text}\n".encode(errors="backslashreplace"), self._words)
+            console.add(text.encode(errors="backslashreplace"), self._words)
         self._settle()
 
     def flush(self, patience: float, interrupt: int | None = None) -> int:

@@ -139,14 +139,33 @@ def passed_on(error: BaseException, load: "Callable[[TextIO], Any]") -> "dict[st
     return record
 
 
+def is_told(error: BaseException, path: str) -> bool:
+    """Return whether this exception, and not an earlier one that the program survived, is in the error file."""
+    if getattr(error, "_elastic_launch_error_file", None) == path:
+        return True
+    if not os.path.exists(path):
+        return False
+    search, sys.path = sys.path, library
+    try:
+        import json
+
+        with open(path, encoding="utf-8") as stream:
+            message = json.load(stream)["message"]
+        # An error code stands in what a launcher below has passed on, which is likely to be why this one fails.
+        return isinstance(message, str) or "errorCode" in message or message["message"].startswith(type(error).__name__)
+    finally:
+        sys.path = search
+
+
 def keep(error: BaseException) -> None:
     """Write what the program died of, unless it is no failure, not this process's, or written already by `record`."""
     error.with_traceback(strip(error.__traceback__))
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         return
-    if error_file and os.getpid() == pid and not os.path.exists(error_file):
+    if error_file and os.getpid() == pid:
         try:
-            write(error, error_file)
+            if not is_told(error, error_file):
+                write(error, error_file)
         except BaseException:  # a full disk, say: the program's own failure is the one to tell
             return
 

@@ -58,6 +58,9 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
         sys.path[0] = (
             os.path.dirname(os.path.realpath(target)) if is_file else target if kind == "script" else os.getcwd()
         )
+    # What is to be collected among the hundred thousands of objects of a large import is not worth a tenth of its time.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
     for module in filter(None, modules.split(",")):
         try:
             importlib.import_module(module)
@@ -71,7 +74,9 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
         del sys.path[0]
         sys.path.insert(0, before[0])
     keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, 0, 0, 0, 0)
-    gc.collect()
+    if gc.get_threshold()[0] == 0:  # else a module has set its own
+        gc.set_threshold(*thresholds)
+    # Not collected: what is freed here leaves holes in pages, and each worker copies the page that it fills one in.
     gc.freeze()  # the collector of a worker then leaves the pages alone that it shares
     worker: Forked
     try:
