@@ -157,6 +157,7 @@ def test_module_that_cannot_be_imported_fails_the_launch_with_its_traceback(job:
             "has started threads (idler)",
         ),
         ("import _thread, time\n_thread.start_new_thread(time.sleep, (1e5,))", "has started 1 thread outside Python"),
+        ("import subprocess\nchild = subprocess.Popen(['sleep', '1000'])", "has started a process"),
     ],
 )
 def test_module_that_makes_forks_unsafe_is_named_and_workers_are_cold(job: Job, code: str, why: str) -> None:
@@ -314,6 +315,38 @@ def test_torch_compile_in_forked_workers(job: Job) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert len(job.marks()) == 2
+
+
+def test_resource_tracker_is_each_worker_s_own(job: Job) -> None:
+    (job.path / "locks.py").write_text("import multiprocessing\nlock = multiprocessing.get_context('spawn').Lock()\n")
+    script = job.script(
+        "from multiprocessing import resource_tracker, shared_memory\nimport locks\n"
+        "assert resource_tracker._resource_tracker._fd is None\n"
+        "with locks.lock: memory = shared_memory.SharedMemory(create=True, size=100)\n"
+        "mark(resource_tracker._resource_tracker._pid)\nmemory.close()\nmemory.unlink()"
+    )
+    ended = job.run("--nproc-per-node", "2", "--preload", "locks", script)
+    assert ended.returncode == 0, ended.stderr
+    assert "--preload" not in ended.stderr
+    assert len({mark.split()[1] for mark in job.marks()}) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/nvidiactl"), reason="no GPU here")
+def test_cuda_and_nccl_in_forked_workers(job: Job) -> None:
+    script = job.script(
+        "import torch, torch.distributed as dist\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "torch.cuda.set_device(int(os.environ['LOCAL_RANK']))\n"
+        "dist.init_process_group('nccl')\n"
+        "total = torch.ones(1, device='cuda')\ndist.all_reduce(total)\n"
+        "assert total.item() == dist.get_world_size()\nmark('done')\n"
+        "if restart == 0 and rank == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os._exit(0)"
+    )
+    ended = job.run("--nproc-per-node", "gpu", "--max-restarts", "1", "--preload", "torch", script)
+    assert ended.returncode == 0, ended.stderr
+    assert "0.1 done" in job.marks()
+    assert "so that no worker can be forked" not in ended.stderr
 
 
 def test_failure_in_a_warm_function_is_told() -> None:

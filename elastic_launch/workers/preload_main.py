@@ -115,6 +115,8 @@ def import_main(preparation: int) -> None:
 
 def why_not_to_fork() -> str:
     """What makes a fork of this process unsafe; empty if nothing does."""
+    if tracker := sys.modules.get("multiprocessing.resource_tracker"):
+        tracker._resource_tracker._stop()  # multiprocessing starts it with the first lock; workers have one each
     if threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.main_thread())
         return f"has started threads ({names})"
@@ -122,6 +124,12 @@ def why_not_to_fork() -> str:
         probe()
         if (count := len(os.listdir("/proc/self/task")) - 1) > 0:
             return f"has started {count} thread{'s' * (count > 1)} outside Python"
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        pass
+    else:
+        return "has started a process"
     for fd in os.listdir("/proc/self/fd"):
         try:
             name = os.readlink(f"/proc/self/fd/{fd}")
