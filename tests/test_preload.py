@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,41 @@ def test_modules_beside_the_script_and_in_packages(job: Job) -> None:
     assert (ended.returncode, ended.stdout) == (0, "7\n"), ended.stderr
 
 
+def test_what_a_module_sets_when_it_is_imported_the_workers_have(job: Job) -> None:
+    (job.path / "odd.py").write_text(
+        "import os, signal, sys\n"
+        "os.environ.setdefault('FROM_ODD', 'yes')\nos.environ['RANK'] = 'none'\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM})\n"
+        "os.chdir('/')\nargv = sys.argv[:]\nsys.path.insert(0, '/first')\n"
+    )
+    script = job.script(
+        "os.kill(os.getpid(), signal.SIGUSR1)\nimport odd\n"
+        "assert (os.environ['FROM_ODD'], rank) == ('yes', 0)\n"
+        "assert odd.argv == [sys.argv[0]] and os.getcwd() == os.path.dirname(os.path.abspath(__file__))\n"
+        "assert '/first' in sys.path and sys.path.count(os.getcwd()) == 1\n"
+        "assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())"
+    )
+    ended = job.run("--preload", "odd", os.path.basename(script))
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
+
+
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_modules_in_a_zip_file(job: Job, safe: str) -> None:
+    with zipfile.ZipFile(job.path / "all.zip", "w") as file:
+        file.writestr("__main__.py", "import sys\nassert 'helper' in sys.modules\nimport helper\nprint(helper.value)")
+        file.writestr("helper.py", "value = 7")
+    ended = job.run("--preload", "helper", "all.zip", PYTHONSAFEPATH=safe)
+    assert (ended.returncode, ended.stdout) == (0, "7\n"), ended.stderr
+
+
+def test_module_that_ends_the_process_is_told_as_that(job: Job) -> None:
+    (job.path / "deadly.py").write_text("import os\nos._exit(3)")
+    ended = job.run("--preload", "deadly", job.script(""))
+    assert "the process that workers are forked from" in ended.stderr
+    assert "ended while it imported modules" in ended.stderr
+
+
 def test_random_states_are_each_worker_s_own(job: Job) -> None:
     script = job.script(
         "import random, numpy, torch\n"
@@ -157,6 +193,7 @@ def test_module_that_cannot_be_imported_fails_the_launch_with_its_traceback(job:
             "has started threads (idler)",
         ),
         ("import _thread, time\n_thread.start_new_thread(time.sleep, (1e5,))", "has started 1 thread outside Python"),
+        ("import asyncio\nloop = asyncio.new_event_loop()", "has made an event loop"),
         ("import subprocess\nchild = subprocess.Popen(['sleep', '1000'])", "has started a process"),
     ],
 )

@@ -179,6 +179,8 @@ class WorkerProcesses:
     def _keeper_is_lost(self) -> list[Event]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
+        if self._starting and self._begin is not execute_keeper:
+            text = f"the process that workers are forked from (pid {self._keeper.pid}) ended while it imported modules"
         self._losses += not self._told
         if self._losses > MOST_LOSSES:
             raise UnavailableError(f"{text}; so were {MOST_LOSSES} before it, without having started any: giving up")

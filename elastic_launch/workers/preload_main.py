@@ -17,7 +17,7 @@ own, too.
 """
 
 import gc
-import importlib
+import importlib.machinery
 import os
 import signal
 import sys
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
 """Whoever has one of these open has started to use it."""
 
+handlers: "dict[int, object]" = {}
+"""Of signals, as the modules have left them."""
+
 
 def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked":
     """Be the keeper; return in a worker only."""
@@ -50,14 +53,16 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
     # An agent that is killed while modules are imported is not noticed otherwise.
     keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    before = sys.path[:]
+    own = first = "" if IS_SAFE else sys.path[0]
     if is_function:
         prepare(int(target))
-    elif not IS_SAFE:
-        is_file = kind == "script" and os.path.isfile(target)
-        sys.path[0] = (
-            os.path.dirname(os.path.realpath(target)) if is_file else target if kind == "script" else os.getcwd()
-        )
+    else:
+        first = first_on_path(kind, target)
+        sys.path[: not IS_SAFE] = [first] if first else []
+    sys.argv[:] = [target if kind == "script" else ""]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    variables = dict(os.environb)
     # What is to be collected among the hundred thousands of objects of a large import is not worth a tenth of its time.
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
@@ -67,12 +72,27 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
         except BaseException as error:
             refuse(sock, f"--preload {module}: it cannot be imported", error)
         if why := why_not_to_fork():
+            os.fchdir(here)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             refuse_to_fork(sock, agent, f"--preload {module}: it {why}")
     if kind == "main":
         import_main(int(target))
-    if not IS_SAFE and not is_function:
-        del sys.path[0]
-        sys.path.insert(0, before[0])
+    if not is_function:
+        if first and first in sys.path:  # a module may have put others before it
+            sys.path.remove(first)
+        if not IS_SAFE:
+            sys.path.insert(0, own)
+    # The program is found where it would be; what else the modules have set, the workers have, too.
+    os.fchdir(here)
+    os.close(here)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    environment = keeper_main.inherited_environment()
+    for name in variables.keys() | os.environb.keys():
+        if (value := os.environb.get(name)) is None:
+            environment.pop(name, None)
+        elif value != variables.get(name):
+            environment[name] = value
+    handlers.update((signum, signal.getsignal(signum)) for signum in signal.valid_signals())
     keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, 0, 0, 0, 0)
     if gc.get_threshold()[0] == 0:  # else a module has set its own
         gc.set_threshold(*thresholds)
@@ -80,10 +100,24 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
     gc.freeze()  # the collector of a worker then leaves the pages alone that it shares
     worker: Forked
     try:
-        keeper_main.serve(sock, agent, keeper_main.inherited_environment(), forks=True)
+        keeper_main.serve(sock, agent, environment, forks=True)
     except keeper_main.Forked as forked_off:
         worker = forked_off.with_traceback(None)
     return worker
+
+
+def first_on_path(kind: str, target: str) -> str:
+    """What ``bootstrap`` is going to put in front of the module search path; empty: nothing."""
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = ""  # somebody has removed it
+    if kind == "module":
+        return "" if IS_SAFE else here
+    file = os.path.join(here, target)
+    if importlib.machinery.PathFinder.find_spec("__main__", [file]) is not None:  # a folder or a zip file
+        return file
+    return "" if IS_SAFE else os.path.dirname(os.path.realpath(file))
 
 
 def prepare(preparation: int) -> None:
@@ -137,6 +171,8 @@ def why_not_to_fork() -> str:
             continue  # that of the listing
         if name.startswith(DEVICES):
             return f"has opened {name}"
+        if name == "anon_inode:[eventpoll]":  # one worker would take what wakes another
+            return "has made an event loop"
     return ""
 
 
@@ -175,6 +211,9 @@ def refuse(sock: int, why: str, error: BaseException) -> "NoReturn":
 def be_worker(worker: "Forked") -> str:
     """Become what the worker's command would be before its first line. Returns the file that it runs."""
     forked.like_executed(worker.environment)
+    for signum, handler in handlers.items():
+        if callable(handler):
+            signal.signal(signum, handler)
     forked.new_random_states()
     argv = [os.fsdecode(word) for word in worker.order[1]]
     sys.orig_argv[:] = argv
