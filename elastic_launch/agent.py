@@ -270,12 +270,11 @@ def _update(group: WorkerGroup, life: Life) -> None:
         return
     group.group_rank, group.group_world_size = place.group_rank, place.group_world_size
     group.master_addr, group.master_port = place.master_addr, place.master_port
-    failed = any(exit_.exitcode and not exit_.told for exit_ in life.exits)
     group.state = {
         State.JOINING: WorkerState.INIT,
         State.RUNNING: WorkerState.HEALTHY,
-        State.STOPPING: WorkerState.UNHEALTHY if failed else WorkerState.HEALTHY,
-    }.get(life.state, WorkerState.FAILED if failed else WorkerState.SUCCEEDED)
+        State.STOPPING: WorkerState.UNHEALTHY if life.has_failed else WorkerState.HEALTHY,
+    }.get(life.state, WorkerState.FAILED if life.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:
         worker.global_rank, worker.world_size = place.rank(worker.local_rank), place.world_size
         worker.role_rank, worker.role_world_size = place.base_role_rank + worker.local_rank, place.role_world_size

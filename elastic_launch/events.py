@@ -362,6 +362,7 @@ class Recorder:
         import json
 
         group_world_size = place.group_world_size if place else None
+        entry_point = os.path.basename(self.spec.get_entrypoint_name())
         return Event(
             f"torchelastic.worker.status.{state}",
             source,
@@ -378,18 +379,12 @@ class Recorder:
                 "rdzv_backend": self.backend,
                 "raw_error": raw_error,
                 "metadata": json.dumps(
-                    {"group_world_size": group_world_size, "entry_point": self._entry_point(), **(details or {})}
+                    {"group_world_size": group_world_size, "entry_point": entry_point, **(details or {})}
                 ),
                 "agent_restarts": place.charged if place else 0,
                 "duration_ms": duration_ms,
             },
         )
-
-    def _entry_point(self) -> str:
-        entry_point = self.spec.entrypoint or self.spec.fn
-        if isinstance(entry_point, str):
-            return os.path.basename(entry_point)
-        return getattr(entry_point, "__qualname__", repr(entry_point))
 
 
 def _raw_error(failure: ProcessFailure) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Mapping
 
 from elastic_launch.core.lifecycle import Event
+from elastic_launch.env import as_part
 from elastic_launch.errors import UnavailableError
 
 VARIABLE = "TORCHELASTIC_HEALTH_CHECK_PORT"
@@ -111,7 +112,7 @@ class HealthServer:
                 pid = os.posix_spawn(
                     sys.executable,
                     [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
-                    {**self._environ, "ELASTIC_LAUNCH_PART": str(os.getpid())},
+                    as_part(self._environ),
                     file_actions=[
                         # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
                         *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),

@@ -15,28 +15,20 @@ from typing import Any
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
 from elastic_launch.console import say, spoken_by, standard_streams
 from elastic_launch.core.lifecycle import (
-    Announce,
-    Asking,
-    Assigned,
-    Decided,
-    Ended,
-    Event,
     Finish,
-    Join,
     Life,
     Limits,
-    Settle,
     Signalled,
     State,
-    Succeed,
 )
 from elastic_launch.core.root_cause import NOTHING, failure_of
 from elastic_launch.driver import Driver
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
 from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.model import Assignment, End, EndKind
+from elastic_launch.model import Assignment
 from elastic_launch.processes import Workers
+from elastic_launch.rendezvous.local import answer_alone
 from elastic_launch.workers.keeper import subreaper
 
 __all__ = [
@@ -117,11 +109,7 @@ def start_processes(
         start_method=start_method,
         numa_options=numa_options,
     )
-    try:
-        context.start()
-    except BaseException:
-        context.close()
-        raise
+    context.start()
     return context
 
 
@@ -205,7 +193,14 @@ class PContext:
         )
         stack.callback(self._workers.close)
         limits = Limits(max_restarts=0, shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
-        self._driver = Driver(limits, self._workers, self._start, self._answer, (), lambda text: None)
+        self._driver = Driver(
+            limits,
+            self._workers,
+            self._start,
+            lambda action: answer_alone(action, lambda: self._place),
+            (),
+            lambda text: None,
+        )
         self._run(lambda driver: driver.run(enough=lambda life: "running:Started" in life.history))
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
@@ -266,16 +261,3 @@ class PContext:
 
     def _start(self, place: Assignment) -> None:
         self._workers.start(self._envs, self._dest, self._prefixes, self._filters, self._cpus)
-
-    def _answer(self, action: Asking) -> list[Event]:
-        """Be the rendezvous of a group that nobody else is part of."""
-        match action:
-            case Join():
-                return [Assigned(self._place)]
-            case Announce(reason, status):
-                return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
-            case Succeed():
-                return [Ended(End(EndKind.DONE, ""), time.time())]
-            case Settle(verdict):
-                return [Decided(verdict)]
-        return []

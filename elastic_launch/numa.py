@@ -53,14 +53,12 @@ def mode_of(options: object) -> tuple[str, bool]:
 def bind(
     options: object, workers: int, environ: Mapping[str, str], say: Callable[[str], None]
 ) -> dict[int, frozenset[int]]:
-    """What ``bindings`` gives, by local rank; nothing without ``options``, or where they let a failure pass.
+    """What ``bindings`` gives, by local rank; nothing where the options let a failure pass.
 
     Raises:
         UsageError: the options are none.
         UnavailableError: the workers cannot be bound so.
     """
-    if options is None:
-        return {}
     mode, may_fail = mode_of(options)
     try:
         return dict(enumerate(bindings(mode, workers, environ)))

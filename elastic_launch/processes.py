@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ class Workers:
 
     def descriptors(self) -> list[tuple[int, int]]:
         """What to wait for: descriptors and poll masks."""
-        return [(self._processes.fileno(), 1), *self._pump.descriptors()]
+        return [(self._processes.fileno(), select.POLLIN), *self._pump.descriptors()]
 
     def deadline(self) -> float | None:
         """When ``take`` is due at the latest, on ``time.monotonic``."""
@@ -190,7 +191,7 @@ class Workers:
         path = self._dest.error_files.get(rank)
         error = read_error_file(path, pids.get(rank, -1)) if path else None
         note = self._stacks(rank, path) if rank in self._dumped else ""
-        if exit_.exitcode == -signal.SIGKILL and not exit_.told and not note and self._oom.killed():
+        if exit_.exitcode == -signal.SIGKILL and not exit_.told and not note:
             note = self._oom.describe()
         return Evidence(error, self._pump.tail(rank), note)
 

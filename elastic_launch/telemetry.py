@@ -54,9 +54,8 @@ class Telemetry:
                 self._put_round("HEALTHY", life)
             case Gone():
                 self._asked = now
-                failed = any(exit_.exitcode and not exit_.told for exit_ in life.exits)
                 stopped = life.stopped_at != float("inf") and any(exit_.told for exit_ in life.exits)
-                self._put_round("FAILED" if failed else "UNHEALTHY" if stopped else "SUCCEEDED", life)
+                self._put_round("FAILED" if life.has_failed else "UNHEALTHY" if stopped else "SUCCEEDED", life)
 
     def end(self, life: Life, finish: Finish) -> None:
         """The run is over."""

@@ -247,6 +247,11 @@ class Life:
     """SIGKILL was sent to everything."""
     history: tuple[str, ...] = ()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a worker of this round ended badly, and not since it was told to stop."""
+        return any(exit_.exitcode != 0 and not exit_.told for exit_ in self.exits)
+
 
 Step = tuple[Life, list[Action]]
 

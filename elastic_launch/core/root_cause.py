@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from elastic_launch.errors import ProcessFailure, how_it_ended
+from elastic_launch.errors import ProcessFailure
 from elastic_launch.model import Assignment
 
 _CONSEQUENCE = re.compile(
@@ -123,7 +123,7 @@ def failure_of(exit_: Exit, evidence: Evidence, pid: int, place: Assignment) -> 
         exitcode=exit_.exitcode,
         error_file=error.path if error else "<N/A>",
         error=error.error if error else "",
-        message=error.traceback if error else f"The process (pid {pid}) ended: {how_it_ended(exit_.exitcode)}.",
+        message=error.traceback if error else "",
         timestamp=min(error.time, exit_.time) if error else exit_.time,
         rank=place.rank(exit_.local_rank),
         host=place.host,

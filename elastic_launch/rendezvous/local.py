@@ -8,11 +8,25 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle, Succeed
 from elastic_launch.model import Assignment, End, EndKind, Verdict
 from elastic_launch.ports import reserve_port
+
+
+def answer_alone(action: Asking, next_round: Callable[[], Assignment]) -> list[Event]:
+    """What a rendezvous answers where there is one node: its own word counts; ``next_round`` gives its place."""
+    match action:
+        case Join():
+            return [Assigned(next_round())]
+        case Announce(reason, status):
+            return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
+        case Succeed():
+            return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
+        case Settle(verdict):
+            return [Decided(verdict)]
+    return []
 
 
 class LocalRendezvous:
@@ -40,17 +54,9 @@ class LocalRendezvous:
         Raises:
             UnavailableError: the port that the user named is in use.
         """
-        match action:
-            case Join():
-                return [Assigned(self._next_round())]
-            case Announce(reason, status):
-                return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
-            case Succeed():
-                return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
-            case Settle(verdict):
-                self._last = verdict
-                return [Decided(self._last)]
-        return []
+        if isinstance(action, Settle):
+            self._last = action.verdict
+        return answer_alone(action, self._next_round)
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Nothing to wait for."""

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_launch.env import as_part
 from elastic_launch.errors import RendezvousConnectionError, UsageError, how_it_ended
 
 CLOSE_PATIENCE = 2.0
@@ -72,7 +73,7 @@ class EtcdBridge:
                 self.pid = os.posix_spawn(
                     sys.executable,
                     [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE, *map(str, inherited)],
-                    {**environ, "ELASTIC_LAUNCH_PART": str(os.getpid())},
+                    as_part(environ),
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Mapping
 
+from elastic_launch.env import as_part
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError, how_it_ended
 
 BACKLOG = 4096
@@ -71,7 +72,7 @@ class StoreHost:
                         sys.executable,
                         # -P: the user's directory may hold a torch.py.
                         [sys.executable, "-P", "-c", _PROGRAM, _FOLDER, *map(str, arguments)],
-                        _environment(environ) | {"ELASTIC_LAUNCH_PART": str(os.getpid())},
+                        as_part(_environment(environ)),
                         file_actions=[
                             # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
                             *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),

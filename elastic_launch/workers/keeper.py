@@ -10,11 +10,11 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from elastic_launch.env import PART
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers import keeper_main
 
@@ -24,15 +24,9 @@ CLOSE_PATIENCE = 2.0
 Begin = Callable[[Mapping[str, str], tuple[int, ...]], int]
 """Starts a keeper's process with an environment and inherited descriptors (socket, agent's pidfd); returns its pid."""
 
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
-"""Imported, not executed as a script, for the compiled file that the agent's own import has left: 5 ms."""
 _PADDING = 4096
 """Characters."""
-_KEEPER = (sys.executable, "-I", "-S", "-c", _PROGRAM, os.path.dirname(__file__))
 
-
-PART = "ELASTIC_LAUNCH_PART"
-"""Variable of the agent's other children, such as the store's host: the agent's pid."""
 
 _keepers: set[int] = set()
 """The keepers of this process that live."""
@@ -59,7 +53,7 @@ def execute(
 
 def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
     """Start the small keeper, which executes commands."""
-    return execute(_KEEPER, environ, inherited)
+    return execute(keeper_main.COMMAND, environ, inherited)
 
 
 def preload_keeper(

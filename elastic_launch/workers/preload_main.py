@@ -191,9 +191,7 @@ def refuse_to_fork(sock: int, agent: int, why: str) -> "NoReturn":
     for fd in (sock, agent):
         os.set_inheritable(fd, True)
     keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, 0, 0, 0, 0)
-    code = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
-    argv = [sys.executable, "-I", "-S", "-c", code, FOLDER, str(sock), str(agent)]
-    os.execve(argv[0], argv, keeper_main.inherited_environment())
+    os.execve(sys.executable, [*keeper_main.COMMAND, str(sock), str(agent)], keeper_main.inherited_environment())
 
 
 def refuse(sock: int, why: str, error: BaseException) -> "NoReturn":
