@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import MappingProxyType
+
+TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 PR_SET_NAME = 15
 
 
-def like_executed(environment: dict[bytes, bytes]) -> None:
-    """Give the process default signals, none of them blocked, and an environment of its own."""
-    for signum in signal.valid_signals():
-        if callable(signal.getsignal(signum)):
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+def like_executed(environment: dict[bytes, bytes], handlers: Mapping[int, Any] = MappingProxyType({})) -> None:
+    """Give the process signals that are none of the keeper's, none of them blocked, and an environment of its own.
+
+    Args:
+        environment: all of it.
+        handlers: of signals, where they are not to have Python's defaults.
+    """
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(signum, signal.SIG_IGN)  # as Python has it
+    for signum in signal.valid_signals():
+        if callable(handler := handlers.get(signum)):
+            signal.signal(signum, handler)
+        elif callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environb.clear()

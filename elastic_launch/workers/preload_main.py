@@ -36,26 +36,24 @@ if IS_SAFE:
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
 if TYPE_CHECKING:
     from types import CodeType, TracebackType
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
     from elastic_launch.workers.keeper_main import Forked
 
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
 """Whoever has one of these open has started to use it."""
 
-handlers: "dict[int, object]" = {}
-"""Of signals, as the modules have left them."""
 
-
-def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked":
-    """Be the keeper; return in a worker only."""
+def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[Forked, dict[int, Any]]":
+    """Be the keeper; return in a worker only, with the signals' handlers that the modules have left."""
     is_function = kind in ("function", "main")
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
     # An agent that is killed while modules are imported is not noticed otherwise.
     keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     own = first = "" if IS_SAFE else sys.path[0]
+    data: dict[str, Any] = {}
     if is_function:
-        prepare(int(target))
+        data = prepare(int(target))
     else:
         first = first_on_path(kind, target)
         sys.path[: not IS_SAFE] = [first] if first else []
@@ -76,7 +74,7 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             refuse_to_fork(sock, agent, f"--preload {module}: it {why}")
     if kind == "main":
-        import_main(int(target))
+        import_main(data)
     if not is_function:
         if first and first in sys.path:  # a module may have put others before it
             sys.path.remove(first)
@@ -86,13 +84,7 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
     os.fchdir(here)
     os.close(here)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    environment = keeper_main.inherited_environment()
-    for name in variables.keys() | os.environb.keys():
-        if (value := os.environb.get(name)) is None:
-            environment.pop(name, None)
-        elif value != variables.get(name):
-            environment[name] = value
-    handlers.update((signum, signal.getsignal(signum)) for signum in signal.valid_signals())
+    handlers: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
     keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, 0, 0, 0, 0)
     if gc.get_threshold()[0] == 0:  # else a module has set its own
         gc.set_threshold(*thresholds)
@@ -100,10 +92,10 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "Forked
     gc.freeze()  # the collector of a worker then leaves the pages alone that it shares
     worker: Forked
     try:
-        keeper_main.serve(sock, agent, environment, forks=True)
+        keeper_main.serve(sock, agent, with_changes(variables), forks=True)
     except keeper_main.Forked as forked_off:
         worker = forked_off.with_traceback(None)
-    return worker
+    return worker, handlers
 
 
 def first_on_path(kind: str, target: str) -> str:
@@ -120,24 +112,22 @@ def first_on_path(kind: str, target: str) -> str:
     return "" if IS_SAFE else os.path.dirname(os.path.realpath(file))
 
 
-def prepare(preparation: int) -> None:
-    """Set the module search path and the directory of the program that launches."""
+def prepare(preparation: int) -> "dict[str, Any]":
+    """Set the module search path and the directory of the program that launches. Returns all that is known of it."""
     import pickle
 
     with open(f"/proc/self/fd/{preparation}", "rb") as file:
-        data = pickle.load(file)
+        data: dict[str, Any] = pickle.load(file)
     sys.path[:] = data.get("sys_path", sys.path)
     if directory := data.get("dir"):
         os.chdir(directory)
+    return data
 
 
-def import_main(preparation: int) -> None:
+def import_main(data: "dict[str, Any]") -> None:
     """Import the main module, as a fork server does. What goes wrong does so again in each worker, which tells it."""
-    import pickle
     from multiprocessing import process, spawn
 
-    with open(f"/proc/self/fd/{preparation}", "rb") as file:
-        data = pickle.load(file)
     process.current_process()._inheriting = True  # type: ignore[attr-defined]
     try:
         spawn.prepare({key: data[key] for key in data if key.startswith("init_main") or key == "sys_argv"})
@@ -145,6 +135,17 @@ def import_main(preparation: int) -> None:
         return
     finally:
         del process.current_process()._inheriting  # type: ignore[attr-defined]
+
+
+def with_changes(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
+    """The inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
+    environment: dict[bytes, bytes] = keeper_main.inherited_environment()
+    for name in before.keys() | os.environb.keys():
+        if (value := os.environb.get(name)) is None:
+            environment.pop(name, None)
+        elif value != before.get(name):
+            environment[name] = value
+    return environment
 
 
 def why_not_to_fork() -> str:
@@ -206,12 +207,9 @@ def refuse(sock: int, why: str, error: BaseException) -> "NoReturn":
     os._exit(1)
 
 
-def be_worker(worker: "Forked") -> str:
+def be_worker(worker: "Forked", handlers: "dict[int, Any]") -> str:
     """Become what the worker's command would be before its first line. Returns the file that it runs."""
-    forked.like_executed(worker.environment)
-    for signum, handler in handlers.items():
-        if callable(handler):
-            signal.signal(signum, handler)
+    forked.like_executed(worker.environment, handlers)
     forked.new_random_states()
     argv = [os.fsdecode(word) for word in worker.order[1]]
     sys.orig_argv[:] = argv
@@ -240,7 +238,7 @@ def compiled(file: str) -> "CodeType":
 if __name__ == "__main__":
     numbers = list(map(int, sys.argv[5:]))
     programs = {file: compiled(file) for file in (f"{FOLDER}/bootstrap.py", f"{FOLDER}/function_main.py")}
-    program = be_worker(main(sys.argv[1], sys.argv[2], sys.argv[3], *numbers))
+    program = be_worker(*main(sys.argv[1], sys.argv[2], sys.argv[3], *numbers))
     try:
         exec(programs[program], {"__name__": "__main__", "__file__": program, "__builtins__": __builtins__})
     except BaseException as error:
