@@ -1,0 +1,267 @@
+"""Floor 1: a node on its way into a round, and the chief that closes it. Pure."""
+
+from __future__ import annotations
+
+from elastic_launch.core.chief import Chief, Close, Later, Refuse
+from elastic_launch.core.protocol import (
+    Opening,
+    Phase,
+    Renew,
+    Say,
+)
+from elastic_launch.core.ranks import assign
+from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, decode, encode
+from elastic_launch.core.requests import Add, Get, Swap
+from elastic_launch.core.rounds import BATCH, Round
+from elastic_launch.core.watch import number
+from elastic_launch.errors import ExitCode
+from elastic_launch.model import End, EndKind, Verdict
+
+SAY_FIRST, SAY_LATER = 5.0, 10.0
+"""Seconds until a waiting node says who is there, and between two such lines when it has said so a few times."""
+
+
+class Gathering(Round):
+    """Joins, and gathers the others as their chief."""
+
+    # --- joining
+
+    def _begin(self, wish: Opening) -> None:
+        self._look_for_round()
+        self.me = self.me._replace(port=wish.port)
+
+    def _rejoin(self) -> None:
+        """Go on to the next round without the agent, which has no workers in this one."""
+        if self.me.serves and self.settings.store_port:
+            self._out.append(Renew())
+        self._look_for_round()
+
+    def _look_for_round(self) -> None:
+        """Find out which round comes next."""
+        if self.verdict:
+            self.me = self.me._replace(charged=self.verdict.charged, free=self.verdict.free)
+        self.me = self.me._replace(previous=self.place.group_rank if self.place else -1)
+        self.phase = Phase.OPENING
+        self._timers.clear()
+        self._in("give_up", self.settings.join_timeout)
+        self._began_at = self._now
+        self._spoken = 0
+        self.awaiting = None
+        after = self.round
+        self._begin_round()
+        self.round = after + 1
+        if after < 0:
+            self._ask("round", Get((self._round_key,)))
+        else:
+            self._ask("round", Swap(self._round_key, b"%d" % after if after else b"", b"%d" % self.round))
+
+    def _on_round(self, value: list[bytes] | bytes) -> None:
+        if self.phase is not Phase.OPENING:
+            return
+        found = value[0] if isinstance(value, list) else value
+        current = number(found)
+        if current < self.round:  # the store has forgotten it
+            self._ask("round", Swap(self._round_key, found, b"%d" % self.round))
+            return
+        if current > self.round > 0:
+            self.me = self.me._replace(previous=-1)  # the others have gone on without this node
+        self.round = current
+        self._ask("ticket", Add(self._key("ticket"), 1))
+
+    def _on_ticket(self, ticket: int) -> None:
+        if self.phase is not Phase.OPENING:
+            return  # it has left meanwhile
+        self.ticket, self.phase = ticket, Phase.WAITING
+        self._set([(f"node/{ticket}", encode(self.me))])
+        self._in("say", SAY_FIRST)
+        if ticket == 1:
+            self._become_chief()
+        else:
+            self._await("closed")
+        self._in("beat", self._beat_period())
+
+    def _become_chief(self) -> None:
+        self._chief = Chief(self.settings, self.me, self._chiefs, self.round == 0, self._now)
+        self._await("node/1")
+        self._in("watch", self.settings.tick)
+        if self.round:
+            self._ask("past", Get((self._past_key("ticket"), self._past_key("end"))))
+
+    def _stand_down(self) -> None:
+        """Another node took over while this one slept: two chiefs would confuse each other."""
+        self._chiefs += 1
+        self._chief = None
+        self._beats_before = 0
+        for name in ("watch", "last_call"):
+            self._timers.pop(name, None)
+        self._await("closed")
+
+    def _on_past(self, value: list[bytes]) -> None:
+        count, end = value
+        gone = decode(End, end, self._past_key("end")).gone if end else ()
+        keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, number(count) + 1))
+        self._ask("past_nodes", Get(keys), about=(keys, gone))
+
+    def _on_past_nodes(self, value: list[bytes]) -> None:
+        if self._chief:
+            keys, gone = self._about
+            nodes = [(t, decode(NodeRecord, data, keys[t - 1])) for t, data in enumerate(value, 1) if data]
+            self._chief.note_past((ticket, node) for ticket, node in nodes if node.node not in gone)
+            self._consider()
+
+    # --- the chief
+
+    def _on_count(self, value: list[bytes]) -> None:
+        if self._chief:
+            self._chief.note_tickets(number(value[0]))
+            self._read_nodes(self._chief.missing)
+
+    def _read_nodes(self, tickets: list[int]) -> None:
+        if some := tickets[:BATCH]:
+            self._get("nodes", *(f"node/{ticket}" for ticket in some), about=some)
+        else:
+            self._await_arrivals()
+
+    def _on_nodes(self, value: list[bytes]) -> None:
+        chief, read = self._chief, self._about
+        if chief is None or chief.is_closing:
+            return
+        found = ((ticket, data) for ticket, data in zip(read, value, strict=True) if data)
+        chief.note_nodes(((t, decode(NodeRecord, data, self._key(f"node/{t}"))) for t, data in found), self._now)
+        self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
+        self._consider()
+
+    def _await_arrivals(self) -> None:
+        if self._chief and not self._chief.is_closing:
+            self._await(f"node/{self._chief.next_ticket()}")
+
+    def _look(self) -> None:
+        """The chief looks at signs of life, tickets whose record is late, and another chief's work; the coordinator
+        at the members' signs of life."""
+        self._in("watch", self.settings.tick)
+        if self._chief:
+            self._chief.note_tick()
+            joined = [*self._chief.joined, *self._chief.doubtful]
+            past = {node: ticket for node, (ticket, _) in (self._chief.expected or {}).items()}
+            names = ["closed", f"chief/{self._chiefs + 1}", "ticket", *(f"beat/{ticket}" for ticket in joined)]
+            keys = (self._round_key, *map(self._key, names), *(self._past_key(f"beat/{t}") for t in past.values()))
+            self._ask("beats", Get(keys), about=(joined, past))
+            self._publish(self._chief)
+        elif self._roster:
+            # Also of those beside the members: they see that the coordinator lives.
+            tickets = [*self._roster.tickets, *self._beside]
+            self._get("member_beats", "ticket", *(f"beat/{ticket}" for ticket in tickets), about=tickets)
+
+    def _on_beats(self, value: list[bytes]) -> None:
+        chief = self._chief
+        if chief is None or chief.is_closing:
+            return
+        current, closed, successor, count, *beats = value
+        joined, past = self._about
+        if number(current) > self.round:
+            self._rejoin()  # the store had forgotten the number, and nodes that remembered it are ahead
+        elif closed or successor:
+            self._stand_down()
+        else:
+            self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now))
+            chief.look_back(list(past), list(zip(past.values(), beats[len(joined) :], strict=True)), self._now)
+            chief.note_tickets(number(count))
+            self._read_nodes(chief.missing)
+            self._consider()
+
+    def _set_back(self, tickets: list[int]) -> None:
+        self._set((f"beat/{ticket}", b"0") for ticket in tickets)
+
+    def _consider(self) -> None:
+        """Close the round, if the chief can."""
+        if self._chief is None or self._chief.is_closing:
+            return
+        match self._chief.decide(self._now):
+            case Close(members, spares):
+                self._close(self._chief, members, spares)
+            case Refuse(reason):
+                self._give_up(reason, ExitCode.USAGE)
+            case Later(seconds):
+                self._in("last_call", seconds)
+
+    def _close(self, chief: Chief, members: list[int], spares: list[int]) -> None:
+        chief.is_closing = True
+        self.awaiting = None
+        nodes = [chief.joined[ticket] for ticket in members]
+        everybody = chief.joined.values()
+        host = next((node for node in everybody if node.serves), None)
+        places = assign(
+            nodes,
+            host.address if host and host.named else "",  # empty: each node uses the one by which it reaches the store
+            self.settings.store_port and ((host.port if host else 0) or self.settings.store_port),
+            restart_count=self.round,
+            charged=max(node.charged for node in everybody),
+            free=max(node.free for node in everybody),
+        )
+        self._set((f"place/{chief.number}/{t}", encode(place)) for t, place in zip(members, places, strict=True))
+        roster = Roster(
+            tuple(members),
+            tuple(node.node for node in nodes),
+            tuple(node.host for node in nodes),
+            places[0].charged,
+            places[0].free,
+            tuple(node.rank for node in nodes),
+        )
+        self._set([(f"roster/{chief.number}", encode(roster))])
+        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.limits)
+        self._create("closed", "closed", encode(closed))
+
+    # --- while nodes gather: words for people
+
+    def _publish(self, chief: Chief) -> None:
+        """The chief tells the others who is there."""
+        self._status = chief.status()
+        if self._status != chief.published:
+            chief.published = self._status
+            self._set([("status", encode(self._status))])
+
+    def _say_who_is_there(self) -> None:
+        self._spoken += 1
+        self._in("say", min(SAY_FIRST * self._spoken, SAY_LATER))
+        if self._chief:
+            self._say_status(self._chief.status())
+        else:
+            self._get("status", "status")
+
+    def _on_status(self, value: list[bytes]) -> None:
+        if value[0]:
+            self._status = decode(Status, value[0], self._key("status"))
+        if self.phase is Phase.WAITING:
+            self._say_status(self._status)
+
+    def _say_status(self, status: Status) -> None:
+        self._out.append(Say(self._waiting(status)))
+
+    def _waiting(self, status: Status) -> str:
+        low, high = self.settings.min_nodes, self.settings.max_nodes
+        needed = f"{high}" if low == high else f"{low} to {high}"
+        after = self._now - self._began_at
+        left = self.settings.join_timeout - after
+        missing = f"; missing: {status.missing}" if status.missing else ""
+        more = f"; waiting up to {left:.0f} s more" if left > 0 else ""
+        have = "has" if status.joined == 1 else "have"
+        hosts = f": {status.hosts}" if status.hosts else ""
+        return f"{status.joined} of {needed} nodes {have} joined after {after:.0f} s{hosts}{missing}{more}"
+
+    def _waited_in_vain(self) -> None:
+        status = self._chief.status() if self._chief else self._status
+        text = f"{self._waiting(status)}; gave up (join_timeout={self.settings.join_timeout:g} s)"
+        if self.me.serves:
+            self._give_up(text, ExitCode.TIMEOUT)
+        else:
+            self._decide(Verdict(False, error=text, status=ExitCode.TIMEOUT))
+
+    def _give_up(self, text: str, status: int) -> None:
+        """End the job for all, before this round has begun."""
+        if self._chief:
+            self._chief.is_closing = True
+        self._create("end", "end", encode(End(EndKind.ERROR, text, self.me.node, status=status)))
+        self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets())))
+
+    def _known_tickets(self) -> int:
+        return max(self.ticket, self._chief.known if self._chief else 0)

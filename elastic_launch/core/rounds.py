@@ -1,0 +1,181 @@
+"""Floor 1: what a node knows of its round, how it asks the store and how it leaves: the base of ``rendezvous``. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from elastic_launch.core.chief import Chief
+from elastic_launch.core.lifecycle import Decided
+from elastic_launch.core.protocol import (
+    Ask,
+    Output,
+    Phase,
+    Settings,
+    Tell,
+)
+from elastic_launch.core.records import Closed, NodeRecord, Roster, Status
+from elastic_launch.core.requests import Add, Get, Request, Set, Swap
+from elastic_launch.core.watch import LEFT, Watch, number
+from elastic_launch.model import Assignment, End, Verdict
+
+BATCH = 256
+"""Records that the chief reads with one request, and keys that are written with one."""
+
+
+class Round:
+    """One node, and what it knows of its round."""
+
+    def __init__(self, record: NodeRecord, settings: Settings) -> None:
+        """Take what the node tells of itself, and the job's settings."""
+        self.me = record._replace(limits=settings.limits)
+        self.settings = settings
+        self.phase = Phase.IDLE
+        self.round = -1
+        self.awaiting: str | None = None
+        self._timers: dict[str, float] = {}
+        self._out: list[Output] = []
+        self._now = self._began_at = 0.0
+        self._about: Any = None
+        self.is_gone = False
+        """Its goodbye is said: the driver may close the connection."""
+        self._begin_round()
+
+    def _begin_round(self) -> None:
+        """Forget the round before."""
+        self.ticket = 0
+        self.place: Assignment | None = None
+        self.end: End | None = None
+        self.verdict: Verdict | None = None
+        self._acknowledged = self._has_counted = False
+        self._mine: Verdict | None = None
+        """This node's settlement of the round."""
+        self._closed: Closed | None = None
+        self._asked_chief = 0
+        self._stood_by = False
+        """It was beside the members before the round ended."""
+        self._beating = self._is_fenced = False
+        self._beat_at = 0.0
+        self._beats_before = 0
+        self._roster: Roster | None = None
+        self._beside: list[int] = []
+        """Tickets of those who are no members, if this node watches over them."""
+        self._watch: Watch | None = None
+        """Of the members, if this node watches over them."""
+        self._chiefs = 0
+        """Which chief this node follows, or is."""
+        self._chief: Chief | None = None
+        """What it knows as chief, if it is."""
+        self._status = Status(0, "", "")
+
+    @property
+    def deadline(self) -> float | None:
+        """When ``Passing`` is due, on the clock of ``now``."""
+        return min(self._timers.values(), default=None)
+
+    @property
+    def is_settled(self) -> bool:
+        """The job is over for this node, whatever becomes of the store."""
+        return self.phase is Phase.LEAVING or (self.verdict is not None and not self.verdict.restart)
+
+    # --- small tools
+
+    def _key(self, name: str) -> str:
+        return f"elastic/{self.settings.run_id}/{self.round}/{name}"
+
+    @property
+    def _round_key(self) -> str:
+        return f"elastic/{self.settings.run_id}/round"
+
+    def _past_key(self, name: str) -> str:
+        return f"elastic/{self.settings.run_id}/{self.round - 1}/{name}"
+
+    def _ask(self, what: str, request: Request, about: Any = None) -> None:
+        self._out.append(Ask(what, self.round, request, about))
+
+    def _create(self, what: str, name: str, value: bytes) -> None:
+        self._ask(what, Swap(self._key(name), b"", value))
+
+    def _set(self, items: Iterable[tuple[str, bytes]]) -> None:
+        everything = [(self._key(name), value) for name, value in items]
+        for i in range(0, len(everything), BATCH):
+            self._ask("set", Set(tuple(everything[i : i + BATCH])))
+
+    def _get(self, what: str, *names: str, about: Any = None) -> None:
+        self._ask(what, Get(tuple(map(self._key, names))), about)
+
+    def _await(self, name: str | None) -> None:
+        self.awaiting = None if name is None else self._key(name)
+
+    def _in(self, name: str, seconds: float) -> None:
+        self._timers[name] = self._now + seconds
+
+    def _ignore(self, value: Any) -> None:
+        """An answer that tells nothing."""
+
+    def _beat_period(self) -> float:
+        """Seconds between two signs of life."""
+        is_deputy = self.ticket == 2 if self.place is None else self.place.group_rank == 1
+        return self.settings.tick if is_deputy else self.settings.keep_alive_interval
+
+    # --- the end of its part
+
+    def _decide(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self._out.append(Tell(Decided(verdict)))
+        if not verdict.restart:
+            self._say_goodbye()
+
+    def _acknowledge(self) -> None:
+        """This node knows that the job has ended: one less for the store's host to wait for."""
+        if not self._acknowledged and self.ticket:
+            self._acknowledged = True
+            self._ask("left", Add(self._key("left"), 1))
+
+    def _on_left(self, count: int) -> None:
+        self._get("arrivals", "ticket", about=count)
+
+    def _on_arrivals(self, value: list[bytes]) -> None:
+        if self._about >= number(value[0]):
+            self._set([("empty", b"1")])
+        self._has_counted = True
+        self._close_quietly()
+
+    def _close_quietly(self) -> None:
+        """A node that hosts nothing is gone when the store has done all that it was asked for."""
+        if self.phase is Phase.LEAVING and self._has_counted and not self.me.serves:
+            self._get("gone", "empty")
+
+    def _say_goodbye(self) -> None:
+        if self.phase is Phase.LEAVING:
+            return
+        self.phase = Phase.LEAVING
+        self._chief = None
+        self._timers.clear()
+        self.awaiting = None
+        if not self.ticket:
+            self.is_gone = True
+            return
+        self._ask("set", Add(self._key(f"beat/{self.ticket}"), LEFT))
+        self._acknowledge()
+        if self.me.serves:
+            self._await("empty")
+            self._in("close", min(self.settings.close_timeout, self.settings.keep_alive_deadline))
+        self._close_quietly()
+
+    def _on_gone(self, value: Any) -> None:
+        self._gone_at_last()
+
+    def _gone_at_last(self) -> None:
+        self._timers.clear()
+        self.is_gone = True
+
+    # --- what the classes above this one add
+
+    def _on_end(self, data: bytes) -> None:
+        """Take the round's end, as the store holds it."""
+        raise NotImplementedError
+
+    def _ask_who_is_done(self) -> None:
+        """Find out whether the workers of all members have ended well."""
+        raise NotImplementedError
