@@ -1,4 +1,4 @@
-"""Floor 1: what a node knows of its round, how it asks the store and how it leaves: the base of ``rendezvous``. Pure."""
+"""Floor 1: what a node knows of its round, how it asks the store, how it leaves: the base of ``rendezvous``. Pure."""
 
 from __future__ import annotations
 
