@@ -39,13 +39,15 @@ from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.requests import Get, Request
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
 from elastic_launch.etcd_server import EtcdServer
-from elastic_launch.model import Verdict
+from elastic_launch.model import Policy, Verdict
 from elastic_launch.rendezvous.dynamic import DynamicRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd import EtcdBridge
 from elastic_launch.store.host import StoreHost, bind_endpoint
 
+FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001")
+"""What ends a round."""
 PROCESSES = 2
 """That run agents; one more serves the store."""
 SIZES = {"c10d": (64, 256, 1024, 4096), "etcd": (64, 256, 1024)}
@@ -76,7 +78,7 @@ class Job(NamedTuple):
     @property
     def settings(self) -> Settings:
         return Settings(
-            self.run_id, self.agents, self.agents, max_restarts=3, store_port=self.port if self.store == "c10d" else 0
+            self.run_id, self.agents, self.agents, policy=Policy(3), store_port=self.port if self.store == "c10d" else 0
         )
 
 
@@ -225,7 +227,7 @@ class Fleet:
                 for agent in self.agents:
                     self.ask(agent, Join())
             case "fail":
-                self.ask(self.agents[-1], Announce("rank 8 failed: exit code 1", 1))
+                self.ask(self.agents[-1], Announce(FAILURE))
             case "traffic":
                 cpu = cpu_time([os.getpid()]), cpu_time([self.bridge.pid] if self.bridge else [])
                 self.control.send(([agent.backend.traffic() for agent in self.agents], *cpu))
@@ -249,10 +251,7 @@ class Fleet:
                 case Ended(end):
                     verdict = Verdict(True)
                     if end.mine:
-                        failure = ProcessFailure(
-                            0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001"
-                        )
-                        verdict = Verdict(True, 1, failures=(failure,))
+                        verdict = Verdict(True, failures=(FAILURE,))
                     events += agent.rendezvous.ask(Settle(verdict))
                 case Decided(verdict) if verdict.restart:
                     events += agent.rendezvous.ask(Join())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from elastic_launch.config import (
@@ -18,15 +18,15 @@ from elastic_launch.config import (
 )
 from elastic_launch.console import say as say_on_stderr
 from elastic_launch.console import spoken_by, standard_streams
-from elastic_launch.core.lifecycle import Asking, Event, Exited, Finish, Gone, Life, Limits, State
+from elastic_launch.core.lifecycle import Asking, Event, Exited, Finish, Gone, Leave, Life, Limits, State
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.core.ranks import worker_environment
 from elastic_launch.core.report import format_report
 from elastic_launch.driver import Driver, Source
 from elastic_launch.env import environment
-from elastic_launch.errors import LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
 from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.model import Assignment, RunResult, WorkerGroup, WorkerSpec, WorkerState
+from elastic_launch.model import Assignment, Level, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.processes import Workers, name_of, prefix
 from elastic_launch.signals import SignalQueue
 from elastic_launch.telemetry import Telemetry
@@ -66,6 +66,7 @@ class LocalElasticAgent:
         signals_to_handle: str = DEFAULT_SIGNALS,
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
+        verbosity: int = Level.EVENT,
         say: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """Prepare a run; nothing is started yet. The positional arguments are those of torch's agent.
@@ -74,7 +75,8 @@ class LocalElasticAgent:
             spec: what to run; its ``entrypoint`` is a command or a function.
             logs_specs: where the workers' files lie, and what becomes of their output.
             start_method: how the processes of a function start: spawn, fork or forkserver.
-            exit_barrier_timeout: accepted for torch's sake: nodes wait for each other as long as they live.
+            exit_barrier_timeout: seconds that this node waits, when its workers have ended well, for the others'. The
+                node that hosts the job's store waits as long as they live.
             log_line_prefix_template: what stands before lines on the console, with ``${role_name}``,
                 ``${local_rank}``, ``${rank}`` and ``${host}``; None: role and local rank, or host and rank where the
                 job has several nodes.
@@ -85,7 +87,8 @@ class LocalElasticAgent:
             signals_to_handle: the signals that stop the job.
             environ: what the workers inherit; None: this process's environment.
             preload: modules that are imported once, in a process from which workers are forked.
-            say: takes each line for people.
+            verbosity: a ``Level``; what people are told at most.
+            say: takes each line for them.
 
         Raises:
             UsageError: the spec says nothing to run, or a signal's name is none.
@@ -102,7 +105,9 @@ class LocalElasticAgent:
         self._stop_signals = parse_signals(signals_to_handle)
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
+        self._verbosity = verbosity
         self._say = say
+        self._exit_barrier_timeout = exit_barrier_timeout
         self.name = name_of(self._entrypoint, spec.args)
         self._rendezvous = _adapted(spec, self._environ, say)
         self._run_id = str(self._rendezvous.get_run_id())
@@ -154,13 +159,19 @@ class LocalElasticAgent:
             # After the keeper: it then knows that this process has no other children.
             self._watchdog, watches = self._watches(stack)
             self._telemetry = Telemetry(self._spec, self._run_id, self._workers.show, self._say)
-            limits = Limits(self._spec.max_restarts, self._shutdown_timeout)
+            if hasattr(self._rendezvous, "lease"):
+                self._rendezvous.lease = self._workers.lease
+            limits = Limits(self._spec.get_policy(), self._shutdown_timeout, self._exit_barrier_timeout)
             sources = [signals, self._rendezvous, *watches]
-            driver = Driver(limits, self._workers, self._start, self._rendezvous.ask, sources, self._say, self._observe)
+            ask = self._rendezvous.ask
+            driver = Driver(limits, self._workers, self._start, ask, sources, self._say, self._verbosity, self._observe)
             try:
                 finish, life = cast(Finish, driver.run()), driver.life
-            except LaunchError as error:
+            except Exception as error:
                 self._telemetry.fail(str(error))
+                with suppress(LaunchError):  # it may be the rendezvous' own
+                    status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
+                    ask(Leave(error=str(error) or type(error).__name__, status=status))
                 raise
             if life.asked_at is not None and life.killed:
                 self._workers.console_patience = 0.0  # told twice to end: now
@@ -257,8 +268,9 @@ class LocalElasticAgent:
         report = format_report(
             self.name,
             finish.failures,
-            restarts=life.place.charged if life.place else 0,
-            max_restarts=self._spec.max_restarts,
+            restarts=life.place.ledger.charged if life.place else 0,
+            max_restarts=self._spec.get_policy().max_restarts,
+            why=finish.why,
             log_dir=self._files.root if self._files.kept else None,
         )
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)

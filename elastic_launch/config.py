@@ -14,6 +14,7 @@ from enum import IntFlag
 from typing import Any
 
 from elastic_launch.errors import UsageError
+from elastic_launch.model import Level, Policy
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 DEFAULT_SHUTDOWN_TIMEOUT = 30
@@ -146,6 +147,23 @@ class LaunchConfig:
     """Seconds between a worker's stop signal and SIGKILL; None: ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
     preload: Sequence[str] = ()
     """Modules that are imported once on each node, in a process from which workers are forked."""
+    restart_window: float = 0.0
+    """Seconds after which a failure does not count against ``max_restarts`` any more; 0: all count."""
+    restart_backoff: str = "0"
+    """Seconds before the first restart, twice as long before each further one: ``FIRST`` or ``FIRST:MOST``."""
+    fatal_exit_codes: str = ""
+    """Exit statuses after which there is no restart: ``2,64-78``."""
+    node_failure_limit: int = 0
+    """A node that has caused so many failures in a row lets a spare take its place; 0: none does."""
+    verbosity: int = Level.EVENT
+    """What people are told at most, a ``Level``: 0 trouble, 1 the job's events, 2 what each node does."""
+
+    @property
+    def policy(self) -> Policy:
+        """When the job restarts."""
+        first, most = parse_backoff(self.restart_backoff)
+        codes = parse_exit_codes(self.fatal_exit_codes)
+        return Policy(self.max_restarts, self.restart_window, first, most, codes, self.node_failure_limit)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -157,7 +175,12 @@ class LaunchConfig:
             raise UsageError(f"max_restarts={self.max_restarts}: must be at least 0")
         if self.shutdown_timeout is not None and self.shutdown_timeout < 0:
             raise UsageError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0 seconds")
+        if not 0 <= self.restart_window < float("inf"):
+            raise UsageError(f"restart_window={self.restart_window}: must be a number of seconds, at least 0")
+        if self.node_failure_limit < 0:
+            raise UsageError(f"node_failure_limit={self.node_failure_limit}: must be at least 0")
         parse_signals(self.signals_to_handle)
+        _ = self.policy
 
 
 def is_number(text: str) -> bool:
@@ -235,6 +258,43 @@ def parse_signals(text: str) -> frozenset[signal.Signals]:
                 f"as in {DEFAULT_SIGNALS}"
             )
     return frozenset(signal.Signals[name] for name in names)
+
+
+DEFAULT_BACKOFF_LIMIT = 300.0
+"""Seconds."""
+
+
+def parse_backoff(text: str) -> tuple[float, float]:
+    """Read ``FIRST`` or ``FIRST:MOST``, seconds; MOST is 300 where it is not given, or FIRST if that is more.
+
+    Raises:
+        UsageError: the text has neither form, or MOST is less than FIRST.
+    """
+    first, colon, most = text.partition(":")
+    try:
+        seconds = float(first)
+        limit = float(most) if colon else max(seconds, DEFAULT_BACKOFF_LIMIT)
+    except ValueError:
+        seconds = limit = -1.0
+    if not 0 <= seconds <= limit < float("inf"):
+        raise UsageError(f"{text!r}: must be seconds, FIRST or FIRST:MOST, as in 1:60")
+    return seconds, limit
+
+
+def parse_exit_codes(text: str) -> frozenset[int]:
+    """Read ``2,64-78``: exit statuses as a shell shows them, so 137 for SIGKILL.
+
+    Raises:
+        UsageError: an entry is no number from 1 to 255, nor a range of such.
+    """
+    codes: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (is_number(first) and is_number(last) and 1 <= int(first) <= int(last) <= 255):
+            raise UsageError(f"{part!r}: must be exit statuses from 1 to 255, or ranges of them, as in 2,64-78")
+        codes.update(range(int(first), int(last) + 1))
+    return frozenset(codes)
 
 
 def parse_modules(text: str) -> list[str]:

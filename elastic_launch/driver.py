@@ -17,6 +17,7 @@ from elastic_launch.core.lifecycle import (
     Asking,
     Dump,
     Event,
+    Exited,
     Finish,
     Gone,
     Life,
@@ -27,7 +28,7 @@ from elastic_launch.core.lifecycle import (
     Tell,
     TimedOut,
 )
-from elastic_launch.model import Assignment
+from elastic_launch.model import Assignment, Level
 from elastic_launch.processes import Workers
 
 _LONGEST_POLL = 86400.0
@@ -58,6 +59,7 @@ class Driver:
         ask: Callable[[Asking], list[Event]],
         sources: Sequence[Source],
         say: Callable[[str], None],
+        verbosity: int = Level.EVENT,
         observe: Callable[[Event, Life], None] = lambda event, life: None,
     ) -> None:
         """Begin.
@@ -68,7 +70,8 @@ class Driver:
             start: starts a round of them.
             ask: the rendezvous' answer to an action.
             sources: where events come from, besides the workers.
-            say: takes each line for people.
+            say: takes each line for people,
+            verbosity: of this level at most.
             observe: is told of each event, and of the life after it.
         """
         self._workers = workers
@@ -76,6 +79,7 @@ class Driver:
         self._ask = ask
         self._sources: list[Source] = [workers, *sources]
         self._say = say
+        self._verbosity = verbosity
         self._observe = observe
         self._events: deque[Event] = deque()
         self.life, actions = lifecycle.begin(limits)
@@ -102,6 +106,8 @@ class Driver:
         self._events.append(event)
 
     def _step(self, event: Event) -> Finish | None:
+        if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.told:
+            event = self._workers.with_error(event, self.life.pids)
         if isinstance(event, Gone) or (isinstance(event, TimedOut) and self.life.killed):
             # Nobody writes any more, or nobody waits for those that do.
             event = self._workers.with_evidence(event, self.life.exits, self.life.pids)
@@ -120,8 +126,9 @@ class Driver:
                     self._workers.dump(local_ranks)
                 case Sweep(kill):
                     self._workers.sweep(kill)
-                case Say(text):
-                    self._say(text)
+                case Say(text, level):
+                    if level <= self._verbosity:
+                        self._say(text)
                 case Finish():
                     return action
                 case asking:

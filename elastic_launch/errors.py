@@ -167,6 +167,11 @@ class ProcessFailure:
         line = self.error.split("\n", 1)[0]
         return line if len(line) <= 500 else f"{line[:500]} ..."
 
+    def headline(self, with_host: bool = True) -> str:
+        """``rank 3 on host-b failed (exit code 1, ValueError: boom)``."""
+        where = f" on {self.host}" if with_host else ""
+        return f"rank {self.rank}{where} failed ({', '.join(filter(None, (self.how(), self.error_line())))})"
+
     def status(self) -> int:
         """The exit status that a shell would show: the exit code, or 128 + the signal's number."""
         return shell_status(self.exitcode)

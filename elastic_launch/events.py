@@ -381,7 +381,7 @@ class Recorder:
                 "metadata": json.dumps(
                     {"group_world_size": group_world_size, "entry_point": entry_point, **(details or {})}
                 ),
-                "agent_restarts": place.charged if place else 0,
+                "agent_restarts": place.ledger.charged if place else 0,
                 "duration_ms": duration_ms,
             },
         )

@@ -69,6 +69,7 @@ def launch_agent(
         duplicate_stdout_filters=config.duplicate_stdout_filters,
         duplicate_stderr_filters=config.duplicate_stderr_filters,
         virtual_local_rank=config.virtual_local_rank,
+        policy=config.policy,
     )
     agent = LocalElasticAgent(
         spec,
@@ -80,6 +81,7 @@ def launch_agent(
         signals_to_handle=config.signals_to_handle,
         environ=environ,
         preload=config.preload,
+        verbosity=config.verbosity,
     )
     result = agent.run(config.role)
     if result.is_failed():

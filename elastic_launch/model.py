@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple, Protocol
 
 from elastic_launch.errors import ProcessFailure
@@ -39,6 +39,51 @@ class Rendezvous(Protocol):
         """The job's id."""
 
 
+class Policy(NamedTuple):
+    """When the job restarts its workers; the same on all of its nodes. Times in seconds."""
+
+    max_restarts: int = 0
+    window: float = 0.0
+    """A failure that is older does not count any more; 0: all of them count."""
+    backoff: float = 0.0
+    """Before the first restart; twice as long before each further one,"""
+    backoff_limit: float = 0.0
+    """but not longer than this."""
+    fatal_exit_codes: frozenset[int] = frozenset()
+    """Exit statuses, as a shell shows them, after which there is no restart."""
+    node_failure_limit: int = 0
+    """A node that has caused so many failures in a row leaves its place to a spare; 0: never."""
+
+
+class Ledger(NamedTuple):
+    """What the job remembers of its failures."""
+
+    charged: int = 0
+    """Restarts that count against ``max_restarts``."""
+    free: int = 0
+    """Restarts for a port that was taken, which do not."""
+    ages: tuple[float, ...] = ()
+    """Seconds since the failures that still count; without a window only since the last one."""
+    failure: str = ""
+    """By which the last one is known again."""
+    repeats: int = 0
+    """So many times in a row it came, with no time in between."""
+    node: str = ""
+    """The id of the node whose worker caused it,"""
+    in_a_row: int = 0
+    """and of so many in a row."""
+
+
+class Level(IntEnum):
+    """How much a line matters. What is shown are the levels up to the chosen one."""
+
+    TROUBLE = 0
+    """Each node speaks for itself."""
+    EVENT = 1
+    """One for each event of the job's life: one node speaks for all. The default."""
+    DETAIL = 2
+
+
 @dataclass
 class WorkerSpec:
     """What the workers of one node run. Fields, order and defaults are those of torch's ``WorkerSpec``."""
@@ -61,6 +106,12 @@ class WorkerSpec:
     duplicate_stdout_filters: list[str] | None = None
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
+    policy: Policy | None = None
+    """All that restarts depend on, ``max_restarts`` included; None: only that. Not torch's."""
+
+    def get_policy(self) -> Policy:
+        """When the job restarts."""
+        return self.policy or Policy(self.max_restarts)
 
     def get_entrypoint_name(self) -> str:
         """The function's name, or the command."""
@@ -130,10 +181,8 @@ class Assignment(NamedTuple):
     """The workers' store is served already, by the launcher; else the worker of rank 0 serves it."""
     restart_count: int = 0
     """Rounds before this one; it grows whatever ended them, so that no two rounds share a key space in the store."""
-    charged: int = 0
-    """Restarts of the job that counted against ``max_restarts``."""
-    free: int = 0
-    """Restarts for a port that was taken, which did not."""
+    ledger: Ledger = Ledger()
+    """As the round began."""
 
     def rank(self, local_rank: int) -> int:
         """The global rank of a worker of this node."""
@@ -168,7 +217,9 @@ class End(NamedTuple):
     signum: int = 0
     """The signal, for ``STOP``."""
     status: int = 0
-    """The exit status, for ``ERROR``, and of the worker for ``FAILED``."""
+    """The exit status, for ``ERROR``."""
+    failures: tuple[ProcessFailure, ...] = ()
+    """For ``FAILED``: what is known of it so far."""
     mine: bool = False
     """It was this node that said so."""
 
@@ -177,9 +228,8 @@ class Verdict(NamedTuple):
     """What follows a round, for every node alike."""
 
     restart: bool
-    charged: int = 0
+    ledger: Ledger = Ledger()
     """As in ``Assignment``, for the next round."""
-    free: int = 0
     failures: tuple[ProcessFailure, ...] = ()
     """The cause first."""
     signum: int = 0
@@ -187,6 +237,12 @@ class Verdict(NamedTuple):
     error: str = ""
     """What the nodes cannot agree on, if that ends the job, and with which exit status."""
     status: int = 0
+    why: str = ""
+    """Why there is no restart though some were left."""
+    pause: float = 0.0
+    """Seconds until the next round."""
+    gone: tuple[str, ...] = ()
+    """Ids of the nodes that will not be in it."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from elastic_launch.driver import Driver
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
 from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.model import Assignment
+from elastic_launch.model import Assignment, Policy
 from elastic_launch.processes import Workers
 from elastic_launch.rendezvous.local import answer_alone
 from elastic_launch.workers.keeper import subreaper
@@ -192,7 +192,7 @@ class PContext:
             say=say,
         )
         stack.callback(self._workers.close)
-        limits = Limits(max_restarts=0, shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
+        limits = Limits(Policy(), shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
         self._driver = Driver(
             limits,
             self._workers,
@@ -225,7 +225,7 @@ class PContext:
         """Stop what runs, with a signal (SIGTERM) and after ``timeout`` seconds SIGKILL; let go of everything."""
         with self._stack:
             if self._driver and self._driver.finish is None:
-                life = replace(self._driver.life, limits=Limits(max_restarts=0, shutdown_timeout=timeout))
+                life = replace(self._driver.life, limits=Limits(Policy(), shutdown_timeout=timeout))
                 if life.state is State.STOPPING:  # since one has failed; the others had SIGTERM then
                     now = time.monotonic()
                     life = replace(life, deadline=min(life.deadline or now, now + timeout))

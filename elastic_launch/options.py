@@ -14,6 +14,8 @@ from elastic_launch.config import (
     DEFAULT_SIGNALS,
     Std,
     is_number,
+    parse_backoff,
+    parse_exit_codes,
     parse_filters,
     parse_modules,
     parse_nnodes,
@@ -124,6 +126,10 @@ OPTIONS = (
     Option("rdzv-conf", "", _checked(parse_rdzv_conf), "settings of the rendezvous, KEY=VALUE,..."),
     Option("standalone", False, _flag, "one node: no endpoint, a fresh id"),
     Option("max-restarts", 0, _count(0), "how often failed workers are started again"),
+    Option("restart-window", 0.0, _seconds, "seconds after which a failure does not count any more; 0: all count"),
+    Option("restart-backoff", "0", _checked(parse_backoff), "seconds before a restart, doubling: FIRST[:MOST]"),
+    Option("fatal-exit-codes", "", _checked(parse_exit_codes), "exit statuses without a restart, as in 2,64-78"),
+    Option("node-failure-limit", 0, _count(0), "failures in a row after which a node lets a spare take over; 0: none"),
     Option("monitor-interval", 0.1, _seconds, "accepted for torchrun's sake: nothing here polls"),
     Option("start-method", "spawn", _one_of("spawn", "fork", "forkserver"), "how workers that are functions start"),
     Option("preload", [], parse_modules, "modules to import once, for workers that are forked, as in torch,numpy"),
@@ -147,6 +153,8 @@ OPTIONS = (
     Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "signals that stop the job"),
     Option("shutdown-timeout", None, _count(0), "seconds between a worker's stop signal and SIGKILL (default 30)"),
     Option("virtual-local-rank", False, _flag, "each worker sees its device as number 0"),
+    Option("quiet", False, _flag, "tell of trouble only", "-q"),
+    Option("verbose", False, _flag, "each node tells what it does", "-v"),
 )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_launch.cgroup import OomCounter
 from elastic_launch.config import INHERIT, LogsDest
 from elastic_launch.console import begin_with_new_line, unblocked
-from elastic_launch.core.lifecycle import Event, Gone, TimedOut
+from elastic_launch.core.lifecycle import Event, Exited, Gone, TimedOut
 from elastic_launch.core.root_cause import Evidence, Exit
 from elastic_launch.error_files import read_error_file
 from elastic_launch.errors import UsageError
@@ -91,6 +91,7 @@ class Workers:
         """The workers that were asked for their stacks."""
         self.tell = self._processes.tell
         self.sweep = self._processes.sweep
+        self.lease = self._processes.lease
         self.say, self.show = self._pump.say, self._pump.show
 
     def start(
@@ -157,6 +158,12 @@ class Workers:
         self._pump.drain()
         evidence = {exit_.local_rank: self._evidence(exit_, pids) for exit_ in exits if exit_.exitcode != 0}
         return event._replace(evidence={**evidence, **event.evidence})
+
+    def with_error(self, event: Exited, pids: Mapping[int, int]) -> Exited:
+        """Add to the end of a worker the exception that it has written, if it has."""
+        rank = event.exit.local_rank
+        path = self._dest.error_files.get(rank)
+        return event._replace(evidence=Evidence(read_error_file(path, pids.get(rank, -1)))) if path else event
 
     def value(self, local_rank: int) -> Any:
         """What the function returned; None for a command."""

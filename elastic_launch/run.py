@@ -14,6 +14,7 @@ from elastic_launch.env import environment
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.job_files import DefaultLogsSpecs
 from elastic_launch.launch import elastic_launch
+from elastic_launch.model import Level
 from elastic_launch.options import make_parser
 from elastic_launch.workers import BOOTSTRAP
 
@@ -95,6 +96,11 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
         preload=args.preload,
+        restart_window=args.restart_window,
+        restart_backoff=args.restart_backoff,
+        fatal_exit_codes=args.fatal_exit_codes,
+        node_failure_limit=args.node_failure_limit,
+        verbosity=Level.TROUBLE if args.quiet else Level.DETAIL if args.verbose else Level.EVENT,
     )
     return config, *command
 

@@ -68,7 +68,7 @@ class Telemetry:
             metrics.put_run_metrics(
                 self._spec.role,
                 not finish.failures,
-                life.place.charged,
+                life.place.ledger.charged,
                 self._spec.max_restarts,
                 seconds,
                 self._say,
@@ -83,4 +83,5 @@ class Telemetry:
     def _put_round(self, state: str, life: Life) -> None:
         # Who configures a handler has imported the module.
         if (metrics := sys.modules.get("elastic_launch.metrics")) and life.place:
-            metrics.put_round_metrics(self._spec.role, state, life.place.charged, self._spec.max_restarts, self._say)
+            charged = life.place.ledger.charged
+            metrics.put_round_metrics(self._spec.role, state, charged, self._spec.max_restarts, self._say)

@@ -20,9 +20,11 @@ from elastic_launch.core.lifecycle import (
     Decided,
     Ended,
     Exited,
+    Fence,
     Finish,
     Gone,
     Join,
+    Lapsed,
     Leave,
     Limits,
     Settle,
@@ -34,7 +36,7 @@ from elastic_launch.core.lifecycle import (
     Sweep,
     TimedOut,
 )
-from elastic_launch.core.protocol import Answered, Appeared, Ask, Opening, Passing, Phase, Settings
+from elastic_launch.core.protocol import Answered, Appeared, Ask, Closing, Opening, Passing, Phase, Settings
 from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Cancel, Wait
@@ -50,7 +52,7 @@ class World:
         self.seed = seed
         self.random = random.Random(seed)
         self.settings = settings
-        self.max_restarts = settings.max_restarts
+        self.max_restarts = settings.policy.max_restarts
         self.store = MemoryStore()
         self.now = 1000.0
         self.agents: list[Agent] = []
@@ -99,12 +101,12 @@ class World:
         assert place.group_rank not in given, f"{self}: two nodes with group rank {place.group_rank} in one round"
         given[place.group_rank] = place
         first = next(iter(given.values()))
-        for field in ("group_world_size", "world_size", "master_addr", "master_port", "charged", "free"):
+        for field in ("group_world_size", "world_size", "master_addr", "master_port"):
             assert getattr(place, field) == getattr(first, field), f"{self}: {field} differs within a round"
         assert self.settings.min_nodes <= place.group_world_size <= self.settings.max_nodes
         assert 0 <= place.group_rank < place.group_world_size
         assert 0 <= place.base_rank <= place.world_size - place.local_world_size
-        assert place.charged <= self.max_restarts
+        assert place.ledger.charged <= self.max_restarts
         for other in given.values():
             apart = abs(other.group_rank - place.group_rank)
             assert apart == 0 or abs(other.base_rank - place.base_rank) >= apart, f"{self}: ranks overlap"
@@ -126,6 +128,11 @@ class Agent:
         self.seen_ends: set[int] = set()
         self.decided: set[int] = set()
         self.frozen_until = 0.0
+        self.alive: set[int] = set()
+        """Local ranks whose process lives, whatever the agent knows of it."""
+        self.generation = -1
+        """The round that they belong to."""
+        self.lease = float("inf")
         self.asked = 0
         """Requests to the store."""
         self._epoch = 0
@@ -135,7 +142,7 @@ class Agent:
         self._ready_at = 0.0
         self._awaited: str | None = None
         self._timer: float | None = None
-        self.life, actions = lifecycle.begin(Limits(world.max_restarts, 30))
+        self.life, actions = lifecycle.begin(Limits(world.settings.policy, 30))
         self._carry_out(actions)
 
     @property
@@ -153,6 +160,7 @@ class Agent:
 
     def kill(self) -> None:
         self.dead = True
+        self.alive.clear()  # its keeper sees to that
         self._epoch += 1
         self.world.store.drop(self)
 
@@ -175,18 +183,17 @@ class Agent:
             self._send(ask)
         self.world.at(self._ready_at, reconnect)
 
-    def fail_worker(self) -> None:
+    def fail_worker(self, code: int = 1) -> None:
         if self.life.state is State.RUNNING and self.life.running:
-            rank = self.world.random.choice(sorted(self.life.running))
-            self._live(Exited(Exit(rank, 1, self.world.now)))
+            self._die(Exit(self.world.random.choice(sorted(self.alive) or [-1]), code, self.world.now))
 
     def succeed_worker(self) -> None:
         if self.life.state is State.RUNNING and self.life.running:
-            self._live(Exited(Exit(min(self.life.running), 0, self.world.now)))
+            self._die(Exit(min(self.alive, default=-1), 0, self.world.now))
 
     def succeed(self) -> None:
         """All its workers end well."""
-        while self.life.state is State.RUNNING and self.life.running:
+        while self.life.state is State.RUNNING and self.alive:
             self.succeed_worker()
 
     def signal(self) -> None:
@@ -218,22 +225,56 @@ class Agent:
             match action:
                 case Join():
                     self._step(Opening(29500))
-                case Announce() | Succeed() | Settle() | Leave():
+                case Announce() | Succeed() | Settle() | Leave() | Fence():
                     self._step(action)
                 case Start(place):
                     assert place.restart_count not in self.seen_ends, f"{self.world}: {self.name} runs an ended round"
+                    self._begin(place)
                     pids = {rank: 100 + rank for rank in range(place.local_world_size)}
                     self._soon(lambda pids=pids: self._live(Started(pids)), 0.01)  # type: ignore[misc]
                 case lifecycle.Tell(signum, ranks, True):
                     for rank in ranks:
-                        stop = Exited(Exit(rank, -signum, self.world.now, (signum,)))
-                        self._soon(lambda stop=stop: self._exit(stop), self.world.random.uniform(0.01, 2))  # type: ignore[misc]
+                        stop = Exit(rank, -signum, self.world.now, (signum,))
+                        self.world.after(self.world.random.uniform(0.01, 2), lambda stop=stop: self._die(stop))  # type: ignore[misc]
                 case Sweep():
                     self._soon(lambda: self._live(Gone({})), 0.01)
                 case Finish():
                     self.finish = action
+                    self._step(Closing())
                 case lifecycle.Say(text):
                     self.said.append(text)
+
+    def _begin(self, place: Assignment) -> None:
+        """Workers come to life: none of another generation may be."""
+        self.generation = place.restart_count
+        self.alive = set(range(place.local_world_size))
+        for agent in self.world.agents:
+            assert not agent.alive or agent.generation == self.generation, (
+                f"{self.world}: {agent.name} still trains in round {agent.generation}, {self.name} in {self.generation}"
+            )
+        self._look_at_lease()
+
+    def _die(self, exit_: Exit) -> None:
+        """A worker's process ends; the agent learns of it when it can."""
+        if exit_.local_rank in self.alive:
+            self.alive.discard(exit_.local_rank)
+            if self.frozen_until > self.world.now:
+                self._soon(lambda: self._exit(Exited(exit_)), 0.0)
+            else:
+                self._exit(Exited(exit_))
+
+    def _renew(self, until: float) -> None:
+        self.lease = until
+        self.world.at(max(until, self.world.now), self._look_at_lease)
+
+    def _look_at_lease(self) -> None:
+        """What the keeper does."""
+        if self.alive and self.world.now >= self.lease:
+            self._soon(
+                lambda: self._live(Lapsed()) if self.life.state in (State.RUNNING, State.STOPPING) else None, 0.0
+            )
+            for rank in sorted(self.alive):
+                self._die(Exit(rank, -9, self.world.now, (9,)))
 
     def _exit(self, event: Exited) -> None:
         if self.life.state in (State.RUNNING, State.STOPPING) and event.exit.local_rank in self.life.running:
@@ -256,6 +297,8 @@ class Agent:
                     self._soon(lambda told=told: self._live(told), 0.0)  # type: ignore[misc]
                 case protocol.Renew():
                     pass
+                case protocol.Lease(until):
+                    self._renew(until)
                 case protocol.Say(text):
                     self.said.append(text)
         self._await()

@@ -29,7 +29,7 @@ from elastic_launch.events import (
     record,
     record_rdzv_event,
 )
-from elastic_launch.model import Assignment, Rendezvous, WorkerSpec, WorkerState
+from elastic_launch.model import Assignment, Ledger, Rendezvous, WorkerSpec, WorkerState
 from tests.conftest import DEADLINE
 
 PLACE = Assignment(
@@ -45,7 +45,7 @@ PLACE = Assignment(
     host="node1",
     port_picked=True,
     restart_count=7,
-    charged=1,
+    ledger=Ledger(charged=1),
 )
 PIDS = {0: 100, 1: 101}
 EVENT = Event("name", EventSource.WORKER, 3, {"a": 1, "b": None, "c": "x", "d": 1.5, "e": True})
@@ -371,11 +371,11 @@ def test_no_record_costs_nothing() -> None:
         "import sys\n"
         "from elastic_launch.core.lifecycle import Finish, Life, Limits\n"
         "from elastic_launch.events import check_destination\n"
-        "from elastic_launch.model import WorkerSpec\n"
+        "from elastic_launch.model import Policy, WorkerSpec\n"
         "from elastic_launch.telemetry import Telemetry\n"
         "check_destination('null'); check_destination('console')\n"
         "telemetry = Telemetry(WorkerSpec('r', 1, None, entrypoint='x'), 'run', print, print)\n"
-        "telemetry.end(Life(Limits(0, 30)), Finish())\n"
+        "telemetry.end(Life(Limits(Policy(), 30)), Finish())\n"
         "print([name for name in ('logging', 'json', 'importlib.metadata', 'tempfile') if name in sys.modules])\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

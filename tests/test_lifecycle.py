@@ -12,7 +12,6 @@ from elastic_launch.core import lifecycle
 from elastic_launch.core.lifecycle import (
     DOUBLE,
     DUMP_TIME,
-    FREE_RESTARTS,
     KILL_PATIENCE,
     LEFTOVER_GRACE,
     Action,
@@ -41,8 +40,9 @@ from elastic_launch.core.lifecycle import (
     Tell,
     TimedOut,
 )
+from elastic_launch.core.policy import FREE_RESTARTS
 from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.model import Assignment, Verdict
+from elastic_launch.model import Assignment, Policy, Verdict
 from elastic_launch.rendezvous.local import LocalRendezvous
 
 PIDS = {0: 100, 1: 101}
@@ -56,7 +56,7 @@ class Agent:
     """A life on a single node, with a virtual clock, and all actions that the last event has led to."""
 
     def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
-        self.life, self.last = lifecycle.begin(Limits(max_restarts, shutdown_timeout))
+        self.life, self.last = lifecycle.begin(Limits(Policy(max_restarts), shutdown_timeout))
         self.now = 1000.0
         self.rendezvous = LocalRendezvous("job", 2)
         self.rounds = 0
@@ -85,8 +85,7 @@ class Agent:
             master_port=port,
             port_picked=picked,
             restart_count=self.rounds - 1,
-            charged=self.verdict.charged,
-            free=self.verdict.free,
+            ledger=self.verdict.ledger,
         )
 
     def running(self, port: int = 29500, *, picked: bool = True) -> Agent:
@@ -128,7 +127,7 @@ def test_restart_has_a_new_number_and_is_charged() -> None:
     assert agent(Gone({})) == [Join()]
     assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.said()
     place = agent.place(29501)
-    assert place.charged == 1
+    assert place.ledger.charged == 1
     assert agent(Assigned(place)) == [Start(place)]
     agent(Started(PIDS), exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     [finish] = agent(Gone({}))
@@ -344,7 +343,8 @@ def test_taken_port_is_free_of_charge_a_few_times() -> None:
         agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
         assert agent(Gone(clash(29500 + attempt))) == [Join()]
         assert "without charge" in agent.said()
-        assert agent.verdict[:3] == (True, 0, attempt + 1)
+        assert agent.verdict.restart
+        assert (agent.verdict.ledger.charged, agent.verdict.ledger.free) == (0, attempt + 1)
     agent.running(port=29509)
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     [finish] = agent(Gone(clash(29509)))
@@ -490,9 +490,9 @@ def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
         assert life.state is State.DONE
         assert not world.alive or (world.hopeless and world.killed), f"seed {seed}: workers live on"
         assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number was used twice"
-        assert world.agent.verdict.charged <= world.max_restarts
-        assert world.agent.verdict.free <= FREE_RESTARTS
-        assert len(world.rounds) <= 1 + world.agent.verdict.charged + world.agent.verdict.free
+        assert world.agent.verdict.ledger.charged <= world.max_restarts
+        assert world.agent.verdict.ledger.free <= FREE_RESTARTS
+        assert len(world.rounds) <= 1 + world.agent.verdict.ledger.charged + world.agent.verdict.ledger.free
         if finish.failures:
             assert finish.signum is None
             assert finish.failures[0].exitcode != 0

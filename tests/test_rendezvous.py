@@ -16,10 +16,10 @@ from elastic_launch.core.ranks import assign, choose
 from elastic_launch.core.records import Closed, NodeRecord, Roster, decode, encode
 from elastic_launch.core.watch import LEFT, Watch
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
-from elastic_launch.model import Assignment, End, EndKind, Verdict
+from elastic_launch.model import Assignment, End, EndKind, Ledger, Policy, Verdict
 from tests.simulation import Agent, World
 
-SETTINGS = Settings("job", 2, 3, join_timeout=600, last_call_timeout=10, max_restarts=3)
+SETTINGS = Settings("job", 2, 3, join_timeout=600, last_call_timeout=10, policy=Policy(3))
 
 
 def world(count: int, settings: Settings = SETTINGS, *, seed: int = 1, calm: bool = True) -> World:
@@ -102,12 +102,12 @@ def test_a_failure_is_a_restart_of_all_with_one_charge() -> None:
     made.agents[1].fail_worker()
     form(made, 3)
     assert running(made) == [1, 1, 1]
-    assert {place.charged for place in made.places[1].values()} == {1}
+    assert {place.ledger.charged for place in made.places[1].values()} == {1}
     assert made.now < 1010, "all who were there are there again: there is nobody to wait for"
 
 
 def test_restarts_are_counted_once_for_the_job_and_the_end_is_the_same() -> None:
-    made = world(2, Settings("job", 2, 2, max_restarts=1))
+    made = world(2, Settings("job", 2, 2, policy=Policy(1)))
     form(made, 2)
     made.agents[0].fail_worker()
     form(made, 2)
@@ -140,7 +140,7 @@ def test_a_node_that_leaves_costs_no_restart() -> None:
     made.agents[2].signal()
     made.run(made.now + 100, stop=lambda: running(made)[:2] == [1, 1])
     assert running(made) == [1, 1, None]
-    assert {place.charged for place in made.places[1].values()} == {0}
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
 
 
 def test_a_newcomer_waits_for_the_last_call_while_the_others_run() -> None:
@@ -152,7 +152,7 @@ def test_a_newcomer_waits_for_the_last_call_while_the_others_run() -> None:
     assert running(made) == [0, 0, None]
     form(made, 3)
     assert made.now - came_at < SETTINGS.last_call_timeout + 2 + 2
-    assert {place.charged for place in made.places[1].values()} == {0}
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
 
 
 def test_newcomers_that_fill_the_job_do_not_wait() -> None:
@@ -277,7 +277,7 @@ def play(seed: int) -> Scene:
         join_timeout=10_000,
         last_call_timeout=chance.choice([2, 10]),
         keep_alive_interval=chance.choice([1, 5]),
-        max_restarts=chance.randint(0, 3),
+        policy=Policy(chance.randint(0, 3)),
         store_port=chance.choice([0, 29400]),
     )
     made = World(seed, settings)
@@ -390,8 +390,8 @@ FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", 
         Closed(0, 2, 3, (4, 5)),
         Roster((1, 2), ("a", "b"), ("x", "y")),
         End(EndKind.REFORM, "why", "id", ("a",)),
-        Verdict(True, 1, 2, (FAILURE,)),
-        Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, 1, 0),
+        Verdict(True, Ledger(1, 2, (0.5,), "x"), (FAILURE,)),
+        Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, Ledger(1)),
     ],
     ids=lambda record: type(record).__name__,
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from elastic_launch.core.policy import aged
 from elastic_launch.core.protocol import Settings
 from elastic_launch.core.ranks import choose
 from elastic_launch.core.records import NodeRecord, Status
 from elastic_launch.core.watch import Watch
+from elastic_launch.errors import ExitCode
+from elastic_launch.model import Ledger
 
 SHOWN = 8
 """Hosts that are named in a line."""
@@ -22,9 +25,10 @@ class Close(NamedTuple):
 
 
 class Refuse(NamedTuple):
-    """The nodes that came cannot work together."""
+    """The nodes that came cannot work together, or are too few."""
 
     reason: str
+    status: int
 
 
 class Later(NamedTuple):
@@ -66,14 +70,15 @@ class Chief:
         self._settings = settings
         self._me = me
         self._is_first_round = is_first_round
-        self._watch = Watch(settings.keep_alive_deadline, settings.tick, now)
+        self.watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._past_watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._tickets: dict[str, int] = {}
         self._arrived: dict[int, float] = {}
         self._late: set[int] = set()
         """Those of ``missing`` that were missing a tick ago: their nodes may be dead."""
         self._last_arrival = now
-        self._past: set[str] = set()
+        self._past: dict[str, str] = {}
+        """Hosts of the nodes of the round before, by their ids."""
 
     # --- who has come
 
@@ -94,17 +99,17 @@ class Chief:
                 self._tickets[record.node] = ticket
                 self._arrived[ticket] = self._last_arrival = now
                 if not doubt:
-                    self._watch.greet([ticket], now)
+                    self.watch.greet([ticket], now)
                 if self.expected is not None:
                     self.expected.pop(record.node, None)
         self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]
 
-    def note_past(self, nodes: Iterable[tuple[int, NodeRecord]]) -> None:
-        """Who was in the round before, by ticket, without those that are known to be gone."""
+    def note_past(self, nodes: Iterable[tuple[int, NodeRecord]], gone: Collection[str] = ()) -> None:
+        """Who was in the round before, by ticket, and the ids of those that are known to be gone."""
         self.expected = {}
         for ticket, record in nodes:
-            self._past.add(record.node)
-            if record.node not in self._tickets:
+            self._past[record.node] = record.host
+            if record.node not in self._tickets and record.node not in gone:
                 self.expected[record.node] = (ticket, record.host)
 
     def next_ticket(self) -> int:
@@ -119,13 +124,13 @@ class Chief:
 
     def look(self, counters: Sequence[tuple[int, bytes]], now: float) -> list[int]:
         """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
-        for ticket in self._watch.look(counters, now):
+        for ticket in self.watch.look(counters, now):
             self.joined.pop(ticket, None)
             self.doubtful.pop(ticket, None)
         for ticket in list(self.doubtful):
-            if self._watch.has_lived_since(ticket, self._arrived[ticket]):
+            if self.watch.has_lived_since(ticket, self._arrived[ticket]):
                 self.joined[ticket] = self.doubtful.pop(ticket)
-        return self._watch.set_back()
+        return self.watch.set_back()
 
     def look_back(self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float) -> None:
         """Note the counters, in the round before, of nodes that have not come; do not expect the silent ones."""
@@ -134,21 +139,31 @@ class Chief:
             if ticket in silent and self.expected:
                 self.expected.pop(node, None)
 
+    def ledger(self, now: float) -> Ledger:
+        """What the job remembers, from the node that knows of the latest round."""
+        ticket, node = max(self.joined.items(), key=lambda item: item[1].past)
+        return aged(node.ledger, now - self._arrived[ticket])
+
     # --- what follows
 
     def decide(self, now: float) -> Close | Refuse | Later | None:
         """Whether the round can be closed. None: not before somebody comes or goes."""
         settings = self._settings
         if self._is_first_round and (refusal := self._refusal()):
-            return Refuse(refusal)
-        if self.expected is None or self.expected or len(self.joined) < settings.min_nodes:
+            return Refuse(refusal, ExitCode.USAGE)
+        if self.expected is None or self.expected:
+            return None
+        is_coming = any(ticket not in self._late for ticket in self.missing)
+        if len(self.joined) < settings.min_nodes:
+            if self._past and not (self.doubtful or is_coming):
+                return Refuse(self._who_is_left(), ExitCode.UNAVAILABLE)
             return None
         if self.doubtful and now < self._doubts_end:
             return None
-        if (self._is_first_round and self._has_twins()) or any(ticket not in self._late for ticket in self.missing):
+        if (self._is_first_round and self._has_twins()) or is_coming:
             return None
         last_call = self._last_arrival + settings.last_call_timeout - now
-        as_before = not self._is_first_round and self._past.issuperset(self._tickets)
+        as_before = not self._is_first_round and self._past.keys() >= self._tickets.keys()
         is_time = as_before or last_call <= 0
         if not is_time and len(self.joined) < settings.max_nodes:
             return Later(last_call)
@@ -164,6 +179,13 @@ class Chief:
         if not missing and -1 not in ranks and self._settings.min_nodes == self._settings.max_nodes:
             missing = [f"node rank {rank}" for rank in sorted(set(range(self._settings.max_nodes)) - ranks)]
         return Status(len(self.joined), listed(node.host for node in self.joined.values()), listed(missing))
+
+    def _who_is_left(self) -> str:
+        """Why there is no further round, where nodes were lost."""
+        there = {node.node for node in self.joined.values()}
+        lost = listed(host for node, host in self._past.items() if node not in there)
+        hosts = listed(node.host for node in self.joined.values())
+        return f"lost {lost}; left: {hosts}; the job needs {self._settings.min_nodes} nodes (--nnodes)"
 
     def _twins(self) -> Iterable[tuple[int, int]]:
         """Tickets of nodes that ask for one rank, and neither of them had it before: else the other can be a spare."""
@@ -181,8 +203,8 @@ class Chief:
     def _refusal(self) -> str:
         """Why the nodes that came cannot work together; empty: they can, as far as is known."""
         for node in self.joined.values():
-            if node.limits != self._me.limits:
-                return disagreement(node.host, node.pid, node.limits, self._me.host, self._me.limits)
+            if node.options != self._me.options:
+                return disagreement(node.host, node.pid, node.options, self._me.host, self._me.options)
             if node.rank >= self._settings.max_nodes:
                 return (
                     f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but the job has at most "
@@ -190,7 +212,7 @@ class Chief:
                 )
         for first, second in self._twins():
             both_came = max(self._arrived[first], self._arrived[second])
-            if all(self._watch.has_lived_since(ticket, both_came) for ticket in (first, second)):
+            if all(self.watch.has_lived_since(ticket, both_came) for ticket in (first, second)):
                 one, other = self.joined[first], self.joined[second]
                 return (
                     f"two nodes ask for --node-rank={one.rank}: {one.host} (pid {one.pid}) and "
@@ -199,16 +221,9 @@ class Chief:
         return ""
 
 
-def disagreement(host: str, pid: int, limits: tuple[int, ...], other: str, others: tuple[int, ...]) -> str:
+def disagreement(host: str, pid: int, options: str, other: str, others: str) -> str:
     """That two nodes were started with different options."""
-
-    def options(limits: tuple[int, ...]) -> str:
-        return "--nnodes={}:{} --max-restarts={}".format(*limits) if len(limits) == 3 else "an unknown version"
-
-    return (
-        f"{host} (pid {pid}) was started with {options(limits)}, {other} with {options(others)}: "
-        "give all nodes of a job the same"
-    )
+    return f"{host} (pid {pid}) was started with {options}, {other} with {others}: give all nodes of a job the same"
 
 
 def listed(names: Iterable[str]) -> str:

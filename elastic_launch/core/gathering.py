@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from elastic_launch.core.chief import Chief, Close, Later, Refuse
+from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse
+from elastic_launch.core.policy import aged, stands_aside
 from elastic_launch.core.protocol import (
     Opening,
     Phase,
     Renew,
-    Say,
 )
 from elastic_launch.core.ranks import assign
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, decode, encode
@@ -15,7 +15,7 @@ from elastic_launch.core.requests import Add, Get, Swap
 from elastic_launch.core.rounds import BATCH, Round
 from elastic_launch.core.watch import number
 from elastic_launch.errors import ExitCode
-from elastic_launch.model import End, EndKind, Verdict
+from elastic_launch.model import End, EndKind, Level, Verdict
 
 SAY_FIRST, SAY_LATER = 5.0, 10.0
 """Seconds until a waiting node says who is there, and between two such lines when it has said so a few times."""
@@ -38,8 +38,10 @@ class Gathering(Round):
 
     def _look_for_round(self) -> None:
         """Find out which round comes next."""
-        if self.verdict:
-            self.me = self.me._replace(charged=self.verdict.charged, free=self.verdict.free)
+        if self.verdict and (self.place or (self.end and self.end.kind is EndKind.FAILED)):
+            ledger = aged(self.verdict.ledger, self._now - self._decided_at)
+            aside = self.me.aside or stands_aside(self.settings.policy, ledger, self.me.node)
+            self.me = self.me._replace(ledger=ledger, past=self.round, aside=aside)
         self.me = self.me._replace(previous=self.place.group_rank if self.place else -1)
         self.phase = Phase.OPENING
         self._timers.clear()
@@ -66,6 +68,7 @@ class Gathering(Round):
         if current > self.round > 0:
             self.me = self.me._replace(previous=-1)  # the others have gone on without this node
         self.round = current
+        self._alive_at = self._heard_at = self._now
         self._ask("ticket", Add(self._key("ticket"), 1))
 
     def _on_ticket(self, ticket: int) -> None:
@@ -85,20 +88,21 @@ class Gathering(Round):
         self._await("node/1")
         self._in("watch", self.settings.tick)
         if self.round:
-            self._ask("past", Get((self._past_key("ticket"), self._past_key("end"))))
+            self._ask("past", Get((self._past_key("ticket"), self._past_key("end"), self._past_key("next"))))
 
     def _stand_down(self) -> None:
         """Another node took over while this one slept: two chiefs would confuse each other."""
         self._chiefs += 1
         self._chief = None
-        self._beats_before = 0
+        self._heard_at = self._now
         for name in ("watch", "last_call"):
             self._timers.pop(name, None)
         self._await("closed")
 
     def _on_past(self, value: list[bytes]) -> None:
-        count, end = value
+        count, end, following = value
         gone = decode(End, end, self._past_key("end")).gone if end else ()
+        gone += decode(Verdict, following, self._past_key("next")).gone if following else ()
         keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, number(count) + 1))
         self._ask("past_nodes", Get(keys), about=(keys, gone))
 
@@ -106,7 +110,7 @@ class Gathering(Round):
         if self._chief:
             keys, gone = self._about
             nodes = [(t, decode(NodeRecord, data, keys[t - 1])) for t, data in enumerate(value, 1) if data]
-            self._chief.note_past((ticket, node) for ticket, node in nodes if node.node not in gone)
+            self._chief.note_past(nodes, gone)
             self._consider()
 
     # --- the chief
@@ -127,7 +131,12 @@ class Gathering(Round):
         if chief is None or chief.is_closing:
             return
         found = ((ticket, data) for ticket, data in zip(read, value, strict=True) if data)
-        chief.note_nodes(((t, decode(NodeRecord, data, self._key(f"node/{t}"))) for t, data in found), self._now)
+        nodes = [(ticket, decode(NodeRecord, data, self._key(f"node/{ticket}"))) for ticket, data in found]
+        chief.note_nodes(nodes, self._now)
+        if self.settings.max_nodes <= SHOWN:
+            for ticket, node in nodes:
+                if node.previous < 0 and ticket != self.ticket:
+                    self._say(f"{node.host} has joined: {self._count(len(chief.joined))}", Level.EVENT)
         self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()
 
@@ -170,7 +179,14 @@ class Gathering(Round):
             self._consider()
 
     def _set_back(self, tickets: list[int]) -> None:
-        self._set((f"beat/{ticket}", b"0") for ticket in tickets)
+        if tickets:
+            self._set((f"beat/{ticket}", b"0") for ticket in tickets)
+            self._get("set_back", "closed", about=tickets)  # any key: the answer tells that they are set back
+
+    def _on_set_back(self, value: list[bytes]) -> None:
+        for watch in (self._watch, self._chief and self._chief.watch):
+            if watch:
+                watch.note_set_back(self._about, self._now)
 
     def _consider(self) -> None:
         """Close the round, if the chief can."""
@@ -179,8 +195,8 @@ class Gathering(Round):
         match self._chief.decide(self._now):
             case Close(members, spares):
                 self._close(self._chief, members, spares)
-            case Refuse(reason):
-                self._give_up(reason, ExitCode.USAGE)
+            case Refuse(reason, status):
+                self._give_up(reason, status)
             case Later(seconds):
                 self._in("last_call", seconds)
 
@@ -195,20 +211,17 @@ class Gathering(Round):
             host.address if host and host.named else "",  # empty: each node uses the one by which it reaches the store
             self.settings.store_port and ((host.port if host else 0) or self.settings.store_port),
             restart_count=self.round,
-            charged=max(node.charged for node in everybody),
-            free=max(node.free for node in everybody),
+            ledger=chief.ledger(self._now),
         )
         self._set((f"place/{chief.number}/{t}", encode(place)) for t, place in zip(members, places, strict=True))
         roster = Roster(
             tuple(members),
             tuple(node.node for node in nodes),
             tuple(node.host for node in nodes),
-            places[0].charged,
-            places[0].free,
             tuple(node.rank for node in nodes),
         )
         self._set([(f"roster/{chief.number}", encode(roster))])
-        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.limits)
+        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.options)
         self._create("closed", "closed", encode(closed))
 
     # --- while nodes gather: words for people
@@ -235,18 +248,20 @@ class Gathering(Round):
             self._say_status(self._status)
 
     def _say_status(self, status: Status) -> None:
-        self._out.append(Say(self._waiting(status)))
+        self._say(self._waiting(status), Level.EVENT if self._chief or self._spoken == 1 else Level.DETAIL)
+
+    def _count(self, joined: int) -> str:
+        low, high = self.settings.min_nodes, self.settings.max_nodes
+        return f"{joined} of {f'{high}' if low == high else f'{low} to {high}'} nodes"
 
     def _waiting(self, status: Status) -> str:
-        low, high = self.settings.min_nodes, self.settings.max_nodes
-        needed = f"{high}" if low == high else f"{low} to {high}"
         after = self._now - self._began_at
         left = self.settings.join_timeout - after
         missing = f"; missing: {status.missing}" if status.missing else ""
         more = f"; waiting up to {left:.0f} s more" if left > 0 else ""
         have = "has" if status.joined == 1 else "have"
         hosts = f": {status.hosts}" if status.hosts else ""
-        return f"{status.joined} of {needed} nodes {have} joined after {after:.0f} s{hosts}{missing}{more}"
+        return f"{self._count(status.joined)} {have} joined after {after:.0f} s{hosts}{missing}{more}"
 
     def _waited_in_vain(self) -> None:
         status = self._chief.status() if self._chief else self._status

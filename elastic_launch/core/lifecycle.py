@@ -1,6 +1,6 @@
 """Floor 1: the agent's whole life, as one table of state and event. Pure.
 
-    JOINING -> RUNNING -> (STOPPING -> SETTLING -> JOINING)* -> DONE
+    JOINING -> RUNNING -> (STOPPING -> SETTLING -> [PAUSING ->] JOINING)* -> DONE
 
 ``step`` takes the life so far, an event and the time; it gives the life after it, and the actions that the agent must
 carry out. Every round ends through STOPPING, a good one too, so that nothing a worker started outlives its round:
@@ -19,15 +19,13 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from elastic_launch.core import root_cause
+from elastic_launch.core import policy, root_cause
 from elastic_launch.core.root_cause import NOTHING, Evidence, Exit
-from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, how_it_ended, shell_status, signal_name
-from elastic_launch.model import Assignment, End, EndKind, Verdict
+from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
+from elastic_launch.model import Assignment, End, EndKind, Level, Policy, Verdict
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
-FREE_RESTARTS = 3
-"""How often a port that was taken is replaced without charge to ``max_restarts``."""
 DOUBLE = 0.02
 """Seconds within which a second signal is the first one, delivered twice (to the process and to its group, say)."""
 LEFTOVER_GRACE = 1.0
@@ -46,6 +44,8 @@ class State(Enum):
     STOPPING = "stopping"
     SETTLING = "settling"
     """The workers are gone; what follows is not agreed yet."""
+    PAUSING = "pausing"
+    """Another round follows, but not at once."""
     DONE = "done"
 
 
@@ -68,6 +68,8 @@ class Exited(NamedTuple):
     """A worker's process ended."""
 
     exit: Exit
+    evidence: Evidence = NOTHING
+    """What is known at once of a bad end that was not asked for."""
 
 
 class Signalled(NamedTuple):
@@ -90,6 +92,10 @@ class Expired(NamedTuple):
     pid: int
     why: str
     """For people, in a few words."""
+
+
+class Lapsed(NamedTuple):
+    """The workers were killed, since this process has not renewed their lease: it was stopped, or starved."""
 
 
 class TimedOut(NamedTuple):
@@ -122,7 +128,7 @@ class Decided(NamedTuple):
     verdict: Verdict
 
 
-Event = Assigned | Ended | Decided | Started | Exited | Signalled | Passed | Expired | TimedOut | Gone
+Event = Assigned | Ended | Decided | Started | Exited | Signalled | Passed | Expired | Lapsed | TimedOut | Gone
 
 # Actions: what the agent must do.
 
@@ -134,13 +140,19 @@ class Join(NamedTuple):
 class Announce(NamedTuple):
     """End the round for all nodes, since a worker of this one failed; answer with the ``Ended`` that came first."""
 
-    reason: str
-    status: int
-    """The worker's exit status, as a shell shows it."""
+    failure: ProcessFailure
+    """What is known of it so far."""
 
 
 class Succeed(NamedTuple):
     """This node's workers have all ended well; answer with ``Ended`` when the others' have, or something else came."""
+
+    patience: float = float("inf")
+    """Seconds after which this node's part ends well without that."""
+
+
+class Fence(NamedTuple):
+    """This node's workers are gone, since the others may have gone on without it; answer with ``Ended``."""
 
 
 class Settle(NamedTuple):
@@ -148,12 +160,17 @@ class Settle(NamedTuple):
 
     verdict: Verdict
     """What follows, if this node's failure ended the round; else only its failures matter, as consequences."""
+    may_restart: bool = True
+    """False: this node cannot take part in another round."""
 
 
 class Leave(NamedTuple):
-    """The job must go on without this node, or stop, since a signal came; no answer."""
+    """The job must go on without this node, or stop, since a signal came or the launcher failed; no answer."""
 
-    signum: int
+    signum: int = 0
+    error: str = ""
+    status: int = 0
+    """The exit status that goes with ``error``."""
 
 
 class Start(NamedTuple):
@@ -186,6 +203,7 @@ class Say(NamedTuple):
     """Tell people, in one line."""
 
     text: str
+    level: Level = Level.TROUBLE
 
 
 class Finish(NamedTuple):
@@ -196,9 +214,11 @@ class Finish(NamedTuple):
     error: str = ""
     status: int = 0
     """The exit status that goes with ``error``."""
+    why: str = ""
+    """Why there was no restart though some were left."""
 
 
-Asking = Join | Announce | Succeed | Settle | Leave
+Asking = Join | Announce | Succeed | Fence | Settle | Leave
 """What the agent hands to the rendezvous."""
 Action = Asking | Start | Tell | Dump | Sweep | Say | Finish
 
@@ -206,8 +226,9 @@ Action = Asking | Start | Tell | Dump | Sweep | Say | Finish
 class Limits(NamedTuple):
     """The settings that decisions depend on. Times in seconds."""
 
-    max_restarts: int
+    policy: Policy
     shutdown_timeout: float
+    exit_barrier_timeout: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -219,8 +240,12 @@ class Life:
     place: Assignment | None = None
     end: End | None = None
     """Why the round is over, once that is known."""
+    began_at: float = 0.0
+    """When the round began for this node, on the agent's monotonic clock."""
     announced: bool = False
     """This node said that it is."""
+    lapsed: bool = False
+    """The workers' lease has run out: the others may have gone on without this node."""
     failures: tuple[ProcessFailure, ...] = ()
     """Of this node's workers, once all are gone."""
     may_restart: bool = True
@@ -294,8 +319,12 @@ def _enter(life: Life, state: State, **changes: Any) -> Life:
 
 
 def _start(life: Life, event: Assigned, now: float) -> Step:
-    ranks = frozenset(range(event.place.local_world_size))
-    return _enter(life, State.RUNNING, place=event.place, running=ranks), [Start(event.place)]
+    place = event.place
+    ranks = frozenset(range(place.local_world_size))
+    life = _enter(life, State.RUNNING, place=place, running=ranks, began_at=now)
+    formed = "re-formed" if place.restart_count else "formed"
+    text = f"{formed}: {_count(place.group_world_size, 'node')}, {_count(place.world_size, 'worker')}"
+    return life, [Start(place), _for_all(life, text)]
 
 
 def _give_up_joining(life: Life, event: Signalled, now: float) -> Step:
@@ -315,10 +344,10 @@ def _note_pids(life: Life, event: Started, now: float) -> Step:
 def _worker_ended(life: Life, event: Exited, now: float) -> Step:
     life = _note_exit(life, event)
     if event.exit.exitcode != 0:
-        rank, how = _place(life).rank(event.exit.local_rank), how_it_ended(event.exit.exitcode)
+        pid = life.pids.get(event.exit.local_rank, -1)
+        failure = root_cause.failure_of(event.exit, event.evidence, pid, _place(life))
         life, actions = _stop(replace(life, announced=True), signal.SIGTERM, event.exit.time, now)
-        reason = f"rank {rank} on {_place(life).host} failed ({how})"
-        return life, [*actions, Announce(reason, shell_status(event.exit.exitcode))]
+        return life, [*actions, Announce(failure)]
     if life.running:
         return life, []
     return _sweep(_enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=now), now)
@@ -326,7 +355,7 @@ def _worker_ended(life: Life, event: Exited, now: float) -> Step:
 
 def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
     say = Say(
-        f"{signal_name(event.signum)} received: stopping {_count(life.running)}; SIGKILL in "
+        f"{signal_name(event.signum)} received: stopping {_count(len(life.running), 'worker')}; SIGKILL in "
         f"{life.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
     life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event))
@@ -337,7 +366,14 @@ def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
 def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
     """Another node ended the round."""
     life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    return life, [*actions, Say(f"{event.end.reason}: stopping {_count(life.running)}")]
+    return life, [*actions, _for_all(life, f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}")]
+
+
+def _stop_without_a_lease(life: Life, event: Lapsed, now: float) -> Step:
+    """The workers are dead already; what is left of them is swept away as always."""
+    life = _enter(life, State.STOPPING, deadline=now + KILL_PATIENCE, lapsed=True)
+    text = "this process was stopped for so long that the others may have gone on without it: its workers are killed"
+    return life, [Fence(), Say(text)]
 
 
 def _stop(life: Life, signum: int, time: float, now: float) -> Step:
@@ -405,7 +441,7 @@ def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
         f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
         "the job ends without waiting"
     )
-    return _settle(replace(life, may_restart=False), event.evidence, [say])
+    return _settle(replace(life, may_restart=False), event.evidence, now, [say])
 
 
 def _kill(life: Life, why: str, now: float) -> Step:
@@ -415,10 +451,10 @@ def _kill(life: Life, why: str, now: float) -> Step:
 
 def _round_is_over(life: Life, event: Gone, now: float) -> Step:
     says = [Say(f"killed what the workers had left running: {', '.join(event.leftovers)}")] if event.leftovers else []
-    return _settle(life, event.evidence, [*says])
+    return _settle(life, event.evidence, now, [*says])
 
 
-def _settle(life: Life, evidence: Mapping[int, Evidence], actions: list[Action]) -> Step:
+def _settle(life: Life, evidence: Mapping[int, Evidence], now: float, actions: list[Action]) -> Step:
     """The node's part of the round is over: find what failed, and agree with the others on what follows."""
     known = {rank: evidence.get(rank, NOTHING) for rank in {*evidence, *life.expired}}
     evidence = {
@@ -437,12 +473,12 @@ def _settle(life: Life, evidence: Mapping[int, Evidence], actions: list[Action])
         return _enter(life, State.DONE, deadline=None), [*actions, Finish(signum=life.signum)]
     life = _enter(life, State.SETTLING, deadline=None, failures=failures)
     if life.end is not None:
-        return life, [*actions, Settle(_verdict(life))]
-    if life.announced:
+        return life, [*actions, _settlement(life, now)]
+    if life.announced or life.lapsed:
         return life, actions
     if life.signum is not None and _place(life).group_world_size > 1:
         return _enter(life, State.DONE), [*actions, Leave(life.signum), Finish(signum=life.signum)]
-    return life, [*actions, Succeed()]
+    return life, [*actions, Succeed(life.limits.exit_barrier_timeout)]
 
 
 def _hung(life: Life, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure, ...]:
@@ -458,35 +494,45 @@ def _hung(life: Life, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure,
 
 def _settle_now(life: Life, event: Ended, now: float) -> Step:
     life = replace(life, end=event.end)
-    return life, [Settle(_verdict(life))]
+    return life, [_settlement(life, now)]
 
 
-def _verdict(life: Life) -> Verdict:
-    """What follows, if it is for this node to decide: nothing, another round without charge, another round, failure."""
-    place = _place(life)
-    free = place.free < FREE_RESTARTS and place.port_picked and _lost_its_port(life.failures, place)
-    if life.failures and life.may_restart and (free or place.charged < life.limits.max_restarts):
-        return Verdict(True, place.charged + (not free), place.free + free, life.failures)
-    return Verdict(False, place.charged, place.free, life.failures)
+def _settlement(life: Life, now: float) -> Settle:
+    """What follows, if it is for this node to decide."""
+    elapsed = now - life.began_at
+    verdict = policy.follow(life.limits.policy, _place(life), life.failures, "", elapsed, life.may_restart)
+    return Settle(verdict, life.may_restart)
 
 
 def _decided(life: Life, event: Decided, now: float) -> Step:
     """Do what follows. A signal that came meanwhile ends a job that would go on; it does not hide that one failed."""
     if not event.verdict.restart:
-        return _finish(life, event.verdict)
+        done = life.end is not None and life.end.kind is EndKind.DONE and life.signum is None
+        text = f"done: {_count(_place(life).world_size, 'worker')} ended well"
+        life, actions = _finish(life, event.verdict)
+        return life, [*([_for_all(life, text)] if done else []), *actions]
     if life.signum is not None:
         return _enter(life, State.DONE), [Leave(life.signum), Finish(signum=life.signum)]
     if not life.may_restart:
         error = f"{_survivors(life)} cannot be killed, so this node does not take part in another round"
         return _enter(life, State.DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
-    says: list[Action] = [Say(line)] if (line := _restart_line(life, event.verdict)) else []
-    return Life(life.limits, history=life.history), [*says, Join()]
+    says: list[Action] = []
+    if line := _restart_line(life, event.verdict):
+        says = [Say(line) if life.end and life.end.mine else _for_all(life, line)]
+    life = Life(life.limits, history=life.history)
+    if event.verdict.pause:
+        return _enter(life, State.PAUSING, deadline=now + event.verdict.pause), says
+    return life, [*says, Join()]
+
+
+def _join(life: Life, event: TimedOut, now: float) -> Step:
+    return _enter(life, State.JOINING, deadline=None), [Join()]
 
 
 def _finish(life: Life, verdict: Verdict) -> Step:
     signum = verdict.signum or None
     life = _enter(life, State.DONE)
-    return life, [Finish(verdict.failures, signum, verdict.error, verdict.status)]
+    return life, [Finish(verdict.failures, signum, verdict.error, verdict.status, verdict.why)]
 
 
 def _leave_unsettled(life: Life, event: Signalled, now: float) -> Step:
@@ -496,21 +542,24 @@ def _leave_unsettled(life: Life, event: Signalled, now: float) -> Step:
     return _enter(life, State.DONE), [Leave(event.signum), Finish(signum=event.signum)]
 
 
-def _lost_its_port(failures: tuple[ProcessFailure, ...], place: Assignment) -> bool:
-    return any(failure.rank == 0 and root_cause.is_port_clash(failure, place.master_port) for failure in failures)
-
-
 def _restart_line(life: Life, verdict: Verdict) -> str:
-    """What people are told of a restart; empty where another node tells it."""
-    place = _place(life)
-    if not verdict.failures or not (life.announced or place.group_rank == 0):
+    """What people are told of a restart."""
+    if not verdict.failures:
         return ""
-    if verdict.free > place.free:
+    if verdict.ledger.free > _place(life).ledger.free:
         return "MASTER_PORT was taken by another process: starting again with another port, without charge"
-    cause = verdict.failures[0]
-    where = f" on {cause.host}" if place.group_world_size > 1 else ""
-    what = f"{cause.how()}, {cause.error_line()}" if cause.error else cause.how()
-    return f"rank {cause.rank}{where} failed ({what}): restart {verdict.charged} of {life.limits.max_restarts}"
+    when = f" in {verdict.pause:g} s" if verdict.pause else ""
+    count = f"restart {verdict.ledger.charged} of {life.limits.policy.max_restarts}"
+    return f"{verdict.failures[0].headline(_is_one_of_many(life))}: {count}{when}"
+
+
+def _for_all(life: Life, text: str) -> Say:
+    """What is to be said once for the job: the node with group rank 0 says it."""
+    return Say(text, Level.EVENT if _place(life).group_rank == 0 else Level.DETAIL)
+
+
+def _is_one_of_many(life: Life) -> bool:
+    return _place(life).group_world_size > 1
 
 
 def _pass_on(life: Life, event: Passed, now: float) -> Step:
@@ -522,7 +571,10 @@ def _ignore(life: Life, event: Event, now: float) -> Step:
 
 
 def _note_end(life: Life, event: Ended, now: float) -> Step:
-    return replace(life, end=event.end), []
+    life = replace(life, end=event.end)
+    if not (event.end.mine and life.announced and life.running):
+        return life, []  # another tells it, or the next line does, or the report
+    return life, [Say(f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}")]
 
 
 def _note_exit(life: Life, event: Exited) -> Life:
@@ -535,8 +587,8 @@ def _place(life: Life) -> Assignment:
     return life.place
 
 
-def _count(running: frozenset[int]) -> str:
-    return "1 worker" if len(running) == 1 else f"{len(running)} workers"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _survivors(life: Life) -> str:
@@ -560,11 +612,13 @@ TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
     (State.RUNNING, Ended): _stop_with_the_others,
     (State.RUNNING, Expired): _kill_when_dumped,
     (State.RUNNING, TimedOut): _kill_expired,
+    (State.RUNNING, Lapsed): _stop_without_a_lease,
     (State.STOPPING, Started): _note_pids,
     (State.STOPPING, Exited): _stopped_worker_ended,
     (State.STOPPING, Signalled): _hurry,
     (State.STOPPING, Passed): _pass_on,
     (State.STOPPING, Expired): _ignore,
+    (State.STOPPING, Lapsed): _ignore,
     (State.STOPPING, TimedOut): _time_is_up,
     (State.STOPPING, Ended): _note_end,
     (State.STOPPING, Gone): _round_is_over,
@@ -579,4 +633,10 @@ TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
     ): _ignore,  # these three: of a round that was given up with a process that cannot be killed
     (State.SETTLING, Exited): _ignore,
     (State.SETTLING, Gone): _ignore,
+    (State.SETTLING, Lapsed): _ignore,
+    (State.PAUSING, TimedOut): _join,
+    (State.PAUSING, Signalled): _give_up_joining,
+    (State.PAUSING, Passed): _ignore,
+    (State.PAUSING, Decided): _ended_without_us,
+    (State.PAUSING, Expired): _ignore,
 }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from elastic_launch.core.chief import disagreement, listed
 from elastic_launch.core.gathering import Gathering
-from elastic_launch.core.lifecycle import Assigned, Ended
+from elastic_launch.core.lifecycle import Assigned, Ended, Fence
+from elastic_launch.core.policy import aged, follow
 from elastic_launch.core.protocol import (
+    Lease,
     Phase,
-    Say,
     Tell,
 )
 from elastic_launch.core.records import Closed, Roster, decode, encode
 from elastic_launch.core.requests import Add
+from elastic_launch.core.rounds import TAKE_OVER
 from elastic_launch.core.watch import Watch, number
 from elastic_launch.errors import ExitCode
-from elastic_launch.model import Assignment, End, EndKind, Verdict
+from elastic_launch.model import Assignment, End, EndKind, Level, Verdict
 
 
 class Membership(Gathering):
@@ -43,7 +45,7 @@ class Membership(Gathering):
         for name in ("give_up", "say", "watch", "last_call"):
             self._timers.pop(name, None)
         self._chief = None
-        self._beats_before = 0
+        self._heard_at = self._now
         if end:
             self.phase = Phase.BESIDE
             self._on_end(value[2])
@@ -54,9 +56,12 @@ class Membership(Gathering):
             return
         self.phase = Phase.MEMBER
         self.place = decode(Assignment, place, self._key("place"))
-        self._in("beat", self._beat_period())
+        self._placed_at = self._now
+        self._timers["beat"] = min(self._timers["beat"], self._now + self._beat_period())
+        self._looked_at = self._now
         if self.place.group_rank == 0:
             self._get_roster()
+        self._renew_lease()
         self._out.append(Tell(Assigned(self.place)))
 
     def _get_roster(self) -> None:
@@ -71,26 +76,27 @@ class Membership(Gathering):
         if self.phase is Phase.BESIDE and self._closed and self.me.rank in self._roster.ranks:
             holder = self._roster.hosts[self._roster.ranks.index(self.me.rank)]
             text = f"{self.me.host} asks for --node-rank={self.me.rank}, which {holder} has asked for before: waiting "
-            self._out.append(Say(f"{text}as a spare, in case that node is gone"))
+            self._say(f"{text}as a spare, in case that node is gone")
         elif self.phase is Phase.BESIDE and self._closed and self.me.rank >= 0:
             self._wait_beside(self._closed)
-        if self.place and self.place.group_rank == 0 and "watch" not in self._timers:
+        is_watcher = self.place is not None and (self.place.group_rank == 0 or self._grace_ends is not None)
+        if is_watcher and "watch" not in self._timers:
             self._watch_over(self._roster)
         if self._mine is not None and self.end is None:
             self._ask_who_is_done()
 
     def _watch_over(self, roster: Roster) -> None:
         self._watch = Watch(self.settings.keep_alive_deadline, self.settings.tick, self._now)
-        self._watch.greet(roster.tickets, self._now)
+        if self.phase is Phase.MEMBER and self.place and self.place.group_rank == 0:
+            self._watch.greet(roster.tickets, self._now)
         self._in("watch", self.settings.tick)
 
     def _stand_by(self, closed: Closed) -> None:
         """There is no place for this node: as a spare it waits for the round's end; with room it brings that about."""
         self.phase = Phase.BESIDE
-        if closed.limits != self.me.limits:
-            text = disagreement(
-                self.me.host, self.me.pid, self.me.limits, "the nodes of the running job", closed.limits
-            )
+        if closed.options != self.me.options:
+            others = "the nodes of the running job"
+            text = disagreement(self.me.host, self.me.pid, self.me.options, others, closed.options)
             self._decide(Verdict(False, error=text, status=ExitCode.USAGE))
             return
         self._stood_by = True
@@ -102,13 +108,17 @@ class Membership(Gathering):
     def _wait_beside(self, closed: Closed) -> None:
         room = self.settings.max_nodes - closed.nodes
         late = self.ticket - closed.tickets
-        if room <= 0 or self.ticket in closed.spares:
-            self._out.append(Say(f"the job runs on {closed.nodes} nodes already: waiting as a spare"))
+        if self.ticket in closed.spares and self.me.aside:
+            limit = self.settings.policy.node_failure_limit
+            text = f"this node has caused {limit} failures in a row (--node-failure-limit={limit})"
+            self._say(f"{text}: a spare has its place, and it waits as a spare itself")
+        elif room <= 0 or self.ticket in closed.spares:
+            self._say(f"the job runs on {closed.nodes} nodes already: waiting as a spare")
         elif late >= room:
             self._join_running()
         else:
             wait = self.settings.last_call_timeout
-            self._out.append(Say(f"the job runs on {closed.nodes} nodes already: joining within {wait:g} s"))
+            self._say(f"the job runs on {closed.nodes} nodes already: joining within {wait:g} s")
             self._in("join_running", wait)
 
     def _join_running(self) -> None:
@@ -126,27 +136,46 @@ class Membership(Gathering):
         elif self._now - self._beat_at >= self.settings.keep_alive_deadline - self._beat_period():
             self._fence()
 
-    def _fence(self) -> None:
-        """The store has not answered for so long that the others may go on without this node: it must not, either."""
+    def _renew_lease(self) -> None:
+        """What the workers' lives depend on: the others have heard of this node then, or later; of the coordinator
+        by its looks, too."""
+        if self.place is None or self.phase not in (Phase.MEMBER, Phase.ENDED) or self._is_fenced:
+            return
+        if self.me.node in (*(self.end.gone if self.end else ()), *(self.verdict.gone if self.verdict else ())):
+            return  # they do not wait for it
+        since = self._alive_at
+        if self.place.group_rank == 0:
+            since = min(since, self._looked_at - self.settings.tick)
+        self._out.append(Lease(since + self.settings.keep_alive_deadline - self.settings.margin))
+
+    def _fence(self, wish: Fence | None = None) -> None:
+        """The others may go on without this node: it must not, either. Nothing was heard of the store for long, or of
+        this node (``wish``)."""
         if self.phase is Phase.MEMBER and not self._is_fenced:
             self._is_fenced = True
             self._mine = None
-            reason = f"the store has not answered for {self._now - self._beat_at:.0f} s"
+            reason = "this process was stopped" if wish else "the store has not answered"
+            reason += f" for {self._now - self._beat_at:.0f} s"
             end = End(EndKind.REFORM, f"{self.me.host} was cut off: {reason}", self.me.node)
             self._create("end", "end", encode(end))  # when the store is there again; or it tells how the round ended
             self._out.append(Tell(Ended(end._replace(reason=reason), 0.0)))
 
     def _on_beat(self, count: int) -> None:
         self._beating = False
-        if count < self._beats_before:
-            self._beats_before = 0
-        silent = (count - self._beats_before - 1) * self._beat_period()
-        if silent >= self.settings.keep_alive_deadline:  # or the chief has set the counter to TAKE_OVER
+        self._alive_at = self._beat_at
+        self._renew_lease()
+        if count <= self._beats:
+            self._heard_at = self._now
+        self._beats = count
+        due = self._heard_at + self.settings.keep_alive_deadline
+        if self._beat_at >= due or count >= TAKE_OVER:
             if self.phase is Phase.WAITING and self._chief is None:
-                self._beats_before = count
+                self._heard_at = self._now
                 self._create("chief", f"chief/{self._chiefs + 1}", b"%d" % self.ticket)
             elif self.phase in (Phase.MEMBER, Phase.BESIDE, Phase.ENDED) and (not self.place or self.place.group_rank):
                 self._lose_coordinator()
+        elif self._now < due and "beat" in self._timers:
+            self._timers["beat"] = min(self._timers["beat"], due)
 
     def _on_chief(self, value: bytes) -> None:
         if self.phase is not Phase.WAITING:
@@ -162,30 +191,50 @@ class Membership(Gathering):
             return
         count, *beats = value
         self._beside = sorted(set(range(1, number(count) + 1)) - set(roster.tickets))
+        self._looked_at = self._now
+        self._renew_lease()
         silent = self._watch.look(zip(self._about, beats, strict=True), self._now)
         self._set_back(self._watch.set_back())
-        lost = [rank for rank, ticket in enumerate(roster.tickets) if ticket in silent and ticket != self.ticket]
-        if lost:
-            self._lose([roster.nodes[rank] for rank in lost], listed(roster.hosts[rank] for rank in lost))
+        self._miss([ticket for ticket in roster.tickets if ticket in silent - self._excused - {self.ticket}])
 
     def _lose_coordinator(self) -> None:
         if self._roster is None:
             self._get_roster()
-        elif self.end is None:
-            self._lose([self._roster.nodes[0]], self._roster.hosts[0])
-        elif "watch" not in self._timers:  # somebody must see whether the node that is to say what follows is alive
+        elif self.end is None and self._roster.tickets[0] not in self._excused:
+            self._miss([self._roster.tickets[0]])
+        elif "watch" not in self._timers:  # somebody must watch over the others, and over who is to say what follows
+            self._create("watcher", f"watcher/{self._watchers + 1}", b"%d" % self.ticket)
+
+    def _on_watcher(self, value: bytes) -> None:
+        self._watchers += 1
+        if value == b"%d" % self.ticket and self._roster:
             self._watch_over(self._roster)
 
+    def _miss(self, tickets: list[int]) -> None:
+        """Members are silent. Those whose workers had all ended well need not be there any more."""
+        if tickets:
+            self._get("missed", *(f"done/{ticket}" for ticket in tickets), about=tickets)
+
+    def _on_missed(self, value: list[bytes]) -> None:
+        self._excused |= {ticket for ticket, done in zip(self._about, value, strict=True) if done}
+        lost = set(self._about) - self._excused
+        if lost and self._roster:
+            ranks = [rank for rank, ticket in enumerate(self._roster.tickets) if ticket in lost]
+            self._lose([self._roster.nodes[rank] for rank in ranks], listed(self._roster.hosts[rank] for rank in ranks))
+
     def _lose(self, nodes: list[str], hosts: str) -> None:
-        """Members are silent: the round ends, or, if it was for them to say what follows its end, this node says it."""
+        """Members are silent: the round ends. If it has, this node says what follows, where they were to say it, or
+        where this node's failure is the consequence of their end."""
+        reason = f"no sign of life from {hosts} for {self.settings.keep_alive_deadline:g} s"
         if self.end is None:
-            reason = f"no sign of life from {hosts} for {self.settings.keep_alive_deadline:g} s"
             self._create("end", "end", encode(End(EndKind.REFORM, reason, self.me.node, tuple(nodes))))
-        elif self.end.kind is EndKind.FAILED and self.end.node in nodes and self.verdict is None and self._roster:
-            charged, free = self._roster.charged, self._roster.free
-            if charged < self.settings.max_restarts:
-                verdict = Verdict(True, charged + 1, free)
-            else:
-                text = f"{self.end.reason}; its node is gone, and has not told more"
-                verdict = Verdict(False, charged, free, error=text, status=self.end.status)
-            self._create("next", "next", encode(verdict))
+        elif self.place is None or self.end.kind is not EndKind.FAILED or self.verdict is not None:
+            return
+        elif self._grace_ends is not None:
+            self._say(f"{reason}, which explains the failure: another round, without charge", Level.EVENT)
+            ledger = aged(self.place.ledger, self._now - self._placed_at)
+            self._create("next", "next", encode(Verdict(True, ledger, gone=tuple(nodes))))
+        elif self.end.node in nodes:
+            elapsed = self._now - self._placed_at
+            verdict = follow(self.settings.policy, self.place, self.end.failures, self.end.node, elapsed)
+            self._create("next", "next", encode(verdict._replace(gone=tuple(nodes))))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from elastic_launch.core.lifecycle import Asking, Assigned, Decided, Ended
 from elastic_launch.core.requests import Request
+from elastic_launch.model import Level, Policy
 
 TICK = 1.0
 """Seconds between two looks of a chief, a coordinator or a deputy, if the keep-alive interval is not shorter."""
@@ -27,19 +28,31 @@ class Settings(NamedTuple):
     keep_alive_interval: float = 5.0
     keep_alive_max_attempt: int = 3
     """After so many intervals without a sign of life a node counts as dead."""
-    max_restarts: int = 0
+    policy: Policy = Policy()
     store_port: int = 0
     """The port on which the job's store serves the workers, too; 0: it does not."""
 
     @property
-    def limits(self) -> tuple[int, ...]:
-        """What all nodes must have been told alike."""
-        return self.min_nodes, self.max_nodes, self.max_restarts
+    def options(self) -> str:
+        """What all nodes must have been told alike, as on the command line."""
+        policy = self.policy
+        words = [f"--nnodes={self.min_nodes}:{self.max_nodes} --max-restarts={policy.max_restarts}"]
+        words += [f"--restart-window={policy.window:g}"] if policy.window else []
+        words += [f"--restart-backoff={policy.backoff:g}:{policy.backoff_limit:g}"] if policy.backoff else []
+        codes = ",".join(map(str, sorted(policy.fatal_exit_codes)))
+        words += [f"--fatal-exit-codes={codes}"] if codes else []
+        words += [f"--node-failure-limit={policy.node_failure_limit}"] if policy.node_failure_limit else []
+        return " ".join(words)
 
     @property
     def keep_alive_deadline(self) -> float:
         """Seconds of silence after which a node counts as dead."""
         return self.keep_alive_interval * self.keep_alive_max_attempt
+
+    @property
+    def margin(self) -> float:
+        """Seconds before that deadline when the node's workers are dead, if it cannot be sure of its place."""
+        return min(1.0, self.keep_alive_deadline / 6)
 
     @property
     def tick(self) -> float:
@@ -75,6 +88,10 @@ class Passing(NamedTuple):
     """Time has passed: ``deadline`` is over."""
 
 
+class Closing(NamedTuple):
+    """The agent is done, and no worker is left: say goodbye."""
+
+
 class Found(NamedTuple):
     """The store is there again, after it could not be reached; it may have forgotten everything."""
 
@@ -87,7 +104,7 @@ class Lost(NamedTuple):
     """The exit status that goes with it."""
 
 
-Event = Opening | Answered | Appeared | Passing | Found | Lost | Asking
+Event = Opening | Answered | Appeared | Passing | Closing | Found | Lost | Asking
 
 # Outputs.
 
@@ -112,13 +129,20 @@ class Say(NamedTuple):
     """Tell people, in one line."""
 
     text: str
+    level: Level = Level.TROUBLE
+
+
+class Lease(NamedTuple):
+    """No other node takes this one's place before that time: its workers may live until then."""
+
+    until: float
 
 
 class Renew(NamedTuple):
     """Serve a fresh store for the workers of the next round, and set the record's port to its own, now."""
 
 
-Output = Ask | Tell | Say | Renew
+Output = Ask | Tell | Say | Lease | Renew
 
 
 class Phase(Enum):

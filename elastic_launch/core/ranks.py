@@ -53,14 +53,15 @@ def choose(nodes: Mapping[int, NodeRecord], max_nodes: int) -> tuple[list[int], 
 
     Args:
         nodes: by ticket, the order of arrival.
-        max_nodes: how many there can be; those that were in the round before come first, then those that came first.
+        max_nodes: how many there can be; those that were in the round before come first, then those that came
+            first; those that stand aside come last.
 
     Returns:
         The members' tickets by group rank, and the tickets of the spares.
     """
     members: list[int] = []
     asked_for: set[int] = set()
-    for ticket in sorted(nodes, key=lambda ticket: (nodes[ticket].previous < 0, ticket)):
+    for ticket in sorted(nodes, key=lambda ticket: (nodes[ticket].aside, nodes[ticket].previous < 0, ticket)):
         rank = nodes[ticket].rank
         if len(members) < max_nodes and rank not in asked_for:
             members.append(ticket)

@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from elastic_launch.errors import RendezvousStateError
+from elastic_launch.model import Ledger
 
 T = TypeVar("T")
 
@@ -42,11 +43,14 @@ class NodeRecord(NamedTuple):
     """Reserved for the workers' store, in case the node gets rank 0."""
     serves: bool = False
     """It hosts the job's store."""
-    charged: int = 0
-    free: int = 0
-    """As in ``Assignment``."""
-    limits: tuple[int, ...] = ()
-    """What it takes for the job's min_nodes, max_nodes and max_restarts."""
+    ledger: Ledger = Ledger()
+    """What it knows of the job's past, up to and with the round"""
+    past: int = -1
+    """of this number."""
+    aside: bool = False
+    """Others should come before it."""
+    options: str = ""
+    """The settings that it was given, as far as all nodes must have the same."""
 
 
 class Closed(NamedTuple):
@@ -60,7 +64,7 @@ class Closed(NamedTuple):
     """Arrivals that the chief knew of."""
     spares: tuple[int, ...] = ()
     """Tickets of those that it had no use for."""
-    limits: tuple[int, ...] = ()
+    options: str = ""
     """The chief's, as in ``NodeRecord``."""
 
 
@@ -70,9 +74,6 @@ class Roster(NamedTuple):
     tickets: tuple[int, ...]
     nodes: tuple[str, ...]
     hosts: tuple[str, ...]
-    charged: int = 0
-    free: int = 0
-    """As in ``Assignment``."""
     ranks: tuple[int, ...] = ()
     """What each asked for, as in ``NodeRecord``."""
 

@@ -18,7 +18,9 @@ A round r of a job, in the store:
     r/done, r/done/t  the nodes whose workers have all ended well: how many, and which
     r/end             End, created once: the first reason to end the round
     r/also            failures of other nodes, one JSON a line: consequences
+    r/settled         how many nodes are through with a round that a failure ended; r/all_settled: all are
     r/next            Verdict, created once: what follows a failure
+    r/watcher/k       ticket of the k-th node that watches over the members when their coordinator does not any more
     r/left, r/empty   how many nodes are through with a job's last round; that all are
 
 A node sends the same few requests in each round, however many nodes there are; only the chief, who closes the round,
@@ -30,16 +32,18 @@ others with every beat. Every request may be carried out twice, since a connecti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from elastic_launch.core.chief import SHOWN
-from elastic_launch.core.lifecycle import Announce, Ended, Leave, Settle, Succeed
+from elastic_launch.core.lifecycle import Announce, Ended, Fence, Leave, Settle, Succeed
 from elastic_launch.core.membership import Membership
+from elastic_launch.core.policy import aged, follow
 from elastic_launch.core.protocol import (
     Answered,
     Appeared,
+    Closing,
     Event,
     Found,
     Lost,
@@ -47,21 +51,22 @@ from elastic_launch.core.protocol import (
     Output,
     Passing,
     Phase,
-    Say,
     Tell,
 )
 from elastic_launch.core.records import Closed, decode, encode
 from elastic_launch.core.requests import Add, Append
 from elastic_launch.core.root_cause import is_consequence, shortened
+from elastic_launch.core.rounds import TAKE_OVER
+from elastic_launch.core.watch import number
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
-from elastic_launch.model import End, EndKind, Verdict
+from elastic_launch.model import End, EndKind, Ledger, Verdict
 
-TAKE_OVER = 1 << 20
-"""A counter that is set to this tells its node to take over as chief at once."""
 ANY_TICKET = 1 << 40
 """Above every ticket: of a round that ends before it begins, for whoever comes."""
 MESSAGE = 60_000
 """Characters of the cause's traceback that the other nodes get to see."""
+GRACE = 1.0
+"""Seconds, at least, that a failure which looks like a consequence waits for its cause."""
 NOTE = 1000
 """Characters of a failure's note."""
 
@@ -104,6 +109,9 @@ class Node(Membership):
                 self._get("end_read", "end")
             case "next":
                 self._get("next_read", "next")
+            case "all_settled":
+                self._await("next")
+                self._read_also()
             case "empty":
                 self._gone_at_last()
             case _:
@@ -112,8 +120,13 @@ class Node(Membership):
     # --- the round ends
 
     def _announce(self, wish: Announce) -> None:
+        self._announced = wish.failure
         if self.end is None:
-            self._create("end", "end", encode(End(EndKind.FAILED, wish.reason, self.me.node, status=wish.status)))
+            failure = _brief(wish.failure)
+            end = End(EndKind.FAILED, wish.failure.headline(), self.me.node, failures=(failure,))
+            self._create("end", "end", encode(end))
+        elif self.end.kind is EndKind.FAILED:
+            self._tell_failures([wish.failure])
 
     def _on_end_read(self, value: list[bytes]) -> None:
         self._on_end(value[0])
@@ -130,23 +143,34 @@ class Node(Membership):
         for name in ("give_up", "say", "last_call", "join_running"):
             self._timers.pop(name, None)
         self._await("next" if end.kind is EndKind.FAILED else None)
-        charged, free = (self.place.charged, self.place.free) if self.place else (0, 0)
+        ledger = self._ledger()
         match end.kind:
+            case EndKind.FAILED:
+                if self._announced and not end.mine:
+                    self._tell_failures([self._announced])
             case EndKind.REFORM:
-                self.verdict = Verdict(True, charged, free)
+                self.verdict = Verdict(True, ledger, gone=end.gone)
             case EndKind.STOP:
-                self.verdict = Verdict(False, charged, free, signum=end.signum)
+                self.verdict = Verdict(False, ledger, signum=end.signum)
             case EndKind.DONE:
-                self.verdict = Verdict(False, charged, free)
-            case EndKind.ERROR:
-                self.verdict = Verdict(True) if self._is_late else Verdict(False, error=end.reason, status=end.status)
+                self.verdict = Verdict(False, ledger)
+            case EndKind.ERROR:  # nodes that come after others have not met may have better luck
+                again = self._is_late and end.status != ExitCode.UNAVAILABLE
+                self.verdict = Verdict(again, ledger, error="" if again else end.reason, status=end.status)
+        self._decided_at = self._now
         if not beside and not self._is_fenced:
             self._mine = None  # also of a node whose workers have ended well: it settles this end
             self._out.append(Tell(Ended(end, 0.0)))
         self._report()
 
+    def _ledger(self) -> Ledger:
+        """What the job remembers, where the round's end adds nothing to it."""
+        return aged(self.place.ledger, self._now - self._placed_at) if self.place else self.me.ledger
+
     def _succeed(self, wish: Succeed) -> None:
-        self._mine = Verdict(False)
+        self._mine = Settle(Verdict(False))
+        if wish.patience < float("inf"):
+            self._in("barrier", wish.patience)
         self._set([(f"done/{self.ticket}", b"1")])
         self._ask("done", Add(self._key("done"), 1))
 
@@ -165,37 +189,88 @@ class Node(Membership):
         if all(value) and self.end is None:
             self._create("end", "end", encode(End(EndKind.DONE, "all workers have ended well", self.me.node)))
 
+    def _stop_waiting(self) -> None:
+        """This node's workers have ended well long ago, others run on."""
+        if self.end is None and not self.me.serves:
+            self._say("this node's workers have ended well; it waits no longer for the others' (exit_barrier_timeout)")
+            self._decide(Verdict(False, self._ledger()))
+
     def _settle(self, wish: Settle) -> None:
-        self._mine = wish.verdict
+        self._mine = wish
         self._report()
 
     def _report(self) -> None:
         """Say what follows, if that is for this node to say; else tell its failures, as consequences."""
         if self._mine and self.end and self.end.kind is EndKind.FAILED and self.verdict is None:
-            if self.end.mine:
-                self._get("also", "also")
-                return
-            if self._mine.failures:
-                lines = b"".join(encode(_Failure(_brief(failure))) + b"\n" for failure in self._mine.failures[:SHOWN])
-                self._ask("set", Append(self._key("also"), lines))
+            if not self.end.mine:
+                self._tell_failures(self._mine.verdict.failures)
+            self._ask("settled", Add(self._key("settled"), 1))
         self._conclude()
 
+    def _tell_failures(self, failures: Iterable[ProcessFailure]) -> None:
+        """To the node that says what follows: they are consequences, or the cause if its own is one."""
+        new = [failure for failure in failures if failure.rank not in self._told][:SHOWN]
+        self._told |= {failure.rank for failure in new}
+        lines = b"".join(encode(_Failure(_brief(failure), self.me.node)) + b"\n" for failure in new)
+        if lines:
+            self._ask("set", Append(self._key("also"), lines))
+
+    def _on_settled(self, count: int) -> None:
+        if self._closed and count >= self._closed.nodes:
+            self._set([("all_settled", b"1")])
+        if self.end and self.end.mine:
+            self._read_also()
+
+    def _read_also(self) -> None:
+        self._get("also", "also", "settled")
+
     def _on_also(self, value: list[bytes]) -> None:
-        """Say what follows; the cause is this node's, unless that is plainly the consequence of another's."""
-        if self._mine is None:
+        """Say what follows; the cause is this node's, unless that is plainly the consequence of another's.
+
+        In that case the others have a little time to tell of an original cause: until all have settled, or for
+        ``GRACE`` and until each has given a sign of life since, for the cause may be the end of a node.
+        """
+        if self._mine is None or self.end is None or self.place is None or self.verdict is not None:
             return
-        others = [decode(_Failure, line, self._key("also")).failure for line in value[0].splitlines()]
-        failures = sorted((*self._mine.failures, *dict.fromkeys(others)), key=is_consequence)
-        cut = (_cut(failures[0]), *map(_brief, failures[1:64])) if failures else ()
-        self._create("next", "next", encode(self._mine._replace(failures=cut)))
+        lines = [decode(_Failure, line, self._key("also")) for line in value[0].splitlines()]
+        found = {failure.rank: (failure, self.me.node) for failure in self._mine.verdict.failures}
+        found = {line.failure.rank: (line.failure, line.node) for line in lines} | found
+        own = {failure.rank for failure in self._mine.verdict.failures}
+        failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
+        if failures and is_consequence(failures[0][0]) and not self._has_heard_of_all(number(value[1])):
+            self._wait_for_a_cause()
+            return
+        node = failures[0][1] if failures else ""
+        cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
+        elapsed = self._now - self._placed_at
+        verdict = follow(self.settings.policy, self.place, cut, node, elapsed, self._mine.may_restart)
+        self._create("next", "next", encode(verdict))
+
+    def _wait_for_a_cause(self) -> None:
+        if self._grace_ends is None:
+            self._grace_ends = self._now + GRACE
+            self._await("all_settled")
+            self._get_roster()
+        self._in("grace", min(GRACE, self.settings.tick))
+
+    def _has_heard_of_all(self, settled: int) -> bool:
+        """Whether each member has settled, or told in the time of grace that it lives, and nothing else."""
+        if self._closed is None or settled >= self._closed.nodes:
+            return True
+        if self._grace_ends is None or self._now < self._grace_ends or not (self._roster and self._watch):
+            return False
+        since = self._grace_ends - GRACE + 2 * self.settings.tick  # what was seen sooner may be older
+        others = set(self._roster.tickets) - {self.ticket} - self._excused
+        return all(self._watch.has_lived_since(ticket, since) for ticket in others)
 
     def _on_next_read(self, value: list[bytes]) -> None:
         self._on_next(value[0])
 
     def _on_next(self, data: bytes) -> None:
         if data and self.verdict is None:
-            self.verdict = decode(Verdict, data, self._key("next"))
+            self.verdict, self._decided_at = decode(Verdict, data, self._key("next")), self._now
             self.awaiting = None
+            self._timers.pop("grace", None)
             self._conclude()
 
     def _conclude(self) -> None:
@@ -218,12 +293,12 @@ class Node(Membership):
         """What the end of a job means to a node that came when it was over."""
         job = f"job {self.settings.run_id}"
         if self.end and self.end.kind is EndKind.DONE:
-            self._out.append(Say(f"{job} has ended already, well: there is nothing to do (a new job needs another id)"))
+            self._say(f"{job} has ended already, well: there is nothing to do (a new job needs another id)")
         elif self.end and self.end.kind is EndKind.STOP:
             text = f"{job} was stopped already: {self.end.reason}; pass another --rdzv-id for a new job"
             return Verdict(False, error=text, status=ExitCode.UNAVAILABLE)
         elif self.end and self.end.kind is EndKind.FAILED:
-            self._out.append(Say(f"{job} has failed already, as follows; pass another --rdzv-id for a new job"))
+            self._say(f"{job} has failed already, as follows; pass another --rdzv-id for a new job")
         return verdict
 
     # --- the store comes and goes
@@ -241,7 +316,7 @@ class Node(Membership):
         elif self.end is None:
             self._on_end(encode(End(EndKind.REFORM, "the store was started anew", self.me.node)))
         elif self.verdict is None:
-            self.verdict = Verdict(True, self.place.charged, self.place.free)
+            self.verdict = Verdict(True, self._ledger())
             self._conclude()
 
     def _lose_store(self, event: Lost) -> None:
@@ -261,31 +336,40 @@ class Node(Membership):
     # --- leaving
 
     def _leave(self, wish: Leave) -> None:
-        """The node goes: the job goes on without it if it can."""
+        """The node goes, when its workers have stopped: the job goes on without it if it can."""
+        leaves = f"{self.me.host} leaves ({signal_name(wish.signum)})"
+        why = f"{self.me.host}: {wish.error}" if wish.error else leaves
         if self.phase is Phase.MEMBER and self._closed and self.end is None:
-            name = signal_name(wish.signum)
             rest = self._closed.nodes - 1 + len(self._closed.spares)
             if rest >= self.settings.min_nodes and not self.me.serves:
-                end = End(EndKind.REFORM, f"{self.me.host} leaves ({name})", self.me.node, (self.me.node,))
+                end = End(EndKind.REFORM, why, self.me.node)
             else:
-                reason = f"{self.me.host} leaves ({name}), and the job cannot go on without it"
-                end = End(EndKind.STOP, reason, self.me.node, signum=wish.signum)
+                end = self._final(wish, f"{why}, and the job cannot go on without it")
             self._create("set", "end", encode(end))
         elif self.me.serves and self.phase is not Phase.IDLE and not self.is_settled:
             self.round += self.phase is Phase.ENDED  # the others have gone on, or will
-            reason = f"{self.me.host}, which hosts the store, leaves ({signal_name(wish.signum)})"
-            self._create("set", "end", encode(End(EndKind.STOP, reason, self.me.node, signum=wish.signum)))
+            self._create("set", "end", encode(self._final(wish, f"{why}, which hosts the store")))
             self._create("set", "closed", encode(Closed(-1, 0, ANY_TICKET)))
         elif self.phase is Phase.WAITING and self._chief:
             heirs = sorted(ticket for ticket in self._chief.joined if ticket != self.ticket)
             self._set((f"beat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
+
+    def _close_connection(self, wish: Closing) -> None:
         self._say_goodbye()
+
+    def _final(self, wish: Leave, reason: str) -> End:
+        """The end of the job, since this node cannot be replaced."""
+        if wish.error:
+            return End(EndKind.ERROR, f"{self.me.host}: {wish.error}", self.me.node, status=wish.status)
+        return End(EndKind.STOP, reason, self.me.node, signum=wish.signum)
 
 
 class _Failure(NamedTuple):
     """A failure in the list of consequences."""
 
     failure: ProcessFailure
+    node: str
+    """The id of its node."""
 
 
 def _brief(failure: ProcessFailure) -> ProcessFailure:
@@ -311,10 +395,14 @@ ANSWERS: dict[str, Callable[[Node, Any], None]] = {
     "status": Node._on_status,
     "beat": Node._on_beat,
     "chief": Node._on_chief,
+    "set_back": Node._on_set_back,
     "member_beats": Node._on_member_beats,
     "place": Node._on_place,
     "roster": Node._on_roster,
     "record": Node._on_record,
+    "watcher": Node._on_watcher,
+    "missed": Node._on_missed,
+    "settled": Node._on_settled,
     "end": Node._on_end,
     "end_read": Node._on_end_read,
     "done": Node._on_done,
@@ -335,6 +423,8 @@ TIMERS: dict[str, Callable[[Node], None]] = {
     "beat": Node._beat,
     "join_running": Node._join_running,
     "close": Node._gone_at_last,
+    "barrier": Node._stop_waiting,
+    "grace": Node._read_also,
 }
 WISHES: dict[type, Callable[[Node, Any], None]] = {
     Opening: Node._begin,
@@ -343,6 +433,8 @@ WISHES: dict[type, Callable[[Node, Any], None]] = {
     Succeed: Node._succeed,
     Settle: Node._settle,
     Leave: Node._leave,
+    Closing: Node._close_connection,
+    Fence: Node._fence,
     Found: Node._look_for_record,
     Lost: Node._lose_store,
 }

@@ -13,7 +13,13 @@ _WIDTH = 80
 
 
 def format_report(
-    name: str, failures: Sequence[ProcessFailure], *, restarts: int, max_restarts: int, log_dir: str | None
+    name: str,
+    failures: Sequence[ProcessFailure],
+    *,
+    restarts: int,
+    max_restarts: int,
+    log_dir: str | None,
+    why: str = "",
 ) -> str:
     """The block that ends a failed job.
 
@@ -23,6 +29,7 @@ def format_report(
         restarts: how many restarts were used up.
         max_restarts: how many there were.
         log_dir: where the job's files lie; None where there are none.
+        why: why those that were left were not used.
     """
     cause, *consequences = failures
     lines = [
@@ -44,7 +51,7 @@ def format_report(
     if consequences:
         lines += ["Then"]
         lines += [f"  {_consequence(failure)}" for failure in consequences]
-    lines += ["-" * _WIDTH, f"restarts  : {restarts} of {max_restarts} used"]
+    lines += ["-" * _WIDTH, f"restarts  : {restarts} of {max_restarts} used{why and f'; {why}'}"]
     if log_dir:
         lines += [f"logs      : {log_dir}"]
     return "\n".join([*lines, "=" * _WIDTH])

@@ -6,19 +6,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from elastic_launch.core.chief import Chief
-from elastic_launch.core.lifecycle import Decided
+from elastic_launch.core.lifecycle import Decided, Settle
 from elastic_launch.core.protocol import (
     Ask,
     Output,
     Phase,
+    Say,
     Settings,
     Tell,
 )
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status
 from elastic_launch.core.requests import Add, Get, Request, Set, Swap
 from elastic_launch.core.watch import LEFT, Watch, number
-from elastic_launch.model import Assignment, End, Verdict
+from elastic_launch.errors import ProcessFailure
+from elastic_launch.model import Assignment, End, Level, Verdict
 
+TAKE_OVER = 1 << 20
+"""A counter that is set to this tells its node to take over as chief at once."""
 BATCH = 256
 """Records that the chief reads with one request, and keys that are written with one."""
 
@@ -28,14 +32,14 @@ class Round:
 
     def __init__(self, record: NodeRecord, settings: Settings) -> None:
         """Take what the node tells of itself, and the job's settings."""
-        self.me = record._replace(limits=settings.limits)
+        self.me = record._replace(options=settings.options)
         self.settings = settings
         self.phase = Phase.IDLE
         self.round = -1
         self.awaiting: str | None = None
         self._timers: dict[str, float] = {}
         self._out: list[Output] = []
-        self._now = self._began_at = 0.0
+        self._now = self._began_at = self._decided_at = 0.0
         self._about: Any = None
         self.is_gone = False
         """Its goodbye is said: the driver may close the connection."""
@@ -48,20 +52,35 @@ class Round:
         self.end: End | None = None
         self.verdict: Verdict | None = None
         self._acknowledged = self._has_counted = False
-        self._mine: Verdict | None = None
+        self._mine: Settle | None = None
         """This node's settlement of the round."""
+        self._placed_at = 0.0
+        """When its workers began."""
+        self._announced: ProcessFailure | None = None
+        self._told: set[int] = set()
+        """Ranks whose failure the others know of."""
+        self._grace_ends: float | None = None
+        """Until when this node, whose failure looks like a consequence, waits for a cause."""
         self._closed: Closed | None = None
         self._asked_chief = 0
         self._stood_by = False
         """It was beside the members before the round ended."""
         self._beating = self._is_fenced = False
-        self._beat_at = 0.0
-        self._beats_before = 0
+        self._beat_at = self._alive_at = self._looked_at = 0.0
+        """When it sent its last sign of life, the last that was answered, and looked at the others'."""
+        self._beats = 0
+        """What its counter was at the last answer."""
+        self._heard_at = 0.0
+        """When it learnt that somebody watches over it: its counter had been set back."""
         self._roster: Roster | None = None
         self._beside: list[int] = []
         """Tickets of those who are no members, if this node watches over them."""
         self._watch: Watch | None = None
         """Of the members, if this node watches over them."""
+        self._watchers = 0
+        """How many nodes have watched over them in turn, but for the coordinator."""
+        self._excused: set[int] = set()
+        """Tickets of members that may be silent: their workers had all ended well before."""
         self._chiefs = 0
         """Which chief this node follows, or is."""
         self._chief: Chief | None = None
@@ -107,6 +126,9 @@ class Round:
     def _await(self, name: str | None) -> None:
         self.awaiting = None if name is None else self._key(name)
 
+    def _say(self, text: str, level: Level = Level.TROUBLE) -> None:
+        self._out.append(Say(text, level))
+
     def _in(self, name: str, seconds: float) -> None:
         self._timers[name] = self._now + seconds
 
@@ -121,7 +143,7 @@ class Round:
     # --- the end of its part
 
     def _decide(self, verdict: Verdict) -> None:
-        self.verdict = verdict
+        self.verdict, self._decided_at = verdict, self._now
         self._out.append(Tell(Decided(verdict)))
         if not verdict.restart:
             self._say_goodbye()

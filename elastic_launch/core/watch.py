@@ -70,11 +70,14 @@ class Watch:
                 self._signs[ticket] = (counter, now)
                 self._unproven.add(ticket)
             before, at = self._signs[ticket]
-            if counter != before or slept:
+            has_grown = counter not in (before, b"0")  # to 0 another one sets it back who watches
+            if has_grown or slept:
                 self._signs[ticket] = (counter, now)
-                self._unproven -= {ticket} if counter != before else set()
-            elif now - at >= self._deadline:
-                silent.add(ticket)
+                self._unproven -= {ticket} if has_grown else set()
+            else:
+                self._signs[ticket] = (counter, at)
+                if now - at >= self._deadline:
+                    silent.add(ticket)
         return silent
 
     def set_back(self) -> list[int]:
@@ -83,3 +86,9 @@ class Watch:
         for ticket in grown:
             self._signs[ticket] = (b"0", self._signs[ticket][1])
         return grown
+
+    def note_set_back(self, tickets: Iterable[int], now: float) -> None:
+        """Counters have been set back, by now: what that has wiped out may have been signs of life."""
+        for ticket in tickets:
+            if ticket in self._signs:
+                self._signs[ticket] = (self._signs[ticket][0], now)

@@ -19,7 +19,9 @@ from elastic_launch.core.protocol import (
     Answered,
     Appeared,
     Ask,
+    Closing,
     Found,
+    Lease,
     Lost,
     Opening,
     Passing,
@@ -34,6 +36,7 @@ from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Append, Cancel, Set, Wait
 from elastic_launch.errors import ExitCode, RendezvousConnectionError, RendezvousError
+from elastic_launch.model import Level
 from elastic_launch.ports import outward_address, reserve_port
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import NotAStoreError, StoreClient
@@ -71,8 +74,12 @@ class DynamicRendezvous:
         backend: Backend,
         say: Callable[[str], None],
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - a value
+        verbosity: int = Level.EVENT,
     ) -> None:
         """Take what the job's nodes agree on, this node's record, and the store; nothing is started yet."""
+        self.lease: Callable[[float], None] = lambda until: None
+        """Takes the time until which the workers may live, whenever it is later."""
+        self._verbosity = verbosity
         self._settings = settings
         self._node = Node(record, settings)
         self._backend = backend
@@ -87,7 +94,7 @@ class DynamicRendezvous:
         """What the store has to answer, and when that was asked of the connection that there is."""
         self._awaited: str | None = None
         self._store_addr = ""
-        self._was_ready = self._has_met = self._has_answer = self._has_given_up = False
+        self._was_ready = self._has_met = self._has_answer = self._has_given_up = self._has_left = False
         self._connected_at = 0.0
         self._lost_at = 0.0
         """When the store was there for the last time, or was first looked for."""
@@ -102,6 +109,7 @@ class DynamicRendezvous:
 
     def ask(self, action: Asking) -> list[Event]:
         """Take an action of the agent; most answers come later, from ``take``."""
+        self._has_left = isinstance(action, Leave)
         if isinstance(action, Join):
             self._step(Opening(self._port()))
         else:
@@ -141,8 +149,9 @@ class DynamicRendezvous:
         """Say goodbye, which takes some seconds at most; the store's host waits until the others know the outcome."""
         try:
             if self._is_open:
-                if self._node.phase is not Phase.LEAVING:
+                if not (self._has_left or self._node.phase is Phase.LEAVING):
                     self._step(Leave(signal.SIGTERM))
+                self._step(Closing())
                 self._say_goodbye()
         except RendezvousError:
             pass  # without a store there is nobody to say it to
@@ -175,8 +184,11 @@ class DynamicRendezvous:
                     self._unanswered.append((output, now))
                     if self._calls:
                         self._calls.submit(output.request, output)
-                case Say(text):
-                    self._say(text)
+                case Say(text, level):
+                    if level <= self._verbosity:
+                        self._say(text)
+                case Lease(until):
+                    self.lease(until)
                 case Renew():
                     self._node.me = self._node.me._replace(port=self._backend.fresh_store())
                 case Tell(told):

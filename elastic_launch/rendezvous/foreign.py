@@ -36,6 +36,7 @@ from elastic_launch.core.lifecycle import (
     Settle,
     Succeed,
 )
+from elastic_launch.core.policy import aged
 from elastic_launch.core.ranks import assign
 from elastic_launch.core.records import NodeRecord, decode, encode
 from elastic_launch.errors import (
@@ -50,7 +51,7 @@ from elastic_launch.errors import (
     UnavailableError,
     signal_name,
 )
-from elastic_launch.model import Assignment, End, EndKind, Verdict, WorkerSpec
+from elastic_launch.model import Assignment, End, EndKind, Ledger, Verdict, WorkerSpec
 from elastic_launch.ports import reserve_port
 from elastic_launch.rendezvous.handlers import RendezvousStoreInfo
 
@@ -154,8 +155,10 @@ class ForeignRendezvous:
         self._store: Any = None
         self._keys = ""
         self._place: Assignment | None = None
+        self._began_at = 0.0
         self._outcome: _Outcome | None = None
         self._verdict = Verdict(True)
+        self._settled_at = time.monotonic()
         self._rounds = 0
         self._succeeded = False
         self._barrier_ends = 0.0
@@ -177,18 +180,18 @@ class ForeignRendezvous:
             case Join():
                 self._end = None
                 self._tasks.put(self._join)
-            case Announce(reason, status):
+            case Announce(failure):
                 if self._end is None:
-                    self._end = End(EndKind.FAILED, reason, self._node.node, status=status, mine=True)
+                    self._end = End(EndKind.FAILED, failure.headline(), self._node.node, mine=True)
                     self._tasks.put(self._rest)
                     return [Ended(self._end, time.time())]
             case Succeed():
                 self._tasks.put(self._succeed)
             case Settle(verdict):
                 self._tasks.put(partial(self._settle, self._end, verdict))
-            case Leave(signum):
+            case Leave(signum, error):
                 self._left = True
-                self._tasks.put(partial(self._leave, signum))
+                self._tasks.put(partial(self._leave, error or signal_name(signum)))
         return []
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -293,7 +296,8 @@ class ForeignRendezvous:
         store, rank, size = info.store, info.rank, info.world_size
         if not (isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             raise RendezvousStateError(f"next_rendezvous() gave rank {rank!r} of {size!r}")
-        node = self._node._replace(charged=self._verdict.charged, free=self._verdict.free)
+        ledger = aged(self._verdict.ledger, time.monotonic() - self._settled_at)
+        node = self._node._replace(ledger=ledger, past=self._rounds - 1)
         hello = _Hello(node, os.urandom(8).hex(), self._rounds)
         if rank == 0:
             hellos = [hello, *_read_hellos(store, size)]
@@ -308,8 +312,7 @@ class ForeignRendezvous:
                 where.master_addr,
                 where.master_port,
                 restart_count=rounds,
-                charged=max(hello.node.charged for hello in hellos),
-                free=max(hello.node.free for hello in hellos),
+                ledger=max((hello.node for hello in hellos), key=lambda node: node.past).ledger,
             )
             # The handler's port may be the same in each round, so another round is no remedy when it is taken.
             answers = [_Answer(place._replace(port_picked=False, agent_store=served), hello.token) for place in places]
@@ -326,6 +329,7 @@ class ForeignRendezvous:
         self._keys = f"{PREFIX}{answer_here.token}/"
         self._rounds = answer_here.place.restart_count + 1
         self._succeeded = False
+        self._began_at = time.monotonic()
         return answer_here.place
 
     def _rest(self) -> Sequence[Event]:
@@ -356,7 +360,7 @@ class ForeignRendezvous:
             if outcome is not mine:
                 consequences = () if outcome.verdict.restart else verdict.failures
                 verdict = outcome.verdict._replace(failures=(*outcome.verdict.failures, *consequences))
-        self._verdict = verdict
+        self._verdict, self._settled_at = verdict, time.monotonic()
         return [Decided(verdict)]
 
     def _succeed(self) -> Sequence[Event]:
@@ -400,12 +404,12 @@ class ForeignRendezvous:
                 time.sleep(_FIRST_LOOK / 2)
                 seen = self._store.add(f"{self._keys}seen", 0)
 
-    def _leave(self, signum: int) -> Sequence[Event]:
+    def _leave(self, why: str) -> Sequence[Event]:
         """Have the others go on at once, instead of when they miss this node."""
         self._again = None
         if self._store is not None and self._size > 1:
             with contextlib.suppress(Exception):  # it is this node that leaves; the others will miss it
-                self._reform(f"{self._node.host} leaves ({signal_name(signum)})")
+                self._reform(f"{self._node.host} leaves ({why})")
         return []
 
     def _shut_down(self) -> Sequence[Event]:
@@ -419,8 +423,8 @@ class ForeignRendezvous:
         return []
 
     def _reform(self, reason: str) -> _Outcome:
-        charged, free = (self._place.charged, self._place.free) if self._place else (0, 0)
-        return self._write_outcome(_Outcome(End(EndKind.REFORM, reason, self._node.node), Verdict(True, charged, free)))
+        ledger = aged(self._place.ledger, time.monotonic() - self._began_at) if self._place else Ledger()
+        return self._write_outcome(_Outcome(End(EndKind.REFORM, reason, self._node.node), Verdict(True, ledger)))
 
     def _read_outcome(self) -> _Outcome | None:
         key = f"{self._keys}end"

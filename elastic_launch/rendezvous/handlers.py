@@ -258,7 +258,7 @@ class BuiltInHandler(RendezvousHandler):
 
     def for_agent(self, spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> Any:
         """What an agent with these workers talks to. Raises UsageError where a parameter is wrong."""
-        params = self._params
+        params, policy = self._params, spec.get_policy()
         config = LaunchConfig(
             min_nodes=params.min_nodes,
             max_nodes=params.max_nodes,
@@ -268,7 +268,11 @@ class BuiltInHandler(RendezvousHandler):
             rdzv_endpoint=params.endpoint,
             rdzv_backend=params.backend,
             rdzv_configs=params.config,
-            max_restarts=spec.max_restarts,
+            max_restarts=policy.max_restarts,
+            restart_window=policy.window,
+            restart_backoff=f"{policy.backoff}:{policy.backoff_limit}",
+            fatal_exit_codes=",".join(map(str, policy.fatal_exit_codes)),
+            node_failure_limit=policy.node_failure_limit,
             local_addr=params.local_addr or spec.local_addr,
         )
         return create_own(config, environ, say)

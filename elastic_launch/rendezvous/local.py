@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection
 
 from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle, Succeed
+from elastic_launch.core.policy import aged
 from elastic_launch.model import Assignment, End, EndKind, Verdict
 from elastic_launch.ports import reserve_port
 
@@ -20,8 +21,9 @@ def answer_alone(action: Asking, next_round: Callable[[], Assignment]) -> list[E
     match action:
         case Join():
             return [Assigned(next_round())]
-        case Announce(reason, status):
-            return [Ended(End(EndKind.FAILED, reason, status=status, mine=True), time.time())]
+        case Announce(failure):
+            end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
+            return [Ended(end, time.time())]
         case Succeed():
             return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
         case Settle(verdict):
@@ -43,6 +45,7 @@ class LocalRendezvous:
         self._reserved: socket.socket | None = None
         self._rounds = 0
         self._last = Verdict(restart=True)
+        self._settled_at = time.monotonic()
 
     def get_run_id(self) -> str:
         """The job's id."""
@@ -55,7 +58,7 @@ class LocalRendezvous:
             UnavailableError: the port that the user named is in use.
         """
         if isinstance(action, Settle):
-            self._last = action.verdict
+            self._last, self._settled_at = action.verdict, time.monotonic()
         return answer_alone(action, self._next_round)
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -93,6 +96,5 @@ class LocalRendezvous:
             host=os.uname().nodename,
             port_picked=self._port == 0,
             restart_count=self._rounds - 1,
-            charged=self._last.charged,
-            free=self._last.free,
+            ledger=aged(self._last.ledger, time.monotonic() - self._settled_at),
         )

@@ -88,9 +88,9 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
         min_nodes=config.min_nodes,
         max_nodes=config.max_nodes,
         keep_alive_max_attempt=_attempts(conf),
-        max_restarts=config.max_restarts,
+        policy=config.policy,
         store_port=0 if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1" else port,
-        **seconds,
+        **cast("dict[str, Any]", seconds),
     )
     host, pid = os.uname().nodename, os.getpid()
     record = NodeRecord(
@@ -103,7 +103,7 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
         address=config.local_addr or "",
         named=bool(config.local_addr),
     )
-    return DynamicRendezvous(settings, record, backend, say, Timeouts(**timeouts))
+    return DynamicRendezvous(settings, record, backend, say, Timeouts(**timeouts), config.verbosity)
 
 
 def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str, str]) -> tuple[Backend, int]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from elastic_launch.core.lifecycle import Event, Exited, Gone, Started
+from elastic_launch.core.lifecycle import Event, Exited, Gone, Lapsed, Started
 from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers.keeper import (
@@ -84,6 +84,7 @@ class WorkerProcesses:
         """The signals that stopped workers which were not started yet."""
         self._losses = 0
         """Keepers that were lost without having started anybody."""
+        self._lease = 0.0
         self._sweep_unanswered = False
         self._burial_owed = False
         self._errors: dict[int, Evidence] = {}
@@ -113,6 +114,8 @@ class WorkerProcesses:
             )
             for command in commands
         ]
+        if self._lease:  # the keeper may be a new one
+            self._keeper.send("lease", self._lease)
         self._keeper.send("spawn", orders, descriptors=[fd for command in commands for fd, _ in command.descriptors])
 
     def tell(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
@@ -121,6 +124,12 @@ class WorkerProcesses:
             self._told = (int(signum), signal.SIGKILL)
             self._keeper.kill()  # it is importing modules, and hears nothing
         self._keeper.send("tell", int(signum), sorted(local_ranks), stop)
+
+    def lease(self, until: float) -> None:
+        """Let workers live until a moment on ``time.monotonic``, if this is not called again before: then come SIGKILL
+        and ``Lapsed``. Without a first call they need no lease."""
+        self._lease = until
+        self._keeper.send("lease", until)
 
     def dump(self, local_ranks: Collection[int]) -> None:
         """Have workers that know how to write the stacks of their threads to stderr."""
@@ -153,6 +162,8 @@ class WorkerProcesses:
                 return [Exited(Exit(*exit_)) for exit_ in exits]
             case ("gone", dict(leftovers)):
                 return [self._gone(leftovers)]
+            case ("lapsed",):
+                return [Lapsed()]
             case ("warned", str(text)):
                 self._say(text)
                 return []

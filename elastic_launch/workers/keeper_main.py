@@ -19,10 +19,12 @@ To the keeper:
     ("tell", signum, [local rank, ...], stop?)
     ("dump", [local rank, ...])  -- have them write the stacks of their threads to stderr
     ("sweep", kill?)
+    ("lease", until)  -- SIGKILL all of them at that time of the monotonic clock, unless another lease comes before
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
     ("exited", [(local rank, exit code, time, (stop signals sent before, ...)), ...])
     ("gone", {pid: name})  -- answers the sweeps of a round, when nothing is left; what had to be killed besides workers
+    ("lapsed",)  -- the lease has run out
 """
 
 from __future__ import annotations
@@ -214,6 +216,8 @@ class Service:
         self.leftovers: dict[int, str] = {}
         """What had to be killed when the workers had ended: name by pid."""
         self.next_look = FIRST_LOOK
+        self.lease = float("inf")
+        """Until when the agent is sure that no other node has taken this one's place."""
 
     def run(self) -> None:
         """Serve until the agent is gone and nothing is left."""
@@ -229,11 +233,11 @@ class Service:
             "tell": self.tell,
             "dump": self.dump,
             "sweep": self.sweep,
+            "lease": self.renew,
         }
         buffer = bytearray()
         while True:
-            timeout = self.next_look * 1000 if self.phase is Phase.KILLING else None
-            ready = [fd for fd, _ in poller.poll(timeout)]
+            ready = [fd for fd, _ in poller.poll(self.patience())]
             if deaths in ready:
                 os.read(deaths, 4096)
             if self.sock in ready:
@@ -247,8 +251,18 @@ class Service:
                 poller.unregister(self.sock)
                 poller.unregister(self.agent)
                 self.kill_all()
+            if time.monotonic() >= self.lease:
+                self.lapse()
             if not self.look() and not self.agent_lives:
                 return
+
+    def patience(self) -> float | None:
+        """Milliseconds until something is due."""
+        if self.phase is Phase.KILLING:
+            return self.next_look * 1000
+        if self.phase is Phase.SWEPT or self.lease == float("inf"):
+            return None
+        return max(0.0, self.lease - time.monotonic()) * 1000
 
     def receive(self) -> bytes:
         """Read what the agent sent; nothing when it has closed its end."""
@@ -367,7 +381,7 @@ class Service:
 
     def sweep(self, with_kill: bool) -> None:
         """Begin to end what is left; ``look`` tells the agent when nothing is."""
-        if self.phase is Phase.SWEPT:
+        if self.phase is Phase.SWEPT or (self.phase is Phase.KILLING and not with_kill):
             return  # the order and the answer to an earlier one have crossed
         if with_kill:
             self.kill_all()
@@ -383,6 +397,17 @@ class Service:
                 if not told:
                     kill(pid, signal.SIGTERM)
                     kill(pid, signal.SIGCONT)
+
+    def renew(self, until: float) -> None:
+        """The agent lives, and has heard from the others."""
+        self.lease = until
+
+    def lapse(self) -> None:
+        """The agent does not renew the lease: it is stopped. Others may train in this node's place from now on."""
+        self.lease = float("inf")
+        if self.phase in (Phase.SERVING, Phase.SWEEPING) and self.reap():
+            self.send(("lapsed",))
+            self.kill_all()
 
     def kill_all(self) -> None:
         """SIGKILL whatever is below, from the next ``look`` on until nothing is."""
