@@ -11,7 +11,7 @@ from elastic_launch.console import say
 from elastic_launch.core.ranks import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
-from elastic_launch.model import WorkerSpec
+from elastic_launch.model import Level, WorkerSpec
 from elastic_launch.rendezvous.registry import create_rendezvous
 
 
@@ -96,7 +96,7 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
 
         cpus = cpu_count()
         environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
-        if config.nproc_per_node > 1:
+        if config.nproc_per_node > 1 and config.verbosity >= Level.EVENT:
             say(
                 f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
                 f"({cpus} CPUs, {config.nproc_per_node} workers); set it to have another number"

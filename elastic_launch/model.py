@@ -184,6 +184,11 @@ class Assignment(NamedTuple):
     ledger: Ledger = Ledger()
     """As the round began."""
 
+    @property
+    def picked_port(self) -> int:
+        """``master_port`` if another could be picked in its place; else 0."""
+        return self.master_port if self.port_picked else 0
+
     def rank(self, local_rank: int) -> int:
         """The global rank of a worker of this node."""
         return self.base_rank + local_rank

@@ -40,7 +40,7 @@ from elastic_launch.core.protocol import Answered, Appeared, Ask, Closing, Openi
 from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Cancel, Wait
-from elastic_launch.core.root_cause import Exit
+from elastic_launch.core.root_cause import NOTHING, ErrorRecord, Evidence, Exit
 from elastic_launch.model import Assignment
 from elastic_launch.store.memory import MemoryStore
 
@@ -101,8 +101,11 @@ class World:
         assert place.group_rank not in given, f"{self}: two nodes with group rank {place.group_rank} in one round"
         given[place.group_rank] = place
         first = next(iter(given.values()))
-        for field in ("group_world_size", "world_size", "master_addr", "master_port"):
+        for field in ("group_world_size", "world_size", "master_addr", "master_port", "ledger"):
             assert getattr(place, field) == getattr(first, field), f"{self}: {field} differs within a round"
+        before = self.places.get(place.restart_count - 1, {})
+        charged = {other.ledger.charged for other in before.values()} or {0}
+        assert place.ledger.charged - min(charged) in (0, 1) or self.settings.policy.window, f"{self}: counted twice"
         assert self.settings.min_nodes <= place.group_world_size <= self.settings.max_nodes
         assert 0 <= place.group_rank < place.group_world_size
         assert 0 <= place.base_rank <= place.world_size - place.local_world_size
@@ -110,6 +113,16 @@ class World:
         for other in given.values():
             apart = abs(other.group_rank - place.group_rank)
             assert apart == 0 or abs(other.base_rank - place.base_rank) >= apart, f"{self}: ranks overlap"
+
+    def is_done(self, number: int, rank: int) -> bool:
+        """Whether the workers of a member of a round have all ended well."""
+        return any(
+            agent.life.place is not None
+            and (agent.life.place.restart_count, agent.life.place.group_rank) == (number, rank)
+            and agent.life.state in (State.SETTLING, State.DONE)
+            and len([exit_ for exit_ in agent.life.exits if exit_.exitcode == 0]) == agent.life.place.local_world_size
+            for agent in self.agents
+        )
 
     def __str__(self) -> str:
         return f"seed {self.seed} at {self.now - 1000:.3f} s"
@@ -133,6 +146,7 @@ class Agent:
         self.generation = -1
         """The round that they belong to."""
         self.lease = float("inf")
+        self._evidence: dict[int, Evidence] = {}
         self.asked = 0
         """Requests to the store."""
         self._epoch = 0
@@ -183,9 +197,12 @@ class Agent:
             self._send(ask)
         self.world.at(self._ready_at, reconnect)
 
-    def fail_worker(self, code: int = 1) -> None:
+    def fail_worker(self, code: int = 1, error: str = "") -> None:
         if self.life.state is State.RUNNING and self.life.running:
-            self._die(Exit(self.world.random.choice(sorted(self.alive) or [-1]), code, self.world.now))
+            rank = self.world.random.choice(sorted(self.alive) or [-1])
+            if error:
+                self._evidence[rank] = Evidence(ErrorRecord(error, error, self.world.now, "error.json"))
+            self._die(Exit(rank, code, self.world.now))
 
     def succeed_worker(self) -> None:
         if self.life.state is State.RUNNING and self.life.running:
@@ -219,6 +236,9 @@ class Agent:
             return
         self.life, actions = lifecycle.step(self.life, event, self.world.now)
         self._carry_out(actions)
+        if self.life.state is State.PAUSING and self.life.deadline is not None:
+            paused, seconds = self.life, self.life.deadline - self.world.now
+            self._soon(lambda: self._live(TimedOut()) if self.life is paused else None, seconds)
 
     def _carry_out(self, actions: list[lifecycle.Action]) -> None:
         for action in actions:
@@ -237,7 +257,7 @@ class Agent:
                         stop = Exit(rank, -signum, self.world.now, (signum,))
                         self.world.after(self.world.random.uniform(0.01, 2), lambda stop=stop: self._die(stop))  # type: ignore[misc]
                 case Sweep():
-                    self._soon(lambda: self._live(Gone({})), 0.01)
+                    self._soon(lambda: self._live(Gone(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
                     self._step(Closing())
@@ -247,6 +267,7 @@ class Agent:
     def _begin(self, place: Assignment) -> None:
         """Workers come to life: none of another generation may be."""
         self.generation = place.restart_count
+        self._evidence = {}
         self.alive = set(range(place.local_world_size))
         for agent in self.world.agents:
             assert not agent.alive or agent.generation == self.generation, (
@@ -258,10 +279,11 @@ class Agent:
         """A worker's process ends; the agent learns of it when it can."""
         if exit_.local_rank in self.alive:
             self.alive.discard(exit_.local_rank)
+            event = Exited(exit_, self._evidence.get(exit_.local_rank, NOTHING))
             if self.frozen_until > self.world.now:
-                self._soon(lambda: self._exit(Exited(exit_)), 0.0)
+                self._soon(lambda: self._exit(event), 0.0)
             else:
-                self._exit(Exited(exit_))
+                self._exit(event)
 
     def _renew(self, until: float) -> None:
         self.lease = until

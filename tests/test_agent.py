@@ -22,12 +22,25 @@ from tests.conftest import DEADLINE, Job, is_alive, wait_until
 TWO = ("--standalone", "--nproc-per-node", "2")
 
 
-def test_good_job_is_silent(job: Job) -> None:
+def test_good_job_is_silent_if_that_is_wanted(job: Job) -> None:
     # In one piece each: two workers' prints may mingle, which write piece by piece.
-    done = job.run(*TWO, job.script("os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"))
+    done = job.run("-q", *TWO, job.script("os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"))
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == ["out 0", "out 1"]
     assert sorted(done.stderr.splitlines()) == ["err 0", "err 1"]
+
+
+def test_the_events_of_a_job_s_life_are_told(job: Job) -> None:
+    text = "if rank == 1 and restart == 0: wait_for('0.0 up'); sys.exit(3)\nmark('up')\nif restart == 0: wait()"
+    done = job.run(*TWO, "--max-restarts", "2", job.script(text))
+    assert done.returncode == 0
+    assert [line.removeprefix("elastic-run: ") for line in done.stderr.splitlines()] == [
+        "formed: 1 node, 2 workers",
+        "rank 1 failed (exit code 3): stopping 1 worker",
+        "rank 1 failed (exit code 3): restart 1 of 2",
+        "re-formed: 1 node, 2 workers",
+        "done: 2 workers ended well",
+    ]
 
 
 def test_python_dash_m_and_the_console_script_are_the_same(job: Job) -> None:
@@ -131,9 +144,8 @@ def test_omp_num_threads_are_the_cpus_shared_out(job: Job, cpus: int, workers: i
     finally:
         os.sched_setaffinity(0, affinity)
     assert {mark.split()[1] for mark in job.marks()} == {expected}
-    lines = done.stderr.splitlines()
-    assert len(lines) == (workers > 1)
-    assert all(f"OMP_NUM_THREADS={expected} for each worker" in line for line in lines)
+    told = f"OMP_NUM_THREADS={expected} for each worker" in done.stderr
+    assert told == (workers > 1)
 
 
 # Failures and restarts

@@ -154,6 +154,18 @@ def test_wrong_variable_does_not_matter_where_the_option_is_given(monkeypatch: p
     assert parse_args(["--max-restarts", "2", "train.py"]).max_restarts == 2
 
 
+OURS = {
+    "preload": [],
+    "restart_window": 0.0,
+    "restart_backoff": "0",
+    "fatal_exit_codes": "",
+    "node_failure_limit": 0,
+    "quiet": False,
+    "verbose": False,
+}
+"""What torchrun does not have."""
+
+
 def test_defaults_are_torchruns() -> None:
     assert vars(parse_args(["train.py"])) == {
         "nnodes": "1:1",
@@ -166,7 +178,7 @@ def test_defaults_are_torchruns() -> None:
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "start_method": "spawn",
-        "preload": [],
+        **OURS,
         "event_log_handler": "null",
         "role": "default",
         "module": False,
@@ -203,15 +215,16 @@ def test_torchrun_has_the_same_options_and_defaults() -> None:
     torchrun = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
     flags, defaults = torchrun.stdout.splitlines()
     ours = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    assert sorted(ours - {"--preload"}) == eval(flags)
-    assert vars(parse_args(["train.py"])) == {**eval(defaults), "preload": []}
+    own = {flag for option in OPTIONS if option.dest in OURS for flag in option.flags}
+    assert sorted(ours - own) == eval(flags)
+    assert vars(parse_args(["train.py"])) == {**eval(defaults), **OURS}
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: str(option.name))
 def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = {"nnodes": "2:3", "rdzv_conf": "a=b", "redirects": "3", "tee": "0:1", "local_ranks_filter": "0,1"}
     samples |= {"rdzv_backend": "c10d", "start_method": "fork", "numa_binding": "node", "signals_to_handle": "SIGTERM"}
-    samples |= {"preload": "torch,mylib.data"}
+    samples |= {"preload": "torch,mylib.data", "restart_backoff": "1:60", "fatal_exit_codes": "2,64-78"}
     text = samples.get(option.dest, "7")
     is_flag = option.default is False
     words = [] if is_flag else [text]

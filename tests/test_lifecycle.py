@@ -42,7 +42,7 @@ from elastic_launch.core.lifecycle import (
 )
 from elastic_launch.core.policy import FREE_RESTARTS
 from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.model import Assignment, Policy, Verdict
+from elastic_launch.model import Assignment, Level, Policy, Verdict
 from elastic_launch.rendezvous.local import LocalRendezvous
 
 PIDS = {0: 100, 1: 101}
@@ -76,7 +76,8 @@ class Agent:
         return [action for action in self.last if not isinstance(action, NOT_SHOWN)]
 
     def said(self) -> str:
-        return "\n".join(action.text for action in self.last if isinstance(action, Say))
+        """The trouble that people are told of."""
+        return "\n".join(a.text for a in self.last if isinstance(a, Say) and a.level is Level.TROUBLE)
 
     def place(self, port: int = 29500, *, picked: bool = True) -> Assignment:
         """The place in the next round."""

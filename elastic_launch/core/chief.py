@@ -40,14 +40,14 @@ class Later(NamedTuple):
 class Chief:
     """The chief of one round."""
 
-    def __init__(self, settings: Settings, me: NodeRecord, number: int, is_first_round: bool, now: float) -> None:
+    def __init__(self, settings: Settings, me: NodeRecord, number: int, round_: int, now: float) -> None:
         """Begin to gather.
 
         Args:
             settings: the job's.
             me: the node that is chief.
             number: 0 for the first chief of a round; it grows with each that takes over.
-            is_first_round: there is no round before that nodes come from.
+            round_: the round's number; there is none before 0 that nodes come from.
             now: seconds on a monotonic clock, as everywhere here.
         """
         self.number = number
@@ -64,12 +64,15 @@ class Chief:
         """Tickets that were given out."""
         self.missing: list[int] = []
         """Tickets whose record has not come."""
-        self.expected: dict[str, tuple[int, str]] | None = {} if is_first_round else None
+        self.expected: dict[str, tuple[int, str]] | None = {} if round_ == 0 else None
         """By node id: ticket and host in the round before of those who have not come yet. None: not known yet."""
+        self.past_ledger: Ledger | None = None
+        """What the store knows of the job's failures."""
         self.published = Status(0, "", "")
         self._settings = settings
         self._me = me
-        self._is_first_round = is_first_round
+        self._round = round_
+        self._is_first_round = round_ == 0
         self.watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._past_watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._tickets: dict[str, int] = {}
@@ -122,9 +125,9 @@ class Chief:
         """A tick has passed."""
         self._late = set(self.missing)
 
-    def look(self, counters: Sequence[tuple[int, bytes]], now: float) -> list[int]:
+    def look(self, counters: Sequence[tuple[int, bytes]], now: float, asked_at: float) -> list[int]:
         """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
-        for ticket in self.watch.look(counters, now):
+        for ticket in self.watch.look(counters, now, asked_at):
             self.joined.pop(ticket, None)
             self.doubtful.pop(ticket, None)
         for ticket in list(self.doubtful):
@@ -132,9 +135,11 @@ class Chief:
                 self.joined[ticket] = self.doubtful.pop(ticket)
         return self.watch.set_back()
 
-    def look_back(self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float) -> None:
+    def look_back(
+        self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float, asked_at: float
+    ) -> None:
         """Note the counters, in the round before, of nodes that have not come; do not expect the silent ones."""
-        silent = self._past_watch.look(counters, now)
+        silent = self._past_watch.look(counters, now, asked_at)
         for node, (ticket, _) in zip(nodes, counters, strict=True):
             if ticket in silent and self.expected:
                 self.expected.pop(node, None)
@@ -142,6 +147,8 @@ class Chief:
     def ledger(self, now: float) -> Ledger:
         """What the job remembers, from the node that knows of the latest round."""
         ticket, node = max(self.joined.items(), key=lambda item: item[1].past)
+        if node.past < self._round - 1 and self.past_ledger is not None:
+            return self.past_ledger  # nobody is left who was there
         return aged(node.ledger, now - self._arrived[ticket])
 
     # --- what follows

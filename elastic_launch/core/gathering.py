@@ -84,11 +84,11 @@ class Gathering(Round):
         self._in("beat", self._beat_period())
 
     def _become_chief(self) -> None:
-        self._chief = Chief(self.settings, self.me, self._chiefs, self.round == 0, self._now)
+        self._chief = Chief(self.settings, self.me, self._chiefs, self.round, self._now)
         self._await("node/1")
         self._in("watch", self.settings.tick)
         if self.round:
-            self._ask("past", Get((self._past_key("ticket"), self._past_key("end"), self._past_key("next"))))
+            self._ask("past", Get(tuple(map(self._past_key, ("ticket", "end", "next", "closed")))))
 
     def _stand_down(self) -> None:
         """Another node took over while this one slept: two chiefs would confuse each other."""
@@ -100,9 +100,13 @@ class Gathering(Round):
         self._await("closed")
 
     def _on_past(self, value: list[bytes]) -> None:
-        count, end, following = value
+        count, end, following, closed = value
         gone = decode(End, end, self._past_key("end")).gone if end else ()
         gone += decode(Verdict, following, self._past_key("next")).gone if following else ()
+        if self._chief and following:
+            self._chief.past_ledger = decode(Verdict, following, self._past_key("next")).ledger
+        elif self._chief and closed:
+            self._chief.past_ledger = decode(Closed, closed, self._past_key("closed")).ledger
         keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, number(count) + 1))
         self._ask("past_nodes", Get(keys), about=(keys, gone))
 
@@ -154,26 +158,27 @@ class Gathering(Round):
             past = {node: ticket for node, (ticket, _) in (self._chief.expected or {}).items()}
             names = ["closed", f"chief/{self._chiefs + 1}", "ticket", *(f"beat/{ticket}" for ticket in joined)]
             keys = (self._round_key, *map(self._key, names), *(self._past_key(f"beat/{t}") for t in past.values()))
-            self._ask("beats", Get(keys), about=(joined, past))
+            self._ask("beats", Get(keys), about=(joined, past, self._now))
             self._publish(self._chief)
         elif self._roster:
             # Also of those beside the members: they see that the coordinator lives.
             tickets = [*self._roster.tickets, *self._beside]
-            self._get("member_beats", "ticket", *(f"beat/{ticket}" for ticket in tickets), about=tickets)
+            self._get("member_beats", "ticket", *(f"beat/{ticket}" for ticket in tickets), about=(tickets, self._now))
 
     def _on_beats(self, value: list[bytes]) -> None:
         chief = self._chief
         if chief is None or chief.is_closing:
             return
         current, closed, successor, count, *beats = value
-        joined, past = self._about
+        joined, past, asked_at = self._about
         if number(current) > self.round:
             self._rejoin()  # the store had forgotten the number, and nodes that remembered it are ahead
         elif closed or successor:
             self._stand_down()
         else:
-            self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now))
-            chief.look_back(list(past), list(zip(past.values(), beats[len(joined) :], strict=True)), self._now)
+            self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now, asked_at))
+            before = list(zip(past.values(), beats[len(joined) :], strict=True))
+            chief.look_back(list(past), before, self._now, asked_at)
             chief.note_tickets(number(count))
             self._read_nodes(chief.missing)
             self._consider()
@@ -221,7 +226,8 @@ class Gathering(Round):
             tuple(node.rank for node in nodes),
         )
         self._set([(f"roster/{chief.number}", encode(roster))])
-        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.options)
+        ledger = places[0].ledger
+        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.options, ledger)
         self._create("closed", "closed", encode(closed))
 
     # --- while nodes gather: words for people
@@ -276,7 +282,7 @@ class Gathering(Round):
         if self._chief:
             self._chief.is_closing = True
         self._create("end", "end", encode(End(EndKind.ERROR, text, self.me.node, status=status)))
-        self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets())))
+        self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets(), ledger=self.me.ledger)))
 
     def _known_tickets(self) -> int:
         return max(self.ticket, self._chief.known if self._chief else 0)

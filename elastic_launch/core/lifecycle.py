@@ -499,8 +499,9 @@ def _settle_now(life: Life, event: Ended, now: float) -> Step:
 
 def _settlement(life: Life, now: float) -> Settle:
     """What follows, if it is for this node to decide."""
-    elapsed = now - life.began_at
-    verdict = policy.follow(life.limits.policy, _place(life), life.failures, "", elapsed, life.may_restart)
+    place = _place(life)
+    ledger = policy.aged(place.ledger, now - life.began_at)
+    verdict = policy.follow(life.limits.policy, ledger, life.failures, "", place.picked_port, life.may_restart)
     return Settle(verdict, life.may_restart)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from elastic_launch.core.chief import disagreement, listed
 from elastic_launch.core.gathering import Gathering
 from elastic_launch.core.lifecycle import Assigned, Ended, Fence
-from elastic_launch.core.policy import aged, follow
+from elastic_launch.core.policy import follow
 from elastic_launch.core.protocol import (
     Lease,
     Phase,
@@ -193,7 +193,8 @@ class Membership(Gathering):
         self._beside = sorted(set(range(1, number(count) + 1)) - set(roster.tickets))
         self._looked_at = self._now
         self._renew_lease()
-        silent = self._watch.look(zip(self._about, beats, strict=True), self._now)
+        tickets, asked_at = self._about
+        silent = self._watch.look(zip(tickets, beats, strict=True), self._now, asked_at)
         self._set_back(self._watch.set_back())
         self._miss([ticket for ticket in roster.tickets if ticket in silent - self._excused - {self.ticket}])
 
@@ -228,13 +229,11 @@ class Membership(Gathering):
         reason = f"no sign of life from {hosts} for {self.settings.keep_alive_deadline:g} s"
         if self.end is None:
             self._create("end", "end", encode(End(EndKind.REFORM, reason, self.me.node, tuple(nodes))))
-        elif self.place is None or self.end.kind is not EndKind.FAILED or self.verdict is not None:
+        elif self.end.kind is not EndKind.FAILED or self.verdict is not None:
             return
         elif self._grace_ends is not None:
             self._say(f"{reason}, which explains the failure: another round, without charge", Level.EVENT)
-            ledger = aged(self.place.ledger, self._now - self._placed_at)
-            self._create("next", "next", encode(Verdict(True, ledger, gone=tuple(nodes))))
+            self._create("next", "next", encode(Verdict(True, self._ledger(), gone=tuple(nodes))))
         elif self.end.node in nodes:
-            elapsed = self._now - self._placed_at
-            verdict = follow(self.settings.policy, self.place, self.end.failures, self.end.node, elapsed)
+            verdict = follow(self.settings.policy, self._ledger(), self.end.failures, self.end.node)
             self._create("next", "next", encode(verdict._replace(gone=tuple(nodes))))

@@ -10,7 +10,7 @@ import re
 
 from elastic_launch.core.root_cause import is_port_clash, shortened
 from elastic_launch.errors import ProcessFailure, shell_status
-from elastic_launch.model import Assignment, Ledger, Policy, Verdict
+from elastic_launch.model import Ledger, Policy, Verdict
 
 FREE_RESTARTS = 3
 """How often a port that was taken is replaced without charge to ``max_restarts``."""
@@ -24,26 +24,25 @@ _SIGNATURE = 200
 
 def follow(
     policy: Policy,
-    place: Assignment,
+    ledger: Ledger,
     failures: tuple[ProcessFailure, ...],
     node: str,
-    elapsed: float,
+    port: int = 0,
     may_restart: bool = True,
 ) -> Verdict:
     """What follows a round that ended with failures, or without.
 
     Args:
         policy: the job's.
-        place: that of any node in the round: it has the job's ledger as the round began.
+        ledger: the job's.
         failures: the cause first.
         node: the id of the node whose worker was the cause.
-        elapsed: seconds since the round began.
+        port: of the workers' store, if the launcher has picked it and can pick another.
         may_restart: False: some node cannot take part in another round.
     """
-    ledger = aged(place.ledger, elapsed)
     if not failures:
         return Verdict(False, ledger)
-    if ledger.free < FREE_RESTARTS and place.port_picked and _lost_its_port(failures, place):
+    if ledger.free < FREE_RESTARTS and any(failure.rank == 0 and is_port_clash(failure, port) for failure in failures):
         return Verdict(may_restart, ledger._replace(free=ledger.free + 1), failures)
     cause = failures[0]
     still, charged = _remembered(policy, ledger)
@@ -96,7 +95,3 @@ def _signature(cause: ProcessFailure) -> str:
     """Rank and error; numbers that differ from process to process (addresses, pids, ports) are left out."""
     error = re.sub(r"0x[0-9a-f]+|\d{4,}", "#", cause.error_line())
     return shortened(f"{cause.rank} {cause.exitcode} {error}", _SIGNATURE)
-
-
-def _lost_its_port(failures: tuple[ProcessFailure, ...], place: Assignment) -> bool:
-    return any(failure.rank == 0 and is_port_clash(failure, place.master_port) for failure in failures)

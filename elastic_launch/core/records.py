@@ -66,6 +66,8 @@ class Closed(NamedTuple):
     """Tickets of those that it had no use for."""
     options: str = ""
     """The chief's, as in ``NodeRecord``."""
+    ledger: Ledger = Ledger()
+    """As in ``Assignment``."""
 
 
 class Roster(NamedTuple):

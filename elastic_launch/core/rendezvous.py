@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 from elastic_launch.core.chief import SHOWN
 from elastic_launch.core.lifecycle import Announce, Ended, Fence, Leave, Settle, Succeed
 from elastic_launch.core.membership import Membership
-from elastic_launch.core.policy import aged, follow
+from elastic_launch.core.policy import follow
 from elastic_launch.core.protocol import (
     Answered,
     Appeared,
@@ -59,7 +59,7 @@ from elastic_launch.core.root_cause import is_consequence, shortened
 from elastic_launch.core.rounds import TAKE_OVER
 from elastic_launch.core.watch import number
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
-from elastic_launch.model import End, EndKind, Ledger, Verdict
+from elastic_launch.model import End, EndKind, Verdict
 
 ANY_TICKET = 1 << 40
 """Above every ticket: of a round that ends before it begins, for whoever comes."""
@@ -163,10 +163,6 @@ class Node(Membership):
             self._out.append(Tell(Ended(end, 0.0)))
         self._report()
 
-    def _ledger(self) -> Ledger:
-        """What the job remembers, where the round's end adds nothing to it."""
-        return aged(self.place.ledger, self._now - self._placed_at) if self.place else self.me.ledger
-
     def _succeed(self, wish: Succeed) -> None:
         self._mine = Settle(Verdict(False))
         if wish.patience < float("inf"):
@@ -242,8 +238,8 @@ class Node(Membership):
             return
         node = failures[0][1] if failures else ""
         cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
-        elapsed = self._now - self._placed_at
-        verdict = follow(self.settings.policy, self.place, cut, node, elapsed, self._mine.may_restart)
+        may_restart = self._mine.may_restart
+        verdict = follow(self.settings.policy, self._ledger(), cut, node, self.place.picked_port, may_restart)
         self._create("next", "next", encode(verdict))
 
     def _wait_for_a_cause(self) -> None:

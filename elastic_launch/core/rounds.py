@@ -7,6 +7,7 @@ from typing import Any
 
 from elastic_launch.core.chief import Chief
 from elastic_launch.core.lifecycle import Decided, Settle
+from elastic_launch.core.policy import aged
 from elastic_launch.core.protocol import (
     Ask,
     Output,
@@ -19,7 +20,7 @@ from elastic_launch.core.records import Closed, NodeRecord, Roster, Status
 from elastic_launch.core.requests import Add, Get, Request, Set, Swap
 from elastic_launch.core.watch import LEFT, Watch, number
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.model import Assignment, End, Level, Verdict
+from elastic_launch.model import Assignment, End, Ledger, Level, Verdict
 
 TAKE_OVER = 1 << 20
 """A counter that is set to this tells its node to take over as chief at once."""
@@ -139,6 +140,12 @@ class Round:
         """Seconds between two signs of life."""
         is_deputy = self.ticket == 2 if self.place is None else self.place.group_rank == 1
         return self.settings.tick if is_deputy else self.settings.keep_alive_interval
+
+    def _ledger(self) -> Ledger:
+        """What the job remembers, where the round's end adds nothing to it."""
+        if self.place:
+            return aged(self.place.ledger, self._now - self._placed_at)
+        return self._closed.ledger if self._closed else self.me.ledger
 
     # --- the end of its part
 

@@ -57,8 +57,9 @@ class Watch:
         counter, at = self._signs.get(ticket, (b"", time))
         return counter != b"" and at > time and ticket not in self._unproven
 
-    def look(self, counters: Iterable[tuple[int, bytes]], now: float) -> set[int]:
-        """Note what the counters hold now. Returns who has been silent until the deadline, or has left."""
+    def look(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
+        """Note what the counters held when that was asked, or later. Returns who was silent until the deadline then,
+        or has left."""
         slept = now - self._looked_at > self._deadline / 2 + self._tick  # this node did, or the store: not the others
         self._looked_at = now
         silent: set[int] = set()
@@ -76,7 +77,7 @@ class Watch:
                 self._unproven -= {ticket} if has_grown else set()
             else:
                 self._signs[ticket] = (counter, at)
-                if now - at >= self._deadline:
+                if asked_at - at >= self._deadline:
                     silent.add(ticket)
         return silent
 
