@@ -366,7 +366,8 @@ def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
 def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
     """Another node ended the round."""
     life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    return life, [*actions, _for_all(life, f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}")]
+    text = f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}"
+    return life, [*actions, Say(text) if event.end.mine else _for_all(life, text)]
 
 
 def _stop_without_a_lease(life: Life, event: Lapsed, now: float) -> Step:

@@ -133,8 +133,6 @@ class Membership(Gathering):
             self._beating = True
             self._beat_at = self._now
             self._ask("beat", Add(self._key(f"beat/{self.ticket}"), 1))
-        elif self._now - self._beat_at >= self.settings.keep_alive_deadline - self._beat_period():
-            self._fence()
 
     def _renew_lease(self) -> None:
         """What the workers' lives depend on: the others have heard of this node then, or later; of the coordinator
@@ -147,6 +145,8 @@ class Membership(Gathering):
         if self.place.group_rank == 0:
             since = min(since, self._looked_at - self.settings.tick)
         self._out.append(Lease(since + self.settings.keep_alive_deadline - self.settings.margin))
+        if self.phase is Phase.MEMBER:
+            self._timers["fence"] = since + self.settings.patience
 
     def _fence(self, wish: Fence | None = None) -> None:
         """The others may go on without this node: it must not, either. Nothing was heard of the store for long, or of
@@ -158,7 +158,7 @@ class Membership(Gathering):
             reason += f" for {self._now - self._beat_at:.0f} s"
             end = End(EndKind.REFORM, f"{self.me.host} was cut off: {reason}", self.me.node)
             self._create("end", "end", encode(end))  # when the store is there again; or it tells how the round ended
-            self._out.append(Tell(Ended(end._replace(reason=reason), 0.0)))
+            self._out.append(Tell(Ended(end._replace(reason=reason, mine=True), 0.0)))
 
     def _on_beat(self, count: int) -> None:
         self._beating = False
@@ -175,7 +175,8 @@ class Membership(Gathering):
             elif self.phase in (Phase.MEMBER, Phase.BESIDE, Phase.ENDED) and (not self.place or self.place.group_rank):
                 self._lose_coordinator()
         elif self._now < due and "beat" in self._timers:
-            self._timers["beat"] = min(self._timers["beat"], due)
+            on_time = max(self._now, self._beat_at + self._beat_period())  # it may have waited for this answer
+            self._timers["beat"] = min(self._timers["beat"], on_time, due)
 
     def _on_chief(self, value: bytes) -> None:
         if self.phase is not Phase.WAITING:

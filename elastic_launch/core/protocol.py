@@ -13,6 +13,10 @@ TICK = 1.0
 """Seconds between two looks of a chief, a coordinator or a deputy, if the keep-alive interval is not shorter."""
 
 
+LATENESS = 1.25
+"""Seconds that an answer of the store may always take."""
+
+
 class Settings(NamedTuple):
     """What a job's nodes agree on beforehand. Times in seconds; names and defaults are torch's."""
 
@@ -51,8 +55,15 @@ class Settings(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Seconds before that deadline when the node's workers are dead, if it cannot be sure of its place."""
+        """Seconds before that deadline when the workers of a node are dead that cannot be sure of its place."""
         return min(1.0, self.keep_alive_deadline / 6)
+
+    @property
+    def patience(self) -> float:
+        """Seconds after its last answered sign of life when such a node begins to stop them: half-way between the next
+        answer and the end, so that they have some time, but not sooner than ``LATENESS`` after the answer was due."""
+        last = self.keep_alive_deadline - self.margin
+        return min(last, max((last + self.keep_alive_interval) / 2, self.keep_alive_interval + LATENESS))
 
     @property
     def tick(self) -> float:

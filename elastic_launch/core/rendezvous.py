@@ -140,7 +140,7 @@ class Node(Membership):
         self.end = end = end._replace(mine=end.node == self.me.node)
         beside = self.place is None
         self.phase = Phase.ENDED
-        for name in ("give_up", "say", "last_call", "join_running"):
+        for name in ("give_up", "say", "last_call", "join_running", "fence", "barrier"):
             self._timers.pop(name, None)
         self._await("next" if end.kind is EndKind.FAILED else None)
         ledger = self._ledger()
@@ -419,6 +419,7 @@ TIMERS: dict[str, Callable[[Node], None]] = {
     "beat": Node._beat,
     "join_running": Node._join_running,
     "close": Node._gone_at_last,
+    "fence": Node._fence,
     "barrier": Node._stop_waiting,
     "grace": Node._read_also,
 }
