@@ -41,7 +41,7 @@ from elastic_launch.core.records import NodeRecord
 from elastic_launch.core.rendezvous import Node
 from elastic_launch.core.requests import Cancel, Wait
 from elastic_launch.core.root_cause import NOTHING, ErrorRecord, Evidence, Exit
-from elastic_launch.model import Assignment
+from elastic_launch.model import Assignment, Level
 from elastic_launch.store.memory import MemoryStore
 
 
@@ -58,6 +58,7 @@ class World:
         self.agents: list[Agent] = []
         self.places: dict[int, dict[int, Assignment]] = {}
         """By round and group rank: every place that was given."""
+        self.exit_barrier_timeout = float("inf")
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -137,7 +138,9 @@ class Agent:
         self.node = Node(NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record), world.settings)  # type: ignore[arg-type]
         self.dead = False
         self.finish: Finish | None = None
-        self.said: list[str] = []
+        self.told: list[tuple[Level, str]] = []
+        self.stop_time = 2.0
+        """Seconds, at most, that a worker takes to stop."""
         self.seen_ends: set[int] = set()
         self.decided: set[int] = set()
         self.frozen_until = 0.0
@@ -146,6 +149,8 @@ class Agent:
         self.generation = -1
         """The round that they belong to."""
         self.lease = float("inf")
+        self._stopping: tuple[int, ...] = ()
+        """What its workers were told."""
         self._evidence: dict[int, Evidence] = {}
         self.asked = 0
         """Requests to the store."""
@@ -156,8 +161,17 @@ class Agent:
         self._ready_at = 0.0
         self._awaited: str | None = None
         self._timer: float | None = None
-        self.life, actions = lifecycle.begin(Limits(world.settings.policy, 30))
+        self.life, actions = lifecycle.begin(Limits(world.settings.policy, 30, world.exit_barrier_timeout))
         self._carry_out(actions)
+
+    @property
+    def said(self) -> list[str]:
+        """All that it can tell."""
+        return self.heard(Level.DETAIL)
+
+    def heard(self, level: Level) -> list[str]:
+        """What people get to read."""
+        return [text for its_level, text in self.told if its_level <= level]
 
     @property
     def running(self) -> int | None:
@@ -197,12 +211,12 @@ class Agent:
             self._send(ask)
         self.world.at(self._ready_at, reconnect)
 
-    def fail_worker(self, code: int = 1, error: str = "") -> None:
-        if self.life.state is State.RUNNING and self.life.running:
-            rank = self.world.random.choice(sorted(self.alive) or [-1])
+    def fail_worker(self, code: int = 1, error: str = "", rank: int | None = None) -> None:
+        if self.alive:
+            rank = self.world.random.choice(sorted(self.alive)) if rank is None else rank
             if error:
                 self._evidence[rank] = Evidence(ErrorRecord(error, error, self.world.now, "error.json"))
-            self._die(Exit(rank, code, self.world.now))
+            self._die(Exit(rank, code, self.world.now, self._stopping))
 
     def succeed_worker(self) -> None:
         if self.life.state is State.RUNNING and self.life.running:
@@ -255,18 +269,28 @@ class Agent:
                 case lifecycle.Tell(signum, ranks, True):
                     for rank in ranks:
                         stop = Exit(rank, -signum, self.world.now, (signum,))
-                        self.world.after(self.world.random.uniform(0.01, 2), lambda stop=stop: self._die(stop))  # type: ignore[misc]
+                        self.world.after(
+                            self.world.random.uniform(0.9, 1) * self.stop_time
+                            if self.stop_time > 2
+                            else self.world.random.uniform(0.01, 2),
+                            lambda stop=stop: self._die(stop),
+                        )  # type: ignore[misc]
                 case Sweep():
                     self._soon(lambda: self._live(Gone(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
                     self._step(Closing())
-                case lifecycle.Say(text):
-                    self.said.append(text)
+                case lifecycle.Say(text, level):
+                    self.told.append((level, text))
+
+    def _stop_soon(self, exit_: Exit, seconds: float) -> None:
+        self._stopping = exit_.told
+        self.world.after(seconds, lambda: self._die(exit_))
 
     def _begin(self, place: Assignment) -> None:
         """Workers come to life: none of another generation may be."""
         self.generation = place.restart_count
+        self._stopping = ()
         self._evidence = {}
         self.alive = set(range(place.local_world_size))
         for agent in self.world.agents:
@@ -321,8 +345,8 @@ class Agent:
                     pass
                 case protocol.Lease(until):
                     self._renew(until)
-                case protocol.Say(text):
-                    self.said.append(text)
+                case protocol.Say(text, level):
+                    self.told.append((level, text))
         self._await()
         if (deadline := self.node.deadline) is not None and deadline != self._timer:
             self._timer = deadline

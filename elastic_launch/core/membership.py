@@ -42,6 +42,10 @@ class Membership(Gathering):
         if self._closed.chief != self._asked_chief and self._closed.chief >= 0:
             self._ask_for_place()
             return
+        if place and not end and self._now >= self._lease_ends(self._alive_at):
+            self._beat()  # this node slept since it was heard of: the others may have gone on without it
+            self._ask_for_place()
+            return
         for name in ("give_up", "say", "watch", "last_call"):
             self._timers.pop(name, None)
         self._chief = None
@@ -134,6 +138,9 @@ class Membership(Gathering):
             self._beat_at = self._now
             self._ask("beat", Add(self._key(f"beat/{self.ticket}"), 1))
 
+    def _lease_ends(self, since: float) -> float:
+        return since + self.settings.keep_alive_deadline - self.settings.margin
+
     def _renew_lease(self) -> None:
         """What the workers' lives depend on: the others have heard of this node then, or later; of the coordinator
         by its looks, too."""
@@ -144,7 +151,7 @@ class Membership(Gathering):
         since = self._alive_at
         if self.place.group_rank == 0:
             since = min(since, self._looked_at - self.settings.tick)
-        self._out.append(Lease(since + self.settings.keep_alive_deadline - self.settings.margin))
+        self._out.append(Lease(self._lease_ends(since)))
         if self.phase is Phase.MEMBER:
             self._timers["fence"] = since + self.settings.patience
 
@@ -196,13 +203,14 @@ class Membership(Gathering):
         self._renew_lease()
         tickets, asked_at = self._about
         silent = self._watch.look(zip(tickets, beats, strict=True), self._now, asked_at)
-        self._set_back(self._watch.set_back())
+        if self._is_watcher or (self.place and self.place.group_rank == 0):  # else it only wants to know
+            self._set_back(self._watch.set_back())
         self._miss([ticket for ticket in roster.tickets if ticket in silent - self._excused - {self.ticket}])
 
     def _lose_coordinator(self) -> None:
         if self._roster is None:
             self._get_roster()
-        elif self.end is None and self._roster.tickets[0] not in self._excused:
+        elif self._roster.tickets[0] not in self._excused | self._missed:
             self._miss([self._roster.tickets[0]])
         elif "watch" not in self._timers:  # somebody must watch over the others, and over who is to say what follows
             self._create("watcher", f"watcher/{self._watchers + 1}", b"%d" % self.ticket)
@@ -210,6 +218,7 @@ class Membership(Gathering):
     def _on_watcher(self, value: bytes) -> None:
         self._watchers += 1
         if value == b"%d" % self.ticket and self._roster:
+            self._is_watcher = True
             self._watch_over(self._roster)
 
     def _miss(self, tickets: list[int]) -> None:
@@ -220,13 +229,14 @@ class Membership(Gathering):
     def _on_missed(self, value: list[bytes]) -> None:
         self._excused |= {ticket for ticket, done in zip(self._about, value, strict=True) if done}
         lost = set(self._about) - self._excused
+        self._missed |= lost if self.end else set()  # else it must be said until that has ended the round
         if lost and self._roster:
             ranks = [rank for rank, ticket in enumerate(self._roster.tickets) if ticket in lost]
             self._lose([self._roster.nodes[rank] for rank in ranks], listed(self._roster.hosts[rank] for rank in ranks))
 
     def _lose(self, nodes: list[str], hosts: str) -> None:
-        """Members are silent: the round ends. If it has, this node says what follows, where they were to say it, or
-        where this node's failure is the consequence of their end."""
+        """Members are silent: the round ends. If it has, this node says what follows, where they were to say it; or
+        where its failure is the consequence of their end; or it tells the node that will say it."""
         reason = f"no sign of life from {hosts} for {self.settings.keep_alive_deadline:g} s"
         if self.end is None:
             self._create("end", "end", encode(End(EndKind.REFORM, reason, self.me.node, tuple(nodes))))
@@ -238,3 +248,5 @@ class Membership(Gathering):
         elif self.end.node in nodes:
             verdict = follow(self.settings.policy, self._ledger(), self.end.failures, self.end.node)
             self._create("next", "next", encode(verdict._replace(gone=tuple(nodes))))
+        elif not self.end.mine:
+            self._create("set", "lost", encode(End(EndKind.REFORM, hosts, self.me.node, tuple(nodes))))

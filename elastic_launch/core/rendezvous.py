@@ -18,6 +18,7 @@ A round r of a job, in the store:
     r/done, r/done/t  the nodes whose workers have all ended well: how many, and which
     r/end             End, created once: the first reason to end the round
     r/also            failures of other nodes, one JSON a line: consequences
+    r/lost            End, created once: members that are silent since a failure ended the round
     r/settled         how many nodes are through with a round that a failure ended; r/all_settled: all are
     r/next            Verdict, created once: what follows a failure
     r/watcher/k       ticket of the k-th node that watches over the members when their coordinator does not any more
@@ -218,7 +219,7 @@ class Node(Membership):
             self._read_also()
 
     def _read_also(self) -> None:
-        self._get("also", "also", "settled")
+        self._get("also", "also", "settled", "lost")
 
     def _on_also(self, value: list[bytes]) -> None:
         """Say what follows; the cause is this node's, unless that is plainly the consequence of another's.
@@ -235,6 +236,9 @@ class Node(Membership):
         failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
         if failures and is_consequence(failures[0][0]) and not self._has_heard_of_all(number(value[1])):
             self._wait_for_a_cause()
+            if value[2]:
+                lost = decode(End, value[2], self._key("lost"))
+                self._lose(list(lost.gone), lost.reason)
             return
         node = failures[0][1] if failures else ""
         cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
