@@ -268,13 +268,8 @@ class Agent:
                     self._soon(lambda pids=pids: self._live(Started(pids)), 0.01)  # type: ignore[misc]
                 case lifecycle.Tell(signum, ranks, True):
                     for rank in ranks:
-                        stop = Exit(rank, -signum, self.world.now, (signum,))
-                        self.world.after(
-                            self.world.random.uniform(0.9, 1) * self.stop_time
-                            if self.stop_time > 2
-                            else self.world.random.uniform(0.01, 2),
-                            lambda stop=stop: self._die(stop),
-                        )  # type: ignore[misc]
+                        seconds = self.world.random.uniform(0.005, 1) * self.stop_time
+                        self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
                 case Sweep():
                     self._soon(lambda: self._live(Gone(self._evidence)), 0.01)
                 case Finish():

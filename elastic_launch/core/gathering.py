@@ -68,7 +68,7 @@ class Gathering(Round):
         if current > self.round > 0:
             self.me = self.me._replace(previous=-1)  # the others have gone on without this node
         self.round = current
-        self._alive_at = self._heard_at = self._now
+        self._alive_at = self._heard_at = self._looked_at = self._now
         self._ask("ticket", Add(self._key("ticket"), 1))
 
     def _on_ticket(self, ticket: int) -> None:
@@ -208,6 +208,7 @@ class Gathering(Round):
     def _close(self, chief: Chief, members: list[int], spares: list[int]) -> None:
         chief.is_closing = True
         self.awaiting = None
+        self._looked_at = self._now
         nodes = [chief.joined[ticket] for ticket in members]
         everybody = chief.joined.values()
         host = next((node for node in everybody if node.serves), None)

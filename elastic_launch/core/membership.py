@@ -29,8 +29,8 @@ class Membership(Gathering):
         self._ask_for_place()
 
     def _ask_for_place(self) -> None:
-        self._asked_chief = self._closed.chief if self._closed else self._chiefs
-        self._get("place", "closed", f"place/{self._asked_chief}/{self.ticket}", "end")
+        chief = self._closed.chief if self._closed else self._chiefs
+        self._get("place", "closed", f"place/{chief}/{self.ticket}", "end", about=chief)
 
     def _on_place(self, value: list[bytes]) -> None:
         if self.phase is not Phase.WAITING:
@@ -39,14 +39,19 @@ class Membership(Gathering):
         if not closed:
             return  # the store was started anew: the record is missing, too
         self._closed = decode(Closed, closed, self._key("closed"))
-        if self._closed.chief != self._asked_chief and self._closed.chief >= 0:
+        if self._closed.chief != self._about and self._closed.chief >= 0:
             self._ask_for_place()
             return
-        if place and not end and self._now >= self._lease_ends(self._alive_at):
-            self._beat()  # this node slept since it was heard of: the others may have gone on without it
-            self._ask_for_place()
+        assignment = decode(Assignment, place, self._key("place")) if place and not end else None
+        if assignment and self._now >= self._lease_ends(assignment):
+            # This node slept since it was heard of: the others may have gone on without it, or wait for its looks.
+            if assignment.group_rank == 0:
+                self._create("end", "end", encode(End(EndKind.REFORM, f"{self.me.host} came too late", self.me.node)))
+            else:
+                self._beat()
+                self._in("ask_again", self.settings.tick)
             return
-        for name in ("give_up", "say", "watch", "last_call"):
+        for name in ("give_up", "say", "watch", "last_call", "ask_again"):
             self._timers.pop(name, None)
         self._chief = None
         self._heard_at = self._now
@@ -55,14 +60,13 @@ class Membership(Gathering):
             self._on_end(value[2])
             return
         self._await("end")
-        if not place:
+        if assignment is None:
             self._stand_by(self._closed)
             return
         self.phase = Phase.MEMBER
-        self.place = decode(Assignment, place, self._key("place"))
+        self.place = assignment
         self._placed_at = self._now
         self._timers["beat"] = min(self._timers["beat"], self._now + self._beat_period())
-        self._looked_at = self._now
         if self.place.group_rank == 0:
             self._get_roster()
         self._renew_lease()
@@ -137,23 +141,33 @@ class Membership(Gathering):
             self._beating = True
             self._beat_at = self._now
             self._ask("beat", Add(self._key(f"beat/{self.ticket}"), 1))
+            if self.phase is Phase.WAITING and self._chief is None:
+                self._get("still_open", "closed", about=self._now)
 
-    def _lease_ends(self, since: float) -> float:
+    def _still_open(self, value: list[bytes]) -> None:
+        if value[0]:
+            self._ask_for_place()  # the news has not come yet by the way that it should
+        else:
+            self._looked_at = self._about
+
+    def _lease_ends(self, place: Assignment) -> float:
+        """Until when no other node can take this one's place: the others have heard of it when its last sign of life
+        was on its way, or later. They hear of the coordinator by its looks, and count from the round's closing on."""
+        since = self._alive_at
+        if place.group_rank == 0:
+            since = min(since, self._looked_at - self.settings.tick)
         return since + self.settings.keep_alive_deadline - self.settings.margin
 
     def _renew_lease(self) -> None:
-        """What the workers' lives depend on: the others have heard of this node then, or later; of the coordinator
-        by its looks, too."""
+        """Tell until when the workers may live."""
         if self.place is None or self.phase not in (Phase.MEMBER, Phase.ENDED) or self._is_fenced:
             return
         if self.me.node in (*(self.end.gone if self.end else ()), *(self.verdict.gone if self.verdict else ())):
             return  # they do not wait for it
-        since = self._alive_at
-        if self.place.group_rank == 0:
-            since = min(since, self._looked_at - self.settings.tick)
-        self._out.append(Lease(self._lease_ends(since)))
+        ends = self._lease_ends(self.place)
+        self._out.append(Lease(ends))
         if self.phase is Phase.MEMBER:
-            self._timers["fence"] = since + self.settings.patience
+            self._timers["fence"] = ends - self.settings.grace
 
     def _fence(self, wish: Fence | None = None) -> None:
         """The others may go on without this node: it must not, either. Nothing was heard of the store for long, or of

@@ -59,11 +59,11 @@ class Settings(NamedTuple):
         return min(1.0, self.keep_alive_deadline / 6)
 
     @property
-    def patience(self) -> float:
-        """Seconds after its last answered sign of life when such a node begins to stop them: half-way between the next
-        answer and the end, so that they have some time, but not sooner than ``LATENESS`` after the answer was due."""
-        last = self.keep_alive_deadline - self.margin
-        return min(last, max((last + self.keep_alive_interval) / 2, self.keep_alive_interval + LATENESS))
+    def grace(self) -> float:
+        """Seconds that they have to stop until then: half of the time after the next answer was due, but leaving
+        ``LATENESS`` for that to come."""
+        spare = self.keep_alive_deadline - self.margin - self.keep_alive_interval
+        return max(0.0, min(spare / 2, spare - LATENESS))
 
     @property
     def tick(self) -> float:

@@ -395,6 +395,7 @@ ANSWERS: dict[str, Callable[[Node, Any], None]] = {
     "status": Node._on_status,
     "beat": Node._on_beat,
     "chief": Node._on_chief,
+    "still_open": Node._still_open,
     "set_back": Node._on_set_back,
     "member_beats": Node._on_member_beats,
     "place": Node._on_place,
@@ -424,6 +425,7 @@ TIMERS: dict[str, Callable[[Node], None]] = {
     "join_running": Node._join_running,
     "close": Node._gone_at_last,
     "fence": Node._fence,
+    "ask_again": Node._ask_for_place,
     "barrier": Node._stop_waiting,
     "grace": Node._read_also,
 }

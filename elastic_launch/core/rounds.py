@@ -63,7 +63,6 @@ class Round:
         self._grace_ends: float | None = None
         """Until when this node, whose failure looks like a consequence, waits for a cause."""
         self._closed: Closed | None = None
-        self._asked_chief = 0
         self._stood_by = False
         """It was beside the members before the round ended."""
         self._beating = self._is_fenced = False
