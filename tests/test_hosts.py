@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +40,7 @@ threading.Thread(target=beat, daemon=True).start()
 host, world = os.uname().nodename, int(os.environ["WORLD_SIZE"])
 mark(f"{host} of {world}")
 """
-"""What every worker begins with: signs of life in a file of its own, and the mark ``RANK.RESTART HOST of WORLD_SIZE``."""
+"""What every worker begins with: signs of life in a file of its own; the mark ``RANK.RESTART HOST of WORLD_SIZE``."""
 UNTIL_END = "wait_for('end')\n"
 
 
@@ -148,6 +150,43 @@ def start_three(net: Network, script: str, *args: str, nnodes: str = "2:3", conf
 
 STUBBORN = "if host == 'host-3': signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 """A worker that does not end in peace on the host that the test is about."""
+
+
+SERVER = "import socket, time; server = socket.create_server(('', 29400)); time.sleep(600)"
+CLIENT = """
+import os, socket, time
+begin = time.monotonic()
+try: socket.create_connection(("host-1", 29400), 0.5); how = "connected"
+except Exception as error: how = type(error).__name__
+print(os.uname().nodename, how, time.monotonic() - begin)
+"""
+
+
+def test_the_hosts_are_what_the_tests_below_take_them_for(network: Make) -> None:
+    hosts = network(3).hosts
+
+    def connect(host: Host) -> tuple[str, str, float]:
+        client = host.run(sys.executable, "-I", "-S", "-c", CLIENT)
+        assert client.wait() == 0
+        name, how, seconds = client.said().split()
+        return name, how, float(seconds)
+
+    assert connect(hosts[1])[1] == "ConnectionRefusedError"
+    server = hosts[1].run(sys.executable, "-I", "-S", "-c", SERVER)
+    wait_until(lambda: connect(hosts[1])[1] == "connected")
+    assert connect(hosts[2])[:2] == ("host-2", "connected")
+    hosts.cut(hosts[3])
+    assert [connect(hosts[n])[1] for n in (2, 3)] == ["connected", "TimeoutError"]
+    hosts.heal()
+    hosts.lose(hosts[1], hosts[2])
+    assert [connect(hosts[n])[1] for n in (2, 3)] == ["TimeoutError", "connected"]
+    hosts.delay(0.1)
+    assert 0.2 <= connect(hosts[2])[2] < 0.3
+    hosts[1].power_off()
+    assert server.wait() == -signal.SIGKILL
+    assert connect(hosts[2])[1] == "TimeoutError"
+    hosts.heal()
+    assert connect(hosts[2])[1] == "ConnectionRefusedError"
 
 
 @pytest.mark.parametrize("worker", ["", STUBBORN], ids=["plain", "stubborn"])
@@ -261,7 +300,7 @@ def test_the_host_of_the_store_comes_back(network: Make) -> None:
     programs[0] = net.start(net.hosts[1], script, "--max-restarts", "1", "--node-rank", "0", nnodes="3")
     net.formed(3, restart=2)
     net.end()
-    assert ends(*programs) == [1, 1, 1]
+    assert ends(*programs) == [4, 4, 4]
     for program in programs:
         assert "(exit code 4)" in program.said()
         assert "restarts  : 1 of 1 used" in program.said()
