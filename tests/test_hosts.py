@@ -302,7 +302,7 @@ def test_the_host_of_the_store_comes_back(network: Make) -> None:
     net.end()
     assert ends(*programs) == [4, 4, 4]
     for program in programs:
-        assert "(exit code 4)" in program.said()
+        assert "exit    : exit code 4" in program.said()
         assert "restarts  : 1 of 1 used" in program.said()
 
 
