@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,12 +62,14 @@ class Host:
         self._path = hosts.path / self.name
         """The working directory of what runs here."""
         self._path.mkdir()
+        self._temp = Path(os.environ["TMPDIR"]) / self.name
+        self._temp.mkdir()
 
     def run(self, *command: str, **env: str) -> Program:
         """Start a program here."""
         # Entering the mount namespace loses the working directory.
         enter = ["nsenter", f"--net={self._net}", f"--uts={self._uts}", f"--mount={self._mount}"]
-        there = ["env", f"--chdir={self._path}", f"TMPDIR={os.environ['TMPDIR']}"]
+        there = ["env", f"--chdir={self._path}", f"TMPDIR={self._temp}"]
         output = self._hosts.path / f"{self.name}.output.{len(self.programs)}"
         self.programs.append(Program([*enter, *there, *command], output, {**os.environ, "OMP_NUM_THREADS": "1", **env}))
         return self.programs[-1]
@@ -76,11 +79,21 @@ class Host:
         return self.run(sys.executable, "-m", "elastic_launch", *args, **env)
 
     def power_off(self) -> None:
-        """Everything here ends in the midst of what it does, and nobody outside is told. The host may start anew."""
+        """Everything here ends in the midst of what it does, and nobody outside is told. The host may start anew.
+
+        It stays cut off until then, and its temporary files are lost.
+        """
         self._hosts.cut(self)
         self._hosts.order("power_off", self.number)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for what was killed here, which could not remove its temporary files."""
         for program in self.programs:
             program.process.wait(DEADLINE)
+        if any(program.process.returncode == -signal.SIGKILL for program in self.programs):
+            shutil.rmtree(self._temp)
+            self._temp.mkdir()
 
 
 class Hosts:
@@ -147,8 +160,7 @@ class Hosts:
         with self._switch:  # whose end waits for it
             _pipe(self._switch.stdin).close()
             for host in self._hosts:
-                for program in host.programs:
-                    program.process.wait(DEADLINE)
+                host.wait()
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:

@@ -252,9 +252,24 @@ def test_packets_are_lost_one_way(network: Make, source: int, to: int) -> None:
     lost_at = time.monotonic()
     net.hosts.lose(net.hosts[source], net.hosts[to])
     assert net.formed(2, restart=1) - lost_at < PATIENCE
-    net.end()
-    assert ends(*programs[:2]) == [0, 0]
     programs[2].wait_for("the store has not answered for")
+    net.hosts.heal()
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+
+
+def test_the_host_of_the_store_is_cut_off_and_healed(network: Make) -> None:
+    net = network(3)
+    programs = start_three(net, net.script())
+    net.hosts.cut(net.hosts[1])
+    cut_at = time.monotonic()
+    wait_until(lambda: all("stopping 1 worker" in program.said() for program in programs))
+    assert time.monotonic() - cut_at < PATIENCE
+    net.hosts.heal()
+    net.formed(3, restart=1)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
 
 
 def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
