@@ -379,3 +379,21 @@ def test_training_goes_on_without_the_host_that_was_powered_off(network: Make) -
     net.hosts[3].power_off()
     assert ends(*programs[:2]) == [0, 0]
     assert {"0.1 done with 2", "1.1 done with 2"} <= set(net.job.marks())
+
+
+def test_a_host_with_a_member_of_embedded_etcd_is_powered_off(network: Make) -> None:
+    net = network(4)
+    script = net.script()
+    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=0.5,embedded=true"
+    etcd = ["--rdzv-backend", "etcd", "--rdzv-endpoint", "host-1,host-2,host-3"]
+    ranks = [("--node-rank", str(n)) for n in range(3)]
+    programs = [net.start(net.hosts[n + 1], script, *etcd, *ranks[n], nnodes="2:3", conf=conf) for n in range(3)]
+    net.formed(3, restart=0)
+    off_at = time.monotonic()
+    net.hosts[1].power_off()  # with the coordinator, and the member that comes first
+    # Twice the deadline: to leave that member takes the others so long that they may count as cut off themselves.
+    assert net.formed(2, restart=1) - off_at < 2 * 4.5 + 2
+    replacement = net.start(net.hosts[4], script, *etcd, *ranks[0], nnodes="2:3", conf=conf)
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs[1:], replacement) == [0, 0, 0]
