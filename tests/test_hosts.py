@@ -213,7 +213,7 @@ def test_the_coordinator_is_cut_off(network: Make) -> None:
     assert net.formed(2, restart=1) - cut_at < PATIENCE
     net.end()
     assert ends(*programs[:2]) == [0, 0]
-    assert "no sign of life from host-3" in programs[0].said()
+    assert any("no sign of life from host-3" in program.said() for program in programs[:2])
 
 
 def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
@@ -232,7 +232,7 @@ def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
     net.formed(3, restart=2)
     net.end()
     assert ends(*programs) == [0, 0, 0]
-    assert f"no sign of life from host-{first}" in others[0].said()
+    assert any(f"no sign of life from host-{first}" in program.said() for program in others)
 
 
 def start_etcd(host: Host) -> None:
@@ -252,22 +252,21 @@ def test_packets_are_lost_one_way(network: Make, source: int, to: int) -> None:
     lost_at = time.monotonic()
     net.hosts.lose(net.hosts[source], net.hosts[to])
     assert net.formed(2, restart=1) - lost_at < PATIENCE
-    programs[2].wait_for("the store has not answered for")
     net.hosts.heal()
     net.formed(3, restart=2)
     net.end()
     assert ends(*programs) == [0, 0, 0]
+    assert "this process was stopped" not in programs[2].said()
 
 
 def test_the_host_of_the_store_is_cut_off_and_healed(network: Make) -> None:
     net = network(3)
-    programs = start_three(net, net.script())
-    net.hosts.cut(net.hosts[1])
+    programs = start_three(net, net.script(), nnodes="1:3")
     cut_at = time.monotonic()
-    wait_until(lambda: all("stopping 1 worker" in program.said() for program in programs))
-    assert time.monotonic() - cut_at < PATIENCE
+    net.hosts.cut(net.hosts[1])
+    assert net.formed(1, restart=1) - cut_at < PATIENCE
     net.hosts.heal()
-    net.formed(3, restart=1)
+    net.formed(3, restart=2)
     net.end()
     assert ends(*programs) == [0, 0, 0]
 
@@ -341,7 +340,7 @@ def test_a_job_that_needs_the_lost_host_ends(network: Make) -> None:
     assert ends(*programs[:2]) == [69, 69]
     assert time.monotonic() - off_at < PATIENCE
     for program in programs[:2]:
-        [_] = [line for line in program.said().splitlines() if "host-3" in line]
+        assert "lost host-3" in program.said().splitlines()[-1]
 
 
 def test_a_broken_connection_is_no_cause_where_a_peer_was_killed(network: Make) -> None:
