@@ -140,11 +140,16 @@ def ends(*programs: Program) -> list[int]:
     return statuses
 
 
-def start_three(net: Network, script: str, *args: str, nnodes: str = "2:3", conf: str = CONF) -> list[Program]:
-    """Start an agent on each of three hosts, each with the rank of its host, and wait until they run."""
-    ranks = [("--node-rank", str(n)) if nnodes == "3" else () for n in range(3)]
-    programs = [net.start(net.hosts[n + 1], script, *ranks[n], *args, nnodes=nnodes, conf=conf) for n in range(3)]
+def start_three(
+    net: Network, script: str, *args: str, nnodes: str = "2:3", conf: str = CONF, coordinator: int = 1
+) -> list[Program]:
+    """Start an agent on each of three hosts, and wait until they run; the coordinator is the one with rank 0."""
+    programs = [
+        net.start(net.hosts[n], script, "--node-rank", str((n - coordinator) % 3), *args, nnodes=nnodes, conf=conf)
+        for n in (1, 2, 3)
+    ]
     net.formed(3, restart=0)
+    assert f"0.0 host-{coordinator} of 3" in net.job.marks()
     return programs
 
 
@@ -204,10 +209,7 @@ def test_a_host_that_is_cut_off_and_healed(network: Make, worker: str) -> None:
 
 def test_the_coordinator_is_cut_off(network: Make) -> None:
     net = network(3)
-    script = net.script()
-    programs = [net.start(net.hosts[n], script, "--node-rank", str(3 - n), nnodes="2:3") for n in (1, 2, 3)]
-    net.formed(3, restart=0)
-    assert "0.0 host-3 of 3" in net.job.marks()
+    programs = start_three(net, net.script(), coordinator=3)
     cut_at = time.monotonic()
     net.hosts.cut(net.hosts[3])
     assert net.formed(2, restart=1) - cut_at < PATIENCE
@@ -259,9 +261,10 @@ def test_packets_are_lost_one_way(network: Make, source: int, to: int) -> None:
     assert "this process was stopped" not in programs[2].said()
 
 
-def test_the_host_of_the_store_is_cut_off_and_healed(network: Make) -> None:
+@pytest.mark.parametrize("coordinator", [1, 3])
+def test_the_host_of_the_store_is_cut_off_and_healed(network: Make, coordinator: int) -> None:
     net = network(3)
-    programs = start_three(net, net.script(), nnodes="1:3")
+    programs = start_three(net, net.script(), nnodes="1:3", coordinator=coordinator)
     cut_at = time.monotonic()
     net.hosts.cut(net.hosts[1])
     assert net.formed(1, restart=1) - cut_at < PATIENCE
