@@ -275,7 +275,7 @@ class Node(Membership):
 
     def _conclude(self) -> None:
         """Go on when the round is settled, with the agent's word if it had workers."""
-        if self.verdict is None:
+        if self.verdict is None or self.phase is Phase.LEAVING:
             return
         if not self.verdict.restart:
             self._acknowledge()
