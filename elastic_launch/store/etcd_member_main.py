@@ -352,12 +352,13 @@ def _is_readable(descriptor: int, seconds: float | None) -> bool:
     return bool(poller.poll(None if seconds is None else seconds * 1000))
 
 
-def _wait_for_agent(control: socket.socket, agent: int) -> None:
-    """Return when the agent is gone, or has closed its end."""
+def _end_with(agent: int, control: socket.socket, member: MemberProcess) -> NoReturn:
+    """Wait until the agent is gone, or has closed its end; then leave."""
     poller = select.poll()
     poller.register(control, select.POLLIN)
     poller.register(agent, select.POLLIN)
     poller.poll()
+    member.end()
 
 
 def main(control_fd: int, agent: int) -> NoReturn:
@@ -371,5 +372,5 @@ def main(control_fd: int, agent: int) -> NoReturn:
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"elastic-member", 0, 0, 0)
     control = socket.socket(fileno=control_fd)
     member = MemberProcess(Plan(*marshal.loads(control.recv(1 << 20))), control)
-    threading.Thread(target=lambda: (_wait_for_agent(control, agent), member.end()), daemon=True).start()
+    threading.Thread(target=_end_with, args=(agent, control, member), daemon=True).start()
     member.run()
