@@ -34,6 +34,8 @@ class Backend(Protocol):
     """What messages call it."""
     serves: bool
     """This node hosts it."""
+    stays: bool
+    """This node hosts a part of it, which the others need until they know how the job has ended."""
 
     def open(self) -> None:
         """Start what it needs here. Raises LaunchError."""
@@ -66,7 +68,7 @@ class C10dBackend:
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
         """Take the endpoint; ``is_host`` None: this node hosts the store if the endpoint is an address of its own."""
         self.where = f"the store at {f'[{host}]' if ':' in host else host}:{port}"
-        self.serves = False
+        self.serves = self.stays = False
         self._host, self._port = host, port
         self._is_host = is_host
         self._environ = environ
@@ -151,6 +153,7 @@ class EtcdBackend:
     def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
         """Take the endpoints, the job's id and etcd's settings; see ``EtcdBridge``."""
         self.where = f"etcd at {endpoints}"
+        self.stays = False
         self._endpoints, self._conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
         self._bridge: EtcdBridge | None = None
@@ -258,6 +261,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 ),
                 self._environ,
             )
+            self.stays = True
         super().open()
 
     def descriptors(self) -> list[tuple[int, int]]:
