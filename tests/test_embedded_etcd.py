@@ -301,6 +301,32 @@ class Reader:
         return self._text
 
 
+def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path) -> None:
+    """Neither by its clients nor by a member in the place of one that is gone."""
+    script = agents.job.script(RUN)
+    first = agents.in_order(script)
+    all_are_up(agents, 0, 3)
+    first.pop().kill()
+    wait_until(lambda: not listens(agents.endpoints[2]))
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    before = agents.ids(0)
+    with contextlib.ExitStack() as stack:
+        for endpoint in agents.endpoints[:2]:
+            claimed = claim(endpoint, "job-2")
+            assert claimed
+            stack.enter_context(claimed)
+        second = agents(script, "--rdzv-id", "job-2", "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=12")
+        wait_until(lambda: etcd_of(second))
+        result = agents.job.finish(second)
+    assert result.returncode == 69
+    for endpoint in agents.endpoints[:2]:
+        assert f"{endpoint}: it is a member of another cluster: does another job" in result.stderr
+    assert agents.ids(0) == before
+    for process in first:
+        process.send_signal(signal.SIGTERM)
+    finish(agents, first)
+
+
 def test_without_a_binary_the_agent_says_so(agents: Agents) -> None:
     result = agents.job.finish(agents(agents.job.script(RUN), TORCHELASTIC_ETCD_BINARY_PATH="/nowhere/etcd"))
     assert result.returncode == 69

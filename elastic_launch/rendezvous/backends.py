@@ -241,6 +241,9 @@ class EmbeddedEtcdBackend(EtcdBackend):
         from elastic_launch.etcd_server import etcd_binary  # late, as what follows: few jobs need it
         from elastic_launch.store.etcd_member_main import Plan
 
+        token = f"elastic-launch/{as_file_name(self._run_id)}"
+        plan = Plan(endpoints=self._members, token=token)
+        self._conf = {**self._conf, "cluster_id": str(plan.cluster)}
         if found := self._find_own():
             own, address = found
             name = self._names[own].replace(":", "_").strip("[]")
@@ -250,12 +253,10 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 temp = self._environ.get("TMPDIR") or "/tmp"
                 folder = os.path.join(temp, f"elastic_launch_etcd_{os.urandom(6).hex()}")
             self._member = EtcdMember(
-                Plan(
+                plan._replace(
                     binary=os.path.abspath(etcd_binary()),
-                    endpoints=self._members,
                     own=own,
                     address=address,
-                    token=f"elastic-launch/{as_file_name(self._run_id)}",
                     folder=os.path.abspath(folder),
                     temporary=not self._log_dir,
                 ),
@@ -300,13 +301,20 @@ class EmbeddedEtcdBackend(EtcdBackend):
         """
         for index, (host, port) in enumerate(self._members):
             try:
-                address = next((a[1][0] for a in resolve(host, port) if _is_own(a)), None)
+                addresses = [str(address[1][0]) for address in resolve(host, port) if _is_own(address)]
             except RendezvousConnectionError:
                 continue  # a name that is not known yet is not this host's
+            address = min(addresses, key=_is_loopback, default=None)
             if address and (claimed := claim(self._names[index], self._run_id)):
                 self._claim = claimed
+                if _is_loopback(address) and host not in (address, "localhost"):
+                    self._say(f"{host} is {address} on this host, where no other can reach it: name it by its address")
                 return index, address
         return None
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def join_endpoint(host: str, port: int) -> str:

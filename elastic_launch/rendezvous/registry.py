@@ -135,7 +135,8 @@ def _backend(
         conf = {name: str(value) for name, value in config.rdzv_configs.items()}
         conf["read_timeout"] = str(conf.get("store_timeout", conf.get("read_timeout", 60)))  # all attempts together
         if _flag(config.rdzv_configs, "embedded"):
-            conf["start_timeout"] = str(join_timeout)  # the members come with the nodes
+            # The members come with the nodes. A little less: who is missing the bridge knows best.
+            conf["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
             return _embedded(config, endpoint, conf, environ, say), 0
         return EtcdBackend(endpoint, run_id, conf, environ), 0
     if _flag(config.rdzv_configs, "embedded"):

@@ -40,6 +40,7 @@ _NAMES = {
     "password": ("password",),
     "read_timeout": ("read_timeout",),
     "start_timeout": ("start_timeout",),
+    "cluster_id": ("cluster_id",),
 }
 """What ``--rdzv-conf`` may call each setting; torch's backends etcd and etcd-v2 have names of their own."""
 
@@ -54,7 +55,8 @@ class EtcdBridge:
             endpoints: ``HOST:PORT`` of members, with commas in between; the port is 2379 if left out.
             prefix: what all keys begin with in etcd. Those who use the same one share their keys, and a lease.
             conf: of ``--rdzv-conf``: protocol (http or https), cacert, cert, key (files), user, password, read_timeout
-                (seconds for a call, 60); and start_timeout (the same before any was answered). Others are ignored.
+                (seconds for a call, 60); and start_timeout (the same before any was answered), cluster_id (of
+                the members to be used; any). Others are ignored.
             environ: the variables of the process.
 
         Raises:
@@ -178,6 +180,7 @@ def _settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
         "password": given.get("password"),
         "read_timeout": seconds,
         "start_timeout": _seconds("start_timeout", given.get("start_timeout", str(seconds))),
+        "cluster_id": int(given.get("cluster_id", "0")),
     }
 
 

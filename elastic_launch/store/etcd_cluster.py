@@ -43,6 +43,8 @@ class Settings(NamedTuple):
     """Seconds for a call, all attempts together."""
     start_timeout: float
     """The same as long as no call was answered."""
+    cluster_id: int = 0
+    """Members of another cluster are not to be used; 0: there is no knowing."""
 
 
 class Member:
@@ -131,8 +133,14 @@ class Cluster:
             except self.rpc_error as error:
                 await attempts.failed(member, metadata, error)
             else:
-                self._met = True
-                return response
+                if self.settings.cluster_id in (0, response.header.cluster_id):
+                    self._met = True
+                    return response
+                member.hopeless = not self._met
+                self.leave(member, "it is a member of another cluster: does another job use the same endpoints?")
+                if all(other.hopeless for other in self._members):
+                    raise EtcdError(f"{self.where} is of no use: {self._troubles()}")
+                await attempts.pause()
 
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease. Returns the seconds that it has, 0 if there is none. Raises as ``call``."""
@@ -204,7 +212,7 @@ class Cluster:
     def unreachable(self) -> EtcdError:
         """The error for the case that no member answers."""
         again = "lost for" if self._met else "cannot be reached within"
-        name = "" if self.patience > self.settings.read_timeout else " (read_timeout of --rdzv-conf)"
+        name = " (read_timeout of --rdzv-conf)" if self.patience == self.settings.read_timeout else ""
         return EtcdError(f"{self.where} {again} {self.patience:g} s{name}: {self._troubles()}")
 
     def _troubles(self) -> str:

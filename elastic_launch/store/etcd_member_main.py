@@ -16,6 +16,9 @@ How a member is started depends on what the others say:
   which all make alike, unless another host's member knows that this one has served: then only a majority of the
   others can replace it, and this process waits for one, and says so.
 
+Members of another cluster, such as another job's at the same endpoints, are no answer: each tells the id of its
+cluster, which follows from endpoints and token.
+
 It imports nothing of elastic_launch.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import http.client
 import json
 import marshal
@@ -63,20 +67,26 @@ _PR_SET_NAME = 15
 class Plan(NamedTuple):
     """What the process is told."""
 
-    binary: str
     endpoints: tuple[tuple[str, int], ...]
     """Host and client port of every member, the same everywhere and in the same order. The port for the other members
     is the one above."""
-    own: int
-    """Which of them is this host's."""
-    address: str
-    """The IP address to listen on."""
     token: str
     """Tells this job's cluster from others."""
-    folder: str
+    own: int = -1
+    """Which endpoint is this host's."""
+    address: str = ""
+    """The IP address to listen on."""
+    binary: str = ""
+    folder: str = ""
     """Where the data lies, and etcd's own words."""
-    temporary: bool
+    temporary: bool = False
     """The folder is removed at the end."""
+
+    @property
+    def cluster(self) -> int:
+        """The id that etcd gives a cluster which begins like this; it stays when members are replaced."""
+        members = (_hashed(f"{peer_url(host, port)}{self.token}".encode()) for host, port in self.endpoints)
+        return int.from_bytes(_hashed(b"".join(sorted(members))), "big")
 
 
 class _Answer(NamedTuple):
@@ -84,6 +94,8 @@ class _Answer(NamedTuple):
 
     body: Any
     why: str
+    cluster: int = 0
+    """Of which cluster it says to be, on the port for members."""
 
 
 class _FailedError(Exception):
@@ -98,6 +110,7 @@ class MemberProcess:
         self._control = control
         self._host, self._port = plan.endpoints[plan.own]
         self._name = _joined(self._host, self._port)
+        self._cluster = plan.cluster
         self._data = os.path.join(plan.folder, "data")
         self._log = os.path.join(plan.folder, "log")
         self._log_size = 0
@@ -106,6 +119,8 @@ class MemberProcess:
         self._process: int | None = None
         """A pidfd of etcd."""
         self._starting = threading.Lock()
+        self._teller = plan.endpoints[plan.own]
+        """The member that told the list of members last."""
         self._is_doubtful = False
         """etcd could not go on with the data that there is."""
         self._began_at = self._said_at = 0.0
@@ -193,9 +208,10 @@ class MemberProcess:
         while True:
             if (members := self._members()) is None:
                 if self._has_data or not self._has_served_before():
-                    return "new", self._cluster(self._peer_url(i) for i in range(len(self._plan.endpoints)))
+                    return "new", self._everybody(self._peer_url(i) for i in range(len(self._plan.endpoints)))
                 self._say_what_is_missing(
-                    f"has lost its data ({self._data}) and must be replaced, which takes a majority of the others"
+                    f"has lost its data ({self._data}) and must be replaced, which takes a majority of the others: "
+                    "wait for them, or begin anew with another --rdzv-id"
                 )
             else:
                 mine = next((m for m in members if self._peer_url(self._plan.own) in m["peerURLs"]), None)
@@ -204,7 +220,7 @@ class MemberProcess:
                 if mine is None or has_served == is_blank or self._is_doubtful:
                     members = self._replace(mine)
                 if members:
-                    return "existing", self._cluster(url for member in members for url in member["peerURLs"][:1])
+                    return "existing", self._everybody(url for member in members for url in member["peerURLs"][:1])
                 self._say_what_is_missing("is to be replaced, which the others refuse at the moment")
             time.sleep(0.5)
 
@@ -212,9 +228,10 @@ class MemberProcess:
         """Have the others take a new member in place of this host's. Returns the members; None: they refuse now."""
         shutil.rmtree(self._data, ignore_errors=True)
         if mine is not None:
-            self._ask_others("/v3/cluster/member/remove", {"ID": mine["ID"]})
+            _request(*self._teller, "/v3/cluster/member/remove", {"ID": mine["ID"]})
         self._is_doubtful = False
-        added = self._ask_others("/v3/cluster/member/add", {"peerURLs": [self._peer_url(self._plan.own)]})
+        url = self._peer_url(self._plan.own)
+        added = _request(*self._teller, "/v3/cluster/member/add", {"peerURLs": [url]}).body
         return added and added.get("members")
 
     @property
@@ -259,10 +276,9 @@ class MemberProcess:
     # --- the others
 
     def _peer_url(self, index: int) -> str:
-        host, port = self._plan.endpoints[index]
-        return f"http://{_joined(host, port + 1)}"
+        return peer_url(*self._plan.endpoints[index])
 
-    def _cluster(self, urls: Any) -> str:
+    def _everybody(self, urls: Any) -> str:
         """Members as ``initial-cluster`` has them."""
         names = {self._peer_url(i): _name(i) for i in range(len(self._plan.endpoints))}
         return ",".join(f"{names.get(url, f'x{number}')}={url}" for number, url in enumerate(urls))
@@ -270,23 +286,20 @@ class MemberProcess:
     def _others(self) -> list[tuple[str, int]]:
         return [endpoint for i, endpoint in enumerate(self._plan.endpoints) if i != self._plan.own]
 
-    def _ask_others(self, path: str, request: dict[str, Any]) -> Any:
-        """The answer of the first other member that serves; None: none does, or it refuses."""
-        for host, port in self._others():
-            answer = _request(host, port, path, request).body
-            if answer is not None:
-                return answer
-        return None
-
     def _members(self) -> Any:
         """The list of members, as a majority without this one has it; None: there is no majority that answers."""
-        answer = self._ask_others("/v3/cluster/member/list", {"linearizable": True})
-        return answer and answer.get("members")
+        for other in self._others():
+            answer = _request(*other, "/v3/cluster/member/list", {"linearizable": True}).body
+            if answer and int(answer["header"]["cluster_id"]) == self._cluster:
+                self._teller = other
+                return answer["members"]
+        return None
 
     def _has_served_before(self) -> bool:
         """Whether another member, also one without a majority, knows that this host's has served."""
         for host, port in self._others():
-            for member in _request(host, port + 1, "/members").body or ():
+            answer = _request(host, port + 1, "/members")
+            for member in answer.body if answer.cluster == self._cluster else ():
                 if self._peer_url(self._plan.own) in member["peerURLs"] and member.get("clientURLs"):
                     return True
         return False
@@ -310,6 +323,16 @@ class MemberProcess:
             self._control.send(text.encode(errors="replace")[:4000], socket.MSG_DONTWAIT)
 
 
+def peer_url(host: str, port: int) -> str:
+    """Where other members reach the one with this endpoint."""
+    return f"http://{_joined(host, port + 1)}"
+
+
+def _hashed(data: bytes) -> bytes:
+    """An id, as etcd makes them."""
+    return hashlib.sha1(data, usedforsecurity=False).digest()[:8]
+
+
 def _name(index: int) -> str:
     return f"m{index}"
 
@@ -325,7 +348,9 @@ def _request(host: str, port: int, path: str, body: dict[str, Any] | None = None
         connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
         response = connection.getresponse()
         data = response.read()
-        return _Answer(json.loads(data), "") if response.status == 200 else _Answer(None, f"status {response.status}")
+        if response.status != 200:
+            return _Answer(None, f"status {response.status}")
+        return _Answer(json.loads(data), "", int(response.headers.get("X-Etcd-Cluster-ID", "0"), 16))
     except TimeoutError:
         return _Answer(None, "no answer")
     except OSError as error:
