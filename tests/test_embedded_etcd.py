@@ -136,7 +136,7 @@ def go(job: Job) -> None:
         (RUN, "one", 143),
         (RUN, "all", 143),
         # One that takes its time to stop must not wait for those that were faster.
-        ("mark('up')\nsignal.signal(15, lambda *_: (time.sleep(rank), os._exit(0)))\n"
+        ("mark('up')\nsignal.signal(15, lambda *_: (time.sleep(rank / 2), os._exit(0)))\n"
          "if rank == 0: wait_for('1.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
     ],
     ids=["success", "failure", "one-signalled", "all-signalled", "slow"],

@@ -43,7 +43,7 @@ class Round:
         self._now = self._began_at = self._decided_at = 0.0
         self._about: Any = None
         self.stays = False
-        """The others need this node's part of the store until they know how the job has ended."""
+        """The store ends with the nodes that host it: all stay until all know how the job has ended."""
         self.is_gone = False
         """Its goodbye is said: the driver may close the connection."""
         self._begin_round()

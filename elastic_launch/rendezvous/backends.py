@@ -35,7 +35,7 @@ class Backend(Protocol):
     serves: bool
     """This node hosts it."""
     stays: bool
-    """This node hosts a part of it, which the others need until they know how the job has ended."""
+    """It ends with the nodes that host it: all stay until all know how the job has ended."""
 
     def open(self) -> None:
         """Start what it needs here. Raises LaunchError."""
@@ -226,6 +226,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         names = [join_endpoint(host, port) for host, port in self._members]
         super().__init__(",".join(names), run_id, conf, environ)
         self._names = names
+        self.stays = True
         self._run_id = run_id
         self._log_dir = log_dir
         self._say = say
@@ -262,7 +263,6 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 ),
                 self._environ,
             )
-            self.stays = True
         super().open()
 
     def descriptors(self) -> list[tuple[int, int]]:

@@ -130,8 +130,10 @@ class MemberProcess:
         for attempt in range(RESTARTS + 1):
             try:
                 why = self._live()
-            except (_FailedError, OSError) as error:
+            except _FailedError as error:
                 why = str(error)
+            except OSError as error:
+                why = f"cannot run: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
             if attempt < RESTARTS:
                 self._say(f"the etcd member {self._name} of this host {why}: starting it again")
                 time.sleep(1 << attempt)
