@@ -68,7 +68,7 @@ class Agents:
         found = []
         for _ in range(count):
             found.append(self(script, *args, **more))
-            wait_until(lambda agent=found[-1]: has_claimed(agent))  # type: ignore[misc]
+            wait_until(lambda agent=found[-1]: caretaker_of(agent))  # type: ignore[misc]
         return found
 
     def ids(self, index: int) -> dict[str, str]:
@@ -83,11 +83,13 @@ class Agents:
         return f"http://{HOSTS[index]}:{self.port + 1}"
 
 
-def has_claimed(agent: subprocess.Popen[str]) -> bool:
-    """Whether an agent has its endpoint: it has started the process that looks after a member."""
+def caretaker_of(agent: subprocess.Popen[str]) -> int:
+    """The pid of the process that looks after an agent's member, which it has when it has claimed an endpoint; or 0."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return any("etcd_member_main" in " ".join(child.cmdline()) for child in psutil.Process(agent.pid).children())
-    return False
+        for child in psutil.Process(agent.pid).children():
+            if "etcd_member_main" in " ".join(child.cmdline()):
+                return child.pid
+    return 0
 
 
 def etcd_of(agent: subprocess.Popen[str]) -> int:
@@ -263,6 +265,19 @@ def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
     assert f"the etcd member 127.0.0.1:{agents.port} of this host was killed by signal 9" in results[0].stderr
     assert "starting it again" in results[0].stderr
     assert not [mark for mark in agents.job.marks() if ".1" in mark]
+
+
+def test_a_member_whose_caretaker_is_killed_ends_with_it(agents: Agents) -> None:
+    processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"))
+    all_are_up(agents, 0, 3)
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    etcd = etcd_of(processes[0])
+    os.kill(caretaker_of(processes[0]), signal.SIGKILL)
+    wait_until(lambda: not is_alive(etcd))
+    go(agents.job)
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [0, 0, 0]
+    assert "that ran this host's etcd member is gone" in results[0].stderr
 
 
 # --- a member that cannot run

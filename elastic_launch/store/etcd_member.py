@@ -65,6 +65,7 @@ class EtcdMember:
             for name, value in environ.items()
             if name.lower() not in _STRANGE and (not name.startswith("ETCD_") or name == "ETCD_UNSUPPORTED_ARCH")
         }
+        self._temporary = plan.folder if plan.temporary else ""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
@@ -127,6 +128,10 @@ class EtcdMember:
                 _wait(process.fileno(), CLOSE_PATIENCE)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
+        if os.path.exists(self._temporary):  # it was killed itself
+            import shutil  # late: hardly ever needed
+
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _wait(process: int, seconds: float) -> bool:
