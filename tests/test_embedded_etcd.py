@@ -181,9 +181,8 @@ def test_any_host_may_die(index: int, agents: Agents) -> None:
     all_are_up(agents, 1, 2)
     assert time.monotonic() - began < DEADLINE + LAST_CALL + 2
     del processes[index]
-    for result in finish(agents, processes):
-        assert result.returncode == 0, result.stderr
-        assert "no sign of life from" in result.stderr
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [0, 0], results
     assert {mark for mark in agents.job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
 
 
