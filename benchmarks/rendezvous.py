@@ -98,7 +98,7 @@ class Counting(StoreClient):
 class Backend:
     """What an agent connects to: the one store that there is, or one bridge that all agents of a process share."""
 
-    serves = False
+    serves = stays = False
     where = "store"
 
     def __init__(self, port: int, bridge: EtcdBridge | None) -> None:

@@ -107,6 +107,7 @@ def test_only_one_place_reads_the_environment() -> None:
     # What runs in processes of its own reads theirs.
     assert readers == [
         "elastic_launch/env.py",
+        "elastic_launch/store/etcd_member_main.py",
         "elastic_launch/workers/bootstrap.py",
         "elastic_launch/workers/error_handler.py",
         "elastic_launch/workers/forked.py",

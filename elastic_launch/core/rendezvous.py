@@ -114,7 +114,9 @@ class Node(Membership):
                 self._await("next")
                 self._read_also()
             case "empty":
-                self._gone_at_last()
+                self._is_empty = True
+                if self.phase is Phase.LEAVING:
+                    self._gone_at_last()
             case _:
                 self._get("count", "ticket")
 
@@ -345,6 +347,7 @@ class Node(Membership):
                 end = End(EndKind.REFORM, why, self.me.node)
             else:
                 end = self._final(wish, f"{why}, and the job cannot go on without it")
+                self._stops_job = True
             self._create("set", "end", encode(end))
         elif self.me.serves and self.phase is not Phase.IDLE and not self.is_settled:
             self.round += self.phase is Phase.ENDED  # the others have gone on, or will

@@ -42,6 +42,8 @@ class Round:
         self._out: list[Output] = []
         self._now = self._began_at = self._decided_at = 0.0
         self._about: Any = None
+        self.stays = False
+        """The store ends with the nodes that host it: all stay until all know how the job has ended."""
         self.is_gone = False
         """Its goodbye is said: the driver may close the connection."""
         self._begin_round()
@@ -53,6 +55,10 @@ class Round:
         self.end: End | None = None
         self.verdict: Verdict | None = None
         self._acknowledged = self._has_counted = False
+        self._stops_job = False
+        """It leaves, and has told the others to stop."""
+        self._waits = self._is_empty = False
+        """It goes when all nodes know how the job has ended; they do."""
         self._mine: Settle | None = None
         """This node's settlement of the round."""
         self._placed_at = 0.0
@@ -163,6 +169,8 @@ class Round:
         if not self._acknowledged and self.ticket:
             self._acknowledged = True
             self._ask("left", Add(self._key("left"), 1))
+            if self.stays:
+                self._await("empty")  # from now on: later there may be no majority to answer that all are gone
 
     def _on_left(self, count: int) -> None:
         self._get("arrivals", "ticket", about=count)
@@ -175,12 +183,14 @@ class Round:
 
     def _close_quietly(self) -> None:
         """A node that hosts nothing is gone when the store has done all that it was asked for."""
-        if self.phase is Phase.LEAVING and self._has_counted and not self.me.serves:
+        if self.phase is Phase.LEAVING and self._has_counted and not self._waits:
             self._get("gone", "empty")
 
     def _say_goodbye(self) -> None:
         if self.phase is Phase.LEAVING:
             return
+        is_over = self._stops_job or (self.end is not None and self.is_settled)
+        self._waits = self.me.serves or (self.stays and is_over)
         self.phase = Phase.LEAVING
         self._chief = None
         self._timers.clear()
@@ -190,7 +200,9 @@ class Round:
             return
         self._ask("set", Add(self._key(f"beat/{self.ticket}"), LEFT))
         self._acknowledge()
-        if self.me.serves:
+        if self._waits and self._is_empty:
+            self._gone_at_last()
+        elif self._waits:
             self._await("empty")
             self._in("close", min(self.settings.close_timeout, self.settings.keep_alive_deadline))
         self._close_quietly()

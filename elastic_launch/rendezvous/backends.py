@@ -11,14 +11,16 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from elastic_launch.config import split_endpoint
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
+from elastic_launch.job_files import as_file_name
 from elastic_launch.ports import port_owner
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.etcd import EtcdBridge
+from elastic_launch.store.etcd_member import EtcdMember, claim
 from elastic_launch.store.host import StoreHost, bind_endpoint
 
 Address = tuple[int, tuple[Any, ...]]
@@ -32,6 +34,8 @@ class Backend(Protocol):
     """What messages call it."""
     serves: bool
     """This node hosts it."""
+    stays: bool
+    """It ends with the nodes that host it: all stay until all know how the job has ended."""
 
     def open(self) -> None:
         """Start what it needs here. Raises LaunchError."""
@@ -64,7 +68,7 @@ class C10dBackend:
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
         """Take the endpoint; ``is_host`` None: this node hosts the store if the endpoint is an address of its own."""
         self.where = f"the store at {f'[{host}]' if ':' in host else host}:{port}"
-        self.serves = False
+        self.serves = self.stays = False
         self._host, self._port = host, port
         self._is_host = is_host
         self._environ = environ
@@ -149,6 +153,7 @@ class EtcdBackend:
     def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
         """Take the endpoints, the job's id and etcd's settings; see ``EtcdBridge``."""
         self.where = f"etcd at {endpoints}"
+        self.stays = False
         self._endpoints, self._conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
         self._bridge: EtcdBridge | None = None
@@ -192,6 +197,129 @@ class EtcdBackend:
         if self._bridge:
             self._bridge.close()
             self._bridge = None
+
+
+class EmbeddedEtcdBackend(EtcdBackend):
+    """etcd v3 whose members the job's agents run themselves, on the hosts that the endpoints name."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[tuple[str, int]],
+        run_id: str,
+        conf: Mapping[str, str],
+        environ: Mapping[str, str],
+        log_dir: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Take what the members are to be.
+
+        Args:
+            endpoints: host and client port of each; the port above is for the other members.
+            run_id: the job's id.
+            conf: etcd's settings, as for ``EtcdBridge``.
+            environ: the variables of the processes.
+            log_dir: where the job's files lie, and the members' data; None: a temporary directory has them.
+            say: takes each line for people.
+        """
+        # Everywhere in the same order, whatever the user's.
+        self._members = tuple(sorted(endpoints))
+        names = [join_endpoint(host, port) for host, port in self._members]
+        super().__init__(",".join(names), run_id, conf, environ)
+        self._names = names
+        self.stays = True
+        self._run_id = run_id
+        self._log_dir = log_dir
+        self._say = say
+        self._claim: socket.socket | None = None
+        self._member: EtcdMember | None = None
+
+    def open(self) -> None:
+        """Start the member, if an endpoint is this host's, and the bridge.
+
+        Raises:
+            UnavailableError: there is no etcd to start.
+        """
+        from elastic_launch.etcd_server import etcd_binary  # late, as what follows: few jobs need it
+        from elastic_launch.store.etcd_member_main import Plan
+
+        token = f"elastic-launch/{as_file_name(self._run_id)}"
+        plan = Plan(endpoints=self._members, token=token)
+        self._conf = {**self._conf, "cluster_id": str(plan.cluster)}
+        if found := self._find_own():
+            own, address = found
+            name = self._names[own].replace(":", "_").strip("[]")
+            if self._log_dir:
+                folder = os.path.join(self._log_dir, as_file_name(self._run_id), "etcd", name)
+            else:
+                temp = self._environ.get("TMPDIR") or "/tmp"
+                folder = os.path.join(temp, f"elastic_launch_etcd_{os.urandom(6).hex()}")
+            self._member = EtcdMember(
+                plan._replace(
+                    binary=os.path.abspath(etcd_binary()),
+                    own=own,
+                    address=address,
+                    folder=os.path.abspath(folder),
+                    temporary=not self._log_dir,
+                ),
+                self._environ,
+            )
+        super().open()
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Those of the member and the bridge."""
+        return [*super().descriptors(), *([(self._member.fileno(), select.POLLIN)] if self._member else [])]
+
+    def take(self) -> None:
+        """Pass on what is said of the member, and look after the bridge."""
+        if self._member:
+            try:
+                for line in self._member.take():
+                    self._say(line)
+            except RendezvousConnectionError as error:
+                self._say(f"{error}; this agent goes on without it, as long as a majority of the others serves")
+                self._end_member()
+        super().take()
+
+    def close(self) -> None:
+        """End the bridge and the member."""
+        super().close()
+        self._end_member()
+
+    def _end_member(self) -> None:
+        if self._member:
+            self._member.close()
+            self._member = None
+        if self._claim:
+            self._claim.close()
+            self._claim = None
+
+    def _find_own(self) -> tuple[int, str] | None:
+        """Claim the first endpoint of this host that no other agent of the job has claimed.
+
+        Returns:
+            Its index, and the IP address to listen on; None: this node runs no member.
+        """
+        for index, (host, port) in enumerate(self._members):
+            try:
+                addresses = [str(address[1][0]) for address in resolve(host, port) if _is_own(address)]
+            except RendezvousConnectionError:
+                continue  # a name that is not known yet is not this host's
+            address = min(addresses, key=_is_loopback, default=None)
+            if address and (claimed := claim(self._names[index], self._run_id)):
+                self._claim = claimed
+                if _is_loopback(address) and host not in (address, "localhost"):
+                    self._say(f"{host} is {address} on this host, where no other can reach it: name it by its address")
+                return index, address
+        return None
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def join_endpoint(host: str, port: int) -> str:
+    """``HOST:PORT``; an IPv6 address gets its brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def resolve(host: str, port: int) -> list[Address]:

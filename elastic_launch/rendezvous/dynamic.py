@@ -218,6 +218,7 @@ class DynamicRendezvous:
             self._lost_at = self._said_at = time.monotonic()
             self._backend.open()
             self._node.me = self._node.me._replace(serves=self._backend.serves)
+            self._node.stays = self._backend.stays
 
     def _turn(self) -> None:
         """Read what has come, and send what that leads to; what is answered to it wakes the loop again."""

@@ -20,7 +20,9 @@ DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 TIMES = ("join_timeout", "last_call_timeout", "close_timeout", "keep_alive_interval", "store_timeout", "read_timeout")
 """Settings of ``--rdzv-conf`` that are seconds."""
 OTHERS = ("keep_alive_max_attempt", "is_host", "timeout", "rank")
-ETCD = ("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+"""Settings for an etcd that has TLS or users."""
+ETCD = ("protocol", "embedded", *SECURITY)
 
 
 BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
@@ -82,7 +84,7 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
     timeouts = {name: seconds.pop(f"{name}_timeout") for name in Timeouts._fields if f"{name}_timeout" in seconds}
     rank = _rank(config)
     run_id = config.run_id or "none"
-    backend, port = _backend(config, run_id, rank, environ)
+    backend, port = _backend(config, run_id, rank, environ, seconds.get("join_timeout", 600.0), say)
     settings = Settings(
         run_id=run_id,
         min_nodes=config.min_nodes,
@@ -106,7 +108,14 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
     return DynamicRendezvous(settings, record, backend, say, Timeouts(**timeouts), config.verbosity)
 
 
-def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str, str]) -> tuple[Backend, int]:
+def _backend(
+    config: LaunchConfig,
+    run_id: str,
+    rank: int,
+    environ: Mapping[str, str],
+    join_timeout: float,
+    say: Callable[[str], None],
+) -> tuple[Backend, int]:
     """The store, and the port on which it serves workers, too (0: it does not)."""
     from elastic_launch.rendezvous.backends import C10dBackend, EtcdBackend
 
@@ -125,7 +134,13 @@ def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str,
             )
         conf = {name: str(value) for name, value in config.rdzv_configs.items()}
         conf["read_timeout"] = str(conf.get("store_timeout", conf.get("read_timeout", 60)))  # all attempts together
+        if _flag(config.rdzv_configs, "embedded"):
+            # The members come with the nodes. A little less: who is missing the bridge knows best.
+            conf["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
+            return _embedded(config, endpoint, conf, environ, say), 0
         return EtcdBackend(endpoint, run_id, conf, environ), 0
+    if _flag(config.rdzv_configs, "embedded"):
+        raise UsageError("--rdzv-conf embedded=true: only --rdzv-backend etcd has members that agents can run")
     if any(character in endpoint for character in "/, "):
         raise UsageError(f"--rdzv-endpoint={endpoint}: must be HOST:PORT")
     host, port = split_endpoint(endpoint)
@@ -134,6 +149,35 @@ def _backend(config: LaunchConfig, run_id: str, rank: int, environ: Mapping[str,
     if is_host is None and config.rdzv_backend == "static":
         is_host = rank == 0
     return C10dBackend(host, port, is_host, environ), port
+
+
+def _embedded(
+    config: LaunchConfig, text: str, conf: Mapping[str, str], environ: Mapping[str, str], say: Callable[[str], None]
+) -> Backend:
+    """etcd, with members that the agents run."""
+    from elastic_launch.rendezvous.backends import EmbeddedEtcdBackend
+    from elastic_launch.store.etcd import DEFAULT_PORT
+
+    if named := [name for name in SECURITY if conf.get(name)]:
+        raise UsageError(f"--rdzv-conf {named[0]}: members that agents run (embedded=true) have neither TLS nor users")
+    if conf.get("protocol", "http").strip().lower() != "http":
+        raise UsageError("--rdzv-conf protocol: members that agents run (embedded=true) speak http")
+    members = [split_endpoint(entry) for entry in text.split(",") if entry.strip()]
+    members = [(host, port or DEFAULT_PORT) for host, port in members]
+    taken = [(host, used) for host, port in members for used in (port, port + 1)]
+    if len(set(taken)) < len(taken):
+        raise UsageError(f"--rdzv-endpoint={text}: each member needs its port and the one above for itself")
+    if max(port for _, port in members) == 65535:
+        raise UsageError(f"--rdzv-endpoint={text}: a member needs the port above its own, too; 65535 has none")
+    if len(members) == 1:
+        say(f"embedded etcd with one member, {text}: the job does not survive the loss of that host; name 3 endpoints")
+    elif len(members) % 2 == 0:
+        say(
+            f"embedded etcd with {len(members)} members: a majority of them must live, so that {len(members) - 1} "
+            "would survive as much; name 3 or 5 endpoints"
+        )
+    log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
+    return EmbeddedEtcdBackend(members, config.run_id or "none", conf, environ, log_dir, say)
 
 
 def _rank(config: LaunchConfig) -> int:

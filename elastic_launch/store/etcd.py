@@ -39,6 +39,8 @@ _NAMES = {
     "user": ("user", "username"),
     "password": ("password",),
     "read_timeout": ("read_timeout",),
+    "start_timeout": ("start_timeout",),
+    "cluster_id": ("cluster_id",),
 }
 """What ``--rdzv-conf`` may call each setting; torch's backends etcd and etcd-v2 have names of their own."""
 
@@ -53,7 +55,8 @@ class EtcdBridge:
             endpoints: ``HOST:PORT`` of members, with commas in between; the port is 2379 if left out.
             prefix: what all keys begin with in etcd. Those who use the same one share their keys, and a lease.
             conf: of ``--rdzv-conf``: protocol (http or https), cacert, cert, key (files), user, password, read_timeout
-                (seconds for a call, 60). Others are ignored.
+                (seconds for a call, 60); and start_timeout (the same before any was answered), cluster_id (of
+                the members to be used; any). Others are ignored.
             environ: the variables of the process.
 
         Raises:
@@ -165,13 +168,7 @@ def _settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
         raise UsageError(f"--rdzv-conf protocol={protocol}: must be http or https")
     if ("user" in given) != ("password" in given):
         raise UsageError("--rdzv-conf has one of user and password; etcd needs both")
-    text = given.get("read_timeout", str(READ_TIMEOUT))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"--rdzv-conf read_timeout={text}: must be a number of seconds above 0")
+    seconds = _seconds("read_timeout", given.get("read_timeout", str(READ_TIMEOUT)))
     members = [endpoint for entry in endpoints.split(",") if (endpoint := entry.strip())]
     if not members:
         raise UsageError("no endpoint of etcd: pass --rdzv-endpoint HOST:PORT, or several with commas in between")
@@ -182,7 +179,19 @@ def _settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
         "user": given.get("user"),
         "password": given.get("password"),
         "read_timeout": seconds,
+        "start_timeout": _seconds("start_timeout", given.get("start_timeout", str(seconds))),
+        "cluster_id": int(given.get("cluster_id", "0")),
     }
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--rdzv-conf {name}={text}: must be a number of seconds above 0")
+    return seconds
 
 
 def _file(name: str, path: str) -> bytes:

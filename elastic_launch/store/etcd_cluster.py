@@ -41,6 +41,10 @@ class Settings(NamedTuple):
     password: str | None
     read_timeout: float
     """Seconds for a call, all attempts together."""
+    start_timeout: float
+    """The same as long as no call was answered."""
+    cluster_id: int = 0
+    """Members of another cluster are not to be used; 0: there is no knowing."""
 
 
 class Member:
@@ -129,8 +133,14 @@ class Cluster:
             except self.rpc_error as error:
                 await attempts.failed(member, metadata, error)
             else:
-                self._met = True
-                return response
+                if self.settings.cluster_id in (0, response.header.cluster_id):
+                    self._met = True
+                    return response
+                member.hopeless = not self._met
+                self.leave(member, "it is a member of another cluster: does another job use the same endpoints?")
+                if all(other.hopeless for other in self._members):
+                    raise EtcdError(f"{self.where} is of no use: {self._troubles()}")
+                await attempts.pause()
 
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease. Returns the seconds that it has, 0 if there is none. Raises as ``call``."""
@@ -194,10 +204,16 @@ class Cluster:
         if all(other.hopeless for other in self._members):
             raise EtcdError(f"{self.where} is of no use: {self._troubles()}")
 
-    def unreachable(self, seconds: float) -> EtcdError:
+    @property
+    def patience(self) -> float:
+        """Seconds for a call that begins now."""
+        return self.settings.read_timeout if self._met else self.settings.start_timeout
+
+    def unreachable(self) -> EtcdError:
         """The error for the case that no member answers."""
         again = "lost for" if self._met else "cannot be reached within"
-        return EtcdError(f"{self.where} {again} {seconds:g} s (read_timeout of --rdzv-conf): {self._troubles()}")
+        name = " (read_timeout of --rdzv-conf)" if self.patience == self.settings.read_timeout else ""
+        return EtcdError(f"{self.where} {again} {self.patience:g} s{name}: {self._troubles()}")
 
     def _troubles(self) -> str:
         told = [member for member in self._members if member.trouble]
@@ -244,7 +260,7 @@ class Attempts:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._loop = asyncio.get_running_loop()
-        self._end = self._loop.time() + cluster.settings.read_timeout
+        self._end = self._loop.time() + cluster.patience
         self._count = 0
 
     def patience(self) -> float:
@@ -263,7 +279,7 @@ class Attempts:
         self._count += 1
         now = self._loop.time()
         if now >= self._end:
-            raise self._cluster.unreachable(self._cluster.settings.read_timeout)
+            raise self._cluster.unreachable()
         rounds = self._count // len(self._cluster.settings.endpoints)
         if rounds:
             longest = min(_LONGEST_PAUSE, 0.05 * (1 << min(rounds, 10)), self._end - now)

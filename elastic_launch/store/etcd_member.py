@@ -1,0 +1,141 @@
+"""Floor 2: the agent's hand on the process that runs this host's member of an embedded etcd (``etcd_member_main``).
+
+Claims an endpoint, starts one process, hears what it has to say. Asks no member anything: that takes time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import marshal
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+
+from elastic_launch.env import as_part
+from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.store.etcd_member_main import Plan
+
+CLOSE_PATIENCE = 5.0
+"""Seconds to wait for the end of the process; it is killed then."""
+LINGER = 0.5
+"""Seconds that a member serves on when its agent is through with the job: the others' members, which may have no
+majority afterwards, learn within a heartbeat (0.1 s) what the last thing was that a majority agreed to."""
+
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); import etcd_member_main as m; m.main(*map(int, sys.argv[2:]))"
+_STRANGE = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+"""Variables of which the members' connections would make use, and must not."""
+
+
+def claim(endpoint: str, run_id: str) -> socket.socket | None:
+    """Claim an endpoint for this agent, among those of the job that share its network.
+
+    Returns:
+        What holds the claim until it is closed, or the process ends; None: another agent has it.
+    """
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        # An abstract name: it is gone with the process, however that ends.
+        holder.bind("\0elastic-launch/" + hashlib.sha256(f"{endpoint}/{run_id}".encode()).hexdigest())
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
+class EtcdMember:
+    """The process. ``fileno()`` is readable when ``take()`` has something to say."""
+
+    def __init__(self, plan: Plan, environ: Mapping[str, str]) -> None:
+        """Start the process.
+
+        Args:
+            plan: which member it runs, and how.
+            environ: the variables of the process and of etcd; those that configure another etcd are left out.
+
+        Raises:
+            RendezvousConnectionError: the system cannot start a process.
+        """
+        kept = {
+            name: value
+            for name, value in environ.items()
+            if name.lower() not in _STRANGE and (not name.startswith("ETCD_") or name == "ETCD_UNSUPPORTED_ARCH")
+        }
+        self._temporary = plan.folder if plan.temporary else ""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
+                self._control.setblocking(False)
+                inherited = (theirs.fileno(), agent.fileno())
+                self.pid = os.posix_spawn(
+                    sys.executable,
+                    [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
+                    as_part(kept),
+                    file_actions=[
+                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+                        # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
+                        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),
+                    ],
+                    setsid=True,
+                    setsigmask=signal.valid_signals(),
+                )
+            self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
+            with contextlib.suppress(BrokenPipeError):
+                self._control.send(marshal.dumps(tuple(plan)))  # the first message: there is room
+        except OSError as error:
+            self._control.close()
+            raise RendezvousConnectionError(f"cannot start the process for a member of etcd: {error}") from error
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._control.fileno()
+
+    def take(self) -> list[str]:
+        """What there is to tell people.
+
+        Raises:
+            RendezvousConnectionError: the process has ended, and the member with it. ``close()`` is still due.
+        """
+        lines: list[str] = []
+        while True:
+            try:
+                text = self._control.recv(1 << 16)
+            except BlockingIOError:
+                return lines
+            except OSError:
+                text = b""
+            if not text:
+                raise RendezvousConnectionError(
+                    f"the process (pid {self.pid}) that ran this host's etcd member is gone, and the member with it"
+                )
+            lines.append(text.decode())
+
+    def close(self, linger: float = LINGER) -> None:
+        """End the member after ``linger`` seconds, and wait for that."""
+        if self._process.closed:
+            return
+        with self._process as process:
+            _wait(process.fileno(), linger)
+            self._control.close()
+            if not _wait(process.fileno(), CLOSE_PATIENCE):
+                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+                _wait(process.fileno(), CLOSE_PATIENCE)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        if os.path.exists(self._temporary):  # it was killed itself
+            import shutil  # late: hardly ever needed
+
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _wait(process: int, seconds: float) -> bool:
+    """Wait for the end of a process, by its pidfd. Returns whether it has ended."""
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    return bool(poller.poll(seconds * 1000))
