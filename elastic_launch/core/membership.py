@@ -176,7 +176,7 @@ class Membership(Gathering):
             self._is_fenced = True
             self._mine = None
             reason = "this process was stopped" if wish else "the store has not answered"
-            reason += f" for {self._now - self._beat_at:.0f} s"
+            reason += f" for {self._now - self._alive_at:.1f} s"
             end = End(EndKind.REFORM, f"{self.me.host} was cut off: {reason}", self.me.node)
             self._create("end", "end", encode(end))  # when the store is there again; or it tells how the round ended
             self._out.append(Tell(Ended(end._replace(reason=reason, mine=True), 0.0)))

@@ -134,7 +134,7 @@ class DynamicRendezvous:
             times.append(self._connected_at + self._timeouts.read if self._calls else self._retry_at)
             times += [self._lost_at + self._patience, self._said_at + SAY_UNREACHABLE]
         elif (since := self._asked_at()) is not None:
-            times += [since + self._timeouts.read, max(since, self._said_at) + SAY_UNREACHABLE]
+            times += [since + self._silence_limit, max(since, self._said_at) + SAY_UNREACHABLE]
         return min(times, default=None)
 
     def take(self, ready: Collection[int] = ()) -> list[Event]:
@@ -303,7 +303,7 @@ class DynamicRendezvous:
         """The store cannot be reached: try again, or give it up."""
         now = time.monotonic()
         if self._why is None and self._has_answer:
-            self._lost_at = now
+            self._lost_at = min(self._asked_at() or now, now)
         self._disconnect()
         self._why = RendezvousConnectionError(f"{self._backend.where} is lost: {error}") if self._has_answer else error
         if isinstance(error, NotAStoreError):
@@ -329,8 +329,8 @@ class DynamicRendezvous:
         if self._calls and not self._calls.ready and now - self._connected_at >= self._timeouts.read:
             raise self._calls.silence(self._timeouts.read)
         since = self._asked_at() if self._calls and self._calls.ready else None
-        if self._calls and since is not None and now - since >= self._timeouts.read:
-            raise self._calls.silence(self._timeouts.read)
+        if self._calls and since is not None and now - since >= self._silence_limit:
+            raise self._calls.silence(self._silence_limit)
         if self._calls and self._calls.ready and self._why is None:
             if since is not None and now - max(since, self._said_at) >= SAY_UNREACHABLE:
                 self._said_at = now
@@ -343,6 +343,11 @@ class DynamicRendezvous:
         elif now - self._said_at >= SAY_UNREACHABLE:
             self._said_at = now
             self._say(f"{self._why or self._silence(away)}; trying for up to {self._patience - away:.0f} s more")
+
+    @property
+    def _silence_limit(self) -> float:
+        """Seconds that an answer may take: then a new connection tells sooner whether the store is there."""
+        return min(self._timeouts.read, self._settings.keep_alive_deadline)
 
     @property
     def _patience(self) -> float:
