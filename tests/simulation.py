@@ -105,7 +105,7 @@ class World:
         for field in ("group_world_size", "world_size", "master_addr", "master_port", "ledger"):
             assert getattr(place, field) == getattr(first, field), f"{self}: {field} differs within a round"
         before = self.places.get(place.restart_count - 1, {})
-        charged = {other.ledger.charged for other in before.values()} or {0}
+        charged = {other.ledger.charged for other in before.values()} or {place.ledger.charged}
         assert place.ledger.charged - min(charged) in (0, 1) or self.settings.policy.window, f"{self}: counted twice"
         assert self.settings.min_nodes <= place.group_world_size <= self.settings.max_nodes
         assert 0 <= place.group_rank < place.group_world_size

@@ -279,7 +279,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
     script = net.script(
         "if restart == 0 and rank == 1: wait_for('0.0 host-1 of 3', '2.0 host-3 of 3'); sys.exit(3)\n" + UNTIL_END
     )
-    conf = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
+    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=1"
     programs = start_three(net, script, "--max-restarts", "1", nnodes="3", conf=conf)
     net.formed(3, restart=1)
     net.end()
@@ -350,8 +350,10 @@ def test_a_job_that_needs_the_lost_host_ends(network: Make) -> None:
 def test_a_broken_connection_is_no_cause_where_a_peer_was_killed(network: Make) -> None:
     net = network(3)
     script = net.script(
-        "if rank == 0: mark('reset'); raise ConnectionResetError(104, 'Connection reset by peer')\n"
-        "if rank == 1: wait_for('0.0 reset'); time.sleep(0.1); os.kill(os.getpid(), signal.SIGKILL)\n" + UNTIL_END
+        "if rank == 0: wait_for('1.0 deaf'); raise ConnectionResetError(104, 'Connection reset by peer')\n"
+        "if rank == 1:\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"  # its end is seen later
+        "    mark('deaf'); wait()\n" + UNTIL_END
     )
     programs = [net.start(net.hosts[n], script, "--node-rank", str(n - 1), nnodes="3") for n in (1, 2, 3)]
     assert len(set(ends(*programs))) == 1

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from elastic_launch.core.policy import aged
-from elastic_launch.core.protocol import Settings
+from elastic_launch.core.protocol import LATENESS, Settings
 from elastic_launch.core.ranks import choose
 from elastic_launch.core.records import NodeRecord, Status
 from elastic_launch.core.watch import Watch
@@ -77,19 +77,20 @@ class Chief:
         self._past_watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._tickets: dict[str, int] = {}
         self._arrived: dict[int, float] = {}
-        self._late: set[int] = set()
-        """Those of ``missing`` that were missing a tick ago: their nodes may be dead."""
+        self._late_at: dict[int, float] = {}
+        """By ticket: if its record is still missing then, its node may be dead."""
         self._last_arrival = now
         self._past: dict[str, str] = {}
         """Hosts of the nodes of the round before, by their ids."""
 
     # --- who has come
 
-    def note_tickets(self, count: int) -> None:
+    def note_tickets(self, count: int, now: float) -> None:
         """So many tickets were given out."""
         if self._doubtful_tickets is None:
             self._doubtful_tickets = count
         self.missing += range(self.known + 1, count + 1)
+        self._late_at |= dict.fromkeys(range(self.known + 1, count + 1), now + self._settings.tick + LATENESS)
         self.known = max(self.known, count)
 
     def note_nodes(self, records: Iterable[tuple[int, NodeRecord]], now: float) -> None:
@@ -115,15 +116,11 @@ class Chief:
             if record.node not in self._tickets and record.node not in gone:
                 self.expected[record.node] = (ticket, record.host)
 
-    def next_ticket(self) -> int:
+    def next_ticket(self, now: float) -> int:
         """The ticket whose record will probably come next."""
-        return next((ticket for ticket in self.missing if ticket not in self._late), self.known + 1)
+        return next((ticket for ticket in self.missing if now < self._late_at[ticket]), self.known + 1)
 
     # --- who has gone
-
-    def note_tick(self) -> None:
-        """A tick has passed."""
-        self._late = set(self.missing)
 
     def look(self, counters: Sequence[tuple[int, bytes]], now: float, asked_at: float) -> list[int]:
         """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
@@ -160,7 +157,7 @@ class Chief:
             return Refuse(refusal, ExitCode.USAGE)
         if self.expected is None or self.expected:
             return None
-        is_coming = any(ticket not in self._late for ticket in self.missing)
+        is_coming = any(now < self._late_at[ticket] for ticket in self.missing)
         if len(self.joined) < settings.min_nodes:
             if self._past and not (self.doubtful or is_coming):
                 return Refuse(self._who_is_left(), ExitCode.UNAVAILABLE)

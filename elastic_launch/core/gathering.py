@@ -81,7 +81,7 @@ class Gathering(Round):
             self._become_chief()
         else:
             self._await("closed")
-        self._in("beat", self._beat_period())
+        self._timers["beat"] = max(self._now, self._alive_at + self._beat_period())
 
     def _become_chief(self) -> None:
         self._chief = Chief(self.settings, self.me, self._chiefs, self.round, self._now)
@@ -121,7 +121,7 @@ class Gathering(Round):
 
     def _on_count(self, value: list[bytes]) -> None:
         if self._chief:
-            self._chief.note_tickets(number(value[0]))
+            self._chief.note_tickets(number(value[0]), self._now)
             self._read_nodes(self._chief.missing)
 
     def _read_nodes(self, tickets: list[int]) -> None:
@@ -146,14 +146,13 @@ class Gathering(Round):
 
     def _await_arrivals(self) -> None:
         if self._chief and not self._chief.is_closing:
-            self._await(f"node/{self._chief.next_ticket()}")
+            self._await(f"node/{self._chief.next_ticket(self._now)}")
 
     def _look(self) -> None:
         """The chief looks at signs of life, tickets whose record is late, and another chief's work; the coordinator
         at the members' signs of life."""
         self._in("watch", self.settings.tick)
         if self._chief:
-            self._chief.note_tick()
             joined = [*self._chief.joined, *self._chief.doubtful]
             past = {node: ticket for node, (ticket, _) in (self._chief.expected or {}).items()}
             names = ["closed", f"chief/{self._chiefs + 1}", "ticket", *(f"beat/{ticket}" for ticket in joined)]
@@ -179,7 +178,7 @@ class Gathering(Round):
             self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now, asked_at))
             before = list(zip(past.values(), beats[len(joined) :], strict=True))
             chief.look_back(list(past), before, self._now, asked_at)
-            chief.note_tickets(number(count))
+            chief.note_tickets(number(count), self._now)
             self._read_nodes(chief.missing)
             self._consider()
 

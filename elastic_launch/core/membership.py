@@ -66,7 +66,7 @@ class Membership(Gathering):
         self.phase = Phase.MEMBER
         self.place = assignment
         self._placed_at = self._now
-        self._timers["beat"] = min(self._timers["beat"], self._now + self._beat_period())
+        self._timers["beat"] = min(self._timers["beat"], max(self._now, self._alive_at + self._beat_period()))
         if self.place.group_rank == 0:
             self._get_roster()
         self._renew_lease()

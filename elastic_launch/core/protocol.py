@@ -13,7 +13,7 @@ TICK = 1.0
 """Seconds between two looks of a chief, a coordinator or a deputy, if the keep-alive interval is not shorter."""
 
 
-LATENESS = 1.25
+LATENESS = 1.5
 """Seconds that an answer of the store may always take."""
 
 
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     @property
     def margin(self) -> float:
         """Seconds before that deadline when the workers of a node are dead that cannot be sure of its place."""
-        return min(1.0, self.keep_alive_deadline / 6)
+        return min(1.0, self.keep_alive_deadline / 8)
 
     @property
     def grace(self) -> float:
