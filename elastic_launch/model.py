@@ -248,6 +248,8 @@ class Verdict(NamedTuple):
     """Seconds until the next round."""
     gone: tuple[str, ...] = ()
     """Ids of the nodes that will not be in it."""
+    node: str = ""
+    """The id of the node that said so."""
 
 
 @dataclass(frozen=True)

@@ -258,9 +258,9 @@ class Membership(Gathering):
             return
         elif self._grace_ends is not None:
             self._say(f"{reason}, which explains the failure: another round, without charge", Level.EVENT)
-            self._create("next", "next", encode(Verdict(True, self._ledger(), gone=tuple(nodes))))
+            self._say_what_follows(Verdict(True, self._ledger(), gone=tuple(nodes)))
         elif self.end.node in nodes:
             verdict = follow(self.settings.policy, self._ledger(), self.end.failures, self.end.node)
-            self._create("next", "next", encode(verdict._replace(gone=tuple(nodes))))
+            self._say_what_follows(verdict._replace(gone=tuple(nodes)))
         elif not self.end.mine:
             self._create("set", "lost", encode(End(EndKind.REFORM, hosts, self.me.node, tuple(nodes))))

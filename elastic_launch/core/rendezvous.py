@@ -246,7 +246,7 @@ class Node(Membership):
         cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
         may_restart = self._mine.may_restart
         verdict = follow(self.settings.policy, self._ledger(), cut, node, self.place.picked_port, may_restart)
-        self._create("next", "next", encode(verdict))
+        self._say_what_follows(verdict)
 
     def _wait_for_a_cause(self) -> None:
         if self._grace_ends is None:

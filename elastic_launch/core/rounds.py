@@ -16,7 +16,7 @@ from elastic_launch.core.protocol import (
     Settings,
     Tell,
 )
-from elastic_launch.core.records import Closed, NodeRecord, Roster, Status
+from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, encode
 from elastic_launch.core.requests import Add, Get, Request, Set, Swap
 from elastic_launch.core.watch import LEFT, Watch, number
 from elastic_launch.errors import ProcessFailure
@@ -124,6 +124,9 @@ class Round:
 
     def _create(self, what: str, name: str, value: bytes) -> None:
         self._ask(what, Swap(self._key(name), b"", value))
+
+    def _say_what_follows(self, verdict: Verdict) -> None:
+        self._create("next", "next", encode(verdict._replace(node=self.me.node)))
 
     def _set(self, items: Iterable[tuple[str, bytes]]) -> None:
         everything = [(self._key(name), value) for name, value in items]
