@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from signal import SIGKILL, SIGSEGV, SIGTERM
 
 import pytest
 
 from elastic_launch.core.report import format_report
-from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit, is_port_clash, judge
+from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit, is_consequence, is_port_clash, judge
 from elastic_launch.errors import ChildFailedError, ProcessFailure
 from elastic_launch.model import Assignment
 
@@ -149,3 +150,28 @@ def test_report_shows_the_traceback_and_shortens_an_endless_one() -> None:
     assert "line 99999\n" in long
     assert "99800 lines left out" in long
     assert "logs" not in long
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4242",
+        "RuntimeError: Application timeout caused pair closure",
+        "ConnectionResetError: [Errno 104] Connection reset by peer",
+        "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+        "DistBackendError: NCCL error: remote process exited , ncclRemoteError: A call failed",
+        "DistBackendError: NCCL communicator was aborted on rank 1",
+        "BrokenPipeError: [Errno 32] Broken pipe",
+    ],
+)
+def test_what_a_lost_peer_leads_to_is_a_consequence(text: str) -> None:
+    assert is_consequence(ProcessFailure(0, 1, 1, error=text))
+    assert is_consequence(ProcessFailure(0, 1, -signal.SIGABRT, stderr=f"terminate called\n  what(): {text}"))
+    assert not is_consequence(ProcessFailure(0, 1, -signal.SIGSEGV, stderr=text)), "it may have said that long before"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ValueError: boom", "torch.OutOfMemoryError: CUDA out of memory", "KeyError: 'nccl'"]
+)
+def test_other_errors_are_causes(text: str) -> None:
+    assert not is_consequence(ProcessFailure(0, 1, 1, error=text))

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse
 from elastic_launch.core.policy import aged, stands_aside
-from elastic_launch.core.protocol import (
-    Opening,
-    Phase,
-    Renew,
-)
+from elastic_launch.core.protocol import Opening, Phase, Renew
 from elastic_launch.core.ranks import assign
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, decode, encode
 from elastic_launch.core.requests import Add, Get, Swap

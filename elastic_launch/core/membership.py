@@ -6,11 +6,7 @@ from elastic_launch.core.chief import disagreement, listed
 from elastic_launch.core.gathering import Gathering
 from elastic_launch.core.lifecycle import Assigned, Ended, Fence
 from elastic_launch.core.policy import follow
-from elastic_launch.core.protocol import (
-    Lease,
-    Phase,
-    Tell,
-)
+from elastic_launch.core.protocol import Lease, Phase, Tell
 from elastic_launch.core.records import Closed, Roster, decode, encode
 from elastic_launch.core.requests import Add
 from elastic_launch.core.rounds import TAKE_OVER
@@ -145,6 +141,8 @@ class Membership(Gathering):
                 self._get("still_open", "closed", about=self._now)
 
     def _still_open(self, value: list[bytes]) -> None:
+        if self.phase is not Phase.WAITING:
+            return
         if value[0]:
             self._ask_for_place()  # the news has not come yet by the way that it should
         else:

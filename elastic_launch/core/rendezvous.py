@@ -33,6 +33,7 @@ others with every beat. Every request may be carried out twice, since a connecti
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -377,7 +378,8 @@ class _Failure(NamedTuple):
 
 def _brief(failure: ProcessFailure) -> ProcessFailure:
     """A failure without its traceback, for a list of many."""
-    return replace(failure, error=failure.error_line(), message="", stderr="", note=failure.note[:NOTE])
+    stderr = failure.stderr[-NOTE:] if failure.exitcode == -signal.SIGABRT else ""  # it tells a consequence
+    return replace(failure, error=failure.error_line(), message="", stderr=stderr, note=failure.note[:NOTE])
 
 
 def _cut(failure: ProcessFailure) -> ProcessFailure:

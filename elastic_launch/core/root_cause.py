@@ -8,6 +8,7 @@ of a SIGKILL can raise before the agent has seen the death.
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ from elastic_launch.model import Assignment
 
 _CONSEQUENCE = re.compile(
     r"connection (was )?(closed|reset|aborted)|broken pipe|socket closed|remote (process|peer) (exited|closed)"
-    r"|NCCL.{0,200}?(remote error|abort)",
+    r"|pair closure|got 0 bytes|ncclRemoteError|NCCL.{0,200}?(remote error|abort)",
     re.IGNORECASE,
 )
+"""What gloo, NCCL, torch's TCPStore and sockets say when a peer is gone."""
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
@@ -110,8 +112,9 @@ def _as_it_raised(exit_: Exit) -> Exit:
 
 
 def is_consequence(failure: ProcessFailure) -> bool:
-    """Whether the error is plainly that of a worker that lost its peer."""
-    return _CONSEQUENCE.search(failure.error) is not None
+    """Whether the error, or what it said when it aborted, is plainly that of a worker that lost its peer."""
+    last_words = failure.stderr if failure.exitcode == -signal.SIGABRT else ""
+    return _CONSEQUENCE.search(failure.error or last_words) is not None
 
 
 def failure_of(exit_: Exit, evidence: Evidence, pid: int, place: Assignment) -> ProcessFailure:

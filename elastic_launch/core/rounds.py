@@ -8,14 +8,7 @@ from typing import Any
 from elastic_launch.core.chief import Chief
 from elastic_launch.core.lifecycle import Decided, Settle
 from elastic_launch.core.policy import aged
-from elastic_launch.core.protocol import (
-    Ask,
-    Output,
-    Phase,
-    Say,
-    Settings,
-    Tell,
-)
+from elastic_launch.core.protocol import Ask, Output, Phase, Say, Settings, Tell
 from elastic_launch.core.records import Closed, NodeRecord, Roster, Status, encode
 from elastic_launch.core.requests import Add, Get, Request, Set, Swap
 from elastic_launch.core.watch import LEFT, Watch, number

@@ -109,7 +109,7 @@ class DynamicRendezvous:
 
     def ask(self, action: Asking) -> list[Event]:
         """Take an action of the agent; most answers come later, from ``take``."""
-        self._has_left = isinstance(action, Leave)
+        self._has_left |= isinstance(action, Leave)
         if isinstance(action, Join):
             self._step(Opening(self._port()))
         else:
