@@ -134,9 +134,9 @@ class Gathering(Round):
         nodes = [(ticket, decode(NodeRecord, data, self._key(f"node/{ticket}"))) for ticket, data in found]
         chief.note_nodes(nodes, self._now)
         if self.settings.max_nodes <= SHOWN:
-            for ticket, node in nodes:
+            for more, (ticket, node) in zip(range(len(nodes) - 1, -1, -1), nodes, strict=True):
                 if node.previous < 0 and ticket != self.ticket:
-                    self._say(f"{node.host} has joined: {self._count(len(chief.joined))}", Level.EVENT)
+                    self._say(f"{node.host} has joined: {self._count(len(chief.joined) - more)}", Level.EVENT)
         self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()
 

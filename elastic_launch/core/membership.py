@@ -6,7 +6,7 @@ from elastic_launch.core.chief import disagreement, listed
 from elastic_launch.core.gathering import Gathering
 from elastic_launch.core.lifecycle import Assigned, Ended, Fence
 from elastic_launch.core.policy import follow
-from elastic_launch.core.protocol import Lease, Phase, Tell
+from elastic_launch.core.protocol import LATENESS, Lease, Phase, Tell
 from elastic_launch.core.records import Closed, Roster, decode, encode
 from elastic_launch.core.requests import Add
 from elastic_launch.core.rounds import TAKE_OVER
@@ -181,9 +181,10 @@ class Membership(Gathering):
 
     def _on_beat(self, count: int) -> None:
         self._beating = False
+        slept = self._beat_at - self._alive_at > 2 * self._beat_period() + LATENESS
         self._alive_at = self._beat_at
         self._renew_lease()
-        if count <= self._beats:
+        if count <= self._beats or slept:  # this node: that says nothing of the others
             self._heard_at = self._now
         self._beats = count
         due = self._heard_at + self.settings.keep_alive_deadline
@@ -222,6 +223,7 @@ class Membership(Gathering):
     def _lose_coordinator(self) -> None:
         if self._roster is None:
             self._get_roster()
+            self._in("beat", 0.0)  # whose answer comes after that
         elif self._roster.tickets[0] not in self._excused | self._missed:
             self._miss([self._roster.tickets[0]])
         elif "watch" not in self._timers:  # somebody must watch over the others, and over who is to say what follows

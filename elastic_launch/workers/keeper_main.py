@@ -216,6 +216,8 @@ class Service:
         self.leftovers: dict[int, str] = {}
         """What had to be killed when the workers had ended: name by pid."""
         self.next_look = FIRST_LOOK
+        self.is_kept = False
+        """There is a process to be kept."""
         self.lease = float("inf")
         """Until when the agent is sure that no other node has taken this one's place."""
 
@@ -251,16 +253,17 @@ class Service:
                 poller.unregister(self.sock)
                 poller.unregister(self.agent)
                 self.kill_all()
-            if time.monotonic() >= self.lease:
+            self.is_kept = self.look()
+            if self.is_kept and time.monotonic() >= self.lease:
                 self.lapse()
-            if not self.look() and not self.agent_lives:
+            if not self.is_kept and not self.agent_lives:
                 return
 
     def patience(self) -> float | None:
         """Milliseconds until something is due."""
         if self.phase is Phase.KILLING:
             return self.next_look * 1000
-        if self.phase is Phase.SWEPT or self.lease == float("inf"):
+        if not self.is_kept or self.lease == float("inf"):
             return None
         return max(0.0, self.lease - time.monotonic()) * 1000
 
@@ -405,7 +408,7 @@ class Service:
     def lapse(self) -> None:
         """The agent does not renew the lease: it is stopped. Others may train in this node's place from now on."""
         self.lease = float("inf")
-        if self.phase in (Phase.SERVING, Phase.SWEEPING) and self.reap():
+        if self.phase in (Phase.SERVING, Phase.SWEEPING):
             self.send(("lapsed",))
             self.kill_all()
 
