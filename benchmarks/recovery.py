@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from common import COMMANDS, OURS, PEER, Running, machine, running, spread
 from rendezvous import Job as Simulation
@@ -80,9 +80,9 @@ class Note(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What the median or the maximum is to stay under, in ms."""
+    """What is to stay under a limit in ms."""
 
-    of: str
+    of: Literal["median", "maximum"]
     limit: float
 
 
@@ -215,7 +215,7 @@ def job_of(name: str, store: str, port: int | None, span: str, nodes: int, resta
 
 def row(what: str, ours: Sequence[float], goal: Goal, peers: Sequence[float] = ()) -> str:
     """One line of the table."""
-    reached = {"median": median, "maximum": max}[goal.of](ours)
+    reached = median(ours) if goal.of == "median" else max(ours)
     target = f"{goal.of} < {goal.limit:g}: {'met' if reached < goal.limit else 'MISSED'}"
     there = [value for value in peers if value < float("inf")]
     late = f"{len(peers) - len(there)} of {len(peers)} not within {PATIENCE:g} s" if len(there) < len(peers) else ""
