@@ -62,6 +62,8 @@ class Running:
         self.command = command
         self.output = output
         self.process = subprocess.Popen(command, env=environment(folder), stdout=output, stderr=output)
+        self.left: list[psutil.Process] = []
+        """What a launcher that was killed may have left behind."""
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Sleep until the condition holds; ends the benchmark if the launcher ends or the time is over."""
@@ -73,8 +75,16 @@ class Running:
                 fail(f"not there after {seconds:.0f} s", self.command, self.output)
             time.sleep(0.01)
 
+    def kill(self) -> None:
+        """SIGKILL to the launcher, and to nothing that it has started."""
+        self.left = self.family()
+        self.process.kill()
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else self.left
+
     def stop(self) -> None:
-        family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        family = self.family()
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(60)

@@ -176,6 +176,8 @@ class Fleet:
         self.owners: dict[int, Agent] = {}
         self.heap: list[tuple[float, int, Agent]] = []
         self.placed = self.pushed = 0
+        self.ended_at = float("nan")
+        """When the last agent so far learnt that its round is over."""
         self.agents = []
         for number in range(first, first + count):
             record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
@@ -247,8 +249,10 @@ class Fleet:
                     if self.placed == len(self.agents):
                         self.placed = 0
                         now = time.monotonic()
-                        self.control.send((now, place.restart_count, [agent.rank for agent in self.agents]))
+                        ranks = [agent.rank for agent in self.agents]
+                        self.control.send((now, place.restart_count, ranks, self.ended_at))
                 case Ended(end):
+                    self.ended_at = time.monotonic()
                     verdict = Verdict(True)
                     if end.mine:
                         verdict = Verdict(True, failures=(FAILURE,))
@@ -306,6 +310,8 @@ class Figures(NamedTuple):
     """Of one run. Times in seconds."""
 
     join: float
+    known: float
+    """From a failure until all agents know of it."""
     reform: float
     requests: list[int]
     """Of each agent, until it had its first place."""
@@ -330,21 +336,22 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
             counts, agents, bridges = zip(*gather(controls), strict=True)
             return [one for part in counts for one in part], [sum(agents), sum(bridges), cpu_time(store_pids)]
 
-        def meet(orders: dict[Connection, str], round_: int) -> float:
+        def meet(orders: dict[Connection, str], round_: int) -> tuple[float, float]:
+            """Time until all are placed, and until all knew that the round before was over."""
             begin = time.monotonic()
             for control, order in orders.items():
                 control.send(order)
             answers = gather(controls)
-            ranks = sorted(rank for _, _, part in answers for rank in part)
-            if ranks != list(range(job.agents)) or {count for _, count, _ in answers} != {round_}:
+            ranks = sorted(rank for _, _, part, _ in answers for rank in part)
+            if ranks != list(range(job.agents)) or {count for _, count, _, _ in answers} != {round_}:
                 raise SystemExit(f"round {round_}: ranks are not 0 to {job.agents - 1}, each once: {answers}")
-            last: float = max(at for at, _, _ in answers)
-            return last - begin
+            placed, _, _, ended = zip(*answers, strict=True)
+            return max(placed) - begin, max(ended) - begin
 
         begun, cpu_begun = traffic()
-        join = meet(dict.fromkeys(controls, "join"), 0)
+        join, _ = meet(dict.fromkeys(controls, "join"), 0)
         joined, _ = traffic()
-        reform = meet({controls[-1]: "fail"}, 1)
+        reform, known = meet({controls[-1]: "fail"}, 1)
         reformed, cpu = traffic()
         idle: list[float] = []
         if intervals:
@@ -355,6 +362,7 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
             idle = [(b - a) / intervals for (a, _), (b, _) in zip(before, traffic()[0], strict=True)]
         return Figures(
             join,
+            known,
             reform,
             [b - a for (a, _), (b, _) in zip(begun, joined, strict=True)],
             [b - a for (_, a), (_, b) in zip(begun, joined, strict=True)],
