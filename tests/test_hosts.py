@@ -266,7 +266,8 @@ def test_the_host_of_the_store_is_cut_off_and_healed(network: Make, coordinator:
     programs = start_three(net, net.script(), nnodes="1:3", coordinator=coordinator)
     cut_at = time.monotonic()
     net.hosts.cut(net.hosts[1])
-    assert net.formed(1, restart=1) - cut_at < PATIENCE
+    # Where the coordinator is lost together with others, it is missed first, and they by who takes over.
+    assert net.formed(1, restart=1) - cut_at < PATIENCE + DEADLINE * (coordinator == 3)
     net.hosts.heal()
     net.formed(3, restart=2)
     net.end()
