@@ -32,10 +32,10 @@ LAST_WORDS = "print('last words', file=sys.stderr)\n"
 
 
 def start(job: Job, *args: str, stdin: Any = subprocess.DEVNULL, **how: Any) -> subprocess.Popen[bytes]:
-    """Start ``elastic-run``; its streams are pipes of bytes, if nothing else is said. Capitals are variables."""
+    """Start a quiet ``elastic-run``; its streams are pipes of bytes, if nothing else is said. Capitals are variables."""
     env = {name: how.pop(name) for name in list(how) if name.isupper()}
     process = subprocess.Popen(
-        [sys.executable, "-m", "elastic_launch", *args],
+        [sys.executable, "-m", "elastic_launch", "-q", *args],
         cwd=job.path,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stdin=stdin,
