@@ -12,6 +12,7 @@ import pytest
 
 from elastic_launch.config import LaunchConfig
 from elastic_launch.options import OPTIONS
+from elastic_launch.rendezvous.registry import create_rendezvous
 from elastic_launch.run import config_from_args, parse_args
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -87,6 +88,9 @@ def test_kubernetes_variables_launch_an_elastic_job(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, CPUS.get(value, value))
     found, _ = config(parse_args([__file__]))
     assert (found.min_nodes, found.max_nodes, found.rdzv_backend) == (2, 4, "c10d")
+    said: list[str] = []
+    create_rendezvous(found, {}, said.append)
+    assert said == [], "a setting of PET_RDZV_CONF is not known"
     text = KUBERNETES.read_text()
     assert re.findall(r"^  (?:completions|parallelism): (\d+)", text, re.MULTILINE) == ["4", "4"]
     kill = re.search(r"terminationGracePeriodSeconds: (\d+)", text)
