@@ -26,7 +26,7 @@ from elastic_launch.driver import Driver, Source
 from elastic_launch.env import environment
 from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
 from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.model import Assignment, Level, RunResult, WorkerGroup, WorkerSpec, WorkerState
+from elastic_launch.model import Assignment, EndKind, Level, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.processes import Workers, name_of, prefix
 from elastic_launch.signals import SignalQueue
 from elastic_launch.telemetry import Telemetry
@@ -184,7 +184,8 @@ class LocalElasticAgent:
         if finish.error:
             raise RendezvousError(finish.error, finish.status)
         signum = signal.Signals(cast(int, finish.signum))
-        raise SignalException(f"stopped by {signal_name(signum)}", signum)
+        why = f": {life.end.reason}" if life.end and life.end.kind is EndKind.STOP and not life.end.mine else ""
+        raise SignalException(f"stopped by {signal_name(signum)}{why}", signum)
 
     def _observe(self, event: Event, life: Life) -> None:
         """Tell the parts that only look on."""

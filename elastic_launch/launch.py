@@ -96,7 +96,8 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
 
         cpus = cpu_count()
         environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
-        if config.nproc_per_node > 1 and config.verbosity >= Level.EVENT:
+        level = Level.EVENT if config.max_nodes == 1 else Level.DETAIL  # many nodes would all say it
+        if config.nproc_per_node > 1 and config.verbosity >= level:
             say(
                 f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
                 f"({cpus} CPUs, {config.nproc_per_node} workers); set it to have another number"

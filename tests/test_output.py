@@ -32,7 +32,7 @@ LAST_WORDS = "print('last words', file=sys.stderr)\n"
 
 
 def start(job: Job, *args: str, stdin: Any = subprocess.DEVNULL, **how: Any) -> subprocess.Popen[bytes]:
-    """Start a quiet ``elastic-run``; its streams are pipes of bytes, if nothing else is said. Capitals are variables."""
+    """Start ``elastic-run -q``; its streams are pipes of bytes, if nothing else is said. Capitals are variables."""
     env = {name: how.pop(name) for name in list(how) if name.isupper()}
     process = subprocess.Popen(
         [sys.executable, "-m", "elastic_launch", "-q", *args],
@@ -386,7 +386,7 @@ def test_functions_have_logs_too(job: Job, method: str) -> None:
         "def hello(): rank = int(os.environ['RANK']); print('out', rank); os.write(2, b'err %d' % rank); return rank\n"
         "if __name__ == '__main__':\n"
         "    specs = DefaultLogsSpecs('logs', tee=Std.ALL)\n"
-        f"    config = LaunchConfig(1, 1, 2, specs, 'j1', rdzv_backend='static', start_method='{method}')\n"
+        f"    config = LaunchConfig(1, 1, 2, specs, 'j1', rdzv_backend='static', start_method='{method}', verbosity=0)\n"
         "    print(elastic_launch(config, hello)())\n"
     )
     done = subprocess.run(
@@ -494,7 +494,7 @@ def test_who_says_it_twice_does_not_wait_for_a_reader(job: Job) -> None:
 
 def test_a_console_that_is_closed_does_not_end_the_job(job: Job) -> None:
     script = job.script("for i in range(20_000): print('line', i)\nmark('end')")
-    launcher = f"{sys.executable} -m elastic_launch -t 3 --log-dir logs --rdzv-id j1 {script}"
+    launcher = f"{sys.executable} -m elastic_launch -q -t 3 --log-dir logs --rdzv-id j1 {script}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {launcher} | head -1"],
         cwd=job.path,

@@ -108,6 +108,10 @@ class Chief:
                     self.expected.pop(record.node, None)
         self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]
 
+    def is_new(self, node: NodeRecord) -> bool:
+        """Whether it was not there in the round before, as far as is known."""
+        return self._is_first_round or (self.expected is not None and node.node not in self._past)
+
     def note_past(self, nodes: Iterable[tuple[int, NodeRecord]], gone: Collection[str] = ()) -> None:
         """Who was in the round before, by ticket, and the ids of those that are known to be gone."""
         self.expected = {}

@@ -135,7 +135,7 @@ class Gathering(Round):
         chief.note_nodes(nodes, self._now)
         if self.settings.max_nodes <= SHOWN:
             for more, (ticket, node) in zip(range(len(nodes) - 1, -1, -1), nodes, strict=True):
-                if node.previous < 0 and ticket != self.ticket:
+                if ticket != self.ticket and chief.is_new(node):
                     self._say(f"{node.host} has joined: {self._count(len(chief.joined) - more)}", Level.EVENT)
         self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()

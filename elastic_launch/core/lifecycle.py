@@ -26,8 +26,9 @@ from elastic_launch.model import Assignment, End, EndKind, Level, Policy, Verdic
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
-DOUBLE = 0.02
-"""Seconds within which a second signal is the first one, delivered twice (to the process and to its group, say)."""
+DOUBLE = 0.2
+"""Seconds within which a second signal is the first one, delivered twice: to the process and to its group, or by both a
+batch system's daemon and its step."""
 LEFTOVER_GRACE = 1.0
 """Seconds, at least, between SIGTERM and SIGKILL for what the workers left behind when they ended."""
 DUMP_TIME = 0.5
@@ -574,6 +575,8 @@ def _ignore(life: Life, event: Event, now: float) -> Step:
 
 def _note_end(life: Life, event: Ended, now: float) -> Step:
     life = replace(life, end=event.end)
+    if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
+        return life, [Say(event.end.reason)]
     if not (event.end.mine and life.announced and life.running):
         return life, []  # another tells it, or the next line does, or the report
     return life, [Say(f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}")]

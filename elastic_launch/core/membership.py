@@ -138,9 +138,9 @@ class Membership(Gathering):
             self._beat_at = self._now
             self._ask("beat", Add(self._key(f"beat/{self.ticket}"), 1))
             if self.phase is Phase.WAITING and self._chief is None:
-                self._get("still_open", "closed", about=self._now)
+                self._get("unclosed", "closed", about=self._now)
 
-    def _still_open(self, value: list[bytes]) -> None:
+    def _on_unclosed(self, value: list[bytes]) -> None:
         if self.phase is not Phase.WAITING:
             return
         if value[0]:

@@ -400,7 +400,7 @@ ANSWERS: dict[str, Callable[[Node, Any], None]] = {
     "status": Node._on_status,
     "beat": Node._on_beat,
     "chief": Node._on_chief,
-    "still_open": Node._still_open,
+    "unclosed": Node._on_unclosed,
     "set_back": Node._on_set_back,
     "member_beats": Node._on_member_beats,
     "place": Node._on_place,

@@ -164,7 +164,8 @@ class Round:
         """This node knows that the job has ended: one less for the store's host to wait for."""
         if not self._acknowledged and self.ticket:
             self._acknowledged = True
-            self._ask("left", Add(self._key("left"), 1))
+            dead = self._excused - (self._watch.left if self._watch else set())  # they cannot say it themselves
+            self._ask("left", Add(self._key("left"), 1 + len(dead)))
             if self.stays:
                 self._await("empty")  # from now on: later there may be no majority to answer that all are gone
 

@@ -44,6 +44,8 @@ class Watch:
         self._looked_at = now
         self._signs: dict[int, tuple[bytes, float]] = {}
         """The counter as it was last seen, and when it had changed."""
+        self.left: set[int] = set()
+        """Those that have said goodbye."""
         self._unproven: set[int] = set()
         """Those whose counter has only been seen as it is: they may have been dead for long."""
 
@@ -66,6 +68,7 @@ class Watch:
         for ticket, counter in counters:
             if number(counter) >= LEFT:
                 silent.add(ticket)
+                self.left.add(ticket)
                 continue
             if ticket not in self._signs:
                 self._signs[ticket] = (counter, now)

@@ -108,6 +108,8 @@ class C10dBackend:
 
     def connect(self) -> StoreClient:
         """Connect to the endpoint's addresses in turn."""
+        if self._is_host is None:
+            self.open()  # the name may be known now
         if not self._addresses:
             self._addresses = resolve(self._host, self._port)
         family, address = self._addresses[self._attempts % len(self._addresses)]

@@ -282,6 +282,7 @@ class DynamicRendezvous:
         self._connected_at = time.monotonic()
         self._was_ready = False
         self._calls = self._backend.connect()
+        self._node.me = self._node.me._replace(serves=self._backend.serves)
         self._waits = self._backend.connect()
         self._awaited = None
         again, self._unanswered = self._unanswered, deque()
@@ -305,7 +306,10 @@ class DynamicRendezvous:
         if self._why is None and self._has_answer:
             self._lost_at = min(self._asked_at() or now, now)
         self._disconnect()
-        self._why = RendezvousConnectionError(f"{self._backend.where} is lost: {error}") if self._has_answer else error
+        self._why = error
+        if self._has_answer:
+            why = str(error).removeprefix(f"{self._backend.where}: ")
+            self._why = RendezvousConnectionError(f"{self._backend.where} is lost: {why}")
         if isinstance(error, NotAStoreError):
             self._doubts = DOUBTS if error.certain else self._doubts + 1
         self._attempts += 1
