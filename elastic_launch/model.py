@@ -225,6 +225,8 @@ class End(NamedTuple):
     """The exit status, for ``ERROR``."""
     failures: tuple[ProcessFailure, ...] = ()
     """For ``FAILED``: what is known of it so far."""
+    rank: int = -1
+    """The group rank of the node that leaves."""
     mine: bool = False
     """It was this node that said so."""
 

@@ -386,7 +386,8 @@ def test_functions_have_logs_too(job: Job, method: str) -> None:
         "def hello(): rank = int(os.environ['RANK']); print('out', rank); os.write(2, b'err %d' % rank); return rank\n"
         "if __name__ == '__main__':\n"
         "    specs = DefaultLogsSpecs('logs', tee=Std.ALL)\n"
-        f"    config = LaunchConfig(1, 1, 2, specs, 'j1', rdzv_backend='static', start_method='{method}', verbosity=0)\n"
+        f"    config = LaunchConfig(1, 1, 2, specs, 'j1', rdzv_backend='static', start_method='{method}')\n"
+        "    config.verbosity = 0\n"
         "    print(elastic_launch(config, hello)())\n"
     )
     done = subprocess.run(

@@ -28,6 +28,12 @@ TWO = ("--nproc-per-node", "2")
 METHODS = ("spawn", "fork", "forkserver")
 
 
+@pytest.fixture(autouse=True)
+def _quiet(_nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher tells nothing but trouble."""
+    monkeypatch.setenv("PET_QUIET", "1")
+
+
 def report_of(stderr: str) -> str:
     return stderr[stderr.index("=" * 80) :]
 

@@ -368,14 +368,12 @@ def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
     """Another node ended the round."""
     life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
     text = f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}"
-    return life, [*actions, Say(text) if event.end.mine else _for_all(life, text)]
+    return life, [*actions, Say(text) if event.end.mine else _for_all(life, text, event.end.rank)]
 
 
 def _stop_without_a_lease(life: Life, event: Lapsed, now: float) -> Step:
     """The workers are dead already; what is left of them is swept away as always."""
-    life = _enter(life, State.STOPPING, deadline=now + KILL_PATIENCE, lapsed=True)
-    text = "this process was stopped for so long that the others may have gone on without it: its workers are killed"
-    return life, [Fence(), Say(text)]
+    return _enter(life, State.STOPPING, deadline=now + KILL_PATIENCE, lapsed=True), [Fence()]
 
 
 def _stop(life: Life, signum: int, time: float, now: float) -> Step:
@@ -556,9 +554,9 @@ def _restart_line(life: Life, verdict: Verdict) -> str:
     return f"{verdict.failures[0].headline(_is_one_of_many(life))}: {count}{when}"
 
 
-def _for_all(life: Life, text: str) -> Say:
-    """What is to be said once for the job: the node with group rank 0 says it."""
-    return Say(text, Level.EVENT if _place(life).group_rank == 0 else Level.DETAIL)
+def _for_all(life: Life, text: str, gone: int = -1) -> Say:
+    """What is to be said once for the job: the node with group rank 0 says it, or the next if that is gone."""
+    return Say(text, Level.EVENT if _place(life).group_rank == (0 if gone else 1) else Level.DETAIL)
 
 
 def _is_one_of_many(life: Life) -> bool:
@@ -575,6 +573,8 @@ def _ignore(life: Life, event: Event, now: float) -> Step:
 
 def _note_end(life: Life, event: Ended, now: float) -> Step:
     life = replace(life, end=event.end)
+    if life.lapsed:
+        return life, [Say(f"{event.end.reason}: the workers have been killed, for others may take their place")]
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
         return life, [Say(event.end.reason)]
     if not (event.end.mine and life.announced and life.running):

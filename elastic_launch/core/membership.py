@@ -173,8 +173,9 @@ class Membership(Gathering):
         if self.phase is Phase.MEMBER and not self._is_fenced:
             self._is_fenced = True
             self._mine = None
-            reason = "this process was stopped" if wish else "the store has not answered"
-            reason += f" for {self._now - self._alive_at:.1f} s"
+            slept = self._timers.get("beat", self._now) < self._now - LATENESS
+            what = "this process was stopped" if slept else "the store has not answered"
+            reason = f"{what} for {self._now - self._alive_at:.1f} s"
             end = End(EndKind.REFORM, f"{self.me.host} was cut off: {reason}", self.me.node)
             self._create("end", "end", encode(end))  # when the store is there again; or it tells how the round ended
             self._out.append(Tell(Ended(end._replace(reason=reason, mine=True), 0.0)))

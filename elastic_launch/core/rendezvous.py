@@ -345,7 +345,7 @@ class Node(Membership):
         if self.phase is Phase.MEMBER and self._closed and self.end is None:
             rest = self._closed.nodes - 1 + len(self._closed.spares)
             if rest >= self.settings.min_nodes and not self.me.serves:
-                end = End(EndKind.REFORM, why, self.me.node)
+                end = End(EndKind.REFORM, why, self.me.node, rank=self.place.group_rank if self.place else -1)
             else:
                 end = self._final(wish, f"{why}, and the job cannot go on without it")
                 self._stops_job = True

@@ -189,9 +189,10 @@ class ForeignRendezvous:
                 self._tasks.put(self._succeed)
             case Settle(verdict):
                 self._tasks.put(partial(self._settle, self._end, verdict))
-            case Leave(signum, error):
-                self._left = True
-                self._tasks.put(partial(self._leave, error or signal_name(signum)))
+            case Leave(signum, error, status):
+                self._left = not error  # else it ends the job
+                why = f"{self._node.host}: {error}" if error else f"{self._node.host} leaves ({signal_name(signum)})"
+                self._tasks.put(partial(self._leave, why, status))
         return []
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -404,12 +405,18 @@ class ForeignRendezvous:
                 time.sleep(_FIRST_LOOK / 2)
                 seen = self._store.add(f"{self._keys}seen", 0)
 
-    def _leave(self, why: str) -> Sequence[Event]:
+    def _leave(self, why: str, status: int) -> Sequence[Event]:
         """Have the others go on at once, instead of when they miss this node."""
         self._again = None
         if self._store is not None and self._size > 1:
             with contextlib.suppress(Exception):  # it is this node that leaves; the others will miss it
-                self._reform(f"{self._node.host} leaves ({why})")
+                ledger, rank = self._ledger(), self._place.group_rank if self._place else -1
+                end = End(EndKind.REFORM, why, self._node.node, rank=rank)
+                if status:
+                    end = End(EndKind.ERROR, why, self._node.node, status=status)
+                self._write_outcome(
+                    _Outcome(end, Verdict(not status, ledger, error=why if status else "", status=status))
+                )
         return []
 
     def _shut_down(self) -> Sequence[Event]:
@@ -423,8 +430,12 @@ class ForeignRendezvous:
         return []
 
     def _reform(self, reason: str) -> _Outcome:
-        ledger = aged(self._place.ledger, time.monotonic() - self._began_at) if self._place else Ledger()
-        return self._write_outcome(_Outcome(End(EndKind.REFORM, reason, self._node.node), Verdict(True, ledger)))
+        return self._write_outcome(
+            _Outcome(End(EndKind.REFORM, reason, self._node.node), Verdict(True, self._ledger()))
+        )
+
+    def _ledger(self) -> Ledger:
+        return aged(self._place.ledger, time.monotonic() - self._began_at) if self._place else Ledger()
 
     def _read_outcome(self) -> _Outcome | None:
         key = f"{self._keys}end"
