@@ -251,7 +251,7 @@ def test_a_member_without_data_waits_for_a_majority_to_replace_it(agents: Agents
 
 
 def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
-    processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"))
+    processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"), conf=",keep_alive_interval=3")
     all_are_up(agents, 0, 3)
     wait_until(lambda: len(agents.ids(0)) == 3)
     killed = etcd_of(processes[0])

@@ -315,7 +315,7 @@ def test_a_finished_job_stays_finished(etcd: EtcdServer, job: Job) -> None:
 def test_one_of_three_members_of_etcd_may_die(job: Job) -> None:
     trio = Trio()
     try:
-        nodes = Nodes(job, "etcd", trio.endpoints, "2")
+        nodes = Nodes(job, "etcd", trio.endpoints, "2", "keep_alive_interval=2")  # longer than a failover
         script = job.script("mark('up')\nif restart == 0: wait()\n")
         processes = [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]
         wait_until(lambda: up(job, 0, 2))

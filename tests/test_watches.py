@@ -39,7 +39,7 @@ def report_of(stderr: str) -> str:
 
 
 def launch(fn: Callable[..., Any], *args: Any, **changes: Any) -> dict[int, Any]:
-    settings = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0}
+    settings = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0, "verbosity": 0}
     return elastic_launch(LaunchConfig(**{**settings, **changes}), fn)(*args)
 
 
