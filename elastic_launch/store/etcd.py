@@ -6,17 +6,14 @@ Starts one process, reads the files that the settings name; no gRPC and no threa
 from __future__ import annotations
 
 import contextlib
-import marshal
 import os
-import select
-import signal
 import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from elastic_launch.env import as_part
 from elastic_launch.errors import RendezvousConnectionError, UsageError, how_it_ended
+from elastic_launch.store.child import Child
 
 CLOSE_PATIENCE = 2.0
 """Seconds to wait for the bridge to do what was asked last, and to end; it is killed then."""
@@ -45,7 +42,7 @@ _NAMES = {
 """What ``--rdzv-conf`` may call each setting; torch's backends etcd and etcd-v2 have names of their own."""
 
 
-class EtcdBridge:
+class EtcdBridge(Child):
     """A bridge process. ``fileno()`` is readable when ``take()`` has something to say: that the bridge has ended."""
 
     def __init__(self, endpoints: str, prefix: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
@@ -66,36 +63,8 @@ class EtcdBridge:
         self.where = f"etcd at {endpoints}"
         """What messages call it."""
         told = {"prefix": prefix, "path": list(map(str, sys.path)), **_settings(endpoints, conf)}
-        self._closed = False
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
-                self._control.setblocking(False)
-                # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
-                inherited = (theirs.fileno(), agent.fileno())
-                self.pid = os.posix_spawn(
-                    sys.executable,
-                    [sys.executable, "-I", "-c", _PROGRAM, _PACKAGE, *map(str, inherited)],
-                    as_part(environ),
-                    file_actions=[
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),
-                    ],
-                    setsid=True,
-                    setsigmask=signal.valid_signals(),
-                )
-            self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
-            with contextlib.suppress(BrokenPipeError):
-                self._control.send(marshal.dumps(told))  # the first message: there is room
-        except OSError as error:
-            self._control.close()
-            raise RendezvousConnectionError(f"cannot start the bridge to etcd: {error}") from error
-
-    def fileno(self) -> int:
-        """The descriptor to wait on; -1 when closed."""
-        return self._control.fileno()
+        words = ("-I", "-c", _PROGRAM, _PACKAGE)
+        super().__init__(words, environ, told, "the bridge to etcd")
 
     def connect(self) -> socket.socket:
         """A new connection that speaks TCPStore's protocol, non-blocking. What is sent on it waits for the bridge.
@@ -132,7 +101,7 @@ class EtcdBridge:
         if text:
             raise RendezvousConnectionError(text.decode())
         how = "has ended"
-        if _wait(self._process.fileno(), CLOSE_PATIENCE):
+        if self.has_ended(CLOSE_PATIENCE):
             with contextlib.suppress(ChildProcessError):
                 status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
                 if status:
@@ -145,16 +114,7 @@ class EtcdBridge:
 
         It is quickest when the connections are closed before.
         """
-        if self._closed:
-            return
-        self._closed = True
-        self._control.close()
-        with self._process as process:
-            if not _wait(process.fileno(), CLOSE_PATIENCE):
-                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
-                _wait(process.fileno(), CLOSE_PATIENCE)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)
+        self.end(CLOSE_PATIENCE)
 
 
 def _settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
@@ -200,10 +160,3 @@ def _file(name: str, path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise UsageError(f"--rdzv-conf {name}={path}: {error.strerror}") from error
-
-
-def _wait(process: int, seconds: float) -> bool:
-    """Wait for the end of a process, by its pidfd. Returns whether it has ended."""
-    poller = select.poll()
-    poller.register(process, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))

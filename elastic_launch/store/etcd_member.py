@@ -5,18 +5,13 @@ Claims an endpoint, starts one process, hears what it has to say. Asks no member
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import marshal
 import os
-import select
-import signal
 import socket
-import sys
 from collections.abc import Mapping
 
-from elastic_launch.env import as_part
 from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.store.child import Child
 from elastic_launch.store.etcd_member_main import Plan
 
 CLOSE_PATIENCE = 5.0
@@ -47,7 +42,7 @@ def claim(endpoint: str, run_id: str) -> socket.socket | None:
     return holder
 
 
-class EtcdMember:
+class EtcdMember(Child):
     """The process. ``fileno()`` is readable when ``take()`` has something to say."""
 
     def __init__(self, plan: Plan, environ: Mapping[str, str]) -> None:
@@ -66,35 +61,8 @@ class EtcdMember:
             if name.lower() not in _STRANGE and (not name.startswith("ETCD_") or name == "ETCD_UNSUPPORTED_ARCH")
         }
         self._temporary = plan.folder if plan.temporary else ""
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
-                self._control.setblocking(False)
-                inherited = (theirs.fileno(), agent.fileno())
-                self.pid = os.posix_spawn(
-                    sys.executable,
-                    [sys.executable, "-I", "-S", "-c", _PROGRAM, _FOLDER, *map(str, inherited)],
-                    as_part(kept),
-                    file_actions=[
-                        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                        (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                        (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                        # Duplicated onto themselves, descriptors lose close-on-exec in the child only.
-                        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),
-                    ],
-                    setsid=True,
-                    setsigmask=signal.valid_signals(),
-                )
-            self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
-            with contextlib.suppress(BrokenPipeError):
-                self._control.send(marshal.dumps(tuple(plan)))  # the first message: there is room
-        except OSError as error:
-            self._control.close()
-            raise RendezvousConnectionError(f"cannot start the process for a member of etcd: {error}") from error
-
-    def fileno(self) -> int:
-        """The descriptor to wait on."""
-        return self._control.fileno()
+        words = ("-I", "-S", "-c", _PROGRAM, _FOLDER)
+        super().__init__(words, kept, tuple(plan), "the process for a member of etcd")
 
     def take(self) -> list[str]:
         """What there is to tell people.
@@ -120,22 +88,9 @@ class EtcdMember:
         """End the member after ``linger`` seconds, and wait for that."""
         if self._process.closed:
             return
-        with self._process as process:
-            _wait(process.fileno(), linger)
-            self._control.close()
-            if not _wait(process.fileno(), CLOSE_PATIENCE):
-                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
-                _wait(process.fileno(), CLOSE_PATIENCE)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)
+        self.has_ended(linger)
+        self.end(CLOSE_PATIENCE)
         if os.path.exists(self._temporary):  # it was killed itself
             import shutil  # late: hardly ever needed
 
             shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def _wait(process: int, seconds: float) -> bool:
-    """Wait for the end of a process, by its pidfd. Returns whether it has ended."""
-    poller = select.poll()
-    poller.register(process, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
