@@ -212,7 +212,8 @@ class Chief:
         """Why the nodes that came cannot work together; empty: they can, as far as is known."""
         for node in self.joined.values():
             if node.options != self._me.options:
-                return disagreement(node.host, node.pid, node.options, self._me.host, self._me.options)
+                me = f"{self._me.host} (pid {self._me.pid})"  # hosts may have one name, or be one
+                return disagreement(node.host, node.pid, node.options, me, self._me.options)
             if node.rank >= self._settings.max_nodes:
                 return (
                     f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but the job has at most "
