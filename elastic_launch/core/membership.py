@@ -260,6 +260,7 @@ class Membership(Gathering):
             self._say(f"{reason}, which explains the failure: another round, without charge", Level.EVENT)
             self._say_what_follows(Verdict(True, self._ledger(), gone=tuple(nodes)))
         elif self.end.node in nodes:
+            self._say(f"{reason}, before it told what follows the failure", Level.EVENT)
             verdict = follow(self.settings.policy, self._ledger(), self.end.failures, self.end.node)
             self._say_what_follows(verdict._replace(gone=tuple(nodes)))
         elif not self.end.mine:
