@@ -369,7 +369,7 @@ def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
 def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
     """Another node ended the round."""
     life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    text = f"{event.end.reason}: stopping {counted(len(life.running), 'worker')}"
+    text = f"{_headline(event.end)}: stopping {counted(len(life.running), 'worker')}"
     return life, [*actions, Say(text) if event.end.mine else _for_all(life, text)]
 
 
@@ -443,7 +443,7 @@ def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
     # Not even SIGKILL helps. Another round beside such a process could train twice at once, so the job ends here.
     say = Say(
         f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
-        "the job ends without waiting"
+        "it is not waited for"
     )
     return _settle(replace(life, may_restart=False), event.evidence, now, [say])
 
@@ -498,7 +498,20 @@ def _hung(life: Life, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure,
 
 def _settle_now(life: Life, event: Ended, now: float) -> Step:
     life = replace(life, end=event.end)
-    return life, [_settlement(life, now)]
+    return life, [*_why_again(life), _settlement(life, now)]
+
+
+def _why_again(life: Life) -> list[Action]:
+    """Why there is another round, where this node's workers have ended already."""
+    if life.end is None or life.end.kind is not EndKind.REFORM or life.lapsed or life.interrupted:
+        return []  # of the last two it has told already
+    return [Say(_headline(life.end)) if life.end.mine else _for_all(life, _headline(life.end))]
+
+
+def _headline(end: End) -> str:
+    """The reason in one line: an error of the launcher's may come with a traceback."""
+    first, *more = end.reason.splitlines() or [""]
+    return " ".join([first, *more[-1:]])
 
 
 def _settlement(life: Life, now: float) -> Settle:
@@ -581,7 +594,7 @@ def _note_end(life: Life, event: Ended, now: float) -> Step:
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
         return life, [Say(event.end.reason)]
     if not (event.end.mine and life.announced and life.running):
-        return life, []  # another tells it, or the next line does, or the report
+        return life, _why_again(life)  # another tells it, or the next line does, or the report
     return life, [Say(f"{event.end.reason}: stopping {counted(len(life.running), 'worker')}")]
 
 
