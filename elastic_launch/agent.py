@@ -180,7 +180,7 @@ class LocalElasticAgent:
             if not finish.failures and not finish.error and finish.signum is None:
                 return RunResult(WorkerState.SUCCEEDED, return_values=self._return_values(life))
         if finish.failures:
-            return self._failed(life, finish)
+            return self._failed(finish)
         if finish.error:
             raise RendezvousError(finish.error, finish.status)
         signum = signal.Signals(cast(int, finish.signum))
@@ -265,11 +265,11 @@ class LocalElasticAgent:
             {life.place.rank(local_rank): self._workers.value(local_rank) for local_rank in ranks} if life.place else {}
         )
 
-    def _failed(self, life: Life, finish: Finish) -> RunResult:
+    def _failed(self, finish: Finish) -> RunResult:
         report = format_report(
             self.name,
             finish.failures,
-            restarts=life.place.ledger.charged if life.place else 0,
+            restarts=finish.restarts,
             max_restarts=self._spec.get_policy().max_restarts,
             why=finish.why,
             log_dir=self._files.root if self._files.kept else None,

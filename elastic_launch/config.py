@@ -161,8 +161,8 @@ class LaunchConfig:
     @property
     def policy(self) -> Policy:
         """When the job restarts."""
-        first, most = parse_backoff(self.restart_backoff)
-        codes = parse_exit_codes(self.fatal_exit_codes)
+        first, most = parse_backoff(str(self.restart_backoff))  # a program may well write 5 for "5"
+        codes = parse_exit_codes(str(self.fatal_exit_codes))
         return Policy(self.max_restarts, self.restart_window, first, most, codes, self.node_failure_limit)
 
     def __post_init__(self) -> None:

@@ -174,7 +174,7 @@ def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
     assert [result.returncode for result in results] == [0, 0]
     assert sorted(job.marks()) == ["0.0 of 1", "0.1 of 2", "1.1 of 2"]
     assert "joins: stopping 1 worker" in results[0].stderr
-    assert "the job runs on 1 nodes already: joining" in results[1].stderr or "joins" in results[0].stderr
+    assert "the job runs on 1 node already: joining" in results[1].stderr or "joins" in results[0].stderr
 
 
 def start_three(

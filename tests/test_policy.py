@@ -30,6 +30,12 @@ def test_the_budget_is_counted_down() -> None:
     assert job.ledger.charged == 2
 
 
+def test_thousands_of_restarts_are_as_good_as_one() -> None:
+    for backoff in (0.0, 1.0):
+        verdict = follow(Policy(9999, backoff=backoff, backoff_limit=300), Ledger(9998), failure(), "n")
+        assert (verdict.restart, verdict.pause) == (True, 300 * backoff)
+
+
 def test_a_round_without_failures_is_the_end() -> None:
     assert follow(Policy(3), Ledger(1), (), "n") == Verdict(False, Ledger(1))
 

@@ -60,6 +60,10 @@ class Chief:
         self.is_closing = False
         self.joined: dict[int, NodeRecord] = {}
         """By ticket: who is there, and gives signs of life."""
+        self.silent: list[str] = []
+        """Hosts of nodes that were given up since people were told of such;"""
+        self.left: list[str] = []
+        """of nodes that have left."""
         self.known = 0
         """Tickets that were given out."""
         self.missing: list[int] = []
@@ -129,8 +133,8 @@ class Chief:
     def look(self, counters: Sequence[tuple[int, bytes]], now: float, asked_at: float) -> list[int]:
         """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
         for ticket in self.watch.look(counters, now, asked_at):
-            self.joined.pop(ticket, None)
-            self.doubtful.pop(ticket, None)
+            if node := self.joined.pop(ticket, None) or self.doubtful.pop(ticket, None):
+                (self.left if ticket in self.watch.left else self.silent).append(node.host)
         for ticket in list(self.doubtful):
             if self.watch.has_lived_since(ticket, self._arrived[ticket]):
                 self.joined[ticket] = self.doubtful.pop(ticket)
@@ -142,8 +146,9 @@ class Chief:
         """Note the counters, in the round before, of nodes that have not come; do not expect the silent ones."""
         silent = self._past_watch.look(counters, now, asked_at)
         for node, (ticket, _) in zip(nodes, counters, strict=True):
-            if ticket in silent and self.expected:
-                self.expected.pop(node, None)
+            if ticket in silent and self.expected and node in self.expected:
+                _, host = self.expected.pop(node)
+                (self.left if ticket in self._past_watch.left else self.silent).append(host)
 
     def ledger(self, now: float) -> Ledger:
         """What the job remembers, from the node that knows of the latest round."""
@@ -212,7 +217,8 @@ class Chief:
         """Why the nodes that came cannot work together; empty: they can, as far as is known."""
         for node in self.joined.values():
             if node.options != self._me.options:
-                return disagreement(node.host, node.pid, node.options, self._me.host, self._me.options)
+                me = f"{self._me.host} (pid {self._me.pid})"  # hosts may have one name, or be one
+                return disagreement(node.host, node.pid, node.options, me, self._me.options)
             if node.rank >= self._settings.max_nodes:
                 return (
                     f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but the job has at most "

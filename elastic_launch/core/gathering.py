@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse
+from elastic_launch.core.chief import SHOWN, Chief, Close, Later, Refuse, listed
 from elastic_launch.core.policy import aged, stands_aside
 from elastic_launch.core.protocol import Opening, Phase, Renew
 from elastic_launch.core.ranks import assign
@@ -174,6 +174,7 @@ class Gathering(Round):
             self._set_back(chief.look(list(zip(joined, beats, strict=False)), self._now, asked_at))
             before = list(zip(past.values(), beats[len(joined) :], strict=True))
             chief.look_back(list(past), before, self._now, asked_at)
+            self._say_who_is_gone(chief)
             chief.note_tickets(number(count), self._now)
             self._read_nodes(chief.missing)
             self._consider()
@@ -234,6 +235,14 @@ class Gathering(Round):
         if self._status != chief.published:
             chief.published = self._status
             self._set([("status", encode(self._status))])
+
+    def _say_who_is_gone(self, chief: Chief) -> None:
+        if chief.silent:
+            deadline = f"{self.settings.keep_alive_deadline:g} s"
+            self._say(f"no sign of life from {listed(chief.silent)} for {deadline}: given up", Level.EVENT)
+        if chief.left:
+            self._say(f"{listed(chief.left)} left", Level.EVENT)
+        chief.silent, chief.left = [], []
 
     def _say_who_is_there(self) -> None:
         self._spoken += 1

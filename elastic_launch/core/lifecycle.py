@@ -217,6 +217,8 @@ class Finish(NamedTuple):
     """The exit status that goes with ``error``."""
     why: str = ""
     """Why there was no restart though some were left."""
+    restarts: int = 0
+    """How many were used up when workers failed."""
 
 
 Asking = Join | Announce | Succeed | Fence | Settle | Leave
@@ -324,7 +326,7 @@ def _start(life: Life, event: Assigned, now: float) -> Step:
     ranks = frozenset(range(place.local_world_size))
     life = _enter(life, State.RUNNING, place=place, running=ranks, began_at=now)
     formed = "re-formed" if place.restart_count else "formed"
-    text = f"{formed}: {_count(place.group_world_size, 'node')}, {_count(place.world_size, 'worker')}"
+    text = f"{formed}: {counted(place.group_world_size, 'node')}, {counted(place.world_size, 'worker')}"
     return life, [Start(place), _for_all(life, text)]
 
 
@@ -356,7 +358,7 @@ def _worker_ended(life: Life, event: Exited, now: float) -> Step:
 
 def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
     say = Say(
-        f"{signal_name(event.signum)} received: stopping {_count(len(life.running), 'worker')}; SIGKILL in "
+        f"{signal_name(event.signum)} received: stopping {counted(len(life.running), 'worker')}; SIGKILL in "
         f"{life.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
     life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event))
@@ -367,7 +369,7 @@ def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
 def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
     """Another node ended the round."""
     life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    text = f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}"
+    text = f"{_headline(event.end)}: stopping {counted(len(life.running), 'worker')}"
     return life, [*actions, Say(text) if event.end.mine else _for_all(life, text, event.end.rank)]
 
 
@@ -439,7 +441,7 @@ def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
     # Not even SIGKILL helps. Another round beside such a process could train twice at once, so the job ends here.
     say = Say(
         f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
-        "the job ends without waiting"
+        "it is not waited for"
     )
     return _settle(replace(life, may_restart=False), event.evidence, now, [say])
 
@@ -494,7 +496,20 @@ def _hung(life: Life, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure,
 
 def _settle_now(life: Life, event: Ended, now: float) -> Step:
     life = replace(life, end=event.end)
-    return life, [_settlement(life, now)]
+    return life, [*_why_again(life), _settlement(life, now)]
+
+
+def _why_again(life: Life) -> list[Action]:
+    """Why there is another round, where this node's workers have ended already."""
+    if life.end is None or life.end.kind is not EndKind.REFORM or life.lapsed or life.interrupted:
+        return []  # of the last two it has told already
+    return [Say(_headline(life.end)) if life.end.mine else _for_all(life, _headline(life.end), life.end.rank)]
+
+
+def _headline(end: End) -> str:
+    """The reason in one line: an error of the launcher's may come with a traceback."""
+    first, *more = end.reason.splitlines() or [""]
+    return " ".join([first, *more[-1:]])
 
 
 def _settlement(life: Life, now: float) -> Settle:
@@ -509,7 +524,7 @@ def _decided(life: Life, event: Decided, now: float) -> Step:
     """Do what follows. A signal that came meanwhile ends a job that would go on; it does not hide that one failed."""
     if not event.verdict.restart:
         done = life.end is not None and life.end.kind is EndKind.DONE and life.signum is None
-        text = f"done: {_count(_place(life).world_size, 'worker')} ended well"
+        text = f"done: {counted(_place(life).world_size, 'worker')} ended well"
         life, actions = _finish(life, event.verdict)
         return life, [*([_for_all(life, text)] if done else []), *actions]
     if life.signum is not None:
@@ -533,7 +548,8 @@ def _join(life: Life, event: TimedOut, now: float) -> Step:
 def _finish(life: Life, verdict: Verdict) -> Step:
     signum = verdict.signum or None
     life = _enter(life, State.DONE)
-    return life, [Finish(verdict.failures, signum, verdict.error, verdict.status, verdict.why)]
+    restarts = verdict.ledger.charged if verdict.failures else 0  # of the job: a spare had no place in its rounds
+    return life, [Finish(verdict.failures, signum, verdict.error, verdict.status, verdict.why, restarts)]
 
 
 def _leave_unsettled(life: Life, event: Signalled, now: float) -> Step:
@@ -578,8 +594,8 @@ def _note_end(life: Life, event: Ended, now: float) -> Step:
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
         return life, [Say(event.end.reason)]
     if not (event.end.mine and life.announced and life.running):
-        return life, []  # another tells it, or the next line does, or the report
-    return life, [Say(f"{event.end.reason}: stopping {_count(len(life.running), 'worker')}")]
+        return life, _why_again(life)  # another tells it, or the next line does, or the report
+    return life, [Say(f"{event.end.reason}: stopping {counted(len(life.running), 'worker')}")]
 
 
 def _note_exit(life: Life, event: Exited) -> Life:
@@ -592,7 +608,8 @@ def _place(life: Life) -> Assignment:
     return life.place
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """``1 node``, ``2 nodes``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_launch.core.chief import disagreement, listed
 from elastic_launch.core.gathering import Gathering
-from elastic_launch.core.lifecycle import Assigned, Ended, Fence
+from elastic_launch.core.lifecycle import Assigned, Ended, Fence, counted
 from elastic_launch.core.policy import follow
 from elastic_launch.core.protocol import LATENESS, Lease, Phase, Tell
 from elastic_launch.core.records import Closed, Roster, decode, encode
@@ -114,15 +114,15 @@ class Membership(Gathering):
         late = self.ticket - closed.tickets
         if self.ticket in closed.spares and self.me.aside:
             limit = self.settings.policy.node_failure_limit
-            text = f"this node has caused {limit} failures in a row (--node-failure-limit={limit})"
+            text = f"this node has caused {counted(limit, 'failure')} in a row (--node-failure-limit={limit})"
             self._say(f"{text}: a spare has its place, and it waits as a spare itself")
         elif room <= 0 or self.ticket in closed.spares:
-            self._say(f"the job runs on {closed.nodes} nodes already: waiting as a spare")
+            self._say(f"the job runs on {counted(closed.nodes, 'node')} already: waiting as a spare")
         elif late >= room:
             self._join_running()
         else:
             wait = self.settings.last_call_timeout
-            self._say(f"the job runs on {closed.nodes} nodes already: joining within {wait:g} s")
+            self._say(f"the job runs on {counted(closed.nodes, 'node')} already: joining within {wait:g} s")
             self._in("join_running", wait)
 
     def _join_running(self) -> None:
@@ -261,6 +261,7 @@ class Membership(Gathering):
             self._say(f"{reason}, which explains the failure: another round, without charge", Level.EVENT)
             self._say_what_follows(Verdict(True, self._ledger(), gone=tuple(nodes)))
         elif self.end.node in nodes:
+            self._say(f"{reason}, before it told what follows the failure", Level.EVENT)
             verdict = follow(self.settings.policy, self._ledger(), self.end.failures, self.end.node)
             self._say_what_follows(verdict._replace(gone=tuple(nodes)))
         elif not self.end.mine:

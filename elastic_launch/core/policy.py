@@ -55,7 +55,7 @@ def follow(
     elif repeats >= CRASH_LOOP:
         why = f"crash loop: rank {cause.rank} failed {repeats} times in a row in the same way, with no time in between"
     else:
-        pause = min(policy.backoff_limit, policy.backoff * 2**charged)
+        pause = min(policy.backoff_limit, policy.backoff * 2.0 ** min(charged, 1000))
         after = Ledger(
             charged + 1,
             ledger.free,
