@@ -592,7 +592,7 @@ def _note_end(life: Life, event: Ended, now: float) -> Step:
     if life.lapsed:
         return life, [Say(f"{event.end.reason}: the workers have been killed, for others may take their place")]
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
-        return life, [Say(event.end.reason)]
+        return life, [Say(_headline(event.end))]
     if not (event.end.mine and life.announced and life.running):
         return life, _why_again(life)  # another tells it, or the next line does, or the report
     return life, [Say(f"{event.end.reason}: stopping {counted(len(life.running), 'worker')}")]
