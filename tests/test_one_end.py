@@ -228,6 +228,20 @@ def test_a_node_that_is_done_need_not_live_on(victim: int) -> None:
     assert one(made, *others) == Finish()
 
 
+@pytest.mark.parametrize("leaving", range(3))
+def test_a_node_that_is_done_may_leave(leaving: int) -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    made.agents[leaving].succeed()
+    until(made, 2)
+    made.agents[leaving].signal()
+    others = [agent for agent in made.agents if agent is not made.agents[leaving]]
+    until(made, 60)
+    assert [agent.running for agent in others] == [0, 0], "they run on"
+    all_end(made)
+    assert one(made, *others) == Finish()
+
+
 def test_nodes_that_are_done_wait_for_the_others_but_not_for_ever() -> None:
     made = World(1, job(3, 3))
     made.exit_barrier_timeout = 300

@@ -617,7 +617,8 @@ def wait_for_key(nodes: Nodes, key: str) -> None:
         client.call(Wait((f"elastic/job-1/{key}",)), 30)
 
 
-def test_a_node_that_is_done_may_die(job: Job) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_node_that_is_done_may_go(signum: signal.Signals, job: Job) -> None:
     """The others run on, for longer than it takes to see that it is silent."""
     script = job.script("mark('up')\nif rank == 0: wait_for('go'); time.sleep(2.5)\n")
     nodes = c10d(job, "2")
@@ -625,7 +626,7 @@ def test_a_node_that_is_done_may_die(job: Job) -> None:
     wait_until(lambda: listens(nodes.endpoint))
     second = nodes(1, "--node-rank", "1", script=script)
     wait_for_key(nodes, "0/done")
-    second.send_signal(signal.SIGKILL)
+    second.send_signal(signum)
     job.finish(second)
     say(job, "go")
     [result] = finish(job, first)

@@ -342,6 +342,8 @@ class Node(Membership):
         """The node goes, when its workers have stopped: the job goes on without it if it can."""
         leaves = f"{self.me.host} leaves ({signal_name(wish.signum)})"
         why = f"{self.me.host}: {wish.error}" if wish.error else leaves
+        if self.phase is Phase.MEMBER and self._mine and not self.me.serves:
+            return  # its workers have ended well, and the others' need it no more than if it had died
         if self.phase is Phase.MEMBER and self._closed and self.end is None:
             rest = self._closed.nodes - 1 + len(self._closed.spares)
             if rest >= self.settings.min_nodes and not self.me.serves:
