@@ -664,3 +664,18 @@ def test_the_host_of_the_store_comes_back_and_the_count_is_kept(job: Job) -> Non
     results = finish(job, again, second)
     assert one_status(results) == 0
     assert lines_with(results, "restart 2 of 3")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_too_few_are_left_while_the_job_pauses(signum: signal.Signals, job: Job) -> None:
+    """That is known at once, or within the deadline: nobody waits for the end of the pause."""
+    script = job.script("mark()\nif rank == 1: wait_for('0.0'); sys.exit(3)\nwait()\n")
+    processes = start(job, script, "2", "--max-restarts", "3", "--restart-backoff", "600:600")
+    wait_for_line(processes[1], "restart 1 of 3 in 600 s")
+    processes[1].send_signal(signum)
+    start_time = time.monotonic()
+    results = finish(job, *processes)
+    assert time.monotonic() - start_time < 10
+    assert results[0].returncode == 69
+    assert "the job needs 2 nodes (--nnodes)" in results[0].stderr
+    assert restarts(job) == [0]

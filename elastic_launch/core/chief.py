@@ -40,7 +40,9 @@ class Later(NamedTuple):
 class Chief:
     """The chief of one round."""
 
-    def __init__(self, settings: Settings, me: NodeRecord, number: int, round_: int, now: float) -> None:
+    def __init__(
+        self, settings: Settings, me: NodeRecord, number: int, round_: int, now: float, not_before: float = 0.0
+    ) -> None:
         """Begin to gather.
 
         Args:
@@ -49,7 +51,9 @@ class Chief:
             number: 0 for the first chief of a round; it grows with each that takes over.
             round_: the round's number; there is none before 0 that nodes come from.
             now: seconds on a monotonic clock, as everywhere here.
+            not_before: when the round may close.
         """
+        self._not_before = not_before
         self.number = number
         self.doubtful: dict[int, NodeRecord] = {}
         """Who came before this chief took over, until it gives a sign of life: the one that it follows is silent."""
@@ -173,6 +177,8 @@ class Chief:
             return None
         if self.doubtful and now < self._doubts_end:
             return None
+        if now < self._not_before:
+            return Later(self._not_before - now)
         if (self._is_first_round and self._has_twins()) or is_coming:
             return None
         last_call = self._last_arrival + settings.last_call_timeout - now

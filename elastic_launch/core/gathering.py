@@ -41,8 +41,9 @@ class Gathering(Round):
         self.me = self.me._replace(previous=self.place.group_rank if self.place else -1)
         self.phase = Phase.OPENING
         self._timers.clear()
-        self._in("give_up", self.settings.join_timeout)
-        self._began_at = self._now
+        pause_ends = self._decided_at + self.verdict.pause if self.verdict else self._began_at
+        self._began_at = max(self._now, pause_ends)
+        self._timers["give_up"] = self._began_at + self.settings.join_timeout
         self._spoken = 0
         self.awaiting = None
         after = self.round
@@ -72,7 +73,7 @@ class Gathering(Round):
             return  # it has left meanwhile
         self.ticket, self.phase = ticket, Phase.WAITING
         self._set([(f"node/{ticket}", encode(self.me))])
-        self._in("say", SAY_FIRST)
+        self._timers["say"] = max(self._now, self._began_at) + SAY_FIRST
         if ticket == 1:
             self._become_chief()
         else:
@@ -80,7 +81,7 @@ class Gathering(Round):
         self._timers["beat"] = max(self._now, self._alive_at + self._beat_period())
 
     def _become_chief(self) -> None:
-        self._chief = Chief(self.settings, self.me, self._chiefs, self.round, self._now)
+        self._chief = Chief(self.settings, self.me, self._chiefs, self.round, self._now, self._began_at)
         self._await("node/1")
         self._in("watch", self.settings.tick)
         if self.round:

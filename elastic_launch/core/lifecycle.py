@@ -46,7 +46,7 @@ class State(Enum):
     SETTLING = "settling"
     """The workers are gone; what follows is not agreed yet."""
     PAUSING = "pausing"
-    """Another round follows, but not at once."""
+    """Another round of a single node follows, but not at once."""
     DONE = "done"
 
 
@@ -535,8 +535,9 @@ def _decided(life: Life, event: Decided, now: float) -> Step:
     says: list[Action] = []
     if line := _restart_line(life, event.verdict):
         says = [Say(line) if life.end and life.end.mine else _for_all(life, line)]
+    is_alone = not _is_one_of_many(life)  # else nodes meet at once, and the round closes when the pause is over
     life = Life(life.limits, history=life.history)
-    if event.verdict.pause:
+    if event.verdict.pause and is_alone:
         return _enter(life, State.PAUSING, deadline=now + event.verdict.pause), says
     return life, [*says, Join()]
 
