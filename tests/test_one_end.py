@@ -182,7 +182,7 @@ def test_too_few_nodes_are_an_end_within_the_deadline() -> None:
     made.run(made.now + 100, stop=lambda: all(agent.finish for agent in others))
     end = one(made, *others)
     assert end.status == 69
-    assert end.error.startswith("lost host-1; left: ")
+    assert end.error.startswith("lost host-1; still there: ")
     assert made.now - died_at < DEADLINE + 2 + 2, "2 s for the workers to stop"
     late = made.add()
     until(made, 5)

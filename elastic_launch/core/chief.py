@@ -204,7 +204,7 @@ class Chief:
         there = {node.node for node in self.joined.values()}
         lost = listed(host for node, host in self._past.items() if node not in there)
         hosts = listed(node.host for node in self.joined.values())
-        return f"lost {lost}; left: {hosts}; the job needs {self._settings.min_nodes} nodes (--nnodes)"
+        return f"lost {lost}; still there: {hosts}; the job needs {self._settings.min_nodes} nodes (--nnodes)"
 
     def _twins(self) -> Iterable[tuple[int, int]]:
         """Tickets of nodes that ask for one rank, and neither of them had it before: else the other can be a spare."""

@@ -133,11 +133,11 @@ class Gathering(Round):
             return
         found = ((ticket, data) for ticket, data in zip(read, value, strict=True) if data)
         nodes = [(ticket, decode(NodeRecord, data, self._key(f"node/{ticket}"))) for ticket, data in found]
-        chief.note_nodes(nodes, self._now)
-        if self.settings.max_nodes <= SHOWN:
-            for more, (ticket, node) in zip(range(len(nodes) - 1, -1, -1), nodes, strict=True):
-                if ticket != self.ticket and chief.is_new(node):
-                    self._say(f"{node.host} has joined: {self._count(len(chief.joined) - more)}", Level.EVENT)
+        for ticket, node in nodes:
+            chief.note_nodes([(ticket, node)], self._now)
+            is_new = ticket in chief.joined and ticket != self.ticket and chief.is_new(node)
+            if is_new and self.settings.max_nodes <= SHOWN:  # not of those that the chief before has told of
+                self._say(f"{node.host} has joined: {self._count(len(chief.joined))}", Level.EVENT)
         self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()
 
@@ -204,6 +204,8 @@ class Gathering(Round):
 
     def _close(self, chief: Chief, members: list[int], spares: list[int]) -> None:
         chief.is_closing = True
+        chief.silent += [node.host for node in chief.doubtful.values()]
+        self._say_who_is_gone(chief)
         self.awaiting = None
         self._looked_at = self._now
         nodes = [chief.joined[ticket] for ticket in members]
@@ -242,7 +244,7 @@ class Gathering(Round):
             deadline = f"{self.settings.keep_alive_deadline:g} s"
             self._say(f"no sign of life from {listed(chief.silent)} for {deadline}: given up", Level.EVENT)
         if chief.left:
-            self._say(f"{listed(chief.left)} left", Level.EVENT)
+            self._say(f"gone: {listed(chief.left)}", Level.EVENT)
         chief.silent, chief.left = [], []
 
     def _say_who_is_there(self) -> None:
