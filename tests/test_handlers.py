@@ -33,6 +33,7 @@ from elastic_launch.errors import (
     RendezvousTimeoutError,
     UsageError,
 )
+from elastic_launch.model import Verdict
 from elastic_launch.rendezvous.dynamic import DynamicRendezvous
 from elastic_launch.rendezvous.foreign import ForeignRendezvous, adapt
 from elastic_launch.rendezvous.handlers import (
@@ -552,6 +553,21 @@ def test_failing_goodbye_costs_a_line() -> None:
     said: list[str] = []
     assert not run_agent(Rude(), "true", say=said.append).is_failed()
     assert said[-1:] == ["rendezvous handler Rude: OSError: no, at its shutdown()"]
+
+
+def test_a_pause_before_the_next_round_is_kept() -> None:
+    from elastic_launch.core.lifecycle import Assigned, Event, Join
+
+    rendezvous = ForeignRendezvous(OneNode(), role="trainer", local_world_size=1)
+    rendezvous._verdict, rendezvous._settled_at = Verdict(True, pause=0.3), time.monotonic()
+    begin, events = time.monotonic(), list[Event]()
+    rendezvous.ask(Join())
+    try:
+        wait_until(lambda: events.extend(rendezvous.take()) or events)
+    finally:
+        rendezvous.close()
+    assert isinstance(events[0], Assigned)
+    assert time.monotonic() - begin >= 0.3
 
 
 def test_adapt() -> None:

@@ -262,6 +262,9 @@ class ForeignRendezvous:
                 os.eventfd_write(self._wake, 1)
 
     def _join(self) -> Sequence[Event]:
+        if (left := self._verdict.pause - (time.monotonic() - self._settled_at)) > 0:
+            self._again, self._pause = self._join, left
+            return []
         self._again = self._outcome = self._store = None
         self._release_port()
         try:
