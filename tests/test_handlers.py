@@ -562,8 +562,13 @@ def test_a_pause_before_the_next_round_is_kept() -> None:
     rendezvous._verdict, rendezvous._settled_at = Verdict(True, pause=0.3), time.monotonic()
     begin, events = time.monotonic(), list[Event]()
     rendezvous.ask(Join())
+
+    def has_come() -> bool:
+        events.extend(rendezvous.take())
+        return bool(events)
+
     try:
-        wait_until(lambda: events.extend(rendezvous.take()) or events)
+        wait_until(has_come)
     finally:
         rendezvous.close()
     assert isinstance(events[0], Assigned)
