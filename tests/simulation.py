@@ -59,6 +59,7 @@ class World:
         self.places: dict[int, dict[int, Assignment]] = {}
         """By round and group rank: every place that was given."""
         self.exit_barrier_timeout = float("inf")
+        self.stop_time = 2.0
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -139,7 +140,7 @@ class Agent:
         self.dead = False
         self.finish: Finish | None = None
         self.told: list[tuple[Level, str]] = []
-        self.stop_time = 2.0
+        self.stop_time = world.stop_time
         """Seconds, at most, that a worker takes to stop."""
         self.seen_ends: set[int] = set()
         self.decided: set[int] = set()

@@ -325,13 +325,14 @@ def test_the_host_of_the_store_comes_back(network: Make) -> None:
         assert "restarts  : 1 of 1 used" in program.said()
 
 
-def test_a_frozen_agent_is_replaced_and_comes_back_as_a_newcomer(network: Make) -> None:
+@pytest.mark.parametrize("number", [1, 3], ids=["which hosts the store", "of another host"])
+def test_a_frozen_agent_is_replaced_and_comes_back_as_a_newcomer(network: Make, number: int) -> None:
     net = network(3)
-    programs = start_three(net, net.script(STUBBORN + UNTIL_END))
+    programs = start_three(net, net.script(STUBBORN.replace("host-3", f"host-{number}") + UNTIL_END))
     frozen_at = time.monotonic()
-    programs[2].freeze()
+    programs[number - 1].freeze()
     assert net.formed(2, restart=1) - frozen_at < PATIENCE
-    programs[2].thaw()
+    programs[number - 1].thaw()
     net.formed(3, restart=2)
     net.end()
     assert ends(*programs) == [0, 0, 0]

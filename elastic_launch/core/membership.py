@@ -83,8 +83,8 @@ class Membership(Gathering):
             self._say(f"{text}as a spare, in case that node is gone")
         elif self.phase is Phase.BESIDE and self._closed and self.me.rank >= 0:
             self._wait_beside(self._closed)
-        is_watcher = self.place is not None and (self.place.group_rank == 0 or self._grace_ends is not None)
-        if is_watcher and "watch" not in self._timers:
+        decides = self.end is not None and self.end.mine and self.end.kind is EndKind.FAILED
+        if self.place and (self.place.group_rank == 0 or decides) and "watch" not in self._timers:
             self._watch_over(self._roster)
         if self._mine is not None and self.end is None:
             self._ask_who_is_done()
@@ -217,23 +217,24 @@ class Membership(Gathering):
         self._renew_lease()
         tickets, asked_at = self._about
         silent = self._watch.look(zip(tickets, beats, strict=True), self._now, asked_at)
-        if self._is_watcher or (self.place and self.place.group_rank == 0):  # else it only wants to know
+        if self.phase is Phase.MEMBER:  # afterwards others look at the counters, too: who gathers for the next round
             self._set_back(self._watch.set_back())
-        self._miss([ticket for ticket in roster.tickets if ticket in silent - self._excused - {self.ticket}])
+        silent -= self._excused | self._missed | {self.ticket}
+        self._miss([ticket for ticket in roster.tickets if ticket in silent])
 
     def _lose_coordinator(self) -> None:
         if self._roster is None:
             self._get_roster()
             self._in("beat", 0.0)  # whose answer comes after that
-        elif self._roster.tickets[0] not in self._excused | self._missed:
+        elif self.end is None and self._roster.tickets[0] not in self._excused:
             self._miss([self._roster.tickets[0]])
         elif "watch" not in self._timers:  # somebody must watch over the others, and over who is to say what follows
             self._create("watcher", f"watcher/{self._watchers + 1}", b"%d" % self.ticket)
 
     def _on_watcher(self, value: bytes) -> None:
         self._watchers += 1
+        self._heard_at = self._now
         if value == b"%d" % self.ticket and self._roster:
-            self._is_watcher = True
             self._watch_over(self._roster)
 
     def _miss(self, tickets: list[int]) -> None:

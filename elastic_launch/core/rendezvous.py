@@ -152,6 +152,8 @@ class Node(Membership):
             case EndKind.FAILED:
                 if self._announced and not end.mine:
                     self._tell_failures([self._announced])
+                elif end.mine and end.failures and is_consequence(end.failures[0]):
+                    self._get_roster()  # to see whether a node's end was the cause
             case EndKind.REFORM:
                 self.verdict = Verdict(True, ledger, gone=end.gone)
             case EndKind.STOP:

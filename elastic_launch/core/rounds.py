@@ -77,9 +77,7 @@ class Round:
         self._watch: Watch | None = None
         """Of the members, if this node watches over them."""
         self._watchers = 0
-        """How many nodes have watched over them in turn, but for the coordinator;"""
-        self._is_watcher = False
-        """this is one of them."""
+        """How many nodes have watched over them in turn, but for the coordinator."""
         self._missed: set[int] = set()
         """Tickets of members that were silent when the round had ended."""
         self._excused: set[int] = set()
