@@ -214,6 +214,17 @@ def test_the_others_wait_until_the_workers_of_a_leaving_node_have_stopped() -> N
     assert {place.ledger.charged for place in made.places[1].values()} == {0}
 
 
+@pytest.mark.parametrize("slow", range(3))
+def test_a_node_that_is_slow_to_stop_is_waited_for(slow: int) -> None:
+    made = world(3, job(2, 3, keep_alive_interval=1))
+    form(made, 3)
+    made.agents[slow].stop_time = 60  # far above the keep-alive deadline
+    made.agents[(slow + 1) % 3].fail_worker(1)
+    made.run(made.now + 100, stop=lambda: all(r == 1 for r in running(made)))
+    assert running(made) == [1, 1, 1]
+    assert {place.group_world_size for place in made.places[1].values()} == {3}
+
+
 @pytest.mark.parametrize("victim", range(3))
 def test_a_node_that_is_done_need_not_live_on(victim: int) -> None:
     made = world(3, job(3, 3))
