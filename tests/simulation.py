@@ -271,7 +271,8 @@ class Agent:
                     for rank in ranks:
                         seconds = self.world.random.uniform(0.005, 1) * self.stop_time
                         self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
-                case Sweep():
+                case Sweep(kill):
+                    self.alive = set() if kill else self.alive
                     self._soon(lambda: self._live(Gone(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
