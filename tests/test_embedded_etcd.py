@@ -159,7 +159,7 @@ def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agen
 
 
 def test_a_node_that_leaves_takes_its_member_along_and_the_others_go_on(agents: Agents) -> None:
-    first, second, third = agents.in_order(agents.job.script(ONCE))
+    first, second, third = agents.in_order(agents.job.script(ONCE), conf=",keep_alive_interval=3")
     all_are_up(agents, 0, 3)
     first.send_signal(signal.SIGTERM)
     began = time.monotonic()
