@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from elastic_launch.core.lifecycle import Finish, Leave
@@ -225,28 +227,16 @@ def test_a_node_that_is_slow_to_stop_is_waited_for(slow: int) -> None:
     assert {place.group_world_size for place in made.places[1].values()} == {3}
 
 
-@pytest.mark.parametrize("victim", range(3))
-def test_a_node_that_is_done_need_not_live_on(victim: int) -> None:
+@pytest.mark.parametrize("go", [Agent.kill, Agent.signal], ids=["dies", "leaves"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_node_that_is_done_need_not_stay(number: int, go: Callable[[Agent], None]) -> None:
     made = world(3, job(3, 3))
     form(made, 3)
-    made.agents[victim].succeed()
+    done = made.agents[number]
+    done.succeed()
     until(made, 2)
-    made.agents[victim].kill()
-    others = [agent for agent in made.agents if not agent.dead]
-    until(made, 60)
-    assert [agent.running for agent in others] == [0, 0], "they run on"
-    all_end(made)
-    assert one(made, *others) == Finish()
-
-
-@pytest.mark.parametrize("leaving", range(3))
-def test_a_node_that_is_done_may_leave(leaving: int) -> None:
-    made = world(3, job(3, 3))
-    form(made, 3)
-    made.agents[leaving].succeed()
-    until(made, 2)
-    made.agents[leaving].signal()
-    others = [agent for agent in made.agents if agent is not made.agents[leaving]]
+    go(done)
+    others = [agent for agent in made.agents if agent is not done]
     until(made, 60)
     assert [agent.running for agent in others] == [0, 0], "they run on"
     all_end(made)

@@ -80,7 +80,6 @@ class Chief:
         self._settings = settings
         self._me = me
         self._round = round_
-        self._is_first_round = round_ == 0
         self.watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._past_watch = Watch(settings.keep_alive_deadline, settings.tick, now)
         self._tickets: dict[str, int] = {}
@@ -90,6 +89,10 @@ class Chief:
         self._last_arrival = now
         self._past: dict[str, str] = {}
         """Hosts of the nodes of the round before, by their ids."""
+
+    @property
+    def _is_first_round(self) -> bool:
+        return self._round == 0
 
     # --- who has come
 

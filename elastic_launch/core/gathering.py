@@ -99,11 +99,12 @@ class Gathering(Round):
     def _on_past(self, value: list[bytes]) -> None:
         count, end, following, closed = value
         gone = decode(End, end, self._past_key("end")).gone if end else ()
-        gone += decode(Verdict, following, self._past_key("next")).gone if following else ()
-        if self._chief and following:
-            self._chief.past_ledger = decode(Verdict, following, self._past_key("next")).ledger
-        elif self._chief and closed:
-            self._chief.past_ledger = decode(Closed, closed, self._past_key("closed")).ledger
+        ledger = decode(Closed, closed, self._past_key("closed")).ledger if closed else None
+        if following:
+            verdict = decode(Verdict, following, self._past_key("next"))
+            gone, ledger = gone + verdict.gone, verdict.ledger
+        if self._chief:
+            self._chief.past_ledger = ledger
         keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, number(count) + 1))
         self._ask("past_nodes", Get(keys), about=(keys, gone))
 

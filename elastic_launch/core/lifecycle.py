@@ -370,7 +370,7 @@ def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
     """Another node ended the round."""
     life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
     text = f"{_headline(event.end)}: stopping {counted(len(life.running), 'worker')}"
-    return life, [*actions, Say(text) if event.end.mine else _for_all(life, text, event.end.rank)]
+    return life, [*actions, _of_the_end(life, text)]
 
 
 def _stop_without_a_lease(life: Life, event: Lapsed, now: float) -> Step:
@@ -503,7 +503,7 @@ def _why_again(life: Life) -> list[Action]:
     """Why there is another round, where this node's workers have ended already."""
     if life.end is None or life.end.kind is not EndKind.REFORM or life.lapsed or life.interrupted:
         return []  # of the last two it has told already
-    return [Say(_headline(life.end)) if life.end.mine else _for_all(life, _headline(life.end), life.end.rank)]
+    return [_of_the_end(life, _headline(life.end))]
 
 
 def _headline(end: End) -> str:
@@ -534,7 +534,7 @@ def _decided(life: Life, event: Decided, now: float) -> Step:
         return _enter(life, State.DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
     says: list[Action] = []
     if line := _restart_line(life, event.verdict):
-        says = [Say(line) if life.end and life.end.mine else _for_all(life, line)]
+        says = [_of_the_end(life, line)]
     is_alone = not _is_one_of_many(life)  # else nodes meet at once, and the round closes when the pause is over
     life = Life(life.limits, history=life.history)
     if event.verdict.pause and is_alone:
@@ -574,6 +574,13 @@ def _restart_line(life: Life, verdict: Verdict) -> str:
 def _for_all(life: Life, text: str, gone: int = -1) -> Say:
     """What is to be said once for the job: the node with group rank 0 says it, or the next if that is gone."""
     return Say(text, Level.EVENT if _place(life).group_rank == (0 if gone else 1) else Level.DETAIL)
+
+
+def _of_the_end(life: Life, text: str) -> Say:
+    """What is to be said of the round's end: by the node that ended it, and once for all others."""
+    if life.end is not None and life.end.mine:
+        return Say(text)
+    return _for_all(life, text, gone=life.end.rank if life.end is not None else -1)
 
 
 def _is_one_of_many(life: Life) -> bool:

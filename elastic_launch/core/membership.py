@@ -168,8 +168,8 @@ class Membership(Gathering):
             self._timers["fence"] = ends - self.settings.grace
 
     def _fence(self, wish: Fence | None = None) -> None:
-        """The others may go on without this node: it must not, either. Nothing was heard of the store for long, or of
-        this node (``wish``)."""
+        """The others may go on without this node, so it must not, either: the store has not answered for long, or this
+        node has not asked."""
         if self.phase is Phase.MEMBER and not self._is_fenced:
             self._is_fenced = True
             self._mine = None
@@ -207,7 +207,7 @@ class Membership(Gathering):
             self._become_chief()
 
     def _on_member_beats(self, value: list[bytes]) -> None:
-        """The coordinator looks at the signs of life of all members."""
+        """The coordinator, or who has reason to, looks at the signs of life of all members."""
         roster = self._roster
         if roster is None or self._watch is None or self.phase not in (Phase.MEMBER, Phase.ENDED):
             return

@@ -98,8 +98,8 @@ def assign(members: Sequence[NodeRecord], master_addr: str, master_port: int, **
         role_sizes[node.role] = role_bases[-1] + node.workers
     if not master_port:
         first = members[0]
-        scattered = any(not _is_loopback(node.address) for node in members)
-        master_addr = (scattered and _is_loopback(first.address) and first.outward) or first.address
+        scattered = any(not is_loopback(node.address) for node in members)
+        master_addr = (scattered and is_loopback(first.address) and first.outward) or first.address
     places: list[Assignment] = []
     base = 0
     for rank, node in enumerate(members):
@@ -124,5 +124,6 @@ def assign(members: Sequence[NodeRecord], master_addr: str, master_port: int, **
     return places
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches itself by it."""
     return address.startswith("127.") or address == "::1"

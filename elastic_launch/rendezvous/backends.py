@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from elastic_launch.config import split_endpoint
+from elastic_launch.core.ranks import is_loopback
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.job_files import as_file_name
 from elastic_launch.ports import port_owner
@@ -67,7 +68,7 @@ class C10dBackend:
 
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
         """Take the endpoint; ``is_host`` None: this node hosts the store if the endpoint is an address of its own."""
-        self.where = f"the store at {f'[{host}]' if ':' in host else host}:{port}"
+        self.where = f"the store at {join_endpoint(host, port)}"
         self.serves = self.stays = False
         self._host, self._port = host, port
         self._is_host = is_host
@@ -306,17 +307,13 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 addresses = [str(address[1][0]) for address in resolve(host, port) if _is_own(address)]
             except RendezvousConnectionError:
                 continue  # a name that is not known yet is not this host's
-            address = min(addresses, key=_is_loopback, default=None)
+            address = min(addresses, key=is_loopback, default=None)
             if address and (claimed := claim(self._names[index], self._run_id)):
                 self._claim = claimed
-                if _is_loopback(address) and host not in (address, "localhost"):
+                if is_loopback(address) and host not in (address, "localhost"):
                     self._say(f"{host} is {address} on this host, where no other can reach it: name it by its address")
                 return index, address
         return None
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
 
 
 def join_endpoint(host: str, port: int) -> str:

@@ -15,15 +15,23 @@ from typing import Any
 from elastic_launch.env import as_part
 from elastic_launch.errors import RendezvousConnectionError
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_PROGRAM = (
+    # This copy of the package, and nothing else of its folder before what Python itself finds.
+    "import sys; sys.path.insert(0, sys.argv[1]); import elastic_launch; sys.path.append(sys.path.pop(0));"
+    "from elastic_launch.store import {0}; {0}.main(*map(int, sys.argv[2:]))"
+)
+
 
 class Child:
     """The process. It ends with this one, since it has a pidfd of it and the other end of the socket."""
 
-    def __init__(self, words: Sequence[str], environ: Mapping[str, str], told: Any, what: str) -> None:
+    def __init__(self, module: str, flags: Sequence[str], environ: Mapping[str, str], told: Any, what: str) -> None:
         """Start it.
 
         Args:
-            words: of its Python's command line; the numbers of the socket and of the pidfd follow.
+            module: of this package, whose ``main`` it runs with the numbers of the socket and of the pidfd.
+            flags: of its Python.
             environ: its variables.
             told: the first message, marshalled.
             what: it is, for an error.
@@ -38,7 +46,7 @@ class Child:
                 inherited = (theirs.fileno(), agent.fileno())
                 self.pid = os.posix_spawn(
                     sys.executable,
-                    [sys.executable, *words, *map(str, inherited)],
+                    [sys.executable, *flags, "-c", _PROGRAM.format(module), _PACKAGE, *map(str, inherited)],
                     as_part(environ),
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

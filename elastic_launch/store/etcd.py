@@ -22,12 +22,6 @@ DEFAULT_PORT = 2379
 READ_TIMEOUT = 60.0
 """Seconds for a call to etcd, all attempts together; torch's default."""
 
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_PROGRAM = (
-    # This copy of the package, and nothing else of its folder before what Python itself finds.
-    "import sys; sys.path.insert(0, sys.argv[1]); import elastic_launch; sys.path.append(sys.path.pop(0));"
-    "from elastic_launch.store import etcd_main; etcd_main.main(*map(int, sys.argv[2:]))"
-)
 _NAMES = {
     "protocol": ("protocol",),
     "cacert": ("cacert", "ca_cert"),
@@ -63,8 +57,7 @@ class EtcdBridge(Child):
         self.where = f"etcd at {endpoints}"
         """What messages call it."""
         told = {"prefix": prefix, "path": list(map(str, sys.path)), **_settings(endpoints, conf)}
-        words = ("-I", "-c", _PROGRAM, _PACKAGE)
-        super().__init__(words, environ, told, "the bridge to etcd")
+        super().__init__("etcd_main", ("-I",), environ, told, "the bridge to etcd")
 
     def connect(self) -> socket.socket:
         """A new connection that speaks TCPStore's protocol, non-blocking. What is sent on it waits for the bridge.

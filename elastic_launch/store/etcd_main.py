@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import marshal
 import os
 import socket
@@ -24,6 +23,7 @@ from typing import Any, NoReturn, cast
 
 from elastic_launch.errors import UnavailableError
 from elastic_launch.store import etcd_protobuf, wire
+from elastic_launch.store.child_main import begin
 from elastic_launch.store.etcd_cluster import Cluster, EtcdError, Settings
 from elastic_launch.store.etcd_keys import Connection, Keys, RefusalError
 from elastic_launch.store.wire import I64, U32, Op
@@ -31,7 +31,6 @@ from elastic_launch.store.wire import I64, U32, Op
 LAST_WORDS = 1.0
 """Seconds for what an agent had asked for when it ended."""
 
-_PR_SET_NAME = 15
 _CHUNK = 1 << 16
 
 
@@ -213,14 +212,7 @@ def give_up(control: socket.socket, error: BaseException) -> NoReturn:
 
 def main(control_fd: int, agent: int) -> NoReturn:
     """Run the bridge; both are inherited descriptors."""
-    for fd in (control_fd, agent):
-        os.set_inheritable(fd, False)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in (control_fd, agent):
-            with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                os.close(fd)  # what the caller left open is not for us
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"elastic-etcd", 0, 0, 0)
-    control = socket.socket(fileno=control_fd)
+    control = begin(control_fd, agent, "elastic-etcd")
     try:
         told = marshal.loads(control.recv(1 << 20))
         sys.path += [folder for folder in told.pop("path") if folder not in sys.path]

@@ -20,8 +20,6 @@ LINGER = 0.5
 """Seconds that a member serves on when its agent is through with the job: the others' members, which may have no
 majority afterwards, learn within a heartbeat (0.1 s) what the last thing was that a majority agreed to."""
 
-_FOLDER = os.path.dirname(os.path.abspath(__file__))
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); import etcd_member_main as m; m.main(*map(int, sys.argv[2:]))"
 _STRANGE = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 """Variables of which the members' connections would make use, and must not."""
 
@@ -61,8 +59,7 @@ class EtcdMember(Child):
             if name.lower() not in _STRANGE and (not name.startswith("ETCD_") or name == "ETCD_UNSUPPORTED_ARCH")
         }
         self._temporary = plan.folder if plan.temporary else ""
-        words = ("-I", "-S", "-c", _PROGRAM, _FOLDER)
-        super().__init__(words, kept, tuple(plan), "the process for a member of etcd")
+        super().__init__("etcd_member_main", ("-I", "-S"), kept, tuple(plan), "the process for a member of etcd")
 
     def take(self) -> list[str]:
         """What there is to tell people.

@@ -19,13 +19,12 @@ How a member is started depends on what the others say:
 Members of another cluster, such as another job's at the same endpoints, are no answer: each tells the id of its
 cluster, which follows from endpoints and token.
 
-It imports nothing of elastic_launch.
+Of elastic_launch it imports nothing but how it begins.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import http.client
 import json
@@ -39,6 +38,8 @@ import sys
 import threading
 import time
 from typing import Any, NamedTuple, NoReturn
+
+from elastic_launch.store.child_main import begin
 
 RESTARTS = 3
 """How often an etcd that has ended is started again."""
@@ -61,7 +62,6 @@ _PROGRAM = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9);"  # PR_SET_PDEATHSIG, SIGKILL
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
-_PR_SET_NAME = 15
 
 
 class Plan(NamedTuple):
@@ -390,14 +390,7 @@ def _end_with(agent: int, control: socket.socket, member: MemberProcess) -> NoRe
 
 def main(control_fd: int, agent: int) -> NoReturn:
     """Run the member; both are inherited descriptors."""
-    for fd in (control_fd, agent):
-        os.set_inheritable(fd, False)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in (control_fd, agent):
-            with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                os.close(fd)  # what the caller left open is not for us
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"elastic-member", 0, 0, 0)
-    control = socket.socket(fileno=control_fd)
+    control = begin(control_fd, agent, "elastic-member")
     member = MemberProcess(Plan(*marshal.loads(control.recv(1 << 20))), control)
     threading.Thread(target=_end_with, args=(agent, control, member), daemon=True).start()
     member.run()
