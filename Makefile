@@ -20,7 +20,7 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --quiet tests/test_floors.py
+	$(BIN)/pytest --quiet tests/decisions/test_layers.py
 
 format: .venv/.ready
 	$(BIN)/ruff format .

@@ -29,7 +29,7 @@ from common import (
 
 IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)$")  # self and cumulative in µs, module
 
-ENTRY = "from elastic_launch.cli import console; console()"  # what the script elastic-run does
+ENTRY = "from elastic_launch.cli.main import console; console()"  # what the script elastic-run does
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def print_imports(top: int = 10) -> None:
 def measure_imports() -> list[tuple[int, int, str]]:
     """What a launch imports beyond a bare interpreter: (own µs, cumulative µs, module), in the order of completion.
 
-    A whole launch, because `import elastic_launch.cli` alone imports next to nothing. The workers' imports are not
+    A whole launch, because `import elastic_launch.cli.main` alone imports next to nothing. The workers' imports are not
     among them: the option holds for the agent's interpreter only.
     """
     with tempfile.TemporaryDirectory() as folder:

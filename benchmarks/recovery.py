@@ -36,7 +36,7 @@ from rendezvous import Job as Simulation
 from rendezvous import measure as simulate
 from rendezvous import serving
 
-from elastic_launch.ports import reserve_port
+from elastic_launch.host.ports import reserve_port
 
 STORES = ("c10d", "etcd")
 NODES = (2, 3)

@@ -33,18 +33,18 @@ from unittest.mock import patch
 import psutil
 from common import machine, spread
 
-from elastic_launch.core.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle
-from elastic_launch.core.protocol import Settings
-from elastic_launch.core.records import NodeRecord
-from elastic_launch.core.requests import Get, Request
+from elastic_launch.core.agent.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle
+from elastic_launch.core.rendezvous.protocol import Settings
+from elastic_launch.core.rendezvous.records import NodeRecord
+from elastic_launch.core.store_requests import Get, Request
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
-from elastic_launch.etcd_server import EtcdServer
-from elastic_launch.model import Policy, Verdict
-from elastic_launch.rendezvous.dynamic import DynamicRendezvous
+from elastic_launch.job import Policy, Verdict
+from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
-from elastic_launch.store.etcd import EtcdBridge
-from elastic_launch.store.host import StoreHost, bind_endpoint
+from elastic_launch.store.etcd.bridge import EtcdBridge
+from elastic_launch.store.etcd.server import EtcdServer
+from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
 
 FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001")
 """What ends a round."""

@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every 
 if TYPE_CHECKING:
     from typing import Any
 
-    from elastic_launch.agent import LocalElasticAgent as LocalElasticAgent
+    from elastic_launch.agent.agent import LocalElasticAgent as LocalElasticAgent
     from elastic_launch.config import LaunchConfig as LaunchConfig
     from elastic_launch.config import LogsDest as LogsDest
     from elastic_launch.config import LogsSpecs as LogsSpecs
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from elastic_launch.errors import RendezvousTimeoutError as RendezvousTimeoutError
     from elastic_launch.errors import SignalException as SignalException
     from elastic_launch.errors import UsageError as UsageError
-    from elastic_launch.etcd_server import EtcdServer as EtcdServer
-    from elastic_launch.job_files import DefaultLogsSpecs as DefaultLogsSpecs
     from elastic_launch.launch import elastic_launch as elastic_launch
     from elastic_launch.launch import launch_agent as launch_agent
-    from elastic_launch.model import RunResult as RunResult
-    from elastic_launch.model import Worker as Worker
-    from elastic_launch.model import WorkerGroup as WorkerGroup
-    from elastic_launch.model import WorkerSpec as WorkerSpec
-    from elastic_launch.model import WorkerState as WorkerState
+    from elastic_launch.logs.job_files import DefaultLogsSpecs as DefaultLogsSpecs
     from elastic_launch.multiprocessing import PContext as PContext
     from elastic_launch.multiprocessing import RunProcsResult as RunProcsResult
     from elastic_launch.multiprocessing import start_processes as start_processes
-    from elastic_launch.rendezvous.handlers import RendezvousHandler as RendezvousHandler
-    from elastic_launch.rendezvous.handlers import RendezvousInfo as RendezvousInfo
-    from elastic_launch.rendezvous.handlers import RendezvousParameters as RendezvousParameters
-    from elastic_launch.rendezvous.handlers import RendezvousStoreInfo as RendezvousStoreInfo
-    from elastic_launch.rendezvous.handlers import get_rendezvous_handler as get_rendezvous_handler
-    from elastic_launch.rendezvous.handlers import rendezvous_handler_registry as rendezvous_handler_registry
+    from elastic_launch.rendezvous.handler import RendezvousHandler as RendezvousHandler
+    from elastic_launch.rendezvous.handler import RendezvousInfo as RendezvousInfo
+    from elastic_launch.rendezvous.handler import RendezvousParameters as RendezvousParameters
+    from elastic_launch.rendezvous.handler import RendezvousStoreInfo as RendezvousStoreInfo
+    from elastic_launch.rendezvous.handler import get_rendezvous_handler as get_rendezvous_handler
+    from elastic_launch.rendezvous.handler import rendezvous_handler_registry as rendezvous_handler_registry
+    from elastic_launch.store.etcd.server import EtcdServer as EtcdServer
+    from elastic_launch.worker_spec import RunResult as RunResult
+    from elastic_launch.worker_spec import Worker as Worker
+    from elastic_launch.worker_spec import WorkerGroup as WorkerGroup
+    from elastic_launch.worker_spec import WorkerSpec as WorkerSpec
+    from elastic_launch.worker_spec import WorkerState as WorkerState
     from elastic_launch.workers.error_handler import ErrorHandler as ErrorHandler
     from elastic_launch.workers.error_handler import get_error_handler as get_error_handler
     from elastic_launch.workers.error_handler import record as record
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LocalElasticAgent": "agent",
-    "DefaultLogsSpecs": "job_files",
+    "LocalElasticAgent": "agent.agent",
+    "DefaultLogsSpecs": "logs.job_files",
     "LaunchConfig": "config",
     "LogsDest": "config",
     "LogsSpecs": "config",
@@ -61,13 +61,13 @@ _HOMES = {
     "ProcessFailure": "errors",
     "SignalException": "errors",
     "UsageError": "errors",
-    "RendezvousParameters": "rendezvous.handlers",
-    "RendezvousHandler": "rendezvous.handlers",
-    "RendezvousInfo": "rendezvous.handlers",
-    "RendezvousStoreInfo": "rendezvous.handlers",
-    "get_rendezvous_handler": "rendezvous.handlers",
-    "rendezvous_handler_registry": "rendezvous.handlers",
-    "EtcdServer": "etcd_server",
+    "RendezvousParameters": "rendezvous.handler",
+    "RendezvousHandler": "rendezvous.handler",
+    "RendezvousInfo": "rendezvous.handler",
+    "RendezvousStoreInfo": "rendezvous.handler",
+    "get_rendezvous_handler": "rendezvous.handler",
+    "rendezvous_handler_registry": "rendezvous.handler",
+    "EtcdServer": "store.etcd.server",
     "RendezvousError": "errors",
     "RendezvousTimeoutError": "errors",
     "RendezvousConnectionError": "errors",
@@ -82,11 +82,11 @@ _HOMES = {
     "record": "workers.error_handler",
     "ErrorHandler": "workers.error_handler",
     "get_error_handler": "workers.error_handler",
-    "Worker": "model",
-    "WorkerGroup": "model",
-    "RunResult": "model",
-    "WorkerSpec": "model",
-    "WorkerState": "model",
+    "Worker": "worker_spec",
+    "WorkerGroup": "worker_spec",
+    "RunResult": "worker_spec",
+    "WorkerSpec": "worker_spec",
+    "WorkerState": "worker_spec",
 }
 
 __all__ = list(_HOMES)

@@ -1,6 +1,6 @@
-"""Floor 5: ``python -m elastic_launch`` is ``elastic-run``."""
+"""Layer 5: ``python -m elastic_launch`` is ``elastic-run``."""
 
-from elastic_launch.cli import console
+from elastic_launch.cli.main import console
 
 if __name__ == "__main__":
     console()

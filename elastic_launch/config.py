@@ -1,4 +1,4 @@
-"""Floor 0: the settings of a job, and how their text forms are read.
+"""Layer 0: the settings of a job, and how their text forms are read.
 
 Pure: text in, values out. What is wrong raises UsageError, with a line that begins with the value, so that the caller
 can put its name before it, and says what is allowed.
@@ -14,7 +14,7 @@ from enum import IntFlag
 from typing import Any
 
 from elastic_launch.errors import UsageError
-from elastic_launch.model import Level, Policy
+from elastic_launch.job import Level, Policy
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 DEFAULT_SHUTDOWN_TIMEOUT = 30

@@ -1,4 +1,4 @@
-"""Floor 0: the one place where the launcher reads its environment. Everything else is handed what it needs."""
+"""Layer 0: the one place where the launcher reads its environment. Everything else is handed what it needs."""
 
 from __future__ import annotations
 

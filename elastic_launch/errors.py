@@ -1,4 +1,4 @@
-"""Floor 0: what can go wrong, as types with fields, and the exit statuses that tell it to a shell.
+"""Layer 0: what can go wrong, as types with fields, and the exit statuses that tell it to a shell.
 
 Values only: nothing here reads a file, a clock or the environment.
 """

@@ -1,4 +1,4 @@
-"""Floor 2: the record of a job's events, under torch's names and with torch's fields: one line of JSON for each.
+"""Layer 2: the record of a job's events, under torch's names and with torch's fields: one line of JSON for each.
 
 Where they go is Python's logging to decide; the agent does not import it unless the user asks for events. Besides the
 handlers named here, a package may offer more under the entry point group ``elastic_launch.event_handlers``: callables
@@ -16,7 +16,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from elastic_launch.errors import ProcessFailure, UsageError
-from elastic_launch.model import Assignment, WorkerSpec, WorkerState
+from elastic_launch.job import Assignment
+from elastic_launch.worker_spec import WorkerSpec, WorkerState
 
 if TYPE_CHECKING:
     import logging

@@ -1,18 +1,19 @@
-"""Floor 4: the Python API: from a ``LaunchConfig`` and something to run, to its result. Puts the parts together."""
+"""Layer 4: the Python API: from a ``LaunchConfig`` and something to run, to its result. Puts the parts together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from elastic_launch.agent import LocalElasticAgent
+from elastic_launch.agent.agent import LocalElasticAgent
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig, is_number
-from elastic_launch.console import say
-from elastic_launch.core.ranks import omp_num_threads
+from elastic_launch.core.agent.worker_env import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
-from elastic_launch.model import Level, WorkerSpec
-from elastic_launch.rendezvous.registry import create_rendezvous
+from elastic_launch.host.console import say
+from elastic_launch.job import Level
+from elastic_launch.rendezvous.factory import create_rendezvous
+from elastic_launch.worker_spec import WorkerSpec
 
 
 class elastic_launch:  # noqa: N801 - torch's name
@@ -92,7 +93,7 @@ def launch_agent(
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
     """Set OMP_NUM_THREADS where the user does not: without it, each worker would start a thread for every CPU."""
     if "OMP_NUM_THREADS" not in environ:
-        from elastic_launch.devices import cpu_count
+        from elastic_launch.host.devices import cpu_count
 
         cpus = cpu_count()
         environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))

@@ -1,4 +1,4 @@
-"""Floor 2: metrics, under torch's names and in torch's format: numbers with a name and a group, for a handler to take.
+"""Layer 2: metrics, under torch's names and in torch's format: numbers with a name and a group, for a handler to take.
 
 Without ``configure`` nothing happens to them. Touches what the handlers touch.
 """

@@ -1,4 +1,4 @@
-"""Floor 4: what ``torch.distributed.elastic.multiprocessing`` offers, by the same names: one group of processes.
+"""Layer 4: what ``torch.distributed.elastic.multiprocessing`` offers, by the same names: one group of processes.
 
 No rendezvous and no restart: the processes start, and end together.
 """
@@ -12,23 +12,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from elastic_launch.agent.loop import Driver
+from elastic_launch.agent.worker_group import Workers
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
-from elastic_launch.console import say, spoken_by, standard_streams
-from elastic_launch.core.lifecycle import (
+from elastic_launch.core.agent.lifecycle import (
     Finish,
     Life,
     Limits,
     Signalled,
     State,
 )
-from elastic_launch.core.root_cause import NOTHING, failure_of
-from elastic_launch.driver import Driver
+from elastic_launch.core.agent.root_cause import NOTHING, failure_of
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
-from elastic_launch.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.model import Assignment, Policy
-from elastic_launch.processes import Workers
-from elastic_launch.rendezvous.local import answer_alone
+from elastic_launch.host.console import say, spoken_by, standard_streams
+from elastic_launch.job import Assignment, Policy
+from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
+from elastic_launch.rendezvous.single_node import answer_alone
 from elastic_launch.workers.keeper import subreaper
 
 __all__ = [
@@ -179,7 +179,7 @@ class PContext:
         for rank, path in self._dest.error_files.items():
             self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
         if self._numa_options is not None:
-            from elastic_launch.numa import bind  # late: few need it
+            from elastic_launch.host.numa import bind  # late: few need it
 
             self._cpus = bind(self._numa_options, len(self._args), environ, say)
         self._workers = Workers(

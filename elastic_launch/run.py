@@ -1,4 +1,4 @@
-"""Floor 5: what ``torch.distributed.run`` offers, by the same names: the command line as Python functions."""
+"""Layer 5: what ``torch.distributed.run`` offers, by the same names: the command line as Python functions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from elastic_launch.cli.options import make_parser
 from elastic_launch.config import LaunchConfig, LogsSpecs, Std, parse_nnodes, parse_ranks, parse_rdzv_conf
-from elastic_launch.devices import local_world_size
 from elastic_launch.env import environment
 from elastic_launch.errors import LaunchError, UsageError
-from elastic_launch.job_files import DefaultLogsSpecs
+from elastic_launch.host.devices import local_world_size
+from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
-from elastic_launch.model import Level
-from elastic_launch.options import make_parser
+from elastic_launch.logs.job_files import DefaultLogsSpecs
 from elastic_launch.workers import BOOTSTRAP
 
 LOGS_SPECS = "torchrun.logs_specs"
@@ -197,6 +197,6 @@ def _check_script(script: str) -> None:
 
 
 if __name__ == "__main__":  # python -m elastic_launch.run, as people write python -m torch.distributed.run
-    from elastic_launch.cli import console
+    from elastic_launch.cli.main import console
 
     console()

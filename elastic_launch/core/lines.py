@@ -1,4 +1,4 @@
-"""Floor 1: lines of output, as bytes: redraws, matches, the end of a stream as text. Pure.
+"""Layer 1: lines of output, as bytes: redraws, matches, the end of a stream as text. Pure.
 
 A line that was redrawn (progress bars write carriage returns) counts as what it showed last.
 """

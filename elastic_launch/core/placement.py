@@ -1,4 +1,4 @@
-"""Floor 1: which devices and which CPUs a worker gets: rules about numbers and names. Pure."""
+"""Layer 1: which devices and which CPUs a worker gets: rules about numbers and names. Pure."""
 
 from __future__ import annotations
 

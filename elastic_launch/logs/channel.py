@@ -1,4 +1,4 @@
-"""Floor 2: the ways from a worker to the pump: pipes, and terminals where the console is one."""
+"""Layer 2: the ways from a worker to the pump: pipes, and terminals where the console is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 2: the log pump: takes the workers' output, and brings it to files and to the launcher's own streams.
+"""Layer 2: the log pump: takes the workers' output, and brings it to files and to the launcher's own streams.
 
 Part of the agent's one loop: it has no thread, and waits for nothing but in ``flush``. What it may touch are the pipes
 (or terminals) that it makes for the workers, the files that it is told to write, and descriptors 1 and 2. It works on

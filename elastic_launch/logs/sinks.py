@@ -1,4 +1,4 @@
-"""Floor 2: where output goes: the launcher's own streams, and files. Nothing here waits, raises, or looks at lines."""
+"""Layer 2: where output goes: the launcher's own streams, and files. Nothing here waits, raises, or looks at lines."""
 
 from __future__ import annotations
 

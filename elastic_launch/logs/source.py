@@ -1,4 +1,4 @@
-"""Floor 2: one stream of one worker: what becomes of each block that comes from it. Reads nothing itself."""
+"""Layer 2: one stream of one worker: what becomes of each block that comes from it. Reads nothing itself."""
 
 from __future__ import annotations
 

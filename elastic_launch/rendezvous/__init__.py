@@ -1,1 +1,1 @@
-"""Floor 3: how nodes find each other and agree on who is who."""
+"""Layer 3: how nodes find each other and agree on who is who."""

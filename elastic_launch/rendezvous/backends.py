@@ -1,4 +1,4 @@
-"""Floor 3: where the nodes of a job meet: which store, who hosts it, and connections to it.
+"""Layer 3: where the nodes of a job meet: which store, who hosts it, and connections to it.
 
 A ``Backend`` starts what the store needs on this node (the process that hosts it, or the bridge to etcd) and makes
 connections that do not block. It gives no second chances: that is its user's part.
@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from elastic_launch.config import split_endpoint
-from elastic_launch.core.ranks import is_loopback
+from elastic_launch.core.rendezvous.ranks import is_loopback
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
-from elastic_launch.job_files import as_file_name
-from elastic_launch.ports import port_owner
+from elastic_launch.host.ports import port_owner
+from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.store.client import StoreClient, connect
-from elastic_launch.store.etcd import EtcdBridge
-from elastic_launch.store.etcd_member import EtcdMember, claim
-from elastic_launch.store.host import StoreHost, bind_endpoint
+from elastic_launch.store.etcd.bridge import EtcdBridge
+from elastic_launch.store.etcd.member import EtcdMember, claim
+from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
 
 Address = tuple[int, tuple[Any, ...]]
 """Family, and what ``connect`` takes."""
@@ -242,8 +242,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         Raises:
             UnavailableError: there is no etcd to start.
         """
-        from elastic_launch.etcd_server import etcd_binary  # late, as what follows: few jobs need it
-        from elastic_launch.store.etcd_member_main import Plan
+        from elastic_launch.store.etcd.member_main import Plan
+        from elastic_launch.store.etcd.server import etcd_binary  # late, as what follows: few jobs need it
 
         token = f"elastic-launch/{as_file_name(self._run_id)}"
         plan = Plan(endpoints=self._members, token=token)

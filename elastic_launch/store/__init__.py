@@ -1,1 +1,1 @@
-"""Floor 2: the job's store: clients, and the processes that serve it."""
+"""Layer 2: the job's store: clients, and the processes that serve it."""

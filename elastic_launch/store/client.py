@@ -1,4 +1,4 @@
-"""Floor 2: the client of a store that speaks TCPStore's wire protocol: torch's own, or the etcd bridge.
+"""Layer 2: the client of a store that speaks TCPStore's wire protocol: torch's own, or the etcd bridge.
 
 One connection that never blocks and is made to sit in an event loop. It knows sockets, resolves no names, decides
 nothing: when to give up and whether to try again is its user's business.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final
 
-from elastic_launch.core.requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.store import wire
 from elastic_launch.store.wire import I64, U32, U64, Op

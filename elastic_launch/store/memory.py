@@ -1,4 +1,4 @@
-"""Floor 2: a store in memory, with the meaning of the others, for tests and for simulations with a virtual clock.
+"""Layer 2: a store in memory, with the meaning of the others, for tests and for simulations with a virtual clock.
 
 No socket, no clock, no thread: a request is executed when it is made, and the same requests give the same answers.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from elastic_launch.core.requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
 from elastic_launch.store.client import check
 
 _Answerer = Callable[[Answer], None]

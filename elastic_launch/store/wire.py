@@ -1,4 +1,4 @@
-"""Floor 2: the wire protocol of torch's TCPStore (2.5 and later): codes, limits, requests to bytes and back.
+"""Layer 2: the wire protocol of torch's TCPStore (2.5 and later): codes, limits, requests to bytes and back.
 
 Knows bytes only: no socket, and nothing of elastic_launch, so a child process can import this file alone.
 

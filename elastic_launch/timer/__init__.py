@@ -1,4 +1,4 @@
-"""Floor 2: timers for worker scripts: whoever is longer in a scope than it allows is killed. The names are torch's.
+"""Layer 2: timers for worker scripts: whoever is longer in a scope than it allows is killed. The names are torch's.
 
     timer.configure(timer.FileTimerClient(os.getenv("TORCHELASTIC_TIMER_FILE")))
     with timer.expires(after=60):

@@ -1,4 +1,4 @@
-"""Floor 2: the worker's side of the timers: what it asks for, and how it tells a server.
+"""Layer 2: the worker's side of the timers: what it asks for, and how it tells a server.
 
 Opens the named pipe of an agent, or is handed a queue; runs in workers.
 """
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from elastic_launch.core.expiry import LONGEST
+from elastic_launch.core.timer_requests import LONGEST
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue

@@ -1,4 +1,4 @@
-"""Floor 2: servers for programs that watch over timers themselves, without an agent. Each is a thread, and kills.
+"""Layer 2: servers for programs that watch over timers themselves, without an agent. Each is a thread, and kills.
 
 Reads a named pipe or a queue; runs in such programs only. The agent's own side is ``watchdog``.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from elastic_launch.core.expiry import take_requests
+from elastic_launch.core.timer_requests import take_requests
 from elastic_launch.timer.client import FileTimerRequest, TimerRequest
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Floor 2: small things that scripts written for torch's launcher import: free ports, and ``utils.data``.
+"""Layer 2: small things that scripts written for torch's launcher import: free ports, and ``utils.data``.
 
 Opens sockets on the loopback address; nothing of the launcher's uses it.
 """

@@ -1,4 +1,4 @@
-"""Floor 2: reading data in a job that is started again: a sampler that goes on in mid-epoch, an iterator over epochs.
+"""Layer 2: reading data in a job that is started again: a sampler that goes on in mid-epoch, an iterator over epochs.
 
 Runs in workers; the one module but the store's host that imports torch.
 """

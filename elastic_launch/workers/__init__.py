@@ -1,4 +1,4 @@
-"""Floor 2: worker processes: starting, signalling and burying them."""
+"""Layer 2: worker processes: starting, signalling and burying them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Floor 2: what a worker tells of the exception that ends it: torch's ``record`` and its error file, without torch.
+"""Layer 2: what a worker tells of the exception that ends it: torch's ``record`` and its error file, without torch.
 
 This runs in workers. It may read TORCHELASTIC_ERROR_FILE and write the file of that name, which agents read, torchrun's
 too. It must not come between a worker and its own failure: what goes wrong here is passed over, and the exception, its

@@ -1,4 +1,4 @@
-"""Floor 2: makes a process that was forked what a new program would be. Runs in workers; imports next to nothing."""
+"""Layer 2: makes a process that was forked what a new program would be. Runs in workers; imports next to nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 2: what runs in the process of a worker that is a function.
+"""Layer 2: what runs in the process of a worker that is a function.
 
 As a program, with the numbers of inherited descriptors:
 

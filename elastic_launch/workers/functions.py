@@ -1,4 +1,4 @@
-"""Floor 2: functions as workers, as the agent sees them: what their keeper and their processes are started with.
+"""Layer 2: functions as workers, as the agent sees them: what their keeper and their processes are started with.
 
 The three start methods are those of ``multiprocessing``, whose machinery does the pickling and runs the function, so
 that queues, locks, connections and tensors can be arguments. But the processes are the keeper's:
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from elastic_launch.errors import LaunchError, UsageError
-from elastic_launch.model import callable_name
+from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import function_main
 from elastic_launch.workers.keeper import Begin, execute_keeper, preload_keeper
 

@@ -1,4 +1,4 @@
-"""Floor 2: the worker processes of one node, as the agent sees them: orders in, lifecycle events out.
+"""Layer 2: the worker processes of one node, as the agent sees them: orders in, lifecycle events out.
 
 Turns the messages of the keeper into events, starts a keeper when there is none, and when one is killed does its last
 work in its place. Decides nothing.
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from elastic_launch.core.lifecycle import Event, Exited, Gone, Lapsed, Started
-from elastic_launch.core.root_cause import ErrorRecord, Evidence, Exit
+from elastic_launch.core.agent.lifecycle import Event, Exited, Gone, Lapsed, Started
+from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers.keeper import (
     Begin,

@@ -1,4 +1,4 @@
-"""Floor 2: the agent's hand on its keeper process (``keeper_main``): start it, send orders, read what it tells.
+"""Layer 2: the agent's hand on its keeper process (``keeper_main``): start it, send orders, read what it tells.
 
 May start one process; decides nothing.
 """

@@ -1,4 +1,4 @@
-"""Floor 2: the keeper, a small process between the agent and its workers. It is their parent and their undertaker.
+"""Layer 2: the keeper, a small process between the agent and its workers. It is their parent and their undertaker.
 
 The agent and the keeper are both subreapers, and each ends all that is below it when the other goes. So nothing that a
 worker started, daemons included, outlives the job, even when the agent or the keeper is killed with SIGKILL.

@@ -1,4 +1,4 @@
-"""Floor 2: the warm keeper: a keeper that has imported modules, and forks workers that have them.
+"""Layer 2: the warm keeper: a keeper that has imported modules, and forks workers that have them.
 
     python -u preload_main.py MODULE,... script|module|function|main TARGET PADDING SOCKET AGENT
 

@@ -1,0 +1,1 @@
+"""What the agent decides: its life cycle, restarts, root causes and the failure report."""

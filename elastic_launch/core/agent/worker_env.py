@@ -1,0 +1,42 @@
+"""Layer 1: what a worker learns of its place: its environment. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastic_launch.job import Assignment
+from elastic_launch.worker_spec import WorkerSpec
+
+
+def worker_environment(
+    spec: WorkerSpec,
+    place: Assignment,
+    local_rank: int,
+    *,
+    run_id: str,
+    inherited: Mapping[str, str],
+) -> dict[str, str]:
+    """The variables that a worker gets beside those that it inherits, by torch's names and with torch's meanings."""
+    return {
+        "RANK": str(place.rank(local_rank)),
+        "LOCAL_RANK": str(local_rank),
+        "GROUP_RANK": str(place.group_rank),
+        "ROLE_RANK": str(place.base_role_rank + local_rank),
+        "ROLE_NAME": spec.role,
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "GROUP_WORLD_SIZE": str(place.group_world_size),
+        "ROLE_WORLD_SIZE": str(place.role_world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(place.restart_count),
+        "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+        "TORCHELASTIC_RUN_ID": run_id,
+        "TORCHELASTIC_USE_AGENT_STORE": str(place.agent_store),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+
+
+def omp_num_threads(cpus: int, local_world_size: int) -> int:
+    """OpenMP threads for each worker when the user says nothing: the node's CPUs shared out, at least 1."""
+    return max(1, cpus // local_world_size)

@@ -1,0 +1,1 @@
+"""What a node decides in the rounds of a job: joining, leading, membership, heartbeats, ending, leaving."""

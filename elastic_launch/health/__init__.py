@@ -1,0 +1,1 @@
+"""The health check server: one small process that answers HTTP."""

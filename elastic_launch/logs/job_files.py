@@ -1,0 +1,162 @@
+"""Layer 2: the job's files: where they lie, and what of a worker's output goes where.
+
+The only module that knows a path of the layout
+``LOG_DIR/RUN_ID/attempt_K/RANK/{stdout.log,stderr.log,error.json,stacks.log}``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Mapping
+
+from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
+from elastic_launch.errors import LaunchError, UnavailableError
+
+STACKS = "stacks.log"
+"""Beside a worker's error file: the stacks of its threads, where it hung and was killed."""
+
+
+class DefaultLogsSpecs(LogsSpecs):
+    """The layout ``LOG_DIR/RUN_ID/attempt_K/RANK``: whoever knows the job knows where its files are."""
+
+    def __init__(
+        self,
+        log_dir: str | None = None,
+        redirects: Std | dict[int, Std] = Std.NONE,
+        tee: Std | dict[int, Std] = Std.NONE,
+        local_ranks_filter: set[int] | None = None,
+    ) -> None:
+        """Take what the command line says; ``/dev/null``, as with torchrun, means: no files, all output as it comes."""
+        if log_dir == os.devnull:
+            log_dir, redirects, tee = None, Std.NONE, Std.NONE
+        super().__init__(log_dir, redirects, tee, local_ranks_filter)
+
+    @property
+    def root_log_dir(self) -> str | None:
+        """What the user named; None where that was nothing."""
+        return self._root_log_dir
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether any output goes to files."""
+        return any(any(std.values()) if isinstance(std, dict) else bool(std) for std in (self._redirects, self._tee))
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Make the workers' directories, and name the files in them.
+
+        A disk that is full or gone does not stop a job from running, only from telling in files what it did.
+        """
+        dest = LogsDest()
+        workers = max(envs, default=-1) + 1
+        redirects, tee = to_map(self._redirects, workers), to_map(self._tee, workers)
+        for local_rank, environ in envs.items():
+            folder = self._folder(environ, environ.get("RANK", str(local_rank)))
+            with contextlib.suppress(OSError):
+                os.makedirs(folder, exist_ok=True)
+            shown = self._local_ranks_filter is None or local_rank in self._local_ranks_filter
+            for std, name, files, shown_files in (
+                (Std.OUT, "stdout.log", dest.stdouts, dest.tee_stdouts),
+                (Std.ERR, "stderr.log", dest.stderrs, dest.tee_stderrs),
+            ):
+                path = os.path.join(folder, name)
+                if not (redirects[local_rank] | tee[local_rank]) & std:
+                    path = INHERIT if shown else os.devnull
+                elif tee[local_rank] & std and shown:
+                    shown_files[local_rank] = path
+                files[local_rank] = path
+            dest.error_files[local_rank] = os.path.join(folder, "error.json")
+        environ = next(iter(envs.values()), {})
+        node = environ.get("GROUP_RANK", "0")
+        suffix = "" if node == "0" else f"_{node}"  # each agent writes its own, and all may share the directory
+        dest.filtered_stdout = os.path.join(self._folder(environ), f"filtered_stdout{suffix}.log")
+        dest.filtered_stderr = os.path.join(self._folder(environ), f"filtered_stderr{suffix}.log")
+        return dest
+
+    def _folder(self, environ: Mapping[str, str], *rank: str) -> str:
+        root = self._root_log_dir or os.path.join(environ.get("TMPDIR") or "/tmp", "elastic_launch")
+        run_id, attempt = environ.get("TORCHELASTIC_RUN_ID", "none"), environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return os.path.join(os.path.abspath(root), as_file_name(run_id), f"attempt_{attempt}", *rank)
+
+
+class JobFiles:
+    """The files of one job on this node."""
+
+    def __init__(self, specs: LogsSpecs, run_id: str, temp_dir: str, *, has_filters: bool = False) -> None:
+        """Make the directory.
+
+        Args:
+            specs: what the user asked for. Without a directory: one in ``temp_dir``, which ``close`` may remove.
+            run_id: the job's id; characters that a file name cannot have are percent-encoded.
+            temp_dir: the system's directory for temporary files.
+            has_filters: some lines go to a file of their own.
+
+        Raises:
+            UnavailableError: it cannot be made.
+        """
+        self._specs = specs
+        self._temporary: str | None = None
+        self.root = specs.root_log_dir or ""
+        if not isinstance(specs, DefaultLogsSpecs):
+            return  # a plug-in knows its own
+        self.asked_for = bool(specs.root_log_dir) or specs.keeps_output or has_filters
+        log_dir = specs.root_log_dir
+        if not log_dir:
+            self._specs = copy.copy(specs)
+            self._specs._root_log_dir = log_dir = self._temporary = os.path.join(
+                temp_dir, f"elastic_launch_{os.urandom(6).hex()}"
+            )
+        self.root = os.path.join(log_dir, as_file_name(run_id))
+        try:
+            self.root = os.path.abspath(self.root)
+            if self._temporary:
+                os.mkdir(self._temporary, mode=0o700)
+            os.makedirs(self.root, exist_ok=True)
+        except OSError as error:
+            if self.asked_for:
+                name = f"--log-dir={log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
+                raise UnavailableError(f"{name}: cannot make {self.root}: {error.strerror}") from error
+            # No place for temporary files: a job can run without error files.
+
+    def prepare(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Where everything goes in the round that begins; what an earlier job of the same id left is cleared.
+
+        Raises:
+            LaunchError: a plug-in has no answer.
+        """
+        try:
+            dest = self._specs.reify(envs)
+            # torch's class names /dev/null where there are to be no files; a worker would put its own in that place.
+            dest.error_files = {rank: path for rank, path in dest.error_files.items() if path != os.devnull}
+            for path in dest.error_files.values():
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        except Exception as error:
+            raise LaunchError(f"{type(self._specs).__qualname__}.reify(): {type(error).__name__}: {error}") from error
+        return dest
+
+    def close(self, keep: bool) -> None:
+        """Remove a directory that the user did not ask for: all of it, or, to ``keep`` files, if it has none."""
+        if self._temporary:
+            for directory, _, files in os.walk(self._temporary, topdown=False):
+                with contextlib.suppress(OSError):
+                    # People were told of the stacks of a worker that hung, also where the job then went well.
+                    for file in () if keep or self.asked_for else {*files} - {STACKS}:
+                        os.unlink(os.path.join(directory, file))
+                    os.rmdir(directory)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there are files to look at."""
+        return any(files for _, _, files in os.walk(self.root))
+
+
+def as_file_name(run_id: str) -> str:
+    """A job's id as the name of its directory."""
+    if run_id.isalnum() and run_id.isascii():
+        return run_id
+    from urllib.parse import quote  # late: 3 ms, and most ids need it not
+
+    name = quote(os.fsencode(run_id), safe="")
+    return name if name.strip(".") else f"_{name}"

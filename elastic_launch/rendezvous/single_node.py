@@ -1,0 +1,100 @@
+"""Layer 3: the rendezvous of a job on one node: no store, nobody to wait for, every answer at once.
+
+The worker of rank 0 hosts the process group's store, each round on a fresh port unless the user named one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Collection
+
+from elastic_launch.core.agent.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle, Succeed
+from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.host.ports import reserve_port
+from elastic_launch.job import Assignment, End, EndKind, Verdict
+
+
+def answer_alone(action: Asking, next_round: Callable[[], Assignment]) -> list[Event]:
+    """What a rendezvous answers where there is one node: its own word counts; ``next_round`` gives its place."""
+    match action:
+        case Join():
+            return [Assigned(next_round())]
+        case Announce(failure):
+            end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
+            return [Ended(end, time.time())]
+        case Succeed():
+            return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
+        case Settle(verdict):
+            return [Decided(verdict)]
+    return []
+
+
+class LocalRendezvous:
+    """Gives one node its place in each round."""
+
+    def __init__(
+        self, run_id: str, local_world_size: int, master_addr: str = "127.0.0.1", master_port: int = 0
+    ) -> None:
+        """Take the job's id, the node's workers and the address of their store; port 0: a free one for each round."""
+        self._run_id = run_id
+        self._workers = local_world_size
+        self._addr = master_addr
+        self._port = master_port
+        self._reserved: socket.socket | None = None
+        self._rounds = 0
+        self._last = Verdict(restart=True)
+        self._settled_at = time.monotonic()
+
+    def get_run_id(self) -> str:
+        """The job's id."""
+        return self._run_id
+
+    def ask(self, action: Asking) -> list[Event]:
+        """Answer what the agent asks.
+
+        Raises:
+            UnavailableError: the port that the user named is in use.
+        """
+        if isinstance(action, Settle):
+            self._last, self._settled_at = action.verdict, time.monotonic()
+        return answer_alone(action, self._next_round)
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Nothing to wait for."""
+        return []
+
+    def deadline(self) -> float | None:
+        """No time to keep."""
+        return None
+
+    def take(self, ready: Collection[int] = ()) -> list[Event]:
+        """Nothing comes by itself."""
+        return []
+
+    def close(self) -> None:
+        """End the reservation of the port."""
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
+
+    def _next_round(self) -> Assignment:
+        self.close()
+        self._reserved = reserve_port(self._port)
+        self._rounds += 1
+        return Assignment(
+            group_rank=0,
+            group_world_size=1,
+            base_rank=0,
+            world_size=self._workers,
+            local_world_size=self._workers,
+            base_role_rank=0,
+            role_world_size=self._workers,
+            master_addr=self._addr,
+            master_port=self._reserved.getsockname()[1],
+            host=os.uname().nodename,
+            port_picked=self._port == 0,
+            restart_count=self._rounds - 1,
+            ledger=aged(self._last.ledger, time.monotonic() - self._settled_at),
+        )

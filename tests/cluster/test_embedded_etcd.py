@@ -1,0 +1,436 @@
+"""Jobs whose agents run etcd themselves: three on this host, each with an address of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from elastic_launch.config import LaunchConfig
+from elastic_launch.errors import UsageError
+from elastic_launch.rendezvous.factory import create_own
+from elastic_launch.store.etcd.member import claim
+from tests.cluster.test_nodes import listens, up
+from tests.conftest import Job, is_alive, wait_until
+from tests.stores.test_etcd import post
+
+DEADLINE = 5.0
+"""Seconds of silence after which a node counts as dead."""
+LAST_CALL = 1.5
+ELECTION = 2.0
+"""Seconds until etcd has another leader, if it has lost that."""
+CONF = f"embedded=true,last_call_timeout={LAST_CALL},keep_alive_interval=1,keep_alive_max_attempt=5"
+HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
+ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"
+
+
+def free_pair() -> int:
+    """A port that is free on all the addresses, as is the one above."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind((HOSTS[0], 0))
+            port = int(first.getsockname()[1])
+            others = [(host, port + above) for host in HOSTS for above in (0, 1)][1:]
+            with contextlib.suppress(OSError):
+                for address in others:
+                    stack.enter_context(socket.socket()).bind(address)
+                return port
+
+
+class Agents:
+    """The agents of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.port = free_pair()
+        self.endpoints = [f"{host}:{self.port}" for host in HOSTS]
+
+    def __call__(
+        self, script: str, *args: str, nnodes: str = "2:3", conf: str = "", **env: str
+    ) -> subprocess.Popen[str]:
+        words = ["--nnodes", nnodes, "--rdzv-backend", "etcd", "--rdzv-id", "job-1"]
+        words += ["--rdzv-endpoint", ",".join(self.endpoints), "--rdzv-conf", CONF + conf]
+        return self.job.start(*words, *args, script, **env)
+
+    def in_order(self, script: str, *args: str, count: int = 3, **more: Any) -> list[subprocess.Popen[str]]:
+        """Start agents; the first runs the first endpoint's member, and so on."""
+        found = []
+        for _ in range(count):
+            found.append(self(script, *args, **more))
+            wait_until(lambda agent=found[-1]: caretaker_of(agent))  # type: ignore[misc]
+        return found
+
+    def ids(self, index: int) -> dict[str, str]:
+        """The members as one of them has them: ids by peer URL."""
+        try:
+            members = post(self.endpoints[index], "cluster/member/list").get("members", ())
+        except OSError:
+            return {}
+        return {member["peerURLs"][0]: member["ID"] for member in members if member.get("clientURLs")}
+
+    def peer_url(self, index: int) -> str:
+        return f"http://{HOSTS[index]}:{self.port + 1}"
+
+
+def caretaker_of(agent: subprocess.Popen[str]) -> int:
+    """The pid of the process that looks after an agent's member, which it has when it has claimed an endpoint; or 0."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(agent.pid).children():
+            if "etcd_member_main" in " ".join(child.cmdline()):
+                return child.pid
+    return 0
+
+
+def etcd_of(agent: subprocess.Popen[str]) -> int:
+    """The pid of an agent's etcd; 0: there is none."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(agent.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "--initial-cluster" in child.cmdline() and "-c" not in child.cmdline():
+                    return child.pid
+    return 0
+
+
+@pytest.fixture
+def agents(job: Job) -> Iterator[Agents]:
+    yield Agents(job)
+    for process in job.processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    # What they leave behind goes by itself, a moment later.
+    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+
+
+def finish(agents: Agents, processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+    return [agents.job.finish(process) for process in processes]
+
+
+def all_are_up(agents: Agents, restart: int, count: int) -> None:
+    wait_until(lambda: up(agents.job, restart, count), f"{count} workers in round {restart}: {agents.job.marks()}")
+
+
+def go(job: Job) -> None:
+    """Let the workers end."""
+    with (job.path / "marks").open("a") as file:
+        file.write("go\n")
+
+
+# --- how a job ends
+
+
+@pytest.mark.parametrize(
+    ("script", "stop", "status"),
+    [
+        ("mark('up')\n", None, 0),
+        ("mark('up')\nif rank == 1: wait_for('0.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
+        (RUN, "one", 143),
+        (RUN, "all", 143),
+        # One that takes its time to stop must not wait for those that were faster.
+        ("mark('up')\nsignal.signal(15, lambda *_: (time.sleep(rank / 2), os._exit(0)))\n"
+         "if rank == 0: wait_for('1.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
+    ],
+    ids=["success", "failure", "one-signalled", "all-signalled", "slow"],
+)  # fmt: skip
+def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agents: Agents) -> None:
+    """Four agents: one of them is a client only."""
+    processes = [agents(agents.job.script(script), nnodes="4") for _ in range(4)]
+    all_are_up(agents, 0, 4)
+    for process in processes[: {"one": 1, "all": 4, None: 0}[stop]]:
+        process.send_signal(signal.SIGTERM)
+    wait_until(lambda: any(process.poll() is not None for process in processes))
+    first = time.monotonic()
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [status] * 4, results
+    assert time.monotonic() - first < DEADLINE - 1, "some waited for what nobody could tell them any more"
+
+
+def test_a_node_that_leaves_takes_its_member_along_and_the_others_go_on(agents: Agents) -> None:
+    first, second, third = agents.in_order(agents.job.script(ONCE), conf=",keep_alive_interval=3")
+    all_are_up(agents, 0, 3)
+    first.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert agents.job.finish(first).returncode == 143
+    assert time.monotonic() - began < DEADLINE
+    assert [result.returncode for result in finish(agents, [second, third])] == [0, 0]
+    assert {"0.1 of 2", "1.1 of 2"} <= set(agents.job.marks())
+
+
+# --- a host dies
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_any_host_may_die(index: int, agents: Agents) -> None:
+    processes = agents.in_order(agents.job.script(ONCE))
+    all_are_up(agents, 0, 3)
+    member = etcd_of(processes[index])
+    began = time.monotonic()
+    processes[index].kill()
+    wait_until(lambda: not is_alive(member))
+    all_are_up(agents, 1, 2)
+    assert time.monotonic() - began < DEADLINE + LAST_CALL + ELECTION + 2
+    del processes[index]
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert {mark for mark in agents.job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
+
+
+@pytest.mark.parametrize("keeps_data", [False, True])
+def test_a_replacement_joins_with_the_data_or_without(keeps_data: bool, agents: Agents, tmp_path: Path) -> None:
+    script = agents.job.script(
+        "mark('of ' + os.environ['WORLD_SIZE'])\nif os.environ['WORLD_SIZE'] != '3' or restart == 0: wait()\n"
+    )
+    logs = ["--log-dir", str(tmp_path / "logs")] if keeps_data else []
+    processes = agents.in_order(script, *logs)
+    all_are_up(agents, 0, 3)
+    wait_until(lambda: len(agents.ids(1)) == 3)
+    before = agents.ids(1)
+    processes[0].kill()
+    agents.job.finish(processes[0])
+    all_are_up(agents, 1, 2)
+    replacement = agents(script, *logs)
+    all_are_up(agents, 2, 3)
+    wait_until(lambda: len(agents.ids(1)) == 3)
+    after = agents.ids(1)
+    for result in finish(agents, [replacement, *processes[1:]]):
+        assert result.returncode == 0, result.stderr
+    is_same = {url: before[url] == after[url] for url in before}
+    assert is_same == {agents.peer_url(index): keeps_data or index > 0 for index in range(3)}
+    assert "0.2 of 3" in agents.job.marks()
+
+
+def test_all_hosts_come_back_with_their_data(agents: Agents, tmp_path: Path) -> None:
+    script = agents.job.script(ONCE)
+    logs = ["--log-dir", str(tmp_path / "logs")]
+    processes = agents.in_order(script, *logs)
+    all_are_up(agents, 0, 3)
+    for process in processes:
+        process.kill()
+        agents.job.finish(process)
+    for result in finish(agents, [agents(script, *logs) for _ in range(3)]):
+        assert result.returncode == 0, result.stderr
+    assert {mark for mark in agents.job.marks() if ".1 " in mark} >= {"0.1 of 3", "1.1 of 3", "2.1 of 3"}
+
+
+def test_a_member_without_data_waits_for_a_majority_to_replace_it(agents: Agents, tmp_path: Path) -> None:
+    script = agents.job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart < 2: wait()\n")
+    logs = tmp_path / "logs"
+    args = ["--log-dir", str(logs)]
+    processes = agents.in_order(script, *args)
+    all_are_up(agents, 0, 3)
+    wait_until(lambda: len(agents.ids(2)) == 3)
+    for process in processes[:2]:
+        process.kill()
+        agents.job.finish(process)
+    shutil.rmtree(logs / "job-1" / "etcd" / f"127.0.0.1_{agents.port}")
+    blank = agents(script, *args)
+    lines = blank.stderr
+    assert lines
+    line = next(line for line in lines if "has lost its data" in line)
+    assert "must be replaced, which takes a majority of the others" in line
+    assert f"127.0.0.2:{agents.port} does not (connection refused)" in line
+    assert f"127.0.0.3:{agents.port} answers" in line
+    back = agents(script, *args)
+    # The two with data are enough for another round; the third comes in time for that, or for one of its own.
+    wait_until(lambda: len(agents.ids(2)) == 3)
+    wait_until(lambda: all(listens(endpoint) for endpoint in agents.endpoints))
+    for process in (blank, back, processes[2]):
+        process.send_signal(signal.SIGTERM)
+    assert {result.returncode for result in finish(agents, [blank, back, processes[2]])} == {143}
+
+
+def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
+    processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"), conf=",keep_alive_interval=3")
+    all_are_up(agents, 0, 3)
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    killed = etcd_of(processes[0])
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: etcd_of(processes[0]) not in (0, killed))
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    go(agents.job)
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [0, 0, 0]
+    assert f"the etcd member 127.0.0.1:{agents.port} of this host was killed by signal 9" in results[0].stderr
+    assert "starting it again" in results[0].stderr
+    assert not [mark for mark in agents.job.marks() if ".1" in mark]
+
+
+def test_a_member_whose_caretaker_is_killed_ends_with_it(agents: Agents) -> None:
+    processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"))
+    all_are_up(agents, 0, 3)
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    etcd = etcd_of(processes[0])
+    os.kill(caretaker_of(processes[0]), signal.SIGKILL)
+    wait_until(lambda: not is_alive(etcd))
+    go(agents.job)
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [0, 0, 0]
+    assert "that ran this host's etcd member is gone" in results[0].stderr
+
+
+# --- a member that cannot run
+
+
+def test_a_port_that_a_stranger_has_costs_that_member(agents: Agents) -> None:
+    with socket.create_server((HOSTS[2], agents.port + 1)):
+        processes = [agents(agents.job.script("mark()\nwait_for('go')\n"), nnodes="3") for _ in range(3)]
+        all_are_up(agents, 0, 3)
+        with contextlib.ExitStack() as stack:
+            texts = [stack.enter_context(Reader(process)) for process in processes]
+            line = f"cannot listen on 127.0.0.3:{agents.port + 1}: Address already in use"
+            wait_until(lambda: any(line in text.seen() for text in texts))
+            go(agents.job)
+            assert [process.wait() for process in processes] == [0, 0, 0]
+
+
+class Reader:
+    """Reads what a process says, without waiting for more."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr
+        self._stream = process.stderr
+        self._text = ""
+
+    def __enter__(self) -> Reader:
+        os.set_blocking(self._stream.fileno(), False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.set_blocking(self._stream.fileno(), True)
+
+    def seen(self) -> str:
+        with contextlib.suppress(BlockingIOError):
+            self._text += os.read(self._stream.fileno(), 1 << 16).decode()
+        return self._text
+
+
+def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path) -> None:
+    """Neither by its clients nor by a member in the place of one that is gone."""
+    script = agents.job.script(RUN)
+    first = agents.in_order(script)
+    all_are_up(agents, 0, 3)
+    first.pop().kill()
+    wait_until(lambda: not listens(agents.endpoints[2]))
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    before = agents.ids(0)
+    with contextlib.ExitStack() as stack:
+        for endpoint in agents.endpoints[:2]:
+            claimed = claim(endpoint, "job-2")
+            assert claimed
+            stack.enter_context(claimed)
+        second = agents(script, "--rdzv-id", "job-2", "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=12")
+        wait_until(lambda: etcd_of(second))
+        result = agents.job.finish(second)
+    assert result.returncode == 69
+    for endpoint in agents.endpoints[:2]:
+        assert f"{endpoint}: it is a member of another cluster: does another job" in result.stderr
+    assert agents.ids(0) == before
+    for process in first:
+        process.send_signal(signal.SIGTERM)
+    finish(agents, first)
+
+
+def test_without_a_binary_the_agent_says_so(agents: Agents) -> None:
+    result = agents.job.finish(agents(agents.job.script(RUN), TORCHELASTIC_ETCD_BINARY_PATH="/nowhere/etcd"))
+    assert result.returncode == 69
+    assert "TORCHELASTIC_ETCD_BINARY_PATH=/nowhere/etcd: there is no program that can be executed" in result.stderr
+
+
+def test_what_etcd_says_last_is_told(agents: Agents, tmp_path: Path) -> None:
+    binary = tmp_path / "etcd"
+    binary.write_text('#!/bin/sh\necho \'{"level":"fatal","msg":"no luck","error":"disk full"}\' >&2\nexit 3\n')
+    binary.chmod(0o755)
+    agents.endpoints = agents.endpoints[:1]
+    process = agents(
+        agents.job.script(RUN), "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=5",
+        TORCHELASTIC_ETCD_BINARY_PATH=str(binary),
+    )  # fmt: skip
+    result = agents.job.finish(process)
+    assert result.returncode == 69
+    assert (
+        f"the etcd member 127.0.0.1:{agents.port} of this host ended with status 3: no luck: disk full" in result.stderr
+    )
+    assert "the job does not survive the loss of that host" in result.stderr
+
+
+def test_data_that_etcd_cannot_read_are_replaced(agents: Agents, tmp_path: Path) -> None:
+    script = agents.job.script(RUN)
+    args = ["--log-dir", str(tmp_path / "logs")]
+    processes = agents.in_order(script, *args)
+    all_are_up(agents, 0, 3)
+    wait_until(lambda: len(agents.ids(1)) == 3)
+    processes[0].kill()
+    agents.job.finish(processes[0])
+    for file in (tmp_path / "logs").glob(f"job-1/etcd/127.0.0.1_{agents.port}/data/member/wal/*.wal"):
+        file.write_bytes(b"garbage")
+    all_are_up(agents, 1, 2)
+    replacement = agents(script, *args)
+    all_are_up(agents, 2, 3)
+    wait_until(lambda: len(agents.ids(0)) == 3)
+    processes[1].send_signal(signal.SIGTERM)
+    agents.job.finish(processes[1])
+    for process in (replacement, processes[2]):
+        process.send_signal(signal.SIGTERM)
+    told = finish(agents, [replacement, processes[2]])[0].stderr
+    assert re.search(r"the etcd member \S+ of this host .*: starting it again", told), told
+
+
+# --- settings
+
+
+def config(endpoint: str = "h:1,i:1,j:1", backend: str = "etcd", **conf: str) -> LaunchConfig:
+    return LaunchConfig(
+        min_nodes=2, max_nodes=3, nproc_per_node=1, run_id="j", rdzv_backend=backend, rdzv_endpoint=endpoint,
+        rdzv_configs={"embedded": "true", **conf},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (lambda: config(embedded="perhaps"), "embedded=perhaps: must be true or false"),
+        (lambda: config("h:1", "c10d"), "embedded=true: only --rdzv-backend etcd"),
+        (lambda: config(cacert="x"), "cacert: members that agents run"),
+        (lambda: config(user="x", password="y"), "user: members that agents run"),
+        (lambda: config(protocol="https"), "protocol: members that agents run"),
+        (lambda: config("h:1,h:2,i:1"), "needs its port and the one above"),
+        (lambda: config("h:65535"), "65535 has none"),
+        (lambda: config("h:x"), "port must be a number"),
+    ],
+)
+def test_wrong_settings_are_named(settings: Callable[[], LaunchConfig], text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(text)):
+        create_own(settings(), {}, lambda line: None)
+
+
+@pytest.mark.parametrize(("endpoint", "text"), [("h:1", "with one member"), ("h:1,i:1", "with 2 members")])
+def test_numbers_of_members_that_gain_nothing_are_named(endpoint: str, text: str) -> None:
+    told: list[str] = []
+    create_own(config(endpoint), {}, told.append)
+    assert any(text in line for line in told)
+
+
+def test_an_endpoint_is_claimed_once() -> None:
+    first = claim("h:1", "j")
+    assert first
+    assert claim("h:1", "j") is None
+    other = claim("h:1", "another job")
+    assert other
+    other.close()
+    first.close()
+    again = claim("h:1", "j")
+    assert again
+    again.close()

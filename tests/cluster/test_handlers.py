@@ -1,0 +1,720 @@
+"""Rendezvous handlers that users bring: torch's interface, the registry, and the agent on such a handler.
+
+Agents of several nodes are processes: ``agent_main`` below is their program.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_launch import DefaultLogsSpecs, LaunchError, LocalElasticAgent, RunResult, SignalException, WorkerSpec
+from elastic_launch.errors import (
+    ExitCode,
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousGracefulExitError,
+    RendezvousStateError,
+    RendezvousTimeoutError,
+    UsageError,
+)
+from elastic_launch.host.console import write
+from elastic_launch.job import Verdict
+from elastic_launch.rendezvous.handler import (
+    RendezvousHandler,
+    RendezvousHandlerRegistry,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    get_rendezvous_handler,
+    rendezvous_handler_registry,
+)
+from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
+from elastic_launch.rendezvous.third_party import ForeignRendezvous, adapt
+from tests.conftest import DEADLINE, Job, wait_until
+
+# --- stores and handlers
+
+
+class MemoryStore:
+    """Of torch's ``Store`` what is needed, for one process."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def set(self, key: str, value: str) -> None:
+        with self._changed:
+            self.data[key] = value.encode()
+            self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        with self._changed:
+            assert self._changed.wait_for(lambda: key in self.data, DEADLINE)
+            return self.data[key]
+
+    def add(self, key: str, amount: int) -> int:
+        with self._changed:
+            self.data[key] = b"%d" % (int(self.data.get(key, b"0")) + amount)
+            return int(self.data[key])
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.data for key in keys)
+
+    def delete_key(self, key: str) -> bool:
+        with self._changed:
+            return self.data.pop(key, None) is not None
+
+
+class OneNode(RendezvousHandler):
+    """Nobody to wait for."""
+
+    use_agent_store = False
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.calls: list[str] = []
+        self.threads: set[str] = set()
+        self.waiting: list[int | BaseException] = []
+        self.info: Callable[[], Any] = lambda: RendezvousInfo(
+            MemoryStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 29999)
+        )
+
+    def get_backend(self) -> str:
+        return "one-node"
+
+    def get_run_id(self) -> str:
+        return "job-1"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self.threads.add(threading.current_thread().name)
+        self.calls.append("next")
+        if self.error:
+            raise self.error
+        return self.info()  # type: ignore[no-any-return]
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        self.calls.append("close")
+
+    def num_nodes_waiting(self) -> int:
+        answer = self.waiting.pop(0) if self.waiting else 0
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def shutdown(self) -> bool:
+        self.calls.append("shutdown")
+        return True
+
+
+class Files:
+    """A directory that nodes share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[dict[str, Any]]:
+        """A mapping that one node at a time may read and change."""
+        with open(self.path / "lock", "a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = self.path / "state.json"
+            state = json.loads(file.read_text()) if file.exists() else {}
+            before = json.dumps(state)
+            yield state
+            if json.dumps(state) != before:
+                file.write_text(json.dumps(state))
+
+
+class FilesStore:
+    """Of torch's ``Store`` what is needed; the same for every round."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def set(self, key: str, value: str) -> None:
+        with self.files.locked() as state:
+            state[key] = value
+
+    def get(self, key: str) -> bytes:
+        wait_until(lambda: self.check([key]), key)
+        with self.files.locked() as state:
+            return str(state[key]).encode()
+
+    def add(self, key: str, amount: int) -> int:
+        with self.files.locked() as state:
+            state[key] = state.get(key, 0) + amount
+            return int(state[key])
+
+    def check(self, keys: list[str]) -> bool:
+        with self.files.locked() as state:
+            return all(key in state for key in keys)
+
+    def delete_key(self, key: str) -> bool:
+        with self.files.locked() as state:
+            return state.pop(key, None) is not None
+
+
+class InFiles:
+    """A handler that is no subclass of anything. A round begins when as many nodes wait as the file ``wanted`` says."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = Files(path)
+        self.me = f"node {os.getpid()}"
+        self.round = 0
+
+    def get_run_id(self) -> str:
+        return "files"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        with self.files.locked() as state:
+            state["waiting"] = [*state.get("waiting", []), self.me]
+        while True:
+            with self.files.locked() as state:
+                if state.get("closed"):
+                    raise RendezvousClosedError("closed")
+                if len(state["waiting"]) == int((self.files.path / "wanted").read_text()):
+                    state["members"], state["waiting"] = state["waiting"], []
+                    state["round"] = state.get("round", 0) + 1
+                members = state.get("members", [])
+                if state.get("round", 0) > self.round and self.me in members:
+                    self.round = state["round"]
+                    store, where = FilesStore(self.files), RendezvousStoreInfo("files.example", 4000 + self.round)
+                    return RendezvousInfo(store, members.index(self.me), len(members), where)
+            time.sleep(0.01)
+
+    def num_nodes_waiting(self) -> int:
+        with self.files.locked() as state:
+            return len(state["waiting"])
+
+    def shutdown(self) -> bool:
+        with self.files.locked() as state:
+            state["closed"] = True
+        return True
+
+
+# --- agents
+
+
+def run_agent(handler: Any, command: str, *, workers: int = 1, restarts: int = 0, **settings: Any) -> RunResult:
+    """Run a shell's command on a handler, with the quick eyes of a test."""
+    rendezvous = ForeignRendezvous(
+        handler, role="trainer", local_world_size=workers, **{"poll": 0.05, "say": print, **settings}
+    )
+    spec = WorkerSpec("trainer", workers, rendezvous, entrypoint="sh", args=("-c", command), max_restarts=restarts)
+    return LocalElasticAgent(spec, DefaultLogsSpecs(), say=settings.get("say", print)).run()
+
+
+def agent_main(kind: str, path: str, restarts: str, workers: str, command: str) -> None:
+    """The program of an agent: the exit status is the cause's, and standard error has the words."""
+    status = 0
+    try:
+        handler = Stuck() if kind == "stuck" else torch_handler(path) if kind == "torch" else InFiles(Path(path))
+        result = run_agent(
+            handler, command, workers=int(workers), restarts=int(restarts), say=lambda text: write(f"{text}\n", 1)
+        )
+        if result.is_failed():
+            write(result.report + "\n", 1)
+            status = next(iter(result.failures.values())).status()
+    except (SignalException, LaunchError) as error:
+        write(f"{error}\n", 1)
+        status = error.exit_code
+    os._exit(status)
+
+
+class Stuck(OneNode):
+    """A handler whose nodes never meet."""
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        write("stuck\n", 1)
+        threading.Event().wait()
+        raise AssertionError
+
+
+def torch_handler(endpoint: str) -> Any:
+    """torch's own c10d rendezvous, as its registry makes it."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters as TorchParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler as torch_get_handler
+
+    return torch_get_handler(
+        TorchParameters("c10d", endpoint, "torch-job", 2, 2, local_addr="127.0.0.1", last_call_timeout=1)
+    )
+
+
+def start(
+    job: Job, command: str, *, kind: str = "files", path: str = "", restarts: int = 0, workers: int = 1
+) -> subprocess.Popen[str]:
+    """Start an agent's process. Its workers have ``mark`` for the file that ``job.marks`` reads."""
+    marks = f'mark() {{ echo "$RANK.$TORCHELASTIC_RESTART_COUNT $*" >> {job.path}/marks; }}; '
+    command = marks + command
+    program = "import sys; from tests.cluster.test_handlers import agent_main; agent_main(*sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, kind, path or str(job.path / "shared"), str(restarts), str(workers), command],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    job.processes.append(process)
+    return process
+
+
+def want(job: Job, nodes: int) -> None:
+    (job.path / "shared").mkdir(exist_ok=True)
+    (job.path / "shared" / "wanted").write_text(str(nodes))
+
+
+def parameters(backend: str = "one-node", **config: Any) -> RendezvousParameters:
+    return RendezvousParameters(backend, "host:1", "job", 1, 2, **config)
+
+
+# --- the interface
+
+
+def test_parameters_are_checked() -> None:
+    params = RendezvousParameters("b", "e", "r", 1, 2, "10.0.0.1", timeout=5)
+    assert (params.backend, params.endpoint, params.run_id, params.min_nodes, params.max_nodes) == ("b", "e", "r", 1, 2)
+    assert (params.local_addr, params.config) == ("10.0.0.1", {"timeout": 5})
+    for backend, least, most in (("", 1, 1), ("b", 0, 1), ("b", 2, 1)):
+        with pytest.raises(ValueError, match="must"):
+            RendezvousParameters(backend, "e", "r", least, most)
+
+
+@pytest.mark.parametrize(
+    ("value", "as_bool", "as_int"),
+    [
+        ("1", True, 1),
+        ("0", False, 0),
+        ("Yes", True, UsageError),
+        ("F", False, UsageError),
+        (True, True, 1),
+        (0, False, 0),
+        (2, UsageError, 2),
+        (2.5, UsageError, 2),
+        ("-4", UsageError, -4),
+        ("on", UsageError, UsageError),
+        ("", UsageError, UsageError),
+        ([1], UsageError, UsageError),
+        (None, None, None),
+    ],
+)
+def test_settings_are_read_as_torch_reads_them(value: Any, as_bool: Any, as_int: Any) -> None:
+    params = parameters(key=value)
+    assert params.get("key") == value
+    for read, expected in ((params.get_as_bool, as_bool), (params.get_as_int, as_int)):
+        if expected is UsageError:
+            with pytest.raises(ValueError, match="key="):
+                read("key")
+        else:
+            assert read("key") is expected
+
+
+def test_defaults_of_settings() -> None:
+    params = parameters()
+    assert (params.get("key", 5), params.get_as_bool("key", True), params.get_as_int("key", 7)) == (5, True, 7)
+    assert (params.get("key"), params.get_as_bool("key"), params.get_as_int("key")) == (None, None, None)
+
+
+def test_handler_is_abstract() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        RendezvousHandler()  # type: ignore[abstract]
+    assert RendezvousHandler.use_agent_store.fget(OneNode()) is False  # type: ignore[attr-defined]
+
+
+def test_store_info_is_the_word_of_rank_0() -> None:
+    store = MemoryStore()
+    found: list[RendezvousStoreInfo] = []
+    other = threading.Thread(target=lambda: found.append(RendezvousStoreInfo.build(1, store, "10.9.9.9", 99)))
+    other.start()
+    info = RendezvousStoreInfo.build(0, store, "10.0.0.1", 4711)
+    other.join()
+    assert found == [info] == [RendezvousStoreInfo("10.0.0.1", 4711)]
+    free = RendezvousStoreInfo.build(0, store, None)
+    assert free.master_addr
+    assert not free.master_addr.startswith("localhost")
+    assert 0 < free.master_port < 65536
+
+
+# --- the registry
+
+
+def test_registry() -> None:
+    registry = RendezvousHandlerRegistry()
+    handler = OneNode()
+
+    def create(params: RendezvousParameters) -> OneNode:
+        return handler
+
+    registry.register("one-node", create)
+    registry.register("one-node", create)
+    assert registry.create_handler(parameters()) is handler
+    with pytest.raises(ValueError, match="registered already"):
+        registry.register("one-node", lambda params: handler)
+    with pytest.raises(ValueError, match="must name"):
+        registry.register("", create)
+    registry.register("misnamed", create)
+    with pytest.raises(LaunchError, match=r"'misnamed'.* a handler of 'one-node'"):
+        registry.create_handler(parameters("misnamed"))
+    registry.register("none", lambda params: None)
+    with pytest.raises(LaunchError, match="returned None, which is no handler"):
+        registry.create_handler(parameters("none"))
+    with pytest.raises(UsageError, match="'nowhere': unknown; there are misnamed, none, one-node"):
+        registry.create_handler(parameters("nowhere"))
+
+
+def test_built_in_names_are_taken() -> None:
+    for name in ("static", "c10d", "etcd", "etcd-v2"):
+        with pytest.raises(UsageError, match="registered already"):
+            rendezvous_handler_registry.register(name, lambda params: OneNode())
+    with pytest.raises(UsageError, match=r"'nowhere': unknown; there are .*c10d"):
+        get_rendezvous_handler(parameters("nowhere"))
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An installed package that offers handlers."""
+    info = tmp_path / "site" / "plugins-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[torchrun.handlers]\none-node = good_plugin:get\nbroken = broken_plugin:get\nmissing = no_such_module:get\n"
+    )
+    (tmp_path / "site" / "good_plugin.py").write_text(
+        "from tests.cluster.test_handlers import OneNode\n"
+        "def get(): return create\ndef create(params): return OneNode()\n"
+    )
+    (tmp_path / "site" / "broken_plugin.py").write_text("raise RuntimeError('boom')\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    yield str(tmp_path / "site")
+    sys.modules.pop("good_plugin", None)
+
+
+def test_packages_offer_handlers(plugins: str) -> None:
+    registry = RendezvousHandlerRegistry()
+    assert registry.known_backends() == ["broken", "missing", "one-node"]
+    first, second = (registry.create_handler(parameters()) for _ in range(2))
+    assert (first.get_backend(), type(first), type(second)) == ("one-node", OneNode, OneNode)
+    with pytest.raises(LaunchError, match="broken_plugin:get of plugins cannot be loaded: RuntimeError: boom"):
+        registry.create_handler(parameters("broken"))
+    with pytest.raises(LaunchError, match="no_such_module:get of plugins cannot be loaded: ModuleNotFoundError"):
+        registry.create_handler(parameters("missing"))
+
+
+def test_packages_are_looked_through_only_for_unknown_backends() -> None:
+    code = (
+        "import sys; from elastic_launch.rendezvous.handler import *\n"
+        "rendezvous_handler_registry.register('x', lambda p: None)\n"
+        "try: get_rendezvous_handler(RendezvousParameters('x', '', '', 1, 1))\n"
+        "except Exception as error: print(type(error).__name__)\n"
+        "print('importlib.metadata' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "LaunchError\nFalse\n"
+
+
+# --- one node
+
+
+def test_one_node(tmp_path: Path) -> None:
+    handler = OneNode()
+    handler.use_agent_store = True
+    command = (
+        f"echo $RANK $WORLD_SIZE $GROUP_RANK $GROUP_WORLD_SIZE $ROLE_RANK $ROLE_WORLD_SIZE $MASTER_ADDR $MASTER_PORT "
+        f"$TORCHELASTIC_RUN_ID $TORCHELASTIC_USE_AGENT_STORE > {tmp_path}/env.$RANK"
+    )
+    result = run_agent(handler, command, workers=2)
+    assert result.return_values == {0: None, 1: None}
+    common = "127.0.0.1 29999 job-1 True"
+    assert (tmp_path / "env.0").read_text().strip() == f"0 2 0 1 0 2 {common}"
+    assert (tmp_path / "env.1").read_text().strip() == f"1 2 0 1 1 2 {common}"
+    assert handler.calls == ["next", "shutdown"]
+    assert handler.threads == {"elastic-launch-rendezvous"}
+
+
+def test_failure_is_another_round_until_there_is_none_left(tmp_path: Path) -> None:
+    handler = OneNode()
+    said: list[str] = []
+    command = f"echo $TORCHELASTIC_RESTART_COUNT >> {tmp_path}/rounds; exit 3"
+    result = run_agent(handler, command, restarts=2, say=said.append)
+    assert result.failures[0].exitcode == 3
+    assert (tmp_path / "rounds").read_text().split() == ["0", "1", "2"]
+    assert handler.calls == ["next", "next", "next", "shutdown"]
+    assert [line for line in said if "restart 2 of 2" in line]
+
+
+def test_nodes_that_wait_end_the_round_without_charge(tmp_path: Path) -> None:
+    handler = OneNode()
+    handler.waiting = [0, 1]
+    said: list[str] = []
+    command = f"echo >> {tmp_path}/$TORCHELASTIC_RESTART_COUNT; [ -e {tmp_path}/1 ] || exec sleep 1000"
+    assert not run_agent(handler, command, say=said.append).is_failed()
+    assert handler.calls == ["next", "next", "shutdown"]
+    assert "1 more node can join: stopping 1 worker" in said
+
+
+def test_place_of_the_store_is_found_where_the_handler_does_not_say(tmp_path: Path) -> None:
+    handler = OneNode()
+    handler.info = lambda: RendezvousInfo(MemoryStore(), 0, 1, None)  # type: ignore[arg-type]
+    command = f"echo $MASTER_ADDR $MASTER_PORT > {tmp_path}/env"
+    run_agent(handler, command, local_addr="10.1.2.3")
+    assert re.fullmatch(r"10\.1\.2\.3 [1-9][0-9]*\n", (tmp_path / "env").read_text())
+
+
+class Foreign:
+    """Errors by torch's names that are not ours."""
+
+    class RendezvousTimeoutError(Exception):
+        pass
+
+    class RendezvousGracefulExitError(Exception):
+        pass
+
+    class DistStoreError(RuntimeError):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "match"),
+    [
+        (
+            RendezvousTimeoutError("alone"),
+            RendezvousTimeoutError,
+            "^rendezvous handler OneNode: .*TimeoutError: alone$",
+        ),
+        (Foreign.RendezvousTimeoutError("alone\nin line 2"), RendezvousTimeoutError, "TimeoutError: alone$"),
+        (RendezvousClosedError("over"), RendezvousError, "OneNode: .*: over; the job has ended already"),
+        (ConnectionRefusedError(111, "refused"), RendezvousConnectionError, "ConnectionRefusedError: .*refused$"),
+        (Foreign.DistStoreError("wait timeout"), RendezvousConnectionError, "DistStoreError: wait timeout$"),
+        (
+            KeyError("x"),
+            LaunchError,
+            "KeyError: 'x', which looks like a defect of the handler:\nTraceback",
+        ),
+        (SystemExit(3), LaunchError, "SystemExit: 3, which looks like a defect"),
+    ],
+)
+def test_handler_that_raises(error: BaseException, kind: type[LaunchError], match: str) -> None:
+    handler = OneNode(error)
+    with pytest.raises(kind, match=match) as caught:
+        run_agent(handler, "true")
+    assert caught.value.exit_code == {
+        RendezvousTimeoutError: ExitCode.TIMEOUT,
+        LaunchError: ExitCode.SOFTWARE,
+    }.get(kind, ExitCode.UNAVAILABLE)
+    assert handler.calls == ["next"], "a node that was never in the job does not end it for the others"
+
+
+@pytest.mark.parametrize("kind", [RendezvousGracefulExitError, Foreign.RendezvousGracefulExitError])
+def test_graceful_exit_is_none_of_failure(kind: type[Exception]) -> None:
+    handler, said = OneNode(kind("not needed")), list[str]()
+    assert run_agent(handler, "true", say=said.append).return_values == {}
+    assert "not needed; the job goes on without this node" in said[0]
+    assert handler.calls == ["next"]
+
+
+def test_handler_that_raises_while_workers_run() -> None:
+    handler = OneNode()
+    handler.waiting = [OSError(5, "gone")]
+    with pytest.raises(RendezvousConnectionError, match=r"OneNode: OSError: .*gone"):
+        run_agent(handler, "exec sleep 1000")
+    assert handler.calls == ["next", "shutdown"]
+
+
+def test_impossible_rank() -> None:
+    handler = OneNode()
+    handler.info = lambda: RendezvousInfo(MemoryStore(), 2, 2, RendezvousStoreInfo("a", 1))
+    with pytest.raises(RendezvousStateError, match="gave rank 2 of 2"):
+        run_agent(handler, "true")
+
+
+def test_failing_goodbye_costs_a_line() -> None:
+    class Rude(OneNode):
+        def shutdown(self) -> bool:
+            raise OSError("no")
+
+    said: list[str] = []
+    assert not run_agent(Rude(), "true", say=said.append).is_failed()
+    assert said[-1:] == ["rendezvous handler Rude: OSError: no, at its shutdown()"]
+
+
+def test_a_pause_before_the_next_round_is_kept() -> None:
+    from elastic_launch.core.agent.lifecycle import Assigned, Event, Join
+
+    rendezvous = ForeignRendezvous(OneNode(), role="trainer", local_world_size=1)
+    rendezvous._verdict, rendezvous._settled_at = Verdict(True, pause=0.3), time.monotonic()
+    begin, events = time.monotonic(), list[Event]()
+    rendezvous.ask(Join())
+
+    def has_come() -> bool:
+        events.extend(rendezvous.take())
+        return bool(events)
+
+    try:
+        wait_until(has_come)
+    finally:
+        rendezvous.close()
+    assert isinstance(events[0], Assigned)
+    assert time.monotonic() - begin >= 0.3
+
+
+def test_adapt() -> None:
+    spec = WorkerSpec("r", 1, OneNode(), entrypoint="true")
+    assert isinstance(adapt(OneNode(), spec, {}, print), ForeignRendezvous)
+    with pytest.raises(LaunchError, match="no next_rendezvous"):
+        adapt(object(), spec, {}, print)
+    own = get_rendezvous_handler(RendezvousParameters("c10d", "host-a:29400", "job", 2, 2))
+    assert (own.get_backend(), own.get_run_id()) == ("c10d", "job")
+    assert isinstance(adapt(own, spec, {}, print), DynamicRendezvous)
+    with pytest.raises(UsageError, match="use LocalElasticAgent"):
+        own.next_rendezvous()
+
+
+def test_signal_while_the_handler_blocks(job: Job) -> None:
+    process = start(job, "true", kind="stuck")
+    assert process.stderr
+    assert process.stderr.readline() == "stuck\n"
+    before = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert job.finish(process).returncode == 143
+    assert time.monotonic() - before < 10
+
+
+# --- several nodes
+
+
+def test_two_nodes_restart_as_one(job: Job) -> None:
+    want(job, 2)
+    command = (
+        "mark $WORLD_SIZE $GROUP_RANK $ROLE_RANK $MASTER_ADDR:$MASTER_PORT;"
+        "if [ $TORCHELASTIC_RESTART_COUNT = 1 ]; then exit 0; fi; [ $RANK = 2 ] && exit 7; exec sleep 1000"
+    )
+    first = start(job, command, workers=2, restarts=1)
+    wait_until(lambda: "waiting" in read(job))
+    second = start(job, command, workers=1, restarts=1)
+    ends = [job.finish(process) for process in (first, second)]
+    assert [end.returncode for end in ends] == [0, 0], ends
+    marks = job.marks()
+    assert sorted(marks[:3]) == [f"{rank}.0 3 {rank // 2} {rank} files.example:4001" for rank in range(3)]
+    assert sorted(mark.split()[0] for mark in marks[3:]) == ["0.1", "1.1", "2.1"]
+    assert {mark.split()[-1] for mark in marks[3:]} == {"files.example:4002"}
+    text = "rank 2 on " + os.uname().nodename + " failed (exit code 7)"
+    assert f"{text}: restart 1 of 1" in ends[1].stderr
+    assert f"{text}: stopping 2 workers" in ends[0].stderr
+
+
+def test_final_failure_is_everybodys(job: Job) -> None:
+    want(job, 2)
+    command = "mark; if [ $RANK = 0 ]; then while [ ! -e go ]; do sleep 0.01; done; exit 7; fi; exec sleep 1000"
+    agents = [start(job, command.replace("go", f"{job.path}/go")) for _ in range(2)]
+    job.wait_for("0.0", "1.0")
+    (job.path / "go").touch()
+    for agent in agents:
+        end = job.finish(agent)
+        assert end.returncode == 7
+        assert "FAILED" in end.stderr
+    assert len(job.marks()) == 2
+    assert read(job)["closed"] is True
+
+
+def test_node_joins(job: Job) -> None:
+    want(job, 1)
+    command = "mark $WORLD_SIZE; if [ $WORLD_SIZE = 1 ]; then exec sleep 1000; fi"
+    first = start(job, command)
+    job.wait_for("0.0 1")
+    want(job, 2)
+    second = start(job, command)
+    ends = [job.finish(process) for process in (first, second)]
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert sorted(job.marks()) == ["0.0 1", "0.1 2", "1.1 2"]
+
+
+def test_node_leaves(job: Job) -> None:
+    want(job, 2)
+    command = "mark $WORLD_SIZE; if [ $WORLD_SIZE = 2 ]; then exec sleep 1000; fi"
+    agents = [start(job, command) for _ in range(2)]
+    job.wait_for("0.0 2", "1.0 2")
+    want(job, 1)
+    agents[0].send_signal(signal.SIGTERM)
+    left, stayed = (job.finish(agent) for agent in agents)
+    assert (left.returncode, stayed.returncode) == (143, 0)
+    assert "leaves (SIGTERM): stopping 1 worker" in stayed.stderr
+    assert job.marks()[2:] == ["0.1 1"]
+
+
+def test_nodes_wait_for_each_others_success(job: Job) -> None:
+    want(job, 2)
+    command = f"mark; [ $RANK = 0 ] || while [ ! -e {job.path}/go ]; do sleep 0.01; done; mark done"
+    agents = [start(job, command) for _ in range(2)]
+    job.wait_for("0.0 done", "1.0")
+    wait_until(lambda: any(key.endswith("/done") for key in read(job)))
+    assert [agent.poll() for agent in agents] == [None, None]
+    (job.path / "go").touch()
+    assert [job.finish(agent).returncode for agent in agents] == [0, 0]
+
+
+def test_success_does_not_wait_for_ever(job: Job) -> None:
+    """The other node never says anything again."""
+    store, said = MemoryStore(), list[str]()
+    handler = OneNode()
+    handler.info = lambda: RendezvousInfo(store, 0, 2, RendezvousStoreInfo("127.0.0.1", 29999))
+    # The same store twice: this is the other node's first word, and nothing follows.
+    other = OneNode()
+    other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
+    silent = ForeignRendezvous(other, role="trainer", local_world_size=1)
+    from elastic_launch.core.agent.lifecycle import Join
+
+    silent.ask(Join())
+    try:
+        assert not run_agent(handler, "true", exit_barrier_timeout=0.2, say=said.append).is_failed()
+    finally:
+        silent.close()
+    assert said[1:-1] == ["this node's workers have ended well; the others' have not within 0.2 s"]
+
+
+def read(job: Job) -> dict[str, Any]:
+    with Files(job.path / "shared").locked() as state:
+        return dict(state)
+
+
+def test_torchs_own_handler(job: Job) -> None:
+    """Two agents on torch's dynamic rendezvous over its TCPStore: a failure, a second round, success."""
+    from elastic_launch.host.ports import reserve_port
+
+    with reserve_port() as sock:
+        endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+    script = job.script(
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "sums = torch.ones(1)\n"
+        "dist.all_reduce(sums)\n"
+        "mark(f'{sums.item():g} ' + os.environ['TORCHELASTIC_USE_AGENT_STORE'])\n"
+        "dist.barrier()\n"
+        "if restart == 0 and rank == 1: os._exit(7)\n"
+        "if restart == 0: wait()\n"
+        "dist.destroy_process_group()\n"
+        "os._exit(0)\n"
+    )
+    command = f"exec {sys.executable} {script}"
+    agents = [start(job, command, kind="torch", path=endpoint, restarts=1) for _ in range(2)]
+    ends = [job.finish(agent) for agent in agents]
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert sorted(job.marks()) == ["0.0 2 True", "0.1 2 False", "1.0 2 True", "1.1 2 False"]

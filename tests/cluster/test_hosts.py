@@ -1,0 +1,406 @@
+"""Jobs on several hosts that are cut off, lost, slow or frozen: each goes on or ends as documented.
+
+The hosts are network namespaces, see ``tests.support.hosts``. The agents are real, and so are their stores. Whatever
+happens, no worker of an old generation is alive beside a new one: all workers give signs of life, which each test looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_launch.store.etcd.server import etcd_binary
+from tests.conftest import Job, wait_until
+from tests.support.hosts import Host, Hosts, Program
+
+INTERVAL, ATTEMPTS = 0.7, 3
+DEADLINE = INTERVAL * ATTEMPTS
+"""Seconds of silence after which a node counts as dead."""
+PATIENCE = DEADLINE + 2
+"""Seconds within which the others must have gone on, or ended."""
+CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=0.5"
+ENDPOINT = "host-1:29400"
+
+WORKER = """
+import threading
+def beat():
+    begin = time.monotonic()  # one clock for all hosts
+    file = os.open(f"{BEATS}/{restart}.{rank}.{os.uname().nodename}.{os.getpid()}", os.O_CREAT | os.O_WRONLY)
+    while True:
+        os.pwrite(file, b"%018.6f %018.6f" % (begin, time.monotonic()), 0)
+        time.sleep(0.005)
+threading.Thread(target=beat, daemon=True).start()
+host, world = os.uname().nodename, int(os.environ["WORLD_SIZE"])
+mark(f"{host} of {world}")
+"""
+"""What every worker begins with: signs of life in a file of its own; the mark ``RANK.RESTART HOST of WORLD_SIZE``."""
+UNTIL_END = "wait_for('end')\n"
+
+
+class Life:
+    """When a worker lived: from its first sign of life to its last, in seconds on the clock that all hosts share."""
+
+    def __init__(self, file: Path) -> None:
+        restart, _, self.host, _ = file.name.split(".")
+        self.restart = int(restart)
+        self.first, self.last = map(float, file.read_text().split())
+
+
+class Network:
+    """A job on several hosts."""
+
+    def __init__(self, job: Job, hosts: Hosts) -> None:
+        self.job, self.hosts = job, hosts
+        self._beats = job.path / "beats"
+        self._beats.mkdir()
+
+    def script(self, text: str = UNTIL_END) -> str:
+        """A worker's script that gives signs of life and then does what ``text`` says."""
+        return self.job.script(f"BEATS = {str(self._beats)!r}\n{WORKER}{text}")
+
+    def start(self, host: Host, script: str, *args: str, nnodes: str, conf: str = CONF, **env: str) -> Program:
+        """Start an agent of the c10d job whose store is on host 1; ``args`` come last, and win."""
+        words = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", ENDPOINT, "--rdzv-id", "job-1"]
+        return host.start(*words, "--rdzv-conf", conf, *args, script, **env)
+
+    def end(self) -> None:
+        """Let the workers end well."""
+        with (self.job.path / "marks").open("a") as file:
+            file.write("end\n")
+
+    def lives(self) -> list[Life]:
+        """The workers that have been there so far."""
+        return [Life(file) for file in self._beats.iterdir() if file.stat().st_size]
+
+    def formed(self, world: int, restart: int) -> float:
+        """Wait until the newest round, this one or a later one, runs on so many hosts.
+
+        Returns:
+            When its first worker began, on the clock of ``time.monotonic``.
+        """
+        newest: list[Life] = []
+
+        def is_there() -> bool:
+            lives = self.lives()
+            last = max((life.restart for life in lives), default=-1)
+            newest[:] = [life for life in lives if life.restart == last >= restart]
+            return len(newest) == world == self._world(last)
+
+        wait_until(is_there, f"a round of {world}")
+        return min(life.first for life in newest)
+
+    def _world(self, restart: int) -> int:
+        """The size of a round, as all its workers have been told."""
+        sizes = {mark.split()[-1] for mark in self.job.marks() if re.match(rf"\d+\.{restart} ", mark)}
+        return int(sizes.pop()) if len(sizes) == 1 else 0
+
+    def check_generations(self) -> None:
+        """No worker of an older generation was alive when one of a newer one began."""
+        lives = self.lives()
+        beside = [
+            f"{old.host} in round {old.restart} until {old.last - new.first:.3f} s after {new.host} began {new.restart}"
+            for new in lives
+            for old in lives
+            if old.restart < new.restart and old.last > new.first
+        ]
+        assert not beside
+
+
+Make = Callable[[int], Network]
+
+
+@pytest.fixture
+def network(job: Job, tmp_path: Path) -> Iterator[Make]:
+    """Makes a job on so many hosts; they are gone at the end of the test, and all that ran there."""
+    with contextlib.ExitStack() as stack:
+        networks: list[Network] = []
+
+        def make(count: int) -> Network:
+            hosts = stack.enter_context(contextlib.closing(Hosts(count, tmp_path)))
+            networks.append(Network(job, hosts))
+            return networks[-1]
+
+        yield make
+    for made in networks:
+        made.check_generations()
+
+
+def ends(*programs: Program) -> list[int]:
+    """How they end; what they said is shown where a test fails."""
+    statuses = [program.wait() for program in programs]
+    for program in programs:
+        print(program.said())
+    return statuses
+
+
+def start_three(
+    net: Network, script: str, *args: str, nnodes: str = "2:3", conf: str = CONF, coordinator: int = 1
+) -> list[Program]:
+    """Start an agent on each of three hosts, and wait until they run; the coordinator is the one with rank 0."""
+    programs = [
+        net.start(net.hosts[n], script, "--node-rank", str((n - coordinator) % 3), *args, nnodes=nnodes, conf=conf)
+        for n in (1, 2, 3)
+    ]
+    net.formed(3, restart=0)
+    assert f"0.0 host-{coordinator} of 3" in net.job.marks()
+    return programs
+
+
+STUBBORN = "if host == 'host-3': signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+"""A worker that does not end in peace on the host that the test is about."""
+
+
+SERVER = "import socket, time; server = socket.create_server(('', 29400)); time.sleep(600)"
+CLIENT = """
+import os, socket, time
+begin = time.monotonic()
+try: socket.create_connection(("host-1", 29400), 0.5); how = "connected"
+except Exception as error: how = type(error).__name__
+print(os.uname().nodename, how, time.monotonic() - begin)
+"""
+
+
+def test_the_hosts_are_what_the_tests_below_take_them_for(network: Make) -> None:
+    hosts = network(3).hosts
+
+    def connect(host: Host) -> tuple[str, str, float]:
+        client = host.run(sys.executable, "-I", "-S", "-c", CLIENT)
+        assert client.wait() == 0
+        name, how, seconds = client.said().split()
+        return name, how, float(seconds)
+
+    assert connect(hosts[1])[1] == "ConnectionRefusedError"
+    server = hosts[1].run(sys.executable, "-I", "-S", "-c", SERVER)
+    wait_until(lambda: connect(hosts[1])[1] == "connected")
+    assert connect(hosts[2])[:2] == ("host-2", "connected")
+    hosts.cut(hosts[3])
+    assert [connect(hosts[n])[1] for n in (2, 3)] == ["connected", "TimeoutError"]
+    hosts.heal()
+    hosts.lose(hosts[1], hosts[2])
+    assert [connect(hosts[n])[1] for n in (2, 3)] == ["TimeoutError", "connected"]
+    hosts.delay(0.1)
+    assert 0.2 <= connect(hosts[2])[2] < 0.3
+    hosts[1].power_off()
+    assert server.wait() == -signal.SIGKILL
+    assert connect(hosts[2])[1] == "TimeoutError"
+    hosts.heal()
+    assert connect(hosts[2])[1] == "ConnectionRefusedError"
+
+
+def test_a_host_that_is_cut_off_and_healed(network: Make) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(STUBBORN + UNTIL_END))
+    cut_at = time.monotonic()
+    net.hosts.cut(net.hosts[3])
+    assert net.formed(2, restart=1) - cut_at < PATIENCE
+    net.hosts.heal()
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+
+
+def test_the_coordinator_is_cut_off(network: Make) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(), coordinator=3)
+    cut_at = time.monotonic()
+    net.hosts.cut(net.hosts[3])
+    assert net.formed(2, restart=1) - cut_at < PATIENCE
+    net.end()
+    assert ends(*programs[:2]) == [0, 0]
+    assert any("no sign of life from host-3" in program.said() for program in programs[:2])
+
+
+def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
+    net = network(4)
+    start_etcd(net.hosts[4])
+    script = net.script()
+    etcd = ["--rdzv-backend", "etcd", "--rdzv-endpoint", "host-4:2379"]
+    programs = [net.start(net.hosts[n], script, *etcd, nnodes="2:3") for n in (1, 2, 3)]
+    net.formed(3, restart=0)
+    [first] = [n for n in (1, 2, 3) if f"0.0 host-{n} of 3" in net.job.marks()]
+    others = [program for n, program in enumerate(programs, 1) if n != first]
+    cut_at = time.monotonic()
+    net.hosts.cut(net.hosts[first], net.hosts[4])
+    assert net.formed(2, restart=1) - cut_at < PATIENCE
+    net.hosts.heal()
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+    assert any(f"no sign of life from host-{first}" in program.said() for program in others)
+
+
+def start_etcd(host: Host) -> None:
+    """Start a cluster of one member."""
+    client, peer = f"http://{host.address}:2379", f"http://{host.address}:2380"
+    host.run(
+        *(etcd_binary(), "--data-dir", "etcd", "--log-level", "error", "--initial-cluster", f"default={peer}"),
+        *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+    )
+
+
+@pytest.mark.parametrize(("source", "to"), [(3, 1), (1, 3)], ids=["to the store", "from the store"])
+def test_packets_are_lost_one_way(network: Make, source: int, to: int) -> None:
+    net = network(3)
+    programs = start_three(net, net.script())
+    lost_at = time.monotonic()
+    net.hosts.lose(net.hosts[source], net.hosts[to])
+    assert net.formed(2, restart=1) - lost_at < PATIENCE
+    net.hosts.heal()
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+    assert "this process was stopped" not in programs[2].said()
+
+
+@pytest.mark.parametrize("coordinator", [1, 3])
+def test_the_host_of_the_store_is_cut_off_and_healed(network: Make, coordinator: int) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(), nnodes="1:3", coordinator=coordinator)
+    cut_at = time.monotonic()
+    net.hosts.cut(net.hosts[1])
+    # Where the coordinator is lost together with others, it is missed first, and they by who takes over.
+    assert net.formed(1, restart=1) - cut_at < PATIENCE + DEADLINE * (coordinator == 3)
+    net.hosts.heal()
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+
+
+def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
+    net = network(3)
+    net.hosts.delay(0.5)
+    script = net.script(
+        "if restart == 0 and rank == 1: wait_for('0.0 host-1 of 3', '2.0 host-3 of 3'); sys.exit(3)\n" + UNTIL_END
+    )
+    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=1"
+    programs = start_three(net, script, "--max-restarts", "1", nnodes="3", conf=conf)
+    net.formed(3, restart=1)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+    assert {life.restart for life in net.lives()} == {0, 1}
+    for program in programs:
+        assert "no sign of life" not in program.said()
+        assert "has not answered" not in program.said()
+
+
+LOSS = f"{CONF},store_timeout=3,read_timeout=2"
+
+
+def test_the_host_of_the_store_is_powered_off(network: Make) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(), conf=LOSS)
+    off_at = time.monotonic()
+    net.hosts[1].power_off()
+    assert ends(*programs[1:]) == [69, 69]
+    assert max(life.last for life in net.lives()) - off_at < PATIENCE
+    for program in programs[1:]:
+        assert f"the store at {ENDPOINT} is lost" in program.said()
+
+
+def test_the_host_of_the_store_comes_back(network: Make) -> None:
+    net = network(3)
+    script = net.script(
+        "if restart == 0 and rank == 1: wait_for('0.0 host-1 of 3', '2.0 host-3 of 3'); sys.exit(3)\n"
+        "wait_for('end')\n"
+        "sys.exit(4 if host == 'host-2' else 0)\n"
+    )
+    programs = start_three(net, script, "--max-restarts", "1", nnodes="3", conf=f"{CONF},store_timeout=20")
+    net.formed(3, restart=1)
+    net.hosts[1].power_off()
+    net.hosts.heal()
+    programs[0] = net.start(net.hosts[1], script, "--max-restarts", "1", "--node-rank", "0", nnodes="3")
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [4, 4, 4]
+    for program in programs:
+        assert "exit    : exit code 4" in program.said()
+        assert "restarts  : 1 of 1 used" in program.said()
+
+
+@pytest.mark.parametrize("number", [1, 3], ids=["which hosts the store", "of another host"])
+def test_a_frozen_agent_is_replaced_and_comes_back_as_a_newcomer(network: Make, number: int) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(STUBBORN.replace("host-3", f"host-{number}") + UNTIL_END))
+    frozen_at = time.monotonic()
+    programs[number - 1].freeze()
+    assert net.formed(2, restart=1) - frozen_at < PATIENCE
+    programs[number - 1].thaw()
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs) == [0, 0, 0]
+
+
+def test_a_job_that_needs_the_lost_host_ends(network: Make) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(), nnodes="3")
+    off_at = time.monotonic()
+    net.hosts[3].power_off()
+    assert ends(*programs[:2]) == [69, 69]
+    assert time.monotonic() - off_at < PATIENCE
+    for program in programs[:2]:
+        assert "lost host-3" in program.said().splitlines()[-1]
+
+
+def test_a_broken_connection_is_no_cause_where_a_peer_was_killed(network: Make) -> None:
+    net = network(3)
+    script = net.script(
+        "if rank == 0: wait_for('1.0 deaf'); raise ConnectionResetError(104, 'Connection reset by peer')\n"
+        "if rank == 1:\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"  # its end is seen later
+        "    mark('deaf'); wait()\n" + UNTIL_END
+    )
+    programs = [net.start(net.hosts[n], script, "--node-rank", str(n - 1), nnodes="3") for n in (1, 2, 3)]
+    assert len(set(ends(*programs))) == 1
+    for program in programs:
+        report = program.said()
+        assert re.search(r"Cause\n +rank +: 1 .* on host-2\n +exit +: .*SIGKILL", report), report
+        assert re.search(r"Then\n.* rank 0 on host-1 .*ConnectionResetError", report), report
+
+
+ALL_REDUCE = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+mark("training")
+for step in range(10**9 if world == 3 else 20):
+    sums = torch.ones(1)
+    dist.all_reduce(sums)
+    assert sums.item() == world
+mark(f"done with {world}")
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_training_goes_on_without_the_host_that_was_powered_off(network: Make) -> None:
+    net = network(3)
+    programs = start_three(net, net.script(ALL_REDUCE))
+    net.job.wait_for("0.0 training", "1.0 training", "2.0 training")
+    net.hosts[3].power_off()
+    assert ends(*programs[:2]) == [0, 0]
+    assert {"0.1 done with 2", "1.1 done with 2"} <= set(net.job.marks())
+
+
+def test_a_host_with_a_member_of_embedded_etcd_is_powered_off(network: Make) -> None:
+    net = network(4)
+    script = net.script()
+    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=0.5,embedded=true"
+    etcd = ["--rdzv-backend", "etcd", "--rdzv-endpoint", "host-1,host-2,host-3"]
+    ranks = [("--node-rank", str(n)) for n in range(3)]
+    programs = [net.start(net.hosts[n + 1], script, *etcd, *ranks[n], nnodes="2:3", conf=conf) for n in range(3)]
+    net.formed(3, restart=0)
+    off_at = time.monotonic()
+    net.hosts[1].power_off()  # with the coordinator, and the member that comes first
+    # Twice the deadline: to leave that member takes the others so long that they may count as cut off themselves.
+    assert net.formed(2, restart=1) - off_at < 2 * 4.5 + 2
+    replacement = net.start(net.hosts[4], script, *etcd, *ranks[0], nnodes="2:3", conf=conf)
+    net.formed(3, restart=2)
+    net.end()
+    assert ends(*programs[1:], replacement) == [0, 0, 0]

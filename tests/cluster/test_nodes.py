@@ -1,0 +1,514 @@
+"""Jobs of several nodes: real agents on this host, real stores between them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from elastic_launch.core.store_requests import Set, Wait
+from elastic_launch.store.client import connect
+from elastic_launch.store.etcd.server import EtcdServer
+from tests.conftest import Job, is_alive, wait_until
+from tests.stores.test_etcd import Trio
+
+QUICK = "last_call_timeout=1,keep_alive_interval=0.5,keep_alive_max_attempt=3"
+MARK = "e = os.environ\nmark(' '.join(f'{k}={e[k]}' for k in sys.argv[1:]))\n"
+RUN = "mark('up'); wait()"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def etcd() -> Iterator[EtcdServer]:
+    server = EtcdServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+Node = Callable[..., subprocess.Popen[str]]
+
+
+class Nodes:
+    """The nodes of one job: ``nodes(0, ...)`` starts node 0."""
+
+    def __init__(self, job: Job, backend: str, endpoint: str, nnodes: str, conf: str = QUICK) -> None:
+        self.job, self.backend, self.endpoint, self.nnodes, self.conf = job, backend, endpoint, nnodes, conf
+
+    def __call__(self, number: int, *args: str, script: str, **env: str) -> subprocess.Popen[str]:
+        words = ["--nnodes", self.nnodes, "--rdzv-conf", self.conf]
+        if self.backend == "static":
+            host, port = self.endpoint.rsplit(":", 1)
+            words += ["--master-addr", host, "--master-port", port, "--node-rank", str(number)]
+        else:
+            words += ["--rdzv-backend", self.backend, "--rdzv-endpoint", self.endpoint, "--rdzv-id", "job-1"]
+        return self.job.start(*words, *args[: self._options(args)], script, *args[self._options(args) :], **env)
+
+    @staticmethod
+    def _options(args: tuple[str, ...]) -> int:
+        return args.index("--") if "--" in args else len(args)
+
+
+@pytest.fixture(params=["c10d", "static", "etcd"])
+def nodes(request: pytest.FixtureRequest, job: Job) -> Nodes:
+    """A job of two nodes, over each backend."""
+    if request.param == "etcd":
+        return Nodes(job, "etcd", request.getfixturevalue("etcd").get_endpoint(), "2")
+    return Nodes(job, request.param, f"127.0.0.1:{free_port()}", "2")
+
+
+def c10d(job: Job, nnodes: str, conf: str = QUICK) -> Nodes:
+    return Nodes(job, "c10d", f"127.0.0.1:{free_port()}", nnodes, conf)
+
+
+def marks_of(job: Job) -> dict[str, dict[str, str]]:
+    """What workers have told of their variables, by RANK.RESTART."""
+    return {line.split()[0]: dict(pair.split("=") for pair in line.split()[1:]) for line in job.marks()}
+
+
+def test_ranks_and_sizes(nodes: Nodes, job: Job) -> None:
+    script = job.script(
+        "e = os.environ\n"
+        "mark(' '.join(f'{k}={e[k]}' for k in ('LOCAL_RANK', 'GROUP_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE',"
+        " 'GROUP_WORLD_SIZE', 'ROLE_RANK', 'ROLE_WORLD_SIZE', 'TORCHELASTIC_USE_AGENT_STORE')))"
+    )
+    first = nodes(0, "--nproc-per-node", "2", "--role", "trainer", script=script)
+    second = nodes(1, "--nproc-per-node", "1", "--role", "reader", script=script)
+    for process in (first, second):
+        assert job.finish(process).returncode == 0
+    told = marks_of(job)
+    assert sorted(told) == ["0.0", "1.0", "2.0"]
+    by_group: dict[str, list[dict[str, str]]] = {}
+    for line in told.values():
+        by_group.setdefault(line["GROUP_RANK"], []).append(line)
+        assert (line["WORLD_SIZE"], line["GROUP_WORLD_SIZE"]) == ("3", "2")
+        assert line["ROLE_WORLD_SIZE"] == line["LOCAL_WORLD_SIZE"]
+        assert line["ROLE_RANK"] == line["LOCAL_RANK"]
+        assert line["TORCHELASTIC_USE_AGENT_STORE"] == str(nodes.backend != "etcd")
+    assert sorted(len(lines) for lines in by_group.values()) == [1, 2]
+
+
+def test_a_failure_anywhere_restarts_all_and_counts_once(nodes: Nodes, job: Job) -> None:
+    script = job.script(
+        "mark('up')\nif rank == 1 and restart == 0: wait_for('0.0 up'); sys.exit(3)\nif restart == 0: wait()\n"
+    )
+    results = [job.finish(process) for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]]
+    assert [result.returncode for result in results] == [0, 0]
+    assert sorted(job.marks()) == ["0.0 up", "0.1 up", "1.0 up", "1.1 up"]
+    assert any("rank 1 on" in r.stderr and "(exit code 3): restart 1 of 1" in r.stderr for r in results)
+
+
+def test_a_final_failure_is_the_same_everywhere(nodes: Nodes, job: Job) -> None:
+    script = job.script("mark('up')\nif rank == 1: raise ValueError('boom')\nwait()\n")
+    results = [job.finish(process) for process in [nodes(n, script=script) for n in (0, 1)]]
+    assert [result.returncode for result in results] == [1, 1]
+    for result in results:
+        assert "ValueError: boom" in result.stderr
+        assert "rank    : 1 (local rank 0" in result.stderr
+        assert "Then" not in result.stderr, "the stopped worker did not fail"
+
+
+ALL_REDUCE = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+sums = torch.ones(1)
+dist.all_reduce(sums)
+mark(f"sum={sums.item():g}")
+if restart == 0 and rank == 1: os._exit(9)
+dist.barrier()
+dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def test_torch_reduces_across_nodes_also_after_a_restart(nodes: Nodes, job: Job) -> None:
+    script = job.script(ALL_REDUCE)
+    for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
+
+
+@pytest.mark.parametrize("endpoint", ["[::1]", "localhost"])
+def test_workers_find_their_store_by_the_address_that_their_agent_used(endpoint: str, job: Job) -> None:
+    nodes = Nodes(job, "c10d", f"{endpoint}:{free_port()}", "2")
+    script = job.script("mark(os.environ['MASTER_ADDR'])")
+    for process in [nodes(n, script=script) for n in (0, 1)]:
+        assert job.finish(process).returncode == 0
+    [addr] = {mark.split()[1] for mark in job.marks()}
+    assert addr in (["::1"] if endpoint == "[::1]" else ["127.0.0.1", "::1"])
+
+
+def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
+    nodes = c10d(job, "2")
+    script = job.script("mark(os.environ['MASTER_ADDR'])")
+    first = nodes(0, "--local-addr", "127.0.0.3", script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, "--local-addr", "127.0.0.3", script=script)
+    for process in (first, second):
+        assert job.finish(process).returncode == 0
+    assert {mark.split()[1] for mark in job.marks()} == {"127.0.0.3"}
+
+
+def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
+    nodes = c10d(job, "1:2")
+    script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
+    first = nodes(0, script=script)
+    job.wait_for("0.0 of 1")
+    second = nodes(1, script=script)
+    results = [job.finish(process) for process in (first, second)]
+    assert [result.returncode for result in results] == [0, 0]
+    assert sorted(job.marks()) == ["0.0 of 1", "0.1 of 2", "1.1 of 2"]
+    assert "joins: stopping 1 worker" in results[0].stderr
+    assert "the job runs on 1 node already: joining" in results[1].stderr or "joins" in results[0].stderr
+
+
+def start_three(
+    job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = QUICK
+) -> list[subprocess.Popen[str]]:
+    """Three nodes that run; the first hosts the store."""
+    nodes = c10d(job, nnodes, conf)
+    first = nodes(0, "--max-restarts", "3", *args, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    others = [nodes(n, "--max-restarts", "3", *args, script=script) for n in (1, 2)]
+    return [first, *others]
+
+
+def listens(endpoint: str) -> bool:
+    host, port = endpoint.rsplit(":", 1)
+    with socket.socket() as sock:
+        return sock.connect_ex((host, int(port))) == 0
+
+
+def up(job: Job, restart: int, count: int) -> bool:
+    return sum(1 for mark in job.marks() if mark.split()[0].endswith(f".{restart}")) >= count
+
+
+def test_a_node_that_leaves_is_gone_from_the_next_round_without_charge(job: Job) -> None:
+    script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
+    first, second, third = start_three(job, script, "2:3", "--max-restarts", "0")
+    wait_until(lambda: up(job, 0, 3))
+    second.send_signal(signal.SIGTERM)
+    assert job.finish(second).returncode == 128 + signal.SIGTERM
+    results = [job.finish(process) for process in (first, third)]
+    assert [result.returncode for result in results] == [0, 0]
+    assert "leaves (SIGTERM)" in results[0].stderr + results[1].stderr, "one speaks for all"
+    assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
+
+
+def test_too_few_are_left_when_a_node_leaves(job: Job) -> None:
+    first, second, third = start_three(job, job.script(RUN), "3")
+    wait_until(lambda: up(job, 0, 3))
+    third.send_signal(signal.SIGTERM)
+    for process in (first, second, third):
+        result = job.finish(process)
+        assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert up(job, 0, 3)
+    assert not up(job, 1, 1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_silent_node_is_gone_from_the_next_round(signum: signal.Signals, job: Job) -> None:
+    script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
+    first, second, third = start_three(job, script, conf=f"{QUICK},store_timeout=1")
+    wait_until(lambda: up(job, 0, 3))
+    third.send_signal(signum)
+    results = [job.finish(process) for process in (first, second)]
+    assert [result.returncode for result in results] == [0, 0]
+    assert "no sign of life from" in results[0].stderr + results[1].stderr, "one speaks for all"
+    assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
+    if signum == signal.SIGSTOP:
+        third.send_signal(signal.SIGCONT)
+        job.finish(third)  # whatever it finds, it does not run beside the others
+        assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
+    else:
+        job.finish(third)
+
+
+def test_a_spare_takes_over(job: Job) -> None:
+    script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
+    nodes = c10d(job, "2")
+    first = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, script=script)
+    wait_until(lambda: up(job, 0, 2))
+    spare = nodes(2, script=script)
+    lines = spare.stderr
+    assert lines is not None
+    wait_until(lambda: "waiting as a spare" in lines.readline())
+    second.send_signal(signal.SIGKILL)
+    assert job.finish(second).returncode == -signal.SIGKILL
+    for process in (first, spare):
+        assert job.finish(process).returncode == 0
+    assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
+
+
+def test_waiting_in_vain_ends_with_its_own_status_and_says_who_was_there(job: Job) -> None:
+    result = job.finish(c10d(job, "3", "join_timeout=4")(0, script=job.script(RUN)))
+    assert result.returncode == 75
+    assert re.search(r"1 of 3 nodes has joined after \d+ s: \S+; gave up \(join_timeout=4 s\)", result.stderr)
+    assert job.marks() == []
+
+
+def test_nobody_answers_at_the_endpoint(job: Job) -> None:
+    nodes = Nodes(job, "c10d", f"127.0.0.1:{free_port()}", "2", "join_timeout=1,is_host=false")
+    result = job.finish(nodes(0, script=job.script(RUN)))
+    assert result.returncode == 69
+    assert "connection refused: nothing listens there" in result.stderr
+
+
+def test_two_nodes_that_ask_for_one_rank_are_told(job: Job) -> None:
+    nodes = Nodes(job, "static", f"127.0.0.1:{free_port()}", "3")
+    script = job.script(RUN)
+    processes = [nodes(n, script=script) for n in (0, 1, 1)]
+    for process in processes:
+        result = job.finish(process)
+        assert result.returncode == 2
+        assert "two nodes ask for --node-rank=1" in result.stderr
+        assert len(re.findall(r"\(pid \d+\)", result.stderr)) >= 2
+
+
+def test_node_rank_is_honoured_under_c10d(job: Job) -> None:
+    nodes = c10d(job, "3")
+    script = job.script("mark('node ' + os.environ['NODE'])")
+    processes = [nodes(n, "--node-rank", str(2 - n), script=script, NODE=str(2 - n)) for n in range(3)]
+    for process in processes:
+        assert job.finish(process).returncode == 0
+    assert sorted(job.marks()) == ["0.0 node 0", "1.0 node 1", "2.0 node 2"]
+
+
+def test_the_five_variables_of_kubernetes_operators_launch_a_job(job: Job) -> None:
+    script = job.script("mark(os.environ['WORLD_SIZE'])")
+    port = str(free_port())
+    common = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    for process in [job.start(script, **common, PET_NODE_RANK=str(n)) for n in (0, 1)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert sorted(job.marks()) == ["0.0 4", "1.0 4", "2.0 4", "3.0 4"]
+
+
+def test_a_finished_job_stays_finished(etcd: EtcdServer, job: Job) -> None:
+    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+    script = job.script("mark()")
+    for process in [nodes(n, script=script) for n in (0, 1)]:
+        assert job.finish(process).returncode == 0
+    late = job.finish(nodes(2, script=script))
+    assert late.returncode == 0
+    assert "job job-1 has ended already" in late.stderr
+    assert sorted(job.marks()) == ["0.0", "1.0"]
+
+
+def test_one_of_three_members_of_etcd_may_die(job: Job) -> None:
+    trio = Trio()
+    try:
+        nodes = Nodes(job, "etcd", trio.endpoints, "2", "keep_alive_interval=2")  # longer than a failover
+        script = job.script("mark('up')\nif restart == 0: wait()\n")
+        processes = [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]
+        wait_until(lambda: up(job, 0, 2))
+        trio.servers[0].kill()  # the one that both use: it is the first of the endpoints
+        wait_until(lambda: not listens(trio.servers[0].get_endpoint()))
+        [pid] = [
+            child.pid
+            for process in processes
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.environ().get("RANK") == "1"
+        ]
+        os.kill(pid, signal.SIGKILL)
+        for process in processes:
+            result = job.finish(process)
+            assert result.returncode == 0, result.stderr
+    finally:
+        for server in trio.servers:
+            server.kill()
+            server.stop()
+    assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 up", "1.1 up"}
+
+
+def test_an_endpoint_that_belongs_to_a_stranger_is_named(job: Job) -> None:
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        nodes = Nodes(job, "c10d", f"127.0.0.1:{server.server_port}", "2", "read_timeout=1,join_timeout=20")
+        result = job.finish(nodes(0, script=job.script(RUN)))
+        server.shutdown()
+        thread.join()
+    assert result.returncode == 69
+    assert f"127.0.0.1:{server.server_port}" in result.stderr
+    assert "as a TCPStore" in result.stderr
+    assert f"(pid {os.getpid()})" in result.stderr
+
+
+def test_losing_the_host_of_the_store_stops_the_workers_and_names_it(job: Job) -> None:
+    first, second, third = start_three(job, job.script(RUN), conf=f"{QUICK},store_timeout=1")
+    wait_until(lambda: up(job, 0, 3))
+    first.send_signal(signal.SIGKILL)
+    job.finish(first)
+    for process in (second, third):
+        result = job.finish(process)
+        assert result.returncode == 69, result.stderr
+        assert "the store at 127.0.0.1:" in result.stderr
+
+
+def test_a_host_that_comes_back_gets_the_job_back(job: Job) -> None:
+    script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
+    nodes = c10d(job, "2", QUICK)
+    first = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, script=script)
+    wait_until(lambda: up(job, 0, 2))
+    first.send_signal(signal.SIGKILL)
+    job.finish(first)
+    again = nodes(0, script=script)
+    for process in (again, second):
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
+
+
+def test_nothing_is_left_of_an_agent_that_is_killed(job: Job) -> None:
+    script = job.script("mark(str(os.getpid()))\nwait()")
+    first, second, third = start_three(job, script)
+    wait_until(lambda: up(job, 0, 3))
+    pids = [int(mark.split()[1]) for mark in job.marks()]
+    for process in (first, second, third):
+        process.send_signal(signal.SIGKILL)
+        job.finish(process)
+    wait_until(lambda: not any(map(is_alive, pids)))
+    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+
+
+def test_a_node_whose_workers_have_ended_well_stays_for_another_round(job: Job) -> None:
+    nodes = c10d(job, "2")
+    script = job.script("mark('up')\nif rank == 1 and restart == 0: wait()\n")
+    first = nodes(0, "--node-rank", "0", script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, "--node-rank", "1", script=script)
+    wait_until(lambda: up(job, 0, 2))
+    second.send_signal(signal.SIGKILL)
+    job.finish(second)
+    third = nodes(1, "--node-rank", "1", script=script)
+    for process in (first, third):
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 up", "1.1 up"} <= set(job.marks())
+
+
+def test_a_node_that_left_or_died_while_gathering_is_no_member(etcd: EtcdServer, job: Job) -> None:
+    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+    script = job.script("mark()")
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        gone = nodes(0, script=script)
+        lines = gone.stderr
+        assert lines is not None
+        wait_until(lambda lines=lines: "1 of 2 nodes has joined" in lines.readline())  # type: ignore[misc]
+        gone.send_signal(signum)
+        assert job.finish(gone).returncode == (143 if signum == signal.SIGTERM else -9)
+    for process in [nodes(n, script=script) for n in (1, 2)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert sorted(job.marks()) == ["0.0", "1.0"]
+
+
+def test_the_host_of_the_store_that_leaves_while_nodes_gather_tells_the_others(job: Job) -> None:
+    nodes = c10d(job, "3", "last_call_timeout=1")
+    script = job.script(RUN)
+    host = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    other = nodes(1, script=script)
+    lines = other.stderr
+    assert lines is not None
+    wait_until(lambda: "2 of 3 nodes have joined" in lines.readline())
+    host.send_signal(signal.SIGINT)
+    assert job.finish(host).returncode == 128 + signal.SIGINT
+    assert job.finish(other).returncode == 128 + signal.SIGINT
+
+
+def test_workers_are_stopped_when_the_store_is_silent_for_too_long(job: Job) -> None:
+    nodes = c10d(job, "2", "last_call_timeout=1,keep_alive_interval=2,store_timeout=30,read_timeout=30")
+    script = job.script(
+        "signal.signal(signal.SIGTERM, lambda *_: (mark('stopped'), os._exit(0)))\n"
+        "mark('up')\n"
+        "if restart == 0: wait()\n"
+    )
+    first = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, script=script)
+    wait_until(lambda: up(job, 0, 2))
+    [store] = [p for p in psutil.Process(first.pid).children() if "tcpstore_server_main" in " ".join(p.cmdline())]
+    store.suspend()
+    job.wait_for("0.0 stopped", "1.0 stopped")
+    store.resume()
+    for process in (first, second):
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+        assert "the store has not answered for" in result.stderr, "each tells its own trouble"
+    assert {"0.1 up", "1.1 up"} <= set(job.marks())
+
+
+def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
+    nodes = c10d(job, "2")
+    script = job.script(ALL_REDUCE)
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
+
+
+def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None:
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=1")
+    script = job.script("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark('up')\nwait()\n")
+    first = nodes(0, "--shutdown-timeout", "1", script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    second = nodes(1, "--shutdown-timeout", "1", script=script)
+    wait_until(lambda: up(job, 0, 2))
+    [store] = [p for p in psutil.Process(first.pid).children() if "tcpstore_server_main" in " ".join(p.cmdline())]
+    store.kill()
+    for process in (first, second):
+        assert job.finish(process).returncode == 69
+
+
+def test_nodes_that_were_told_different_things_are_told_so(job: Job) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    script = job.script(RUN)
+    first = Nodes(job, "c10d", endpoint, "2")(0, script=script)
+    wait_until(lambda: listens(endpoint))
+    second = Nodes(job, "c10d", endpoint, "3")(1, script=script)
+    for process in (first, second):
+        result = job.finish(process)
+        assert result.returncode == 2
+        assert "was started with --nnodes=" in result.stderr
+
+
+def test_garbage_in_the_store_ends_the_job_in_one_line(job: Job) -> None:
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=2")
+    script = job.script(RUN)
+    first = nodes(0, script=script)
+    wait_until(lambda: listens(nodes.endpoint))
+    host, port = nodes.endpoint.rsplit(":", 1)
+    with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as stranger:
+        stranger.call(Wait(("elastic/job-1/0/node/1",)), 30)
+        stranger.call(Set((("elastic/job-1/0/node/2", b'{"node": 1}'), ("elastic/job-1/0/ticket", b"2"))), 30)
+        result = job.finish(first)
+    assert result.returncode == 69
+    assert "elastic/job-1/0/node/2" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,250 @@
+"""The names of torch's launcher that this package has: where they are, and that calls of them mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+import elastic_launch
+from elastic_launch import DefaultLogsSpecs, LocalElasticAgent, RunResult, WorkerSpec, WorkerState
+from elastic_launch.rendezvous.single_node import LocalRendezvous
+from tests.conftest import wait_until
+
+ELASTIC = "torch.distributed.elastic"
+NAMES = {
+    ("elastic_launch.run", "torch.distributed.run"): (
+        "main get_args_parser parse_args parse_min_max_nnodes determine_local_world_size config_from_args run"
+    ),
+    ("elastic_launch", "torch.distributed.launcher.api"): "LaunchConfig elastic_launch launch_agent",
+    ("elastic_launch", f"{ELASTIC}.agent.server.local_elastic_agent"): "LocalElasticAgent",
+    ("elastic_launch", f"{ELASTIC}.agent.server"): "WorkerSpec WorkerGroup Worker WorkerState",
+    ("elastic_launch", f"{ELASTIC}.agent.server.api"): "RunResult",
+    ("elastic_launch", f"{ELASTIC}.rendezvous"): (
+        "RendezvousParameters RendezvousHandler RendezvousInfo RendezvousStoreInfo rendezvous_handler_registry "
+        "RendezvousError RendezvousClosedError RendezvousConnectionError RendezvousGracefulExitError "
+        "RendezvousStateError RendezvousTimeoutError"
+    ),
+    ("elastic_launch", f"{ELASTIC}.rendezvous.registry"): "get_rendezvous_handler",
+    ("elastic_launch", f"{ELASTIC}.multiprocessing"): (
+        "Std LogsSpecs LogsDest DefaultLogsSpecs SignalException start_processes PContext RunProcsResult"
+    ),
+    ("elastic_launch", f"{ELASTIC}.multiprocessing.errors"): "record ErrorHandler ProcessFailure ChildFailedError",
+    ("elastic_launch.multiprocessing", f"{ELASTIC}.multiprocessing.api"): "to_map",
+    ("elastic_launch.events", f"{ELASTIC}.events"): "*",
+    ("elastic_launch.metrics", f"{ELASTIC}.metrics"): "*",
+    ("elastic_launch.timer", f"{ELASTIC}.timer"): "*",
+    ("elastic_launch", f"{ELASTIC}.rendezvous.etcd_server"): "EtcdServer",
+    ("elastic_launch.utils", f"{ELASTIC}.utils.distributed"): "get_socket_with_port get_free_port",
+    ("elastic_launch.utils.data", f"{ELASTIC}.utils.data"): "ElasticDistributedSampler CyclingIterator",
+}
+LEFT_OUT = {
+    # Hooks of its own loop, for classes that derive from it: there is no such loop here.
+    "LocalElasticAgent.get_event_failed",
+    "LocalElasticAgent.get_event_succeeded",
+    "LocalElasticAgent.record_duration",
+    # A client of a package that speaks etcd's abandoned first protocol.
+    "EtcdServer.get_client",
+}
+OTHER_DEFAULTS = {"LogsDest.filtered_stdout", "LogsDest.filtered_stderr"}
+"""The same text; there a factory makes it."""
+
+Parameter = tuple[str, str, str | None]
+"""Name, kind, and how the default is written; None without one."""
+
+
+def describe(thing: Any) -> list[Parameter] | None:
+    """A callable's parameters; None where it does not tell."""
+    try:
+        signature = inspect.signature(thing)
+    except (TypeError, ValueError):
+        return None
+    empty = inspect.Parameter.empty
+    return [
+        (each.name, each.kind.name, None if each.default is empty else repr(each.default))
+        for each in signature.parameters.values()
+    ]
+
+
+TELL = """
+told = {}
+for (ours, theirs), names in NAMES.items():
+    module = import_module(theirs)
+    if names == "*":
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "").startswith(theirs)]
+        names = " ".join(name for name in own if not name.startswith("_"))
+    for name in names.split():
+        thing = getattr(module, name)
+        attributes = {}
+        if isinstance(thing, type):
+            for attribute in {*dir(thing), *getattr(thing, "__dataclass_fields__", ())}:
+                if not attribute.startswith("_"):
+                    value = getattr(thing, attribute, None)
+                    attributes[attribute] = describe(value) if inspect.isroutine(value) else None
+        members = {member: each.value for member, each in getattr(thing, "__members__", {}).items()}
+        told[f"{ours} {name}"] = describe(thing), attributes, members
+print(json.dumps(told))
+"""
+
+Told = dict[str, tuple[list[Parameter] | None, dict[str, list[Parameter] | None], dict[str, object]]]
+"""By module and name: parameters, attributes with their parameters, members of an enumeration."""
+
+
+@pytest.fixture(scope="module")
+def torchs() -> Told:
+    """What torch's names look like, as a process tells that has imported them."""
+    imports = "import inspect, json\nfrom importlib import import_module\nfrom typing import Any\n"
+    code = f"from __future__ import annotations\n{imports}NAMES = {NAMES!r}\n{inspect.getsource(describe)}{TELL}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def differences(name: str, ours: list[Parameter] | None, theirs: list[Parameter] | None) -> list[str]:
+    """Why a call that torch's takes would fail here, or mean something else; ours may have more parameters."""
+    if ours is None or theirs is None:
+        return []
+    variadic = {inspect.Parameter.VAR_KEYWORD.name, inspect.Parameter.VAR_POSITIONAL.name}
+    found = [f"{name}: no parameter {parameter}" for parameter, _, _ in theirs[len(ours) :]]
+    for (our_name, our_kind, our_default), (parameter, kind, default) in zip(ours, theirs, strict=False):
+        if our_kind != kind or (our_name != parameter and kind not in variadic):
+            found.append(f"{name}: {our_name} ({our_kind}) in place of {parameter} ({kind})")
+        elif default is not None and our_default != default and f"{name}.{parameter}" not in OTHER_DEFAULTS:
+            found.append(f"{name}: {parameter}={our_default}, not {default}")
+    more = ours[len(theirs) :]
+    return found + [f"{name}: needs {each}" for each, kind, default in more if default is None and kind not in variadic]
+
+
+def test_every_name_is_there_and_takes_the_same_arguments(torchs: Told) -> None:
+    assert len(torchs) > 60
+    found = []
+    for key, (parameters, attributes, members) in torchs.items():
+        module, _, name = key.partition(" ")
+        try:
+            thing = getattr(import_module(module), name)
+        except AttributeError:
+            found.append(f"{module} has no {name}")
+            continue
+        found += differences(name, describe(thing), parameters)
+        if members:
+            assert issubclass(thing, enum.Enum)
+            assert {member: each.value for member, each in thing.__members__.items()} == members, name
+        slots = {"params"} if name == "MetricsConfig" else set()  # set when one is made
+        fields = {field.name for field in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else slots
+        for attribute, theirs in attributes.items():
+            if f"{name}.{attribute}" in LEFT_OUT or attribute in fields:
+                continue
+            if not hasattr(thing, attribute):
+                found.append(f"{name} has no {attribute}")
+            elif theirs is not None:
+                found += differences(f"{name}.{attribute}", describe(getattr(thing, attribute)), theirs)
+    assert found == []
+
+
+def test_errors_derive_from_each_other_as_torchs_do() -> None:
+    for name in ("Closed", "Connection", "GracefulExit", "State", "Timeout"):
+        assert issubclass(getattr(elastic_launch, f"Rendezvous{name}Error"), elastic_launch.RendezvousError)
+    error = elastic_launch.SignalException("stopped", sigval=signal.SIGTERM)
+    assert error.sigval is signal.SIGTERM
+
+
+def test_all_is_sorted_out() -> None:
+    """What ``from elastic_launch import *`` gives, and the types that a checker sees, are the same names."""
+    assert len(elastic_launch.__all__) == len(set(elastic_launch.__all__))
+    for name in elastic_launch.__all__:
+        assert getattr(elastic_launch, name).__module__.startswith("elastic_launch.") or name.islower()
+
+
+def test_states() -> None:
+    running = [state for state in WorkerState if WorkerState.is_running(state)]
+    assert running == [WorkerState.HEALTHY, WorkerState.UNHEALTHY]
+    assert WorkerState("SUCCEEDED") is WorkerState.SUCCEEDED
+
+
+def greet(greeting: str) -> str:
+    return greeting
+
+
+class HealthCheckServer:
+    """What torch's agent takes as one."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+def test_agent_takes_torchs_arguments_by_position(capfd: pytest.CaptureFixture[str]) -> None:
+    spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), greet, None, ("hi",), 0)
+    health = HealthCheckServer()
+    logs = DefaultLogsSpecs(None, elastic_launch.Std.NONE, elastic_launch.Std.NONE, None)
+    agent = LocalElasticAgent(spec, logs, "fork", 300, "[${rank}] ", 5, health, 10.0)
+    result = agent.run("trainer")
+    assert result == RunResult(WorkerState.SUCCEEDED, {0: "hi", 1: "hi"}, {})
+    assert health.calls == ["start", "stop"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_worker_group_follows_the_run(fails: bool) -> None:
+    text = f"read line < $0; exit {int(fails)}"
+    spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), entrypoint="sh", max_restarts=0)
+    assert spec.get_entrypoint_name() == "sh"
+    with subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE) as gate:  # its input stays open while it runs
+        spec.args = ("-c", text, f"/proc/{gate.pid}/fd/0")
+        agent = LocalElasticAgent(spec, DefaultLogsSpecs())
+        group = agent.get_worker_group()
+        assert (group.spec, group.state, group.group_rank) == (spec, WorkerState.INIT, None)
+        assert [(worker.local_rank, worker.global_rank, worker.id) for worker in group.workers] == [
+            (0, -1, None),
+            (1, -1, None),
+        ]
+        results: list[RunResult] = []
+        thread = threading.Thread(target=lambda: results.append(agent.run()))
+        thread.start()
+        wait_until(lambda: all(worker.id for worker in agent.get_worker_group("default").workers))
+        group = agent.get_worker_group()
+        assert (group.state, group.group_rank, group.group_world_size) == (WorkerState.HEALTHY, 0, 1)
+        assert [(worker.global_rank, worker.role_rank, worker.world_size) for worker in group.workers] == [
+            (0, 0, 2),
+            (1, 1, 2),
+        ]
+        assert group.master_port
+        gate.kill()
+        assert gate.stdin
+        gate.stdin.close()
+        thread.join()
+    expected = WorkerState.FAILED if fails else WorkerState.SUCCEEDED
+    assert results[0].state is agent.get_worker_group().state is expected
+    assert results[0].is_failed() == fails
+    assert {failure.exitcode for failure in results[0].failures.values()} == ({1} if fails else set())
+
+
+def test_entrypoint_comes_before_fn_and_a_function_has_a_name() -> None:
+    def name(fn: Any = None, entrypoint: Any = None) -> str:
+        return WorkerSpec("trainer", 1, LocalRendezvous("x", 1), fn=fn, entrypoint=entrypoint).get_entrypoint_name()
+
+    assert name(fn=greet) == name(entrypoint=greet) == "greet"
+    assert name(fn=greet, entrypoint="train.py") == "train.py"
+    assert name(fn=HealthCheckServer().start) == "HealthCheckServer.start"
+
+
+def test_health_check_server_is_the_agents() -> None:
+    health = HealthCheckServer()
+    config = elastic_launch.LaunchConfig(1, 1, 1, max_restarts=0, start_method="fork")
+    assert elastic_launch.elastic_launch(config, greet, health)("hi") == {0: "hi"}
+    assert elastic_launch.launch_agent(config, greet, ["hi"], health) == {0: "hi"}
+    assert health.calls == ["start", "stop"] * 2

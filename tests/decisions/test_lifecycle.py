@@ -1,0 +1,511 @@
+"""The agent's decisions, fed with events: by hand for what is promised, in thousands of orders for what may happen."""
+
+from __future__ import annotations
+
+import random
+import signal
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
+
+import pytest
+
+from elastic_launch.core.agent import lifecycle
+from elastic_launch.core.agent.lifecycle import (
+    DOUBLE,
+    DUMP_TIME,
+    KILL_PATIENCE,
+    LEFTOVER_GRACE,
+    Action,
+    Announce,
+    Assigned,
+    Decided,
+    Dump,
+    Event,
+    Exited,
+    Expired,
+    Finish,
+    Gone,
+    Join,
+    Leave,
+    Life,
+    Limits,
+    Passed,
+    Say,
+    Settle,
+    Signalled,
+    Start,
+    Started,
+    State,
+    Succeed,
+    Sweep,
+    Tell,
+    TimedOut,
+)
+from elastic_launch.core.agent.restart_policy import FREE_RESTARTS
+from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
+from elastic_launch.job import Assignment, Level, Policy, Verdict
+from elastic_launch.rendezvous.single_node import LocalRendezvous
+
+PIDS = {0: 100, 1: 101}
+ALL = frozenset(PIDS)
+
+
+PLACE = Assignment(0, 1, 0, 2, 2, 0, 2, "127.0.0.1", 29500, "host-a", port_picked=True)
+
+
+class Agent:
+    """A life on a single node, with a virtual clock, and all actions that the last event has led to."""
+
+    def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
+        self.life, self.last = lifecycle.begin(Limits(Policy(max_restarts), shutdown_timeout))
+        self.now = 1000.0
+        self.rendezvous = LocalRendezvous("job", 2)
+        self.rounds = 0
+        self.verdict = Verdict(restart=True)
+
+    def __call__(self, *events: Event) -> list[Action]:
+        """Feed events; return the actions of the last, without what is said and what the rendezvous answered."""
+        for event in events:
+            queue, self.last = [event], []
+            while queue:
+                event = queue.pop(0)
+                if isinstance(event, Decided):
+                    self.verdict = event.verdict
+                self.life, actions = lifecycle.step(self.life, event, self.now)
+                self.last += actions
+                queue += [e for a in actions if isinstance(a, ASKING) for e in self.rendezvous.ask(a)]
+        return [action for action in self.last if not isinstance(action, NOT_SHOWN)]
+
+    def said(self) -> str:
+        """The trouble that people are told of."""
+        return "\n".join(a.text for a in self.last if isinstance(a, Say) and a.level is Level.TROUBLE)
+
+    def place(self, port: int = 29500, *, picked: bool = True) -> Assignment:
+        """The place in the next round."""
+        self.rounds += 1
+        return PLACE._replace(
+            master_port=port,
+            port_picked=picked,
+            restart_count=self.rounds - 1,
+            ledger=self.verdict.ledger,
+        )
+
+    def running(self, port: int = 29500, *, picked: bool = True) -> Agent:
+        self(Assigned(self.place(port, picked=picked)), Started(PIDS))
+        assert self.life.state is State.RUNNING
+        return self
+
+
+ASKING = (Announce, Succeed, Settle, Leave)
+NOT_SHOWN = (Say, *ASKING)
+
+
+def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 50.0) -> Exited:
+    return Exited(Exit(rank, code, time, told))
+
+
+def test_good_job() -> None:
+    agent = Agent()
+    assert agent.last == [Join()]
+    assert agent(Assigned(PLACE)) == [Start(PLACE)]
+    assert agent(Started(PIDS), exited(1)) == []
+    assert agent(exited(0)) == [Sweep(kill=False)]
+    assert agent(Gone({})) == [Finish()]
+    assert agent.life.state is State.DONE
+
+
+def test_failure_stops_the_others_and_fails_the_job() -> None:
+    agent = Agent().running()
+    assert agent(exited(1, 42)) == [Tell(SIGTERM, frozenset({0}), stop=True)]
+    assert agent(exited(0, -SIGTERM, (SIGTERM,))) == [Sweep(kill=False)]
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert [(f.rank, f.exitcode, f.pid, f.host) for f in finish.failures] == [(1, 42, 101, "host-a")]
+
+
+def test_restart_has_a_new_number_and_is_charged() -> None:
+    agent = Agent(max_restarts=1).running()
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(Gone({})) == [Join()]
+    assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.said()
+    place = agent.place(29501)
+    assert place.ledger.charged == 1
+    assert agent(Assigned(place)) == [Start(place)]
+    agent(Started(PIDS), exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert finish.failures[0].exitcode == 1
+
+
+def test_last_worker_that_fails_leaves_nobody_to_stop() -> None:
+    agent = Agent().running()
+    agent(exited(0))
+    assert agent(exited(1, 3)) == [Sweep(kill=False)]
+
+
+@pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP])
+def test_signal_is_handed_to_the_workers_and_ends_the_job(signum: signal.Signals) -> None:
+    agent = Agent(max_restarts=3).running()
+    assert agent(Signalled(signum, 50)) == [Tell(signum, ALL, stop=True)]
+    agent(exited(0, -signum, (signum,)))
+    assert agent(exited(1, 7, (signum,))) == [Sweep(kill=False)]
+    assert agent(Gone({})) == [Finish(signum=signum)]
+
+
+def test_worker_that_crashes_on_the_signal_does_not_hide_it() -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50), exited(0, -signal.SIGSEGV, (SIGTERM,)), exited(1, 0, (SIGTERM,)))
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+@pytest.mark.parametrize("second", [SIGTERM, SIGINT])
+def test_second_signal_kills_at_once(second: signal.Signals) -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50))
+    agent.now += 2 * DOUBLE
+    assert agent(Signalled(second, 51)) == [Sweep(kill=True)]
+    assert agent(Signalled(second, 52)) == []
+    assert agent(exited(0, -SIGKILL, (SIGTERM, SIGKILL)), exited(1, -SIGKILL, (SIGTERM, SIGKILL))) == []
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+@pytest.mark.parametrize(("first", "second"), [(SIGHUP, SIGHUP), (SIGTERM, SIGHUP), (SIGHUP, SIGTERM)])
+def test_a_hangup_is_no_request_to_kill(first: signal.Signals, second: signal.Signals) -> None:
+    agent = Agent().running()
+    agent(Signalled(first, 50))
+    agent.now += 1
+    assert agent(Signalled(second, 51)) == []
+    agent.now += 1
+    assert agent(Signalled(SIGINT, 52)) == ([Sweep(kill=True)] if SIGTERM in (first, second) else [])
+
+
+def test_one_signal_delivered_twice_is_one() -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50))
+    agent.now += 10  # it was busy meanwhile: what counts is when they came
+    assert agent(Signalled(SIGTERM, 50 + DOUBLE / 2)) == []
+
+
+def test_second_signal_after_a_failure_kills_too() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1), Signalled(SIGTERM, 51))
+    agent.now += 1
+    assert agent(Signalled(SIGTERM, 52)) == [Sweep(kill=True)]
+
+
+def test_signal_when_all_workers_have_ended_well_changes_nothing() -> None:
+    agent = Agent().running()
+    agent(exited(0), exited(1), Signalled(SIGTERM, 51))
+    assert agent(Gone({})) == [Finish()]
+
+
+def test_signal_passed_on_makes_no_failure_a_stop() -> None:
+    agent = Agent().running()
+    agent(Passed(SIGUSR1), exited(0, -SIGUSR1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert finish.failures[0].exitcode == -SIGUSR1
+
+
+def test_signal_while_a_failure_is_dealt_with_ends_the_job_instead_of_restarting() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1))
+    assert agent(Signalled(SIGTERM, 51)) == []
+    agent(exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+def test_signal_does_not_hide_the_failure_that_ended_the_job_before() -> None:
+    agent = Agent(max_restarts=0).running()
+    agent(exited(0, 5), Signalled(SIGTERM, 51), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone({}))
+    assert isinstance(finish, Finish)
+    assert finish.failures[0].exitcode == 5
+
+
+def test_signal_before_the_first_round() -> None:
+    assert Agent()(Signalled(SIGINT, 1)) == [Finish(signum=SIGINT)]
+
+
+def test_stop_sequence_keeps_its_deadlines() -> None:
+    agent = Agent(shutdown_timeout=7).running()
+    assert agent.life.deadline is None
+    agent(Signalled(SIGTERM, 50))
+    assert agent.life.deadline == agent.now + 7 - DUMP_TIME
+    agent(exited(0, 0, (SIGTERM,)))
+    agent.now += 7 - DUMP_TIME
+    assert agent(TimedOut()) == [Dump(frozenset({1}))]
+    agent.now += DUMP_TIME
+    assert agent.life.deadline == agent.now
+    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert "worker rank 1 (pid 101)" in agent.said()
+    assert agent.life.deadline == agent.now + KILL_PATIENCE
+    agent(exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+
+
+def test_no_time_to_stop_is_no_time_for_stacks_either() -> None:
+    agent = Agent(shutdown_timeout=0).running()
+    agent(Signalled(SIGTERM, 50))
+    assert agent(TimedOut()) == [Dump(ALL)]
+    assert agent.life.deadline == agent.now
+    assert agent(TimedOut()) == [Sweep(kill=True)]
+
+
+def test_worker_that_hung_is_told_of_where_something_failed() -> None:
+    stacks = {1: Evidence(note="the stacks of its threads are in 1/stacks.log")}
+    agent = Agent().running()
+    agent(exited(0, 1), TimedOut(), TimedOut(), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    [finish] = agent(Gone(stacks))
+    assert "rank 1 (pid 101) did not stop in time; the stacks of its threads are in 1/stacks.log" in agent.said()
+    assert isinstance(finish, Finish)
+    assert [(failure.rank, failure.note) for failure in finish.failures] == [(0, ""), (1, stacks[1].note)]
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50), TimedOut(), TimedOut())
+    agent(*(exited(rank, -SIGKILL, (SIGTERM, SIGKILL)) for rank in ALL))
+    assert agent(Gone(stacks)) == [Finish(signum=SIGTERM)], "a worker that hangs is no failure by itself"
+    assert "stacks.log" in agent.said()
+
+
+def test_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
+    agent = Agent().running()
+    assert agent(Expired(PIDS[1], "its timer 'step' expired")) == [Dump(frozenset({1}))]
+    assert agent.life.state is State.RUNNING
+    assert agent(Expired(PIDS[1], "once more"), Expired(999, "no worker")) == []
+    assert agent.life.deadline == agent.now + DUMP_TIME
+    assert agent(TimedOut()) == [Tell(SIGKILL, frozenset({1}), stop=False)]
+    assert agent.life.deadline is None
+    agent(exited(1, -SIGKILL), exited(0, 0, (SIGTERM,)))
+    [finish] = agent(Gone({1: Evidence(note="stacks: here")}))
+    assert isinstance(finish, Finish)
+    assert [(failure.rank, failure.note) for failure in finish.failures] == [
+        (1, "its timer 'step' expired; stacks: here")
+    ]
+
+
+def test_what_a_good_job_left_is_killed_soon() -> None:
+    agent = Agent(shutdown_timeout=30).running()
+    agent(exited(0), exited(1))
+    assert agent.life.deadline == agent.now + LEFTOVER_GRACE
+    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert agent.said() == "", "there may be nothing left: Gone will tell"
+    assert agent(Gone({}, ("sleep (pid 7)",))) == [Finish()]
+    assert agent.said() == "killed what the workers had left running: sleep (pid 7)"
+
+
+def test_what_a_stopped_worker_left_has_its_grace_too() -> None:
+    agent = Agent(shutdown_timeout=30).running()
+    agent(Signalled(SIGTERM, 50))
+    agent.now += 10
+    agent(exited(0, 0, (SIGTERM,)), exited(1, 0, (SIGTERM,)))
+    assert agent.life.deadline == agent.now + 20
+    agent = Agent(shutdown_timeout=30).running()
+    agent(exited(0, 1))
+    agent.now += 29.25
+    agent(exited(1, 0, (SIGTERM,)))
+    assert agent.life.deadline == agent.now + LEFTOVER_GRACE
+
+
+def test_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1), TimedOut(), TimedOut())
+    [finish] = agent(TimedOut(clash(1)))
+    assert "worker rank 1 (pid 101) cannot be killed" in agent.said()
+    assert isinstance(finish, Finish)
+    assert [f.rank for f in finish.failures] == [0]
+    assert finish.failures[0].error.startswith("DistNetworkError"), "what is known of the cause is told all the same"
+
+
+def test_passed_signal_reaches_the_leading_processes_that_still_run() -> None:
+    agent = Agent()
+    assert agent(Passed(SIGUSR1)) == []
+    agent.running()
+    assert agent(Passed(SIGUSR1)) == [Tell(SIGUSR1, ALL, stop=False)]
+    agent(exited(0))
+    assert agent(Passed(SIGUSR1)) == [Tell(SIGUSR1, frozenset({1}), stop=False)]
+    assert agent.life.state is State.RUNNING
+
+
+def test_restart_is_told_in_one_line() -> None:
+    agent = Agent(max_restarts=1).running()
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    agent(Gone({0: Evidence(ErrorRecord("RuntimeError: first\nsecond\nthird", "", 49.0, "error.json"))}))
+    assert agent.said() == "rank 0 failed (exit code 1, RuntimeError: first): restart 1 of 1"
+
+
+def clash(port: int) -> dict[int, Evidence]:
+    text = f"DistNetworkError: The server socket has failed to listen. port: {port}, EADDRINUSE"
+    return {0: Evidence(ErrorRecord(text, text, 49.0, "error.json"))}
+
+
+def test_taken_port_is_free_of_charge_a_few_times() -> None:
+    agent = Agent(max_restarts=0)
+    for attempt in range(FREE_RESTARTS):
+        agent.running(port=29500 + attempt)
+        agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+        assert agent(Gone(clash(29500 + attempt))) == [Join()]
+        assert "without charge" in agent.said()
+        assert agent.verdict.restart
+        assert (agent.verdict.ledger.charged, agent.verdict.ledger.free) == (0, attempt + 1)
+    agent.running(port=29509)
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone(clash(29509)))
+    assert isinstance(finish, Finish)
+    assert finish.failures
+
+
+@pytest.mark.parametrize(("clashes_with", "picked"), [(29501, True), (2950, True), (29500, False)])
+def test_other_port_clashes_are_failures(clashes_with: int, picked: bool) -> None:
+    agent = Agent(max_restarts=0).running(port=29500, picked=picked)
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(Gone(clash(clashes_with)))
+    assert isinstance(finish, Finish)
+    assert finish.failures
+
+
+def test_what_is_not_in_the_table_raises_with_the_history() -> None:
+    agent = Agent().running()
+    with pytest.raises(lifecycle.UnexpectedEventError, match=r"Gone while running; history: joining:Assigned"):
+        agent(Gone({}))
+
+
+def test_every_state_deals_with_every_signal() -> None:
+    for state in set(State) - {State.DONE}:
+        assert (state, Signalled) in lifecycle.TABLE
+        assert (state, Passed) in lifecycle.TABLE
+        assert (state, Expired) in lifecycle.TABLE
+
+
+class World:
+    """A node whose workers, stragglers, keeper, clock and users do anything that they can do, in any order."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.max_restarts = self.random.randrange(3)
+        self.agent = Agent(self.max_restarts, self.random.choice([0, 5]))
+        self.alive: set[int] = set()
+        self.codes: list[int] = []
+        self.stragglers = self.started = self.swept = self.killed = self.hopeless = False
+        self.told: dict[int, tuple[int, ...]] = {}
+        self.shot: set[int] = set()
+        """Workers that were killed while the others ran."""
+        self.rounds: list[int] = []
+        self.signals_left = self.random.randrange(5)
+        self.signalled = False
+        self.finish: Finish | None = None
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            assert self.finish is None, "an action after the end"
+            match action:
+                case Join():
+                    assert not self.signalled, "another round after a signal to stop"
+                case Start(place):
+                    assert not self.alive, "a round beside another's workers"
+                    assert not self.stragglers, "a round beside what another left"
+                    self.rounds.append(place.restart_count)
+                    self.alive, self.codes, self.told, self.shot = {0, 1}, [], {}, set()
+                    self.stragglers = self.random.random() < 0.3
+                    self.hopeless = self.random.random() < 0.1
+                    self.started = self.swept = self.killed = False
+                case Tell(signum, ranks, stop):
+                    assert ranks <= self.alive, "a signal to a worker that has ended"
+                    self.shot |= ranks if signum == SIGKILL else set()
+                    if stop:
+                        self.told |= {rank: (*self.told.get(rank, ()), signum) for rank in ranks}
+                case Dump(ranks):
+                    assert ranks <= self.alive, "stacks of a worker that has ended"
+                case Sweep(kill):
+                    assert kill or not self.alive, "a sweep while workers have their grace"
+                    self.swept, self.killed = True, self.killed or kill
+                    if kill:
+                        self.told |= {rank: (*self.told.get(rank, ()), SIGKILL) for rank in self.alive}
+                case Finish():
+                    self.finish = action
+
+    def next_events(self) -> list[Event]:
+        """What can come now; a lost keeper brings several events at once."""
+        life, can = self.agent.life, list[list[Event]]()
+        if self.signals_left:
+            can += [[Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now)], [Passed(SIGUSR1)]]
+        if life.state is State.JOINING:
+            self.agent.rounds = len(self.rounds)
+            return self.random.choice([*can, [Assigned(self.agent.place(29500 + len(self.rounds)))]])
+        lost: list[Event] = [exited(rank, -SIGKILL, (), 50 + len(self.rounds)) for rank in sorted(self.alive)]
+        if self.random.random() < 0.02 and (lost or self.swept):
+            return [*lost, Gone({})] if self.swept else lost
+        if not self.started:
+            return self.random.choice([*can, [Started(PIDS)]])
+        stuck = self.hopeless and self.killed
+        if not stuck:
+            can += [[exited(rank, self.exit_code(rank), self.told.get(rank, ()), 50.0)] for rank in self.alive]
+        if self.swept and not self.alive and not stuck:
+            can.append([Gone(clash(29499 + len(self.rounds)) if self.random.random() < 0.2 else {})])
+        if self.random.random() < 0.1:
+            can.append([Expired(self.random.choice([*PIDS.values()]), "its timer expired")])
+        if life.deadline is not None and (stuck or not self.killed):
+            can.append([TimedOut()])
+        return self.random.choice(can)
+
+    def exit_code(self, rank: int) -> int:
+        return self.random.choice(
+            [-SIGKILL]
+            if rank in self.shot
+            else [0, 0, 1, 42, -signal.SIGSEGV, -SIGUSR1, *(-told for told in self.told.get(rank, ()))]
+        )
+
+    def run(self) -> None:
+        self.carry_out(self.agent.last)
+        for _ in range(300):
+            for event in self.next_events():
+                match event:
+                    case Started():
+                        self.started = True
+                    case Exited(exit_):
+                        self.alive.discard(exit_.local_rank)
+                        self.codes.append(exit_.exitcode)
+                    case Signalled():
+                        self.signals_left, self.signalled = self.signals_left - 1, True
+                    case Passed():
+                        self.signals_left -= 1
+                    case Gone():
+                        self.stragglers = False
+                self.agent.now += self.random.choice([0.0, DOUBLE, 3.0])
+                self.agent(event)
+                self.carry_out(self.agent.last)
+                life = self.agent.life
+                if life.state is not State.RUNNING or not life.expired:
+                    assert (life.deadline is not None) == (life.state is State.STOPPING), "a deadline is for stopping"
+            if self.finish is not None:
+                return
+        raise AssertionError("the agent came to no end")
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
+    ends: set[str] = set()
+    for seed in range(block * 1000, (block + 1) * 1000):
+        world = World(seed)
+        world.run()
+        life, finish = world.agent.life, world.finish
+        assert finish is not None
+        assert life.state is State.DONE
+        assert not world.alive or (world.hopeless and world.killed), f"seed {seed}: workers live on"
+        assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number was used twice"
+        assert world.agent.verdict.ledger.charged <= world.max_restarts
+        assert world.agent.verdict.ledger.free <= FREE_RESTARTS
+        assert len(world.rounds) <= 1 + world.agent.verdict.ledger.charged + world.agent.verdict.ledger.free
+        if finish.failures:
+            assert finish.signum is None
+            assert finish.failures[0].exitcode != 0
+        elif finish.signum is None:
+            assert world.codes == [0, 0], f"seed {seed}: a failure passed for success"
+        ends.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")
+    assert ends == {"failed", "signalled", "succeeded"}, "the orders tried do not reach every end"
+
+
+def test_life_is_a_value() -> None:
+    agent = Agent().running()
+    before = agent.life
+    agent(exited(0, 1))
+    assert before.state is State.RUNNING
+    assert isinstance(agent.life, Life)

@@ -1,0 +1,285 @@
+"""The OOM killer's counters: the kernel's files as recorded trees, and a real kill in a real cgroup."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_launch.host.cgroup import OomCounter
+from tests.conftest import wait_until
+
+
+def put(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def events(kills: int) -> str:
+    return f"low 0\nhigh 12\nmax 340\noom 9\noom_kill {kills}\noom_group_kill 7\n"
+
+
+def control(kills: int) -> str:
+    return f"oom_kill_disable 0\nunder_oom 0\noom_kill {kills}\n"
+
+
+def vmstat(kills: int) -> str:
+    return f"nr_free_pages 123\noom_kill {kills}\nnuma_hit 5\n"
+
+
+V1 = "9:name=systemd:/job\n4:cpu,cpuacct:/other\n3:memory:/slice/job\n0::/job\n"
+NONE_V1 = "9223372036854771712\n"
+HOST = {"proc/vmstat": "oom_kill 500\n", "proc/meminfo": "MemFree: 1 kB\nMemTotal:       65536000 kB\n"}
+
+# By name: the tree, the file whose counter rises, its words, and what is to be said after the second kill.
+TREES = {
+    "v2": (
+        {"proc/self/cgroup": "0::/slice/job\n", "sys/fs/cgroup/slice/job/memory.max": "68719476736\n"},
+        ("sys/fs/cgroup/slice/job/memory.events", events),
+        "2 processes of this cgroup (memory limit 64.0 GiB): out of memory is the likely cause",
+    ),
+    "v2, the limit is above": (
+        {
+            "proc/self/cgroup": "0::/slice/job\n",
+            "sys/fs/cgroup/slice/job/memory.max": "max\n",
+            "sys/fs/cgroup/slice/memory.max": "536870912\n",
+        },
+        ("sys/fs/cgroup/slice/job/memory.events", events),
+        "2 processes of this cgroup (memory limit 512 MiB): out of memory is the likely cause",
+    ),
+    "v2, no limit": (
+        {"proc/self/cgroup": "0::/job\n", "sys/fs/cgroup/job/memory.max": "max\n"},
+        ("sys/fs/cgroup/job/memory.events", events),
+        "2 processes of this cgroup: out of memory is the likely cause",
+    ),
+    "v2, without the controller": (
+        {
+            "proc/self/cgroup": "0::/slice/job\n",
+            "sys/fs/cgroup/slice/job/cgroup.procs": "",
+            "sys/fs/cgroup/slice/memory.max": "1073741824\n",
+        },
+        ("sys/fs/cgroup/slice/memory.events", events),
+        "2 processes of this cgroup (memory limit 1.0 GiB): out of memory is the likely cause",
+    ),
+    "v2, a container": (
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "1073741824\n"},
+        ("sys/fs/cgroup/memory.events", events),
+        "2 processes of this cgroup (memory limit 1.0 GiB): out of memory is the likely cause",
+    ),
+    "v2, the host's path in a container": (
+        {"proc/self/cgroup": "0::/kubepods/pod1/c1\n"},
+        ("sys/fs/cgroup/memory.events", events),
+        "2 processes of this cgroup: out of memory is the likely cause",
+    ),
+    "v2, a path above the namespace's root": (
+        {"proc/self/cgroup": "0::/../../c1\n", "sys/fs/cgroup/c1/memory.events": events(70)},
+        ("sys/fs/cgroup/memory.events", events),
+        "2 processes of this cgroup: out of memory is the likely cause",
+    ),
+    "v2, a name with a colon and an umlaut": (
+        {"proc/self/cgroup": "0::/jöb:1\n"},
+        ("sys/fs/cgroup/jöb:1/memory.events", events),
+        "2 processes of this cgroup: out of memory is the likely cause",
+    ),
+    "v1": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/memory/slice/job/memory.limit_in_bytes": NONE_V1,
+            "sys/fs/cgroup/memory/slice/memory.limit_in_bytes": "8589934592\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": NONE_V1,
+        },
+        ("sys/fs/cgroup/memory/slice/job/memory.oom_control", control),
+        "2 processes of this cgroup (memory limit 8.0 GiB): out of memory is the likely cause",
+    ),
+    "v1, no limit": (
+        {"proc/self/cgroup": V1, "sys/fs/cgroup/memory/slice/job/memory.limit_in_bytes": NONE_V1},
+        ("sys/fs/cgroup/memory/slice/job/memory.oom_control", control),
+        "2 processes of this cgroup: out of memory is the likely cause",
+    ),
+    "v1, the host's path in a container": (
+        {"proc/self/cgroup": V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "8589934592\n"},
+        ("sys/fs/cgroup/memory/memory.oom_control", control),
+        "2 processes of this cgroup (memory limit 8.0 GiB): out of memory is the likely cause",
+    ),
+    "v1, a kernel whose cgroups do not count": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/memory/slice/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n",
+            "proc/meminfo": HOST["proc/meminfo"],
+        },
+        ("proc/vmstat", vmstat),
+        "2 processes on this host (memory 62.5 GiB): out of memory is a possible cause",
+    ),
+    "the root of all": (
+        {"proc/self/cgroup": "0::/\n", "proc/meminfo": HOST["proc/meminfo"]},
+        ("proc/vmstat", vmstat),
+        "2 processes on this host (memory 62.5 GiB): out of memory is a possible cause",
+    ),
+    "no cgroups": (
+        {},
+        ("proc/vmstat", vmstat),
+        "2 processes on this host: out of memory is a possible cause",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_counters(tmp_path: Path, name: str) -> None:
+    files, (counter, words), said = TREES[name]
+    if counter != "proc/vmstat":
+        put(tmp_path, HOST)
+    put(tmp_path, {**files, counter: words(3)})
+    oom = OomCounter(str(tmp_path))
+    put(tmp_path, {"proc/vmstat": vmstat(501)} if counter != "proc/vmstat" else {})  # of another cgroup
+    assert (oom.killed(), oom.describe()) == (0, "")
+    put(tmp_path, {counter: words(4)})
+    assert oom.killed() == 1
+    assert oom.describe() == f"the kernel's OOM killer ended {said}".replace("2 processes", "a process")
+    put(tmp_path, {counter: words(5)})
+    assert oom.killed() == 2
+    assert oom.describe() == f"the kernel's OOM killer ended {said}"
+    assert OomCounter(str(tmp_path)).killed() == 0  # each starts anew
+
+
+def test_neighbours_do_not_count(tmp_path: Path) -> None:
+    own, above = "sys/fs/cgroup/slice/job/memory.events", "sys/fs/cgroup/slice/memory.events"
+    put(tmp_path, {"proc/self/cgroup": "0::/slice/job\n", own: events(0), above: events(0)})
+    oom = OomCounter(str(tmp_path))
+    put(tmp_path, {above: events(1)})
+    assert oom.killed() == 0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"proc/vmstat": "nr_free_pages 1\noom_kill\n"},
+        {"proc/vmstat": "", "proc/self/cgroup": "nonsense\n\n::\n0:\n"},
+        {"proc/self/cgroup": "0::/job\n", "sys/fs/cgroup/job/memory.events": "oom_kill many\n"},
+    ],
+)
+def test_what_cannot_be_read_counts_nothing(tmp_path: Path, files: dict[str, str]) -> None:
+    put(tmp_path, files)
+    oom = OomCounter(str(tmp_path))
+    assert (oom.killed(), oom.describe()) == (0, "")
+
+
+def test_a_counter_that_vanishes_or_falls_counts_nothing(tmp_path: Path) -> None:
+    file = "sys/fs/cgroup/job/memory.events"
+    put(tmp_path, {"proc/self/cgroup": "0::/job\n", file: events(3)})
+    oom = OomCounter(str(tmp_path))
+    put(tmp_path, {file: events(1)})
+    assert oom.killed() == 0
+    (tmp_path / file).unlink()
+    assert (oom.killed(), oom.describe()) == (0, "")
+
+
+def test_it_is_quick() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        OomCounter()
+        return time.perf_counter() - start
+
+    assert (
+        min(seconds() for _ in range(20)) < 0.001
+    )  # five times what a round may spend on it; others use this CPU, too
+
+
+# --- A real kill
+
+
+def memory_mount() -> Path | None:
+    """This process's memory cgroup, of either version, if there is one."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        mount = "/sys/fs/cgroup" if not controllers else "/sys/fs/cgroup/memory"
+        if not controllers or "memory" in controllers.split(","):
+            for folder in (Path(mount + path), Path(mount)):
+                if (folder / "memory.oom_control").exists() or (folder / "cgroup.subtree_control").exists():
+                    return folder
+    return None
+
+
+def gone(folder: Path) -> bool:
+    """Remove a cgroup; the kernel may take a moment after its last process was waited for."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A memory cgroup of 64 MiB; the test is skipped where none can be made (which takes root, as a rule)."""
+    above = memory_mount()
+    if above is None:
+        pytest.skip("no memory cgroup here")
+    folder = above / f"elastic_launch_test_{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        limits = [folder / name for name in ("memory.max", "memory.limit_in_bytes") if (folder / name).exists()]
+        if not limits:
+            pytest.skip("the memory controller is not handed on to new cgroups here")
+        limits[0].write_text(str(64 << 20))
+        for name in ("memory.swap.max", "memory.swappiness"):  # to the end of the memory without a detour by the disk
+            if (folder / name).exists():
+                (folder / name).write_text("0")
+        yield folder
+    finally:
+        wait_until(lambda: gone(folder), f"{folder} is empty")
+
+
+KILLED = """
+import os, signal, sys
+from elastic_launch.host.cgroup import OomCounter
+
+with open(sys.argv[1] + "/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+oom = OomCounter()
+def child(what):
+    pid = os.fork()
+    if not pid:
+        what()
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+def stop():
+    os.kill(os.getpid(), signal.SIGKILL)
+def eat():
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    bytearray(b"x") * (256 << 20)
+print(child(stop), oom.killed())
+print(child(eat), oom.killed())
+print(oom.describe())
+"""
+
+
+def test_a_real_kill(cgroup: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(cgroup)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [
+        f"{int(signal.SIGKILL)} 0",
+        f"{int(signal.SIGKILL)} 1",
+        "the kernel's OOM killer ended a process of this cgroup (memory limit 64 MiB): "
+        "out of memory is the likely cause",
+    ]

@@ -1,0 +1,396 @@
+"""The command line: what it means, and what it says to those who get it wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_launch import LaunchConfig, Std, UsageError
+from elastic_launch.cli import main as cli
+from elastic_launch.cli.options import OPTIONS
+from elastic_launch.config import (
+    parse_filters,
+    parse_nnodes,
+    parse_ranks,
+    parse_rdzv_conf,
+    parse_signals,
+    split_endpoint,
+)
+from elastic_launch.host import signals
+from elastic_launch.run import (
+    config_from_args,
+    determine_local_world_size,
+    get_args_parser,
+    main,
+    parse_args,
+    parse_min_max_nnodes,
+)
+from elastic_launch.workers import BOOTSTRAP
+
+
+@pytest.fixture(autouse=True)
+def _script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("")
+
+
+def config(*args: str) -> LaunchConfig:
+    return config_from_args(parse_args([*args, "train.py"]))[0]
+
+
+def complaint(capfd: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a user reads, through the real entry point."""
+    assert cli_status(*args) == 2
+    return capfd.readouterr().err
+
+
+def cli_status(*args: str) -> object:
+    """The exit status of the real entry point, in this process, which is none that it may own."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "owns_process", signals.owns_process)
+        patch.setattr(sys, "argv", ["elastic-run", *args])
+        try:
+            return cli.main()
+        except SystemExit as exit_:
+            return exit_.code
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+
+C10D = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "h:1"]
+WRONG = [
+    (["--nnodes", "3:1"], "--nnodes='3:1': must be a number of nodes"),
+    (["--nnodes", "0"], "--nnodes='0': must be"),
+    (["--nnodes", "a:b"], "--nnodes='a:b': must be"),
+    (["--nnodes", "1:2:3"], "--nnodes='1:2:3': must be"),
+    (["--nproc-per-node", "-1"], "--nproc-per-node=-1: must be a number from 1 to 65536, or auto"),
+    (["--nproc-per-node", "0"], "--nproc-per-node=0: must be a number from 1 to 65536, or auto"),
+    (["--rdzv-conf", "abc"], "--rdzv-conf='abc': must be KEY=VALUE"),
+    (["--rdzv-conf", "=1"], "--rdzv-conf='=1': must be KEY=VALUE"),
+    (["--rdzv-backend", "zookeeper"], "rendezvous backend 'zookeeper': unknown; there are c10d, etcd, etcd-v2, static"),
+    (["-m", "--no-python"], "-m/--module together with --no-python or --run-path"),
+    (["--local-ranks-filter", "x"], "--local-ranks-filter='x': must be local ranks"),
+    (["-r", "0:9"], "--redirects='0:9': must be 0 (none), 1 (stdout)"),
+    (["-t", "4"], "--tee='4': must be 0 (none), 1 (stdout)"),
+    (["--signals-to-handle", "SIGTERM,SIGFOO"], "--signals-to-handle='SIGFOO': must be names of signals"),
+    (["--signals-to-handle", "SIGKILL"], "--signals-to-handle='SIGKILL': must be names of signals"),
+    (["--master-port", "65536"], "--master-port='65536': must be a port"),
+    (["--master-port", "http"], "--master-port='http': must be a port"),
+    (["--shutdown-timeout", "-1"], "--shutdown-timeout='-1': must be a number of at least 0"),
+    (["--monitor-interval", "-0.1"], "--monitor-interval='-0.1': must be a number of seconds, at least 0"),
+    (["--monitor-interval", "nan"], "--monitor-interval='nan': must be a number of seconds"),
+    (["--max-restarts", "-1"], "--max-restarts='-1': must be a number of at least 0"),
+    (["--max-restarts", "1_0"], "--max-restarts='1_0': must be a number of at least 0"),
+    (["--node-rank", "1"], "--node-rank=1: must be below the number of nodes, 1"),
+    (["--start-method", "thread"], "--start-method='thread': must be one of spawn, fork, forkserver"),
+    (["--numa-binding", "cpu"], "--numa-binding='cpu': must be one of node, socket, exclusive, core-complex"),
+    (["--nproc-per-node", "9" * 20], "must be a number from 1 to 65536, or auto"),
+    (["--max-restarts", "9" * 5000], "must be a number of at least 0"),
+    (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    (["--ma", "1"], "ambiguous option: --ma"),
+    # Several nodes.
+    (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
+    ([*C10D, "--rdzv-conf", "join_timeout=soon"], "join_timeout=soon: must be a number of seconds above 0"),
+    ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
+    ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
+    ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
+    (["--logs-specs", "mine"], "--logs-specs=mine: no such entry point in the group torchrun.logs_specs"),
+    (["--numa-binding", "moon"], "'moon': must be one of node, socket, exclusive, core-complex"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), WRONG, ids=[" ".join(args) for args, _ in WRONG])
+def test_wrong_use_is_told_in_one_line(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = complaint(capfd, *args, "train.py")
+    assert words in text
+    assert text.count("\n") == 1
+    assert text.startswith("elastic-run: ")
+
+
+def test_script_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "script nowhere.py: no such file" in complaint(capfd, "nowhere.py")
+    assert "for a module, pass -m" in complaint(capfd, "json.tool")
+    assert "--no-python no-such-program: no such program" in complaint(capfd, "--no-python", "no-such-program")
+    assert "the script to run is missing" in complaint(capfd, "--standalone")
+    assert "unrecognized arguments: --version" in complaint(capfd, "--version")
+    assert f"script {tmp_path}: a directory without a __main__.py" in complaint(capfd, str(tmp_path))
+
+
+def test_unreadable_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    assert "script train.py: not readable by this user" in complaint(capfd, "train.py")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("PET_NNODES", "3:1", "PET_NNODES='3:1': must be a number of nodes"),
+        ("PET_MAX_RESTARTS", "many", "PET_MAX_RESTARTS='many': must be a number of at least 0"),
+        ("PET_MODULE", "yes", "PET_MODULE='yes': must be 1 or 0"),
+        ("PYTHON_EXEC", "/no/python", "PYTHON_EXEC=/no/python: no such program"),
+        ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT='soon': must be a number"),
+    ],
+)
+def test_wrong_variable_is_named(
+    variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    text = complaint(capfd, "train.py")
+    assert words in text
+    assert text.count("\n") == 1
+
+
+def test_wrong_variable_does_not_matter_where_the_option_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_MAX_RESTARTS", "many")
+    assert parse_args(["--max-restarts", "2", "train.py"]).max_restarts == 2
+
+
+OURS = {
+    "preload": [],
+    "restart_window": 0.0,
+    "restart_backoff": "0",
+    "fatal_exit_codes": "",
+    "node_failure_limit": 0,
+    "quiet": False,
+    "verbose": False,
+}
+"""What torchrun does not have."""
+
+
+def test_defaults_are_torchruns() -> None:
+    assert vars(parse_args(["train.py"])) == {
+        "nnodes": "1:1",
+        "nproc_per_node": "1",
+        "rdzv_backend": "static",
+        "rdzv_endpoint": "",
+        "rdzv_id": "none",
+        "rdzv_conf": "",
+        "standalone": False,
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+        "start_method": "spawn",
+        **OURS,
+        "event_log_handler": "null",
+        "role": "default",
+        "module": False,
+        "no_python": False,
+        "run_path": False,
+        "log_dir": None,
+        "redirects": "0",
+        "tee": "0",
+        "local_ranks_filter": "",
+        "duplicate_stdout_filters": [],
+        "duplicate_stderr_filters": [],
+        "node_rank": 0,
+        "master_addr": "127.0.0.1",
+        "master_port": None,
+        "local_addr": None,
+        "logs_specs": None,
+        "numa_binding": None,
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        "shutdown_timeout": None,
+        "virtual_local_rank": False,
+        "training_script": "train.py",
+        "training_script_args": [],
+    }
+
+
+def test_torchrun_has_the_same_options_and_defaults() -> None:
+    code = (
+        "import torch.distributed.run as run\n"
+        "parser = run.get_args_parser()\n"
+        "print(sorted(flag for action in parser._actions for flag in action.option_strings))\n"
+        "print(vars(run.parse_args(['train.py'])))\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    torchrun = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    flags, defaults = torchrun.stdout.splitlines()
+    ours = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    own = {flag for option in OPTIONS if option.dest in OURS for flag in option.flags}
+    assert sorted(ours - own) == eval(flags)
+    assert vars(parse_args(["train.py"])) == {**eval(defaults), **OURS}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: str(option.name))
+def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = {"nnodes": "2:3", "rdzv_conf": "a=b", "redirects": "3", "tee": "0:1", "local_ranks_filter": "0,1"}
+    samples |= {"rdzv_backend": "c10d", "start_method": "fork", "numa_binding": "node", "signals_to_handle": "SIGTERM"}
+    samples |= {"preload": "torch,mylib.data", "restart_backoff": "1:60", "fatal_exit_codes": "2,64-78"}
+    text = samples.get(option.dest, "7")
+    is_flag = option.default is False
+    words = [] if is_flag else [text]
+    by_flag = [getattr(parse_args([flag, *words, "train.py"]), option.dest) for flag in option.flags]
+    monkeypatch.setenv(f"PET_{option.dest.upper()}", "1" if is_flag else text)
+    by_variable = getattr(parse_args(["train.py"]), option.dest)
+    assert by_flag == [by_variable] * len(option.flags)
+    assert by_variable != option.default
+
+
+def test_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_NUMA_BINDING", "")
+    monkeypatch.setenv("PET_NNODES", "")
+    assert (parse_args(["train.py"]).numa_binding, parse_args(["train.py"]).nnodes) == (None, "1:1")
+
+
+def test_variable_zero_leaves_a_flag_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_MODULE", "0")
+    assert parse_args(["train.py"]).module is False
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--mo", "1"],
+        ["--nnodes", "bad"],
+        ["--help"],
+        ["-m", "x"],
+        ["--", "--"],
+        ["-1"],
+        ["--standalone"],
+    ],
+)
+def test_nothing_after_the_script_is_read(args: list[str]) -> None:
+    parsed = parse_args(["--nproc-per-node", "2", "train.py", *args])
+    assert (parsed.training_script, parsed.training_script_args) == ("train.py", args)
+    assert parsed.standalone is False
+
+
+@pytest.mark.parametrize(
+    ("before", "dest", "value"),
+    [
+        (["--nproc_per", "2"], "nproc_per_node", "2"),
+        (["--nproc-per-node=2"], "nproc_per_node", "2"),
+        (["--stand"], "standalone", True),
+        (["-r3"], "redirects", "3"),
+        (["-m"], "module", True),
+        (["--max-r", "3"], "max_restarts", 3),
+        (["--rdzv_conf=timeout=1,a=b"], "rdzv_conf", "timeout=1,a=b"),
+        (["--standalone", "--"], "standalone", True),
+    ],
+)
+def test_unique_abbreviations_and_joined_values(before: list[str], dest: str, value: object) -> None:
+    parsed = parse_args([*before, "train.py", "--x"])
+    assert getattr(parsed, dest) == value
+    assert (parsed.training_script, parsed.training_script_args) == ("train.py", ["--x"])
+
+
+def test_parser_serves_other_programs() -> None:
+    known, rest = get_args_parser().parse_known_args(["--nnodes", "2", "--zzz", "train.py", "--lr", "1"])
+    assert (known.nnodes, known.training_script_args, rest) == ("2", ["--lr", "1"], ["--zzz"])
+    assert isinstance(known, argparse.Namespace)
+    parser = get_args_parser()
+    parser.add_argument("--mine")
+    parser.add_argument("--mine-too", action="store_true")
+    parsed = parser.parse_args(["--mine", "value", "--mine-too", "train.py"])
+    assert (parsed.mine, parsed.mine_too, parsed.training_script) == ("value", True, "train.py")
+
+
+def test_command_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(*args: str) -> tuple[Any, list[str]]:
+        return config_from_args(parse_args(args))[1:]
+
+    python = [sys.executable, "-u", BOOTSTRAP]
+    assert command("train.py", "-x") == (python[0], [*python[1:], "script", "train.py", "-x"])
+    assert command("-m", "pkg.mod", "-x") == (python[0], [*python[1:], "module", "pkg.mod", "-x"])
+    assert command("--no-python", "true", "-x") == ("true", ["-x"])
+    assert command("-", "-x") == (python[0], ["-u", "-", "-x"])
+    assert command("--no-python", "--run-path", "train.py")[0] == sys.executable
+    monkeypatch.setenv("PYTHON_EXEC", "/bin/sh")
+    assert command("train.py")[0] == "/bin/sh"
+    assert command("--run-path", "train.py")[0] == sys.executable
+
+
+def test_config_holds_what_was_asked_for() -> None:
+    made = config(
+        "--nproc-per-node", "3", "--max-restarts", "2", "--role", "trainer", "--rdzv-id", "j", "--log-dir", "l"
+    )
+    assert (made.nproc_per_node, made.max_restarts, made.role, made.run_id) == (3, 2, "trainer", "j")
+    assert made.logs_specs is not None
+    assert made.logs_specs.root_log_dir == "l"
+    assert config("--rdzv-conf", "timeout=9").rdzv_configs == {"timeout": "9", "rank": 0}
+    assert config("--master-addr", "h", "--master-port", "7").rdzv_endpoint == "h:7"
+    assert config("--master-addr", "::1").rdzv_endpoint == "[::1]:0"
+    assert config("--standalone", "--rdzv-id", "j").run_id == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("h", ("h", 0)),
+        ("h:1", ("h", 1)),
+        ("[::1]:2", ("::1", 2)),
+        ("[::1]", ("::1", 0)),
+        ("::1", ("::1", 0)),
+        ("10.0.0.1:29500", ("10.0.0.1", 29500)),
+    ],
+)
+def test_endpoint(text: str, expected: tuple[str, int]) -> None:
+    assert split_endpoint(text) == expected
+
+
+@pytest.mark.parametrize("text", ["h:x", "h:65536", "h:", "h:-1"])
+def test_endpoint_with_a_bad_port(text: str) -> None:
+    with pytest.raises(UsageError, match="port must be a number"):
+        split_endpoint(text)
+
+
+def test_text_forms() -> None:
+    assert parse_nnodes("1:4") == parse_min_max_nnodes("1:4") == (1, 4)
+    assert parse_nnodes("2") == (2, 2)
+    assert parse_rdzv_conf(" a=1, b = x=y ,") == {"a": "1", "b": "x=y"}
+    assert parse_rdzv_conf("'a=1,b=2'") == {"a": "1", "b": "2"}
+    assert parse_ranks("0, 2") == {0, 2}
+    assert parse_ranks("") is None
+    assert parse_signals("SIGTERM, SIGUSR1") == {15, 10}
+    assert parse_filters("a,b,,c") == ["a", "b,c"]
+    assert Std.from_str("3") == Std.ALL
+    assert Std.from_str("0:1,12:2") == {0: Std.OUT, 12: Std.ERR}
+    assert determine_local_world_size("4") == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_nodes": 2},
+        {"min_nodes": 0},
+        {"nproc_per_node": 0},
+        {"max_restarts": -1},
+        {"shutdown_timeout": -1},
+        {"signals_to_handle": "SIGFOO"},
+    ],
+)
+def test_config_from_python_is_checked_too(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        LaunchConfig(**{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 1, **wrong})
+
+
+def test_defect_of_the_launcher_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("elastic_launch.run.run", fail)
+    assert cli_status("train.py") == 70
+    text = capfd.readouterr().err
+    assert "RuntimeError: a defect" in text
+    assert "this is a defect of the launcher" in text
+
+
+def test_help(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = capfd.readouterr().out
+    assert all(flag in text for option in OPTIONS for flag in option.flags)

@@ -1,0 +1,755 @@
+"""Functions as workers: what they are given, what they return, and how they fail, by every start method."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from elastic_launch import (
+    ChildFailedError,
+    DefaultLogsSpecs,
+    LaunchConfig,
+    LaunchError,
+    LocalElasticAgent,
+    SignalException,
+    UsageError,
+    WorkerSpec,
+    elastic_launch,
+)
+from elastic_launch.host.ports import reserve_port
+from elastic_launch.rendezvous.single_node import LocalRendezvous
+from elastic_launch.worker_spec import callable_name
+from tests.conftest import Job, is_alive, wait_until
+
+METHODS = ("spawn", "fork", "forkserver")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def run(fn: Callable[..., Any], *args: Any, method: str = "spawn", **changes: Any) -> dict[int, Any]:
+    settings = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 0, "start_method": method}
+    return elastic_launch(LaunchConfig(**{**settings, **changes}), fn)(*args)
+
+
+def failure(fn: Callable[..., Any], *args: Any, **changes: Any) -> ChildFailedError:
+    with pytest.raises(ChildFailedError) as caught:
+        run(fn, *args, **changes)
+    return caught.value
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+# What the workers run.
+
+
+def who(greeting: str) -> tuple[str, int, str, bool]:
+    name = multiprocessing.current_process().name
+    return f"{greeting} {rank()}", os.getppid(), name, threading.current_thread() is threading.main_thread()
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def large() -> bytes:
+    return bytes([rank()]) * 200_000_000
+
+
+def unpicklable() -> Any:
+    return (number for number in range(3)) if rank() == 1 else None
+
+
+def boom() -> None:
+    if rank() == 1:
+        raise ValueError("boom")
+    signal.pause()
+
+
+def end(how: str, status: int) -> Any:
+    if rank() == 1:
+        signal.pause()
+    if how == "os._exit":
+        os._exit(status)
+    if how == "sys.exit":
+        sys.exit(status)
+    if how == "kill":
+        os.kill(os.getpid(), status)
+    os.closerange(3, 1000)
+    return "lost"
+
+
+def leave(how: str) -> None:
+    if how == "os._exit":
+        os._exit(0)
+    sys.exit(0)
+
+
+def put(queue: Any, lock: Any) -> None:
+    with lock:
+        queue.put(rank())
+
+
+def send(connection: Any, lock: Any) -> None:
+    with lock:
+        connection.send(rank())
+
+
+def fail_once(marks: str) -> int:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        sys.exit(3)
+    Path(marks, str(rank())).write_text("")
+    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+def signals() -> tuple[bool, bool, set[int]]:
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)}
+    return (
+        all(handler is signal.SIG_DFL for handler in handlers.values()),
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+        {int(signum) for signum in signal.pthread_sigmask(signal.SIG_BLOCK, ())},
+    )
+
+
+def hang(path: str) -> None:
+    Path(path, str(rank())).write_text(str(os.getpid()))
+    signal.pause()
+
+
+def child_that_lives_on(path: str) -> None:
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    Path(path, str(rank())).write_text(str(child.pid))
+
+
+def descriptors() -> list[str]:
+    numbers = os.listdir("/proc/self/fd")  # and that of the listing itself, which is closed again
+    return [
+        os.readlink(f"/proc/self/fd/{fd}") for fd in numbers if int(fd) > 2 and os.path.exists(f"/proc/self/fd/{fd}")
+    ]
+
+
+class Trainer:
+    """Something to call that is no function; its representation is no name."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not ready")
+
+    def train(self, number: int) -> int:
+        return self.factor * number + rank()
+
+    def __call__(self, number: int) -> int:
+        return self.train(number)
+
+
+def multiply(factor: int, number: int, *, more: int = 0) -> int:
+    return factor * number + more + rank()
+
+
+def size(value: bytes) -> int:
+    return len(value)
+
+
+class Unreadable:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return int, ("nothing",)
+
+
+class Interrupting:
+    def __reduce__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def unreadable() -> Unreadable:
+    return Unreadable()
+
+
+class Odd(BaseException):
+    pass
+
+
+class Silent(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Heavy(Exception):  # noqa: N818
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+def end_oddly(how: str) -> Any:
+    if rank() == 1:
+        signal.pause()
+    match how:
+        case "odd":
+            raise Odd("what is this")
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "silent":
+            raise Silent
+        case "heavy":
+            raise Heavy("carries a lock")
+        case "group":
+            raise ExceptionGroup("several", [ValueError("a"), KeyError("b")])
+        case "text":
+            sys.exit("no data")
+        case "environment":
+            os.environ.clear()
+            raise ValueError("nothing around")
+        case "no streams":
+            sys.stdout = sys.stderr = None
+            raise ValueError("no streams")
+        case "closed streams":
+            sys.stderr.close()
+            sys.stdout.close()
+            raise ValueError("closed streams")
+        case "recursion":
+            return end_oddly(how)
+        case "coroutine":
+            return asyncio.sleep(1)
+        case "local class":
+            return type("Local", (), {})()
+        case "deep":
+            return functools.reduce(lambda inner, _: [inner], range(5000), list[Any]())
+    return None
+
+
+def die(how: str) -> None:
+    if rank() == 1:
+        signal.pause()
+    if how == "thread":
+        threading.Thread(target=os._exit, args=(9,)).start()
+        signal.pause()
+    os.write(2, b"the last line\n")  # pytest has its own in place of sys.stderr
+    ctypes.string_at(0)
+
+
+def fork_and_return(fails: bool) -> str:
+    pid = os.fork()
+    if pid == 0:
+        if fails:
+            raise ValueError("the child's")
+        return "child"
+    os.waitpid(pid, 0)
+    return "worker"
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def use_processes() -> list[int]:
+    left = multiprocessing.Process(target=time.sleep, args=(1000,), daemon=True)
+    left.start()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(square, [1, 2, 3])
+
+
+def change_everything(path: str) -> str:
+    os.chdir("/")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.close(0)
+    sys.stdout.close()
+
+    def late() -> None:
+        wait_until(lambda: threading.main_thread().is_alive())
+        Path(path, str(rank())).write_text("late")
+
+    threading.Thread(target=late).start()
+    return os.getcwd()
+
+
+def launch(method: str) -> dict[int, Any]:
+    return run(rank, method=method)
+
+
+def launch_what_fails(method: str) -> Any:
+    if rank() == 1:
+        signal.pause()
+    return run(boom, method=method)
+
+
+# What the launcher makes of it.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_worker_calls_the_function_and_its_value_comes_back(method: str) -> None:
+    values = run(who, "hello", method=method)
+    assert [value[0] for value in values.values()] == ["hello 0", "hello 1"]
+    assert len({value[1] for value in values.values()}) == 1, "the keeper is the parent of all"
+    assert values[0][1] != os.getpid()
+    assert [value[2:] for value in values.values()] == [("who-0", True), ("who-1", True)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_have_their_own_environment(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_THE_PROGRAM", "\udcff")
+    for local_rank, environ in run(environment, method=method, role="trainer").items():
+        assert environ["RANK"] == environ["LOCAL_RANK"] == str(local_rank)
+        assert (environ["ROLE_NAME"], environ["FROM_THE_PROGRAM"]) == ("trainer", "\udcff")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_values(method: str) -> None:
+    values = run(large, method=method)
+    assert [(len(value), value[-1]) for value in values.values()] == [(200_000_000, 0), (200_000_000, 1)]
+
+
+def test_local_rank_in_arguments() -> None:
+    assert [value[0] for value in run(who, "I am ${local_rank}:").values()] == ["I am 0: 0", "I am 1: 1"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unpicklable_value_names_rank_and_type(method: str) -> None:
+    error = failure(unpicklable, method=method)
+    assert list(error.failures) == [1]
+    assert "rank 1 returned a value of type generator, which cannot be handed over" in error.failures[1].error
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exception_arrives_with_its_traceback(method: str) -> None:
+    error = failure(boom, method=method)
+    assert list(error.failures) == [1], "the rank that was stopped is no failure"
+    cause = error.failures[1]
+    assert (cause.error, cause.exitcode) == ("ValueError: boom", 1)
+    assert 'raise ValueError("boom")' in cause.message
+    assert "boom FAILED" in str(error)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_ends_are_what_they_are(method: str) -> None:
+    assert failure(end, "os._exit", 7, method=method).failures[0].exitcode == 7
+    assert failure(end, "sys.exit", 8, method=method).failures[0].exitcode == 8
+    error = failure(end, "kill", signal.SIGSEGV, method=method)
+    assert (error.failures[0].signal_name(), error.exit_code) == ("SIGSEGV", 139)
+    error = failure(end, "close", 0, method=method)
+    assert "the function has closed the descriptor" in error.failures[0].error
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exit_with_0_is_success_without_a_value(method: str) -> None:
+    assert run(leave, "os._exit", method=method) == {0: None, 1: None}
+    assert run(leave, "sys.exit", method=method) == {0: None, 1: None}
+
+
+@pytest.fixture
+def _tracker() -> Iterator[None]:
+    """multiprocessing's tracker of named semaphores lives as long as the program: have it before the test's begin."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()
+    yield
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("_tracker")
+def test_queues_and_locks_are_arguments_as_for_multiprocessing(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    queue, lock, (ours, theirs) = context.Queue(), context.Lock(), context.Pipe()
+    run(put, queue, lock, method=method)
+    assert sorted(queue.get(timeout=30) for _ in range(2)) == [0, 1]
+    queue.close()
+    queue.join_thread()
+    run(send, theirs, lock, method=method)
+    assert sorted(ours.recv() for _ in range(2)) == [0, 1]
+    del queue, lock, ours, theirs
+    gc.collect()  # their descriptors are open until then
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_restart_calls_again(method: str, tmp_path: Path) -> None:
+    assert run(fail_once, str(tmp_path), method=method, max_restarts=1) == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_start_with_default_signals(method: str) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        assert run(signals, method=method) == {0: (True, True, set()), 1: (True, True, set())}
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_spawned_worker_inherits_no_descriptor_of_the_program(tmp_path: Path) -> None:
+    with open(tmp_path / "mine", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        for held in run(descriptors).values():
+            assert not [name for name in held if not name.startswith(("/memfd:", "anon_inode:[pidfd]", os.devnull))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_function_leaves_behind_ends_with_it(method: str, tmp_path: Path) -> None:
+    run(child_that_lives_on, str(tmp_path), method=method)
+    assert not [file for file in tmp_path.iterdir() if file.is_file() and is_alive(int(file.read_text()))]
+
+
+def test_function_that_cannot_be_sent_is_told_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match=r"entrypoint .*<lambda>: cannot be sent .*'spawn'.*start_method='fork'"):
+        run(lambda: 1)
+    with pytest.raises(UsageError, match="cannot pickle 'generator' object"):
+        run(who, (number for number in range(3)))
+    assert run(lambda: 40 + rank(), method="fork") == {0: 40, 1: 41}
+
+
+def test_works_twice_in_a_thread_and_under_a_running_event_loop() -> None:
+    async def cell() -> list[dict[int, Any]]:
+        return [run(lambda: rank(), method="fork"), run(os.getpid)]
+
+    first, second = asyncio.run(cell())
+    assert first == {0: 0, 1: 1}
+    assert len(set(second.values())) == 2
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(run(who, "hello")))
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+def test_agent_by_itself_takes_a_function() -> None:
+    spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), entrypoint=who, args=("hi",), max_restarts=0)
+    result = LocalElasticAgent(spec, DefaultLogsSpecs(), "fork").run()
+    assert not result.is_failed()
+    assert [value[0] for value in result.return_values.values()] == ["hi 0", "hi 1"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_signal_stops_functions(method: str, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: len([file for file in tmp_path.iterdir() if file.is_file() and file.read_text()]) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(SignalException, match="SIGTERM"):
+        run(hang, str(tmp_path), method=method)
+    thread.join()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_program_killed_leaves_no_worker(method: str, job: Job) -> None:
+    script = job.path / "program.py"
+    script.write_text(
+        "import os, signal\n"
+        "from elastic_launch import LaunchConfig, elastic_launch\n"
+        "def hang():\n"
+        f"    open({str(job.path)!r} + '/' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+        "    signal.pause()\n"
+        "if __name__ == '__main__':\n"
+        f"    elastic_launch(LaunchConfig(1, 1, 2, start_method={method!r}), hang)()\n"
+    )
+    program = subprocess.Popen([sys.executable, str(script)], cwd=job.path)
+    files = [job.path / "0", job.path / "1"]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    below = psutil.Process(program.pid).children(recursive=True)
+    assert len(below) == 3, "a keeper and two workers"
+    program.kill()
+    program.wait()
+    end = time.monotonic() + 2
+    wait_until(lambda: not any(is_alive(process.pid) for process in below))
+    assert time.monotonic() < end
+
+
+def test_launch_without_the_main_guard_is_explained(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "from elastic_launch import LaunchConfig, elastic_launch\n"
+        "def train(): pass\n"
+        "elastic_launch(LaunchConfig(1, 1, 1, max_restarts=0), train)()\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "put the launch under if __name__ == '__main__':" in ended.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_can_be_called(method: str) -> None:
+    assert run(Trainer(3).train, 4, method=method) == {0: 12, 1: 13}
+    assert run(Trainer(3), 4, method=method) == {0: 12, 1: 13}
+    assert run(functools.partial(multiply, 3, more=5), 4, method=method) == {0: 17, 1: 18}
+    assert run(len, "abc", method=method) == {0: 3, 1: 3}
+
+
+def test_names_of_what_can_be_called() -> None:
+    """They stand in reports, in process names and in messages: never a ``repr``, which may be long, or fail."""
+    assert callable_name(multiply) == "multiply"
+    assert callable_name(functools.partial(functools.partial(multiply, 1), 2)) == "multiply"
+    assert callable_name(Trainer(3)) == "Trainer"
+    assert callable_name(Trainer(3).train) == "Trainer.train"
+    with pytest.raises(UsageError, match="entrypoint Trainer: cannot be sent"):
+        run(Trainer(3), (number for number in range(3)))
+    error = failure(functools.partial(end_oddly, "odd"), method="fork")
+    assert error.name == "end_oddly"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_arguments(method: str) -> None:
+    assert run(size, bytes(100_000_000), method=method) == {0: 100_000_000, 1: 100_000_000}
+
+
+def test_value_that_cannot_be_read_names_rank_and_type() -> None:
+    with pytest.raises(LaunchError, match="rank 0 returned a value of type Unreadable, which cannot be read"):
+        run(unreadable, method="fork")
+
+
+def test_argument_that_interrupts_or_cannot_be_read() -> None:
+    with pytest.raises(KeyboardInterrupt):  # and no descriptor is left
+        run(size, Interrupting())
+    assert "'nothing'" in failure(size, Unreadable()).get_first_failure()[1].error
+
+
+ODD_ENDS = {
+    "odd": "Odd: what is this",
+    "interrupt": "KeyboardInterrupt",
+    "silent": "Silent: <exception str() failed>",
+    "heavy": "Heavy: carries a lock",
+    "group": "ExceptionGroup: several (2 sub-exceptions)",
+    "text": "SystemExit: no data",
+    "environment": "ValueError: nothing around",
+    "no streams": "ValueError: no streams",
+    "closed streams": "ValueError: closed streams",
+    "recursion": "RecursionError: maximum recursion depth exceeded",
+    "coroutine": "TypeError: rank 0 returned a value of type coroutine, which cannot be handed over",
+    "local class": "TypeError: rank 0 returned a value of type Local, which cannot be handed over",
+    "deep": "TypeError: rank 0 returned a value of type list, which cannot be handed over: RecursionError",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [*((method, how) for method in ("spawn", "fork") for how in ODD_ENDS), ("forkserver", "no streams")],
+)
+def test_odd_ends(method: str, how: str) -> None:
+    rank, cause = failure(end_oddly, how, method=method).get_first_failure()
+    assert (rank, cause.exitcode) == (0, 1)
+    assert cause.error.startswith(ODD_ENDS[how])
+    assert ("Traceback" in cause.message) == (how != "text"), "Python shows none of a SystemExit"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ends_without_an_exception(method: str) -> None:
+    assert failure(die, "thread", method=method).failures[0].exitcode == 9
+    cause = failure(die, "fault", method=method).failures[0]
+    assert (cause.signal_name(), cause.error) == ("SIGSEGV", "")
+    assert "the last line" in cause.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_child_that_a_function_forks_is_not_the_worker(fails: bool, method: str) -> None:
+    assert run(fork_and_return, fails, method=method) == {0: "worker", 1: "worker"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_functions_have_processes_of_their_own(method: str) -> None:
+    assert run(use_processes, method=method) == {0: [1, 4, 9], 1: [1, 4, 9]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_function_that_changes_its_process(method: str, tmp_path: Path) -> None:
+    before = os.getcwd()
+    assert run(change_everything, str(tmp_path), method=method) == {0: "/", 1: "/"}
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["late", "late"], "its threads are waited for"
+    assert os.getcwd() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_launch_functions(method: str) -> None:
+    inner = {0: 0, 1: 1}
+    assert run(launch, method, method=method) == {0: inner, 1: inner}
+    cause = failure(launch_what_fails, method, method=method).failures[0]
+    assert cause.error == "ValueError: boom"
+    assert 'raise ValueError("boom")' in cause.message, "the traceback is that of the innermost worker"
+
+
+def test_function_launched_by_a_script_that_elastic_run_launches(job: Job) -> None:
+    script = job.script(
+        "from elastic_launch import LaunchConfig, elastic_launch\n"
+        "def inner():\n"
+        "    if os.environ['RANK'] == '1': raise ValueError('from inside')\n"
+        "    signal.pause()\n"
+        "if __name__ == '__main__':\n"
+        "    elastic_launch(LaunchConfig(1, 1, 2, max_restarts=0), inner)()\n"
+    )
+    done = job.run("--nproc-per-node", "1", script)
+    assert done.returncode == 1
+    assert "ValueError: from inside" in done.stderr
+    assert "raise ValueError('from inside')" in done.stderr
+
+
+PROGRAM = """
+import json, os, signal, sys, threading
+from elastic_launch import LaunchConfig, SignalException, elastic_launch
+
+def work():
+    return int(os.environ["RANK"])
+
+def hang(path):
+    open(f"{path}.{os.environ['RANK']}", "w").write(str(os.getpid()))
+    signal.pause()
+
+def launch(method, fn=work, *args):
+    return elastic_launch(LaunchConfig(1, 1, 2, max_restarts=0, start_method=method), fn)(*args)
+
+if __name__ == "__main__":
+"""
+
+
+def program(path: Path, main: str, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program of its own with ``PROGRAM`` before its main part."""
+    script = path / "program.py"
+    script.write_text(PROGRAM + "".join(f"    {line}\n" for line in main.splitlines()))
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        [sys.executable, *args, str(script)], env=environ, text=True, timeout=60, **{"capture_output": True, **more}
+    )
+
+
+def test_what_waits_in_a_buffer_is_written_once(tmp_path: Path) -> None:
+    done = program(tmp_path, "sys.stdout.write('once')\nfor method in ('fork', 'spawn', 'forkserver'): launch(method)")
+    assert done.stdout == "once"
+
+
+def test_program_without_streams(tmp_path: Path) -> None:
+    main = (
+        "out = open('out', 'w')\n{}\nout.write(str([launch(method) for method in ('fork', 'spawn', 'forkserver')]))\n"
+    )
+    for close in ("sys.stdin.close(); sys.stdout.close(); sys.stderr.close()", "os.closerange(0, 3)"):
+        assert program(tmp_path, main.format(close), cwd=tmp_path).returncode == 0
+        assert (tmp_path / "out").read_text() == str([{0: 0, 1: 1}] * 3)
+
+
+def test_program_full_of_threads(tmp_path: Path) -> None:
+    main = (
+        "stop = threading.Event()\n"
+        "def turn():\n"
+        "    while not stop.wait(0.001): pass\n"
+        "idle = [threading.Thread(target=turn) for _ in range(30)]\n"
+        "values = []\n"
+        "agents = [threading.Thread(target=lambda method=method: values.append(launch(method)))\n"
+        "    for method in ('fork', 'spawn', 'forkserver') * 2]\n"
+        "for thread in idle + agents: thread.start()\n"
+        "for thread in agents: thread.join()\n"
+        "stop.set()\n"
+        "print(values == [{0: 0, 1: 1}] * 6)\n"
+    )
+    assert program(tmp_path, main, "-W", "ignore").stdout == "True\n"
+
+
+def test_program_without_a_file(tmp_path: Path) -> None:
+    """As in a notebook: what is defined there cannot be imported by a fresh process; what modules define can."""
+    main = (
+        "try: launch('spawn')\n"
+        "except ValueError as error: print(error)\n"
+        "from os import getpid\n"
+        "print(len(launch('spawn', getpid)), len(launch('forkserver', getpid)), launch('fork'))\n"
+    )
+    text = PROGRAM + "".join(f"    {line}\n" for line in main.splitlines())
+    for argv, given in ((["-"], text), (["-c", text], "")):
+        done = subprocess.run([sys.executable, *argv], input=given, capture_output=True, text=True, timeout=60)
+        why, values = done.stdout.splitlines()
+        assert "entrypoint work: cannot be sent" in why
+        assert "this program has no file (a notebook?)" in why
+        assert "start_method='fork'" in why
+        assert values == "2 2 {0: 0, 1: 1}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupt_of_the_program(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        PROGRAM
+        + f"    try: launch({method!r}, hang, {str(tmp_path / 'up')!r})\n"
+        + "    except SignalException as error: sys.exit(int(error.sigval))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)])
+    files = [tmp_path / f"up.{rank}" for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == signal.SIGINT
+    assert not any(is_alive(int(file.read_text())) for file in files)
+
+
+def test_functions_on_two_nodes(tmp_path: Path) -> None:
+    with reserve_port() as sock:
+        endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+    script = tmp_path / "node.py"
+    script.write_text(
+        PROGRAM
+        + f"    config = LaunchConfig(2, 2, 2, run_id='two', rdzv_backend='c10d', rdzv_endpoint={endpoint!r},\n"
+        + "        max_restarts=0, start_method='fork', local_addr='127.0.0.1')\n"
+        + "    print(json.dumps(elastic_launch(config, work)()))\n"
+    )
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True))
+            for _ in range(2)
+        ]
+        values = [json.loads(node.communicate(timeout=60)[0]) for node in nodes]
+    assert sorted(values, key=min) == [{"0": 0, "1": 1}, {"2": 2, "3": 3}]
+
+
+TORCH = """
+import os, sys
+import numpy, torch
+from torch import nn
+from elastic_launch import LaunchConfig, elastic_launch
+
+def train(data, model, array):
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.ones(3) * (dist.get_rank() + 1)
+    dist.all_reduce(total)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["START"] == "fork":
+        sys.exit(3)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel(data).sum().backward()
+    return total, model, model.weight.grad, array * 2  # and the process group is not destroyed
+
+if __name__ == "__main__":
+    for method in ("spawn", "fork", "forkserver"):
+        os.environ["START"] = method
+        model = nn.Linear(4, 2)
+        weight = model.weight.detach().clone()
+        config = LaunchConfig(1, 1, 2, max_restarts=1, start_method=method)
+        values = elastic_launch(config, train)(torch.ones(5, 4), model, numpy.arange(3))
+        assert list(values) == [0, 1]
+        for total, trained, gradient, array in values.values():
+            assert isinstance(trained, nn.Linear) and torch.equal(trained.weight, weight)
+            assert torch.equal(total, torch.full((3,), 3.0)) and torch.equal(gradient, torch.full((2, 4), 5.0))
+            assert array.tolist() == [0, 2, 4]
+    print("done")
+"""
+
+
+def test_torch_trains_in_functions(tmp_path: Path) -> None:
+    """Tensors and modules are arguments and values; a process group forms, again after a restart."""
+    script = tmp_path / "torch_program.py"
+    script.write_text(TORCH)
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=150)
+    assert done.stdout == "done\n", done.stderr

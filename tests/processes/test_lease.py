@@ -1,0 +1,116 @@
+"""Workers live as long as their lease: the keeper kills them when an agent that is stopped does not renew it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from elastic_launch.core.agent.lifecycle import Event, Exited, Gone, Lapsed, Started
+from elastic_launch.workers.group import Command, WorkerProcesses
+from tests.cluster.test_nodes import QUICK, start_three, up
+from tests.conftest import DEADLINE, Job, is_alive, wait_until
+
+SLEEP = Command(0, ["sleep", "1000"], {})
+
+
+@pytest.fixture
+def workers() -> Iterator[WorkerProcesses]:
+    processes = WorkerProcesses("test-lease", dict(os.environ))
+    yield processes
+    processes.close()
+
+
+def events(workers: WorkerProcesses, enough: Callable[[list[Event]], bool]) -> list[Event]:
+    """Take events until there are enough of them."""
+    found: list[Event] = []
+    poller = select.poll()
+    poller.register(workers.fileno(), select.POLLIN)
+    end = time.monotonic() + DEADLINE
+    while not enough(found):
+        assert poller.poll((end - time.monotonic()) * 1000), found
+        found += workers.take()
+    return found
+
+
+def is_gone(found: list[Event]) -> bool:
+    return any(isinstance(event, Gone) for event in found)
+
+
+def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> None:
+    until = time.monotonic() + 0.3
+    workers.lease(until)
+    workers.start([SLEEP])
+    started, lapsed, exited, gone = events(workers, is_gone)
+    assert time.monotonic() >= until
+    assert isinstance(started, Started)
+    assert lapsed == Lapsed()
+    assert isinstance(exited, Exited)
+    assert (exited.exit.exitcode, exited.exit.told) == (-signal.SIGKILL, (signal.SIGKILL,)), "it is no failure"
+    assert gone == Gone({})
+
+
+def test_a_lease_that_is_renewed_holds(workers: WorkerProcesses) -> None:
+    workers.lease(time.monotonic() + 0.2)
+    workers.start([SLEEP])
+    [started] = events(workers, bool)
+    assert isinstance(started, Started)
+    until = time.monotonic() + 0.5
+    workers.lease(until)
+    events(workers, is_gone)
+    assert time.monotonic() >= until
+
+
+def test_without_a_lease_workers_live_on(workers: WorkerProcesses) -> None:
+    workers.start([Command(0, ["true"], {})])
+    [_, exited] = events(workers, lambda found: len(found) == 2)
+    assert isinstance(exited, Exited)
+    assert exited.exit.exitcode == 0
+
+
+def test_workers_that_are_started_after_their_lease_die_at_once(workers: WorkerProcesses) -> None:
+    workers.lease(time.monotonic() - 1)
+    workers.start([SLEEP])
+    assert Lapsed() in events(workers, is_gone)
+
+
+def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: WorkerProcesses) -> None:
+    workers.start([Command(0, ["true"], {})])
+    events(workers, lambda found: len(found) == 2)
+    workers.sweep(kill=False)
+    assert is_gone(events(workers, is_gone))
+    workers.lease(time.monotonic() - 1)
+    workers.start([Command(0, ["true"], {}), SLEEP._replace(local_rank=1)])
+    found = events(workers, is_gone)
+    assert [type(event) for event in found].count(Lapsed) == 1
+
+
+def test_a_new_keeper_knows_the_lease(workers: WorkerProcesses) -> None:
+    workers.lease(time.monotonic() + 0.5)
+    os.kill(workers._keeper.pid, signal.SIGKILL)
+    assert events(workers, lambda _: True) == []
+    poller = select.poll()
+    poller.register(workers.fileno(), select.POLLIN)
+    assert poller.poll(DEADLINE * 1000), "the keeper's end shows"
+    workers.take()
+    workers.start([SLEEP])
+    assert Lapsed() in events(workers, is_gone)
+
+
+def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:
+    script = job.script(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark(f'pid {os.getpid()}')\nif restart == 0: wait()\n"
+    )
+    first, second, third = start_three(job, script, "2:3", "--shutdown-timeout", "1", conf=f"{QUICK},store_timeout=1")
+    wait_until(lambda: up(job, 0, 3))
+    pids = {int(mark.split()[2]) for mark in job.marks()}
+    third.send_signal(signal.SIGSTOP)
+    wait_until(lambda: up(job, 1, 1))
+    assert not any(map(is_alive, pids)), "also those of the agent that is still stopped"
+    assert [job.finish(process).returncode for process in (first, second)] == [0, 0]
+    third.send_signal(signal.SIGCONT)
+    job.finish(third)

@@ -1,0 +1,119 @@
+"""The port of the workers' store: held for the worker of rank 0, and replaced when a stranger takes it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+
+import pytest
+
+from elastic_launch.core.agent.lifecycle import Assigned, Join
+from elastic_launch.errors import UnavailableError
+from elastic_launch.host.ports import port_owner, reserve_port
+from elastic_launch.job import Assignment
+from elastic_launch.rendezvous.single_node import LocalRendezvous
+from tests.conftest import Job
+
+ALL_REDUCE = """
+import torch, torch.distributed as dist
+dist.init_process_group('gloo')
+total = torch.ones(1)
+dist.all_reduce(total)
+mark(f'sum {total.item():g}')
+dist.destroy_process_group()
+os._exit(0)  # torch 2.13 now and then aborts in gloo's thread when the interpreter ends soon after a collective
+"""
+
+
+def next_place(rendezvous: LocalRendezvous) -> Assignment:
+    [event] = rendezvous.ask(Join())
+    assert isinstance(event, Assigned)
+    return event.place
+
+
+def test_reserved_port_is_given_to_nobody_who_asks_for_any() -> None:
+    with reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        others = [socket.socket() for _ in range(200)]
+        try:
+            for other in others:
+                other.bind(("", 0))
+            assert port not in {other.getsockname()[1] for other in others}
+        finally:
+            for other in others:
+                other.close()
+
+
+def test_reserved_port_serves_who_asks_for_it() -> None:
+    with reserve_port() as reserved, socket.socket() as server, socket.socket() as client:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("0.0.0.0", reserved.getsockname()[1]))
+        server.listen()
+        client.connect(("127.0.0.1", reserved.getsockname()[1]))
+
+
+def test_port_in_use_names_the_process() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        assert port_owner(port) is not None
+        with pytest.raises(UnavailableError, match=rf"port {port} is in use by .*\(pid {os.getpid()}\)"):
+            reserve_port(port)
+    assert port_owner(port) is None
+
+
+def test_rounds_have_fresh_ports_unless_one_is_named() -> None:
+    rendezvous = LocalRendezvous("job", 2)
+    places = [next_place(rendezvous) for _ in range(5)]
+    assert all(place.port_picked for place in places)
+    assert all(first.master_port != second.master_port for first, second in itertools.pairwise(places))
+    rendezvous.close()
+    rendezvous = LocalRendezvous("job", 2, "host", places[0].master_port)
+    place = next_place(rendezvous)
+    assert (place.master_addr, place.master_port, place.port_picked) == ("host", places[0].master_port, False)
+    rendezvous.close()
+
+
+def test_named_port_in_use_is_an_error_before_anything_starts(job: Job) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        done = job.run("--nproc-per-node", "2", "--master-port", str(port), job.script("mark()"))
+    assert done.returncode == 69
+    assert f"port {port} is in use by" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert job.marks() == []
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("--standalone",), ("--master-port", "{free}")], ids=["plain", "standalone", "port"]
+)
+def test_torch_meets_on_the_reserved_port(job: Job, args: tuple[str, ...]) -> None:
+    with reserve_port() as sock:
+        free = str(sock.getsockname()[1])
+    args = tuple(arg.format(free=free) for arg in args)
+    done = job.run("--nproc-per-node", "2", *args, job.script(ALL_REDUCE))
+    assert done.returncode == 0, done.stderr
+    assert sorted(job.marks()) == ["0.0 sum 2", "1.0 sum 2"]
+
+
+def test_torch_meets_again_after_a_restart(job: Job) -> None:
+    text = (
+        "if restart == 0:\n    dist.init_process_group('gloo')\n    if rank == 1: os.kill(os.getpid(), 9)\n    wait()\n"
+    )
+    script = job.script("import torch, torch.distributed as dist\n" + text + ALL_REDUCE)
+    done = job.run("--nproc-per-node", "2", "--max-restarts", "1", script)
+    assert done.returncode == 0, done.stderr
+    assert sorted(job.marks()) == ["0.1 sum 2", "1.1 sum 2"]
+
+
+def test_port_that_a_stranger_took_is_replaced_without_charge(job: Job) -> None:
+    steal = (
+        "import socket\n"
+        "if rank == 0 and restart < 2:\n"
+        "    thief = socket.socket(); thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "    thief.bind(('', int(os.environ['MASTER_PORT']))); thief.listen()\n"
+    )
+    done = job.run("--nproc-per-node", "2", "--max-restarts", "0", job.script(steal + ALL_REDUCE))
+    assert done.returncode == 0, done.stderr
+    assert sorted(job.marks()) == ["0.2 sum 2", "1.2 sum 2"]
+    assert done.stderr.count("starting again with another port, without charge") == 2

@@ -1,0 +1,295 @@
+"""The job fails, recovers and ends as one: several nodes on a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from elastic_launch.core.agent.lifecycle import Finish, Leave
+from elastic_launch.core.rendezvous.protocol import Settings
+from elastic_launch.job import Level, Policy
+from tests.simulation.test_rendezvous import RESET, all_end, form, running, world
+from tests.support.simulation import Agent, World
+
+DEADLINE = 15.0
+
+
+def job(low: int, high: int, policy: Policy = Policy(3), **settings: float) -> Settings:  # noqa: B008 - a value
+    return Settings("job", low, high, last_call_timeout=10, policy=policy, **settings)  # type: ignore[arg-type]
+
+
+def finishes(made: World, *agents: Agent) -> list[Finish]:
+    """How agents ended; all of them, if none is named."""
+    ends = [agent.finish for agent in agents or made.agents]
+    assert None not in ends, f"{made}: {ends}"
+    return [end for end in ends if end is not None]
+
+
+def one(made: World, *agents: Agent) -> Finish:
+    """How all of them ended: in the same way."""
+    [end] = set(finishes(made, *agents))
+    return end
+
+
+def until(made: World, seconds: float) -> None:
+    made.run(made.now + seconds)
+
+
+# --- one cause
+
+
+@pytest.mark.parametrize("delay", [-0.02, 0.05, 0.5])
+def test_the_original_cause_wins_also_when_it_is_known_later(delay: float) -> None:
+    made = world(3, job(3, 3, Policy(0)))
+    for agent in made.agents:
+        agent.stop_time = 10
+    form(made, 3)
+    made.after(0.2, lambda: made.agents[0].fail_worker(1, RESET))
+    made.after(0.2 + delay, lambda: made.agents[1].fail_worker(-9))
+    until(made, 30)
+    end = one(made)
+    assert [(failure.host, failure.exitcode) for failure in end.failures] == [("host-1", -9), ("host-0", 1)]
+
+
+def test_of_two_original_causes_the_one_that_ended_the_round_wins() -> None:
+    made = world(3, job(3, 3, Policy(0)))
+    form(made, 3)
+    made.agents[2].fail_worker(7)
+    made.agents[0].fail_worker(8)
+    until(made, 30)
+    end = one(made)
+    assert sorted(failure.exitcode for failure in end.failures) == [7, 8]
+    assert all(agent.node.end and agent.node.end.failures[0].rank == end.failures[0].rank for agent in made.agents)
+
+
+def test_without_another_cause_a_consequence_is_the_cause_soon() -> None:
+    made = world(3, job(3, 3, Policy(0)))
+    form(made, 3)
+    failed_at = made.now
+    made.agents[1].fail_worker(1, RESET)
+    made.run(made.now + 100, stop=lambda: all(agent.finish for agent in made.agents))
+    assert one(made).failures[0].host == "host-1"
+    assert made.now - failed_at < 3 + 1, "2 s for the workers to stop; nothing is waited for when all have"
+
+
+@pytest.mark.parametrize("victim", range(3))
+def test_the_death_of_a_node_is_a_cause_that_costs_no_restart(victim: int) -> None:
+    made = world(3, job(2, 3, Policy(0)))
+    form(made, 3)
+    died_at = made.now
+    made.agents[victim].kill()
+    others = [agent for agent in made.agents if not agent.dead]
+    for agent in others:
+        agent.fail_worker(1, RESET)
+    made.run(made.now + 100, stop=lambda: all(agent.running == 1 for agent in others))
+    assert [agent.running for agent in others] == [1, 1]
+    assert made.now - died_at < DEADLINE + 2 + 2
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+    all_end(made)
+
+
+def test_a_failure_is_known_when_its_node_dies_before_it_can_tell_more() -> None:
+    made = world(3, job(3, 3, Policy(0)))
+    form(made, 3)
+    made.agents[1].fail_worker(1, "ValueError: boom")
+    until(made, 0.2)
+    made.agents[1].kill()
+    until(made, 40)
+    end = one(made, made.agents[0], made.agents[2])
+    assert (end.failures[0].host, end.failures[0].error) == ("host-1", "ValueError: boom")
+
+
+def test_what_the_launcher_fails_at_on_one_node_is_told_on_all() -> None:
+    made = world(2, job(2, 2))
+    form(made, 2)
+    made.agents[1]._step(Leave(error="cannot start the workers", status=69))
+    until(made, 30)
+    end = one(made, made.agents[0])
+    assert (end.error, end.status) == ("host-1: cannot start the workers", 69)
+
+
+# --- one count
+
+
+def test_fatal_statuses_end_the_job_everywhere() -> None:
+    made = world(2, job(2, 2, Policy(3, fatal_exit_codes=frozenset({2}))))
+    form(made, 2)
+    made.agents[1].fail_worker(2)
+    until(made, 30)
+    assert one(made).why == "exit status 2 is fatal (--fatal-exit-codes)"
+
+
+def test_a_crash_loop_is_ended_wherever_it_is_seen() -> None:
+    made = world(2, job(2, 2, Policy(99)))
+    for _ in range(3):
+        form(made, 2)
+        made.agents[1].fail_worker(1, "KeyError: 'lr'", rank=0)
+    until(made, 30)
+    assert one(made).why.startswith("crash loop: rank ")
+
+
+def test_the_count_is_kept_when_all_who_knew_it_are_gone() -> None:
+    made = world(2, job(2, 4, Policy(1), keep_alive_interval=1))
+    form(made, 2)
+    made.agents[0].fail_worker(1)
+    form(made, 2)
+    made.add()
+    made.add()
+    form(made, 4)
+    old = made.agents[:2]
+    until(made, 1)
+    for agent in old:
+        agent.kill()
+    made.run(made.now + 60, stop=lambda: made.agents[3].running == 3)
+    assert {place.ledger.charged for place in made.places[3].values()} == {1}
+
+
+def test_a_restart_may_have_to_wait() -> None:
+    made = world(2, job(2, 2, Policy(3, backoff=8, backoff_limit=60)))
+    form(made, 2)
+    failed_at = made.now
+    made.agents[0].fail_worker(1)
+    form(made, 2)
+    assert running(made) == [1, 1]
+    assert 8 < made.now - failed_at < 8 + 3
+
+
+def test_a_node_that_fails_again_and_again_leaves_its_place_to_a_spare() -> None:
+    made = world(3, job(2, 2, Policy(9, node_failure_limit=2)))
+    form(made, 2)
+    spare = next(agent for agent in made.agents if agent.running is None)
+    bad = next(agent for agent in made.agents if agent.running is not None and agent.life.place)
+    for number in (1, 2):
+        until(made, 20)
+        bad.fail_worker(1)
+        made.run(made.now + 60, stop=lambda number=number: sum(r == number for r in running(made)) == 2)  # type: ignore[misc]
+    until(made, 1)
+    assert (bad.running, spare.running) == (None, 2)
+    assert any("2 failures in a row (--node-failure-limit=2)" in line for line in bad.said)
+    spare.kill()
+    made.run(made.now + 60, stop=lambda: bad.running == 3)
+    assert bad.running == 3, "better than nothing"
+
+
+# --- one end
+
+
+def test_too_few_nodes_are_an_end_within_the_deadline() -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    died_at = made.now
+    made.agents[1].kill()
+    others = [agent for agent in made.agents if not agent.dead]
+    made.run(made.now + 100, stop=lambda: all(agent.finish for agent in others))
+    end = one(made, *others)
+    assert end.status == 69
+    assert end.error.startswith("lost host-1; still there: ")
+    assert made.now - died_at < DEADLINE + 2 + 2, "2 s for the workers to stop"
+    late = made.add()
+    until(made, 5)
+    assert one(made, late).error == end.error, "also for who comes later"
+
+
+def test_a_replacement_that_is_there_in_time_takes_over() -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    made.agents[1].kill()
+    until(made, 5)
+    made.add()
+    made.run(made.now + 60, stop=lambda: running(made)[2:] == [1, 1])
+    assert running(made)[2:] == [1, 1]
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+
+
+def test_the_others_wait_until_the_workers_of_a_leaving_node_have_stopped() -> None:
+    made = world(3, job(2, 3))
+    form(made, 3)
+    leaving = made.agents[2]
+    leaving.stop_time = 24.0
+    left_at = made.now
+    leaving.signal()
+    made.run(made.now + 60, stop=lambda: running(made)[:2] == [1, 1])
+    assert running(made)[:2] == [1, 1]
+    assert leaving.finish is not None
+    assert 2 < made.now - left_at < 24 + 2
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+
+
+@pytest.mark.parametrize("slow", range(3))
+def test_a_node_that_is_slow_to_stop_is_waited_for(slow: int) -> None:
+    made = world(3, job(2, 3, keep_alive_interval=1))
+    form(made, 3)
+    made.agents[slow].stop_time = 60  # far above the keep-alive deadline
+    made.agents[(slow + 1) % 3].fail_worker(1)
+    made.run(made.now + 100, stop=lambda: all(r == 1 for r in running(made)))
+    assert running(made) == [1, 1, 1]
+    assert {place.group_world_size for place in made.places[1].values()} == {3}
+
+
+@pytest.mark.parametrize("go", [Agent.kill, Agent.signal], ids=["dies", "leaves"])
+@pytest.mark.parametrize("number", range(3))
+def test_a_node_that_is_done_need_not_stay(number: int, go: Callable[[Agent], None]) -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    done = made.agents[number]
+    done.succeed()
+    until(made, 2)
+    go(done)
+    others = [agent for agent in made.agents if agent is not done]
+    until(made, 60)
+    assert [agent.running for agent in others] == [0, 0], "they run on"
+    all_end(made)
+    assert one(made, *others) == Finish()
+
+
+def test_nodes_that_are_done_wait_for_the_others_but_not_for_ever() -> None:
+    made = World(1, job(3, 3))
+    made.exit_barrier_timeout = 300
+    made.trouble = False
+    for _ in range(3):
+        made.add()
+    form(made, 3)
+    coordinator = next(agent for agent in made.agents if agent.life.place and agent.life.place.group_rank == 0)
+    rest = [agent for agent in made.agents if agent is not coordinator]
+    coordinator.succeed()
+    until(made, 299)
+    assert coordinator.finish is None
+    until(made, 3)
+    assert coordinator.finish == Finish()
+    until(made, 100)
+    assert [agent.running for agent in rest] == [0, 0], "they run on, watched over by another"
+    rest[0].kill()
+    until(made, 40)
+    assert "needs 3 nodes" in one(made, rest[1]).error
+
+
+def test_a_frozen_node_is_replaced_and_joins_again_when_it_thaws() -> None:
+    made = world(3, job(2, 3))
+    form(made, 3)
+    until(made, 20)
+    made.agents[1].freeze(60)
+    made.run(made.now + 40, stop=lambda: sum(r == 1 for r in running(made)) == 2)
+    assert sum(r == 1 for r in running(made)) == 2, "no worker of the old generation lives (the simulation checks)"
+    until(made, 60)
+    form(made, 3)
+    assert running(made) == [2, 2, 2]
+    assert any("this process was stopped" in line for line in made.agents[1].said)
+
+
+# --- readable
+
+
+def test_one_node_speaks_for_a_thousand() -> None:
+    made = world(40, job(40, 40))
+    form(made, 40)
+    until(made, 5)
+    made.agents[7].fail_worker(3)
+    form(made, 40)
+    all_end(made)
+    lines = [line for agent in made.agents for line in agent.heard(Level.EVENT)]
+    assert len(lines) < 12, lines
+    assert len([line for line in lines if line.startswith("formed: 40 nodes")]) == 1
+    assert len([line for line in lines if "restart 1 of 3" in line]) in (1, 2), "the node that failed, and the first"
+    assert len([line for line in lines if line.startswith("done: 80 workers")]) == 1
+    assert sum(len(agent.heard(Level.DETAIL)) for agent in made.agents) > 100

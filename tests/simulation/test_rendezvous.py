@@ -1,0 +1,468 @@
+"""The round protocol: by hand for what is promised, in thousands of random schedules for what may happen."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import fields
+from typing import NamedTuple
+
+import pytest
+
+from elastic_launch.core.agent.lifecycle import State
+from elastic_launch.core.rendezvous.chief import listed
+from elastic_launch.core.rendezvous.protocol import Phase, Settings
+from elastic_launch.core.rendezvous.ranks import assign, choose
+from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, decode, encode
+from elastic_launch.core.rendezvous.watch import LEFT, Watch
+from elastic_launch.errors import ProcessFailure, RendezvousStateError
+from elastic_launch.job import Assignment, End, EndKind, Ledger, Policy, Verdict
+from tests.support.simulation import Agent, World
+
+RESET = "RuntimeError: Connection reset by peer"
+SETTINGS = Settings("job", 2, 3, join_timeout=600, last_call_timeout=10, policy=Policy(3))
+
+
+def world(count: int, settings: Settings = SETTINGS, *, seed: int = 1, calm: bool = True) -> World:
+    """Nodes that have just been started."""
+    made = World(seed, settings)
+    made.trouble = not calm
+    for _ in range(count):
+        made.add()
+    return made
+
+
+def running(made: World) -> list[int | None]:
+    return [agent.running for agent in made.agents]
+
+
+def form(made: World, count: int) -> None:
+    """Let time pass until so many nodes run, in one round."""
+    made.run(made.now + 200, stop=lambda: sum(agent.running is not None for agent in made.agents) == count)
+    rounds = {agent.running for agent in made.agents} - {None}
+    assert len(rounds) == 1, f"{made}: {running(made)}"
+
+
+def all_end(made: World) -> None:
+    """Let the workers succeed, until every agent has ended."""
+
+    def step() -> bool:
+        for agent in made.agents:
+            agent.succeed_worker()
+        return not made.live()
+
+    made.run(made.now + 1000, stop=step)
+    assert not made.live(), f"{made}: {[agent.node.phase for agent in made.live()]}"
+
+
+def test_a_full_round_forms_at_once_and_ends_well() -> None:
+    made = world(3)
+    form(made, 3)
+    assert made.now < 1001
+    all_end(made)
+    assert all(agent.finish is not None and not agent.finish.failures for agent in made.agents)
+    assert all(agent.node.is_gone or agent.node.phase is Phase.LEAVING for agent in made.agents)
+
+
+def test_enough_nodes_wait_for_the_last_call() -> None:
+    made = world(2)
+    form(made, 2)
+    assert 1010 <= made.now < 1012
+
+
+def test_too_few_nodes_give_up_with_the_names_of_those_that_came() -> None:
+    made = world(1)
+    made.run(2000)
+    [agent] = made.agents
+    assert agent.finish is not None
+    assert agent.finish.status == 75
+    assert "1 of 2 to 3 nodes has joined after 600 s: host-0; gave up (join_timeout=600 s)" in agent.finish.error
+
+
+def test_waiting_nodes_say_who_is_there() -> None:
+    made = world(2, Settings("job", 4, 4))
+    made.run(1021)
+    for agent in made.agents:
+        assert "2 of 4 nodes have joined after 10 s: host-0, host-1; waiting up to 590 s more" in [
+            line.replace("host-1, host-0", "host-0, host-1") for line in agent.said
+        ]
+
+
+def test_waiting_nodes_say_which_rank_is_missing() -> None:
+    made = World(1, Settings("job", 3, 3))
+    made.trouble = False
+    made.add(rank=0)
+    made.add(rank=2)
+    made.run(1010)
+    assert "missing: node rank 1" in made.agents[0].said[-1]
+
+
+def test_a_failure_is_a_restart_of_all_with_one_charge() -> None:
+    made = world(3)
+    form(made, 3)
+    made.agents[1].fail_worker()
+    form(made, 3)
+    assert running(made) == [1, 1, 1]
+    assert {place.ledger.charged for place in made.places[1].values()} == {1}
+    assert made.now < 1010, "all who were there are there again: there is nobody to wait for"
+
+
+def test_restarts_are_counted_once_for_the_job_and_the_end_is_the_same() -> None:
+    made = world(2, Settings("job", 2, 2, policy=Policy(1)))
+    form(made, 2)
+    made.agents[0].fail_worker()
+    form(made, 2)
+    made.agents[1].fail_worker()
+    made.run(2000)
+    causes = {agent.finish.failures[0] for agent in made.agents if agent.finish}
+    [cause] = causes
+    assert cause.host == "host-1"
+
+
+def test_node_that_is_killed_is_gone_within_the_deadline_and_two_seconds() -> None:
+    for victim in range(3):
+        made = world(3)
+        form(made, 3)
+        killed_at = made.now
+        made.agents[victim].kill()
+        others = [agent for agent in made.agents if not agent.dead]
+
+        def again(others: list[Agent] = others) -> bool:
+            return all(agent.running == 1 for agent in others)
+
+        made.run(made.now + 100, stop=again)
+        assert again()
+        assert made.now - killed_at < SETTINGS.keep_alive_deadline + 2 + 2, "2 s for the workers to stop"
+
+
+def test_a_node_that_leaves_costs_no_restart() -> None:
+    made = world(3)
+    form(made, 3)
+    made.agents[2].signal()
+    made.run(made.now + 100, stop=lambda: running(made)[:2] == [1, 1])
+    assert running(made) == [1, 1, None]
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+
+
+def test_a_newcomer_waits_for_the_last_call_while_the_others_run() -> None:
+    made = world(2, SETTINGS._replace(max_nodes=4))
+    form(made, 2)
+    made.add()
+    came_at = made.now
+    made.run(made.now + 9)
+    assert running(made) == [0, 0, None]
+    form(made, 3)
+    assert made.now - came_at < SETTINGS.last_call_timeout + 2 + 2
+    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+
+
+def test_newcomers_that_fill_the_job_do_not_wait() -> None:
+    made = world(2, Settings("job", 2, 4, last_call_timeout=30))
+    form(made, 2)
+    made.add()
+    made.add()
+    came_at = made.now
+    form(made, 4)
+    assert made.now - came_at < 5
+
+
+def test_a_spare_takes_over_at_once() -> None:
+    made = world(4)
+    form(made, 3)
+    spare = next(agent for agent in made.agents if agent.running is None)
+    assert "the job runs on 3 nodes already: waiting as a spare" in spare.said
+    member = next(agent for agent in made.agents if agent.running is not None)
+    member.signal()
+    made.run(made.now + 100, stop=lambda: sum(r == 1 for r in running(made)) == 3)
+    assert spare.running == 1
+
+
+def test_a_chief_that_dies_is_replaced() -> None:
+    made = world(2, Settings("job", 3, 3))
+    made.run(1003)
+    chief = next(agent for agent in made.agents if agent.node.ticket == 1)
+    chief.kill()
+    made.add()
+    made.add()
+    made.run(1100, stop=lambda: len(made.places.get(0, {})) == 3)
+    assert len(made.places[0]) == 3
+    assert made.now < 1003 + 15 + 2 * 5 + 1
+
+
+def test_a_chief_that_leaves_hands_over() -> None:
+    made = world(2, Settings("job", 3, 3))
+    made.run(1003)
+    next(agent for agent in made.agents if agent.node.ticket == 1).signal()
+    made.add()
+    made.add()
+    made.run(1100, stop=lambda: len(made.places.get(0, {})) == 3)
+    assert len(made.places[0]) == 3
+    assert made.now < 1003 + 5 + 2
+
+
+def test_nodes_that_stay_keep_their_ranks() -> None:
+    made = world(3)
+    form(made, 3)
+    before = {agent.name: agent.life.place.group_rank for agent in made.agents if agent.life.place}
+    made.agents[0].fail_worker()
+    form(made, 3)
+    assert {agent.name: agent.life.place.group_rank for agent in made.agents if agent.life.place} == before
+
+
+def test_two_nodes_with_one_rank_end_the_job_with_both_names() -> None:
+    made = World(1, Settings("job", 3, 3))
+    made.trouble = False
+    for rank in (0, 1, 1):
+        made.add(rank=rank)
+    made.run(1030)
+    for agent in made.agents:
+        assert agent.finish is not None
+        assert agent.finish.status == 2
+        assert "two nodes ask for --node-rank=1: host-1 (pid 2) and host-2 (pid 3)" in agent.finish.error.replace(
+            "host-2 (pid 3) and host-1 (pid 2)", "host-1 (pid 2) and host-2 (pid 3)"
+        )
+
+
+def test_a_dead_node_leaves_its_rank_to_the_one_that_replaces_it() -> None:
+    made = World(1, Settings("job", 2, 2))
+    made.trouble = False
+    dead = made.add(rank=1)
+    made.run(1001)
+    dead.kill()
+    made.add(rank=1)
+    made.add(rank=0)
+    made.run(1100, stop=lambda: running(made)[1:] == [0, 0])
+    assert running(made)[1:] == [0, 0]
+
+
+def test_a_late_agent_finds_a_finished_job() -> None:
+    made = world(3)
+    form(made, 3)
+    all_end(made)
+    late = made.add()
+    made.run(made.now + 5)
+    assert late.finish is not None
+    assert (late.finish.failures, late.finish.error, late.finish.signum) == ((), "", None)
+    assert any("has ended already" in line for line in late.said)
+
+
+def test_requests_per_node_do_not_grow_with_their_number() -> None:
+    """Without the chief's: it alone does work in proportion."""
+    most: list[int] = []
+    for count in (4, 64):
+        made = world(count, Settings("job", count, count))
+        form(made, count)
+        most.append(max(agent.asked for agent in made.agents if agent.node.ticket != 1))
+    assert most[0] == most[1] <= 5
+
+
+# --- thousands of schedules
+
+
+class Scene(NamedTuple):
+    """What is known of a schedule's end."""
+
+    ends: str
+    rounds: int
+
+
+def play(seed: int) -> Scene:
+    """One random schedule: nodes of a random job, and random bad luck; then calm, in which all must come right."""
+    chance = random.Random(seed)
+    low = chance.randint(1, 3)
+    high = chance.randint(low, 4)
+    settings = Settings(
+        "job",
+        low,
+        high,
+        join_timeout=10_000,
+        last_call_timeout=chance.choice([2, 10]),
+        keep_alive_interval=chance.choice([1, 5]),
+        policy=Policy(
+            chance.randint(0, 3),
+            window=chance.choice([0, 0, 20]),
+            backoff=chance.choice([0, 0, 0.5]),
+            backoff_limit=5,
+            node_failure_limit=chance.choice([0, 0, 1]),
+        ),
+        store_port=chance.choice([0, 29400]),
+    )
+    made = World(seed, settings)
+    made.stop_time = chance.choice([2, 2, 25])
+    for _ in range(chance.randint(low, high + 1)):
+        made.at(made.now + chance.choice([0, chance.uniform(0, 5), chance.uniform(0, 20)]), made.start)
+
+    def strike(what: str) -> None:
+        live = made.live()
+        if what == "add" or not live:
+            made.add()
+            return
+        agent = chance.choice(live)
+        {
+            "kill": agent.kill,
+            "freeze": lambda: agent.freeze(chance.uniform(0.5, 30)),
+            "disconnect": agent.disconnect,
+            "cut": lambda: agent.disconnect(chance.uniform(0.5, 30)),
+            "succeed": agent.succeed,
+            "fail": agent.fail_worker,
+            "break": lambda: break_down(agent),
+            "signal": agent.signal,
+        }[what]()
+
+    def break_down(agent: Agent) -> None:
+        """A worker, or a whole node, is killed, and workers of others break because of it: a moment later, or before
+        anybody knows of it."""
+        peers = [peer for peer in made.live() if peer is not agent and peer.running == agent.running]
+        for peer in chance.sample(peers, chance.randint(0, len(peers))):
+            made.after(chance.uniform(0, 0.2), lambda peer=peer: peer.fail_worker(1, RESET))  # type: ignore[misc]
+        made.after(chance.uniform(0, 0.2), chance.choice([agent.kill, lambda: agent.fail_worker(-9)]))
+
+    strikes = ["kill", "freeze", "disconnect", "cut", "fail", "fail", "break", "succeed", "signal", "add"]
+    for _ in range(chance.randint(0, 8)):
+        what = chance.choice(strikes)
+        made.after(chance.uniform(0, 60), lambda what=what: strike(what))  # type: ignore[misc]
+    made.run(1100)
+    made.trouble = False
+    made.run(1400)
+    live = made.live()
+    finished = [agent.finish for agent in made.agents if agent.finish and not agent.dead and not agent.finish.signum]
+    assert not (live and finished), f"{made}: the job has ended for some and not for others"
+    if len(live) >= low:
+        rounds = {agent.part for agent in live if agent.part is not None}
+        assert len(rounds) == 1, f"{made}: in different rounds, or in none: {running(made)}"
+        places = [agent.life.place for agent in live if agent.part is not None and agent.life.place]
+        ranks = [place.group_rank for place in places]
+        # Members that are gone, but whose workers had all ended well before: the round goes on without them.
+        ranks += [rank for rank in made.places[max(rounds)] if made.is_done(max(rounds), rank) and rank not in ranks]
+        assert sorted(ranks) == list(range(places[0].group_world_size)), f"{made}: ranks have gaps"
+        assert len(ranks) >= min(high, len(live)), f"{made}: {len(places)} of {len(live)} nodes take part"
+        all_end(made)
+        return Scene("succeeded", len(made.places))
+    causes = {(finish.failures, finish.error, finish.status, finish.why) for finish in finished}
+    assert len(causes) <= 1, f"{made}: several causes: {causes}"
+    return Scene("failed" if finished else "gone", len(made.places))
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
+    scenes = []
+    for seed in range(block * 100, (block + 1) * 100):
+        try:
+            scenes.append(play(seed))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: play({seed}) shows it again") from error
+    assert {scene.ends for scene in scenes} == {"succeeded", "failed", "gone"}
+    assert max(scene.rounds for scene in scenes) >= 4
+
+
+# --- the parts
+
+
+def node(**changes: object) -> NodeRecord:
+    record = NodeRecord("id", "host", 1, 2, "default")
+    return record._replace(**changes)  # type: ignore[arg-type]
+
+
+def test_ranks_are_dense_whatever_nodes_ask_for() -> None:
+    chance = random.Random(7)
+    for _ in range(2000):
+        wishes = chance.sample(range(12), 8)
+        nodes = {
+            ticket: node(
+                rank=wishes[ticket] if chance.random() < 0.5 else -1,
+                previous=chance.choice([-1, *range(8)]),
+            )
+            for ticket in chance.sample(range(8), chance.randint(1, 8))
+        }
+        most = chance.randint(1, 8)
+        members, spares = choose(nodes, most)
+        assert sorted([*members, *spares]) == sorted(nodes)
+        assert len(members) == min(most, len(nodes))
+        for rank, ticket in enumerate(members):
+            if 0 <= nodes[ticket].rank < len(members):
+                assert rank == nodes[ticket].rank
+
+
+def test_global_and_role_ranks_follow_group_ranks() -> None:
+    nodes = [node(workers=2, role="a"), node(workers=1, role="b"), node(workers=3, role="a")]
+    places = assign(nodes, "", 29400, restart_count=4)
+    assert [place.base_rank for place in places] == [0, 2, 3]
+    assert [(place.base_role_rank, place.role_world_size) for place in places] == [(0, 5), (0, 1), (2, 5)]
+    assert {(place.world_size, place.group_world_size, place.agent_store, place.port_picked) for place in places} == {
+        (6, 3, True, False)
+    }
+
+
+def test_without_a_shared_store_rank_0_serves_the_workers() -> None:
+    nodes = [node(address="127.0.0.1", outward="10.0.0.7", port=4000), node(address="127.0.0.1", port=5000)]
+    [place, _] = assign(nodes, "", 0)
+    assert (place.master_addr, place.master_port, place.agent_store) == ("127.0.0.1", 4000, False)
+    nodes[1] = nodes[1]._replace(address="10.0.0.8")
+    assert assign(nodes, "", 0)[0].master_addr == "10.0.0.7", "others are not on this host"
+
+
+FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", timestamp=1.5, rank=3, host="host-a")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        node(rank=3),
+        Closed(0, 2, 3, (4, 5)),
+        Roster((1, 2), ("a", "b"), ("x", "y")),
+        End(EndKind.REFORM, "why", "id", ("a",)),
+        Verdict(True, Ledger(1, 2, (0.5,), "x"), (FAILURE,)),
+        Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, Ledger(1)),
+    ],
+    ids=lambda record: type(record).__name__,
+)
+def test_records_survive_the_store_and_nothing_else_passes_for_them(record: NamedTuple) -> None:
+    data = encode(record)
+    assert decode(type(record), data, "key") == record
+    chance = random.Random(3)
+    for _ in range(300):
+        broken = bytearray(data)
+        broken[chance.randrange(len(broken))] = chance.randrange(256)
+        with contextlib.suppress(RendezvousStateError):
+            decode(type(record), bytes(broken), "key")
+    for nonsense in (b"", b"{}", b"[]", b"null", b"1", b"\xff", b"[" * 100_000, b'{"kind": 1}'):
+        with pytest.raises(RendezvousStateError):
+            decode(type(record), nonsense, "key")
+    assert {field.name for field in fields(ProcessFailure)} >= {"rank", "host"}
+
+
+def test_silence_is_timed_by_the_one_who_watches() -> None:
+    watch = Watch(deadline=15, tick=1, now=0)
+    watch.greet([1, 2], 0)
+    for now in range(1, 15):
+        assert watch.look([(1, b"%d" % now), (2, b"")], now, now) == set()
+    assert watch.look([(1, b"15"), (2, b"")], 15, 15) == {2}
+    assert watch.set_back() == [1]
+    assert watch.set_back() == []
+    assert watch.look([(1, b"%d" % LEFT)], 16, 16) == {1}
+
+
+def test_a_counter_that_stands_still_is_no_sign_of_life() -> None:
+    watch = Watch(deadline=15, tick=1, now=0)
+    watch.look([(1, b"7"), (2, b"7")], 1, 1)
+    assert not watch.has_lived_since(1, 0)
+    assert watch.set_back() == [1, 2]
+    watch.look([(1, b"0"), (2, b"1")], 2, 2)
+    assert [watch.has_lived_since(ticket, 0) for ticket in (1, 2)] == [False, True]
+
+
+def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
+    watch = Watch(deadline=15, tick=1, now=0)
+    watch.greet([1], 0)
+    assert watch.look([(1, b"")], 100, 100) == set()
+
+
+def test_many_names_are_told_in_few_words() -> None:
+    assert listed(["a", "b", "a"]) == "a (2 nodes), b"
+    assert listed(f"h{n}" for n in range(20)) == "h0, h1, h2, h3, h4, h5, h6, h7 and 12 more"
+
+
+def test_states_of_the_simulation_are_those_of_the_agent() -> None:
+    made = world(3)
+    form(made, 3)
+    assert {agent.life.state for agent in made.agents} == {State.RUNNING}

@@ -1,0 +1,734 @@
+"""The job's store on real etcd: the bridge, several members, secured ones, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import http.server
+import itertools
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.errors import RendezvousConnectionError, UsageError
+from elastic_launch.store.client import StoreClient
+from elastic_launch.store.etcd.bridge import EtcdBridge
+from elastic_launch.store.etcd.server import EtcdServer, free_ports
+from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.store_contract import Connect, Connection, ServedStoreContract, leave_alone
+
+_jobs = itertools.count()
+_shared: set[int] = set()
+"""Servers that outlive a test."""
+
+
+@pytest.fixture(autouse=True)
+def _spare_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_alone(monkeypatch, *_shared)
+
+
+def new_prefix() -> str:
+    return f"/elastic/test{next(_jobs)}/"
+
+
+class Agent:
+    """What an agent has: a bridge and connections."""
+
+    def __init__(self, endpoints: str, prefix: str, **conf: str) -> None:
+        self.prefix = prefix
+        self.bridge = EtcdBridge(endpoints, prefix, conf, dict(os.environ))
+        self.clients: list[StoreClient] = []
+        self.calls = self.connect()
+
+    def connect(self) -> StoreClient:
+        self.clients.append(StoreClient(self.bridge.connect(), self.bridge.where))
+        return self.clients[-1]
+
+    def __call__(self, request: Request) -> Any:
+        return self.calls.call(request, DEADLINE)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        self.bridge.close()
+
+
+@pytest.fixture
+def agents() -> Iterator[Callable[..., Agent]]:
+    """Makes agents, and ends them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(endpoints: str, prefix: str = "", **conf: str) -> Agent:
+            agent = Agent(endpoints, prefix or new_prefix(), **conf)
+            stack.callback(agent.close)
+            return agent
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[str]:
+    server = EtcdServer()
+    server.start(stderr=subprocess.DEVNULL)
+    _shared.add(server.pid)
+    yield server.get_endpoint()
+    server.stop()
+
+
+class Trio:
+    """A cluster of three."""
+
+    def __init__(self) -> None:
+        self.ports = free_ports(6)
+        self.servers = [EtcdServer() for _ in range(3)]
+        for index in range(3):
+            self.launch(index)
+        for server in self.servers:
+            server.wait_ready(DEADLINE)
+        self.endpoints = ",".join(server.get_endpoint() for server in self.servers)
+
+    def launch(self, index: int) -> None:
+        peers = ",".join(f"m{i}=http://127.0.0.1:{self.ports[i + 3]}" for i in range(3))
+        options = ["--name", f"m{index}", "--initial-cluster", peers]
+        options += ["--heartbeat-interval", "50", "--election-timeout", "500"]
+        self.servers[index].launch(self.ports[index], self.ports[index + 3], options, subprocess.DEVNULL)
+
+    def connected(self, agent: Agent) -> int:
+        """The index of the member to which a bridge has its connection."""
+        used = {c.raddr.port for c in psutil.Process(agent.bridge.pid).net_connections("tcp") if c.raddr}
+        (index,) = [index for index in range(3) if self.ports[index] in used]
+        return index
+
+
+@pytest.fixture
+def trio() -> Iterator[Trio]:
+    trio = Trio()
+    yield trio
+    for server in trio.servers:
+        server.kill()  # in order it would take its time
+        server.stop()
+
+
+def post(endpoint: str, path: str, token: str = "", **body: Any) -> dict[str, Any]:
+    """Ask etcd by another way: its JSON gateway. Bytes become base64."""
+    data = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in body.items()}
+    connection = http.client.HTTPConnection(endpoint, timeout=DEADLINE)
+    try:
+        connection.request("POST", f"/v3/{path}", json.dumps(data), {"Authorization": token} if token else {})
+        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    finally:
+        connection.close()
+    return answer
+
+
+def wait_answer(client: Connection, seconds: float) -> list[Any]:
+    """The answers that come within some seconds."""
+    client.flush()
+    assert isinstance(client, StoreClient)
+    poller = select.poll()
+    poller.register(client, select.POLLIN)
+    end = time.monotonic() + seconds
+    while True:
+        if found := client.take():
+            return found
+        left = end - time.monotonic()
+        if left <= 0:
+            return []
+        poller.poll(left * 1000 + 1)
+
+
+def why(agent: Agent) -> str:
+    """What the bridge says when it gives up."""
+    poller = select.poll()
+    poller.register(agent.bridge, select.POLLIN)
+    assert poller.poll(DEADLINE * 1000)
+    with pytest.raises(RendezvousConnectionError) as caught:
+        agent.bridge.take()
+    return str(caught.value)
+
+
+# --- one server ---
+
+
+class TestContract(ServedStoreContract):
+    @pytest.fixture
+    def two(self, etcd: str, agents: Callable[..., Agent]) -> list[Agent]:
+        prefix = new_prefix()
+        return [agents(etcd, prefix), agents(etcd, prefix)]
+
+    @pytest.fixture
+    def connect(self, two: list[Agent]) -> Connect:
+        """Connections of two agents in turn."""
+        turns = itertools.cycle(two)
+        return lambda: next(turns).connect()
+
+    @pytest.fixture
+    def freeze(self, two: list[Agent]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        @contextlib.contextmanager
+        def freeze() -> Iterator[None]:
+            for agent in two:
+                os.kill(agent.bridge.pid, signal.SIGSTOP)
+            try:
+                yield
+            finally:
+                for agent in two:
+                    os.kill(agent.bridge.pid, signal.SIGCONT)
+
+        return freeze
+
+    def test_cancelled_wait(self, connect: Connect, prefix: str) -> None:
+        """As in the contract, but what a ``Set`` of another connection has done is there only when it knows itself."""
+        waiter, writer = connect(), connect()
+        for _ in range(2):
+            waiter.submit(Wait((prefix,)), "wait")
+            waiter.flush()
+            waiter.submit(Cancel())
+            assert wait_answer(waiter, DEADLINE) == [("wait", False)]
+        assert writer.call(Swap(prefix, b"", b"x"), DEADLINE) == b"x"
+        assert waiter.call(Get((prefix,)), DEADLINE) == [b"x"]
+        assert waiter.take() == []
+
+
+def test_every_request(etcd: str, agents: Callable[..., Agent]) -> None:
+    ask = agents(etcd)
+    assert ask(Get(("a", "b"))) == [b"", b""]
+    ask(Set((("a", b"1"), ("b", b"\0\xff"))))
+    assert ask(Get(("b", "a", "c"))) == [b"\0\xff", b"1", b""]
+    assert ask(Add("a", 41)) == 42
+    assert ask(Add("n", 1)) == 1
+    assert [ask(Add("n", amount)) for amount in (1, 5, 1, -3, 0, 1)] == [2, 7, 8, 5, 5, 6]
+    assert ask(Get(("n",))) == [b"6"]
+    assert ask(Swap("n", b"6", b"six")) == b"six"
+    assert ask(Swap("new", b"", b"mine")) == b"mine"
+    assert ask(Swap("new", b"", b"yours")) == b"mine"
+    assert ask(Swap("new", b"mine", b"ours")) == b"ours"
+    assert ask(Swap("nothing", b"x", b"y")) == b""
+    for more in (b"x", b"yz", b"\0"):
+        ask(Append("log", more))
+        ask(Append("a", more))
+    assert ask(Get(("log", "a"))) == [b"xyz\0", b"42xyz\0"]
+    assert ask(Swap("log", b"xyz\0", b"cut")) == b"cut"
+    ask(Append("log", b"+"))
+    assert ask(Get(("log",))) == [b"cut+"]
+    assert [ask(Delete("log")), ask(Delete("log"))] == [True, False]
+    ask(Append("log", b"again"))
+    assert ask(Get(("log",))) == [b"again"]
+    assert ask(Delete("n")) is True
+    assert ask(Add("n", 1)) == 1
+    assert ask(Wait(("n", "a"))) is True
+
+
+def test_a_wait_ends_when_the_last_key_comes_or_when_it_is_cancelled(etcd: str, agents: Callable[..., Agent]) -> None:
+    prefix = new_prefix()
+    one, two = agents(etcd, prefix), agents(etcd, prefix)
+    waiting = one.connect()
+    for name in ("x", "y"):
+        waiting.submit(Wait((name, name + "2")), name)
+        two(Set(((name, b"1"),)))
+        two(Get((name,)))
+        assert one(Get((name, name + "2"))) == [b"1", b""]
+        assert wait_answer(waiting, 0.05) == []
+        two(Add(name + "2", 1))
+        assert wait_answer(waiting, DEADLINE) == [(name, True)]
+    waiting.submit(Wait(("never",)), "z")
+    waiting.flush()
+    waiting.submit(Cancel())
+    assert wait_answer(waiting, DEADLINE) == [("z", False)]
+    assert waiting.call(Get(("x",)), DEADLINE) == [b"1"]
+
+
+def test_a_wait_that_ends_while_its_cancellation_comes_loses_nothing(etcd: str, agents: Callable[..., Agent]) -> None:
+    agent = agents(etcd)
+    rows = [(agent.connect(), agent.connect()) for _ in range(8)]
+    for turn in range(60):
+        for row, (waiting, setting) in enumerate(rows):
+            waiting.submit(Wait((f"{turn}/{row}",)), turn)
+            setting.submit(Set(((f"{turn}/{row}", b"x"),)))
+            waiting.flush()
+        for waiting, setting in rows:
+            setting.flush()
+            waiting.submit(Cancel())
+            waiting.flush()
+        for row, (waiting, _) in enumerate(rows):
+            assert waiting.call(Wait((f"{turn}/{row}",)), DEADLINE) is True
+            [(tag, came)] = waiting.take()
+            assert (tag, came in (True, False)) == (turn, True)
+
+
+def test_a_wait_survives_the_compaction_of_its_revision(agents: Callable[..., Agent]) -> None:
+    ports = free_ports(2)
+    server = EtcdServer()
+    server.launch(ports[0], ports[1], stderr=subprocess.DEVNULL)
+    try:
+        server.wait_ready(DEADLINE)
+        endpoint = server.get_endpoint()
+        agent = agents(endpoint)
+        waiting = agent.connect()
+        for name in ("late", "later"):
+            waiting.submit(Wait((name,)), name)
+            waiting.flush()
+            for _ in range(5):
+                agent(Add("n", 1))
+            if name == "later":  # it comes while nobody is there to tell of it
+                other = agents(endpoint, agent.prefix)
+                other(Get(("x",)))
+                os.kill(agent.bridge.pid, signal.SIGSTOP)
+                other(Swap(name, b"", b"1"))
+            revision = post(endpoint, "kv/range", key=b"x")["header"]["revision"]
+            assert "header" in post(endpoint, "kv/compaction", revision=revision, physical=True)
+            server.kill()
+            server.launch(ports[0], ports[1], stderr=subprocess.DEVNULL)
+            server.wait_ready(DEADLINE)
+            if name == "late":
+                agent(Add("n", 1))
+                agent(Set(((name, b"1"),)))
+            os.kill(agent.bridge.pid, signal.SIGCONT)
+            assert wait_answer(waiting, DEADLINE) == [(name, True)]
+    finally:
+        server.stop()
+
+
+def test_many_keys_and_long_values(etcd: str, agents: Callable[..., Agent]) -> None:
+    ask = agents(etcd)
+    items = tuple((f"k{index}", b"%d" % index * 100) for index in range(1000))
+    ask(Set(items))
+    assert ask(Get(tuple(key for key, _ in items))) == [value for _, value in items]
+    big = tuple((f"big{index}", bytes([index + 1]) * 900_000) for index in range(5))
+    ask(Set(big))
+    assert ask(Get(tuple(key for key, _ in big))) == [value for _, value in big]
+
+
+def test_values_beyond_etcds_limit(etcd: str, agents: Callable[..., Agent]) -> None:
+    ask = agents(etcd)
+    one, two = b"1" * 2_000_000, b"2" * 3_000_000
+    assert ask(Swap("k", b"", one)) == one
+    assert ask(Swap("k", two, b"x")) == one
+    assert ask(Swap("k", one, two)) == two
+    ask(Append("k", one))
+    assert ask(Get(("k",))) == [two + one]
+
+
+def test_keys_lie_below_the_prefix_on_a_lease_of_a_day(etcd: str, agents: Callable[..., Agent]) -> None:
+    prefix = new_prefix()
+    one, two = agents(etcd, prefix), agents(etcd, prefix)
+    one(Set((("a", b"1"),)))
+    two(Add("n", 1))
+    two(Append("l", b"x"))
+    two(Get(("a",)))
+    end = prefix[:-1].encode() + b"0"
+    kvs = post(etcd, "kv/range", key=prefix.encode(), range_end=end)["kvs"]
+    leases = {kv["lease"] for kv in kvs}
+    assert len(kvs) >= 4
+    assert len(leases) == 1
+    answer = post(etcd, "lease/timetolive", ID=leases.pop())
+    assert int(answer["grantedTTL"]) == 24 * 3600
+    assert not post(etcd, "kv/range", key=b"\0", range_end=prefix.encode()).get("kvs") or prefix > "/elastic/test0/"
+
+
+def test_a_job_whose_lease_is_gone_is_an_error(etcd: str, agents: Callable[..., Agent]) -> None:
+    prefix = new_prefix()
+    agent = agents(etcd, prefix)
+    agent(Add("n", 1))
+    kvs = post(etcd, "kv/range", key=prefix.encode(), range_end=prefix[:-1].encode() + b"0")["kvs"]
+    post(etcd, "lease/revoke", ID=kvs[0]["lease"])
+    with pytest.raises(RendezvousConnectionError):
+        agent(Add("n", 1))
+    assert f"the job's keys in etcd at {etcd} are gone" in why(agent)
+
+
+def test_256_connections_add_at_once(etcd: str, agents: Callable[..., Agent]) -> None:
+    prefix = new_prefix()
+    connections = [agent.connect() for agent in [agents(etcd, prefix) for _ in range(4)] for _ in range(64)]
+    for client in connections:
+        client.call(Get(("x",)), DEADLINE)
+    begin = time.monotonic()
+    for client in connections:
+        client.submit(Add("ticket", 1), 0)
+        client.submit(Append("all", b"."), 1)
+        client.submit(Get(("all",)), 2)
+        client.flush()
+    sums = []
+    for client in connections:
+        answers: dict[Any, Any] = {}
+        while len(answers) < 3:
+            answers.update(wait_answer(client, DEADLINE))
+        sums.append(answers[0])
+    assert time.monotonic() - begin < 10  # 0.4 s on two idle cores
+    assert sorted(sums) == list(range(1, 257))
+    assert connections[0].call(Get(("all",)), DEADLINE) == [b"." * 256]
+
+
+def test_what_was_sent_before_the_end_is_done(etcd: str, agents: Callable[..., Agent]) -> None:
+    prefix = new_prefix()
+    leaving, staying = agents(etcd, prefix), agents(etcd, prefix)
+    staying(Get(("x",)))
+    leaving.calls.submit(Set((("last", b"words"),)))
+    leaving.calls.flush()
+    leaving.close()  # the bridge has hardly started
+    assert staying(Get(("last",))) == [b"words"]
+
+
+def test_nonsense_closes_its_connection_and_no_other(etcd: str, agents: Callable[..., Agent]) -> None:
+    agent = agents(etcd)
+    agent(Set((("text", b"abc"),)))
+    other = agent.connect()
+    with pytest.raises(RendezvousConnectionError):
+        other.call(Add("text", 1), DEADLINE)
+    with agent.bridge.connect() as stranger:
+        stranger.setblocking(True)
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert stranger.recv(100) == b""
+    assert agent(Get(("text",))) == [b"abc"]
+    agent.bridge.take()
+
+
+# --- the process ---
+
+
+def test_the_bridge_ends_with_an_agent_that_is_killed(etcd: str) -> None:
+    code = (
+        "import os, sys; from elastic_launch.store.etcd.bridge import EtcdBridge\n"
+        f"b = EtcdBridge({etcd!r}, '/x/', {{}}, dict(os.environ))\n"
+        "c = b.connect(); print(b.pid, flush=True); sys.stdin.read()"
+    )
+    agent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with agent:
+        assert agent.stdout
+        pid = int(agent.stdout.readline())
+        wait_until(lambda: len(psutil.Process(pid).threads()) > 1, "gRPC's threads")
+        assert os.getsid(pid) == pid
+        agent.send_signal(signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_a_bridge_that_is_killed_is_reported(etcd: str, agents: Callable[..., Agent]) -> None:
+    agent = agents(etcd)
+    agent(Add("n", 1))
+    agent.bridge.take()
+    os.kill(agent.bridge.pid, signal.SIGKILL)
+    assert f"(pid {agent.bridge.pid}) ended: killed by SIGKILL" in why(agent)
+    with pytest.raises(RendezvousConnectionError):
+        agent.connect().call(Get(("n",)), DEADLINE)
+
+
+def test_signals_of_a_terminal_do_not_end_the_bridge(etcd: str, agents: Callable[..., Agent]) -> None:
+    agent = agents(etcd)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(agent.bridge.pid, signum)
+    assert agent(Add("n", 1)) == 1
+
+
+def test_without_etcd3_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p];"
+        f"sys.path.append({str(Path(__file__).parents[2])!r});"
+        "from elastic_launch.store.etcd import protobuf\n"
+        "try: protobuf.load()\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "UnavailableError" in run.stdout
+    assert "pip install 'elastic-launch[etcd]'" in run.stdout
+
+
+# --- three members ---
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Callable[..., Agent], how: str) -> None:
+    prefix = new_prefix()
+    victim = agents(trio.endpoints, prefix)
+    victim(Get(("x",)))
+    index = trio.connected(victim)
+    server = trio.servers[index]
+    others = [agents(trio.endpoints, prefix) for _ in range(2)]
+    everyone = [victim, *others]
+    stop = threading.Event()
+    gaps: list[float] = []
+
+    def add(client: StoreClient) -> list[int]:
+        sums = []
+        last = time.monotonic()
+        while not stop.is_set():
+            sums.append(client.call(Add("n", 1), DEADLINE))
+            client.call(Append("log", b"."), DEADLINE)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+        return [int(s) for s in sums if isinstance(s, int)]
+
+    def wait(client: StoreClient) -> int:
+        count = 0
+        while not stop.is_set():
+            assert client.call(Wait((f"event{count}",)), DEADLINE) is True
+            count += 1
+        return count
+
+    def write(client: StoreClient) -> int:
+        count = 0
+        while not stop.is_set() or count < 50:
+            assert client.call(Swap(f"event{count}", b"", b"1"), DEADLINE) == b"1"
+            count += 1
+            client.call(Get((f"event{count}",)), DEADLINE)
+        client.call(Swap(f"event{count}", b"", b"1"), DEADLINE)
+        return count + 1
+
+    connections = [[agent.connect() for _ in range(4)] for agent in everyone]
+    with ThreadPoolExecutor(16) as pool:
+        adding = [pool.submit(add, c) for mine in connections for c in mine[:2]]
+        waiting = [pool.submit(wait, mine[2]) for mine in connections]
+        writing = pool.submit(write, connections[1][3])
+        try:
+            wait_until(lambda: len(gaps) > 60)
+            if how == "kill":
+                server.kill()
+            else:
+                os.kill(server.pid, signal.SIGSTOP)
+            before = len(gaps)
+            # All of the victim's connections are served again.
+            wait_until(lambda: len(gaps) > before + 60)
+            with_victim = victim(Add("n", 1))
+            if how == "kill":
+                trio.launch(index)
+            else:
+                os.kill(server.pid, signal.SIGCONT)  # what it had not answered it may do now
+            server.wait_ready(DEADLINE)
+            before = len(gaps)
+            wait_until(lambda: len(gaps) > before + 60)
+        finally:
+            if server.pid > 0:
+                os.kill(server.pid, signal.SIGCONT)
+            stop.set()
+    sums = [s for future in adding for s in future.result()] + [with_victim]
+    assert sorted(sums) == list(range(1, len(sums) + 1))
+    assert others[0](Add("n", 0)) == len(sums)
+    assert len(others[0](Get(("log",)))[0]) == len(sums) - 1
+    assert all(0 < future.result() <= writing.result() for future in waiting)
+    assert max(gaps) < 10  # the attempt that a frozen member costs, and an election: 2 to 4 s
+
+
+def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Agent]) -> None:
+    agent = agents(trio.endpoints)
+    waiting = agent.connect()
+    for index in range(3):
+        waiting.submit(Wait((f"k{index}",)), index)
+        waiting.flush()
+        assert agent(Get(("x",))) == [b""]
+        trio.servers[index].kill()
+        agent(Set(((f"k{index}", b"1"),)))
+        assert wait_answer(waiting, DEADLINE) == [(index, True)]
+        trio.launch(index)
+        trio.servers[index].wait_ready(DEADLINE)
+
+
+def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> None:
+    server = EtcdServer()
+    server.start(stderr=subprocess.DEVNULL)
+    try:
+        agent = agents(server.get_endpoint(), read_timeout="1")
+        agent(Add("n", 1))
+        server.kill()
+        with pytest.raises(RendezvousConnectionError):
+            agent(Add("n", 1))
+        text = why(agent)
+        assert text.startswith(f"etcd at {server.get_endpoint()} lost for 1 s (read_timeout of --rdzv-conf): ")
+    finally:
+        server.stop()
+
+
+# --- TLS, users ---
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca.pem, another-ca.pem; server.pem, client.pem with their .key files."""
+    folder = tmp_path_factory.mktemp("tls")
+    assert shutil.which("openssl"), "the certificates are made with openssl: install it"
+
+    def openssl(*args: str) -> None:
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name in ("ca", "another-ca"):
+        openssl(*new, "-x509", "-days", "2", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
+    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
+    for name in ("server", "client"):
+        openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "ext")
+        openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.pem")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def secured(certificates: Path) -> Iterator[str]:
+    """The endpoint of an etcd that wants certificates."""
+    server = EtcdServer()
+    port, peer_port, health_port = free_ports(3)
+    url = f"https://127.0.0.1:{port}"
+    options = [
+        *("--listen-client-urls", url, "--advertise-client-urls", url, "--client-cert-auth"),
+        *("--cert-file", str(certificates / "server.pem"), "--key-file", str(certificates / "server.key")),
+        *("--trusted-ca-file", str(certificates / "ca.pem")),
+        *("--listen-metrics-urls", f"http://127.0.0.1:{health_port}"),
+    ]
+    server.launch(port, peer_port, options, subprocess.DEVNULL)
+    server.wait_ready(DEADLINE, health_port)
+    _shared.add(server.pid)
+    yield server.get_endpoint()
+    server.stop()
+
+
+def test_tls_with_a_clients_certificate(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
+    path = {name: str(certificates / name) for name in ("ca.pem", "client.pem", "client.key")}
+    ca, cert, key = path["ca.pem"], path["client.pem"], path["client.key"]
+    assert agents(secured, protocol="https", cacert=ca, cert=cert, key=key)(Add("n", 1)) == 1
+    assert agents(secured, ca_cert=ca, ssl_cert=cert, ssl_cert_key=key)(Add("n", 1)) == 1
+
+
+def test_tls_that_does_not_fit_says_so(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
+    path = {name: str(certificates / name) for name in ("ca.pem", "another-ca.pem", "client.pem", "client.key")}
+    client = {"cert": path["client.pem"], "key": path["client.key"]}
+    text = why(agents(secured, cacert=path["another-ca.pem"], **client))
+    assert f"etcd at {secured} is of no use: its certificate is not one of the authority in cacert" in text
+    text = why(agents(secured, cacert=path["ca.pem"], read_timeout="1"))
+    assert secured in text
+    assert "cert and key of --rdzv-conf" in text
+    text = why(agents(secured, read_timeout="1"))
+    assert f"etcd at {secured} cannot be reached" in text
+    assert "it may want protocol=https in --rdzv-conf" in text
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[str]:
+    """The endpoint of an etcd with users: root (password "secret"), ann ("pass", reads and writes /elastic/)."""
+    server = EtcdServer()
+    port, peer_port = free_ports(2)
+    server.launch(port, peer_port, ["--auth-token-ttl", "1"], subprocess.DEVNULL)
+    server.wait_ready(DEADLINE)
+    endpoint = server.get_endpoint()
+    for user, password, role in (("root", "secret", "root"), ("ann", "pass", "jobs")):
+        post(endpoint, "auth/user/add", name=user, password=password)
+        post(endpoint, "auth/role/add", name=role)
+        post(endpoint, "auth/user/grant", user=user, role=role)
+    permission = {"permType": "READWRITE", "key": "L2VsYXN0aWMv", "range_end": "L2VsYXN0aWMw"}
+    post(endpoint, "auth/role/grant", name="jobs", perm=permission)
+    post(endpoint, "auth/enable")
+    _shared.add(server.pid)
+    yield endpoint
+    server.stop()
+
+
+def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
+    prefix = new_prefix()
+    agent = agents(guarded, prefix, user="ann", password="pass")
+    assert agent(Add("n", 1)) == 1
+    assert agents(guarded, prefix, username="ann", password="pass")(Add("n", 1)) == 2
+    waiting = agent.connect()
+    waiting.submit(Wait(("k",)), 0)
+    waiting.flush()
+    # Its tokens expire when they are not used for a second.
+    token = post(guarded, "auth/authenticate", name="ann", password="pass")["token"]
+    time_of_use = time.monotonic()
+
+    def expired() -> bool:
+        nonlocal time_of_use
+        if time.monotonic() < time_of_use + 2.2:
+            return False
+        time_of_use = time.monotonic()
+        return "error" in post(guarded, "kv/range", token, key=b"/elastic/x")
+
+    wait_until(expired)
+    late = agent.connect()
+    late.submit(Wait(("k2",)), 0)
+    late.flush()
+    assert agent(Add("n", 1)) == 3
+    agent(Set((("k", b"1"), ("k2", b"1"))))
+    assert wait_answer(waiting, DEADLINE) == wait_answer(late, DEADLINE) == [(0, True)]
+
+
+def test_users_who_may_not_are_told(guarded: str, agents: Callable[..., Agent]) -> None:
+    text = why(agents(guarded, user="ann", password="wrong"))
+    assert f"etcd at {guarded} does not accept user=ann with this password" in text
+    text = why(agents(guarded))
+    assert f"etcd at {guarded} wants a user: pass user=NAME,password=... in --rdzv-conf" in text
+    text = why(agents(guarded, "/elsewhere/", user="ann", password="pass"))
+    assert "denies user=ann the job's keys" in text
+
+
+def test_user_and_password_where_nobody_asks_for_them(etcd: str, agents: Callable[..., Agent]) -> None:
+    assert agents(etcd, user="ann", password="pass")(Add("n", 1)) == 1
+
+
+# --- endpoints that are none ---
+
+
+def test_a_closed_port(agents: Callable[..., Agent]) -> None:
+    (port,) = free_ports(1)
+    text = why(agents(f"127.0.0.1:{port}", read_timeout="0.5"))
+    assert text.startswith(f"etcd at 127.0.0.1:{port} cannot be reached within 0.5 s (read_timeout of --rdzv-conf): ")
+    assert "refused" in text
+
+
+def test_an_http_server(agents: Callable[..., Agent]) -> None:
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        timeout = 1
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        endpoint = f"127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            text = why(agents(endpoint, read_timeout="1"))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert endpoint in text
+    assert "is of no use: it is no etcd, but perhaps another HTTP server" in text
+
+
+def test_an_etcd_that_speaks_no_tls(etcd: str, agents: Callable[..., Agent]) -> None:
+    text = why(agents(etcd, protocol="https", read_timeout="0.5"))
+    assert f"etcd at {etcd} cannot be reached within 0.5 s" in text
+    assert "no TLS connection: check protocol" in text
+
+
+def test_a_silent_server_and_one_that_works(etcd: str, agents: Callable[..., Agent]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert agents(f"{endpoint},{etcd}")(Add("n", 1)) == 1
+        assert f"etcd at {endpoint} cannot be reached within 0.3 s" in why(agents(endpoint, read_timeout="0.3"))
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "conf", "message"),
+    [
+        ("a:1", {"cacert": "/no/such/file"}, "cacert=/no/such/file: No such file"),
+        ("a:1", {"protocol": "ftp"}, "protocol=ftp: must be http or https"),
+        ("a:1", {"user": "ann"}, "one of user and password"),
+        ("a:1", {"cert": __file__}, "one of cert and key"),
+        ("a:1", {"read_timeout": "soon"}, "read_timeout=soon: must be a number"),
+        (" , ", {}, "no endpoint"),
+    ],
+)
+def test_wrong_settings(endpoints: str, conf: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EtcdBridge(endpoints, "/x/", conf, {})

@@ -1,0 +1,391 @@
+"""The job's store: what every store must do, in memory and on torch's own TCPStore; and our client among strangers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+
+from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.store import wire
+from elastic_launch.store.client import NotAStoreError, StoreClient, connect
+from elastic_launch.store.memory import MemoryStore
+from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.wire import U32, Op
+from tests.conftest import DEADLINE, wait_until
+from tests.support.store_contract import (
+    Connect,
+    Connection,
+    ServedStoreContract,
+    StoreContract,
+    answers,
+    frozen,
+    leave_alone,
+)
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[StoreHost]:
+    """A store that the tests share."""
+    with contextlib.closing(StoreHost(bind_endpoint(0), dict(os.environ))) as host:
+        while not host.take():
+            assert select.select([host], [], [], DEADLINE)[0]
+        yield host
+
+
+@pytest.fixture(autouse=True)
+def _shared(host: StoreHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_alone(monkeypatch, host.pid)
+
+
+@pytest.fixture
+def to_host(host: StoreHost) -> Iterator[Callable[[], StoreClient]]:
+    """Makes connections to it."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(
+            contextlib.closing(connect(("127.0.0.1", host.port), socket.AF_INET, "store at here"))
+        )
+
+
+class TestC10d(ServedStoreContract):
+    @pytest.fixture
+    def connect(self, to_host: Callable[[], StoreClient]) -> Connect:
+        return to_host
+
+    @pytest.fixture
+    def freeze(self, host: StoreHost) -> Callable[[], AbstractContextManager[None]]:
+        return lambda: frozen(host.pid)
+
+
+class MemoryConnection:
+    """A connection to a store in memory, which looks like a client."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self.answers: list[tuple[Any, Answer]] = []
+
+    def submit(self, request: Request, tag: Any = None) -> None:
+        self.store.apply(request, lambda answer: self.answers.append((tag, answer)), self)
+
+    def flush(self) -> None:
+        pass
+
+    def take(self) -> list[tuple[Any, Answer]]:
+        answers, self.answers = self.answers, []
+        return answers
+
+    def call(self, request: Request, timeout: float) -> Answer:
+        self.submit(request)
+        return self.answers.pop()[1]
+
+    def close(self) -> None:
+        self.store.drop(self)
+
+
+class TestMemory(StoreContract):
+    @pytest.fixture
+    def connect(self) -> Connect:
+        store = MemoryStore()
+        return lambda: MemoryConnection(store)
+
+
+def test_answer_in_memory_may_ask_again() -> None:
+    store = MemoryStore()
+    log: list[Answer] = []
+    store.apply(Wait(("a",)), lambda _: store.apply(Set((("b", b"x"),)), log.append, "one"), "one")
+    store.apply(Wait(("b",)), log.append, "other")
+    store.apply(Set((("a", b"x"),)), log.append)
+    assert log == [None, None, True]
+    assert store.values == {"a": b"x", "b": b"x"}
+
+
+TORCHS_SIDE = """
+import sys
+from datetime import timedelta
+from torch.distributed import PrefixStore, TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=30))
+inner = PrefixStore("p", store)
+assert store.get("ours") == b"one" and store.get("ours/counter") == b"7" and store.get("clé") == b"\\0"
+assert store.add("ours/counter", 3) == 10
+assert store.compare_set("ours/created", "", "torch") == b"us"
+assert store.check(["ours", "ours/appended"]) and not store.check(["ours", "none"])
+assert store.multi_get(["ours", "ours/appended"]) == [b"one", b"ab"]
+assert inner.get("ours") == b"inner"
+store.append("ours/appended", "c")
+store.set("torchs", "two")
+inner.set("torchs", "inner two")
+store.wait(["awaited"])
+store.set("done", "x")
+store.delete_key("ours")
+"""
+
+
+def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], StoreClient], host: StoreHost) -> None:
+    client, waiter = to_host(), to_host()
+    items = (("ours", b"one"), ("clé", b"\0"), ("ours/appended", b"a"), ("p/ours", b"inner"))
+    client.call(Set(items), DEADLINE)
+    client.call(Append("ours/appended", b"b"), DEADLINE)
+    assert client.call(Add("ours/counter", 7), DEADLINE) == 7
+    assert client.call(Swap("ours/created", b"", b"us"), DEADLINE) == b"us"
+    command = [sys.executable, "-c", TORCHS_SIDE, str(host.port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as torchs:
+        waiter.submit(Wait(("torchs", "p/torchs")), "wait")
+        wait_until(lambda: step(waiter), "torch's write")
+        keys = ("torchs", "p/torchs", "ours/counter", "ours/appended", "ours/created")
+        assert client.call(Get(keys), DEADLINE) == [b"two", b"inner two", b"10", b"abc", b"us"]
+        client.call(Set((("awaited", b"x"),)), DEADLINE)
+        assert client.call(Wait(("done",)), DEADLINE) is True
+        _, errors = torchs.communicate(timeout=DEADLINE)
+        assert (torchs.returncode, errors) == (0, "")
+    assert client.call(Delete("ours"), DEADLINE) is False
+
+
+def step(client: StoreClient) -> list[tuple[Any, Answer]]:
+    """What a loop does when something has happened."""
+    client.flush()
+    return client.take()
+
+
+class Server:
+    """Accepts connections and does with them what a test says, in a thread."""
+
+    def __init__(self, serve: Callable[[socket.socket], None]) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self._run, args=(serve,))
+
+    def _run(self, serve: Callable[[socket.socket], None]) -> None:
+        connection, _ = self.listening.accept()
+        with connection, contextlib.suppress(ConnectionError):
+            serve(connection)
+
+    def __enter__(self) -> StoreClient:
+        self.thread.start()
+        self.client = connect(self.listening.getsockname(), socket.AF_INET, "store at here:1")
+        return self.client
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.thread.join()
+        self.listening.close()
+
+
+def read_to_end(connection: socket.socket) -> None:
+    while connection.recv(1 << 16):
+        pass
+
+
+def greeted(answer: bytes) -> Callable[[socket.socket], None]:
+    """A server that greets as it should, and then answers with these bytes, and nothing more."""
+
+    def serve(connection: socket.socket) -> None:
+        data = connection.recv(1 << 16, socket.MSG_PEEK)
+        connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:] + answer)
+        assert data
+        read_to_end(connection)
+
+    return serve
+
+
+def http(connection: socket.socket) -> None:
+    connection.recv(1 << 16)
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("serve", "message", "certain"),
+    [
+        (lambda connection: None, "closes the connection instead of answering.* torch before 2.5", False),
+        (lambda connection: connection.recv(1), "closes the connection instead of answering", False),  # a reset
+        (read_to_end, r"accepts connections but does not answer as a TCPStore, for 0\.1 s", False),
+        (http, "not as a TCPStore does .*HTTP/1.1 400", True),
+        (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "SSH-2.0", True),
+        (lambda connection: connection.sendall(connection.recv(10)), "not as a TCPStore does", True),  # an echo
+        (lambda connection: connection.sendall(b"\0\0"), "closes the connection", False),
+        (greeted(b"\xff" * 8), "a value of .* bytes", True),
+    ],
+    ids=["closes", "resets", "silent", "http", "ssh", "echo", "two bytes", "nonsense"],
+)
+def test_strangers(serve: Callable[[socket.socket], None], message: str, certain: bool) -> None:
+    with Server(serve) as client, pytest.raises(NotAStoreError, match=f"^store at here:1 .*{message}") as caught:
+        client.call(Get(("k",)), 0.1 if serve is read_to_end else DEADLINE)
+    assert caught.value.certain is certain
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [(Wait(("k",)), b"\1"), (Wait(("k",)), b"\7"), (Add("k", 1), b"\0" * 9)],
+    ids=["stopped wait", "wait", "too much"],
+)
+def test_nonsense_after_the_greeting(request_: Request, answer: bytes) -> None:
+    with Server(greeted(answer)) as client:
+        client.submit(request_)
+        with pytest.raises(NotAStoreError, match="not as a TCPStore does"):
+            wait_until(lambda: step(client) and False)
+
+
+def test_nothing_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+    client = connect(address, socket.AF_INET, "store at here:1")
+    with (
+        contextlib.closing(client),
+        pytest.raises(RendezvousConnectionError, match="here:1: connection refused") as caught,
+    ):
+        client.call(Get(()), DEADLINE)
+    assert not isinstance(caught.value, NotAStoreError)
+
+
+def test_address_without_a_route() -> None:
+    client = connect(("255.255.255.255", 1), socket.AF_INET, "store at here:1")
+    with contextlib.closing(client), pytest.raises(RendezvousConnectionError, match="here:1: cannot connect: "):
+        wait_until(lambda: step(client) and False)
+
+
+def test_connection_that_is_not_accepted() -> None:
+    """A full queue: the system drops what comes, as a firewall does."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(contextlib.closing(connect(listening.getsockname(), socket.AF_INET, "store at here:1")))
+            for _ in range(3)
+        ]
+        with pytest.raises(RendezvousConnectionError, match=r"here:1: no connection after 0\.1 s"):
+            clients[-1].call(Get(()), 0.1)
+
+
+def test_answers_before_a_loss_are_handed_out() -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:] + wire.I64.pack(5) + b"\0\0")
+
+    with Server(serve) as client:
+        client.submit(Add("k", 5), "first")
+        client.submit(Add("k", 5), "second")
+        assert answers(client, 1) == [("first", 5)]
+        with pytest.raises(RendezvousConnectionError, match="connection lost") as caught:
+            wait_until(lambda: client.take() and False)
+        assert not isinstance(caught.value, NotAStoreError)
+        client.submit(Add("k", 5))  # a connection that is lost takes requests, and says again that it is
+        assert not client.wants_write()
+        with pytest.raises(RendezvousConnectionError, match="connection lost"):
+            client.take()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_segments_may_be_cut_anywhere(seed: int) -> None:
+    """The same answers come of the bytes of a server however they are cut; likewise the server's side."""
+    chance = random.Random(seed)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    store, received, reply = MemoryStore(), bytearray(), bytearray()
+    waiting = [False]
+
+    def tell_waiter(done: Answer) -> None:
+        waiting[0] = False
+        reply.append(wire.DONE if done else wire.STOPPED)
+
+    def serve(op: Op, fields: list[Any]) -> None:
+        first = fields[0] if fields else None
+        keys = [key.decode()[1:] for key in first[:: 2 if op is Op.MULTI_SET else 1]] if isinstance(first, list) else []
+        key = first.decode()[1:] if isinstance(first, bytes) else ""
+        answer: list[Any] = []
+        if op is Op.PING:
+            reply.extend(U32.pack(fields[0]))
+        elif op is Op.MULTI_GET:
+            store.apply(Get(tuple(keys)), answer.append)
+            reply.extend(wire.pack_blobs(answer[0]))
+        elif op is Op.MULTI_SET:
+            store.apply(Set(tuple(zip(keys, fields[0][1::2], strict=True))), answer.append)
+        elif op is Op.SET:
+            store.apply(Set(((key, fields[1]),)), answer.append)
+        elif op is Op.APPEND:
+            store.apply(Append(key, fields[1]), answer.append)
+        elif op is Op.ADD:
+            store.apply(Add(key, fields[1]), answer.append)
+            reply.extend(wire.I64.pack(answer[0]))
+        elif op is Op.DELETE_KEY:
+            store.apply(Delete(key), answer.append)
+            reply.extend(wire.I64.pack(answer[0]))
+        elif op is Op.COMPARE_SET:
+            store.apply(Swap(key, fields[1], fields[2]), answer.append)
+            reply.extend(wire.pack_blob(answer[0] or fields[1]))
+        elif op is Op.WAIT:
+            waiting[0] = True
+            store.apply(Wait(tuple(keys)), tell_waiter)
+        elif op is Op.CANCEL_WAIT:
+            if waiting[0]:
+                store.apply(Cancel(), answer.append)
+            else:
+                reply.append(wire.STOPPED)
+
+    def some_request() -> Request:
+        keys = tuple(chance.choice("abcdefgh") for _ in range(chance.randrange(5)))
+        value = chance.randbytes(chance.choice((1, 3, 50, 3000)))
+        return chance.choice(
+            (
+                Get(keys),
+                Set(tuple((key, value) for key in keys)),
+                Set(((chance.choice("abc"), value),)),
+                Swap(chance.choice("abc"), chance.choice((b"", b"x")), chance.choice((b"x", value))),
+                Add("number", chance.randrange(-9, 9)),
+                Append(chance.choice("abc"), value),
+                Delete(chance.choice("abc")),
+                Wait((chance.choice("abc"),)),
+                Wait((chance.choice("abcxyz"),)),
+            )
+        )
+
+    model = MemoryStore()
+    expected: list[tuple[Any, Answer]] = []
+    found: list[tuple[Any, Answer]] = []
+    with contextlib.closing(StoreClient(ours, "store at here")) as client, theirs:
+        for number in range(400):
+            request = some_request()
+            client.submit(request, number)
+            model.apply(request, lambda answer, number=number: expected.append((number, answer)))  # type: ignore[misc]
+            if isinstance(request, Wait):
+                client.submit(Cancel())
+                model.apply(Cancel(), lambda _: None)
+        theirs.setblocking(False)
+        while len(found) < len(expected):
+            client.flush()
+            with contextlib.suppress(BlockingIOError):
+                received += theirs.recv(chance.choice((1, 7, 500, 60000)))
+            while taken := wire.take_request(received):
+                serve(*taken)
+            sent = theirs.send(reply[: chance.choice((1, 2, 5, 100, 20000))])
+            del reply[:sent]
+            found += client.take()
+    assert found == expected
+    assert store.values == model.values
+
+
+def test_servers_side_refuses_what_is_no_request() -> None:
+    for data in (b"\xff", bytes([Op.SET]) + wire.U64.pack(8193), bytes([Op.WAIT]) + wire.U64.pack(1 << 40)):
+        with pytest.raises(wire.ProtocolError):
+            wire.take_request(bytearray(data))
+
+
+def test_wire_can_be_imported_alone() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import wire; print([m for m in sys.modules if 'elastic' in m])"
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, os.path.dirname(wire.__file__)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == "[]\n"
+
+
+def _a_client_is_a_connection(client: StoreClient) -> Connection:
+    return client  # mypy checks this

@@ -1,0 +1,168 @@
+"""Several hosts on this machine, with cables between them that can be cut; see ``tests.support.switch``. Needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from tests.conftest import DEADLINE, wait_until
+from tests.support import switch
+
+
+class Program:
+    """Something that runs on a host; what it writes goes to a file, so that a test can read it meanwhile."""
+
+    def __init__(self, command: list[str], path: Path, env: dict[str, str]) -> None:
+        self._path = path
+        with path.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+            )
+
+    def said(self) -> str:
+        """What it has written so far, to its standard output and error."""
+        return self._path.read_text(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        """Wait until it has written something."""
+        wait_until(lambda: text in self.said() or self.process.poll() is not None, text)
+        assert text in self.said(), self.said()
+
+    def wait(self) -> int:
+        """Wait for its end. Returns the status."""
+        try:
+            return self.process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self._path.name} has not ended; it said:\n{self.said()}") from None
+
+    def freeze(self) -> None:
+        """Stop it; what it has started goes on."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+
+class Host:
+    """One of the hosts. All see the same files and processes, but each has its own name, address and loopback."""
+
+    def __init__(self, hosts: Hosts, number: int, spaces: list[str]) -> None:
+        self.number = number
+        self.name, self.address = switch.name(number), switch.address(number)
+        self.programs: list[Program] = []
+        self._hosts = hosts
+        self._net, self._uts, self._mount = spaces
+        self._path = hosts.path / self.name
+        """The working directory of what runs here."""
+        self._path.mkdir()
+        self._temp = Path(os.environ["TMPDIR"]) / self.name
+        self._temp.mkdir()
+
+    def run(self, *command: str, **env: str) -> Program:
+        """Start a program here."""
+        # Entering the mount namespace loses the working directory.
+        enter = ["nsenter", f"--net={self._net}", f"--uts={self._uts}", f"--mount={self._mount}"]
+        there = ["env", f"--chdir={self._path}", f"TMPDIR={self._temp}"]
+        output = self._hosts.path / f"{self.name}.output.{len(self.programs)}"
+        self.programs.append(Program([*enter, *there, *command], output, {**os.environ, "OMP_NUM_THREADS": "1", **env}))
+        return self.programs[-1]
+
+    def start(self, *args: str, **env: str) -> Program:
+        """Start ``elastic-run`` here, with these arguments and these changes to the environment."""
+        return self.run(sys.executable, "-m", "elastic_launch", *args, **env)
+
+    def power_off(self) -> None:
+        """Everything here ends in the midst of what it does, and nobody outside is told. The host may start anew.
+
+        It stays cut off until then, and its temporary files are lost.
+        """
+        self._hosts.cut(self)
+        self._hosts.order("power_off", self.number)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for what was killed here, which could not remove its temporary files."""
+        for program in self.programs:
+            program.process.wait(DEADLINE)
+        if any(program.process.returncode == -signal.SIGKILL for program in self.programs):
+            shutil.rmtree(self._temp)
+            self._temp.mkdir()
+
+
+class Hosts:
+    """Hosts 1 to ``count``: ``hosts[1]``. What was cut stays so until ``heal``."""
+
+    def __init__(self, count: int, path: Path) -> None:
+        self.path = path
+        self._rules: dict[tuple[int, int], float | None] = {}
+        assert os.geteuid() == 0, "these tests make network namespaces: run them as root"
+        self._switch = subprocess.Popen(
+            [sys.executable, "-I", "-S", switch.__file__, str(count), str(path / "hosts")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for pytest, which then ends this process
+        )
+        spaces: dict[str, list[int]] = self._answer()
+        folder = f"/proc/{self._switch.pid}/fd"
+        self._hosts = [Host(self, int(n), [f"{folder}/{fd}" for fd in fds]) for n, fds in spaces.items()]
+
+    def __getitem__(self, number: int) -> Host:
+        return self._hosts[number - 1]
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    def cut(self, host: Host, *others: Host) -> None:
+        """Lose all packets between a host and some others, or all of them, both ways."""
+        for other in others or self._hosts:
+            self._rules[host.number, other.number] = self._rules[other.number, host.number] = None
+        self._apply()
+
+    def lose(self, source: Host, to: Host) -> None:
+        """Lose the packets from one host to another, but not those that come back."""
+        self._rules[source.number, to.number] = None
+        self._apply()
+
+    def delay(self, seconds: float) -> None:
+        """Have every packet take so long."""
+        self._rules = {(a.number, b.number): seconds for a in self._hosts for b in self._hosts}
+        self._apply()
+
+    def heal(self) -> None:
+        """All packets arrive again, at once."""
+        self._rules = {}
+        self._apply()
+
+    def _apply(self) -> None:
+        self.order("rules", *((source, to, late) for (source, to), late in self._rules.items()))
+
+    def order(self, *order: object) -> None:
+        """Have the switch do something, and wait until it is done."""
+        _pipe(self._switch.stdin).write(json.dumps(order) + "\n")
+        _pipe(self._switch.stdin).flush()
+        self._answer()
+
+    def _answer(self) -> Any:
+        line = _pipe(self._switch.stdout).readline()
+        assert line, "the switch has ended; it says why on standard error"
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Kill what runs on the hosts, and remove them."""
+        with self._switch:  # whose end waits for it
+            _pipe(self._switch.stdin).close()
+            for host in self._hosts:
+                host.wait()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
