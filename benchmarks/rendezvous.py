@@ -33,12 +33,21 @@ from unittest.mock import patch
 import psutil
 from common import machine, spread
 
-from elastic_launch.core.agent.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle
+from elastic_launch.core.agent.lifecycle import (
+    AgentEvent,
+    Assigned,
+    Decided,
+    Ended,
+    RendezvousAction,
+    ReportFailure,
+    ReportRound,
+    RequestJoin,
+)
 from elastic_launch.core.rendezvous.protocol import Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Get, Request
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
-from elastic_launch.job import Policy, Verdict
+from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
@@ -227,38 +236,38 @@ class Fleet:
         match order:
             case "join":
                 for agent in self.agents:
-                    self.ask(agent, Join())
+                    self.ask(agent, RequestJoin())
             case "fail":
-                self.ask(self.agents[-1], Announce(FAILURE))
+                self.ask(self.agents[-1], ReportFailure(FAILURE))
             case "traffic":
                 cpu = cpu_time([os.getpid()]), cpu_time([self.bridge.pid] if self.bridge else [])
                 self.control.send(([agent.backend.traffic() for agent in self.agents], *cpu))
         return True
 
-    def ask(self, agent: Agent, action: Asking) -> None:
+    def ask(self, agent: Agent, action: RendezvousAction) -> None:
         self.follow(agent, agent.rendezvous.ask(action))
 
-    def follow(self, agent: Agent, events: list[Event]) -> None:
+    def follow(self, agent: Agent, events: list[AgentEvent]) -> None:
         """Do what the real agent does, but for the workers."""
         while events:
             event = events.pop(0)
             match event:
-                case Assigned(place):
-                    agent.rank = place.group_rank
+                case Assigned(assignment):
+                    agent.rank = assignment.group_rank
                     self.placed += 1
                     if self.placed == len(self.agents):
                         self.placed = 0
                         now = time.monotonic()
                         ranks = [agent.rank for agent in self.agents]
-                        self.control.send((now, place.restart_count, ranks, self.ended_at))
+                        self.control.send((now, assignment.restart_count, ranks, self.ended_at))
                 case Ended(end):
                     self.ended_at = time.monotonic()
-                    verdict = Verdict(True)
+                    decision = Decision(True)
                     if end.mine:
-                        verdict = Verdict(True, failures=(FAILURE,))
-                    events += agent.rendezvous.ask(Settle(verdict))
-                case Decided(verdict) if verdict.restart:
-                    events += agent.rendezvous.ask(Join())
+                        decision = Decision(True, failures=(FAILURE,))
+                    events += agent.rendezvous.ask(ReportRound(decision))
+                case Decided(decision) if decision.restart:
+                    events += agent.rendezvous.ask(RequestJoin())
                 case _:
                     raise SystemExit(f"unexpected: {event}")
         self.look_after(agent)

@@ -162,14 +162,14 @@ def row(what: str, samples: Samples, digits: int, times: float | None, limit: fl
     warm, peer = median(samples[WARM]), median(samples[PEER])
     targets = []
     if times is not None:
-        targets.append(f"≥ {times:g} times: {verdict(peer / warm >= times)}")
+        targets.append(f"≥ {times:g} times: {decision(peer / warm >= times)}")
     if limit is not None:
-        targets.append(f"≤ {limit:g}: {verdict(warm <= limit)}")
+        targets.append(f"≤ {limit:g}: {decision(warm <= limit)}")
     cells = [spread(samples[name], digits) for name in LAUNCHERS]
     return f"| {what} | {' | '.join(cells)} | {peer / warm:.1f} | {', '.join(targets)} |"
 
 
-def verdict(is_met: bool) -> str:
+def decision(is_met: bool) -> str:
     return "met" if is_met else "MISSED"
 
 

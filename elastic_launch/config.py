@@ -155,7 +155,7 @@ class LaunchConfig:
     """Exit statuses after which there is no restart: ``2,64-78``."""
     node_failure_limit: int = 0
     """A node that has caused so many failures in a row lets a spare take its place; 0: none does."""
-    verbosity: int = Level.EVENT
+    verbosity: int = Level.INFO
     """What people are told at most, a ``Level``: 0 trouble, 1 the job's events, 2 what each node does."""
 
     @property

@@ -253,10 +253,10 @@ class Recorder:
     """Name of the rendezvous backend."""
     write: Callable[[str], None]
     """Takes the lines for the console: standard error must not hold up the agent, as a handler of logging's would."""
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     """Takes a line for people."""
 
-    def round_started(self, place: Assignment, pids: Mapping[int, int], *, seconds: float, joining: float) -> None:
+    def round_started(self, assignment: Assignment, pids: Mapping[int, int], *, seconds: float, joining: float) -> None:
         """Record that the nodes have met, and that the workers of a round were started.
 
         Args:
@@ -267,16 +267,18 @@ class Recorder:
         """
         events = [
             # torch gives the ranks out in a step of its own; here they come with the place.
-            self._event("RENDEZVOUS", place, seconds, duration_ms=joining * 1000),
-            self._event("ASSIGN_WORKER_RANKS", place, seconds, duration_ms=0.0),
+            self._event("RENDEZVOUS", assignment, seconds, duration_ms=joining * 1000),
+            self._event("ASSIGN_WORKER_RANKS", assignment, seconds, duration_ms=0.0),
         ]
-        events += [self._worker_event("START", place, rank, pids, seconds) for rank in range(place.local_world_size)]
+        events += [
+            self._worker_event("START", assignment, rank, pids, seconds) for rank in range(assignment.local_world_size)
+        ]
         self._record(events)
 
     def run_ended(
         self,
         state: WorkerState,
-        place: Assignment | None,
+        assignment: Assignment | None,
         pids: Mapping[int, int],
         failures: Iterable[ProcessFailure] = (),
         *,
@@ -297,13 +299,13 @@ class Recorder:
         """
         events: list[Event] = []
         by_rank = {failure.rank: failure for failure in failures}
-        if place and not error:
-            for local_rank in range(place.local_world_size):
-                failure = by_rank.get(place.rank(local_rank))
+        if assignment and not error:
+            for local_rank in range(assignment.local_world_size):
+                failure = by_rank.get(assignment.rank(local_rank))
                 # Without a failure of its own a worker of a failed job was stopped, or had ended before.
                 name = "FAILED" if failure else "SUCCEEDED" if state is WorkerState.SUCCEEDED else "TERMINATED"
-                events.append(self._worker_event(name, place, local_rank, pids, seconds, failure))
-        events.append(self._event("FAILED" if error else "SUCCEEDED", place, seconds, raw_error=error or None))
+                events.append(self._worker_event(name, assignment, local_rank, pids, seconds, failure))
+        events.append(self._event("FAILED" if error else "SUCCEEDED", assignment, seconds, raw_error=error or None))
         self._record(events)
 
     def _record(self, events: Iterable[Event]) -> None:
@@ -317,12 +319,12 @@ class Recorder:
             for handler in _logger(destination).handlers:
                 handler.flush()  # the program may end without the interpreter's own end
         except Exception as error:
-            self.say(f"--event-log-handler={destination}: events are lost: {type(error).__name__}: {error}")
+            self.log(f"--event-log-handler={destination}: events are lost: {type(error).__name__}: {error}")
 
     def _worker_event(
         self,
         state: str,
-        place: Assignment,
+        assignment: Assignment,
         local_rank: int,
         pids: Mapping[int, int],
         seconds: float,
@@ -331,16 +333,16 @@ class Recorder:
         pid = pids.get(local_rank, -1)
         return self._event(
             state,
-            place,
+            assignment,
             seconds,
             source=EventSource.WORKER,
-            global_rank=place.rank(local_rank),
+            global_rank=assignment.rank(local_rank),
             worker_id=str(pid) if pid > 0 else None,
             raw_error=_raw_error(failure) if failure else None,
             details={
                 "local_rank": [local_rank],
-                "role_rank": [place.base_role_rank + local_rank],
-                "role_world_size": [place.role_world_size],
+                "role_rank": [assignment.base_role_rank + local_rank],
+                "role_world_size": [assignment.role_world_size],
                 "exit_code": [failure.exitcode if failure else None],
                 "worker_pid": [failure.pid if failure else None],
             },
@@ -349,7 +351,7 @@ class Recorder:
     def _event(
         self,
         state: str,
-        place: Assignment | None,
+        assignment: Assignment | None,
         seconds: float,
         *,
         source: EventSource = EventSource.AGENT,
@@ -362,7 +364,7 @@ class Recorder:
         """One event, with torch's fields in torch's order."""
         import json
 
-        group_world_size = place.group_world_size if place else None
+        group_world_size = assignment.group_world_size if assignment else None
         entry_point = os.path.basename(self.spec.get_entrypoint_name())
         return Event(
             f"torchelastic.worker.status.{state}",
@@ -371,10 +373,10 @@ class Recorder:
             {
                 "run_id": self.run_id,
                 "global_rank": global_rank,
-                "group_rank": place.group_rank if place else None,
+                "group_rank": assignment.group_rank if assignment else None,
                 "worker_id": worker_id,
                 "role": self.spec.role,
-                "hostname": place.host if place else os.uname().nodename,
+                "hostname": assignment.host if assignment else os.uname().nodename,
                 "state": state,
                 "total_run_time": int(seconds),
                 "rdzv_backend": self.backend,
@@ -382,7 +384,7 @@ class Recorder:
                 "metadata": json.dumps(
                     {"group_world_size": group_world_size, "entry_point": entry_point, **(details or {})}
                 ),
-                "agent_restarts": place.ledger.charged if place else 0,
+                "agent_restarts": assignment.restart_history.used if assignment else 0,
                 "duration_ms": duration_ms,
             },
         )

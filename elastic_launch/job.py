@@ -27,12 +27,12 @@ class Policy(NamedTuple):
     """A node that has caused so many failures in a row leaves its place to a spare; 0: never."""
 
 
-class Ledger(NamedTuple):
+class RestartHistory(NamedTuple):
     """What the job remembers of its failures."""
 
-    charged: int = 0
+    used: int = 0
     """Restarts that count against ``max_restarts``."""
-    free: int = 0
+    uncharged: int = 0
     """Restarts for a port that was taken, which do not."""
     ages: tuple[float, ...] = ()
     """Seconds since the failures that still count; without a window only since the last one."""
@@ -49,11 +49,11 @@ class Ledger(NamedTuple):
 class Level(IntEnum):
     """How much a line matters. What is shown are the levels up to the chosen one."""
 
-    TROUBLE = 0
+    WARNING = 0
     """Each node speaks for itself."""
-    EVENT = 1
+    INFO = 1
     """One for each event of the job's life: one node speaks for all. The default."""
-    DETAIL = 2
+    DEBUG = 2
 
 
 class Assignment(NamedTuple):
@@ -79,7 +79,7 @@ class Assignment(NamedTuple):
     """The workers' store is served already, by the launcher; else the worker of rank 0 serves it."""
     restart_count: int = 0
     """Rounds before this one; it grows whatever ended them, so that no two rounds share a key space in the store."""
-    ledger: Ledger = Ledger()
+    restart_history: RestartHistory = RestartHistory()
     """As the round began."""
 
     @property
@@ -96,8 +96,8 @@ class EndKind(StrEnum):
     """Why a round ends, and so what follows."""
 
     FAILED = "failed"
-    """A worker failed: its node decides, in a ``Verdict``, whether there is another round."""
-    REFORM = "reform"
+    """A worker failed: its node decides, in a ``Decision``, whether there is another round."""
+    MEMBERSHIP_CHANGED = "reform"
     """Nodes come or go: another round, without charge."""
     STOP = "stop"
     """A signal stops the whole job."""
@@ -129,11 +129,11 @@ class End(NamedTuple):
     """It was this node that said so."""
 
 
-class Verdict(NamedTuple):
+class Decision(NamedTuple):
     """What follows a round, for every node alike."""
 
     restart: bool
-    ledger: Ledger = Ledger()
+    restart_history: RestartHistory = RestartHistory()
     """As in ``Assignment``, for the next round."""
     failures: tuple[ProcessFailure, ...] = ()
     """The cause first."""

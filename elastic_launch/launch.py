@@ -10,7 +10,7 @@ from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig, is_num
 from elastic_launch.core.agent.worker_env import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
-from elastic_launch.host.console import say
+from elastic_launch.host.console import log
 from elastic_launch.job import Level
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
@@ -59,7 +59,7 @@ def launch_agent(
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
-        rdzv_handler=create_rendezvous(config, environ, say),
+        rdzv_handler=create_rendezvous(config, environ, log),
         entrypoint=entrypoint,
         args=tuple(args),
         max_restarts=config.max_restarts,
@@ -97,9 +97,9 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
 
         cpus = cpu_count()
         environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
-        level = Level.EVENT if config.max_nodes == 1 else Level.DETAIL  # many nodes would all say it
+        level = Level.INFO if config.max_nodes == 1 else Level.DEBUG  # many nodes would all say it
         if config.nproc_per_node > 1 and config.verbosity >= level:
-            say(
+            log(
                 f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
                 f"({cpus} CPUs, {config.nproc_per_node} workers); set it to have another number"
             )

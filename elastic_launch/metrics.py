@@ -147,7 +147,7 @@ def _warn(instead: str) -> None:
     warnings.warn(f"Deprecated: use {instead}", FutureWarning, stacklevel=3)
 
 
-def put_round_metrics(role: str, state: str, restarts: int, max_restarts: int, say: Callable[[str], None]) -> None:
+def put_round_metrics(role: str, state: str, restarts: int, max_restarts: int, log: Callable[[str], None]) -> None:
     """What torch's agent tells of its workers, which it does ten times a second; here at both ends of a round.
 
     Args:
@@ -157,11 +157,11 @@ def put_round_metrics(role: str, state: str, restarts: int, max_restarts: int, s
         max_restarts: that there were.
         say: takes a line for people, about a handler that raises: it ends no job.
     """
-    _put_all({f"workers.{role}.remaining_restarts": max_restarts - restarts, f"workers.{role}.{state.lower()}": 1}, say)
+    _put_all({f"workers.{role}.remaining_restarts": max_restarts - restarts, f"workers.{role}.{state.lower()}": 1}, log)
 
 
 def put_run_metrics(
-    role: str, succeeded: bool, restarts: int, max_restarts: int, seconds: float, say: Callable[[str], None]
+    role: str, succeeded: bool, restarts: int, max_restarts: int, seconds: float, log: Callable[[str], None]
 ) -> None:
     """What torch's agent tells when the workers have ended for good, succeeded or failed.
 
@@ -188,13 +188,13 @@ def put_run_metrics(
             "SimpleElasticAgent.run.success": 1,
             "SimpleElasticAgent.run.duration.ms": int(seconds * 1000),
         },
-        say,
+        log,
     )
 
 
-def _put_all(metrics: dict[str, float], say: Callable[[str], None]) -> None:
+def _put_all(metrics: dict[str, float], log: Callable[[str], None]) -> None:
     try:
         for name, value in metrics.items():
             put_metric(name, value)
     except Exception as error:
-        say(f"metrics are lost: {type(error).__name__}: {error}")
+        log(f"metrics are lost: {type(error).__name__}: {error}")

@@ -16,16 +16,16 @@ from elastic_launch.agent.loop import Driver
 from elastic_launch.agent.worker_group import Workers
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
 from elastic_launch.core.agent.lifecycle import (
+    AgentPhase,
+    AgentState,
     Finish,
-    Life,
     Limits,
     Signalled,
-    State,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, failure_of
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
-from elastic_launch.host.console import say, spoken_by, standard_streams
+from elastic_launch.host.console import log, spoken_by, standard_streams
 from elastic_launch.job import Assignment, Policy
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.rendezvous.single_node import answer_alone
@@ -145,7 +145,7 @@ class PContext:
         self._numa_options = numa_options
         self._cpus: dict[int, frozenset[int]] = {}
         workers = len(args)
-        self._place = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
+        self._assignment = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
         self._driver: Driver | None = None
         self._dest = LogsDest()
@@ -181,7 +181,7 @@ class PContext:
         if self._numa_options is not None:
             from elastic_launch.host.numa import bind  # late: few need it
 
-            self._cpus = bind(self._numa_options, len(self._args), environ, say)
+            self._cpus = bind(self._numa_options, len(self._args), environ, log)
         self._workers = Workers(
             self.name,
             self._entrypoint,
@@ -189,7 +189,7 @@ class PContext:
             run_id=self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}"),
             environ=environ,
             start_method=self._start_method,
-            say=say,
+            log=log,
         )
         stack.callback(self._workers.close)
         limits = Limits(Policy(), shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
@@ -197,11 +197,11 @@ class PContext:
             limits,
             self._workers,
             self._start,
-            lambda action: answer_alone(action, lambda: self._place),
+            lambda action: answer_alone(action, lambda: self._assignment),
             (),
             lambda text: None,
         )
-        self._run(lambda driver: driver.run(enough=lambda life: "running:Started" in life.history))
+        self._run(lambda driver: driver.run(enough=lambda state: "running:Started" in state.history))
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait for the end of all processes; when one fails, the others are stopped.
@@ -219,19 +219,19 @@ class PContext:
 
     def pids(self) -> dict[int, int]:
         """The processes' ids, by local rank."""
-        return dict(self._driver.life.pids) if self._driver else {}
+        return dict(self._driver.state.pids) if self._driver else {}
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         """Stop what runs, with a signal (SIGTERM) and after ``timeout`` seconds SIGKILL; let go of everything."""
         with self._stack:
             if self._driver and self._driver.finish is None:
-                life = replace(self._driver.life, limits=Limits(Policy(), shutdown_timeout=timeout))
-                if life.state is State.STOPPING:  # since one has failed; the others had SIGTERM then
+                state = replace(self._driver.state, limits=Limits(Policy(), shutdown_timeout=timeout))
+                if state.phase is AgentPhase.STOPPING:  # since one has failed; the others had SIGTERM then
                     now = time.monotonic()
-                    life = replace(life, deadline=min(life.deadline or now, now + timeout))
+                    state = replace(state, deadline=min(state.deadline or now, now + timeout))
                     if death_sig:
-                        self._workers.tell(death_sig, life.running, stop=True)
-                self._driver.life = life
+                        self._workers.tell(death_sig, state.running, stop=True)
+                self._driver.state = state
                 self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
                 self._run(lambda driver: driver.run())
 
@@ -240,24 +240,24 @@ class PContext:
         driver = self._driver
         if driver is None:
             return
-        with spoken_by(self._workers.say):
+        with spoken_by(self._workers.log):
             finish = what(driver)
         if finish is None:
             return
         with self._stack:
-            failed = finish.failures if finish.signum is None else self._stopped(driver.life)
+            failed = finish.failures if finish.signum is None else self._stopped(driver.state)
             failures = {failure.local_rank: failure for failure in failed}
             values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
             self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
 
-    def _stopped(self, life: Life) -> list[ProcessFailure]:
+    def _stopped(self, state: AgentState) -> list[ProcessFailure]:
         """How those ended that ``close`` stopped, or that had failed when nobody waited."""
-        pid = life.pids.get
+        pid = state.pids.get
         return [
-            failure_of(exit_, NOTHING, pid(exit_.local_rank, -1), self._place)
-            for exit_ in life.exits
+            failure_of(exit_, NOTHING, pid(exit_.local_rank, -1), self._assignment)
+            for exit_ in state.exits
             if exit_.exitcode != 0
         ]
 
-    def _start(self, place: Assignment) -> None:
+    def _start(self, assignment: Assignment) -> None:
         self._workers.start(self._envs, self._dest, self._prefixes, self._filters, self._cpus)

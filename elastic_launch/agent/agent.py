@@ -19,13 +19,23 @@ from elastic_launch.config import (
     parse_signals,
     read_flag,
 )
-from elastic_launch.core.agent.lifecycle import Asking, Event, Exited, Finish, Gone, Leave, Life, Limits, State
+from elastic_launch.core.agent.lifecycle import (
+    AgentEvent,
+    AgentPhase,
+    AgentState,
+    Exited,
+    Finish,
+    GroupReaped,
+    Leave,
+    Limits,
+    RendezvousAction,
+)
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
 from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
-from elastic_launch.host.console import say as say_on_stderr
+from elastic_launch.host.console import log as say_on_stderr
 from elastic_launch.host.console import spoken_by, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
@@ -43,7 +53,7 @@ class AgentRendezvous(Source, Protocol):
     def get_run_id(self) -> str:
         """The job's id."""
 
-    def ask(self, action: Asking) -> list[Event]:
+    def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Take an action; the events that answer it come at once or from ``take``."""
 
     def close(self) -> None:
@@ -67,8 +77,8 @@ class LocalElasticAgent:
         signals_to_handle: str = DEFAULT_SIGNALS,
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
-        verbosity: int = Level.EVENT,
-        say: Callable[[str], None] = say_on_stderr,
+        verbosity: int = Level.INFO,
+        log: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """Prepare a run; nothing is started yet. The positional arguments are those of torch's agent.
 
@@ -107,10 +117,10 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
-        self._say = say
+        self._log = log
         self._exit_barrier_timeout = exit_barrier_timeout
         self.name = name_of(self._entrypoint, spec.args)
-        self._rendezvous = _adapted(spec, self._environ, say)
+        self._rendezvous = _adapted(spec, self._environ, log)
         self._run_id = str(self._rendezvous.get_run_id())
         self._has_run = self._has_failed = False
         self._group = WorkerGroup(spec)
@@ -138,7 +148,7 @@ class LocalElasticAgent:
             stack.callback(lambda: self._files.close(keep=self._has_failed))
             signals = stack.enter_context(SignalQueue(self._stop_signals))
             if not stack.enter_context(subreaper()):
-                self._say("this system has no subreapers: daemons that workers start may outlive a killed launcher")
+                self._log("this system has no subreapers: daemons that workers start may outlive a killed launcher")
             self._cpus = self._bindings()
             if self._health_check_server:
                 stack.callback(self._health_check_server.stop)
@@ -151,81 +161,85 @@ class LocalElasticAgent:
                 run_id=self._run_id,
                 environ=self._environ,
                 start_method=self._start_method,
-                say=self._say,
+                log=self._log,
                 interrupt=signals.fileno(),
                 preload=self._preload,
             )
             stack.callback(self._workers.close)
-            stack.enter_context(spoken_by(self._workers.say))
+            stack.enter_context(spoken_by(self._workers.log))
             # After the keeper: it then knows that this process has no other children.
             self._watchdog, watches = self._watches(stack)
-            self._telemetry = Telemetry(self._spec, self._run_id, self._workers.show, self._say)
+            self._telemetry = Telemetry(self._spec, self._run_id, self._workers.show, self._log)
             if hasattr(self._rendezvous, "lease"):
                 self._rendezvous.lease = self._workers.lease
             limits = Limits(self._spec.get_policy(), self._shutdown_timeout, self._exit_barrier_timeout)
             sources = [signals, self._rendezvous, *watches]
             ask = self._rendezvous.ask
-            driver = Driver(limits, self._workers, self._start, ask, sources, self._say, self._verbosity, self._observe)
+            driver = Driver(limits, self._workers, self._start, ask, sources, self._log, self._verbosity, self._observe)
             try:
-                finish, life = cast(Finish, driver.run()), driver.life
+                finish, state = cast(Finish, driver.run()), driver.state
             except Exception as error:
                 self._telemetry.fail(str(error))
                 with suppress(LaunchError):  # it may be the rendezvous' own
                     status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
                     ask(Leave(error=str(error) or type(error).__name__, status=status))
                 raise
-            if life.asked_at is not None and life.killed:
+            if state.asked_at is not None and state.killed:
                 self._workers.console_patience = 0.0  # told twice to end: now
-            self._telemetry.end(life, finish)
+            self._telemetry.end(state, finish)
             self._has_failed = bool(finish.failures)
             if not finish.failures and not finish.error and finish.signum is None:
-                return RunResult(WorkerState.SUCCEEDED, return_values=self._return_values(life))
+                return RunResult(WorkerState.SUCCEEDED, return_values=self._return_values(state))
         if finish.failures:
             return self._failed(finish)
         if finish.error:
             raise RendezvousError(finish.error, finish.status)
         signum = signal.Signals(cast(int, finish.signum))
-        why = f": {life.end.reason}" if life.end and life.end.kind is EndKind.STOP and not life.end.mine else ""
+        why = f": {state.end.reason}" if state.end and state.end.kind is EndKind.STOP and not state.end.mine else ""
         raise SignalException(f"stopped by {signal_name(signum)}{why}", signum)
 
-    def _observe(self, event: Event, life: Life) -> None:
+    def _observe(self, event: AgentEvent, state: AgentState) -> None:
         """Tell the parts that only look on."""
-        self._telemetry.note(event, life)
-        _update(self._group, life)
+        self._telemetry.note(event, state)
+        _update(self._group, state)
         match event:
             case Exited(exit_) if self._watchdog:
-                self._watchdog.forget(life.pids.get(exit_.local_rank, -1))
-            case Gone() if self._watchdog:
+                self._watchdog.forget(state.pids.get(exit_.local_rank, -1))
+            case GroupReaped() if self._watchdog:
                 self._watchdog.clear()
 
-    def _start(self, place: Assignment) -> None:
+    def _start(self, assignment: Assignment) -> None:
         """Start the workers of a round."""
         envs = {
-            local_rank: worker_environment(self._spec, place, local_rank, run_id=self._run_id, inherited=self._environ)
+            local_rank: worker_environment(
+                self._spec, assignment, local_rank, run_id=self._run_id, inherited=self._environ
+            )
             | (virtual_device(local_rank, self._environ) if self._spec.virtual_local_rank else {})
             | ({"TORCHELASTIC_TIMER_FILE": self._watchdog.path} if self._watchdog else {})
-            for local_rank in range(place.local_world_size)
+            for local_rank in range(assignment.local_world_size)
         }
         dest = self._files.prepare(envs)
         for local_rank, environ in envs.items():
             if path := dest.error_files.get(local_rank):
                 environ["TORCHELASTIC_ERROR_FILE"] = path
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._filters.values())
-        self._workers.start(envs, dest, self._prefixes(place) if has_prefixes else {}, self._filters, self._cpus)
+        self._workers.start(envs, dest, self._prefixes(assignment) if has_prefixes else {}, self._filters, self._cpus)
 
-    def _prefixes(self, place: Assignment) -> dict[int, str]:
+    def _prefixes(self, assignment: Assignment) -> dict[int, str]:
         """What stands before each worker's lines on the console."""
-        default = "[${role_name}${local_rank}]:" if place.group_world_size == 1 else "[${host} ${role_name}${rank}]:"
+        default = (
+            "[${role_name}${local_rank}]:" if assignment.group_world_size == 1 else "[${host} ${role_name}${rank}]:"
+        )
         template = default if self._prefix_template is None else self._prefix_template
         return {
             local_rank: prefix(
                 template,
                 role_name=self._spec.role,
                 local_rank=local_rank,
-                rank=place.rank(local_rank),
-                host=place.host,
+                rank=assignment.rank(local_rank),
+                host=assignment.host,
             )
-            for local_rank in range(place.local_world_size)
+            for local_rank in range(assignment.local_world_size)
         }
 
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[Source]]:
@@ -257,13 +271,15 @@ class LocalElasticAgent:
             return {}
         from elastic_launch.host.numa import bind  # late: few need it
 
-        return bind(self._spec.numa_options, self._spec.local_world_size, self._environ, self._say)
+        return bind(self._spec.numa_options, self._spec.local_world_size, self._environ, self._log)
 
-    def _return_values(self, life: Life) -> dict[int, Any]:
+    def _return_values(self, state: AgentState) -> dict[int, Any]:
         """What the functions returned, by global rank."""
-        ranks = sorted(exit_.local_rank for exit_ in life.exits)
+        ranks = sorted(exit_.local_rank for exit_ in state.exits)
         return (
-            {life.place.rank(local_rank): self._workers.value(local_rank) for local_rank in ranks} if life.place else {}
+            {state.assignment.rank(local_rank): self._workers.value(local_rank) for local_rank in ranks}
+            if state.assignment
+            else {}
         )
 
     def _failed(self, finish: Finish) -> RunResult:
@@ -278,27 +294,30 @@ class LocalElasticAgent:
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)
 
 
-def _update(group: WorkerGroup, life: Life) -> None:
+def _update(group: WorkerGroup, state: AgentState) -> None:
     """Have torch's view of the workers follow the agent's life."""
-    if (place := life.place) is None:
+    if (assignment := state.assignment) is None:
         return
-    group.group_rank, group.group_world_size = place.group_rank, place.group_world_size
-    group.master_addr, group.master_port = place.master_addr, place.master_port
+    group.group_rank, group.group_world_size = assignment.group_rank, assignment.group_world_size
+    group.master_addr, group.master_port = assignment.master_addr, assignment.master_port
     group.state = {
-        State.JOINING: WorkerState.INIT,
-        State.RUNNING: WorkerState.HEALTHY,
-        State.STOPPING: WorkerState.UNHEALTHY if life.has_failed else WorkerState.HEALTHY,
-    }.get(life.state, WorkerState.FAILED if life.has_failed else WorkerState.SUCCEEDED)
+        AgentPhase.JOINING: WorkerState.INIT,
+        AgentPhase.RUNNING: WorkerState.HEALTHY,
+        AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
+    }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:
-        worker.global_rank, worker.world_size = place.rank(worker.local_rank), place.world_size
-        worker.role_rank, worker.role_world_size = place.base_role_rank + worker.local_rank, place.role_world_size
-        worker.id = life.pids.get(worker.local_rank)
+        worker.global_rank, worker.world_size = assignment.rank(worker.local_rank), assignment.world_size
+        worker.role_rank, worker.role_world_size = (
+            assignment.base_role_rank + worker.local_rank,
+            assignment.role_world_size,
+        )
+        worker.id = state.pids.get(worker.local_rank)
 
 
-def _adapted(spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> AgentRendezvous:
+def _adapted(spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]) -> AgentRendezvous:
     """The spec's rendezvous; a handler of torch's interface gets a wrapping."""
     if hasattr(spec.rdzv_handler, "ask"):
         return cast(AgentRendezvous, spec.rdzv_handler)
     from elastic_launch.rendezvous.third_party import adapt  # late: most jobs do not need it
 
-    return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, say))
+    return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, log))

@@ -15,19 +15,19 @@ from elastic_launch.agent.worker_group import Workers
 from elastic_launch.core.agent import lifecycle
 from elastic_launch.core.agent.lifecycle import (
     Action,
-    Asking,
-    Dump,
-    Event,
+    AgentEvent,
+    AgentState,
+    DeadlineReached,
+    DumpStacks,
     Exited,
     Finish,
-    Gone,
-    Life,
+    GroupReaped,
     Limits,
-    Say,
+    Log,
+    ReapLeftovers,
+    RendezvousAction,
+    SendSignal,
     Start,
-    Sweep,
-    Tell,
-    TimedOut,
 )
 from elastic_launch.job import Assignment, Level
 
@@ -44,23 +44,23 @@ class Source(Protocol):
     def deadline(self) -> float | None:
         """When ``take`` is due, on ``time.monotonic``, if no descriptor is ready before."""
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """What has happened; never blocks. ``ready`` are descriptors, also of others. Raises LaunchError."""
 
 
 class Driver:
-    """One life of an agent. ``life`` is where it stands."""
+    """One life of an agent. ``state`` is where it stands."""
 
     def __init__(
         self,
         limits: Limits,
         workers: Workers,
         start: Callable[[Assignment], None],
-        ask: Callable[[Asking], list[Event]],
+        ask: Callable[[RendezvousAction], list[AgentEvent]],
         sources: Sequence[Source],
-        say: Callable[[str], None],
-        verbosity: int = Level.EVENT,
-        observe: Callable[[Event, Life], None] = lambda event, life: None,
+        log: Callable[[str], None],
+        verbosity: int = Level.INFO,
+        observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
     ) -> None:
         """Begin.
 
@@ -78,21 +78,23 @@ class Driver:
         self._start = start
         self._ask = ask
         self._sources: list[Source] = [workers, *sources]
-        self._say = say
+        self._log = log
         self._verbosity = verbosity
         self._observe = observe
-        self._events: deque[Event] = deque()
-        self.life, actions = lifecycle.begin(limits)
+        self._events: deque[AgentEvent] = deque()
+        self.state, actions = lifecycle.begin(limits)
         self.finish = self._carry_out(actions)
 
-    def run(self, until: float | None = None, enough: Callable[[Life], bool] = lambda life: False) -> Finish | None:
+    def run(
+        self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False
+    ) -> Finish | None:
         """Events in, actions out, to the end.
 
         Args:
             until: a time on ``time.monotonic`` when to return all the same.
             enough: tells whether to return already.
         """
-        while self.finish is None and not enough(self.life):
+        while self.finish is None and not enough(self.state):
             if self._events:
                 self.finish = self._step(self._events.popleft())
             else:
@@ -101,56 +103,56 @@ class Driver:
                     break
         return self.finish
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: AgentEvent) -> None:
         """Have an event dealt with by the next ``run``."""
         self._events.append(event)
 
-    def _step(self, event: Event) -> Finish | None:
-        if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.told:
-            event = self._workers.with_error(event, self.life.pids)
-        if isinstance(event, Gone) or (isinstance(event, TimedOut) and self.life.killed):
+    def _step(self, event: AgentEvent) -> Finish | None:
+        if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
+            event = self._workers.with_error(event, self.state.pids)
+        if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
             # Nobody writes any more, or nobody waits for those that do.
-            event = self._workers.with_evidence(event, self.life.exits, self.life.pids)
-        self.life, actions = lifecycle.step(self.life, event, time.monotonic())
-        self._observe(event, self.life)
+            event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
+        self.state, actions = lifecycle.step(self.state, event, time.monotonic())
+        self._observe(event, self.state)
         return self._carry_out(actions)
 
     def _carry_out(self, actions: list[Action]) -> Finish | None:
         for action in actions:
             match action:
-                case Start(place):
-                    self._start(place)
-                case Tell(signum, local_ranks, stop):
+                case Start(assignment):
+                    self._start(assignment)
+                case SendSignal(signum, local_ranks, stop):
                     self._workers.tell(signum, local_ranks, stop)
-                case Dump(local_ranks):
+                case DumpStacks(local_ranks):
                     self._workers.dump(local_ranks)
-                case Sweep(kill):
+                case ReapLeftovers(kill):
                     self._workers.sweep(kill)
-                case Say(text, level):
+                case Log(text, level):
                     if level <= self._verbosity:
-                        self._say(text)
+                        self._log(text)
                 case Finish():
                     return action
                 case asking:
                     self._events.extend(self._ask(asking))
         return None
 
-    def _wait(self, until: float | None) -> list[Event]:
+    def _wait(self, until: float | None) -> list[AgentEvent]:
         """Sleep until something happens: the one place where the agent waits."""
         waits = [(source, source.descriptors(), source.deadline()) for source in self._sources]
         poller = select.poll()
         for _, descriptors, _ in waits:
             for fd, mask in descriptors:
                 poller.register(fd, mask)
-        dues = (self.life.deadline, until, *(due for _, _, due in waits))
+        dues = (self.state.deadline, until, *(due for _, _, due in waits))
         first = min((due for due in dues if due is not None), default=None)
         left = None if first is None else min(max(0.0, first - time.monotonic()), _LONGEST_POLL)
         ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
-        events: list[Event] = []
+        events: list[AgentEvent] = []
         for source, descriptors, due in waits:
             if not ready.isdisjoint(fd for fd, _ in descriptors) or _is_over(due):
                 events += source.take(ready)
-        return events or ([TimedOut()] if _is_over(self.life.deadline) else [])
+        return events or ([DeadlineReached()] if _is_over(self.state.deadline) else [])
 
 
 def _is_over(deadline: float | None) -> bool:

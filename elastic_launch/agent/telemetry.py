@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from elastic_launch.core.agent.lifecycle import Assigned, Event, Finish, Gone, Life, Started
+from elastic_launch.core.agent.lifecycle import AgentEvent, AgentState, Assigned, Finish, GroupReaped, Started
 from elastic_launch.errors import signal_name
 from elastic_launch.worker_spec import WorkerSpec, WorkerState
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Telemetry:
     """Sees what the driver sees, and hands it to the recorder of events and to the metrics' handlers."""
 
-    def __init__(self, spec: WorkerSpec, run_id: str, show: Callable[[str], None], say: Callable[[str], None]) -> None:
+    def __init__(self, spec: WorkerSpec, run_id: str, show: Callable[[str], None], log: Callable[[str], None]) -> None:
         """Take what events tell of.
 
         Args:
@@ -31,7 +31,7 @@ class Telemetry:
             UsageError: there is no such event handler.
         """
         self._spec = spec
-        self._say = say
+        self._log = log
         self._began = self._asked = self._met = time.monotonic()
         self._recorder: Recorder | None = None
         if spec.event_log_handler != "null":
@@ -39,39 +39,43 @@ class Telemetry:
 
             check_destination(spec.event_log_handler)
             get_backend = getattr(spec.rdzv_handler, "get_backend", lambda: "static")
-            self._recorder = Recorder(spec, run_id, get_backend(), show, say)
+            self._recorder = Recorder(spec, run_id, get_backend(), show, log)
 
-    def note(self, event: Event, life: Life) -> None:
-        """An event has happened; ``life`` is the one after it."""
+    def note(self, event: AgentEvent, state: AgentState) -> None:
+        """An event has happened; ``state`` is the one after it."""
         now = time.monotonic()
         match event:
             case Assigned():
                 self._met = now
-            case Started() if life.place:
+            case Started() if state.assignment:
                 if self._recorder:
                     joining = self._met - self._asked
-                    self._recorder.round_started(life.place, life.pids, seconds=now - self._began, joining=joining)
-                self._put_round("HEALTHY", life)
-            case Gone():
+                    self._recorder.round_started(
+                        state.assignment, state.pids, seconds=now - self._began, joining=joining
+                    )
+                self._put_round("HEALTHY", state)
+            case GroupReaped():
                 self._asked = now
-                stopped = life.stopped_at != float("inf") and any(exit_.told for exit_ in life.exits)
-                self._put_round("FAILED" if life.has_failed else "UNHEALTHY" if stopped else "SUCCEEDED", life)
+                stopped = state.stopped_at != float("inf") and any(exit_.stop_signals for exit_ in state.exits)
+                self._put_round("FAILED" if state.has_failed else "UNHEALTHY" if stopped else "SUCCEEDED", state)
 
-    def end(self, life: Life, finish: Finish) -> None:
+    def end(self, state: AgentState, finish: Finish) -> None:
         """The run is over."""
         seconds = time.monotonic() - self._began
         error = finish.error or (f"stopped by {signal_name(finish.signum)}" if finish.signum else "")
         if self._recorder:
-            state = WorkerState.FAILED if finish.failures else WorkerState.SUCCEEDED
-            self._recorder.run_ended(state, life.place, life.pids, finish.failures, seconds=seconds, error=error)
-        if (metrics := sys.modules.get("elastic_launch.metrics")) and life.place and not error:
+            outcome = WorkerState.FAILED if finish.failures else WorkerState.SUCCEEDED
+            self._recorder.run_ended(
+                outcome, state.assignment, state.pids, finish.failures, seconds=seconds, error=error
+            )
+        if (metrics := sys.modules.get("elastic_launch.metrics")) and state.assignment and not error:
             metrics.put_run_metrics(
                 self._spec.role,
                 not finish.failures,
-                life.place.ledger.charged,
+                state.assignment.restart_history.used,
                 self._spec.max_restarts,
                 seconds,
-                self._say,
+                self._log,
             )
 
     def fail(self, error: str) -> None:
@@ -80,8 +84,8 @@ class Telemetry:
             seconds = time.monotonic() - self._began
             self._recorder.run_ended(WorkerState.FAILED, None, {}, seconds=seconds, error=error)
 
-    def _put_round(self, state: str, life: Life) -> None:
+    def _put_round(self, outcome: str, state: AgentState) -> None:
         # Who configures a handler has imported the module.
-        if (metrics := sys.modules.get("elastic_launch.metrics")) and life.place:
-            charged = life.place.ledger.charged
-            metrics.put_round_metrics(self._spec.role, state, charged, self._spec.max_restarts, self._say)
+        if (metrics := sys.modules.get("elastic_launch.metrics")) and state.assignment:
+            used = state.assignment.restart_history.used
+            metrics.put_round_metrics(self._spec.role, outcome, used, self._spec.max_restarts, self._log)

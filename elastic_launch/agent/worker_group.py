@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elastic_launch.config import INHERIT, LogsDest
-from elastic_launch.core.agent.lifecycle import Event, Exited, Gone, TimedOut
+from elastic_launch.core.agent.lifecycle import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
 from elastic_launch.errors import UsageError
 from elastic_launch.host.cgroup import OomCounter
@@ -46,7 +46,7 @@ class Workers:
         run_id: str,
         environ: Mapping[str, str],
         start_method: str,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         interrupt: int | None = None,
         preload: Sequence[str] = (),
     ) -> None:
@@ -79,10 +79,10 @@ class Workers:
 
                 self._functions = Functions(name, entrypoint, self._args, start_method, preload)
                 stack.callback(self._functions.close)
-            self._pump = LogPump(say, unblocked)
+            self._pump = LogPump(log, unblocked)
             stack.callback(self._end_output)
             begin = self._functions.begin() if self._functions else self._begin(preload)
-            self._processes = WorkerProcesses(run_id, environ, begin, say)
+            self._processes = WorkerProcesses(run_id, environ, begin, log)
             stack.callback(self._processes.close)
             self._stack = stack.pop_all()
         self._oom = OomCounter()
@@ -92,7 +92,7 @@ class Workers:
         self.tell = self._processes.tell
         self.sweep = self._processes.sweep
         self.lease = self._processes.lease
-        self.say, self.show = self._pump.say, self._pump.show
+        self.log, self.show = self._pump.log, self._pump.show
 
     def start(
         self,
@@ -148,12 +148,14 @@ class Workers:
         """When ``take`` is due at the latest, on ``time.monotonic``."""
         return self._pump.deadline()
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Move output, and read what has happened."""
         self._pump.take(ready)
         return self._processes.take() if self._processes.fileno() in ready else []
 
-    def with_evidence(self, event: Gone | TimedOut, exits: Iterable[Exit], pids: Mapping[int, int]) -> Gone | TimedOut:
+    def with_evidence(
+        self, event: GroupReaped | DeadlineReached, exits: Iterable[Exit], pids: Mapping[int, int]
+    ) -> GroupReaped | DeadlineReached:
         """Add to an event what is known of workers that ended, and not with 0."""
         self._pump.drain()
         evidence = {exit_.local_rank: self._evidence(exit_, pids) for exit_ in exits if exit_.exitcode != 0}
@@ -198,7 +200,7 @@ class Workers:
         path = self._dest.error_files.get(rank)
         error = read_error_file(path, pids.get(rank, -1)) if path else None
         note = self._stacks(rank, path) if rank in self._dumped else ""
-        if exit_.exitcode == -signal.SIGKILL and not exit_.told and not note:
+        if exit_.exitcode == -signal.SIGKILL and not exit_.stop_signals and not note:
             note = self._oom.describe()
         return Evidence(error, self._pump.tail(rank), note)
 

@@ -10,7 +10,7 @@ import signal
 from typing import NoReturn
 
 from elastic_launch.host import signals
-from elastic_launch.host.console import REPORT_PATIENCE, say, write
+from elastic_launch.host.console import REPORT_PATIENCE, log, write
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
         try:
             run()
         except SignalException as error:
-            say(str(error))
+            log(str(error))
             return error.exit_code
         except ChildFailedError as error:
             write(f"{error}\n", REPORT_PATIENCE)
@@ -34,13 +34,13 @@ def main() -> int:
             get_error_handler().record_exception(error)  # for a launcher that this one is a worker of
             return error.exit_code
         except LaunchError as error:
-            say(str(error))
+            log(str(error))
             return error.exit_code
         except Exception:
             import traceback
 
             write(traceback.format_exc(), REPORT_PATIENCE)
-            say("this is a defect of the launcher; please report it with the lines above")
+            log("this is a defect of the launcher; please report it with the lines above")
             return ExitCode.SOFTWARE
     except KeyboardInterrupt:
         return 130  # before the agent took over the signals

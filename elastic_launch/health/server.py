@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 
-from elastic_launch.core.agent.lifecycle import Event
+from elastic_launch.core.agent.lifecycle import AgentEvent
 from elastic_launch.env import as_part
 from elastic_launch.errors import UnavailableError
 
@@ -75,7 +75,7 @@ class HealthServer:
     def deadline(self) -> None:
         """Nothing is ever due: while nobody asks, nobody wakes up."""
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Answer, if there is anything to answer."""
         if self.fileno() in ready:
             self.answer()

@@ -23,7 +23,7 @@ _thread = threading.local()
 """Who speaks for a thread: agents may run in several of a program."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Write one line of the launcher's."""
     speaker: Callable[[str], None] = getattr(_thread, "speaker", _say_directly)
     speaker(text)

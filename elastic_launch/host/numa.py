@@ -51,7 +51,7 @@ def mode_of(options: object) -> tuple[str, bool]:
 
 
 def bind(
-    options: object, workers: int, environ: Mapping[str, str], say: Callable[[str], None]
+    options: object, workers: int, environ: Mapping[str, str], log: Callable[[str], None]
 ) -> dict[int, frozenset[int]]:
     """What ``bindings`` gives, by local rank; nothing where the options let a failure pass.
 
@@ -65,7 +65,7 @@ def bind(
     except UnavailableError as error:
         if not may_fail:
             raise
-        say(f"{error}; going on without it")
+        log(f"{error}; going on without it")
         return {}
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_launch.core.agent.lifecycle import Event
+    from elastic_launch.core.agent.lifecycle import AgentEvent
 
 PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 """Signals that are the workers' own business, unless the user has the agent stop at them."""
@@ -76,17 +76,17 @@ class SignalQueue:
     def deadline(self) -> None:
         """No time to keep."""
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """The signals that have come, in their order."""
         from elastic_launch.core.agent.lifecycle import (  # late: the command line imports this file first
-            Passed,
             Signalled,
+            UserSignalled,
         )
 
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)  # before the queue is read: what comes now is announced again
         come = [self._queue.popleft() for _ in range(len(self._queue))]
-        return [Signalled(signum, at) if signum in self._stop else Passed(signum) for signum, at in come]
+        return [Signalled(signum, at) if signum in self._stop else UserSignalled(signum) for signum, at in come]
 
     def _enqueue(self, signum: int, frame: object) -> None:
         self._queue.append((signum, time.time()))

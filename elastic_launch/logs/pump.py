@@ -39,15 +39,15 @@ class LogPump:
     """
 
     def __init__(
-        self, say: Callable[[str], None], unblocked: Callable[[int], AbstractContextManager[int]] | None = None
+        self, log: Callable[[str], None], unblocked: Callable[[int], AbstractContextManager[int]] | None = None
     ) -> None:
         """Take hold of the launcher's streams.
 
         Args:
-            say: takes a line for people about what was lost; may be a detour to this object's own ``say``.
+            say: takes a line for people about what was lost; may be a detour to this object's own ``log``.
             unblocked: opens a standard stream so that writing to it does not block (``console.unblocked``).
         """
-        self._tell = say
+        self._tell = log
         self._losses: list[str] = []
         self._has_lost = False
         self._stack = ExitStack()
@@ -236,7 +236,7 @@ class LogPump:
 
     # ---- the launcher's own words
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Write a line of the launcher's to standard error, after what the workers have written so far.
 
         Never waits: a console that nobody reads costs words.
@@ -244,7 +244,7 @@ class LogPump:
         self.show(f"elastic-run: {text}\n")
 
     def show(self, text: str) -> None:
-        """Write whole lines as ``say`` does, but as they are."""
+        """Write whole lines as ``log`` does, but as they are."""
         for source in list(self._sources.values()):
             if source.backlog <= self._backlog:
                 self._read(source)

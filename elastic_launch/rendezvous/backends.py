@@ -212,7 +212,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         conf: Mapping[str, str],
         environ: Mapping[str, str],
         log_dir: str | None,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """Take what the members are to be.
 
@@ -232,7 +232,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self.stays = True
         self._run_id = run_id
         self._log_dir = log_dir
-        self._say = say
+        self._log = log
         self._claim: socket.socket | None = None
         self._member: EtcdMember | None = None
 
@@ -277,9 +277,9 @@ class EmbeddedEtcdBackend(EtcdBackend):
         if self._member:
             try:
                 for line in self._member.take():
-                    self._say(line)
+                    self._log(line)
             except RendezvousConnectionError as error:
-                self._say(f"{error}; this agent goes on without it, as long as a majority of the others serves")
+                self._log(f"{error}; this agent goes on without it, as long as a majority of the others serves")
                 self._end_member()
         super().take()
 
@@ -311,7 +311,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
             if address and (claimed := claim(self._names[index], self._run_id)):
                 self._claim = claimed
                 if is_loopback(address) and host not in (address, "localhost"):
-                    self._say(f"{host} is {address} on this host, where no other can reach it: name it by its address")
+                    self._log(f"{host} is {address} on this host, where no other can reach it: name it by its address")
                 return index, address
         return None
 

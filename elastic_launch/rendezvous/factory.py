@@ -29,14 +29,14 @@ BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
 """The backends of the launcher's own; ``etcd`` and ``etcd-v2`` both mean etcd v3."""
 
 
-def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> Rendezvous:
+def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> Rendezvous:
     """What the agent gets: a backend of the launcher's own, or the handler of a plug-in.
 
     Raises:
         UsageError: a setting is missing or wrong, or there is no such backend.
     """
     if config.rdzv_backend in BUILT_IN or not config.rdzv_backend:
-        return create_own(config, environ, say)
+        return create_own(config, environ, log)
     from elastic_launch.rendezvous.handler import RendezvousParameters, get_rendezvous_handler
 
     own = {"backend", "endpoint", "run_id", "min_nodes", "max_nodes", "local_addr"}
@@ -53,10 +53,10 @@ def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], say: Cal
     return cast(Rendezvous, get_rendezvous_handler(params))
 
 
-def create_own(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> Rendezvous:
+def create_own(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> Rendezvous:
     """One node meets nobody; several need a store. Raises UsageError where a setting is missing or wrong."""
     if config.max_nodes > 1:
-        return create_dynamic(config, environ, say)
+        return create_dynamic(config, environ, log)
     host, port = "127.0.0.1", 0  # of the workers' store; 0: a free one for each round
     if config.rdzv_backend == "static" and config.rdzv_endpoint:
         host, port = split_endpoint(config.rdzv_endpoint)
@@ -64,7 +64,7 @@ def create_own(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[
     return LocalRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
 
 
-def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callable[[str], None]) -> DynamicRendezvous:
+def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> DynamicRendezvous:
     """The rendezvous of a job of several nodes.
 
     Raises:
@@ -80,11 +80,11 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
     if limit is not None and "join_timeout" not in seconds:
         seconds["join_timeout"] = _seconds({"timeout": limit}, "timeout")
     if unknown := sorted(set(conf) - {*TIMES, *OTHERS, *ETCD}):
-        say(f"--rdzv-conf: {', '.join(unknown)}: not known here, and ignored")
+        log(f"--rdzv-conf: {', '.join(unknown)}: not known here, and ignored")
     timeouts = {name: seconds.pop(f"{name}_timeout") for name in Timeouts._fields if f"{name}_timeout" in seconds}
     rank = _rank(config)
     run_id = config.run_id or "none"
-    backend, port = _backend(config, run_id, rank, environ, seconds.get("join_timeout", 600.0), say)
+    backend, port = _backend(config, run_id, rank, environ, seconds.get("join_timeout", 600.0), log)
     settings = Settings(
         run_id=run_id,
         min_nodes=config.min_nodes,
@@ -105,7 +105,7 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], say: Callab
         address=config.local_addr or "",
         named=bool(config.local_addr),
     )
-    return DynamicRendezvous(settings, record, backend, say, Timeouts(**timeouts), config.verbosity)
+    return DynamicRendezvous(settings, record, backend, log, Timeouts(**timeouts), config.verbosity)
 
 
 def _backend(
@@ -114,7 +114,7 @@ def _backend(
     rank: int,
     environ: Mapping[str, str],
     join_timeout: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[Backend, int]:
     """The store, and the port on which it serves workers, too (0: it does not)."""
     from elastic_launch.rendezvous.backends import C10dBackend, EtcdBackend
@@ -137,7 +137,7 @@ def _backend(
         if _flag(config.rdzv_configs, "embedded"):
             # The members come with the nodes. A little less: who is missing the bridge knows best.
             conf["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
-            return _embedded(config, endpoint, conf, environ, say), 0
+            return _embedded(config, endpoint, conf, environ, log), 0
         return EtcdBackend(endpoint, run_id, conf, environ), 0
     if _flag(config.rdzv_configs, "embedded"):
         raise UsageError("--rdzv-conf embedded=true: only --rdzv-backend etcd has members that agents can run")
@@ -152,7 +152,7 @@ def _backend(
 
 
 def _embedded(
-    config: LaunchConfig, text: str, conf: Mapping[str, str], environ: Mapping[str, str], say: Callable[[str], None]
+    config: LaunchConfig, text: str, conf: Mapping[str, str], environ: Mapping[str, str], log: Callable[[str], None]
 ) -> Backend:
     """etcd, with members that the agents run."""
     from elastic_launch.rendezvous.backends import EmbeddedEtcdBackend
@@ -170,14 +170,14 @@ def _embedded(
     if max(port for _, port in members) == 65535:
         raise UsageError(f"--rdzv-endpoint={text}: a member needs the port above its own, too; 65535 has none")
     if len(members) == 1:
-        say(f"embedded etcd with one member, {text}: the job does not survive the loss of that host; name 3 endpoints")
+        log(f"embedded etcd with one member, {text}: the job does not survive the loss of that host; name 3 endpoints")
     elif len(members) % 2 == 0:
-        say(
+        log(
             f"embedded etcd with {len(members)} members: a majority of them must live, so that {len(members) - 1} "
             "would survive as much; name 3 or 5 endpoints"
         )
     log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
-    return EmbeddedEtcdBackend(members, config.run_id or "none", conf, environ, log_dir, say)
+    return EmbeddedEtcdBackend(members, config.run_id or "none", conf, environ, log_dir, log)
 
 
 def _rank(config: LaunchConfig) -> int:

@@ -256,7 +256,7 @@ class BuiltInHandler(RendezvousHandler):
         """Take the parameters."""
         self._params = params
 
-    def for_agent(self, spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> Any:
+    def for_agent(self, spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]) -> Any:
         """What an agent with these workers talks to. Raises UsageError where a parameter is wrong."""
         params, policy = self._params, spec.get_policy()
         config = LaunchConfig(
@@ -275,7 +275,7 @@ class BuiltInHandler(RendezvousHandler):
             node_failure_limit=policy.node_failure_limit,
             local_addr=params.local_addr or spec.local_addr,
         )
-        return create_own(config, environ, say)
+        return create_own(config, environ, log)
 
     def get_backend(self) -> str:
         """The backend's name."""

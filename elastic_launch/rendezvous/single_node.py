@@ -10,24 +10,34 @@ import socket
 import time
 from collections.abc import Callable, Collection
 
-from elastic_launch.core.agent.lifecycle import Announce, Asking, Assigned, Decided, Ended, Event, Join, Settle, Succeed
+from elastic_launch.core.agent.lifecycle import (
+    AgentEvent,
+    Assigned,
+    Decided,
+    Ended,
+    RendezvousAction,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+    RequestJoin,
+)
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Assignment, End, EndKind, Verdict
+from elastic_launch.job import Assignment, Decision, End, EndKind
 
 
-def answer_alone(action: Asking, next_round: Callable[[], Assignment]) -> list[Event]:
+def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:
     """What a rendezvous answers where there is one node: its own word counts; ``next_round`` gives its place."""
     match action:
-        case Join():
+        case RequestJoin():
             return [Assigned(next_round())]
-        case Announce(failure):
+        case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
-        case Succeed():
+        case ReportSuccess():
             return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
-        case Settle(verdict):
-            return [Decided(verdict)]
+        case ReportRound(decision):
+            return [Decided(decision)]
     return []
 
 
@@ -44,21 +54,21 @@ class LocalRendezvous:
         self._port = master_port
         self._reserved: socket.socket | None = None
         self._rounds = 0
-        self._last = Verdict(restart=True)
+        self._last = Decision(restart=True)
         self._settled_at = time.monotonic()
 
     def get_run_id(self) -> str:
         """The job's id."""
         return self._run_id
 
-    def ask(self, action: Asking) -> list[Event]:
+    def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Answer what the agent asks.
 
         Raises:
             UnavailableError: the port that the user named is in use.
         """
-        if isinstance(action, Settle):
-            self._last, self._settled_at = action.verdict, time.monotonic()
+        if isinstance(action, ReportRound):
+            self._last, self._settled_at = action.decision, time.monotonic()
         return answer_alone(action, self._next_round)
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -69,7 +79,7 @@ class LocalRendezvous:
         """No time to keep."""
         return None
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Nothing comes by itself."""
         return []
 
@@ -96,5 +106,5 @@ class LocalRendezvous:
             host=os.uname().nodename,
             port_picked=self._port == 0,
             restart_count=self._rounds - 1,
-            ledger=aged(self._last.ledger, time.monotonic() - self._settled_at),
+            restart_history=aged(self._last.restart_history, time.monotonic() - self._settled_at),
         )

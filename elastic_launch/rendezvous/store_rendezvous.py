@@ -14,7 +14,15 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Asking, Assigned, Decided, Ended, Event, Join, Leave
+from elastic_launch.core.agent.lifecycle import (
+    AgentEvent,
+    Assigned,
+    Decided,
+    Ended,
+    Leave,
+    RendezvousAction,
+    RequestJoin,
+)
 from elastic_launch.core.rendezvous.node import Node
 from elastic_launch.core.rendezvous.protocol import (
     Answered,
@@ -23,14 +31,14 @@ from elastic_launch.core.rendezvous.protocol import (
     Closing,
     Found,
     Lease,
+    Log,
     Lost,
+    Notify,
     Opening,
     Passing,
     Phase,
     Renew,
-    Say,
     Settings,
-    Tell,
 )
 from elastic_launch.core.rendezvous.protocol import Event as NodeEvent
 from elastic_launch.core.rendezvous.records import NodeRecord
@@ -72,9 +80,9 @@ class DynamicRendezvous:
         settings: Settings,
         record: NodeRecord,
         backend: Backend,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - a value
-        verbosity: int = Level.EVENT,
+        verbosity: int = Level.INFO,
     ) -> None:
         """Take what the job's nodes agree on, this node's record, and the store; nothing is started yet."""
         self.lease: Callable[[float], None] = lambda until: None
@@ -83,9 +91,9 @@ class DynamicRendezvous:
         self._settings = settings
         self._node = Node(record, settings)
         self._backend = backend
-        self._say = say
+        self._log = log
         self._timeouts = timeouts
-        self._events: list[Event] = []
+        self._events: list[AgentEvent] = []
         self._is_open = False
         self._reserved: socket.socket | None = None
         self._calls: StoreClient | None = None
@@ -107,10 +115,10 @@ class DynamicRendezvous:
         """The job's id."""
         return self._settings.run_id
 
-    def ask(self, action: Asking) -> list[Event]:
+    def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Take an action of the agent; most answers come later, from ``take``."""
         self._has_left |= isinstance(action, Leave)
-        if isinstance(action, Join):
+        if isinstance(action, RequestJoin):
             self._step(Opening(self._port()))
         else:
             self._step(action)
@@ -137,7 +145,7 @@ class DynamicRendezvous:
             times += [since + self._silence_limit, max(since, self._said_at) + SAY_UNREACHABLE]
         return min(times, default=None)
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Read answers, keep time, connect anew."""
         self._turn()
         if self._node.deadline is not None and time.monotonic() >= self._node.deadline:
@@ -184,29 +192,29 @@ class DynamicRendezvous:
                     self._unanswered.append((output, now))
                     if self._calls:
                         self._calls.submit(output.request, output)
-                case Say(text, level):
+                case Log(text, level):
                     if level <= self._verbosity:
-                        self._say(text)
+                        self._log(text)
                 case Lease(until):
                     self.lease(until)
                 case Renew():
                     self._node.me = self._node.me._replace(port=self._backend.fresh_store())
-                case Tell(told):
+                case Notify(told):
                     self._events.append(self._completed(told))
 
-    def _completed(self, event: Assigned | Ended | Decided) -> Event:
+    def _completed(self, event: Assigned | Ended | Decided) -> AgentEvent:
         """What only this side knows: the store's address, the time of day."""
         match event:
-            case Assigned(place) if not place.master_addr:
-                return Assigned(place._replace(master_addr=self._store_addr))
+            case Assigned(assignment) if not assignment.master_addr:
+                return Assigned(assignment._replace(master_addr=self._store_addr))
             case Ended(end, _):
                 return Ended(end, time.time())
-            case Decided(verdict) if verdict.status == ExitCode.TIMEOUT and not self._has_answer:
+            case Decided(decision) if decision.status == ExitCode.TIMEOUT and not self._has_answer:
                 why = self._backend.explain(self._why or self._silence(self._settings.join_timeout))
-                return Decided(verdict._replace(error=str(why), status=ExitCode.UNAVAILABLE))
+                return Decided(decision._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
 
-    def _take_events(self) -> list[Event]:
+    def _take_events(self) -> list[AgentEvent]:
         events, self._events = self._events, []
         return events
 
@@ -338,7 +346,7 @@ class DynamicRendezvous:
         if self._calls and self._calls.ready and self._why is None:
             if since is not None and now - max(since, self._said_at) >= SAY_UNREACHABLE:
                 self._said_at = now
-                self._say(f"{self._backend.where} has not answered for {now - since:.0f} s")
+                self._log(f"{self._backend.where} has not answered for {now - since:.0f} s")
             return
         away = now - self._lost_at
         if away >= self._patience:
@@ -346,7 +354,7 @@ class DynamicRendezvous:
             self._give_up(f"{why} (tried for {away:.0f} s)")
         elif now - self._said_at >= SAY_UNREACHABLE:
             self._said_at = now
-            self._say(f"{self._why or self._silence(away)}; trying for up to {self._patience - away:.0f} s more")
+            self._log(f"{self._why or self._silence(away)}; trying for up to {self._patience - away:.0f} s more")
 
     @property
     def _silence_limit(self) -> float:

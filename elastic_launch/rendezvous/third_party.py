@@ -24,16 +24,16 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 from elastic_launch.core.agent.lifecycle import (
-    Announce,
-    Asking,
+    AgentEvent,
     Assigned,
     Decided,
     Ended,
-    Event,
-    Join,
     Leave,
-    Settle,
-    Succeed,
+    RendezvousAction,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+    RequestJoin,
 )
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.ranks import assign
@@ -50,9 +50,9 @@ from elastic_launch.errors import (
     UnavailableError,
     signal_name,
 )
-from elastic_launch.host.console import say as say_on_stderr
+from elastic_launch.host.console import log as say_on_stderr
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Assignment, End, EndKind, Ledger, Verdict
+from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
 from elastic_launch.rendezvous.handler import RendezvousStoreInfo
 from elastic_launch.worker_spec import WorkerSpec
 
@@ -79,7 +79,7 @@ _KINDS: tuple[type[RendezvousError], ...] = (
     RendezvousError,
 )
 
-Task = Callable[[], Sequence[Event]]
+Task = Callable[[], Sequence[AgentEvent]]
 
 
 class _Hello(NamedTuple):
@@ -95,7 +95,7 @@ class _Hello(NamedTuple):
 class _Answer(NamedTuple):
     """What the node of rank 0 answers."""
 
-    place: Assignment
+    assignment: Assignment
     token: str
     """Of the round: a part of its keys."""
 
@@ -104,7 +104,7 @@ class _Outcome(NamedTuple):
     """How a round ended, and what follows: written once."""
 
     end: End
-    verdict: Verdict
+    decision: Decision
 
 
 class ForeignRendezvous:
@@ -119,7 +119,7 @@ class ForeignRendezvous:
         local_addr: str | None = None,
         poll: float = POLL,
         exit_barrier_timeout: float = EXIT_BARRIER_TIMEOUT,
-        say: Callable[[str], None] = say_on_stderr,
+        log: Callable[[str], None] = say_on_stderr,
     ) -> None:
         """Nothing is started yet.
 
@@ -137,7 +137,7 @@ class ForeignRendezvous:
         self._local_addr = local_addr
         self._poll = poll
         self._exit_barrier_timeout = exit_barrier_timeout
-        self._say = say
+        self._log = log
         # The loop's part.
         self._thread: threading.Thread | None = None
         self._wake = -1
@@ -147,7 +147,7 @@ class ForeignRendezvous:
         """The job goes on, or may do so, without this node."""
         # Between the two.
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._results: deque[Event | BaseException] = deque()
+        self._results: deque[AgentEvent | BaseException] = deque()
         self._lock = threading.Lock()
         # The thread's part.
         self._again: Task | None = None
@@ -155,10 +155,10 @@ class ForeignRendezvous:
         self._pause = poll
         self._store: Any = None
         self._keys = ""
-        self._place: Assignment | None = None
+        self._assignment: Assignment | None = None
         self._began_at = 0.0
         self._outcome: _Outcome | None = None
-        self._verdict = Verdict(True)
+        self._decision = Decision(True)
         self._settled_at = time.monotonic()
         self._rounds = 0
         self._succeeded = False
@@ -171,25 +171,25 @@ class ForeignRendezvous:
         """The job's id, as the handler has it."""
         return str(self._handler.get_run_id())
 
-    def ask(self, action: Asking) -> list[Event]:
-        """Hand an action to the thread; only ``Announce`` is answered at once."""
+    def ask(self, action: RendezvousAction) -> list[AgentEvent]:
+        """Hand an action to the thread; only ``ReportFailure`` is answered at once."""
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
             self._thread.start()
         match action:
-            case Join():
+            case RequestJoin():
                 self._end = None
                 self._tasks.put(self._join)
-            case Announce(failure):
+            case ReportFailure(failure):
                 if self._end is None:
                     self._end = End(EndKind.FAILED, failure.headline(), self._node.node, mine=True)
                     self._tasks.put(self._rest)
                     return [Ended(self._end, time.time())]
-            case Succeed():
+            case ReportSuccess():
                 self._tasks.put(self._succeed)
-            case Settle(verdict):
-                self._tasks.put(partial(self._settle, self._end, verdict))
+            case ReportRound(decision):
+                self._tasks.put(partial(self._settle, self._end, decision))
             case Leave(signum, error, status):
                 self._left = not error  # else it ends the job
                 why = f"{self._node.host}: {error}" if error else f"{self._node.host} leaves ({signal_name(signum)})"
@@ -204,7 +204,7 @@ class ForeignRendezvous:
         """No time to keep: the thread does."""
         return None
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """What the thread has found.
 
         Raises:
@@ -212,7 +212,7 @@ class ForeignRendezvous:
         """
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)  # before the results are read: what comes now is announced again
-        events: list[Event] = []
+        events: list[AgentEvent] = []
         while self._results:
             result = self._results.popleft()
             if isinstance(result, BaseException):
@@ -256,14 +256,14 @@ class ForeignRendezvous:
                 self._post([self._explained(error)])
         self._release_port()
 
-    def _post(self, results: Sequence[Event | BaseException]) -> None:
+    def _post(self, results: Sequence[AgentEvent | BaseException]) -> None:
         with self._lock:  # else the descriptor could be closed, and be another's, at the moment of writing
             if results and self._wake >= 0:
                 self._results.extend(results)
                 os.eventfd_write(self._wake, 1)
 
-    def _join(self) -> Sequence[Event]:
-        if (left := self._verdict.pause - (time.monotonic() - self._settled_at)) > 0:
+    def _join(self) -> Sequence[AgentEvent]:
+        if (left := self._decision.pause - (time.monotonic() - self._settled_at)) > 0:
             self._again, self._pause = self._join, left
             return []
         self._again = self._outcome = self._store = None
@@ -273,24 +273,24 @@ class ForeignRendezvous:
         except Exception as error:
             if _is_a(error, RendezvousGracefulExitError):
                 self._left = True
-                self._say(f"{self._about(error)}; the job goes on without this node")
-                return [Decided(Verdict(False))]
+                self._log(f"{self._about(error)}; the job goes on without this node")
+                return [Decided(Decision(False))]
             if not _is_a(error, RendezvousClosedError):
                 raise
             if self._succeeded:
-                self._say("the job has ended, after this node's workers had ended well")
-                return [Decided(Verdict(False))]
+                self._log("the job has ended, after this node's workers had ended well")
+                return [Decided(Decision(False))]
             text = f"{self._about(error)}; the job has ended already: use another --rdzv-id for a new one"
-            verdict = self._verdict._replace(restart=False, error=text, status=ExitCode.UNAVAILABLE)
-            return [Decided(verdict)]  # with the failures after which this node hoped for another round
+            decision = self._decision._replace(restart=False, error=text, status=ExitCode.UNAVAILABLE)
+            return [Decided(decision)]  # with the failures after which this node hoped for another round
         if self._wake < 0:
             return []  # the agent is gone
-        place = self._exchange(info)
-        if place.group_rank == 0 and not place.agent_store:
+        assignment = self._exchange(info)
+        if assignment.group_rank == 0 and not assignment.agent_store:
             with contextlib.suppress(UnavailableError):  # it serves already, or the worker's error will tell
-                self._reserved = reserve_port(place.master_port)
+                self._reserved = reserve_port(assignment.master_port)
         self._again, self._pause = self._watch, self._poll
-        return [Assigned(place)]
+        return [Assigned(assignment)]
 
     def _exchange(self, info: Any) -> Assignment:
         """Tell the node of rank 0 of this one, and get this one's place from it.
@@ -301,8 +301,8 @@ class ForeignRendezvous:
         store, rank, size = info.store, info.rank, info.world_size
         if not (isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             raise RendezvousStateError(f"next_rendezvous() gave rank {rank!r} of {size!r}")
-        ledger = aged(self._verdict.ledger, time.monotonic() - self._settled_at)
-        node = self._node._replace(ledger=ledger, past=self._rounds - 1)
+        restart_history = aged(self._decision.restart_history, time.monotonic() - self._settled_at)
+        node = self._node._replace(restart_history=restart_history, past=self._rounds - 1)
         hello = _Hello(node, os.urandom(8).hex(), self._rounds)
         if rank == 0:
             hellos = [hello, *_read_hellos(store, size)]
@@ -312,15 +312,18 @@ class ForeignRendezvous:
             served = shares and rounds == 0
             where = None if shares and not served else info.bootstrap_store_info
             where = where or RendezvousStoreInfo.build(0, store, self._local_addr)
-            places = assign(
+            assignments = assign(
                 [hello.node for hello in hellos],
                 where.master_addr,
                 where.master_port,
                 restart_count=rounds,
-                ledger=max((hello.node for hello in hellos), key=lambda node: node.past).ledger,
+                restart_history=max((hello.node for hello in hellos), key=lambda node: node.past).restart_history,
             )
             # The handler's port may be the same in each round, so another round is no remedy when it is taken.
-            answers = [_Answer(place._replace(port_picked=False, agent_store=served), hello.token) for place in places]
+            answers = [
+                _Answer(assignment._replace(port_picked=False, agent_store=served), hello.token)
+                for assignment in assignments
+            ]
             for place_rank in range(1, size):
                 answer = encode(answers[place_rank]).decode()
                 store.set(_answer_key(place_rank, hellos[place_rank].token), answer)
@@ -330,18 +333,18 @@ class ForeignRendezvous:
             key = _answer_key(rank, hello.token)
             answer_here = decode(_Answer, store.get(key), key)
             store.delete_key(key)
-        self._store, self._place = store, answer_here.place
+        self._store, self._assignment = store, answer_here.assignment
         self._keys = f"{PREFIX}{answer_here.token}/"
-        self._rounds = answer_here.place.restart_count + 1
+        self._rounds = answer_here.assignment.restart_count + 1
         self._succeeded = False
         self._began_at = time.monotonic()
-        return answer_here.place
+        return answer_here.assignment
 
-    def _rest(self) -> Sequence[Event]:
+    def _rest(self) -> Sequence[AgentEvent]:
         self._again = None
         return []
 
-    def _watch(self) -> Sequence[Event]:
+    def _watch(self) -> Sequence[AgentEvent]:
         """Look whether the round is over, or should be since nodes wait."""
         if outcome := self._read_outcome():
             self._again = None
@@ -353,22 +356,22 @@ class ForeignRendezvous:
         outcome = self._reform(f"{waiting} more node{'s' if waiting > 1 else ''} can join")
         return [Ended(outcome.end, time.time())]
 
-    def _settle(self, end: End | None, verdict: Verdict) -> Sequence[Event]:
+    def _settle(self, end: End | None, decision: Decision) -> Sequence[AgentEvent]:
         """What follows the round: what the node that ended it wrote, or this node's own word."""
         self._again = None
         if end is not None and end.kind is not EndKind.DONE:
-            mine = _Outcome(end._replace(mine=False), verdict)
+            mine = _Outcome(end._replace(mine=False), decision)
             try:
                 outcome = self._write_outcome(mine)
             except Exception:
                 outcome = mine  # the store is lost: the failure that is known says more, and a new round will tell
             if outcome is not mine:
-                consequences = () if outcome.verdict.restart else verdict.failures
-                verdict = outcome.verdict._replace(failures=(*outcome.verdict.failures, *consequences))
-        self._verdict, self._settled_at = verdict, time.monotonic()
-        return [Decided(verdict)]
+                consequences = () if outcome.decision.restart else decision.failures
+                decision = outcome.decision._replace(failures=(*outcome.decision.failures, *consequences))
+        self._decision, self._settled_at = decision, time.monotonic()
+        return [Decided(decision)]
 
-    def _succeed(self) -> Sequence[Event]:
+    def _succeed(self) -> Sequence[AgentEvent]:
         """This node's workers have ended well: wait for the others'."""
         self._succeeded = True
         self._barrier_ends = time.monotonic() + self._exit_barrier_timeout
@@ -379,7 +382,7 @@ class ForeignRendezvous:
                     self._store.set(f"{self._keys}all", "1")
         return self._barrier()
 
-    def _barrier(self) -> Sequence[Event]:
+    def _barrier(self) -> Sequence[AgentEvent]:
         self._pause = min(self._pause * 1.5, _LAST_LOOK)
         done = Ended(End(EndKind.DONE, "all workers have ended well"), time.time())
         try:
@@ -391,12 +394,12 @@ class ForeignRendezvous:
                 self._again = None
                 return [Ended(outcome.end, time.time())]
         except Exception as error:
-            self._say(f"{self._about(error)}; this node's workers have ended well, the others' are not known of")
+            self._log(f"{self._about(error)}; this node's workers have ended well, the others' are not known of")
             self._again = None
             return [done]
         if time.monotonic() < self._barrier_ends:
             return []
-        self._say(f"this node's workers have ended well; the others' have not within {self._exit_barrier_timeout:g} s")
+        self._log(f"this node's workers have ended well; the others' have not within {self._exit_barrier_timeout:g} s")
         self._again = None
         return [done]
 
@@ -409,37 +412,41 @@ class ForeignRendezvous:
                 time.sleep(_FIRST_LOOK / 2)
                 seen = self._store.add(f"{self._keys}seen", 0)
 
-    def _leave(self, why: str, status: int) -> Sequence[Event]:
+    def _leave(self, why: str, status: int) -> Sequence[AgentEvent]:
         """Have the others go on at once, instead of when they miss this node."""
         self._again = None
         if self._store is not None and self._size > 1:
             with contextlib.suppress(Exception):  # it is this node that leaves; the others will miss it
-                ledger, rank = self._ledger(), self._place.group_rank if self._place else -1
-                end = End(EndKind.REFORM, why, self._node.node, rank=rank)
+                restart_history, rank = self._restart_history(), self._assignment.group_rank if self._assignment else -1
+                end = End(EndKind.MEMBERSHIP_CHANGED, why, self._node.node, rank=rank)
                 if status:
                     end = End(EndKind.ERROR, why, self._node.node, status=status)
                 self._write_outcome(
-                    _Outcome(end, Verdict(not status, ledger, error=why if status else "", status=status))
+                    _Outcome(end, Decision(not status, restart_history, error=why if status else "", status=status))
                 )
         return []
 
-    def _shut_down(self) -> Sequence[Event]:
+    def _shut_down(self) -> Sequence[AgentEvent]:
         """``shutdown`` ends the job for everybody, also for later rounds."""
         self._again = None
-        if self._place is not None and not self._left:
+        if self._assignment is not None and not self._left:
             try:
                 self._handler.shutdown()
             except Exception as error:
-                self._say(f"{self._about(error)}, at its shutdown()")
+                self._log(f"{self._about(error)}, at its shutdown()")
         return []
 
     def _reform(self, reason: str) -> _Outcome:
         return self._write_outcome(
-            _Outcome(End(EndKind.REFORM, reason, self._node.node), Verdict(True, self._ledger()))
+            _Outcome(End(EndKind.MEMBERSHIP_CHANGED, reason, self._node.node), Decision(True, self._restart_history()))
         )
 
-    def _ledger(self) -> Ledger:
-        return aged(self._place.ledger, time.monotonic() - self._began_at) if self._place else Ledger()
+    def _restart_history(self) -> RestartHistory:
+        return (
+            aged(self._assignment.restart_history, time.monotonic() - self._began_at)
+            if self._assignment
+            else RestartHistory()
+        )
 
     def _read_outcome(self) -> _Outcome | None:
         key = f"{self._keys}end"
@@ -457,7 +464,7 @@ class ForeignRendezvous:
 
     @property
     def _size(self) -> int:
-        return self._place.group_world_size if self._place else 0
+        return self._assignment.group_world_size if self._assignment else 0
 
     def _release_port(self) -> None:
         if self._reserved is not None:
@@ -489,7 +496,7 @@ class ForeignRendezvous:
         return explained
 
 
-def adapt(handler: Any, spec: WorkerSpec, environ: Mapping[str, str], say: Callable[[str], None]) -> Any:
+def adapt(handler: Any, spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]) -> Any:
     """What the agent can talk to: a backend of the launcher's own, or a handler of torch's interface, wrapped.
 
     Raises:
@@ -497,11 +504,11 @@ def adapt(handler: Any, spec: WorkerSpec, environ: Mapping[str, str], say: Calla
         UsageError: a parameter of the backend is wrong.
     """
     if hasattr(handler, "for_agent"):
-        return handler.for_agent(spec, environ, say)
+        return handler.for_agent(spec, environ, log)
     if not hasattr(handler, "next_rendezvous"):
         raise LaunchError(f"rdzv_handler={handler!r}: must be a rendezvous handler; it has no next_rendezvous()")
     return ForeignRendezvous(
-        handler, role=spec.role, local_world_size=spec.local_world_size, local_addr=spec.local_addr, say=say
+        handler, role=spec.role, local_world_size=spec.local_world_size, local_addr=spec.local_addr, log=log
     )
 
 

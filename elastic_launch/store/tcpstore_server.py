@@ -1,4 +1,4 @@
-"""Layer 2: the agent's hand on the process that hosts the job's store (``tcpstore_server_main``): bind its port, start it, end it.
+"""Layer 2: the agent's side of the process that hosts the job's store, ``tcpstore_server_main``.
 
 May start one process; decides nothing.
 """

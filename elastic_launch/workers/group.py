@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Event, Exited, Gone, Lapsed, Started
+from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers.keeper import (
@@ -58,7 +58,7 @@ class WorkerProcesses:
         run_id: str,
         environ: Mapping[str, str],
         begin: Begin = execute_keeper,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Prepare.
 
@@ -72,7 +72,7 @@ class WorkerProcesses:
         self._environ = environ
         self._alone = threading.active_count() == 1 and not has_children()
         self._begin = begin
-        self._say = say
+        self._log = log
         self._keeper = Keeper(environ, begin)
         self._commands: dict[int, list[str]] = {}
         self._pids: Mapping[int, int] = {}
@@ -127,7 +127,7 @@ class WorkerProcesses:
 
     def lease(self, until: float) -> None:
         """Let workers live until a moment on ``time.monotonic``, if this is not called again before: then come SIGKILL
-        and ``Lapsed``. Without a first call they need no lease."""
+        and ``LeaseExpired``. Without a first call they need no lease."""
         self._lease = until
         self._keeper.send("lease", until)
 
@@ -136,11 +136,11 @@ class WorkerProcesses:
         self._keeper.send("dump", sorted(local_ranks))
 
     def sweep(self, kill: bool) -> None:
-        """End what is left; ``Gone`` follows when nothing is."""
+        """End what is left; ``GroupReaped`` follows when nothing is."""
         self._sweep_unanswered = True
         self._keeper.send("sweep", kill)
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[AgentEvent]:
         """Read what has happened; may block if ``fileno()`` is not readable."""
         try:
             return [event for message in self._keeper.receive() for event in self._events(message)]
@@ -152,7 +152,7 @@ class WorkerProcesses:
         if not self._keeper.close() or self._burial_owed:
             self._bury_orphans()
 
-    def _events(self, message: tuple[object, ...]) -> list[Event]:
+    def _events(self, message: tuple[object, ...]) -> list[AgentEvent]:
         match message:
             case ("started", dict(pids), dict(failed)):
                 self._pids, self._starting, self._losses = pids, False, 0
@@ -163,15 +163,15 @@ class WorkerProcesses:
             case ("gone", dict(leftovers)):
                 return [self._gone(leftovers)]
             case ("lapsed",):
-                return [Lapsed()]
+                return [LeaseExpired()]
             case ("warned", str(text)):
-                self._say(text)
+                self._log(text)
                 return []
             case ("broken", str(text)):
                 raise UnavailableError(text)
         raise LaunchError(f"internal error: the keeper said {message!r}")
 
-    def _not_started(self, local_rank: int, number: int, reason: str) -> Event:
+    def _not_started(self, local_rank: int, number: int, reason: str) -> AgentEvent:
         command = (self._commands[local_rank] or ["a function's process"])[0]
         text = f"cannot start {command}: {reason}"
         self._errors[local_rank] = Evidence(ErrorRecord(text, text, time.time(), "<N/A>"))
@@ -183,11 +183,11 @@ class WorkerProcesses:
         bury_orphans(self._alone, self._pids.values(), self._run_id)
         self._burial_owed = False
 
-    def _gone(self, leftovers: Mapping[int, str]) -> Event:
+    def _gone(self, leftovers: Mapping[int, str]) -> AgentEvent:
         self._sweep_unanswered = False
-        return Gone(self._errors, tuple(f"{name} (pid {pid})" for pid, name in sorted(leftovers.items())))
+        return GroupReaped(self._errors, tuple(f"{name} (pid {pid})" for pid, name in sorted(leftovers.items())))
 
-    def _keeper_is_lost(self) -> list[Event]:
+    def _keeper_is_lost(self) -> list[AgentEvent]:
         """The workers died with their keeper; end what they leave, which is this process's now, and start afresh."""
         text = f"the process that kept the workers (pid {self._keeper.pid}) was killed, and its workers with it"
         if self._starting and self._begin is not execute_keeper:
@@ -199,7 +199,9 @@ class WorkerProcesses:
         self._keeper.close()
         self._bury_orphans()
         now = time.time()
-        exits: list[Event] = [Exited(Exit(rank, -signal.SIGKILL, now, self._told)) for rank in sorted(self._running)]
+        exits: list[AgentEvent] = [
+            Exited(Exit(rank, -signal.SIGKILL, now, self._told)) for rank in sorted(self._running)
+        ]
         self._starting = False
         lost = Evidence(ErrorRecord(text, text, now, "<N/A>"))
         self._errors = dict.fromkeys(self._running, lost) | self._errors

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Event, Expired
+from elastic_launch.core.agent.lifecycle import AgentEvent, TimerExpired
 from elastic_launch.core.timer_requests import take_requests
 from elastic_launch.errors import UnavailableError
 
@@ -76,7 +76,7 @@ class Watchdog:
         """When the next scope expires, on ``time.monotonic``."""
         return min((deadline for deadline, _ in self._timers.values()), default=None)
 
-    def take(self, ready: Collection[int] = ()) -> list[Event]:
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Read what workers have written; never blocks.
 
         Returns:
@@ -84,7 +84,7 @@ class Watchdog:
             want no signal for that.
         """
         return [
-            Expired(_worker_of(pid), f"was still in the timer's scope {scope!r} when its time was over")
+            TimerExpired(_worker_of(pid), f"was still in the timer's scope {scope!r} when its time was over")
             for pid, scope, _, signum in self.overdue(time.monotonic())
             if signum
         ]

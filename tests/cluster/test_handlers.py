@@ -33,7 +33,7 @@ from elastic_launch.errors import (
     UsageError,
 )
 from elastic_launch.host.console import write
-from elastic_launch.job import Verdict
+from elastic_launch.job import Decision
 from elastic_launch.rendezvous.handler import (
     RendezvousHandler,
     RendezvousHandlerRegistry,
@@ -217,10 +217,10 @@ class InFiles:
 def run_agent(handler: Any, command: str, *, workers: int = 1, restarts: int = 0, **settings: Any) -> RunResult:
     """Run a shell's command on a handler, with the quick eyes of a test."""
     rendezvous = ForeignRendezvous(
-        handler, role="trainer", local_world_size=workers, **{"poll": 0.05, "say": print, **settings}
+        handler, role="trainer", local_world_size=workers, **{"poll": 0.05, "log": print, **settings}
     )
     spec = WorkerSpec("trainer", workers, rendezvous, entrypoint="sh", args=("-c", command), max_restarts=restarts)
-    return LocalElasticAgent(spec, DefaultLogsSpecs(), say=settings.get("say", print)).run()
+    return LocalElasticAgent(spec, DefaultLogsSpecs(), log=settings.get("log", print)).run()
 
 
 def agent_main(kind: str, path: str, restarts: str, workers: str, command: str) -> None:
@@ -229,7 +229,7 @@ def agent_main(kind: str, path: str, restarts: str, workers: str, command: str) 
     try:
         handler = Stuck() if kind == "stuck" else torch_handler(path) if kind == "torch" else InFiles(Path(path))
         result = run_agent(
-            handler, command, workers=int(workers), restarts=int(restarts), say=lambda text: write(f"{text}\n", 1)
+            handler, command, workers=int(workers), restarts=int(restarts), log=lambda text: write(f"{text}\n", 1)
         )
         if result.is_failed():
             write(result.report + "\n", 1)
@@ -454,7 +454,7 @@ def test_failure_is_another_round_until_there_is_none_left(tmp_path: Path) -> No
     handler = OneNode()
     said: list[str] = []
     command = f"echo $TORCHELASTIC_RESTART_COUNT >> {tmp_path}/rounds; exit 3"
-    result = run_agent(handler, command, restarts=2, say=said.append)
+    result = run_agent(handler, command, restarts=2, log=said.append)
     assert result.failures[0].exitcode == 3
     assert (tmp_path / "rounds").read_text().split() == ["0", "1", "2"]
     assert handler.calls == ["next", "next", "next", "shutdown"]
@@ -466,7 +466,7 @@ def test_nodes_that_wait_end_the_round_without_charge(tmp_path: Path) -> None:
     handler.waiting = [0, 1]
     said: list[str] = []
     command = f"echo >> {tmp_path}/$TORCHELASTIC_RESTART_COUNT; [ -e {tmp_path}/1 ] || exec sleep 1000"
-    assert not run_agent(handler, command, say=said.append).is_failed()
+    assert not run_agent(handler, command, log=said.append).is_failed()
     assert handler.calls == ["next", "next", "shutdown"]
     assert "1 more node can join: stopping 1 worker" in said
 
@@ -526,7 +526,7 @@ def test_handler_that_raises(error: BaseException, kind: type[LaunchError], matc
 @pytest.mark.parametrize("kind", [RendezvousGracefulExitError, Foreign.RendezvousGracefulExitError])
 def test_graceful_exit_is_none_of_failure(kind: type[Exception]) -> None:
     handler, said = OneNode(kind("not needed")), list[str]()
-    assert run_agent(handler, "true", say=said.append).return_values == {}
+    assert run_agent(handler, "true", log=said.append).return_values == {}
     assert "not needed; the job goes on without this node" in said[0]
     assert handler.calls == ["next"]
 
@@ -552,17 +552,17 @@ def test_failing_goodbye_costs_a_line() -> None:
             raise OSError("no")
 
     said: list[str] = []
-    assert not run_agent(Rude(), "true", say=said.append).is_failed()
+    assert not run_agent(Rude(), "true", log=said.append).is_failed()
     assert said[-1:] == ["rendezvous handler Rude: OSError: no, at its shutdown()"]
 
 
 def test_a_pause_before_the_next_round_is_kept() -> None:
-    from elastic_launch.core.agent.lifecycle import Assigned, Event, Join
+    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, RequestJoin
 
     rendezvous = ForeignRendezvous(OneNode(), role="trainer", local_world_size=1)
-    rendezvous._verdict, rendezvous._settled_at = Verdict(True, pause=0.3), time.monotonic()
-    begin, events = time.monotonic(), list[Event]()
-    rendezvous.ask(Join())
+    rendezvous._decision, rendezvous._settled_at = Decision(True, pause=0.3), time.monotonic()
+    begin, events = time.monotonic(), list[AgentEvent]()
+    rendezvous.ask(RequestJoin())
 
     def has_come() -> bool:
         events.extend(rendezvous.take())
@@ -680,11 +680,11 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
     silent = ForeignRendezvous(other, role="trainer", local_world_size=1)
-    from elastic_launch.core.agent.lifecycle import Join
+    from elastic_launch.core.agent.lifecycle import RequestJoin
 
-    silent.ask(Join())
+    silent.ask(RequestJoin())
     try:
-        assert not run_agent(handler, "true", exit_barrier_timeout=0.2, say=said.append).is_failed()
+        assert not run_agent(handler, "true", exit_barrier_timeout=0.2, log=said.append).is_failed()
     finally:
         silent.close()
     assert said[1:-1] == ["this node's workers have ended well; the others' have not within 0.2 s"]

@@ -1,7 +1,7 @@
 """Jobs on several hosts that are cut off, lost, slow or frozen: each goes on or ends as documented.
 
 The hosts are network namespaces, see ``tests.support.hosts``. The agents are real, and so are their stores. Whatever
-happens, no worker of an old generation is alive beside a new one: all workers give signs of life, which each test looks at.
+happens, no worker of an old generation is alive beside a new one: all workers send heartbeats, which each test checks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ mark(f"{host} of {world}")
 UNTIL_END = "wait_for('end')\n"
 
 
-class Life:
+class AgentState:
     """When a worker lived: from its first sign of life to its last, in seconds on the clock that all hosts share."""
 
     def __init__(self, file: Path) -> None:
@@ -75,9 +75,9 @@ class Network:
         with (self.job.path / "marks").open("a") as file:
             file.write("end\n")
 
-    def lives(self) -> list[Life]:
+    def lives(self) -> list[AgentState]:
         """The workers that have been there so far."""
-        return [Life(file) for file in self._beats.iterdir() if file.stat().st_size]
+        return [AgentState(file) for file in self._beats.iterdir() if file.stat().st_size]
 
     def formed(self, world: int, restart: int) -> float:
         """Wait until the newest round, this one or a later one, runs on so many hosts.
@@ -85,16 +85,16 @@ class Network:
         Returns:
             When its first worker began, on the clock of ``time.monotonic``.
         """
-        newest: list[Life] = []
+        newest: list[AgentState] = []
 
         def is_there() -> bool:
             lives = self.lives()
-            last = max((life.restart for life in lives), default=-1)
-            newest[:] = [life for life in lives if life.restart == last >= restart]
+            last = max((state.restart for state in lives), default=-1)
+            newest[:] = [state for state in lives if state.restart == last >= restart]
             return len(newest) == world == self._world(last)
 
         wait_until(is_there, f"a round of {world}")
-        return min(life.first for life in newest)
+        return min(state.first for state in newest)
 
     def _world(self, restart: int) -> int:
         """The size of a round, as all its workers have been told."""
@@ -285,7 +285,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
     net.formed(3, restart=1)
     net.end()
     assert ends(*programs) == [0, 0, 0]
-    assert {life.restart for life in net.lives()} == {0, 1}
+    assert {state.restart for state in net.lives()} == {0, 1}
     for program in programs:
         assert "no sign of life" not in program.said()
         assert "has not answered" not in program.said()
@@ -300,7 +300,7 @@ def test_the_host_of_the_store_is_powered_off(network: Make) -> None:
     off_at = time.monotonic()
     net.hosts[1].power_off()
     assert ends(*programs[1:]) == [69, 69]
-    assert max(life.last for life in net.lives()) - off_at < PATIENCE
+    assert max(state.last for state in net.lives()) - off_at < PATIENCE
     for program in programs[1:]:
         assert f"the store at {ENDPOINT} is lost" in program.said()
 

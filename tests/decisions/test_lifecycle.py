@@ -15,34 +15,34 @@ from elastic_launch.core.agent.lifecycle import (
     KILL_PATIENCE,
     LEFTOVER_GRACE,
     Action,
-    Announce,
+    AgentEvent,
+    AgentPhase,
+    AgentState,
     Assigned,
+    DeadlineReached,
     Decided,
-    Dump,
-    Event,
+    DumpStacks,
     Exited,
-    Expired,
     Finish,
-    Gone,
-    Join,
+    GroupReaped,
     Leave,
-    Life,
     Limits,
-    Passed,
-    Say,
-    Settle,
+    Log,
+    ReapLeftovers,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+    RequestJoin,
+    SendSignal,
     Signalled,
     Start,
     Started,
-    State,
-    Succeed,
-    Sweep,
-    Tell,
-    TimedOut,
+    TimerExpired,
+    UserSignalled,
 )
 from elastic_launch.core.agent.restart_policy import FREE_RESTARTS
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.job import Assignment, Level, Policy, Verdict
+from elastic_launch.job import Assignment, Decision, Level, Policy
 from elastic_launch.rendezvous.single_node import LocalRendezvous
 
 PIDS = {0: 100, 1: 101}
@@ -56,47 +56,47 @@ class Agent:
     """A life on a single node, with a virtual clock, and all actions that the last event has led to."""
 
     def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
-        self.life, self.last = lifecycle.begin(Limits(Policy(max_restarts), shutdown_timeout))
+        self.state, self.last = lifecycle.begin(Limits(Policy(max_restarts), shutdown_timeout))
         self.now = 1000.0
         self.rendezvous = LocalRendezvous("job", 2)
         self.rounds = 0
-        self.verdict = Verdict(restart=True)
+        self.decision = Decision(restart=True)
 
-    def __call__(self, *events: Event) -> list[Action]:
+    def __call__(self, *events: AgentEvent) -> list[Action]:
         """Feed events; return the actions of the last, without what is said and what the rendezvous answered."""
         for event in events:
             queue, self.last = [event], []
             while queue:
                 event = queue.pop(0)
                 if isinstance(event, Decided):
-                    self.verdict = event.verdict
-                self.life, actions = lifecycle.step(self.life, event, self.now)
+                    self.decision = event.decision
+                self.state, actions = lifecycle.step(self.state, event, self.now)
                 self.last += actions
                 queue += [e for a in actions if isinstance(a, ASKING) for e in self.rendezvous.ask(a)]
         return [action for action in self.last if not isinstance(action, NOT_SHOWN)]
 
     def said(self) -> str:
         """The trouble that people are told of."""
-        return "\n".join(a.text for a in self.last if isinstance(a, Say) and a.level is Level.TROUBLE)
+        return "\n".join(a.text for a in self.last if isinstance(a, Log) and a.level is Level.WARNING)
 
-    def place(self, port: int = 29500, *, picked: bool = True) -> Assignment:
+    def assignment(self, port: int = 29500, *, picked: bool = True) -> Assignment:
         """The place in the next round."""
         self.rounds += 1
         return PLACE._replace(
             master_port=port,
             port_picked=picked,
             restart_count=self.rounds - 1,
-            ledger=self.verdict.ledger,
+            restart_history=self.decision.restart_history,
         )
 
     def running(self, port: int = 29500, *, picked: bool = True) -> Agent:
-        self(Assigned(self.place(port, picked=picked)), Started(PIDS))
-        assert self.life.state is State.RUNNING
+        self(Assigned(self.assignment(port, picked=picked)), Started(PIDS))
+        assert self.state.phase is AgentPhase.RUNNING
         return self
 
 
-ASKING = (Announce, Succeed, Settle, Leave)
-NOT_SHOWN = (Say, *ASKING)
+ASKING = (ReportFailure, ReportSuccess, ReportRound, Leave)
+NOT_SHOWN = (Log, *ASKING)
 
 
 def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 50.0) -> Exited:
@@ -105,19 +105,19 @@ def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 5
 
 def test_good_job() -> None:
     agent = Agent()
-    assert agent.last == [Join()]
+    assert agent.last == [RequestJoin()]
     assert agent(Assigned(PLACE)) == [Start(PLACE)]
     assert agent(Started(PIDS), exited(1)) == []
-    assert agent(exited(0)) == [Sweep(kill=False)]
-    assert agent(Gone({})) == [Finish()]
-    assert agent.life.state is State.DONE
+    assert agent(exited(0)) == [ReapLeftovers(kill=False)]
+    assert agent(GroupReaped({})) == [Finish()]
+    assert agent.state.phase is AgentPhase.DONE
 
 
 def test_failure_stops_the_others_and_fails_the_job() -> None:
     agent = Agent().running()
-    assert agent(exited(1, 42)) == [Tell(SIGTERM, frozenset({0}), stop=True)]
-    assert agent(exited(0, -SIGTERM, (SIGTERM,))) == [Sweep(kill=False)]
-    [finish] = agent(Gone({}))
+    assert agent(exited(1, 42)) == [SendSignal(SIGTERM, frozenset({0}), stop=True)]
+    assert agent(exited(0, -SIGTERM, (SIGTERM,))) == [ReapLeftovers(kill=False)]
+    [finish] = agent(GroupReaped({}))
     assert isinstance(finish, Finish)
     assert [(f.rank, f.exitcode, f.pid, f.host) for f in finish.failures] == [(1, 42, 101, "host-a")]
 
@@ -125,13 +125,13 @@ def test_failure_stops_the_others_and_fails_the_job() -> None:
 def test_restart_has_a_new_number_and_is_charged() -> None:
     agent = Agent(max_restarts=1).running()
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-    assert agent(Gone({})) == [Join()]
+    assert agent(GroupReaped({})) == [RequestJoin()]
     assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.said()
-    place = agent.place(29501)
-    assert place.ledger.charged == 1
-    assert agent(Assigned(place)) == [Start(place)]
+    assignment = agent.assignment(29501)
+    assert assignment.restart_history.used == 1
+    assert agent(Assigned(assignment)) == [Start(assignment)]
     agent(Started(PIDS), exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-    [finish] = agent(Gone({}))
+    [finish] = agent(GroupReaped({}))
     assert isinstance(finish, Finish)
     assert finish.failures[0].exitcode == 1
 
@@ -139,22 +139,22 @@ def test_restart_has_a_new_number_and_is_charged() -> None:
 def test_last_worker_that_fails_leaves_nobody_to_stop() -> None:
     agent = Agent().running()
     agent(exited(0))
-    assert agent(exited(1, 3)) == [Sweep(kill=False)]
+    assert agent(exited(1, 3)) == [ReapLeftovers(kill=False)]
 
 
 @pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP])
 def test_signal_is_handed_to_the_workers_and_ends_the_job(signum: signal.Signals) -> None:
     agent = Agent(max_restarts=3).running()
-    assert agent(Signalled(signum, 50)) == [Tell(signum, ALL, stop=True)]
+    assert agent(Signalled(signum, 50)) == [SendSignal(signum, ALL, stop=True)]
     agent(exited(0, -signum, (signum,)))
-    assert agent(exited(1, 7, (signum,))) == [Sweep(kill=False)]
-    assert agent(Gone({})) == [Finish(signum=signum)]
+    assert agent(exited(1, 7, (signum,))) == [ReapLeftovers(kill=False)]
+    assert agent(GroupReaped({})) == [Finish(signum=signum)]
 
 
 def test_worker_that_crashes_on_the_signal_does_not_hide_it() -> None:
     agent = Agent().running()
     agent(Signalled(SIGTERM, 50), exited(0, -signal.SIGSEGV, (SIGTERM,)), exited(1, 0, (SIGTERM,)))
-    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
 @pytest.mark.parametrize("second", [SIGTERM, SIGINT])
@@ -162,10 +162,10 @@ def test_second_signal_kills_at_once(second: signal.Signals) -> None:
     agent = Agent().running()
     agent(Signalled(SIGTERM, 50))
     agent.now += 2 * DOUBLE
-    assert agent(Signalled(second, 51)) == [Sweep(kill=True)]
+    assert agent(Signalled(second, 51)) == [ReapLeftovers(kill=True)]
     assert agent(Signalled(second, 52)) == []
     assert agent(exited(0, -SIGKILL, (SIGTERM, SIGKILL)), exited(1, -SIGKILL, (SIGTERM, SIGKILL))) == []
-    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
 @pytest.mark.parametrize(("first", "second"), [(SIGHUP, SIGHUP), (SIGTERM, SIGHUP), (SIGHUP, SIGTERM)])
@@ -175,7 +175,7 @@ def test_a_hangup_is_no_request_to_kill(first: signal.Signals, second: signal.Si
     agent.now += 1
     assert agent(Signalled(second, 51)) == []
     agent.now += 1
-    assert agent(Signalled(SIGINT, 52)) == ([Sweep(kill=True)] if SIGTERM in (first, second) else [])
+    assert agent(Signalled(SIGINT, 52)) == ([ReapLeftovers(kill=True)] if SIGTERM in (first, second) else [])
 
 
 def test_one_signal_delivered_twice_is_one() -> None:
@@ -189,19 +189,19 @@ def test_second_signal_after_a_failure_kills_too() -> None:
     agent = Agent(max_restarts=3).running()
     agent(exited(0, 1), Signalled(SIGTERM, 51))
     agent.now += 1
-    assert agent(Signalled(SIGTERM, 52)) == [Sweep(kill=True)]
+    assert agent(Signalled(SIGTERM, 52)) == [ReapLeftovers(kill=True)]
 
 
 def test_signal_when_all_workers_have_ended_well_changes_nothing() -> None:
     agent = Agent().running()
     agent(exited(0), exited(1), Signalled(SIGTERM, 51))
-    assert agent(Gone({})) == [Finish()]
+    assert agent(GroupReaped({})) == [Finish()]
 
 
 def test_signal_passed_on_makes_no_failure_a_stop() -> None:
     agent = Agent().running()
-    agent(Passed(SIGUSR1), exited(0, -SIGUSR1), exited(1, -SIGTERM, (SIGTERM,)))
-    [finish] = agent(Gone({}))
+    agent(UserSignalled(SIGUSR1), exited(0, -SIGUSR1), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(GroupReaped({}))
     assert isinstance(finish, Finish)
     assert finish.failures[0].exitcode == -SIGUSR1
 
@@ -211,13 +211,13 @@ def test_signal_while_a_failure_is_dealt_with_ends_the_job_instead_of_restarting
     agent(exited(0, 1))
     assert agent(Signalled(SIGTERM, 51)) == []
     agent(exited(1, -SIGTERM, (SIGTERM,)))
-    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
 def test_signal_does_not_hide_the_failure_that_ended_the_job_before() -> None:
     agent = Agent(max_restarts=0).running()
     agent(exited(0, 5), Signalled(SIGTERM, 51), exited(1, -SIGTERM, (SIGTERM,)))
-    [finish] = agent(Gone({}))
+    [finish] = agent(GroupReaped({}))
     assert isinstance(finish, Finish)
     assert finish.failures[0].exitcode == 5
 
@@ -228,54 +228,54 @@ def test_signal_before_the_first_round() -> None:
 
 def test_stop_sequence_keeps_its_deadlines() -> None:
     agent = Agent(shutdown_timeout=7).running()
-    assert agent.life.deadline is None
+    assert agent.state.deadline is None
     agent(Signalled(SIGTERM, 50))
-    assert agent.life.deadline == agent.now + 7 - DUMP_TIME
+    assert agent.state.deadline == agent.now + 7 - DUMP_TIME
     agent(exited(0, 0, (SIGTERM,)))
     agent.now += 7 - DUMP_TIME
-    assert agent(TimedOut()) == [Dump(frozenset({1}))]
+    assert agent(DeadlineReached()) == [DumpStacks(frozenset({1}))]
     agent.now += DUMP_TIME
-    assert agent.life.deadline == agent.now
-    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert agent.state.deadline == agent.now
+    assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
     assert "worker rank 1 (pid 101)" in agent.said()
-    assert agent.life.deadline == agent.now + KILL_PATIENCE
+    assert agent.state.deadline == agent.now + KILL_PATIENCE
     agent(exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
-    assert agent(Gone({})) == [Finish(signum=SIGTERM)]
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
 def test_no_time_to_stop_is_no_time_for_stacks_either() -> None:
     agent = Agent(shutdown_timeout=0).running()
     agent(Signalled(SIGTERM, 50))
-    assert agent(TimedOut()) == [Dump(ALL)]
-    assert agent.life.deadline == agent.now
-    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert agent(DeadlineReached()) == [DumpStacks(ALL)]
+    assert agent.state.deadline == agent.now
+    assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
 
 
 def test_worker_that_hung_is_told_of_where_something_failed() -> None:
     stacks = {1: Evidence(note="the stacks of its threads are in 1/stacks.log")}
     agent = Agent().running()
-    agent(exited(0, 1), TimedOut(), TimedOut(), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
-    [finish] = agent(Gone(stacks))
+    agent(exited(0, 1), DeadlineReached(), DeadlineReached(), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    [finish] = agent(GroupReaped(stacks))
     assert "rank 1 (pid 101) did not stop in time; the stacks of its threads are in 1/stacks.log" in agent.said()
     assert isinstance(finish, Finish)
     assert [(failure.rank, failure.note) for failure in finish.failures] == [(0, ""), (1, stacks[1].note)]
     agent = Agent().running()
-    agent(Signalled(SIGTERM, 50), TimedOut(), TimedOut())
+    agent(Signalled(SIGTERM, 50), DeadlineReached(), DeadlineReached())
     agent(*(exited(rank, -SIGKILL, (SIGTERM, SIGKILL)) for rank in ALL))
-    assert agent(Gone(stacks)) == [Finish(signum=SIGTERM)], "a worker that hangs is no failure by itself"
+    assert agent(GroupReaped(stacks)) == [Finish(signum=SIGTERM)], "a worker that hangs is no failure by itself"
     assert "stacks.log" in agent.said()
 
 
 def test_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
     agent = Agent().running()
-    assert agent(Expired(PIDS[1], "its timer 'step' expired")) == [Dump(frozenset({1}))]
-    assert agent.life.state is State.RUNNING
-    assert agent(Expired(PIDS[1], "once more"), Expired(999, "no worker")) == []
-    assert agent.life.deadline == agent.now + DUMP_TIME
-    assert agent(TimedOut()) == [Tell(SIGKILL, frozenset({1}), stop=False)]
-    assert agent.life.deadline is None
+    assert agent(TimerExpired(PIDS[1], "its timer 'step' expired")) == [DumpStacks(frozenset({1}))]
+    assert agent.state.phase is AgentPhase.RUNNING
+    assert agent(TimerExpired(PIDS[1], "once more"), TimerExpired(999, "no worker")) == []
+    assert agent.state.deadline == agent.now + DUMP_TIME
+    assert agent(DeadlineReached()) == [SendSignal(SIGKILL, frozenset({1}), stop=False)]
+    assert agent.state.deadline is None
     agent(exited(1, -SIGKILL), exited(0, 0, (SIGTERM,)))
-    [finish] = agent(Gone({1: Evidence(note="stacks: here")}))
+    [finish] = agent(GroupReaped({1: Evidence(note="stacks: here")}))
     assert isinstance(finish, Finish)
     assert [(failure.rank, failure.note) for failure in finish.failures] == [
         (1, "its timer 'step' expired; stacks: here")
@@ -285,10 +285,10 @@ def test_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
 def test_what_a_good_job_left_is_killed_soon() -> None:
     agent = Agent(shutdown_timeout=30).running()
     agent(exited(0), exited(1))
-    assert agent.life.deadline == agent.now + LEFTOVER_GRACE
-    assert agent(TimedOut()) == [Sweep(kill=True)]
+    assert agent.state.deadline == agent.now + LEFTOVER_GRACE
+    assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
     assert agent.said() == "", "there may be nothing left: Gone will tell"
-    assert agent(Gone({}, ("sleep (pid 7)",))) == [Finish()]
+    assert agent(GroupReaped({}, ("sleep (pid 7)",))) == [Finish()]
     assert agent.said() == "killed what the workers had left running: sleep (pid 7)"
 
 
@@ -297,18 +297,18 @@ def test_what_a_stopped_worker_left_has_its_grace_too() -> None:
     agent(Signalled(SIGTERM, 50))
     agent.now += 10
     agent(exited(0, 0, (SIGTERM,)), exited(1, 0, (SIGTERM,)))
-    assert agent.life.deadline == agent.now + 20
+    assert agent.state.deadline == agent.now + 20
     agent = Agent(shutdown_timeout=30).running()
     agent(exited(0, 1))
     agent.now += 29.25
     agent(exited(1, 0, (SIGTERM,)))
-    assert agent.life.deadline == agent.now + LEFTOVER_GRACE
+    assert agent.state.deadline == agent.now + LEFTOVER_GRACE
 
 
 def test_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
     agent = Agent(max_restarts=3).running()
-    agent(exited(0, 1), TimedOut(), TimedOut())
-    [finish] = agent(TimedOut(clash(1)))
+    agent(exited(0, 1), DeadlineReached(), DeadlineReached())
+    [finish] = agent(DeadlineReached(clash(1)))
     assert "worker rank 1 (pid 101) cannot be killed" in agent.said()
     assert isinstance(finish, Finish)
     assert [f.rank for f in finish.failures] == [0]
@@ -317,18 +317,18 @@ def test_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
 
 def test_passed_signal_reaches_the_leading_processes_that_still_run() -> None:
     agent = Agent()
-    assert agent(Passed(SIGUSR1)) == []
+    assert agent(UserSignalled(SIGUSR1)) == []
     agent.running()
-    assert agent(Passed(SIGUSR1)) == [Tell(SIGUSR1, ALL, stop=False)]
+    assert agent(UserSignalled(SIGUSR1)) == [SendSignal(SIGUSR1, ALL, stop=False)]
     agent(exited(0))
-    assert agent(Passed(SIGUSR1)) == [Tell(SIGUSR1, frozenset({1}), stop=False)]
-    assert agent.life.state is State.RUNNING
+    assert agent(UserSignalled(SIGUSR1)) == [SendSignal(SIGUSR1, frozenset({1}), stop=False)]
+    assert agent.state.phase is AgentPhase.RUNNING
 
 
 def test_restart_is_told_in_one_line() -> None:
     agent = Agent(max_restarts=1).running()
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-    agent(Gone({0: Evidence(ErrorRecord("RuntimeError: first\nsecond\nthird", "", 49.0, "error.json"))}))
+    agent(GroupReaped({0: Evidence(ErrorRecord("RuntimeError: first\nsecond\nthird", "", 49.0, "error.json"))}))
     assert agent.said() == "rank 0 failed (exit code 1, RuntimeError: first): restart 1 of 1"
 
 
@@ -342,13 +342,13 @@ def test_taken_port_is_free_of_charge_a_few_times() -> None:
     for attempt in range(FREE_RESTARTS):
         agent.running(port=29500 + attempt)
         agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-        assert agent(Gone(clash(29500 + attempt))) == [Join()]
+        assert agent(GroupReaped(clash(29500 + attempt))) == [RequestJoin()]
         assert "without charge" in agent.said()
-        assert agent.verdict.restart
-        assert (agent.verdict.ledger.charged, agent.verdict.ledger.free) == (0, attempt + 1)
+        assert agent.decision.restart
+        assert (agent.decision.restart_history.used, agent.decision.restart_history.uncharged) == (0, attempt + 1)
     agent.running(port=29509)
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-    [finish] = agent(Gone(clash(29509)))
+    [finish] = agent(GroupReaped(clash(29509)))
     assert isinstance(finish, Finish)
     assert finish.failures
 
@@ -357,7 +357,7 @@ def test_taken_port_is_free_of_charge_a_few_times() -> None:
 def test_other_port_clashes_are_failures(clashes_with: int, picked: bool) -> None:
     agent = Agent(max_restarts=0).running(port=29500, picked=picked)
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
-    [finish] = agent(Gone(clash(clashes_with)))
+    [finish] = agent(GroupReaped(clash(clashes_with)))
     assert isinstance(finish, Finish)
     assert finish.failures
 
@@ -365,14 +365,14 @@ def test_other_port_clashes_are_failures(clashes_with: int, picked: bool) -> Non
 def test_what_is_not_in_the_table_raises_with_the_history() -> None:
     agent = Agent().running()
     with pytest.raises(lifecycle.UnexpectedEventError, match=r"Gone while running; history: joining:Assigned"):
-        agent(Gone({}))
+        agent(GroupReaped({}))
 
 
 def test_every_state_deals_with_every_signal() -> None:
-    for state in set(State) - {State.DONE}:
+    for state in set(AgentPhase) - {AgentPhase.DONE}:
         assert (state, Signalled) in lifecycle.TABLE
-        assert (state, Passed) in lifecycle.TABLE
-        assert (state, Expired) in lifecycle.TABLE
+        assert (state, UserSignalled) in lifecycle.TABLE
+        assert (state, TimerExpired) in lifecycle.TABLE
 
 
 class World:
@@ -397,24 +397,24 @@ class World:
         for action in actions:
             assert self.finish is None, "an action after the end"
             match action:
-                case Join():
+                case RequestJoin():
                     assert not self.signalled, "another round after a signal to stop"
-                case Start(place):
+                case Start(assignment):
                     assert not self.alive, "a round beside another's workers"
                     assert not self.stragglers, "a round beside what another left"
-                    self.rounds.append(place.restart_count)
+                    self.rounds.append(assignment.restart_count)
                     self.alive, self.codes, self.told, self.shot = {0, 1}, [], {}, set()
                     self.stragglers = self.random.random() < 0.3
                     self.hopeless = self.random.random() < 0.1
                     self.started = self.swept = self.killed = False
-                case Tell(signum, ranks, stop):
+                case SendSignal(signum, ranks, stop):
                     assert ranks <= self.alive, "a signal to a worker that has ended"
                     self.shot |= ranks if signum == SIGKILL else set()
                     if stop:
                         self.told |= {rank: (*self.told.get(rank, ()), signum) for rank in ranks}
-                case Dump(ranks):
+                case DumpStacks(ranks):
                     assert ranks <= self.alive, "stacks of a worker that has ended"
-                case Sweep(kill):
+                case ReapLeftovers(kill):
                     assert kill or not self.alive, "a sweep while workers have their grace"
                     self.swept, self.killed = True, self.killed or kill
                     if kill:
@@ -422,28 +422,31 @@ class World:
                 case Finish():
                     self.finish = action
 
-    def next_events(self) -> list[Event]:
+    def next_events(self) -> list[AgentEvent]:
         """What can come now; a lost keeper brings several events at once."""
-        life, can = self.agent.life, list[list[Event]]()
+        state, can = self.agent.state, list[list[AgentEvent]]()
         if self.signals_left:
-            can += [[Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now)], [Passed(SIGUSR1)]]
-        if life.state is State.JOINING:
+            can += [
+                [Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now)],
+                [UserSignalled(SIGUSR1)],
+            ]
+        if state.phase is AgentPhase.JOINING:
             self.agent.rounds = len(self.rounds)
-            return self.random.choice([*can, [Assigned(self.agent.place(29500 + len(self.rounds)))]])
-        lost: list[Event] = [exited(rank, -SIGKILL, (), 50 + len(self.rounds)) for rank in sorted(self.alive)]
+            return self.random.choice([*can, [Assigned(self.agent.assignment(29500 + len(self.rounds)))]])
+        lost: list[AgentEvent] = [exited(rank, -SIGKILL, (), 50 + len(self.rounds)) for rank in sorted(self.alive)]
         if self.random.random() < 0.02 and (lost or self.swept):
-            return [*lost, Gone({})] if self.swept else lost
+            return [*lost, GroupReaped({})] if self.swept else lost
         if not self.started:
             return self.random.choice([*can, [Started(PIDS)]])
         stuck = self.hopeless and self.killed
         if not stuck:
             can += [[exited(rank, self.exit_code(rank), self.told.get(rank, ()), 50.0)] for rank in self.alive]
         if self.swept and not self.alive and not stuck:
-            can.append([Gone(clash(29499 + len(self.rounds)) if self.random.random() < 0.2 else {})])
+            can.append([GroupReaped(clash(29499 + len(self.rounds)) if self.random.random() < 0.2 else {})])
         if self.random.random() < 0.1:
-            can.append([Expired(self.random.choice([*PIDS.values()]), "its timer expired")])
-        if life.deadline is not None and (stuck or not self.killed):
-            can.append([TimedOut()])
+            can.append([TimerExpired(self.random.choice([*PIDS.values()]), "its timer expired")])
+        if state.deadline is not None and (stuck or not self.killed):
+            can.append([DeadlineReached()])
         return self.random.choice(can)
 
     def exit_code(self, rank: int) -> int:
@@ -465,16 +468,18 @@ class World:
                         self.codes.append(exit_.exitcode)
                     case Signalled():
                         self.signals_left, self.signalled = self.signals_left - 1, True
-                    case Passed():
+                    case UserSignalled():
                         self.signals_left -= 1
-                    case Gone():
+                    case GroupReaped():
                         self.stragglers = False
                 self.agent.now += self.random.choice([0.0, DOUBLE, 3.0])
                 self.agent(event)
                 self.carry_out(self.agent.last)
-                life = self.agent.life
-                if life.state is not State.RUNNING or not life.expired:
-                    assert (life.deadline is not None) == (life.state is State.STOPPING), "a deadline is for stopping"
+                state = self.agent.state
+                if state.phase is not AgentPhase.RUNNING or not state.expired:
+                    assert (state.deadline is not None) == (state.phase is AgentPhase.STOPPING), (
+                        "a deadline is for stopping"
+                    )
             if self.finish is not None:
                 return
         raise AssertionError("the agent came to no end")
@@ -486,14 +491,17 @@ def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
     for seed in range(block * 1000, (block + 1) * 1000):
         world = World(seed)
         world.run()
-        life, finish = world.agent.life, world.finish
+        state, finish = world.agent.state, world.finish
         assert finish is not None
-        assert life.state is State.DONE
+        assert state.phase is AgentPhase.DONE
         assert not world.alive or (world.hopeless and world.killed), f"seed {seed}: workers live on"
         assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number was used twice"
-        assert world.agent.verdict.ledger.charged <= world.max_restarts
-        assert world.agent.verdict.ledger.free <= FREE_RESTARTS
-        assert len(world.rounds) <= 1 + world.agent.verdict.ledger.charged + world.agent.verdict.ledger.free
+        assert world.agent.decision.restart_history.used <= world.max_restarts
+        assert world.agent.decision.restart_history.uncharged <= FREE_RESTARTS
+        assert (
+            len(world.rounds)
+            <= 1 + world.agent.decision.restart_history.used + world.agent.decision.restart_history.uncharged
+        )
         if finish.failures:
             assert finish.signum is None
             assert finish.failures[0].exitcode != 0
@@ -505,7 +513,7 @@ def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
 
 def test_life_is_a_value() -> None:
     agent = Agent().running()
-    before = agent.life
+    before = agent.state
     agent(exited(0, 1))
-    assert before.state is State.RUNNING
-    assert isinstance(agent.life, Life)
+    assert before.phase is AgentPhase.RUNNING
+    assert isinstance(agent.state, AgentState)

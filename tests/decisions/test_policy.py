@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_launch.core.agent.restart_policy import CRASH_LOOP, NO_TIME, aged, follow, stands_aside
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Ledger, Policy, Verdict
+from elastic_launch.job import Decision, Policy, RestartHistory
 
 
 def failure(rank: int = 0, exitcode: int = 1, error: str = "ValueError: boom") -> tuple[ProcessFailure, ...]:
@@ -16,34 +16,34 @@ class Job:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.ledger = Ledger()
+        self.restart_history = RestartHistory()
 
-    def __call__(self, after: float, *, rank: int = 0, exitcode: int = 1, error: str = "", node: str = "n") -> Verdict:
-        verdict = follow(self.policy, aged(self.ledger, after), failure(rank, exitcode, error), node)
-        self.ledger = verdict.ledger
-        return verdict
+    def __call__(self, after: float, *, rank: int = 0, exitcode: int = 1, error: str = "", node: str = "n") -> Decision:
+        decision = follow(self.policy, aged(self.restart_history, after), failure(rank, exitcode, error), node)
+        self.restart_history = decision.restart_history
+        return decision
 
 
 def test_the_budget_is_counted_down() -> None:
     job = Job(Policy(2))
     assert [job(100).restart for _ in range(3)] == [True, True, False]
-    assert job.ledger.charged == 2
+    assert job.restart_history.used == 2
 
 
 def test_thousands_of_restarts_are_as_good_as_one() -> None:
     for backoff in (0.0, 1.0):
-        verdict = follow(Policy(9999, backoff=backoff, backoff_limit=300), Ledger(9998), failure(), "n")
-        assert (verdict.restart, verdict.pause) == (True, 300 * backoff)
+        decision = follow(Policy(9999, backoff=backoff, backoff_limit=300), RestartHistory(9998), failure(), "n")
+        assert (decision.restart, decision.pause) == (True, 300 * backoff)
 
 
 def test_a_round_without_failures_is_the_end() -> None:
-    assert follow(Policy(3), Ledger(1), (), "n") == Verdict(False, Ledger(1))
+    assert follow(Policy(3), RestartHistory(1), (), "n") == Decision(False, RestartHistory(1))
 
 
 def test_failures_older_than_the_window_are_forgotten() -> None:
     job = Job(Policy(2, window=60))
     assert all(job(31).restart for _ in range(20)), "never three of them within a minute"
-    assert job.ledger.charged == 2
+    assert job.restart_history.used == 2
     assert [job(5, rank=n).restart for n in (1, 2)] == [False, False], "but now"
 
 
@@ -65,8 +65,8 @@ def test_pauses_become_short_again_when_failures_are_forgotten() -> None:
 def test_fatal_statuses_are_those_that_a_shell_shows() -> None:
     job = Job(Policy(9, fatal_exit_codes=frozenset({2, 137})))
     assert job(100, exitcode=1).restart
-    assert job(100, exitcode=2) == Verdict(
-        False, aged(Ledger(1, 0, (0,), "0 1 ", 1, "n", 1), 100), failure(0, 2, ""), why=job(0, exitcode=2).why
+    assert job(100, exitcode=2) == Decision(
+        False, aged(RestartHistory(1, 0, (0,), "0 1 ", 1, "n", 1), 100), failure(0, 2, ""), why=job(0, exitcode=2).why
     )
     assert job(0, exitcode=2).why == "exit status 2 is fatal (--fatal-exit-codes)"
     assert job(0, exitcode=-9).why == "exit status 137 is fatal (--fatal-exit-codes)"
@@ -75,7 +75,7 @@ def test_fatal_statuses_are_those_that_a_shell_shows() -> None:
 def test_the_same_failure_with_no_time_in_between_is_a_crash_loop() -> None:
     job = Job(Policy(99))
     verdicts = [job(1, rank=3, error="KeyError: 'lr'") for _ in range(CRASH_LOOP)]
-    assert [verdict.restart for verdict in verdicts] == [True] * (CRASH_LOOP - 1) + [False]
+    assert [decision.restart for decision in verdicts] == [True] * (CRASH_LOOP - 1) + [False]
     assert "crash loop: rank 3 failed 3 times in a row" in verdicts[-1].why
 
 
@@ -93,27 +93,27 @@ def test_errors_that_differ_in_a_number_only_are_the_same() -> None:
 
 
 def test_a_port_that_was_taken_is_free_of_charge_a_few_times() -> None:
-    ledger, taken = Ledger(), failure(0, 1, "EADDRINUSE: port 29501")
+    restart_history, taken = RestartHistory(), failure(0, 1, "EADDRINUSE: port 29501")
     for count in (1, 2, 3):
-        verdict = follow(Policy(0), ledger, taken, "n", port=29501)
-        ledger = verdict.ledger
-        assert (verdict.restart, ledger) == (True, Ledger(free=count))
-    assert not follow(Policy(0), ledger, taken, "n", port=29501).restart
-    assert not follow(Policy(0), Ledger(), taken, "n", port=0).restart, "the user chose it"
+        decision = follow(Policy(0), restart_history, taken, "n", port=29501)
+        restart_history = decision.restart_history
+        assert (decision.restart, restart_history) == (True, RestartHistory(uncharged=count))
+    assert not follow(Policy(0), restart_history, taken, "n", port=29501).restart
+    assert not follow(Policy(0), RestartHistory(), taken, "n", port=0).restart, "the user chose it"
 
 
 def test_a_node_that_cannot_go_on_ends_the_job() -> None:
-    assert not follow(Policy(3), Ledger(), failure(), "n", may_restart=False).restart
+    assert not follow(Policy(3), RestartHistory(), failure(), "n", may_restart=False).restart
 
 
 def test_a_node_stands_aside_when_it_caused_so_many_failures_in_a_row() -> None:
     policy = Policy(99, node_failure_limit=2)
     job = Job(policy)
     job(100, node="a", rank=1)
-    assert not stands_aside(policy, job.ledger, "a")
+    assert not stands_aside(policy, job.restart_history, "a")
     job(100, node="a", rank=2)
-    assert stands_aside(policy, job.ledger, "a")
-    assert not stands_aside(policy, job.ledger, "b")
+    assert stands_aside(policy, job.restart_history, "a")
+    assert not stands_aside(policy, job.restart_history, "b")
     job(100, node="b")
-    assert not stands_aside(policy, job.ledger, "a")
-    assert not stands_aside(Policy(99), job.ledger, "b"), "nobody asked for it"
+    assert not stands_aside(policy, job.restart_history, "a")
+    assert not stands_aside(Policy(99), job.restart_history, "b"), "nobody asked for it"

@@ -114,7 +114,7 @@ def work(tmp_path: Path) -> Path:
     return work
 
 
-def place(work: Path, form: str, source: str) -> tuple[str, str]:
+def assignment(work: Path, form: str, source: str) -> tuple[str, str]:
     """Write a program in one of the forms that Python runs; return its kind and its name."""
     if form in ("folder", "zip"):
         app = work / "app"
@@ -156,7 +156,7 @@ def place(work: Path, form: str, source: str) -> tuple[str, str]:
 def test_a_program_sees_what_plain_python_shows(
     tmp_path: Path, work: Path, form: str, options: tuple[str, ...]
 ) -> None:
-    kind, program = place(work, form, VIEW)
+    kind, program = assignment(work, form, VIEW)
     if kind == "module" and {"-P", "-I"} & set(options):
         options = options[1:]  # they take the module off the path; PYTHONSAFEPATH below stands for them
     args = ("--rank=1", "-m", "two words", "", "\N{SNOWMAN}", "--", "\udcff")
@@ -168,7 +168,7 @@ def test_a_program_sees_what_plain_python_shows(
 
 
 def test_a_safe_path_leaves_the_folder_of_a_module_out(tmp_path: Path, work: Path) -> None:
-    kind, program = place(work, "module", VIEW)
+    kind, program = assignment(work, "module", VIEW)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (work / "program.py").rename(elsewhere / "program.py")
@@ -180,7 +180,7 @@ def test_a_safe_path_leaves_the_folder_of_a_module_out(tmp_path: Path, work: Pat
 @pytest.mark.parametrize("form", FORMS)
 def test_a_failure_is_shown_as_plain_python_shows_it_and_written(tmp_path: Path, work: Path, form: str) -> None:
     before = time.time()
-    run = both(tmp_path, *place(work, form, RAISE))
+    run = both(tmp_path, *assignment(work, form, RAISE))
     stack, stderr = run.check(1, "ValueError: boom 7"), run.plain.stderr
     if form == "zip":  # the traceback module finds the source lines in it, the interpreter does not
         stack, stderr = (re.sub(r"(?m)^    .*\n", "", text) for text in (stack, stderr))
@@ -348,7 +348,7 @@ def test_a_script_ends_as_under_plain_python(tmp_path: Path, work: Path, name: s
 def test_what_cannot_be_run_is_refused_in_python_s_own_words(
     tmp_path: Path, work: Path, kind: str, program: str, content: bytes | None, returncode: int, message: str
 ) -> None:
-    place(work, "package", "")
+    assignment(work, "package", "")
     (work / "elsewhere").mkdir()
     if content is not None:
         (work / (program if kind == "script" else f"{program}.py")).write_bytes(content)
@@ -360,7 +360,7 @@ def test_what_cannot_be_run_is_refused_in_python_s_own_words(
 
 
 def test_a_module_runs_where_the_working_folder_is_gone(tmp_path: Path, work: Path) -> None:
-    _, program = place(work, "module", VIEW)
+    _, program = assignment(work, "module", VIEW)
     outputs = []
     for start in (["-m"], [BOOTSTRAP, "module"]):
         (tmp_path / "gone").mkdir()
@@ -409,7 +409,7 @@ def test_a_forked_child_does_not_write_its_parent_s_error(tmp_path: Path, work: 
 def test_processes_of_multiprocessing_find_main_and_write_nothing(
     tmp_path: Path, work: Path, form: str, method: str
 ) -> None:
-    run = both(tmp_path, *place(work, form, MULTIPROCESSING), method)
+    run = both(tmp_path, *assignment(work, form, MULTIPROCESSING), method)
     wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)], "the helpers' end")
     run.plain.stderr, run.ours.stderr = (re.sub(r"(?m)^Process .*", "", one.stderr) for one in (run.plain, run.ours))
     run.check(0, None)

@@ -29,7 +29,7 @@ from elastic_launch.events import (
     record,
     record_rdzv_event,
 )
-from elastic_launch.job import Assignment, Ledger
+from elastic_launch.job import Assignment, RestartHistory
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec, WorkerState
 from tests.conftest import DEADLINE
 
@@ -46,10 +46,10 @@ PLACE = Assignment(
     host="node1",
     port_picked=True,
     restart_count=7,
-    ledger=Ledger(charged=1),
+    restart_history=RestartHistory(used=1),
 )
 PIDS = {0: 100, 1: 101}
-EVENT = Event("name", EventSource.WORKER, 3, {"a": 1, "b": None, "c": "x", "d": 1.5, "e": True})
+INFO = Event("name", EventSource.WORKER, 3, {"a": 1, "b": None, "c": "x", "d": 1.5, "e": True})
 RDZV_EVENT = RdzvEvent("name", "run", "message", "host", 1, NodeState.RUNNING, rank=2)
 
 
@@ -119,14 +119,14 @@ def unfolded(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_event_as_a_line_of_json() -> None:
-    assert str(EVENT) == EVENT.serialize()
-    assert EVENT.serialize() == (
+    assert str(INFO) == INFO.serialize()
+    assert INFO.serialize() == (
         '{"name": "name", "source": "WORKER", "timestamp": 3, '
         '"metadata": {"a": 1, "b": null, "c": "x", "d": 1.5, "e": true}}'
     )
-    assert Event.deserialize(EVENT.serialize()) == EVENT
-    assert Event.deserialize(EVENT) is EVENT
-    assert isinstance(Event.deserialize(EVENT.serialize()).source, EventSource)
+    assert Event.deserialize(INFO.serialize()) == INFO
+    assert Event.deserialize(INFO) is INFO
+    assert isinstance(Event.deserialize(INFO.serialize()).source, EventSource)
     assert Event("n", EventSource.AGENT) == Event("n", EventSource.AGENT, 0, {})
     with pytest.raises(ValueError, match="BAD"):
         Event.deserialize('{"name": "x", "source": "BAD"}')
@@ -151,10 +151,10 @@ def test_handlers() -> None:
 
 
 def test_record_writes_to_the_destination(capsys: pytest.CaptureFixture[str]) -> None:
-    record(EVENT)
-    record(EVENT, "console")
-    record(EVENT, "console")
-    assert capsys.readouterr() == ("", f"{EVENT.serialize()}\n" * 2)
+    record(INFO)
+    record(INFO, "console")
+    record(INFO, "console")
+    assert capsys.readouterr() == ("", f"{INFO.serialize()}\n" * 2)
 
 
 def test_unknown_destination_is_an_error_that_lists_the_known(plug_in: Path) -> None:
@@ -162,7 +162,7 @@ def test_unknown_destination_is_an_error_that_lists_the_known(plug_in: Path) -> 
         "'nosuch': not known here; known are absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
     )
     with pytest.raises(UsageError, match=f"event handler {message}"):
-        record(EVENT, "nosuch")
+        record(INFO, "nosuch")
     with pytest.raises(UsageError, match=f"--event-log-handler: event handler {message}"):
         check_destination("nosuch")
 
@@ -319,7 +319,7 @@ def test_record_is_the_one_that_torchrun_makes(tmp_path: Path) -> None:
 
     end = theirs[-2]["metadata"]
     pids = {rank: int(theirs[5 + rank]["metadata"]["worker_id"]) for rank in range(3)}
-    place = Assignment(0, 1, 0, 3, 3, 0, 3, "127.0.0.1", 1, host=end["hostname"], port_picked=True)
+    assignment = Assignment(0, 1, 0, 3, 3, 0, 3, "127.0.0.1", 1, host=end["hostname"], port_picked=True)
     failures = [
         ProcessFailure(1, pids[1], 1, rank=1, error="ValueError: boom", message="Traceback", timestamp=1700000000.9),
         ProcessFailure(2, pids[2], 3, rank=2),
@@ -332,8 +332,8 @@ def test_record_is_the_one_that_torchrun_makes(tmp_path: Path) -> None:
         lines.text.append,
         lines.said.append,
     )
-    recorder.round_started(place, pids, seconds=0.0, joining=0.0)
-    recorder.run_ended(WorkerState.FAILED, place, pids, failures, seconds=end["total_run_time"])
+    recorder.round_started(assignment, pids, seconds=0.0, joining=0.0)
+    recorder.run_ended(WorkerState.FAILED, assignment, pids, failures, seconds=end["total_run_time"])
 
     ours = lines.events()
     for event in ours:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import Event, Exited, Gone, Lapsed, Started
+from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.workers.group import Command, WorkerProcesses
 from tests.cluster.test_nodes import QUICK, start_three, up
 from tests.conftest import DEADLINE, Job, is_alive, wait_until
@@ -25,9 +25,9 @@ def workers() -> Iterator[WorkerProcesses]:
     processes.close()
 
 
-def events(workers: WorkerProcesses, enough: Callable[[list[Event]], bool]) -> list[Event]:
+def events(workers: WorkerProcesses, enough: Callable[[list[AgentEvent]], bool]) -> list[AgentEvent]:
     """Take events until there are enough of them."""
-    found: list[Event] = []
+    found: list[AgentEvent] = []
     poller = select.poll()
     poller.register(workers.fileno(), select.POLLIN)
     end = time.monotonic() + DEADLINE
@@ -37,8 +37,8 @@ def events(workers: WorkerProcesses, enough: Callable[[list[Event]], bool]) -> l
     return found
 
 
-def is_gone(found: list[Event]) -> bool:
-    return any(isinstance(event, Gone) for event in found)
+def is_gone(found: list[AgentEvent]) -> bool:
+    return any(isinstance(event, GroupReaped) for event in found)
 
 
 def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> None:
@@ -48,10 +48,10 @@ def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> 
     started, lapsed, exited, gone = events(workers, is_gone)
     assert time.monotonic() >= until
     assert isinstance(started, Started)
-    assert lapsed == Lapsed()
+    assert lapsed == LeaseExpired()
     assert isinstance(exited, Exited)
-    assert (exited.exit.exitcode, exited.exit.told) == (-signal.SIGKILL, (signal.SIGKILL,)), "it is no failure"
-    assert gone == Gone({})
+    assert (exited.exit.exitcode, exited.exit.stop_signals) == (-signal.SIGKILL, (signal.SIGKILL,)), "it is no failure"
+    assert gone == GroupReaped({})
 
 
 def test_a_lease_that_is_renewed_holds(workers: WorkerProcesses) -> None:
@@ -75,7 +75,7 @@ def test_without_a_lease_workers_live_on(workers: WorkerProcesses) -> None:
 def test_workers_that_are_started_after_their_lease_die_at_once(workers: WorkerProcesses) -> None:
     workers.lease(time.monotonic() - 1)
     workers.start([SLEEP])
-    assert Lapsed() in events(workers, is_gone)
+    assert LeaseExpired() in events(workers, is_gone)
 
 
 def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: WorkerProcesses) -> None:
@@ -86,7 +86,7 @@ def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: WorkerProc
     workers.lease(time.monotonic() - 1)
     workers.start([Command(0, ["true"], {}), SLEEP._replace(local_rank=1)])
     found = events(workers, is_gone)
-    assert [type(event) for event in found].count(Lapsed) == 1
+    assert [type(event) for event in found].count(LeaseExpired) == 1
 
 
 def test_a_new_keeper_knows_the_lease(workers: WorkerProcesses) -> None:
@@ -98,7 +98,7 @@ def test_a_new_keeper_knows_the_lease(workers: WorkerProcesses) -> None:
     assert poller.poll(DEADLINE * 1000), "the keeper's end shows"
     workers.take()
     workers.start([SLEEP])
-    assert Lapsed() in events(workers, is_gone)
+    assert LeaseExpired() in events(workers, is_gone)
 
 
 def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:

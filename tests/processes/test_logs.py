@@ -111,10 +111,10 @@ def pump(request: pytest.FixtureRequest) -> Iterator[LogPump]:
 
 
 @contextlib.contextmanager
-def new_pump(console: Console, say: Callable[[str], None] = pytest.fail) -> Iterator[LogPump]:
+def new_pump(console: Console, log: Callable[[str], None] = pytest.fail) -> Iterator[LogPump]:
     """A pump on a console. It opens pipes and terminals anew, so these need not stay the standard streams."""
     with standing_in(console.writing, console.writing):
-        pump = LogPump(say, unblocked)
+        pump = LogPump(log, unblocked)
     try:
         yield pump
     finally:
@@ -395,7 +395,7 @@ def test_a_terminal_has_one_live_line_below_the_others(tmp_path: Path, terminal:
     os.write(ends[1, 1], b"a line\n")
     turn(pump, lambda: screen(terminal.read())[-1:] == [b"[0]:20%"] and b"a line" in terminal.read())
     assert screen(terminal.read()) == [b"[1]:a line", b"[0]:20%"]
-    pump.say("hello")
+    pump.log("hello")
     assert screen(terminal.read()) == [b"[1]:a line", b"elastic-run: hello", b"[0]:20%"]
     os.write(ends[1, 2], b"\r" + b"=" * 200)
     turn(pump, shows(terminal, b"=" * 200))
@@ -455,7 +455,7 @@ def test_a_console_that_closes_costs_its_lines_only(tmp_path: Path, is_terminal:
         turn(pump, shows(console, b"#100\n"))
         console.close_reader()
         turn(pump, lambda: worker.poll() is not None)
-        pump.say("nobody reads this")
+        pump.log("nobody reads this")
         pump.drain()
         assert pump.flush(0) == 0
         assert worker.returncode == 0
@@ -554,7 +554,7 @@ def test_own_lines_come_after_what_the_workers_wrote_and_tear_nothing(console: C
     ends = pump.open([Route(0, 2, show=True, prefix=b"#"), Route(1, 2, show=True)])
     os.write(ends[0, 2], b"whole\nhalf")
     os.write(ends[1, 2], b"mid line")
-    pump.say("restarting")
+    pump.log("restarting")
     os.write(ends[0, 2], b" and half\n")
     pump.drain()
     assert console.read() == b"#whole\nmid line\nelastic-run: restarting\n#half and half\n"
@@ -563,13 +563,13 @@ def test_own_lines_come_after_what_the_workers_wrote_and_tear_nothing(console: C
 def test_an_unread_console_costs_words_only(console: Console, pump: LogPump) -> None:
     pump.open([Route(0, 2, show=True)])
     for number in range(20_000):
-        pump.say(f"{number:0100}")
+        pump.log(f"{number:0100}")
     assert pump._words.backlog < 80_000
     turn(pump, reading(console, lambda: not [m for _, m in pump.descriptors() if m == select.POLLOUT]))
     lines = console.read().splitlines()
     assert 500 < len(lines) < 20_000
     assert lines == [b"elastic-run: %0100d" % number for number in range(len(lines))]
-    pump.say("heard")
+    pump.log("heard")
     assert console.read().endswith(b"elastic-run: heard\n")
 
 

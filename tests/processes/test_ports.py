@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import Assigned, Join
+from elastic_launch.core.agent.lifecycle import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment
@@ -27,9 +27,9 @@ os._exit(0)  # torch 2.13 now and then aborts in gloo's thread when the interpre
 
 
 def next_place(rendezvous: LocalRendezvous) -> Assignment:
-    [event] = rendezvous.ask(Join())
+    [event] = rendezvous.ask(RequestJoin())
     assert isinstance(event, Assigned)
-    return event.place
+    return event.assignment
 
 
 def test_reserved_port_is_given_to_nobody_who_asks_for_any() -> None:
@@ -64,13 +64,17 @@ def test_port_in_use_names_the_process() -> None:
 
 def test_rounds_have_fresh_ports_unless_one_is_named() -> None:
     rendezvous = LocalRendezvous("job", 2)
-    places = [next_place(rendezvous) for _ in range(5)]
-    assert all(place.port_picked for place in places)
-    assert all(first.master_port != second.master_port for first, second in itertools.pairwise(places))
+    assignments = [next_place(rendezvous) for _ in range(5)]
+    assert all(assignment.port_picked for assignment in assignments)
+    assert all(first.master_port != second.master_port for first, second in itertools.pairwise(assignments))
     rendezvous.close()
-    rendezvous = LocalRendezvous("job", 2, "host", places[0].master_port)
-    place = next_place(rendezvous)
-    assert (place.master_addr, place.master_port, place.port_picked) == ("host", places[0].master_port, False)
+    rendezvous = LocalRendezvous("job", 2, "host", assignments[0].master_port)
+    assignment = next_place(rendezvous)
+    assert (assignment.master_addr, assignment.master_port, assignment.port_picked) == (
+        "host",
+        assignments[0].master_port,
+        False,
+    )
     rendezvous.close()
 
 

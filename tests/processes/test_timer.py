@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from elastic_launch import timer
-from elastic_launch.core.agent.lifecycle import Expired
+from elastic_launch.core.agent.lifecycle import TimerExpired
 from elastic_launch.core.timer_requests import LONGEST, Request, parse, take_requests
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers.watchdog import Overdue, Watchdog
@@ -171,7 +171,7 @@ def test_agent_learns_who_is_to_be_killed_and_why(watchdog: Watchdog, pipe: Path
     nobody = 1 << 30  # a process that there is would be looked at
     write(pipe, line(nobody, "slow", WALL - 1) + line(8, "only told", WALL - 1, 0) + line(9, "in time", WALL + 60))
     [event] = watchdog.take()
-    assert event == Expired(nobody, "was still in the timer's scope 'slow' when its time was over")
+    assert event == TimerExpired(nobody, "was still in the timer's scope 'slow' when its time was over")
     assert watchdog.take() == []
 
 

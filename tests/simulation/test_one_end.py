@@ -85,7 +85,7 @@ def test_the_death_of_a_node_is_a_cause_that_costs_no_restart(victim: int) -> No
     made.run(made.now + 100, stop=lambda: all(agent.running == 1 for agent in others))
     assert [agent.running for agent in others] == [1, 1]
     assert made.now - died_at < DEADLINE + 2 + 2
-    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {0}
     all_end(made)
 
 
@@ -142,7 +142,7 @@ def test_the_count_is_kept_when_all_who_knew_it_are_gone() -> None:
     for agent in old:
         agent.kill()
     made.run(made.now + 60, stop=lambda: made.agents[3].running == 3)
-    assert {place.ledger.charged for place in made.places[3].values()} == {1}
+    assert {assignment.restart_history.used for assignment in made.assignments[3].values()} == {1}
 
 
 def test_a_restart_may_have_to_wait() -> None:
@@ -159,7 +159,7 @@ def test_a_node_that_fails_again_and_again_leaves_its_place_to_a_spare() -> None
     made = world(3, job(2, 2, Policy(9, node_failure_limit=2)))
     form(made, 2)
     spare = next(agent for agent in made.agents if agent.running is None)
-    bad = next(agent for agent in made.agents if agent.running is not None and agent.life.place)
+    bad = next(agent for agent in made.agents if agent.running is not None and agent.state.assignment)
     for number in (1, 2):
         until(made, 20)
         bad.fail_worker(1)
@@ -199,7 +199,7 @@ def test_a_replacement_that_is_there_in_time_takes_over() -> None:
     made.add()
     made.run(made.now + 60, stop=lambda: running(made)[2:] == [1, 1])
     assert running(made)[2:] == [1, 1]
-    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {0}
 
 
 def test_the_others_wait_until_the_workers_of_a_leaving_node_have_stopped() -> None:
@@ -213,7 +213,7 @@ def test_the_others_wait_until_the_workers_of_a_leaving_node_have_stopped() -> N
     assert running(made)[:2] == [1, 1]
     assert leaving.finish is not None
     assert 2 < made.now - left_at < 24 + 2
-    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {0}
 
 
 @pytest.mark.parametrize("slow", range(3))
@@ -224,7 +224,7 @@ def test_a_node_that_is_slow_to_stop_is_waited_for(slow: int) -> None:
     made.agents[(slow + 1) % 3].fail_worker(1)
     made.run(made.now + 100, stop=lambda: all(r == 1 for r in running(made)))
     assert running(made) == [1, 1, 1]
-    assert {place.group_world_size for place in made.places[1].values()} == {3}
+    assert {assignment.group_world_size for assignment in made.assignments[1].values()} == {3}
 
 
 @pytest.mark.parametrize("go", [Agent.kill, Agent.signal], ids=["dies", "leaves"])
@@ -250,7 +250,9 @@ def test_nodes_that_are_done_wait_for_the_others_but_not_for_ever() -> None:
     for _ in range(3):
         made.add()
     form(made, 3)
-    coordinator = next(agent for agent in made.agents if agent.life.place and agent.life.place.group_rank == 0)
+    coordinator = next(
+        agent for agent in made.agents if agent.state.assignment and agent.state.assignment.group_rank == 0
+    )
     rest = [agent for agent in made.agents if agent is not coordinator]
     coordinator.succeed()
     until(made, 299)
@@ -287,9 +289,9 @@ def test_one_node_speaks_for_a_thousand() -> None:
     made.agents[7].fail_worker(3)
     form(made, 40)
     all_end(made)
-    lines = [line for agent in made.agents for line in agent.heard(Level.EVENT)]
+    lines = [line for agent in made.agents for line in agent.heard(Level.INFO)]
     assert len(lines) < 12, lines
     assert len([line for line in lines if line.startswith("formed: 40 nodes")]) == 1
     assert len([line for line in lines if "restart 1 of 3" in line]) in (1, 2), "the node that failed, and the first"
     assert len([line for line in lines if line.startswith("done: 80 workers")]) == 1
-    assert sum(len(agent.heard(Level.DETAIL)) for agent in made.agents) > 100
+    assert sum(len(agent.heard(Level.DEBUG)) for agent in made.agents) > 100

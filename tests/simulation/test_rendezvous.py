@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import State
+from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.rendezvous.chief import listed
 from elastic_launch.core.rendezvous.protocol import Phase, Settings
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, decode, encode
 from elastic_launch.core.rendezvous.watch import LEFT, Watch
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
-from elastic_launch.job import Assignment, End, EndKind, Ledger, Policy, Verdict
+from elastic_launch.job import Assignment, Decision, End, EndKind, Policy, RestartHistory
 from tests.support.simulation import Agent, World
 
 RESET = "RuntimeError: Connection reset by peer"
@@ -103,7 +103,7 @@ def test_a_failure_is_a_restart_of_all_with_one_charge() -> None:
     made.agents[1].fail_worker()
     form(made, 3)
     assert running(made) == [1, 1, 1]
-    assert {place.ledger.charged for place in made.places[1].values()} == {1}
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {1}
     assert made.now < 1010, "all who were there are there again: there is nobody to wait for"
 
 
@@ -141,7 +141,7 @@ def test_a_node_that_leaves_costs_no_restart() -> None:
     made.agents[2].signal()
     made.run(made.now + 100, stop=lambda: running(made)[:2] == [1, 1])
     assert running(made) == [1, 1, None]
-    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {0}
 
 
 def test_a_newcomer_waits_for_the_last_call_while_the_others_run() -> None:
@@ -153,7 +153,7 @@ def test_a_newcomer_waits_for_the_last_call_while_the_others_run() -> None:
     assert running(made) == [0, 0, None]
     form(made, 3)
     assert made.now - came_at < SETTINGS.last_call_timeout + 2 + 2
-    assert {place.ledger.charged for place in made.places[1].values()} == {0}
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {0}
 
 
 def test_newcomers_that_fill_the_job_do_not_wait() -> None:
@@ -184,8 +184,8 @@ def test_a_chief_that_dies_is_replaced() -> None:
     chief.kill()
     made.add()
     made.add()
-    made.run(1100, stop=lambda: len(made.places.get(0, {})) == 3)
-    assert len(made.places[0]) == 3
+    made.run(1100, stop=lambda: len(made.assignments.get(0, {})) == 3)
+    assert len(made.assignments[0]) == 3
     assert made.now < 1003 + 15 + 2 * 5 + 1
 
 
@@ -195,18 +195,18 @@ def test_a_chief_that_leaves_hands_over() -> None:
     next(agent for agent in made.agents if agent.node.ticket == 1).signal()
     made.add()
     made.add()
-    made.run(1100, stop=lambda: len(made.places.get(0, {})) == 3)
-    assert len(made.places[0]) == 3
+    made.run(1100, stop=lambda: len(made.assignments.get(0, {})) == 3)
+    assert len(made.assignments[0]) == 3
     assert made.now < 1003 + 5 + 2
 
 
 def test_nodes_that_stay_keep_their_ranks() -> None:
     made = world(3)
     form(made, 3)
-    before = {agent.name: agent.life.place.group_rank for agent in made.agents if agent.life.place}
+    before = {agent.name: agent.state.assignment.group_rank for agent in made.agents if agent.state.assignment}
     made.agents[0].fail_worker()
     form(made, 3)
-    assert {agent.name: agent.life.place.group_rank for agent in made.agents if agent.life.place} == before
+    assert {agent.name: agent.state.assignment.group_rank for agent in made.agents if agent.state.assignment} == before
 
 
 def test_two_nodes_with_one_rank_end_the_job_with_both_names() -> None:
@@ -330,17 +330,19 @@ def play(seed: int) -> Scene:
     if len(live) >= low:
         rounds = {agent.part for agent in live if agent.part is not None}
         assert len(rounds) == 1, f"{made}: in different rounds, or in none: {running(made)}"
-        places = [agent.life.place for agent in live if agent.part is not None and agent.life.place]
-        ranks = [place.group_rank for place in places]
+        assignments = [agent.state.assignment for agent in live if agent.part is not None and agent.state.assignment]
+        ranks = [assignment.group_rank for assignment in assignments]
         # Members that are gone, but whose workers had all ended well before: the round goes on without them.
-        ranks += [rank for rank in made.places[max(rounds)] if made.is_done(max(rounds), rank) and rank not in ranks]
-        assert sorted(ranks) == list(range(places[0].group_world_size)), f"{made}: ranks have gaps"
-        assert len(ranks) >= min(high, len(live)), f"{made}: {len(places)} of {len(live)} nodes take part"
+        ranks += [
+            rank for rank in made.assignments[max(rounds)] if made.is_done(max(rounds), rank) and rank not in ranks
+        ]
+        assert sorted(ranks) == list(range(assignments[0].group_world_size)), f"{made}: ranks have gaps"
+        assert len(ranks) >= min(high, len(live)), f"{made}: {len(assignments)} of {len(live)} nodes take part"
         all_end(made)
-        return Scene("succeeded", len(made.places))
+        return Scene("succeeded", len(made.assignments))
     causes = {(finish.failures, finish.error, finish.status, finish.why) for finish in finished}
     assert len(causes) <= 1, f"{made}: several causes: {causes}"
-    return Scene("failed" if finished else "gone", len(made.places))
+    return Scene("failed" if finished else "gone", len(made.assignments))
 
 
 @pytest.mark.parametrize("block", range(8))
@@ -385,18 +387,23 @@ def test_ranks_are_dense_whatever_nodes_ask_for() -> None:
 
 def test_global_and_role_ranks_follow_group_ranks() -> None:
     nodes = [node(workers=2, role="a"), node(workers=1, role="b"), node(workers=3, role="a")]
-    places = assign(nodes, "", 29400, restart_count=4)
-    assert [place.base_rank for place in places] == [0, 2, 3]
-    assert [(place.base_role_rank, place.role_world_size) for place in places] == [(0, 5), (0, 1), (2, 5)]
-    assert {(place.world_size, place.group_world_size, place.agent_store, place.port_picked) for place in places} == {
-        (6, 3, True, False)
-    }
+    assignments = assign(nodes, "", 29400, restart_count=4)
+    assert [assignment.base_rank for assignment in assignments] == [0, 2, 3]
+    assert [(assignment.base_role_rank, assignment.role_world_size) for assignment in assignments] == [
+        (0, 5),
+        (0, 1),
+        (2, 5),
+    ]
+    assert {
+        (assignment.world_size, assignment.group_world_size, assignment.agent_store, assignment.port_picked)
+        for assignment in assignments
+    } == {(6, 3, True, False)}
 
 
 def test_without_a_shared_store_rank_0_serves_the_workers() -> None:
     nodes = [node(address="127.0.0.1", outward="10.0.0.7", port=4000), node(address="127.0.0.1", port=5000)]
-    [place, _] = assign(nodes, "", 0)
-    assert (place.master_addr, place.master_port, place.agent_store) == ("127.0.0.1", 4000, False)
+    [assignment, _] = assign(nodes, "", 0)
+    assert (assignment.master_addr, assignment.master_port, assignment.agent_store) == ("127.0.0.1", 4000, False)
     nodes[1] = nodes[1]._replace(address="10.0.0.8")
     assert assign(nodes, "", 0)[0].master_addr == "10.0.0.7", "others are not on this host"
 
@@ -410,9 +417,9 @@ FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", 
         node(rank=3),
         Closed(0, 2, 3, (4, 5)),
         Roster((1, 2), ("a", "b"), ("x", "y")),
-        End(EndKind.REFORM, "why", "id", ("a",)),
-        Verdict(True, Ledger(1, 2, (0.5,), "x"), (FAILURE,)),
-        Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, Ledger(1)),
+        End(EndKind.MEMBERSHIP_CHANGED, "why", "id", ("a",)),
+        Decision(True, RestartHistory(1, 2, (0.5,), "x"), (FAILURE,)),
+        Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, RestartHistory(1)),
     ],
     ids=lambda record: type(record).__name__,
 )
@@ -465,4 +472,4 @@ def test_many_names_are_told_in_few_words() -> None:
 def test_states_of_the_simulation_are_those_of_the_agent() -> None:
     made = world(3)
     form(made, 3)
-    assert {agent.life.state for agent in made.agents} == {State.RUNNING}
+    assert {agent.state.phase for agent in made.agents} == {AgentPhase.RUNNING}

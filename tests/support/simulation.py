@@ -15,26 +15,26 @@ from signal import SIGTERM
 
 from elastic_launch.core.agent import lifecycle
 from elastic_launch.core.agent.lifecycle import (
-    Announce,
+    AgentPhase,
     Assigned,
+    DeadlineReached,
     Decided,
     Ended,
     Exited,
     Fence,
     Finish,
-    Gone,
-    Join,
-    Lapsed,
+    GroupReaped,
+    LeaseExpired,
     Leave,
     Limits,
-    Settle,
+    ReapLeftovers,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+    RequestJoin,
     Signalled,
     Start,
     Started,
-    State,
-    Succeed,
-    Sweep,
-    TimedOut,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
 from elastic_launch.core.rendezvous import protocol
@@ -57,7 +57,7 @@ class World:
         self.store = MemoryStore()
         self.now = 1000.0
         self.agents: list[Agent] = []
-        self.places: dict[int, dict[int, Assignment]] = {}
+        self.assignments: dict[int, dict[int, Assignment]] = {}
         """By round and group rank: every place that was given."""
         self.exit_barrier_timeout = float("inf")
         self.stop_time = 2.0
@@ -98,32 +98,37 @@ class World:
     def live(self) -> list[Agent]:
         return [agent for agent in self.agents if not agent.dead and agent.finish is None]
 
-    def assigned(self, agent: Agent, place: Assignment) -> None:
+    def assigned(self, agent: Agent, assignment: Assignment) -> None:
         """Check a place against all that were given in its round."""
-        given = self.places.setdefault(place.restart_count, {})
-        assert place.group_rank not in given, f"{self}: two nodes with group rank {place.group_rank} in one round"
-        given[place.group_rank] = place
+        given = self.assignments.setdefault(assignment.restart_count, {})
+        assert assignment.group_rank not in given, (
+            f"{self}: two nodes with group rank {assignment.group_rank} in one round"
+        )
+        given[assignment.group_rank] = assignment
         first = next(iter(given.values()))
-        for field in ("group_world_size", "world_size", "master_addr", "master_port", "ledger"):
-            assert getattr(place, field) == getattr(first, field), f"{self}: {field} differs within a round"
-        before = self.places.get(place.restart_count - 1, {})
-        charged = {other.ledger.charged for other in before.values()} or {place.ledger.charged}
-        assert place.ledger.charged - min(charged) in (0, 1) or self.settings.policy.window, f"{self}: counted twice"
-        assert self.settings.min_nodes <= place.group_world_size <= self.settings.max_nodes
-        assert 0 <= place.group_rank < place.group_world_size
-        assert 0 <= place.base_rank <= place.world_size - place.local_world_size
-        assert place.ledger.charged <= self.max_restarts
+        for field in ("group_world_size", "world_size", "master_addr", "master_port", "restart_history"):
+            assert getattr(assignment, field) == getattr(first, field), f"{self}: {field} differs within a round"
+        before = self.assignments.get(assignment.restart_count - 1, {})
+        used = {other.restart_history.used for other in before.values()} or {assignment.restart_history.used}
+        assert assignment.restart_history.used - min(used) in (0, 1) or self.settings.policy.window, (
+            f"{self}: counted twice"
+        )
+        assert self.settings.min_nodes <= assignment.group_world_size <= self.settings.max_nodes
+        assert 0 <= assignment.group_rank < assignment.group_world_size
+        assert 0 <= assignment.base_rank <= assignment.world_size - assignment.local_world_size
+        assert assignment.restart_history.used <= self.max_restarts
         for other in given.values():
-            apart = abs(other.group_rank - place.group_rank)
-            assert apart == 0 or abs(other.base_rank - place.base_rank) >= apart, f"{self}: ranks overlap"
+            apart = abs(other.group_rank - assignment.group_rank)
+            assert apart == 0 or abs(other.base_rank - assignment.base_rank) >= apart, f"{self}: ranks overlap"
 
     def is_done(self, number: int, rank: int) -> bool:
         """Whether the workers of a member of a round have all ended well."""
         return any(
-            agent.life.place is not None
-            and (agent.life.place.restart_count, agent.life.place.group_rank) == (number, rank)
-            and agent.life.state in (State.SETTLING, State.DONE)
-            and len([exit_ for exit_ in agent.life.exits if exit_.exitcode == 0]) == agent.life.place.local_world_size
+            agent.state.assignment is not None
+            and (agent.state.assignment.restart_count, agent.state.assignment.group_rank) == (number, rank)
+            and agent.state.phase in (AgentPhase.AGREEING, AgentPhase.DONE)
+            and len([exit_ for exit_ in agent.state.exits if exit_.exitcode == 0])
+            == agent.state.assignment.local_world_size
             for agent in self.agents
         )
 
@@ -163,13 +168,13 @@ class Agent:
         self._ready_at = 0.0
         self._awaited: str | None = None
         self._timer: float | None = None
-        self.life, actions = lifecycle.begin(Limits(world.settings.policy, 30, world.exit_barrier_timeout))
+        self.state, actions = lifecycle.begin(Limits(world.settings.policy, 30, world.exit_barrier_timeout))
         self._carry_out(actions)
 
     @property
     def said(self) -> list[str]:
         """All that it can tell."""
-        return self.heard(Level.DETAIL)
+        return self.heard(Level.DEBUG)
 
     def heard(self, level: Level) -> list[str]:
         """What people get to read."""
@@ -178,13 +183,17 @@ class Agent:
     @property
     def running(self) -> int | None:
         """The round whose workers run."""
-        return self.life.place.restart_count if self.life.state is State.RUNNING and self.life.place else None
+        return (
+            self.state.assignment.restart_count
+            if self.state.phase is AgentPhase.RUNNING and self.state.assignment
+            else None
+        )
 
     @property
     def part(self) -> int | None:
         """The round that it takes part in: its workers run, or have all ended well."""
-        is_in = self.life.state in (State.RUNNING, State.SETTLING) and self.node.end is None
-        return self.life.place.restart_count if is_in and self.life.place else None
+        is_in = self.state.phase in (AgentPhase.RUNNING, AgentPhase.AGREEING) and self.node.end is None
+        return self.state.assignment.restart_count if is_in and self.state.assignment else None
 
     # --- what can happen to it
 
@@ -221,12 +230,12 @@ class Agent:
             self._die(Exit(rank, code, self.world.now, self._stopping))
 
     def succeed_worker(self) -> None:
-        if self.life.state is State.RUNNING and self.life.running:
+        if self.state.phase is AgentPhase.RUNNING and self.state.running:
             self._die(Exit(min(self.alive, default=-1), 0, self.world.now))
 
     def succeed(self) -> None:
         """All its workers end well."""
-        while self.life.state is State.RUNNING and self.alive:
+        while self.state.phase is AgentPhase.RUNNING and self.alive:
             self.succeed_worker()
 
     def signal(self) -> None:
@@ -247,50 +256,52 @@ class Agent:
 
         self.world.after(seconds, when_thawed)
 
-    def _live(self, event: lifecycle.Event) -> None:
+    def _live(self, event: lifecycle.AgentEvent) -> None:
         if self.dead or self.finish is not None:
             return
-        self.life, actions = lifecycle.step(self.life, event, self.world.now)
+        self.state, actions = lifecycle.step(self.state, event, self.world.now)
         self._carry_out(actions)
-        if self.life.state is State.PAUSING and self.life.deadline is not None:
-            paused, seconds = self.life, self.life.deadline - self.world.now
-            self._soon(lambda: self._live(TimedOut()) if self.life is paused else None, seconds)
+        if self.state.phase is AgentPhase.PAUSING and self.state.deadline is not None:
+            paused, seconds = self.state, self.state.deadline - self.world.now
+            self._soon(lambda: self._live(DeadlineReached()) if self.state is paused else None, seconds)
 
     def _carry_out(self, actions: list[lifecycle.Action]) -> None:
         for action in actions:
             match action:
-                case Join():
+                case RequestJoin():
                     self._step(Opening(29500))
-                case Announce() | Succeed() | Settle() | Leave() | Fence():
+                case ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
                     self._step(action)
-                case Start(place):
-                    assert place.restart_count not in self.seen_ends, f"{self.world}: {self.name} runs an ended round"
-                    self._begin(place)
-                    pids = {rank: 100 + rank for rank in range(place.local_world_size)}
+                case Start(assignment):
+                    assert assignment.restart_count not in self.seen_ends, (
+                        f"{self.world}: {self.name} runs an ended round"
+                    )
+                    self._begin(assignment)
+                    pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
                     self._soon(lambda pids=pids: self._live(Started(pids)), 0.01)  # type: ignore[misc]
-                case lifecycle.Tell(signum, ranks, True):
+                case lifecycle.SendSignal(signum, ranks, True):
                     for rank in ranks:
                         seconds = self.world.random.uniform(0.005, 1) * self.stop_time
                         self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
-                case Sweep(kill):
+                case ReapLeftovers(kill):
                     self.alive = set() if kill else self.alive
-                    self._soon(lambda: self._live(Gone(self._evidence)), 0.01)
+                    self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
                     self._step(Closing())
-                case lifecycle.Say(text, level):
+                case lifecycle.Log(text, level):
                     self.told.append((level, text))
 
     def _stop_soon(self, exit_: Exit, seconds: float) -> None:
-        self._stopping = exit_.told
+        self._stopping = exit_.stop_signals
         self.world.after(seconds, lambda: self._die(exit_))
 
-    def _begin(self, place: Assignment) -> None:
+    def _begin(self, assignment: Assignment) -> None:
         """Workers come to life: none of another generation may be."""
-        self.generation = place.restart_count
+        self.generation = assignment.restart_count
         self._stopping = ()
         self._evidence = {}
-        self.alive = set(range(place.local_world_size))
+        self.alive = set(range(assignment.local_world_size))
         for agent in self.world.agents:
             assert not agent.alive or agent.generation == self.generation, (
                 f"{self.world}: {agent.name} still trains in round {agent.generation}, {self.name} in {self.generation}"
@@ -315,13 +326,21 @@ class Agent:
         """What the keeper does."""
         if self.alive and self.world.now >= self.lease:
             self._soon(
-                lambda: self._live(Lapsed()) if self.life.state in (State.RUNNING, State.STOPPING) else None, 0.0
+                lambda: (
+                    self._live(LeaseExpired())
+                    if self.state.phase in (AgentPhase.RUNNING, AgentPhase.STOPPING)
+                    else None
+                ),
+                0.0,
             )
             for rank in sorted(self.alive):
                 self._die(Exit(rank, -9, self.world.now, (9,)))
 
     def _exit(self, event: Exited) -> None:
-        if self.life.state in (State.RUNNING, State.STOPPING) and event.exit.local_rank in self.life.running:
+        if (
+            self.state.phase in (AgentPhase.RUNNING, AgentPhase.STOPPING)
+            and event.exit.local_rank in self.state.running
+        ):
             self._live(event)
 
     def _step(self, event: protocol.Event) -> None:
@@ -329,10 +348,10 @@ class Agent:
             match output:
                 case Ask():
                     self._send(output)
-                case protocol.Tell(told):
+                case protocol.Notify(told):
                     match told:
-                        case Assigned(place):
-                            self.world.assigned(self, place)
+                        case Assigned(assignment):
+                            self.world.assigned(self, assignment)
                         case Ended():
                             self.seen_ends.add(self.node.round)
                         case Decided():
@@ -343,7 +362,7 @@ class Agent:
                     pass
                 case protocol.Lease(until):
                     self._renew(until)
-                case protocol.Say(text, level):
+                case protocol.Log(text, level):
                     self.told.append((level, text))
         self._await()
         if (deadline := self.node.deadline) is not None and deadline != self._timer:
@@ -407,4 +426,4 @@ class Agent:
         self._soon(wait, self.world.delay())
 
 
-__all__ = ["Agent", "Phase", "TimedOut", "World"]
+__all__ = ["Agent", "DeadlineReached", "Phase", "World"]

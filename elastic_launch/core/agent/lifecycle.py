@@ -1,13 +1,13 @@
 """Layer 1: the agent's whole life, as one table of state and event. Pure.
 
-    JOINING -> RUNNING -> (STOPPING -> SETTLING -> [PAUSING ->] JOINING)* -> DONE
+    JOINING -> RUNNING -> (STOPPING -> AGREEING -> [PAUSING ->] JOINING)* -> DONE
 
-``step`` takes the life so far, an event and the time; it gives the life after it, and the actions that the agent must
-carry out. Every round ends through STOPPING, a good one too, so that nothing a worker started outlives its round:
-first the workers are signalled and awaited, then whatever else they left is swept away; at ``deadline`` the rest gets
-SIGKILL. When the agent reports ``Gone``, the node settles the round with the others: whoever ended it decides what
-follows, and all do that. On a single node the rendezvous answers at once. What happens in an order that ``TABLE`` does
-not know raises ``UnexpectedEventError`` with the history.
+``step`` takes the state, an event and the time; it returns the next state and the actions that the agent must carry
+out. Every round ends through STOPPING, even a successful one, so that nothing a worker started outlives its round: the
+workers are signalled and awaited, then their leftovers are reaped; at ``deadline`` the rest gets SIGKILL. After
+``GroupReaped`` the nodes agree on what follows: the one that ended the round decides, and all do that. On a single node
+the rendezvous answers at once. An event that ``TABLE`` does not list for the phase raises ``UnexpectedEventError`` with
+the history.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from elastic_launch.core.agent import restart_policy as policy
 from elastic_launch.core.agent import root_cause
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
-from elastic_launch.job import Assignment, End, EndKind, Level, Policy, Verdict
+from elastic_launch.job import Assignment, Decision, End, EndKind, Level, Policy
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """A second one of these kills at once. A second SIGHUP does not: a closing terminal may well send two."""
@@ -38,13 +38,13 @@ KILL_PATIENCE = 5.0
 """Seconds after SIGKILL until a process is given up as unkillable (state D, usually a hung file system)."""
 
 
-class State(Enum):
+class AgentPhase(Enum):
     """Where the agent stands."""
 
     JOINING = "joining"
     RUNNING = "running"
     STOPPING = "stopping"
-    SETTLING = "settling"
+    AGREEING = "settling"
     """The workers are gone; what follows is not agreed yet."""
     PAUSING = "pausing"
     """Another round of a single node follows, but not at once."""
@@ -57,7 +57,7 @@ class State(Enum):
 class Assigned(NamedTuple):
     """The rendezvous gave the node its place in a round."""
 
-    place: Assignment
+    assignment: Assignment
 
 
 class Started(NamedTuple):
@@ -82,13 +82,13 @@ class Signalled(NamedTuple):
     """Seconds since 1970, when it came; the agent may deal with it later."""
 
 
-class Passed(NamedTuple):
+class UserSignalled(NamedTuple):
     """A signal came that is the workers' own business."""
 
     signum: int
 
 
-class Expired(NamedTuple):
+class TimerExpired(NamedTuple):
     """A worker has stayed in a scope of a timer for too long."""
 
     pid: int
@@ -96,18 +96,18 @@ class Expired(NamedTuple):
     """For people, in a few words."""
 
 
-class Lapsed(NamedTuple):
+class LeaseExpired(NamedTuple):
     """The workers were killed, since this process has not renewed their lease: it was stopped, or starved."""
 
 
-class TimedOut(NamedTuple):
+class DeadlineReached(NamedTuple):
     """``deadline`` has passed."""
 
     evidence: Mapping[int, Evidence] = MappingProxyType({})
-    """As for ``Gone``."""
+    """As for ``GroupReaped``."""
 
 
-class Gone(NamedTuple):
+class GroupReaped(NamedTuple):
     """The round's workers, and all that they left, are gone."""
 
     evidence: Mapping[int, Evidence]
@@ -127,26 +127,38 @@ class Ended(NamedTuple):
 class Decided(NamedTuple):
     """What follows the round. While joining: the job has ended without this node."""
 
-    verdict: Verdict
+    decision: Decision
 
 
-Event = Assigned | Ended | Decided | Started | Exited | Signalled | Passed | Expired | Lapsed | TimedOut | Gone
+AgentEvent = (
+    Assigned
+    | Ended
+    | Decided
+    | Started
+    | Exited
+    | Signalled
+    | UserSignalled
+    | TimerExpired
+    | LeaseExpired
+    | DeadlineReached
+    | GroupReaped
+)
 
 # Actions: what the agent must do.
 
 
-class Join(NamedTuple):
+class RequestJoin(NamedTuple):
     """Ask the rendezvous for a place in the next round; answer with ``Assigned``."""
 
 
-class Announce(NamedTuple):
+class ReportFailure(NamedTuple):
     """End the round for all nodes, since a worker of this one failed; answer with the ``Ended`` that came first."""
 
     failure: ProcessFailure
     """What is known of it so far."""
 
 
-class Succeed(NamedTuple):
+class ReportSuccess(NamedTuple):
     """This node's workers have all ended well; answer with ``Ended`` when the others' have, or something else came."""
 
     patience: float = float("inf")
@@ -157,10 +169,10 @@ class Fence(NamedTuple):
     """This node's workers are gone, since the others may have gone on without it; answer with ``Ended``."""
 
 
-class Settle(NamedTuple):
+class ReportRound(NamedTuple):
     """This node is through with the round; answer with ``Decided``."""
 
-    verdict: Verdict
+    decision: Decision
     """What follows, if this node's failure ended the round; else only its failures matter, as consequences."""
     may_restart: bool = True
     """False: this node cannot take part in another round."""
@@ -178,10 +190,10 @@ class Leave(NamedTuple):
 class Start(NamedTuple):
     """Start the workers of this round; answer with ``Started``."""
 
-    place: Assignment
+    assignment: Assignment
 
 
-class Tell(NamedTuple):
+class SendSignal(NamedTuple):
     """Send a signal to workers: to their whole process groups to stop them, else to the processes that lead them."""
 
     signum: int
@@ -189,23 +201,23 @@ class Tell(NamedTuple):
     stop: bool
 
 
-class Dump(NamedTuple):
+class DumpStacks(NamedTuple):
     """Have workers write the stacks of their threads, if they know how to."""
 
     local_ranks: frozenset[int]
 
 
-class Sweep(NamedTuple):
-    """End what the round left: SIGTERM, or SIGKILL to the workers too; answer with ``Gone`` when nothing is left."""
+class ReapLeftovers(NamedTuple):
+    """End what the round left: SIGTERM, or SIGKILL to the workers too; answer with ``GroupReaped`` at the end."""
 
     kill: bool
 
 
-class Say(NamedTuple):
+class Log(NamedTuple):
     """Tell people, in one line."""
 
     text: str
-    level: Level = Level.TROUBLE
+    level: Level = Level.WARNING
 
 
 class Finish(NamedTuple):
@@ -222,9 +234,9 @@ class Finish(NamedTuple):
     """How many were used up when workers failed."""
 
 
-Asking = Join | Announce | Succeed | Fence | Settle | Leave
+RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
 """What the agent hands to the rendezvous."""
-Action = Asking | Start | Tell | Dump | Sweep | Say | Finish
+Action = RendezvousAction | Start | SendSignal | DumpStacks | ReapLeftovers | Log | Finish
 
 
 class Limits(NamedTuple):
@@ -236,12 +248,12 @@ class Limits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Life:
+class AgentState:
     """All that the agent's decisions depend on."""
 
     limits: Limits
-    state: State = State.JOINING
-    place: Assignment | None = None
+    phase: AgentPhase = AgentPhase.JOINING
+    assignment: Assignment | None = None
     end: End | None = None
     """Why the round is over, once that is known."""
     began_at: float = 0.0
@@ -267,7 +279,7 @@ class Life:
     asked_at: float | None = None
     """When the first of ``ESCALATING`` came, in seconds since 1970."""
     deadline: float | None = None
-    """When ``TimedOut`` is due, on the agent's monotonic clock."""
+    """When ``DeadlineReached`` is due, on the agent's monotonic clock."""
     expired: Mapping[int, str] = field(default_factory=dict)
     """Why workers are killed while the others run, by local rank."""
     dumped: frozenset[int] = frozenset()
@@ -279,232 +291,233 @@ class Life:
     @property
     def has_failed(self) -> bool:
         """Whether a worker of this round ended badly, and not since it was told to stop."""
-        return any(exit_.exitcode != 0 and not exit_.told for exit_ in self.exits)
+        return any(exit_.exitcode != 0 and not exit_.stop_signals for exit_ in self.exits)
 
 
-Step = tuple[Life, list[Action]]
+Step = tuple[AgentState, list[Action]]
 
 
 class UnexpectedEventError(LaunchError):
     """An event came that the table does not know in this state: a defect of the launcher."""
 
-    def __init__(self, life: Life, event: Event) -> None:
+    def __init__(self, state: AgentState, event: AgentEvent) -> None:
         super().__init__(
-            f"internal error: {type(event).__name__} while {life.state.value}; history: {', '.join(life.history)}"
+            f"internal error: {type(event).__name__} while {state.phase.value}; history: {', '.join(state.history)}"
         )
 
 
 def begin(limits: Limits) -> Step:
     """The first step of a life."""
-    return Life(limits), [Join()]
+    return AgentState(limits), [RequestJoin()]
 
 
-def step(life: Life, event: Event, now: float) -> Step:
+def step(state: AgentState, event: AgentEvent, now: float) -> Step:
     """What an event leads to.
 
     Args:
-        life: the life so far.
+        state: the agent's state so far.
         event: what happened.
         now: seconds, on any monotonic clock, the same at every step.
 
     Raises:
         UnexpectedEventError: ``TABLE`` has no entry for the state and the event.
     """
-    handler = TABLE.get((life.state, type(event)))
+    handler = TABLE.get((state.phase, type(event)))
     if handler is None:
-        raise UnexpectedEventError(life, event)
-    life = replace(life, history=(*life.history[-49:], f"{life.state.value}:{type(event).__name__}"))
-    return handler(life, event, now)
+        raise UnexpectedEventError(state, event)
+    state = replace(state, history=(*state.history[-49:], f"{state.phase.value}:{type(event).__name__}"))
+    return handler(state, event, now)
 
 
-def _enter(life: Life, state: State, **changes: Any) -> Life:
-    """The one place where the state changes."""
-    return replace(life, state=state, **changes)
+def _enter(state: AgentState, phase: AgentPhase, **changes: Any) -> AgentState:
+    """The one place that sets the phase."""
+    return replace(state, phase=phase, **changes)
 
 
-def _start(life: Life, event: Assigned, now: float) -> Step:
-    place = event.place
-    ranks = frozenset(range(place.local_world_size))
-    life = _enter(life, State.RUNNING, place=place, running=ranks, began_at=now)
-    formed = "re-formed" if place.restart_count else "formed"
-    text = f"{formed}: {counted(place.group_world_size, 'node')}, {counted(place.world_size, 'worker')}"
-    return life, [Start(place), _for_all(life, text)]
+def _start(state: AgentState, event: Assigned, now: float) -> Step:
+    assignment = event.assignment
+    ranks = frozenset(range(assignment.local_world_size))
+    state = _enter(state, AgentPhase.RUNNING, assignment=assignment, running=ranks, began_at=now)
+    formed = "re-formed" if assignment.restart_count else "formed"
+    text = f"{formed}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
+    return state, [Start(assignment), _for_all(state, text)]
 
 
-def _give_up_joining(life: Life, event: Signalled, now: float) -> Step:
-    return _enter(life, State.DONE), [Leave(event.signum), Finish(signum=event.signum)]
+def _give_up_joining(state: AgentState, event: Signalled, now: float) -> Step:
+    return _enter(state, AgentPhase.DONE), [Leave(event.signum), Finish(signum=event.signum)]
 
 
-def _ended_without_us(life: Life, event: Decided, now: float) -> Step:
-    if event.verdict.restart:
-        raise UnexpectedEventError(life, event)
-    return _finish(life, event.verdict)
+def _ended_without_us(state: AgentState, event: Decided, now: float) -> Step:
+    if event.decision.restart:
+        raise UnexpectedEventError(state, event)
+    return _finish(state, event.decision)
 
 
-def _note_pids(life: Life, event: Started, now: float) -> Step:
-    return replace(life, pids=event.pids), []
+def _note_pids(state: AgentState, event: Started, now: float) -> Step:
+    return replace(state, pids=event.pids), []
 
 
-def _worker_ended(life: Life, event: Exited, now: float) -> Step:
-    life = _note_exit(life, event)
+def _worker_ended(state: AgentState, event: Exited, now: float) -> Step:
+    state = _note_exit(state, event)
     if event.exit.exitcode != 0:
-        pid = life.pids.get(event.exit.local_rank, -1)
-        failure = root_cause.failure_of(event.exit, event.evidence, pid, _place(life))
-        life, actions = _stop(replace(life, announced=True), signal.SIGTERM, event.exit.time, now)
-        return life, [*actions, Announce(failure)]
-    if life.running:
-        return life, []
-    return _sweep(_enter(life, State.STOPPING, stopped_at=event.exit.time, deadline=now), now)
+        pid = state.pids.get(event.exit.local_rank, -1)
+        failure = root_cause.failure_of(event.exit, event.evidence, pid, _assignment(state))
+        state, actions = _stop(replace(state, announced=True), signal.SIGTERM, event.exit.time, now)
+        return state, [*actions, ReportFailure(failure)]
+    if state.running:
+        return state, []
+    return _sweep(_enter(state, AgentPhase.STOPPING, stopped_at=event.exit.time, deadline=now), now)
 
 
-def _stop_on_signal(life: Life, event: Signalled, now: float) -> Step:
-    say = Say(
-        f"{signal_name(event.signum)} received: stopping {counted(len(life.running), 'worker')}; SIGKILL in "
-        f"{life.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
+def _stop_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
+    log = Log(
+        f"{signal_name(event.signum)} received: stopping {counted(len(state.running), 'worker')}; SIGKILL in "
+        f"{state.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
-    life = replace(life, signum=event.signum, interrupted=True, asked_at=_asked_at(life, event))
-    life, actions = _stop(life, event.signum, event.time, now)
-    return life, [*actions, Leave(event.signum), say]  # deeds before words, which may have to wait for their reader
+    state = replace(state, signum=event.signum, interrupted=True, asked_at=_asked_at(state, event))
+    state, actions = _stop(state, event.signum, event.time, now)
+    return state, [*actions, Leave(event.signum), log]  # deeds before words, which may have to wait for their reader
 
 
-def _stop_with_the_others(life: Life, event: Ended, now: float) -> Step:
+def _stop_with_the_others(state: AgentState, event: Ended, now: float) -> Step:
     """Another node ended the round."""
-    life, actions = _stop(replace(life, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    text = f"{_headline(event.end)}: stopping {counted(len(life.running), 'worker')}"
-    return life, [*actions, _of_the_end(life, text)]
+    state, actions = _stop(replace(state, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
+    text = f"{_headline(event.end)}: stopping {counted(len(state.running), 'worker')}"
+    return state, [*actions, _of_the_end(state, text)]
 
 
-def _stop_without_a_lease(life: Life, event: Lapsed, now: float) -> Step:
+def _stop_without_a_lease(state: AgentState, event: LeaseExpired, now: float) -> Step:
     """The workers are dead already; what is left of them is swept away as always."""
-    return _enter(life, State.STOPPING, deadline=now + KILL_PATIENCE, lapsed=True), [Fence()]
+    return _enter(state, AgentPhase.STOPPING, deadline=now + KILL_PATIENCE, lapsed=True), [Fence()]
 
 
-def _stop(life: Life, signum: int, time: float, now: float) -> Step:
+def _stop(state: AgentState, signum: int, time: float, now: float) -> Step:
     """Begin the stop sequence: signal, wait until the deadline, SIGKILL, wait a little, give up."""
-    life = _enter(life, State.STOPPING, stopped_at=time, deadline=now + life.limits.shutdown_timeout)
-    if life.running:
-        life = replace(life, deadline=now + life.limits.shutdown_timeout - _dump_time(life))
-        return life, [Tell(signum, life.running, stop=True)]
-    return _sweep(life, now)
+    state = _enter(state, AgentPhase.STOPPING, stopped_at=time, deadline=now + state.limits.shutdown_timeout)
+    if state.running:
+        state = replace(state, deadline=now + state.limits.shutdown_timeout - _dump_time(state))
+        return state, [SendSignal(signum, state.running, stop=True)]
+    return _sweep(state, now)
 
 
-def _stopped_worker_ended(life: Life, event: Exited, now: float) -> Step:
-    life = _note_exit(life, event)
-    if life.running or life.killed:
-        return life, []
-    rest = 0.0 if life.dumped else _dump_time(life)
-    return _sweep(replace(life, deadline=(life.deadline or now) + rest), now)
+def _stopped_worker_ended(state: AgentState, event: Exited, now: float) -> Step:
+    state = _note_exit(state, event)
+    if state.running or state.killed:
+        return state, []
+    rest = 0.0 if state.dumped else _dump_time(state)
+    return _sweep(replace(state, deadline=(state.deadline or now) + rest), now)
 
 
-def _sweep(life: Life, now: float) -> Step:
+def _sweep(state: AgentState, now: float) -> Step:
     """End what the workers left. It has what remains of their grace, and a little at least."""
-    return replace(life, deadline=max(life.deadline or now, now + LEFTOVER_GRACE)), [Sweep(kill=False)]
+    return replace(state, deadline=max(state.deadline or now, now + LEFTOVER_GRACE)), [ReapLeftovers(kill=False)]
 
 
-def _hurry(life: Life, event: Signalled, now: float) -> Step:
+def _hurry(state: AgentState, event: Signalled, now: float) -> Step:
     """A signal while stopping: the job will not restart; a second SIGTERM or SIGINT means now."""
-    name, asked_at = signal_name(event.signum), life.asked_at
-    life = replace(life, asked_at=_asked_at(life, event))
-    if life.signum is None:
-        return replace(life, signum=event.signum), [Say(f"{name} received: the job ends with this round")]
-    if asked_at is None or event.time - asked_at < DOUBLE or event.signum not in ESCALATING or life.killed:
-        return life, []
-    return _kill(life, f"{name} received again", now)
+    name, asked_at = signal_name(event.signum), state.asked_at
+    state = replace(state, asked_at=_asked_at(state, event))
+    if state.signum is None:
+        return replace(state, signum=event.signum), [Log(f"{name} received: the job ends with this round")]
+    if asked_at is None or event.time - asked_at < DOUBLE or event.signum not in ESCALATING or state.killed:
+        return state, []
+    return _kill(state, f"{name} received again", now)
 
 
-def _asked_at(life: Life, event: Signalled) -> float | None:
-    return event.time if life.asked_at is None and event.signum in ESCALATING else life.asked_at
+def _asked_at(state: AgentState, event: Signalled) -> float | None:
+    return event.time if state.asked_at is None and event.signum in ESCALATING else state.asked_at
 
 
-def _kill_when_dumped(life: Life, event: Expired, now: float) -> Step:
+def _kill_when_dumped(state: AgentState, event: TimerExpired, now: float) -> Step:
     """A worker hangs. Its end will be a failure like any other."""
-    ranks = frozenset(rank for rank in life.running if life.pids.get(rank) == event.pid) - life.expired.keys()
+    ranks = frozenset(rank for rank in state.running if state.pids.get(rank) == event.pid) - state.expired.keys()
     if not ranks:
-        return life, []
-    life = replace(life, expired={**life.expired, **dict.fromkeys(ranks, event.why)}, deadline=now + DUMP_TIME)
-    return life, [Dump(ranks)]
+        return state, []
+    state = replace(state, expired={**state.expired, **dict.fromkeys(ranks, event.why)}, deadline=now + DUMP_TIME)
+    return state, [DumpStacks(ranks)]
 
 
-def _kill_expired(life: Life, event: TimedOut, now: float) -> Step:
-    return replace(life, deadline=None), [Tell(signal.SIGKILL, life.running & life.expired.keys(), stop=False)]
+def _kill_expired(state: AgentState, event: DeadlineReached, now: float) -> Step:
+    return replace(state, deadline=None), [SendSignal(signal.SIGKILL, state.running & state.expired.keys(), stop=False)]
 
 
-def _dump_time(life: Life) -> float:
+def _dump_time(state: AgentState) -> float:
     """It is part of the time to stop."""
-    return min(DUMP_TIME, life.limits.shutdown_timeout / 4)
+    return min(DUMP_TIME, state.limits.shutdown_timeout / 4)
 
 
-def _time_is_up(life: Life, event: TimedOut, now: float) -> Step:
-    if life.running and not life.dumped and not life.killed:
-        return replace(life, dumped=life.running, deadline=now + _dump_time(life)), [Dump(life.running)]
-    if not life.killed:
-        return _kill(life, "time to stop is up", now)
+def _time_is_up(state: AgentState, event: DeadlineReached, now: float) -> Step:
+    if state.running and not state.dumped and not state.killed:
+        return replace(state, dumped=state.running, deadline=now + _dump_time(state)), [DumpStacks(state.running)]
+    if not state.killed:
+        return _kill(state, "time to stop is up", now)
     # Not even SIGKILL helps. Another round beside such a process could train twice at once, so the job ends here.
-    say = Say(
-        f"{_survivors(life)} cannot be killed (in state D, for a hung device or file system, or another user's); "
+    log = Log(
+        f"{_survivors(state)} cannot be killed (in state D, for a hung device or file system, or another user's); "
         "it is not waited for"
     )
-    return _settle(replace(life, may_restart=False), event.evidence, now, [say])
+    return _settle(replace(state, may_restart=False), event.evidence, now, [log])
 
 
-def _kill(life: Life, why: str, now: float) -> Step:
-    says = [Say(f"{why}: sending SIGKILL to {_survivors(life)}")] if life.running else []
-    return replace(life, killed=True, deadline=now + KILL_PATIENCE), [Sweep(kill=True), *says]
+def _kill(state: AgentState, why: str, now: float) -> Step:
+    says = [Log(f"{why}: sending SIGKILL to {_survivors(state)}")] if state.running else []
+    return replace(state, killed=True, deadline=now + KILL_PATIENCE), [ReapLeftovers(kill=True), *says]
 
 
-def _round_is_over(life: Life, event: Gone, now: float) -> Step:
-    says = [Say(f"killed what the workers had left running: {', '.join(event.leftovers)}")] if event.leftovers else []
-    return _settle(life, event.evidence, now, [*says])
+def _round_is_over(state: AgentState, event: GroupReaped, now: float) -> Step:
+    says = [Log(f"killed what the workers had left running: {', '.join(event.leftovers)}")] if event.leftovers else []
+    return _settle(state, event.evidence, now, [*says])
 
 
-def _settle(life: Life, evidence: Mapping[int, Evidence], now: float, actions: list[Action]) -> Step:
+def _settle(state: AgentState, evidence: Mapping[int, Evidence], now: float, actions: list[Action]) -> Step:
     """The node's part of the round is over: find what failed, and agree with the others on what follows."""
-    known = {rank: evidence.get(rank, NOTHING) for rank in {*evidence, *life.expired}}
+    known = {rank: evidence.get(rank, NOTHING) for rank in {*evidence, *state.expired}}
     evidence = {
-        rank: it._replace(note="; ".join(filter(None, (life.expired.get(rank), it.note)))) for rank, it in known.items()
+        rank: it._replace(note="; ".join(filter(None, (state.expired.get(rank), it.note))))
+        for rank, it in known.items()
     }
-    failures = root_cause.judge(life.exits, evidence, life.pids, _place(life), life.stopped_at)
-    hung = _hung(life, evidence)
+    failures = root_cause.judge(state.exits, evidence, state.pids, _assignment(state), state.stopped_at)
+    hung = _hung(state, evidence)
     actions += [
-        Say(f"rank {failure.rank} (pid {failure.pid}) did not stop in time; {failure.note}")
+        Log(f"rank {failure.rank} (pid {failure.pid}) did not stop in time; {failure.note}")
         for failure in hung
         if failure.note
     ]
-    if failures or (life.end is not None and life.end.kind is EndKind.FAILED):
+    if failures or (state.end is not None and state.end.kind is EndKind.FAILED):
         failures += hung
-    if life.interrupted:
-        return _enter(life, State.DONE, deadline=None), [*actions, Finish(signum=life.signum)]
-    life = _enter(life, State.SETTLING, deadline=None, failures=failures)
-    if life.end is not None:
-        return life, [*actions, _settlement(life, now)]
-    if life.announced or life.lapsed:
-        return life, actions
-    if life.signum is not None and _place(life).group_world_size > 1:
-        return _enter(life, State.DONE), [*actions, Leave(life.signum), Finish(signum=life.signum)]
-    return life, [*actions, Succeed(life.limits.exit_barrier_timeout)]
+    if state.interrupted:
+        return _enter(state, AgentPhase.DONE, deadline=None), [*actions, Finish(signum=state.signum)]
+    state = _enter(state, AgentPhase.AGREEING, deadline=None, failures=failures)
+    if state.end is not None:
+        return state, [*actions, _settlement(state, now)]
+    if state.announced or state.lapsed:
+        return state, actions
+    if state.signum is not None and _assignment(state).group_world_size > 1:
+        return _enter(state, AgentPhase.DONE), [*actions, Leave(state.signum), Finish(signum=state.signum)]
+    return state, [*actions, ReportSuccess(state.limits.exit_barrier_timeout)]
 
 
-def _hung(life: Life, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure, ...]:
+def _hung(state: AgentState, evidence: Mapping[int, Evidence]) -> tuple[ProcessFailure, ...]:
     """The workers that would not stop. They are no cause of anything, but worth a line where something failed."""
     return tuple(
         root_cause.failure_of(
-            exit_, evidence.get(exit_.local_rank, NOTHING), life.pids.get(exit_.local_rank, -1), _place(life)
+            exit_, evidence.get(exit_.local_rank, NOTHING), state.pids.get(exit_.local_rank, -1), _assignment(state)
         )
-        for exit_ in life.exits
-        if exit_.local_rank in life.dumped and exit_.told and exit_.exitcode == -signal.SIGKILL
+        for exit_ in state.exits
+        if exit_.local_rank in state.dumped and exit_.stop_signals and exit_.exitcode == -signal.SIGKILL
     )
 
 
-def _settle_now(life: Life, event: Ended, now: float) -> Step:
-    life = replace(life, end=event.end)
-    return life, [*_why_again(life), _settlement(life, now)]
+def _settle_now(state: AgentState, event: Ended, now: float) -> Step:
+    state = replace(state, end=event.end)
+    return state, [*_why_again(state), _settlement(state, now)]
 
 
-def _why_again(life: Life) -> list[Action]:
+def _why_again(state: AgentState) -> list[Action]:
     """Why there is another round, where this node's workers have ended already."""
-    if life.end is None or life.end.kind is not EndKind.REFORM or life.lapsed or life.interrupted:
+    if state.end is None or state.end.kind is not EndKind.MEMBERSHIP_CHANGED or state.lapsed or state.interrupted:
         return []  # of the last two it has told already
-    return [_of_the_end(life, _headline(life.end))]
+    return [_of_the_end(state, _headline(state.end))]
 
 
 def _headline(end: End) -> str:
@@ -513,108 +526,112 @@ def _headline(end: End) -> str:
     return " ".join([first, *more[-1:]])
 
 
-def _settlement(life: Life, now: float) -> Settle:
+def _settlement(state: AgentState, now: float) -> ReportRound:
     """What follows, if it is for this node to decide."""
-    place = _place(life)
-    ledger = policy.aged(place.ledger, now - life.began_at)
-    verdict = policy.follow(life.limits.policy, ledger, life.failures, "", place.picked_port, life.may_restart)
-    return Settle(verdict, life.may_restart)
+    assignment = _assignment(state)
+    restart_history = policy.aged(assignment.restart_history, now - state.began_at)
+    decision = policy.follow(
+        state.limits.policy, restart_history, state.failures, "", assignment.picked_port, state.may_restart
+    )
+    return ReportRound(decision, state.may_restart)
 
 
-def _decided(life: Life, event: Decided, now: float) -> Step:
+def _decided(state: AgentState, event: Decided, now: float) -> Step:
     """Do what follows. A signal that came meanwhile ends a job that would go on; it does not hide that one failed."""
-    if not event.verdict.restart:
-        done = life.end is not None and life.end.kind is EndKind.DONE and life.signum is None
-        text = f"done: {counted(_place(life).world_size, 'worker')} ended well"
-        life, actions = _finish(life, event.verdict)
-        return life, [*([_for_all(life, text)] if done else []), *actions]
-    if life.signum is not None:
-        return _enter(life, State.DONE), [Leave(life.signum), Finish(signum=life.signum)]
-    if not life.may_restart:
-        error = f"{_survivors(life)} cannot be killed, so this node does not take part in another round"
-        return _enter(life, State.DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
+    if not event.decision.restart:
+        done = state.end is not None and state.end.kind is EndKind.DONE and state.signum is None
+        text = f"done: {counted(_assignment(state).world_size, 'worker')} ended well"
+        state, actions = _finish(state, event.decision)
+        return state, [*([_for_all(state, text)] if done else []), *actions]
+    if state.signum is not None:
+        return _enter(state, AgentPhase.DONE), [Leave(state.signum), Finish(signum=state.signum)]
+    if not state.may_restart:
+        error = f"{_survivors(state)} cannot be killed, so this node does not take part in another round"
+        return _enter(state, AgentPhase.DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
     says: list[Action] = []
-    if line := _restart_line(life, event.verdict):
-        says = [_of_the_end(life, line)]
-    is_alone = not _is_one_of_many(life)  # else nodes meet at once, and the round closes when the pause is over
-    life = Life(life.limits, history=life.history)
-    if event.verdict.pause and is_alone:
-        return _enter(life, State.PAUSING, deadline=now + event.verdict.pause), says
-    return life, [*says, Join()]
+    if line := _restart_line(state, event.decision):
+        says = [_of_the_end(state, line)]
+    is_alone = not _is_one_of_many(state)  # else nodes meet at once, and the round closes when the pause is over
+    state = AgentState(state.limits, history=state.history)
+    if event.decision.pause and is_alone:
+        return _enter(state, AgentPhase.PAUSING, deadline=now + event.decision.pause), says
+    return state, [*says, RequestJoin()]
 
 
-def _join(life: Life, event: TimedOut, now: float) -> Step:
-    return _enter(life, State.JOINING, deadline=None), [Join()]
+def _join(state: AgentState, event: DeadlineReached, now: float) -> Step:
+    return _enter(state, AgentPhase.JOINING, deadline=None), [RequestJoin()]
 
 
-def _finish(life: Life, verdict: Verdict) -> Step:
-    signum = verdict.signum or None
-    life = _enter(life, State.DONE)
-    restarts = verdict.ledger.charged if verdict.failures else 0  # of the job: a spare had no place in its rounds
-    return life, [Finish(verdict.failures, signum, verdict.error, verdict.status, verdict.why, restarts)]
+def _finish(state: AgentState, decision: Decision) -> Step:
+    signum = decision.signum or None
+    state = _enter(state, AgentPhase.DONE)
+    restarts = (
+        decision.restart_history.used if decision.failures else 0
+    )  # of the job: a spare had no place in its rounds
+    return state, [Finish(decision.failures, signum, decision.error, decision.status, decision.why, restarts)]
 
 
-def _leave_unsettled(life: Life, event: Signalled, now: float) -> Step:
+def _leave_unsettled(state: AgentState, event: Signalled, now: float) -> Step:
     """A signal while the others decide: it ends this node's part, but if they wait for this one's word."""
-    if life.announced and (life.end is None or life.end.mine):
-        return replace(life, signum=event.signum), []
-    return _enter(life, State.DONE), [Leave(event.signum), Finish(signum=event.signum)]
+    if state.announced and (state.end is None or state.end.mine):
+        return replace(state, signum=event.signum), []
+    return _enter(state, AgentPhase.DONE), [Leave(event.signum), Finish(signum=event.signum)]
 
 
-def _restart_line(life: Life, verdict: Verdict) -> str:
+def _restart_line(state: AgentState, decision: Decision) -> str:
     """What people are told of a restart."""
-    if not verdict.failures:
+    if not decision.failures:
         return ""
-    if verdict.ledger.free > _place(life).ledger.free:
+    if decision.restart_history.uncharged > _assignment(state).restart_history.uncharged:
         return "MASTER_PORT was taken by another process: starting again with another port, without charge"
-    when = f" in {verdict.pause:g} s" if verdict.pause else ""
-    count = f"restart {verdict.ledger.charged} of {life.limits.policy.max_restarts}"
-    return f"{verdict.failures[0].headline(_is_one_of_many(life))}: {count}{when}"
+    when = f" in {decision.pause:g} s" if decision.pause else ""
+    count = f"restart {decision.restart_history.used} of {state.limits.policy.max_restarts}"
+    return f"{decision.failures[0].headline(_is_one_of_many(state))}: {count}{when}"
 
 
-def _for_all(life: Life, text: str, gone: int = -1) -> Say:
+def _for_all(state: AgentState, text: str, gone: int = -1) -> Log:
     """What is to be said once for the job: the node with group rank 0 says it, or the next if that is gone."""
-    return Say(text, Level.EVENT if _place(life).group_rank == (0 if gone else 1) else Level.DETAIL)
+    return Log(text, Level.INFO if _assignment(state).group_rank == (0 if gone else 1) else Level.DEBUG)
 
 
-def _of_the_end(life: Life, text: str) -> Say:
+def _of_the_end(state: AgentState, text: str) -> Log:
     """What is to be said of the round's end: by the node that ended it, and once for all others."""
-    if life.end is not None and life.end.mine:
-        return Say(text)
-    return _for_all(life, text, gone=life.end.rank if life.end is not None else -1)
+    if state.end is not None and state.end.mine:
+        return Log(text)
+    return _for_all(state, text, gone=state.end.rank if state.end is not None else -1)
 
 
-def _is_one_of_many(life: Life) -> bool:
-    return _place(life).group_world_size > 1
+def _is_one_of_many(state: AgentState) -> bool:
+    return _assignment(state).group_world_size > 1
 
 
-def _pass_on(life: Life, event: Passed, now: float) -> Step:
-    return life, [Tell(event.signum, life.running, stop=False)]
+def _pass_on(state: AgentState, event: UserSignalled, now: float) -> Step:
+    return state, [SendSignal(event.signum, state.running, stop=False)]
 
 
-def _ignore(life: Life, event: Event, now: float) -> Step:
-    return life, []
+def _ignore(state: AgentState, event: AgentEvent, now: float) -> Step:
+    return state, []
 
 
-def _note_end(life: Life, event: Ended, now: float) -> Step:
-    life = replace(life, end=event.end)
-    if life.lapsed:
-        return life, [Say(f"{event.end.reason}: the workers have been killed, for others may take their place")]
+def _note_end(state: AgentState, event: Ended, now: float) -> Step:
+    state = replace(state, end=event.end)
+    if state.lapsed:
+        return state, [Log(f"{event.end.reason}: the workers have been killed, for others may take their place")]
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
-        return life, [Say(_headline(event.end))]
-    if not (event.end.mine and life.announced and life.running):
-        return life, _why_again(life)  # another tells it, or the next line does, or the report
-    return life, [Say(f"{event.end.reason}: stopping {counted(len(life.running), 'worker')}")]
+        return state, [Log(_headline(event.end))]
+    if not (event.end.mine and state.announced and state.running):
+        return state, _why_again(state)  # another tells it, or the next line does, or the report
+    return state, [Log(f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}")]
 
 
-def _note_exit(life: Life, event: Exited) -> Life:
-    return replace(life, running=life.running - {event.exit.local_rank}, exits=(*life.exits, event.exit))
+def _note_exit(state: AgentState, event: Exited) -> AgentState:
+    return replace(state, running=state.running - {event.exit.local_rank}, exits=(*state.exits, event.exit))
 
 
-def _place(life: Life) -> Assignment:
-    if life.place is None:
-        raise LaunchError(f"internal error: no place in a round while {life.state.value}")
-    return life.place
+def _assignment(state: AgentState) -> Assignment:
+    if state.assignment is None:
+        raise LaunchError(f"internal error: no place in a round while {state.phase.value}")
+    return state.assignment
 
 
 def counted(number: int, what: str) -> str:
@@ -622,52 +639,54 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _survivors(life: Life) -> str:
+def _survivors(state: AgentState) -> str:
     """The processes that have not ended, for people."""
-    if not life.running:
+    if not state.running:
         return "a process that a worker left behind"
-    names = ", ".join(f"{_place(life).rank(local)} (pid {life.pids.get(local, -1)})" for local in sorted(life.running))
-    return f"worker rank {names}" if len(life.running) == 1 else f"workers {names}"
+    names = ", ".join(
+        f"{_assignment(state).rank(local)} (pid {state.pids.get(local, -1)})" for local in sorted(state.running)
+    )
+    return f"worker rank {names}" if len(state.running) == 1 else f"workers {names}"
 
 
-TABLE: dict[tuple[State, type[Event]], Callable[[Life, Any, float], Step]] = {
-    (State.JOINING, Assigned): _start,
-    (State.JOINING, Signalled): _give_up_joining,
-    (State.JOINING, Passed): _ignore,
-    (State.JOINING, Decided): _ended_without_us,
-    (State.JOINING, Expired): _ignore,
-    (State.RUNNING, Started): _note_pids,
-    (State.RUNNING, Exited): _worker_ended,
-    (State.RUNNING, Signalled): _stop_on_signal,
-    (State.RUNNING, Passed): _pass_on,
-    (State.RUNNING, Ended): _stop_with_the_others,
-    (State.RUNNING, Expired): _kill_when_dumped,
-    (State.RUNNING, TimedOut): _kill_expired,
-    (State.RUNNING, Lapsed): _stop_without_a_lease,
-    (State.STOPPING, Started): _note_pids,
-    (State.STOPPING, Exited): _stopped_worker_ended,
-    (State.STOPPING, Signalled): _hurry,
-    (State.STOPPING, Passed): _pass_on,
-    (State.STOPPING, Expired): _ignore,
-    (State.STOPPING, Lapsed): _ignore,
-    (State.STOPPING, TimedOut): _time_is_up,
-    (State.STOPPING, Ended): _note_end,
-    (State.STOPPING, Gone): _round_is_over,
-    (State.SETTLING, Ended): _settle_now,
-    (State.SETTLING, Decided): _decided,
-    (State.SETTLING, Signalled): _leave_unsettled,
-    (State.SETTLING, Passed): _ignore,
-    (State.SETTLING, Expired): _ignore,
+TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Callable[[AgentState, Any, float], Step]] = {
+    (AgentPhase.JOINING, Assigned): _start,
+    (AgentPhase.JOINING, Signalled): _give_up_joining,
+    (AgentPhase.JOINING, UserSignalled): _ignore,
+    (AgentPhase.JOINING, Decided): _ended_without_us,
+    (AgentPhase.JOINING, TimerExpired): _ignore,
+    (AgentPhase.RUNNING, Started): _note_pids,
+    (AgentPhase.RUNNING, Exited): _worker_ended,
+    (AgentPhase.RUNNING, Signalled): _stop_on_signal,
+    (AgentPhase.RUNNING, UserSignalled): _pass_on,
+    (AgentPhase.RUNNING, Ended): _stop_with_the_others,
+    (AgentPhase.RUNNING, TimerExpired): _kill_when_dumped,
+    (AgentPhase.RUNNING, DeadlineReached): _kill_expired,
+    (AgentPhase.RUNNING, LeaseExpired): _stop_without_a_lease,
+    (AgentPhase.STOPPING, Started): _note_pids,
+    (AgentPhase.STOPPING, Exited): _stopped_worker_ended,
+    (AgentPhase.STOPPING, Signalled): _hurry,
+    (AgentPhase.STOPPING, UserSignalled): _pass_on,
+    (AgentPhase.STOPPING, TimerExpired): _ignore,
+    (AgentPhase.STOPPING, LeaseExpired): _ignore,
+    (AgentPhase.STOPPING, DeadlineReached): _time_is_up,
+    (AgentPhase.STOPPING, Ended): _note_end,
+    (AgentPhase.STOPPING, GroupReaped): _round_is_over,
+    (AgentPhase.AGREEING, Ended): _settle_now,
+    (AgentPhase.AGREEING, Decided): _decided,
+    (AgentPhase.AGREEING, Signalled): _leave_unsettled,
+    (AgentPhase.AGREEING, UserSignalled): _ignore,
+    (AgentPhase.AGREEING, TimerExpired): _ignore,
     (
-        State.SETTLING,
+        AgentPhase.AGREEING,
         Started,
     ): _ignore,  # these three: of a round that was given up with a process that cannot be killed
-    (State.SETTLING, Exited): _ignore,
-    (State.SETTLING, Gone): _ignore,
-    (State.SETTLING, Lapsed): _ignore,
-    (State.PAUSING, TimedOut): _join,
-    (State.PAUSING, Signalled): _give_up_joining,
-    (State.PAUSING, Passed): _ignore,
-    (State.PAUSING, Decided): _ended_without_us,
-    (State.PAUSING, Expired): _ignore,
+    (AgentPhase.AGREEING, Exited): _ignore,
+    (AgentPhase.AGREEING, GroupReaped): _ignore,
+    (AgentPhase.AGREEING, LeaseExpired): _ignore,
+    (AgentPhase.PAUSING, DeadlineReached): _join,
+    (AgentPhase.PAUSING, Signalled): _give_up_joining,
+    (AgentPhase.PAUSING, UserSignalled): _ignore,
+    (AgentPhase.PAUSING, Decided): _ended_without_us,
+    (AgentPhase.PAUSING, TimerExpired): _ignore,
 }

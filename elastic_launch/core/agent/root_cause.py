@@ -56,7 +56,7 @@ class Exit(NamedTuple):
     """The exit status, or minus the signal's number."""
     time: float
     """Seconds since 1970."""
-    told: tuple[int, ...] = ()
+    stop_signals: tuple[int, ...] = ()
     """The signals that it had been sent to stop it, by then."""
 
 
@@ -64,7 +64,7 @@ def judge(
     exits: Sequence[Exit],
     evidence: Mapping[int, Evidence],
     pids: Mapping[int, int],
-    place: Assignment,
+    assignment: Assignment,
     stopped_at: float,
 ) -> tuple[ProcessFailure, ...]:
     """Tell failures from stopped workers, and put the cause first.
@@ -77,7 +77,9 @@ def judge(
         stopped_at: when the agent began to stop the workers, in seconds since 1970.
     """
     failures = [
-        failure_of(_as_it_raised(exit_), evidence.get(exit_.local_rank, NOTHING), pids.get(exit_.local_rank, -1), place)
+        failure_of(
+            _as_it_raised(exit_), evidence.get(exit_.local_rank, NOTHING), pids.get(exit_.local_rank, -1), assignment
+        )
         for exit_ in exits
         if _is_failure(exit_, evidence.get(exit_.local_rank, NOTHING).error, stopped_at)
     ]
@@ -100,15 +102,15 @@ def is_port_clash(failure: ProcessFailure, port: int) -> bool:
 def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bool:
     if exit_.exitcode == 0:
         return False
-    if not exit_.told or (error is not None and error.time < stopped_at):
+    if not exit_.stop_signals or (error is not None and error.time < stopped_at):
         return True
     # Told to stop: whatever status it chose is an answer to that. A signal that nobody sent (a segfault, say) is not.
-    return exit_.exitcode < 0 and -exit_.exitcode not in exit_.told
+    return exit_.exitcode < 0 and -exit_.exitcode not in exit_.stop_signals
 
 
 def _as_it_raised(exit_: Exit) -> Exit:
     """The end of a failure; of one that the agent stopped on its way out, after its exception, as Python's would be."""
-    return exit_._replace(exitcode=1) if -exit_.exitcode in exit_.told else exit_
+    return exit_._replace(exitcode=1) if -exit_.exitcode in exit_.stop_signals else exit_
 
 
 def is_consequence(failure: ProcessFailure) -> bool:
@@ -117,7 +119,7 @@ def is_consequence(failure: ProcessFailure) -> bool:
     return _CONSEQUENCE.search(failure.error or last_words) is not None
 
 
-def failure_of(exit_: Exit, evidence: Evidence, pid: int, place: Assignment) -> ProcessFailure:
+def failure_of(exit_: Exit, evidence: Evidence, pid: int, assignment: Assignment) -> ProcessFailure:
     """A worker's end, as a failure."""
     error = evidence.error
     return ProcessFailure(
@@ -128,8 +130,8 @@ def failure_of(exit_: Exit, evidence: Evidence, pid: int, place: Assignment) -> 
         error=error.error if error else "",
         message=error.traceback if error else "",
         timestamp=min(error.time, exit_.time) if error else exit_.time,
-        rank=place.rank(exit_.local_rank),
-        host=place.host,
+        rank=assignment.rank(exit_.local_rank),
+        host=assignment.host,
         stderr="" if error else evidence.stderr,
         note=evidence.note,
     )

@@ -10,7 +10,7 @@ from elastic_launch.worker_spec import WorkerSpec
 
 def worker_environment(
     spec: WorkerSpec,
-    place: Assignment,
+    assignment: Assignment,
     local_rank: int,
     *,
     run_id: str,
@@ -18,21 +18,21 @@ def worker_environment(
 ) -> dict[str, str]:
     """The variables that a worker gets beside those that it inherits, by torch's names and with torch's meanings."""
     return {
-        "RANK": str(place.rank(local_rank)),
+        "RANK": str(assignment.rank(local_rank)),
         "LOCAL_RANK": str(local_rank),
-        "GROUP_RANK": str(place.group_rank),
-        "ROLE_RANK": str(place.base_role_rank + local_rank),
+        "GROUP_RANK": str(assignment.group_rank),
+        "ROLE_RANK": str(assignment.base_role_rank + local_rank),
         "ROLE_NAME": spec.role,
-        "WORLD_SIZE": str(place.world_size),
-        "LOCAL_WORLD_SIZE": str(place.local_world_size),
-        "GROUP_WORLD_SIZE": str(place.group_world_size),
-        "ROLE_WORLD_SIZE": str(place.role_world_size),
-        "MASTER_ADDR": place.master_addr,
-        "MASTER_PORT": str(place.master_port),
-        "TORCHELASTIC_RESTART_COUNT": str(place.restart_count),
+        "WORLD_SIZE": str(assignment.world_size),
+        "LOCAL_WORLD_SIZE": str(assignment.local_world_size),
+        "GROUP_WORLD_SIZE": str(assignment.group_world_size),
+        "ROLE_WORLD_SIZE": str(assignment.role_world_size),
+        "MASTER_ADDR": assignment.master_addr,
+        "MASTER_PORT": str(assignment.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(assignment.restart_count),
         "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
         "TORCHELASTIC_RUN_ID": run_id,
-        "TORCHELASTIC_USE_AGENT_STORE": str(place.agent_store),
+        "TORCHELASTIC_USE_AGENT_STORE": str(assignment.agent_store),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }
 

@@ -11,7 +11,7 @@ from elastic_launch.core.rendezvous.ranks import choose
 from elastic_launch.core.rendezvous.records import NodeRecord, Status
 from elastic_launch.core.rendezvous.watch import Watch
 from elastic_launch.errors import ExitCode
-from elastic_launch.job import Ledger
+from elastic_launch.job import RestartHistory
 
 SHOWN = 8
 """Hosts that are named in a line."""
@@ -74,7 +74,7 @@ class Chief:
         """Tickets whose record has not come."""
         self.expected: dict[str, tuple[int, str]] | None = {} if round_ == 0 else None
         """By node id: ticket and host in the round before of those who have not come yet. None: not known yet."""
-        self.past_ledger: Ledger | None = None
+        self.past_restart_history: RestartHistory | None = None
         """What the store knows of the job's failures."""
         self.published = Status(0, "", "")
         self._settings = settings
@@ -157,12 +157,12 @@ class Chief:
                 _, host = self.expected.pop(node)
                 (self.left if ticket in self._past_watch.left else self.silent).append(host)
 
-    def ledger(self, now: float) -> Ledger:
+    def restart_history(self, now: float) -> RestartHistory:
         """What the job remembers, from the node that knows of the latest round."""
         ticket, node = max(self.joined.items(), key=lambda item: item[1].past)
-        if node.past < self._round - 1 and self.past_ledger is not None:
-            return self.past_ledger  # nobody is left who was there
-        return aged(node.ledger, now - self._arrived[ticket])
+        if node.past < self._round - 1 and self.past_restart_history is not None:
+            return self.past_restart_history  # nobody is left who was there
+        return aged(node.restart_history, now - self._arrived[ticket])
 
     # --- what follows
 

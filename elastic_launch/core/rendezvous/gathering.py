@@ -11,7 +11,7 @@ from elastic_launch.core.rendezvous.rounds import BATCH, Round
 from elastic_launch.core.rendezvous.watch import number
 from elastic_launch.core.store_requests import Add, Get, Swap
 from elastic_launch.errors import ExitCode
-from elastic_launch.job import End, EndKind, Level, Verdict
+from elastic_launch.job import Decision, End, EndKind, Level
 
 SAY_FIRST, SAY_LATER = 5.0, 10.0
 """Seconds until a waiting node says who is there, and between two such lines when it has said so a few times."""
@@ -34,14 +34,14 @@ class Gathering(Round):
 
     def _look_for_round(self) -> None:
         """Find out which round comes next."""
-        if self.verdict and (self.place or (self.end and self.end.kind is EndKind.FAILED)):
-            ledger = aged(self.verdict.ledger, self._now - self._decided_at)
-            aside = self.me.aside or stands_aside(self.settings.policy, ledger, self.me.node)
-            self.me = self.me._replace(ledger=ledger, past=self.round, aside=aside)
-        self.me = self.me._replace(previous=self.place.group_rank if self.place else -1)
+        if self.decision and (self.assignment or (self.end and self.end.kind is EndKind.FAILED)):
+            restart_history = aged(self.decision.restart_history, self._now - self._decided_at)
+            aside = self.me.aside or stands_aside(self.settings.policy, restart_history, self.me.node)
+            self.me = self.me._replace(restart_history=restart_history, past=self.round, aside=aside)
+        self.me = self.me._replace(previous=self.assignment.group_rank if self.assignment else -1)
         self.phase = Phase.OPENING
         self._timers.clear()
-        pause_ends = self._decided_at + self.verdict.pause if self.verdict else self._began_at
+        pause_ends = self._decided_at + self.decision.pause if self.decision else self._began_at
         self._began_at = max(self._now, pause_ends)
         self._timers["give_up"] = self._began_at + self.settings.join_timeout
         self._spoken = 0
@@ -99,12 +99,12 @@ class Gathering(Round):
     def _on_past(self, value: list[bytes]) -> None:
         count, end, following, closed = value
         gone = decode(End, end, self._past_key("end")).gone if end else ()
-        ledger = decode(Closed, closed, self._past_key("closed")).ledger if closed else None
+        restart_history = decode(Closed, closed, self._past_key("closed")).restart_history if closed else None
         if following:
-            verdict = decode(Verdict, following, self._past_key("next"))
-            gone, ledger = gone + verdict.gone, verdict.ledger
+            decision = decode(Decision, following, self._past_key("next"))
+            gone, restart_history = gone + decision.gone, decision.restart_history
         if self._chief:
-            self._chief.past_ledger = ledger
+            self._chief.past_restart_history = restart_history
         keys = tuple(self._past_key(f"node/{ticket}") for ticket in range(1, number(count) + 1))
         self._ask("past_nodes", Get(keys), about=(keys, gone))
 
@@ -138,7 +138,7 @@ class Gathering(Round):
             chief.note_nodes([(ticket, node)], self._now)
             is_new = ticket in chief.joined and ticket != self.ticket and chief.is_new(node)
             if is_new and self.settings.max_nodes <= SHOWN:  # not of those that the chief before has told of
-                self._say(f"{node.host} has joined: {self._count(len(chief.joined))}", Level.EVENT)
+                self._log(f"{node.host} has joined: {self._count(len(chief.joined))}", Level.INFO)
         self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()
 
@@ -212,14 +212,17 @@ class Gathering(Round):
         nodes = [chief.joined[ticket] for ticket in members]
         everybody = chief.joined.values()
         host = next((node for node in everybody if node.serves), None)
-        places = assign(
+        assignments = assign(
             nodes,
             host.address if host and host.named else "",  # empty: each node uses the one by which it reaches the store
             self.settings.store_port and ((host.port if host else 0) or self.settings.store_port),
             restart_count=self.round,
-            ledger=chief.ledger(self._now),
+            restart_history=chief.restart_history(self._now),
         )
-        self._set((f"place/{chief.number}/{t}", encode(place)) for t, place in zip(members, places, strict=True))
+        self._set(
+            (f"place/{chief.number}/{t}", encode(assignment))
+            for t, assignment in zip(members, assignments, strict=True)
+        )
         roster = Roster(
             tuple(members),
             tuple(node.node for node in nodes),
@@ -227,8 +230,8 @@ class Gathering(Round):
             tuple(node.rank for node in nodes),
         )
         self._set([(f"roster/{chief.number}", encode(roster))])
-        ledger = places[0].ledger
-        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.options, ledger)
+        restart_history = assignments[0].restart_history
+        closed = Closed(chief.number, len(members), chief.known, tuple(spares), self.me.options, restart_history)
         self._create("closed", "closed", encode(closed))
 
     # --- while nodes gather: words for people
@@ -243,9 +246,9 @@ class Gathering(Round):
     def _say_who_is_gone(self, chief: Chief) -> None:
         if chief.silent:
             deadline = f"{self.settings.keep_alive_deadline:g} s"
-            self._say(f"no sign of life from {listed(chief.silent)} for {deadline}: given up", Level.EVENT)
+            self._log(f"no sign of life from {listed(chief.silent)} for {deadline}: given up", Level.INFO)
         if chief.left:
-            self._say(f"gone: {listed(chief.left)}", Level.EVENT)
+            self._log(f"gone: {listed(chief.left)}", Level.INFO)
         chief.silent, chief.left = [], []
 
     def _say_who_is_there(self) -> None:
@@ -263,7 +266,7 @@ class Gathering(Round):
             self._say_status(self._status)
 
     def _say_status(self, status: Status) -> None:
-        self._say(self._waiting(status), Level.EVENT if self._chief or self._spoken == 1 else Level.DETAIL)
+        self._log(self._waiting(status), Level.INFO if self._chief or self._spoken == 1 else Level.DEBUG)
 
     def _count(self, joined: int) -> str:
         low, high = self.settings.min_nodes, self.settings.max_nodes
@@ -284,14 +287,16 @@ class Gathering(Round):
         if self.me.serves:
             self._give_up(text, ExitCode.TIMEOUT)
         else:
-            self._decide(Verdict(False, error=text, status=ExitCode.TIMEOUT))
+            self._decide(Decision(False, error=text, status=ExitCode.TIMEOUT))
 
     def _give_up(self, text: str, status: int) -> None:
         """End the job for all, before this round has begun."""
         if self._chief:
             self._chief.is_closing = True
         self._create("end", "end", encode(End(EndKind.ERROR, text, self.me.node, status=status)))
-        self._create("set", "closed", encode(Closed(-1, 0, self._known_tickets(), ledger=self.me.ledger)))
+        self._create(
+            "set", "closed", encode(Closed(-1, 0, self._known_tickets(), restart_history=self.me.restart_history))
+        )
 
     def _known_tickets(self) -> int:
         return max(self.ticket, self._chief.known if self._chief else 0)

@@ -6,13 +6,13 @@ from elastic_launch.core.agent.lifecycle import Assigned, Ended, Fence, counted
 from elastic_launch.core.agent.restart_policy import follow
 from elastic_launch.core.rendezvous.chief import disagreement, listed
 from elastic_launch.core.rendezvous.gathering import Gathering
-from elastic_launch.core.rendezvous.protocol import LATENESS, Lease, Phase, Tell
+from elastic_launch.core.rendezvous.protocol import LATENESS, Lease, Notify, Phase
 from elastic_launch.core.rendezvous.records import Closed, Roster, decode, encode
 from elastic_launch.core.rendezvous.rounds import TAKE_OVER
 from elastic_launch.core.rendezvous.watch import Watch, number
 from elastic_launch.core.store_requests import Add
 from elastic_launch.errors import ExitCode
-from elastic_launch.job import Assignment, End, EndKind, Level, Verdict
+from elastic_launch.job import Assignment, Decision, End, EndKind, Level
 
 
 class Membership(Gathering):
@@ -42,7 +42,9 @@ class Membership(Gathering):
         if assignment and self._now >= self._lease_ends(assignment):
             # This node slept since it was heard of: the others may have gone on without it, or wait for its looks.
             if assignment.group_rank == 0:
-                self._create("end", "end", encode(End(EndKind.REFORM, f"{self.me.host} came too late", self.me.node)))
+                self._create(
+                    "end", "end", encode(End(EndKind.MEMBERSHIP_CHANGED, f"{self.me.host} came too late", self.me.node))
+                )
             else:
                 self._beat()
                 self._in("ask_again", self.settings.tick)
@@ -60,13 +62,13 @@ class Membership(Gathering):
             self._stand_by(self._closed)
             return
         self.phase = Phase.MEMBER
-        self.place = assignment
+        self.assignment = assignment
         self._placed_at = self._now
         self._timers["beat"] = min(self._timers["beat"], max(self._now, self._alive_at + self._beat_period()))
-        if self.place.group_rank == 0:
+        if self.assignment.group_rank == 0:
             self._get_roster()
         self._renew_lease()
-        self._out.append(Tell(Assigned(self.place)))
+        self._out.append(Notify(Assigned(self.assignment)))
 
     def _get_roster(self) -> None:
         if self._closed:
@@ -80,18 +82,18 @@ class Membership(Gathering):
         if self.phase is Phase.BESIDE and self._closed and self.me.rank in self._roster.ranks:
             holder = self._roster.hosts[self._roster.ranks.index(self.me.rank)]
             text = f"{self.me.host} asks for --node-rank={self.me.rank}, which {holder} has asked for before: waiting "
-            self._say(f"{text}as a spare, in case that node is gone")
+            self._log(f"{text}as a spare, in case that node is gone")
         elif self.phase is Phase.BESIDE and self._closed and self.me.rank >= 0:
             self._wait_beside(self._closed)
         decides = self.end is not None and self.end.mine and self.end.kind is EndKind.FAILED
-        if self.place and (self.place.group_rank == 0 or decides) and "watch" not in self._timers:
+        if self.assignment and (self.assignment.group_rank == 0 or decides) and "watch" not in self._timers:
             self._watch_over(self._roster)
         if self._mine is not None and self.end is None:
             self._ask_who_is_done()
 
     def _watch_over(self, roster: Roster) -> None:
         self._watch = Watch(self.settings.keep_alive_deadline, self.settings.tick, self._now)
-        if self.phase is Phase.MEMBER and self.place and self.place.group_rank == 0:
+        if self.phase is Phase.MEMBER and self.assignment and self.assignment.group_rank == 0:
             self._watch.greet(roster.tickets, self._now)
         self._in("watch", self.settings.tick)
 
@@ -101,7 +103,7 @@ class Membership(Gathering):
         if closed.options != self.me.options:
             others = "the nodes of the running job"
             text = disagreement(self.me.host, self.me.pid, self.me.options, others, closed.options)
-            self._decide(Verdict(False, error=text, status=ExitCode.USAGE))
+            self._decide(Decision(False, error=text, status=ExitCode.USAGE))
             return
         self._stood_by = True
         if self.me.rank >= 0:
@@ -115,18 +117,18 @@ class Membership(Gathering):
         if self.ticket in closed.spares and self.me.aside:
             limit = self.settings.policy.node_failure_limit
             text = f"this node has caused {counted(limit, 'failure')} in a row (--node-failure-limit={limit})"
-            self._say(f"{text}: a spare has its place, and it waits as a spare itself")
+            self._log(f"{text}: a spare has its place, and it waits as a spare itself")
         elif room <= 0 or self.ticket in closed.spares:
-            self._say(f"the job runs on {counted(closed.nodes, 'node')} already: waiting as a spare")
+            self._log(f"the job runs on {counted(closed.nodes, 'node')} already: waiting as a spare")
         elif late >= room:
             self._join_running()
         else:
             wait = self.settings.last_call_timeout
-            self._say(f"the job runs on {counted(closed.nodes, 'node')} already: joining within {wait:g} s")
+            self._log(f"the job runs on {counted(closed.nodes, 'node')} already: joining within {wait:g} s")
             self._in("join_running", wait)
 
     def _join_running(self) -> None:
-        end = End(EndKind.REFORM, f"{self.me.host} joins", self.me.node)
+        end = End(EndKind.MEMBERSHIP_CHANGED, f"{self.me.host} joins", self.me.node)
         self._create("end", "end", encode(end))
 
     # --- signs of life
@@ -148,21 +150,21 @@ class Membership(Gathering):
         else:
             self._looked_at = self._about
 
-    def _lease_ends(self, place: Assignment) -> float:
+    def _lease_ends(self, assignment: Assignment) -> float:
         """Until when no other node can take this one's place: the others have heard of it when its last sign of life
         was on its way, or later. They hear of the coordinator by its looks, and count from the round's closing on."""
         since = self._alive_at
-        if place.group_rank == 0:
+        if assignment.group_rank == 0:
             since = min(since, self._looked_at - self.settings.tick)
         return since + self.settings.keep_alive_deadline - self.settings.margin
 
     def _renew_lease(self) -> None:
-        """Tell until when the workers may live."""
-        if self.place is None or self.phase not in (Phase.MEMBER, Phase.ENDED) or self._is_fenced:
+        """Notify until when the workers may live."""
+        if self.assignment is None or self.phase not in (Phase.MEMBER, Phase.ENDED) or self._is_fenced:
             return
-        if self.me.node in (*(self.end.gone if self.end else ()), *(self.verdict.gone if self.verdict else ())):
+        if self.me.node in (*(self.end.gone if self.end else ()), *(self.decision.gone if self.decision else ())):
             return  # they do not wait for it
-        ends = self._lease_ends(self.place)
+        ends = self._lease_ends(self.assignment)
         self._out.append(Lease(ends))
         if self.phase is Phase.MEMBER:
             self._timers["fence"] = ends - self.settings.grace
@@ -176,9 +178,9 @@ class Membership(Gathering):
             slept = self._timers.get("beat", self._now) < self._now - LATENESS
             what = "this process was stopped" if slept else "the store has not answered"
             reason = f"{what} for {self._now - self._alive_at:.1f} s"
-            end = End(EndKind.REFORM, f"{self.me.host} was cut off: {reason}", self.me.node)
+            end = End(EndKind.MEMBERSHIP_CHANGED, f"{self.me.host} was cut off: {reason}", self.me.node)
             self._create("end", "end", encode(end))  # when the store is there again; or it tells how the round ended
-            self._out.append(Tell(Ended(end._replace(reason=reason, mine=True), 0.0)))
+            self._out.append(Notify(Ended(end._replace(reason=reason, mine=True), 0.0)))
 
     def _on_beat(self, count: int) -> None:
         self._beating = False
@@ -193,7 +195,9 @@ class Membership(Gathering):
             if self.phase is Phase.WAITING and self._chief is None:
                 self._heard_at = self._now
                 self._create("chief", f"chief/{self._chiefs + 1}", b"%d" % self.ticket)
-            elif self.phase in (Phase.MEMBER, Phase.BESIDE, Phase.ENDED) and (not self.place or self.place.group_rank):
+            elif self.phase in (Phase.MEMBER, Phase.BESIDE, Phase.ENDED) and (
+                not self.assignment or self.assignment.group_rank
+            ):
                 self._lose_coordinator()
         elif self._now < due and "beat" in self._timers:
             on_time = max(self._now, self._beat_at + self._beat_period())  # it may have waited for this answer
@@ -255,15 +259,15 @@ class Membership(Gathering):
         where its failure is the consequence of their end; or it tells the node that will say it."""
         reason = f"no sign of life from {hosts} for {self.settings.keep_alive_deadline:g} s"
         if self.end is None:
-            self._create("end", "end", encode(End(EndKind.REFORM, reason, self.me.node, tuple(nodes))))
-        elif self.end.kind is not EndKind.FAILED or self.verdict is not None:
+            self._create("end", "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, self.me.node, tuple(nodes))))
+        elif self.end.kind is not EndKind.FAILED or self.decision is not None:
             return
         elif self._grace_ends is not None:
-            self._say(f"{reason}, which explains the failure: another round, without charge", Level.EVENT)
-            self._say_what_follows(Verdict(True, self._ledger(), gone=tuple(nodes)))
+            self._log(f"{reason}, which explains the failure: another round, without charge", Level.INFO)
+            self._say_what_follows(Decision(True, self._restart_history(), gone=tuple(nodes)))
         elif self.end.node in nodes:
-            self._say(f"{reason}, before it told what follows the failure", Level.EVENT)
-            verdict = follow(self.settings.policy, self._ledger(), self.end.failures, self.end.node)
-            self._say_what_follows(verdict._replace(gone=tuple(nodes)))
+            self._log(f"{reason}, before it told what follows the failure", Level.INFO)
+            decision = follow(self.settings.policy, self._restart_history(), self.end.failures, self.end.node)
+            self._say_what_follows(decision._replace(gone=tuple(nodes)))
         elif not self.end.mine:
-            self._create("set", "lost", encode(End(EndKind.REFORM, hosts, self.me.node, tuple(nodes))))
+            self._create("set", "lost", encode(End(EndKind.MEMBERSHIP_CHANGED, hosts, self.me.node, tuple(nodes))))

@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Announce, Ended, Fence, Leave, Settle, Succeed
+from elastic_launch.core.agent.lifecycle import Ended, Fence, Leave, ReportFailure, ReportRound, ReportSuccess
 from elastic_launch.core.agent.restart_policy import follow
 from elastic_launch.core.agent.root_cause import is_consequence, shortened
 from elastic_launch.core.rendezvous.chief import SHOWN
@@ -50,18 +50,18 @@ from elastic_launch.core.rendezvous.protocol import (
     Event,
     Found,
     Lost,
+    Notify,
     Opening,
     Output,
     Passing,
     Phase,
-    Tell,
 )
 from elastic_launch.core.rendezvous.records import Closed, decode, encode
 from elastic_launch.core.rendezvous.rounds import TAKE_OVER
 from elastic_launch.core.rendezvous.watch import number
 from elastic_launch.core.store_requests import Add, Append
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
-from elastic_launch.job import End, EndKind, Verdict
+from elastic_launch.job import Decision, End, EndKind
 
 ANY_TICKET = 1 << 40
 """Above every ticket: of a round that ends before it begins, for whoever comes."""
@@ -123,7 +123,7 @@ class Node(Membership):
 
     # --- the round ends
 
-    def _announce(self, wish: Announce) -> None:
+    def _announce(self, wish: ReportFailure) -> None:
         self._announced = wish.failure
         if self.end is None:
             failure = _brief(wish.failure)
@@ -142,35 +142,35 @@ class Node(Membership):
         if not (0 <= end.signum < 65 and 0 <= end.status < 256):
             raise RendezvousStateError(f"the store holds at {self._key('end')!r} no signal or status: {data[:60]!r}")
         self.end = end = end._replace(mine=end.node == self.me.node)
-        beside = self.place is None
+        beside = self.assignment is None
         self.phase = Phase.ENDED
         for name in ("give_up", "say", "last_call", "join_running", "fence", "barrier"):
             self._timers.pop(name, None)
         self._await("next" if end.kind is EndKind.FAILED else None)
-        ledger = self._ledger()
+        restart_history = self._restart_history()
         match end.kind:
             case EndKind.FAILED:
                 if self._announced and not end.mine:
                     self._tell_failures([self._announced])
                 elif end.mine and end.failures and is_consequence(end.failures[0]):
                     self._get_roster()  # to see whether a node's end was the cause
-            case EndKind.REFORM:
-                self.verdict = Verdict(True, ledger, gone=end.gone)
+            case EndKind.MEMBERSHIP_CHANGED:
+                self.decision = Decision(True, restart_history, gone=end.gone)
             case EndKind.STOP:
-                self.verdict = Verdict(False, ledger, signum=end.signum)
+                self.decision = Decision(False, restart_history, signum=end.signum)
             case EndKind.DONE:
-                self.verdict = Verdict(False, ledger)
+                self.decision = Decision(False, restart_history)
             case EndKind.ERROR:  # nodes that come after others have not met may have better luck
                 again = self._is_late and end.status != ExitCode.UNAVAILABLE
-                self.verdict = Verdict(again, ledger, error="" if again else end.reason, status=end.status)
+                self.decision = Decision(again, restart_history, error="" if again else end.reason, status=end.status)
         self._decided_at = self._now
         if not beside and not self._is_fenced:
             self._mine = None  # also of a node whose workers have ended well: it settles this end
-            self._out.append(Tell(Ended(end, 0.0)))
+            self._out.append(Notify(Ended(end, 0.0)))
         self._report()
 
-    def _succeed(self, wish: Succeed) -> None:
-        self._mine = Settle(Verdict(False))
+    def _succeed(self, wish: ReportSuccess) -> None:
+        self._mine = ReportRound(Decision(False))
         if wish.patience < float("inf"):
             self._in("barrier", wish.patience)
         self._set([(f"done/{self.ticket}", b"1")])
@@ -194,18 +194,18 @@ class Node(Membership):
     def _stop_waiting(self) -> None:
         """This node's workers have ended well long ago, others run on."""
         if self.end is None and not self.me.serves:
-            self._say("this node's workers have ended well; it waits no longer for the others' (exit_barrier_timeout)")
-            self._decide(Verdict(False, self._ledger()))
+            self._log("this node's workers have ended well; it waits no longer for the others' (exit_barrier_timeout)")
+            self._decide(Decision(False, self._restart_history()))
 
-    def _settle(self, wish: Settle) -> None:
+    def _settle(self, wish: ReportRound) -> None:
         self._mine = wish
         self._report()
 
     def _report(self) -> None:
         """Say what follows, if that is for this node to say; else tell its failures, as consequences."""
-        if self._mine and self.end and self.end.kind is EndKind.FAILED and self.verdict is None:
+        if self._mine and self.end and self.end.kind is EndKind.FAILED and self.decision is None:
             if not self.end.mine:
-                self._tell_failures(self._mine.verdict.failures)
+                self._tell_failures(self._mine.decision.failures)
             self._ask("settled", Add(self._key("settled"), 1))
         self._conclude()
 
@@ -232,12 +232,12 @@ class Node(Membership):
         In that case the others have a little time to tell of an original cause: until all have settled, or for
         ``GRACE`` and until each has given a sign of life since, for the cause may be the end of a node.
         """
-        if self._mine is None or self.end is None or self.place is None or self.verdict is not None:
+        if self._mine is None or self.end is None or self.assignment is None or self.decision is not None:
             return
         lines = [decode(_Failure, line, self._key("also")) for line in value[0].splitlines()]
-        found = {failure.rank: (failure, self.me.node) for failure in self._mine.verdict.failures}
+        found = {failure.rank: (failure, self.me.node) for failure in self._mine.decision.failures}
         found = {line.failure.rank: (line.failure, line.node) for line in lines} | found
-        own = {failure.rank for failure in self._mine.verdict.failures}
+        own = {failure.rank for failure in self._mine.decision.failures}
         failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
         if failures and is_consequence(failures[0][0]) and not self._has_heard_of_all(number(value[1])):
             self._wait_for_a_cause()
@@ -248,8 +248,10 @@ class Node(Membership):
         node = failures[0][1] if failures else ""
         cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
         may_restart = self._mine.may_restart
-        verdict = follow(self.settings.policy, self._ledger(), cut, node, self.place.picked_port, may_restart)
-        self._say_what_follows(verdict)
+        decision = follow(
+            self.settings.policy, self._restart_history(), cut, node, self.assignment.picked_port, may_restart
+        )
+        self._say_what_follows(decision)
 
     def _wait_for_a_cause(self) -> None:
         if self._grace_ends is None:
@@ -272,39 +274,39 @@ class Node(Membership):
         self._on_next(value[0])
 
     def _on_next(self, data: bytes) -> None:
-        if data and self.verdict is None:
-            self.verdict, self._decided_at = decode(Verdict, data, self._key("next")), self._now
+        if data and self.decision is None:
+            self.decision, self._decided_at = decode(Decision, data, self._key("next")), self._now
             self.awaiting = None
             self._timers.pop("grace", None)
             self._conclude()
 
     def _conclude(self) -> None:
         """Go on when the round is settled, with the agent's word if it had workers."""
-        if self.verdict is None or self.phase is Phase.LEAVING:
+        if self.decision is None or self.phase is Phase.LEAVING:
             return
-        if not self.verdict.restart:
+        if not self.decision.restart:
             self._acknowledge()
-        if self.place is None and self.verdict.restart:
+        if self.assignment is None and self.decision.restart:
             self._rejoin()
-        elif self.place is None or self._mine is not None:
-            self._decide(self._as_latecomer(self.verdict) if self._is_late else self.verdict)
+        elif self.assignment is None or self._mine is not None:
+            self._decide(self._as_latecomer(self.decision) if self._is_late else self.decision)
 
     @property
     def _is_late(self) -> bool:
         """It came when the round was over."""
         return self._closed is not None and self.ticket > self._closed.tickets and not self._stood_by
 
-    def _as_latecomer(self, verdict: Verdict) -> Verdict:
+    def _as_latecomer(self, decision: Decision) -> Decision:
         """What the end of a job means to a node that came when it was over."""
         job = f"job {self.settings.run_id}"
         if self.end and self.end.kind is EndKind.DONE:
-            self._say(f"{job} has ended already, well: there is nothing to do (a new job needs another id)")
+            self._log(f"{job} has ended already, well: there is nothing to do (a new job needs another id)")
         elif self.end and self.end.kind is EndKind.STOP:
             text = f"{job} was stopped already: {self.end.reason}; pass another --rdzv-id for a new job"
-            return Verdict(False, error=text, status=ExitCode.UNAVAILABLE)
+            return Decision(False, error=text, status=ExitCode.UNAVAILABLE)
         elif self.end and self.end.kind is EndKind.FAILED:
-            self._say(f"{job} has failed already, as follows; pass another --rdzv-id for a new job")
-        return verdict
+            self._log(f"{job} has failed already, as follows; pass another --rdzv-id for a new job")
+        return decision
 
     # --- the store comes and goes
 
@@ -316,12 +318,12 @@ class Node(Membership):
         """Without this node's record, it is another store, or the same one started anew: meet there again."""
         if value[0]:
             return
-        if self.place is None:
+        if self.assignment is None:
             self._rejoin()
         elif self.end is None:
-            self._on_end(encode(End(EndKind.REFORM, "the store was started anew", self.me.node)))
-        elif self.verdict is None:
-            self.verdict = Verdict(True, self._ledger())
+            self._on_end(encode(End(EndKind.MEMBERSHIP_CHANGED, "the store was started anew", self.me.node)))
+        elif self.decision is None:
+            self.decision = Decision(True, self._restart_history())
             self._conclude()
 
     def _lose_store(self, event: Lost) -> None:
@@ -332,10 +334,10 @@ class Node(Membership):
             return
         self.ticket = 0
         self._timers.clear()
-        if self.place is not None and self.end is None:
+        if self.assignment is not None and self.end is None:
             self._on_end(encode(End(EndKind.ERROR, event.text, self.me.node, status=event.status)))
         else:
-            self.verdict = Verdict(False, error=event.text, status=event.status)
+            self.decision = Decision(False, error=event.text, status=event.status)
             self._conclude()
 
     # --- leaving
@@ -349,7 +351,12 @@ class Node(Membership):
         if self.phase is Phase.MEMBER and self._closed and self.end is None:
             rest = self._closed.nodes - 1 + len(self._closed.spares)
             if rest >= self.settings.min_nodes and not self.me.serves:
-                end = End(EndKind.REFORM, why, self.me.node, rank=self.place.group_rank if self.place else -1)
+                end = End(
+                    EndKind.MEMBERSHIP_CHANGED,
+                    why,
+                    self.me.node,
+                    rank=self.assignment.group_rank if self.assignment else -1,
+                )
             else:
                 end = self._final(wish, f"{why}, and the job cannot go on without it")
                 self._stops_job = True
@@ -441,9 +448,9 @@ TIMERS: dict[str, Callable[[Node], None]] = {
 WISHES: dict[type, Callable[[Node, Any], None]] = {
     Opening: Node._begin,
     Appeared: Node._on_key,
-    Announce: Node._announce,
-    Succeed: Node._succeed,
-    Settle: Node._settle,
+    ReportFailure: Node._announce,
+    ReportSuccess: Node._succeed,
+    ReportRound: Node._settle,
     Leave: Node._leave,
     Closing: Node._close_connection,
     Fence: Node._fence,

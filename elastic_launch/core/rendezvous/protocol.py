@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Asking, Assigned, Decided, Ended
+from elastic_launch.core.agent.lifecycle import Assigned, Decided, Ended, RendezvousAction
 from elastic_launch.core.store_requests import Request
 from elastic_launch.job import Level, Policy
 
@@ -71,7 +71,7 @@ class Settings(NamedTuple):
         return min(TICK, self.keep_alive_interval / 2)
 
 
-# Events, beside those wishes of the agent that are an ``Asking``.
+# Events, beside those wishes of the agent that are an ``RendezvousAction``.
 
 
 class Opening(NamedTuple):
@@ -115,7 +115,7 @@ class Lost(NamedTuple):
     """The exit status that goes with it."""
 
 
-Event = Opening | Answered | Appeared | Passing | Closing | Found | Lost | Asking
+Event = Opening | Answered | Appeared | Passing | Closing | Found | Lost | RendezvousAction
 
 # Outputs.
 
@@ -130,17 +130,17 @@ class Ask(NamedTuple):
     """Comes back with the answer."""
 
 
-class Tell(NamedTuple):
+class Notify(NamedTuple):
     """An event for the agent."""
 
     event: Assigned | Ended | Decided
 
 
-class Say(NamedTuple):
-    """Tell people, in one line."""
+class Log(NamedTuple):
+    """Notify people, in one line."""
 
     text: str
-    level: Level = Level.TROUBLE
+    level: Level = Level.WARNING
 
 
 class Lease(NamedTuple):
@@ -153,7 +153,7 @@ class Renew(NamedTuple):
     """Serve a fresh store for the workers of the next round, and set the record's port to its own, now."""
 
 
-Output = Ask | Tell | Say | Lease | Renew
+Output = Ask | Notify | Log | Lease | Renew
 
 
 class Phase(Enum):

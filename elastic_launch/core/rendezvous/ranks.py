@@ -64,10 +64,10 @@ def assign(members: Sequence[NodeRecord], master_addr: str, master_port: int, **
         first = members[0]
         scattered = any(not is_loopback(node.address) for node in members)
         master_addr = (scattered and is_loopback(first.address) and first.outward) or first.address
-    places: list[Assignment] = []
+    assignments: list[Assignment] = []
     base = 0
     for rank, node in enumerate(members):
-        places.append(
+        assignments.append(
             Assignment(
                 group_rank=rank,
                 group_world_size=len(members),
@@ -85,7 +85,7 @@ def assign(members: Sequence[NodeRecord], master_addr: str, master_port: int, **
             )
         )
         base += node.workers
-    return places
+    return assignments
 
 
 def is_loopback(address: str) -> bool:

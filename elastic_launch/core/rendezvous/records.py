@@ -11,7 +11,7 @@ from dataclasses import is_dataclass
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from elastic_launch.errors import RendezvousStateError
-from elastic_launch.job import Ledger
+from elastic_launch.job import RestartHistory
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class NodeRecord(NamedTuple):
     """Reserved for the workers' store, in case the node gets rank 0."""
     serves: bool = False
     """It hosts the job's store."""
-    ledger: Ledger = Ledger()
+    restart_history: RestartHistory = RestartHistory()
     """What it knows of the job's past, up to and with the round"""
     past: int = -1
     """of this number."""
@@ -66,7 +66,7 @@ class Closed(NamedTuple):
     """Tickets of those that it had no use for."""
     options: str = ""
     """The chief's, as in ``NodeRecord``."""
-    ledger: Ledger = Ledger()
+    restart_history: RestartHistory = RestartHistory()
     """As in ``Assignment``."""
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from elastic_launch.core.agent.lifecycle import Decided, Settle
+from elastic_launch.core.agent.lifecycle import Decided, ReportRound
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.chief import Chief
-from elastic_launch.core.rendezvous.protocol import Ask, Output, Phase, Say, Settings, Tell
+from elastic_launch.core.rendezvous.protocol import Ask, Log, Notify, Output, Phase, Settings
 from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, Status, encode
 from elastic_launch.core.rendezvous.watch import LEFT, Watch, number
 from elastic_launch.core.store_requests import Add, Get, Request, Set, Swap
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, End, Ledger, Level, Verdict
+from elastic_launch.job import Assignment, Decision, End, Level, RestartHistory
 
 TAKE_OVER = 1 << 20
 """A counter that is set to this tells its node to take over as chief at once."""
@@ -44,15 +44,15 @@ class Round:
     def _begin_round(self) -> None:
         """Forget the round before."""
         self.ticket = 0
-        self.place: Assignment | None = None
+        self.assignment: Assignment | None = None
         self.end: End | None = None
-        self.verdict: Verdict | None = None
+        self.decision: Decision | None = None
         self._acknowledged = self._has_counted = False
         self._stops_job = False
         """It leaves, and has told the others to stop."""
         self._waits = self._is_empty = False
         """It goes when all nodes know how the job has ended; they do."""
-        self._mine: Settle | None = None
+        self._mine: ReportRound | None = None
         """This node's settlement of the round."""
         self._placed_at = 0.0
         """When its workers began."""
@@ -96,7 +96,7 @@ class Round:
     @property
     def is_settled(self) -> bool:
         """The job is over for this node, whatever becomes of the store."""
-        return self.phase is Phase.LEAVING or (self.verdict is not None and not self.verdict.restart)
+        return self.phase is Phase.LEAVING or (self.decision is not None and not self.decision.restart)
 
     # --- small tools
 
@@ -116,8 +116,8 @@ class Round:
     def _create(self, what: str, name: str, value: bytes) -> None:
         self._ask(what, Swap(self._key(name), b"", value))
 
-    def _say_what_follows(self, verdict: Verdict) -> None:
-        self._create("next", "next", encode(verdict._replace(node=self.me.node)))
+    def _say_what_follows(self, decision: Decision) -> None:
+        self._create("next", "next", encode(decision._replace(node=self.me.node)))
 
     def _set(self, items: Iterable[tuple[str, bytes]]) -> None:
         everything = [(self._key(name), value) for name, value in items]
@@ -130,8 +130,8 @@ class Round:
     def _await(self, name: str | None) -> None:
         self.awaiting = None if name is None else self._key(name)
 
-    def _say(self, text: str, level: Level = Level.TROUBLE) -> None:
-        self._out.append(Say(text, level))
+    def _log(self, text: str, level: Level = Level.WARNING) -> None:
+        self._out.append(Log(text, level))
 
     def _in(self, name: str, seconds: float) -> None:
         self._timers[name] = self._now + seconds
@@ -141,21 +141,21 @@ class Round:
 
     def _beat_period(self) -> float:
         """Seconds between two signs of life."""
-        is_deputy = self.ticket == 2 if self.place is None else self.place.group_rank == 1
+        is_deputy = self.ticket == 2 if self.assignment is None else self.assignment.group_rank == 1
         return self.settings.tick if is_deputy else self.settings.keep_alive_interval
 
-    def _ledger(self) -> Ledger:
+    def _restart_history(self) -> RestartHistory:
         """What the job remembers, where the round's end adds nothing to it."""
-        if self.place:
-            return aged(self.place.ledger, self._now - self._placed_at)
-        return self._closed.ledger if self._closed else self.me.ledger
+        if self.assignment:
+            return aged(self.assignment.restart_history, self._now - self._placed_at)
+        return self._closed.restart_history if self._closed else self.me.restart_history
 
     # --- the end of its part
 
-    def _decide(self, verdict: Verdict) -> None:
-        self.verdict, self._decided_at = verdict, self._now
-        self._out.append(Tell(Decided(verdict)))
-        if not verdict.restart:
+    def _decide(self, decision: Decision) -> None:
+        self.decision, self._decided_at = decision, self._now
+        self._out.append(Notify(Decided(decision)))
+        if not decision.restart:
             self._say_goodbye()
 
     def _acknowledge(self) -> None:

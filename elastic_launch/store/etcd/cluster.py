@@ -3,7 +3,7 @@
 Runs in the bridge's process only, in its asyncio loop. gRPC and etcd3's stubs are handed in (``store.etcd.protobuf``).
 
 A call that failed may have been done all the same, and may even be done later, when a member that was frozen wakes up.
-So what changes something must be written such that it takes effect once however often it is sent: ``store.etcd.keys`` does.
+So what changes something must take effect once, however often it is sent: ``store.etcd.keys`` sees to that.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class MemberProcess:
         self._name = _joined(self._host, self._port)
         self._cluster = plan.cluster
         self._data = os.path.join(plan.folder, "data")
-        self._log = os.path.join(plan.folder, "log")
+        self._log_path = os.path.join(plan.folder, "log")
         self._log_size = 0
         """Where the words of the etcd that runs begin."""
         self._pid = 0
@@ -135,9 +135,9 @@ class MemberProcess:
             except OSError as error:
                 why = f"cannot run: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
             if attempt < RESTARTS:
-                self._say(f"the etcd member {self._name} of this host {why}: starting it again")
+                self._log(f"the etcd member {self._name} of this host {why}: starting it again")
                 time.sleep(1 << attempt)
-        self._say(
+        self._log(
             f"the etcd member {self._name} of this host {why}; it was started {RESTARTS + 1} times: this agent goes on "
             "without it, as long as a majority of the others serves"
         )
@@ -174,7 +174,7 @@ class MemberProcess:
                 self._is_doubtful = True
                 signal.pidfd_send_signal(process, signal.SIGKILL)
                 self._why(process)
-                return f"does not serve, though a majority of the others does (see {self._log})"
+                return f"does not serve, though a majority of the others does (see {self._log_path})"
             self._say_what_is_missing("waits for a majority of the members")
         self._is_doubtful = False
         _is_readable(process, None)
@@ -244,7 +244,7 @@ class MemberProcess:
         """Start etcd. Returns a pidfd."""
         plan, own = self._plan, self._plan.own
         listen = [f"http://{_joined(plan.address, port)}" for port in (self._port, self._port + 1)]
-        with open(self._log, "ab") as log, self._starting:
+        with open(self._log_path, "ab") as log, self._starting:
             self._log_size = log.tell()
             self._pid = os.posix_spawn(
                 sys.executable,
@@ -270,7 +270,7 @@ class MemberProcess:
         _is_readable(process, None)
         code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        with open(self._log, "rb") as log:
+        with open(self._log_path, "rb") as log:
             log.seek(self._log_size)
             last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
         return f"{how}: {_readable(last)}" if last else how
@@ -318,9 +318,9 @@ class MemberProcess:
             answer = _request(host, port + 1, "/version")
             told.append(f"{_joined(host, port)} {f'does not ({answer.why})' if answer.body is None else 'answers'}")
         waited = f"after {now - self._began_at:.0f} s"
-        self._say(f"the etcd member {self._name} of this host {what}; {waited}: {', '.join(told)}")
+        self._log(f"the etcd member {self._name} of this host {what}; {waited}: {', '.join(told)}")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         with contextlib.suppress(OSError):
             self._control.send(text.encode(errors="replace")[:4000], socket.MSG_DONTWAIT)
 
