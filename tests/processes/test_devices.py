@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from elastic_launch import devices
+from elastic_launch.host import devices
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError
 from elastic_launch.host.devices import cpu_count, local_world_size
@@ -162,7 +162,7 @@ def test_cpu_count_is_the_mask_where_that_is_smaller(tmp_path: Path, cpus: Calla
 
 
 def test_cpu_count_of_this_host_follows_a_narrowed_mask() -> None:
-    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from elastic_launch import devices"
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from elastic_launch.host import devices"
     code += "; print(devices.cpu_count())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_launch import etcd_server
 from elastic_launch.errors import UnavailableError
+from elastic_launch.store.etcd import server as etcd_server
 from elastic_launch.store.etcd.server import EtcdServer
 from tests.conftest import is_alive, wait_until
 
