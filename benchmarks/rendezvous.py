@@ -43,7 +43,7 @@ from elastic_launch.core.agent.lifecycle import (
     ReportRound,
     RequestJoin,
 )
-from elastic_launch.core.rendezvous.protocol import Settings
+from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Get, Request
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError

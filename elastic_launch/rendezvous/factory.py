@@ -70,7 +70,7 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callab
     Raises:
         UsageError: a setting is missing or wrong.
     """
-    from elastic_launch.core.rendezvous.protocol import Settings
+    from elastic_launch.core.rendezvous.messages import Settings
     from elastic_launch.core.rendezvous.records import NodeRecord  # late: 10 ms that a job of one node does not need
     from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous, Timeouts
 

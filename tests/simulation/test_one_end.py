@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from elastic_launch.core.agent.lifecycle import Finish, Leave
-from elastic_launch.core.rendezvous.protocol import Settings
+from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Level, Policy
 from tests.simulation.test_rendezvous import RESET, all_end, form, running, world
 from tests.support.simulation import Agent, World
@@ -60,7 +60,9 @@ def test_of_two_original_causes_the_one_that_ended_the_round_wins() -> None:
     until(made, 30)
     end = one(made)
     assert sorted(failure.exitcode for failure in end.failures) == [7, 8]
-    assert all(agent.node.end and agent.node.end.failures[0].rank == end.failures[0].rank for agent in made.agents)
+    assert all(
+        agent.node.round.end and agent.node.round.end.failures[0].rank == end.failures[0].rank for agent in made.agents
+    )
 
 
 def test_without_another_cause_a_consequence_is_the_cause_soon() -> None:

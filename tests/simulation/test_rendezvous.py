@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
-from elastic_launch.core.rendezvous.chief import listed
-from elastic_launch.core.rendezvous.protocol import Phase, Settings
+from elastic_launch.core.rendezvous.leader import listed
+from elastic_launch.core.rendezvous.messages import Settings
+from elastic_launch.core.rendezvous.monitor import LEFT, Monitor
 from elastic_launch.core.rendezvous.ranks import assign, choose
-from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, decode, encode
-from elastic_launch.core.rendezvous.watch import LEFT, Watch
+from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
+from elastic_launch.core.rendezvous.state import Phase
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, EndKind, Policy, RestartHistory
 from tests.support.simulation import Agent, World
@@ -61,7 +62,7 @@ def test_a_full_round_forms_at_once_and_ends_well() -> None:
     assert made.now < 1001
     all_end(made)
     assert all(agent.finish is not None and not agent.finish.failures for agent in made.agents)
-    assert all(agent.node.is_gone or agent.node.phase is Phase.LEAVING for agent in made.agents)
+    assert all(agent.node.may_disconnect or agent.node.phase is Phase.LEAVING for agent in made.agents)
 
 
 def test_enough_nodes_wait_for_the_last_call() -> None:
@@ -180,7 +181,7 @@ def test_a_spare_takes_over_at_once() -> None:
 def test_a_chief_that_dies_is_replaced() -> None:
     made = world(2, Settings("job", 3, 3))
     made.run(1003)
-    chief = next(agent for agent in made.agents if agent.node.ticket == 1)
+    chief = next(agent for agent in made.agents if agent.node.round.ticket == 1)
     chief.kill()
     made.add()
     made.add()
@@ -192,7 +193,7 @@ def test_a_chief_that_dies_is_replaced() -> None:
 def test_a_chief_that_leaves_hands_over() -> None:
     made = world(2, Settings("job", 3, 3))
     made.run(1003)
-    next(agent for agent in made.agents if agent.node.ticket == 1).signal()
+    next(agent for agent in made.agents if agent.node.round.ticket == 1).signal()
     made.add()
     made.add()
     made.run(1100, stop=lambda: len(made.assignments.get(0, {})) == 3)
@@ -252,7 +253,7 @@ def test_requests_per_node_do_not_grow_with_their_number() -> None:
     for count in (4, 64):
         made = world(count, Settings("job", count, count))
         form(made, count)
-        most.append(max(agent.asked for agent in made.agents if agent.node.ticket != 1))
+        most.append(max(agent.asked for agent in made.agents if agent.node.round.ticket != 1))
     assert most[0] == most[1] <= 5
 
 
@@ -416,7 +417,7 @@ FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", 
     [
         node(rank=3),
         Closed(0, 2, 3, (4, 5)),
-        Roster((1, 2), ("a", "b"), ("x", "y")),
+        Members((1, 2), ("a", "b"), ("x", "y")),
         End(EndKind.MEMBERSHIP_CHANGED, "why", "id", ("a",)),
         Decision(True, RestartHistory(1, 2, (0.5,), "x"), (FAILURE,)),
         Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, RestartHistory(1)),
@@ -439,29 +440,29 @@ def test_records_survive_the_store_and_nothing_else_passes_for_them(record: Name
 
 
 def test_silence_is_timed_by_the_one_who_watches() -> None:
-    watch = Watch(deadline=15, tick=1, now=0)
-    watch.greet([1, 2], 0)
+    watch = Monitor(deadline=15, tick=1, now=0)
+    watch.register([1, 2], 0)
     for now in range(1, 15):
-        assert watch.look([(1, b"%d" % now), (2, b"")], now, now) == set()
-    assert watch.look([(1, b"15"), (2, b"")], 15, 15) == {2}
-    assert watch.set_back() == [1]
-    assert watch.set_back() == []
-    assert watch.look([(1, b"%d" % LEFT)], 16, 16) == {1}
+        assert watch.poll([(1, b"%d" % now), (2, b"")], now, now) == set()
+    assert watch.poll([(1, b"15"), (2, b"")], 15, 15) == {2}
+    assert watch.take_resets() == [1]
+    assert watch.take_resets() == []
+    assert watch.poll([(1, b"%d" % LEFT)], 16, 16) == {1}
 
 
 def test_a_counter_that_stands_still_is_no_sign_of_life() -> None:
-    watch = Watch(deadline=15, tick=1, now=0)
-    watch.look([(1, b"7"), (2, b"7")], 1, 1)
+    watch = Monitor(deadline=15, tick=1, now=0)
+    watch.poll([(1, b"7"), (2, b"7")], 1, 1)
     assert not watch.has_lived_since(1, 0)
-    assert watch.set_back() == [1, 2]
-    watch.look([(1, b"0"), (2, b"1")], 2, 2)
+    assert watch.take_resets() == [1, 2]
+    watch.poll([(1, b"0"), (2, b"1")], 2, 2)
     assert [watch.has_lived_since(ticket, 0) for ticket in (1, 2)] == [False, True]
 
 
 def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
-    watch = Watch(deadline=15, tick=1, now=0)
-    watch.greet([1], 0)
-    assert watch.look([(1, b"")], 100, 100) == set()
+    watch = Monitor(deadline=15, tick=1, now=0)
+    watch.register([1], 0)
+    assert watch.poll([(1, b"")], 100, 100) == set()
 
 
 def test_many_names_are_told_in_few_words() -> None:

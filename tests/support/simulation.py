@@ -37,10 +37,19 @@ from elastic_launch.core.agent.lifecycle import (
     Started,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
-from elastic_launch.core.rendezvous import protocol
-from elastic_launch.core.rendezvous.node import Node
-from elastic_launch.core.rendezvous.protocol import Answered, Appeared, Ask, Closing, Opening, Passing, Phase, Settings
+from elastic_launch.core.rendezvous import node as rendezvous
+from elastic_launch.core.rendezvous.messages import (
+    Answer,
+    Close,
+    Input,
+    Join,
+    KeyAppeared,
+    Request,
+    Settings,
+    Tick,
+)
 from elastic_launch.core.rendezvous.records import NodeRecord
+from elastic_launch.core.rendezvous.state import Phase, validate
 from elastic_launch.core.store_requests import Cancel, Wait
 from elastic_launch.job import Assignment, Level
 from elastic_launch.store.memory import MemoryStore
@@ -142,7 +151,9 @@ class Agent:
     def __init__(self, world: World, number: int, **record: object) -> None:
         self.world = world
         self.name = f"host-{number}"
-        self.node = Node(NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record), world.settings)  # type: ignore[arg-type]
+        self.node = rendezvous.begin(
+            NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record), world.settings
+        )  # type: ignore[arg-type]
         self.dead = False
         self.finish: Finish | None = None
         self.told: list[tuple[Level, str]] = []
@@ -163,8 +174,8 @@ class Agent:
         """Requests to the store."""
         self._epoch = 0
         """Of the connection: what an earlier one still brings is lost."""
-        self._unanswered: deque[Ask] = deque()
-        self._answers: deque[tuple[Ask, object, int]] = deque()
+        self._unanswered: deque[Request] = deque()
+        self._answers: deque[tuple[Request, object, int]] = deque()
         self._ready_at = 0.0
         self._awaited: str | None = None
         self._timer: float | None = None
@@ -192,7 +203,7 @@ class Agent:
     @property
     def part(self) -> int | None:
         """The round that it takes part in: its workers run, or have all ended well."""
-        is_in = self.state.phase in (AgentPhase.RUNNING, AgentPhase.AGREEING) and self.node.end is None
+        is_in = self.state.phase in (AgentPhase.RUNNING, AgentPhase.AGREEING) and self.node.round.end is None
         return self.state.assignment.restart_count if is_in and self.state.assignment else None
 
     # --- what can happen to it
@@ -269,7 +280,7 @@ class Agent:
         for action in actions:
             match action:
                 case RequestJoin():
-                    self._step(Opening(29500))
+                    self._step(Join(29500))
                 case ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
                     self._step(action)
                 case Start(assignment):
@@ -288,7 +299,7 @@ class Agent:
                     self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
-                    self._step(Closing())
+                    self._step(Close())
                 case lifecycle.Log(text, level):
                     self.told.append((level, text))
 
@@ -343,38 +354,36 @@ class Agent:
         ):
             self._live(event)
 
-    def _step(self, event: protocol.Event) -> None:
-        for output in self.node.step(event, self.world.now):
-            match output:
-                case Ask():
-                    self._send(output)
-                case protocol.Notify(told):
-                    match told:
-                        case Assigned(assignment):
-                            self.world.assigned(self, assignment)
-                        case Ended():
-                            self.seen_ends.add(self.node.round)
-                        case Decided():
-                            assert self.node.round not in self.decided, f"{self.world}: {self.name}: decided twice"
-                            self.decided.add(self.node.round)
-                    self._soon(lambda told=told: self._live(told), 0.0)  # type: ignore[misc]
-                case protocol.Renew():
-                    pass
-                case protocol.Lease(until):
-                    self._renew(until)
-                case protocol.Log(text, level):
-                    self.told.append((level, text))
+    def _step(self, given: Input) -> None:
+        self.ready = ready = rendezvous.step(self.node, given, self.world.now)
+        validate(self.node)
+        for request in ready.requests:
+            self._send(request)
+        for event in ready.events:
+            match event:
+                case Assigned(assignment):
+                    self.world.assigned(self, assignment)
+                case Ended():
+                    self.seen_ends.add(self.node.round.number)
+                case Decided():
+                    number = self.node.round.number
+                    assert number not in self.decided, f"{self.world}: {self.name}: decided twice"
+                    self.decided.add(number)
+            self._soon(lambda event=event: self._live(event), 0.0)  # type: ignore[misc]
+        if ready.lease_until is not None:
+            self._renew(ready.lease_until)
+        self.told += [(level, text) for text, level in ready.log]
         self._await()
-        if (deadline := self.node.deadline) is not None and deadline != self._timer:
+        if (deadline := ready.wake_at) is not None and deadline != self._timer:
             self._timer = deadline
             self._soon(lambda: self._tick(deadline), max(0.0, deadline - self.world.now))
 
     def _tick(self, deadline: float) -> None:
         if deadline == self._timer:
             self._timer = None
-            self._step(Passing())
+            self._step(Tick())
 
-    def _send(self, ask: Ask) -> None:
+    def _send(self, ask: Request) -> None:
         self.asked += 1
         self._unanswered.append(ask)
         self._ready_at = max(self._ready_at, self.world.now + self.world.delay())
@@ -385,7 +394,7 @@ class Agent:
 
         self.world.at(self._ready_at, execute)  # in order, as on a connection
 
-    def _answer(self, ask: Ask, value: object, epoch: int) -> None:
+    def _answer(self, ask: Request, value: object, epoch: int) -> None:
         if self.world.trouble and self.world.random.random() < 0.002:
             self.world.after(0.0, lambda: None if self.dead or epoch != self._epoch else self.disconnect())
             return
@@ -397,13 +406,13 @@ class Agent:
             ask, value, epoch = self._answers.popleft()  # in order, also after several frosts
             if epoch == self._epoch:
                 assert self._unanswered.popleft() is ask
-                self._step(Answered(ask.what, ask.round, value, ask.about))
+                self._step(Answer(ask.question, ask.round, value))
 
         self._soon(deliver, self._answered_at - self.world.now)
 
     def _await(self) -> None:
         """Have the second connection wait for the key that the node is curious about."""
-        key = self.node.awaiting
+        key = self.node.awaited_key
         if key == self._awaited or self.dead:
             return
         self._awaited = key
@@ -419,7 +428,7 @@ class Agent:
             def tell() -> None:
                 if epoch == self._epoch and self._awaited == key:
                     self._awaited = None
-                    self._step(Appeared(key or ""))
+                    self._step(KeyAppeared(key or ""))
 
             self._soon(tell, self.world.delay())
 

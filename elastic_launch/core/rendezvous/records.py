@@ -70,7 +70,7 @@ class Closed(NamedTuple):
     """As in ``Assignment``."""
 
 
-class Roster(NamedTuple):
+class Members(NamedTuple):
     """The members of a round, by group rank."""
 
     tickets: tuple[int, ...]
@@ -86,6 +86,10 @@ class Status(NamedTuple):
     joined: int
     hosts: str
     missing: str
+
+
+NOBODY = Status(0, "", "")
+"""Before the first node has come."""
 
 
 def encode(record: NamedTuple) -> bytes:

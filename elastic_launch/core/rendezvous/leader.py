@@ -1,4 +1,4 @@
-"""Layer 1: what the chief of a round knows and decides: who has come, who is expected, when the round closes. Pure."""
+"""What the leader of a round knows and decides: who has joined, who is expected, and when the round closes."""
 
 from __future__ import annotations
 
@@ -6,89 +6,91 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from elastic_launch.core.agent.restart_policy import aged
-from elastic_launch.core.rendezvous.protocol import LATENESS, Settings
+from elastic_launch.core.rendezvous.messages import LATENESS, Settings
+from elastic_launch.core.rendezvous.monitor import Monitor
 from elastic_launch.core.rendezvous.ranks import choose
-from elastic_launch.core.rendezvous.records import NodeRecord, Status
-from elastic_launch.core.rendezvous.watch import Watch
+from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import RestartHistory
 
 SHOWN = 8
-"""Hosts that are named in a line."""
+"""Number of hosts that a line names."""
 
 
-class Close(NamedTuple):
-    """The round can be closed; members by group rank, both as tickets."""
+class Form(NamedTuple):
+    """The round can be closed. Both lists hold tickets."""
 
     members: list[int]
+    """By group rank."""
     spares: list[int]
 
 
 class Refuse(NamedTuple):
-    """The nodes that came cannot work together, or are too few."""
+    """The nodes that joined cannot work together, or are too few."""
 
     reason: str
     status: int
+    """The exit status that goes with it."""
 
 
 class Later(NamedTuple):
-    """Nothing to do yet; if nobody comes, decide again in so many seconds."""
+    """Nothing to do yet. If nothing happens, decide again after this many seconds."""
 
     seconds: float
 
 
-class Chief:
-    """The chief of one round."""
+class Leader:
+    """The leader of one round. Times are seconds on any monotonic clock; nodes are identified by their tickets."""
 
     def __init__(
-        self, settings: Settings, me: NodeRecord, number: int, round_: int, now: float, not_before: float = 0.0
+        self, settings: Settings, record: NodeRecord, number: int, round_: int, now: float, not_before: float = 0.0
     ) -> None:
-        """Begin to gather.
+        """Begin to gather nodes.
 
         Args:
             settings: the job's.
-            me: the node that is chief.
-            number: 0 for the first chief of a round; it grows with each that takes over.
-            round_: the round's number; there is none before 0 that nodes come from.
-            now: seconds on a monotonic clock, as everywhere here.
+            record: of the node that leads.
+            number: 0 for the first leader of a round; each that takes over has the next number.
+            round_: the round's number; nodes of the round before are expected, unless it is 0.
+            now: the time.
             not_before: when the round may close.
         """
         self._not_before = not_before
         self.number = number
-        self.doubtful: dict[int, NodeRecord] = {}
-        """Who came before this chief took over, until it gives a sign of life: the one that it follows is silent."""
-        self._doubtful_tickets: int | None = None if number else 0
-        """Tickets up to this one are such; None: not known yet."""
-        self._doubts_end = now + settings.keep_alive_interval + 2 * settings.tick
-        """When each of them that lives has given a sign."""
+        self.unconfirmed: dict[int, NodeRecord] = {}
+        """Nodes that joined before this leader took over, until they send a heartbeat: its predecessor is silent."""
+        self._unconfirmed_tickets: int | None = None if number else 0
+        """Tickets up to this one are unconfirmed; None: not known yet."""
+        self._confirmed_by = now + settings.keep_alive_interval + 2 * settings.tick
+        """When each of them that lives has sent a heartbeat."""
         self.is_closing = False
         self.joined: dict[int, NodeRecord] = {}
-        """By ticket: who is there, and gives signs of life."""
-        self.silent: list[str] = []
-        """Hosts of nodes that were given up since people were told of such;"""
+        """Nodes that are there and send heartbeats."""
+        self.lost: list[str] = []
+        """Hosts of nodes that were given up and are not logged yet."""
         self.left: list[str] = []
-        """of nodes that have left."""
-        self.known = 0
-        """Tickets that were given out."""
+        """Hosts of nodes that have left and are not logged yet."""
+        self.tickets = 0
+        """Number of tickets drawn."""
         self.missing: list[int] = []
         """Tickets whose record has not come."""
         self.expected: dict[str, tuple[int, str]] | None = {} if round_ == 0 else None
-        """By node id: ticket and host in the round before of those who have not come yet. None: not known yet."""
+        """Nodes of the round before that have not joined yet: ticket and host, by node id. None: not known yet."""
         self.past_restart_history: RestartHistory | None = None
-        """What the store knows of the job's failures."""
-        self.published = Status(0, "", "")
+        """The restart history that the store holds."""
+        self.published = NOBODY
         self._settings = settings
-        self._me = me
+        self._record = record
         self._round = round_
-        self.watch = Watch(settings.keep_alive_deadline, settings.tick, now)
-        self._past_watch = Watch(settings.keep_alive_deadline, settings.tick, now)
+        self.monitor = Monitor(settings.keep_alive_deadline, settings.tick, now)
+        self._past_monitor = Monitor(settings.keep_alive_deadline, settings.tick, now)
         self._tickets: dict[str, int] = {}
         self._arrived: dict[int, float] = {}
         self._late_at: dict[int, float] = {}
-        """By ticket: if its record is still missing then, its node may be dead."""
+        """When the node of a ticket may be dead, if its record is still missing."""
         self._last_arrival = now
         self._past: dict[str, str] = {}
-        """Hosts of the nodes of the round before, by their ids."""
+        """Hosts of the nodes of the round before, by node id."""
 
     @property
     def _is_first_round(self) -> bool:
@@ -98,23 +100,23 @@ class Chief:
 
     def note_tickets(self, count: int, now: float) -> None:
         """So many tickets were given out."""
-        if self._doubtful_tickets is None:
-            self._doubtful_tickets = count
-        self.missing += range(self.known + 1, count + 1)
-        self._late_at |= dict.fromkeys(range(self.known + 1, count + 1), now + self._settings.tick + LATENESS)
-        self.known = max(self.known, count)
+        if self._unconfirmed_tickets is None:
+            self._unconfirmed_tickets = count
+        self.missing += range(self.tickets + 1, count + 1)
+        self._late_at |= dict.fromkeys(range(self.tickets + 1, count + 1), now + self._settings.tick + LATENESS)
+        self.tickets = max(self.tickets, count)
 
     def note_nodes(self, records: Iterable[tuple[int, NodeRecord]], now: float) -> None:
         """Records have come, by ticket."""
         for ticket, record in records:
             if ticket not in self._arrived:
                 self.joined.pop(self._tickets.get(record.node, 0), None)  # the same node, come twice
-                doubt = ticket <= (self._doubtful_tickets or 0) and record.node != self._me.node
-                (self.doubtful if doubt else self.joined)[ticket] = record
+                doubt = ticket <= (self._unconfirmed_tickets or 0) and record.node != self._record.node
+                (self.unconfirmed if doubt else self.joined)[ticket] = record
                 self._tickets[record.node] = ticket
                 self._arrived[ticket] = self._last_arrival = now
                 if not doubt:
-                    self.watch.greet([ticket], now)
+                    self.monitor.register([ticket], now)
                 if self.expected is not None:
                     self.expected.pop(record.node, None)
         self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]
@@ -133,29 +135,29 @@ class Chief:
 
     def next_ticket(self, now: float) -> int:
         """The ticket whose record will probably come next."""
-        return next((ticket for ticket in self.missing if now < self._late_at[ticket]), self.known + 1)
+        return next((ticket for ticket in self.missing if now < self._late_at[ticket]), self.tickets + 1)
 
     # --- who has gone
 
-    def look(self, counters: Sequence[tuple[int, bytes]], now: float, asked_at: float) -> list[int]:
+    def poll(self, counters: Sequence[tuple[int, bytes]], now: float, asked_at: float) -> list[int]:
         """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
-        for ticket in self.watch.look(counters, now, asked_at):
-            if node := self.joined.pop(ticket, None) or self.doubtful.pop(ticket, None):
-                (self.left if ticket in self.watch.left else self.silent).append(node.host)
-        for ticket in list(self.doubtful):
-            if self.watch.has_lived_since(ticket, self._arrived[ticket]):
-                self.joined[ticket] = self.doubtful.pop(ticket)
-        return self.watch.set_back()
+        for ticket in self.monitor.poll(counters, now, asked_at):
+            if node := self.joined.pop(ticket, None) or self.unconfirmed.pop(ticket, None):
+                (self.left if ticket in self.monitor.left else self.lost).append(node.host)
+        for ticket in list(self.unconfirmed):
+            if self.monitor.has_lived_since(ticket, self._arrived[ticket]):
+                self.joined[ticket] = self.unconfirmed.pop(ticket)
+        return self.monitor.take_resets()
 
-    def look_back(
+    def poll_past(
         self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float, asked_at: float
     ) -> None:
         """Note the counters, in the round before, of nodes that have not come; do not expect the silent ones."""
-        silent = self._past_watch.look(counters, now, asked_at)
+        suspected = self._past_monitor.poll(counters, now, asked_at)
         for node, (ticket, _) in zip(nodes, counters, strict=True):
-            if ticket in silent and self.expected and node in self.expected:
+            if ticket in suspected and self.expected and node in self.expected:
                 _, host = self.expected.pop(node)
-                (self.left if ticket in self._past_watch.left else self.silent).append(host)
+                (self.left if ticket in self._past_monitor.left else self.lost).append(host)
 
     def restart_history(self, now: float) -> RestartHistory:
         """What the job remembers, from the node that knows of the latest round."""
@@ -166,7 +168,7 @@ class Chief:
 
     # --- what follows
 
-    def decide(self, now: float) -> Close | Refuse | Later | None:
+    def decide(self, now: float) -> Form | Refuse | Later | None:
         """Whether the round can be closed. None: not before somebody comes or goes."""
         settings = self._settings
         if self._is_first_round and (refusal := self._refusal()):
@@ -175,14 +177,14 @@ class Chief:
             return None
         is_coming = any(now < self._late_at[ticket] for ticket in self.missing)
         if len(self.joined) < settings.min_nodes:
-            if self._past and not (self.doubtful or is_coming):
+            if self._past and not (self.unconfirmed or is_coming):
                 return Refuse(self._who_is_left(), ExitCode.UNAVAILABLE)
             return None
-        if self.doubtful and now < self._doubts_end:
+        if self.unconfirmed and now < self._confirmed_by:
             return None
         if now < self._not_before:
             return Later(self._not_before - now)
-        if (self._is_first_round and self._has_twins()) or is_coming:
+        if (self._is_first_round and self._has_duplicates()) or is_coming:
             return None
         last_call = self._last_arrival + settings.last_call_timeout - now
         as_before = not self._is_first_round and self._past.keys() >= self._tickets.keys()
@@ -191,7 +193,7 @@ class Chief:
             return Later(last_call)
         members, spares = choose(self.joined, settings.max_nodes)
         if len(members) == settings.max_nodes or (len(members) >= settings.min_nodes and is_time):
-            return Close(members, spares)
+            return Form(members, spares)
         return None
 
     def status(self) -> Status:
@@ -209,7 +211,7 @@ class Chief:
         hosts = listed(node.host for node in self.joined.values())
         return f"lost {lost}; still there: {hosts}; the job needs {self._settings.min_nodes} nodes (--nnodes)"
 
-    def _twins(self) -> Iterable[tuple[int, int]]:
+    def _duplicates(self) -> Iterable[tuple[int, int]]:
         """Tickets of nodes that ask for one rank, and neither of them had it before: else the other can be a spare."""
         by_rank: dict[int, int] = {}
         for ticket, node in self.joined.items():
@@ -218,24 +220,24 @@ class Chief:
                 if first != ticket and max(node.previous, self.joined[first].previous) < 0:
                     yield first, ticket
 
-    def _has_twins(self) -> bool:
+    def _has_duplicates(self) -> bool:
         """Whether two ask for one rank; one of them may be dead, and its place taken by the other."""
-        return next(iter(self._twins()), None) is not None
+        return next(iter(self._duplicates()), None) is not None
 
     def _refusal(self) -> str:
         """Why the nodes that came cannot work together; empty: they can, as far as is known."""
         for node in self.joined.values():
-            if node.options != self._me.options:
-                me = f"{self._me.host} (pid {self._me.pid})"  # hosts may have one name, or be one
-                return disagreement(node.host, node.pid, node.options, me, self._me.options)
+            if node.options != self._record.options:
+                me = f"{self._record.host} (pid {self._record.pid})"  # hosts may have one name, or be one
+                return disagreement(node.host, node.pid, node.options, me, self._record.options)
             if node.rank >= self._settings.max_nodes:
                 return (
                     f"{node.host} (pid {node.pid}) asks for --node-rank={node.rank}, but the job has at most "
                     f"{self._settings.max_nodes} nodes"
                 )
-        for first, second in self._twins():
+        for first, second in self._duplicates():
             both_came = max(self._arrived[first], self._arrived[second])
-            if all(self.watch.has_lived_since(ticket, both_came) for ticket in (first, second)):
+            if all(self.monitor.has_lived_since(ticket, both_came) for ticket in (first, second)):
                 one, other = self.joined[first], self.joined[second]
                 return (
                     f"two nodes ask for --node-rank={one.rank}: {one.host} (pid {one.pid}) and "

@@ -1,0 +1,322 @@
+"""How a round ends, and how the nodes agree on what follows."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from elastic_launch.core.agent.lifecycle import Ended, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.restart_policy import follow
+from elastic_launch.core.agent.root_cause import is_consequence, shortened
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.leader import SHOWN
+from elastic_launch.core.rendezvous.leaving import acknowledge, decide
+from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
+from elastic_launch.core.rendezvous.monitor import number
+from elastic_launch.core.rendezvous.next_round import rejoin
+from elastic_launch.core.rendezvous.records import decode, encode
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
+from elastic_launch.core.store_requests import Add, Append
+from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
+from elastic_launch.job import Decision, End, EndKind, Level
+
+MESSAGE = 60_000
+"""Number of characters of the cause's traceback that the other nodes get to see."""
+GRACE = 1.0
+"""Shortest time, in seconds, that a failure which looks like a consequence waits for its cause."""
+NOTE = 1000
+"""Number of characters of a failure's note, and of what stands in for its traceback, that the others get to see."""
+
+
+class Consequence(NamedTuple):
+    """A line of the list of the other nodes' failures."""
+
+    failure: ProcessFailure
+    node: str
+    """The id of its node."""
+
+
+# --- the agent reports
+
+
+def report_failure(node: NodeState, step: Step, request: ReportFailure) -> None:
+    """End the round for all nodes; if it has ended already, tell the node that decides."""
+    failure, end = request.failure, node.round.end
+    node.round.report.failure = failure
+    if end is None:
+        reason = End(EndKind.FAILED, failure.headline(), node.record.node, failures=(_brief(failure),))
+        step.create(questions.LearnEnd(), "end", encode(reason))
+    elif end.kind is EndKind.FAILED:
+        _tell_failures(node, step, [failure])
+
+
+def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:
+    """Count this node among those whose workers have succeeded."""
+    node.round.report.round = ReportRound(Decision(False))
+    if request.patience < float("inf"):
+        step.set_timer(Timer.EXIT_BARRIER, request.patience)
+    step.write([(f"done/{node.round.ticket}", b"1")])
+    step.ask(questions.CountFinished(), Add(node.key("done"), 1))
+
+
+def on_finished(node: NodeState, step: Step, answer: Answer[questions.CountFinished, int]) -> None:
+    """See whether all members have, if it may be so."""
+    if node.round.closed and answer.value >= node.round.closed.nodes:
+        if node.round.members is None:
+            step.read_members()
+        else:
+            read_finished(node, step)
+
+
+def read_finished(node: NodeState, step: Step) -> None:
+    """Find out whether the workers of all members have succeeded."""
+    if members := node.round.members:
+        step.get(questions.ReadFinished(), *(f"done/{ticket}" for ticket in members.tickets))
+
+
+def on_all_finished(node: NodeState, step: Step, answer: Answer[questions.ReadFinished, list[bytes]]) -> None:
+    """End the round if they have."""
+    if all(answer.value):
+        step.create(
+            questions.LearnEnd(), "end", encode(End(EndKind.DONE, "all workers have ended well", node.record.node))
+        )
+
+
+def stop_waiting(node: NodeState, step: Step) -> None:
+    """Leave, because this node's workers have succeeded long ago, and others still run."""
+    if not node.record.serves:
+        step.log("this node's workers have ended well; it waits no longer for the others' (exit_barrier_timeout)")
+        decide(node, step, Decision(False, node.restart_history(step.now)))
+
+
+def report_round(node: NodeState, step: Step, request: ReportRound) -> None:
+    """Report this node's part of the round, now that its workers are gone."""
+    node.round.report.round = request
+    _report(node, step)
+
+
+# --- the round ends
+
+
+def on_end_appeared(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
+    """Read why the round has ended."""
+    step.get(questions.LearnEnd(), "end")
+
+
+def on_end(node: NodeState, step: Step, answer: Answer[questions.LearnEnd, list[bytes] | bytes]) -> None:
+    """End the round here, too, for the reason that came first."""
+    end_round(node, step, questions.held(answer.value))
+
+
+def end_round(node: NodeState, step: Step, data: bytes) -> None:
+    """Act on the record that ended the round, as all nodes do.
+
+    Raises:
+        RendezvousStateError: no node of this job can have written it.
+    """
+    if not data:
+        return
+    round_, me = node.round, node.record.node
+    end = decode(End, data, node.key("end"))
+    if not (0 <= end.signum < 65 and 0 <= end.status < 256):
+        raise RendezvousStateError(f"the store holds at {node.key('end')!r} no signal or status: {data[:60]!r}")
+    round_.end = end = end._replace(mine=end.node == me)
+    enter(node, Phase.ENDED)
+    step.await_key("next" if end.kind is EndKind.FAILED else None)
+    history = node.restart_history(step.now)
+    match end.kind:
+        case EndKind.FAILED:
+            if round_.report.failure and not end.mine:
+                _tell_failures(node, step, [round_.report.failure])
+            elif end.mine and end.failures and is_consequence(end.failures[0]):
+                step.read_members()  # to see whether a node's end was the cause
+        case EndKind.MEMBERSHIP_CHANGED:
+            round_.decision = Decision(True, history, gone=end.gone)
+        case EndKind.STOP:
+            round_.decision = Decision(False, history, signum=end.signum)
+        case EndKind.DONE:
+            round_.decision = Decision(False, history)
+        case EndKind.ERROR:  # nodes that come after others have not met may have better luck
+            again = round_.is_late and end.status != ExitCode.UNAVAILABLE
+            round_.decision = Decision(again, history, error="" if again else end.reason, status=end.status)
+    node.decided_at = step.now
+    if round_.assignment and not round_.heartbeat.is_fenced:
+        round_.report.round = None  # a node whose workers have succeeded reports this end, too
+        step.notify(Ended(end, 0.0))
+    _report(node, step)
+
+
+def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> None:
+    """End the round, because members are lost.
+
+    If it has ended already, this node decides what follows, if the lost ones were to do so, or if their loss explains
+    its own failure; else it tells the node that decides.
+    """
+    round_, end, me = node.round, node.round.end, node.record.node
+    reason = f"no sign of life from {hosts} for {node.settings.keep_alive_deadline:g} s"
+    if end is None:
+        step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes))))
+    elif end.kind is not EndKind.FAILED or round_.decision is not None:
+        return
+    elif round_.report.grace_ends is not None:
+        step.log(f"{reason}, which explains the failure: another round, without charge", Level.INFO)
+        step.decide_next(Decision(True, node.restart_history(step.now), gone=tuple(nodes)))
+    elif end.node in nodes:
+        step.log(f"{reason}, before it told what follows the failure", Level.INFO)
+        decision = follow(node.settings.policy, node.restart_history(step.now), end.failures, end.node)
+        step.decide_next(decision._replace(gone=tuple(nodes)))
+    elif not end.mine:
+        step.create(questions.Write(), "lost", encode(End(EndKind.MEMBERSHIP_CHANGED, hosts, me, tuple(nodes))))
+
+
+# --- the nodes report the round
+
+
+def _report(node: NodeState, step: Step) -> None:
+    """After a failure, tell the node that decides of this node's part; then go on if it has decided."""
+    round_ = node.round
+    own, end = round_.report.round, round_.end
+    if own and end and end.kind is EndKind.FAILED and round_.decision is None:
+        if not end.mine:
+            _tell_failures(node, step, own.decision.failures)
+        step.ask(questions.CountReported(), Add(node.key("settled"), 1))
+    conclude(node, step)
+
+
+def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailure]) -> None:
+    """Tell the node that decides of failures here: consequences, or the cause if its own is a consequence."""
+    told = node.round.report.told
+    new = [failure for failure in failures if failure.rank not in told][:SHOWN]
+    told |= {failure.rank for failure in new}
+    if new:
+        lines = b"".join(encode(Consequence(_brief(failure), node.record.node)) + b"\n" for failure in new)
+        step.ask(questions.Write(), Append(node.key("also"), lines))
+
+
+def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountReported, int]) -> None:
+    """Tell everybody if all nodes have reported; see what they have, if this node decides."""
+    if node.round.closed and answer.value >= node.round.closed.nodes:
+        step.write([("all_settled", b"1")])
+    if node.round.end and node.round.end.mine:
+        read_consequences(node, step)
+
+
+def read_consequences(node: NodeState, step: Step) -> None:
+    """Read which failures the others had, how many nodes have reported, and which are lost."""
+    step.get(questions.ReadConsequences(), "also", "settled", "lost")
+
+
+def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadConsequences, list[bytes]]) -> None:
+    """Decide what follows. The cause is this node's failure, unless that is plainly the consequence of another.
+
+    In that case the others get a little time to report the cause: until all have reported, or for ``GRACE`` and until
+    each has sent a heartbeat since, because the cause may be the death of a node.
+    """
+    round_ = node.round
+    if round_.report.round is None or round_.assignment is None or round_.decision is not None:
+        return
+    also, reported, lost = answer.value
+    own = {failure.rank: failure for failure in round_.report.round.decision.failures}
+    found = {line.failure.rank: (line.failure, line.node) for line in _lines(node, also)}
+    found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
+    failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
+    if failures and is_consequence(failures[0][0]) and not _has_heard_of_all(node, step, number(reported)):
+        _wait_for_cause(node, step)
+        if lost:
+            end = decode(End, lost, node.key("lost"))
+            lose_members(node, step, list(end.gone), end.reason)
+        return
+    cause_node = failures[0][1] if failures else ""
+    cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
+    history, port = node.restart_history(step.now), round_.assignment.picked_port
+    may_restart = round_.report.round.may_restart
+    step.decide_next(follow(node.settings.policy, history, cut, cause_node, port, may_restart))
+
+
+def _lines(node: NodeState, data: bytes) -> list[Consequence]:
+    return [decode(Consequence, line, node.key("also")) for line in data.splitlines()]
+
+
+def _wait_for_cause(node: NodeState, step: Step) -> None:
+    report = node.round.report
+    if report.grace_ends is None:
+        report.grace_ends = step.now + GRACE
+        step.await_key("all_settled")
+        step.read_members()
+    step.set_timer(Timer.CAUSE_GRACE, min(GRACE, node.settings.tick))
+
+
+def _has_heard_of_all(node: NodeState, step: Step, reported: int) -> bool:
+    """Whether each member has reported, or has had its time and then sent a heartbeat."""
+    round_, ends = node.round, node.round.report.grace_ends
+    if round_.closed is None or reported >= round_.closed.nodes:
+        return True
+    if ends is None or step.now < ends or not (round_.members and round_.monitor):
+        return False
+    since = ends - GRACE + 2 * node.settings.tick  # a heartbeat that was seen sooner may be older
+    others = set(round_.members.tickets) - {round_.ticket} - round_.finished
+    return all(round_.monitor.has_lived_since(ticket, since) for ticket in others)
+
+
+# --- what follows
+
+
+def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
+    """Read the decision, or what it depends on; or note that all nodes know of the job's end."""
+    match appeared.key.rpartition("/")[2]:
+        case "next":
+            step.get(questions.LearnDecision(), "next")
+        case "all_settled":
+            step.await_key("next")
+            read_consequences(node, step)
+        case "empty":
+            node.round.shutdown.is_empty = True
+
+
+def on_decision(node: NodeState, step: Step, answer: Answer[questions.LearnDecision, list[bytes] | bytes]) -> None:
+    """Do what was decided first."""
+    if (data := questions.held(answer.value)) and node.round.decision is None:
+        node.round.decision, node.decided_at = decode(Decision, data, node.key("next")), step.now
+        node.awaited_key = None
+        node.timers.pop(Timer.CAUSE_GRACE, None)
+        conclude(node, step)
+
+
+def conclude(node: NodeState, step: Step) -> None:
+    """Go on, once it is decided what follows and the agent, if it had workers, has reported the round."""
+    round_, decision = node.round, node.round.decision
+    if decision is None or node.phase is Phase.LEAVING:
+        return
+    if not decision.restart:
+        acknowledge(node, step)
+    if round_.assignment is None and decision.restart:
+        rejoin(node, step)
+    elif round_.assignment is None or round_.report.round is not None:
+        decide(node, step, _as_latecomer(node, step, decision) if round_.is_late else decision)
+
+
+def _as_latecomer(node: NodeState, step: Step, decision: Decision) -> Decision:
+    """What the end of a job means to a node that came when it was over."""
+    end, job = node.round.end, f"job {node.settings.run_id}"
+    if end and end.kind is EndKind.DONE:
+        step.log(f"{job} has ended already, well: there is nothing to do (a new job needs another id)")
+    elif end and end.kind is EndKind.STOP:
+        text = f"{job} was stopped already: {end.reason}; pass another --rdzv-id for a new job"
+        return Decision(False, error=text, status=ExitCode.UNAVAILABLE)
+    elif end and end.kind is EndKind.FAILED:
+        step.log(f"{job} has failed already, as follows; pass another --rdzv-id for a new job")
+    return decision
+
+
+def _brief(failure: ProcessFailure) -> ProcessFailure:
+    """A failure without its traceback, for a list of many."""
+    stderr = failure.stderr[-NOTE:] if failure.exitcode == -signal.SIGABRT else ""  # it tells a consequence
+    return replace(failure, error=failure.error_line(), message="", stderr=stderr, note=failure.note[:NOTE])
+
+
+def _cut(failure: ProcessFailure) -> ProcessFailure:
+    """A failure of moderate size: every node reads it."""
+    message = shortened(failure.message, MESSAGE)
+    return replace(failure, error=failure.error_line(), message=message, note=failure.note[:NOTE])

@@ -1,0 +1,85 @@
+"""A node's own heartbeats, and the lease that they hold.
+
+No node's workers may run when the others have gone on without it. The others cannot have done so before a deadline that
+counts from the last heartbeat that was answered; the workers are killed a margin before that.
+"""
+
+from __future__ import annotations
+
+from elastic_launch.core.agent.lifecycle import Ended, Fence
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.messages import LATENESS, Answer
+from elastic_launch.core.rendezvous.records import encode
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+from elastic_launch.core.store_requests import Add
+from elastic_launch.job import Assignment, End, EndKind
+
+
+def send(node: NodeState, step: Step) -> None:
+    """Send a heartbeat, unless one is not answered yet; while joining, see whether the round has closed."""
+    heartbeat = node.round.heartbeat
+    step.set_timer(Timer.HEARTBEAT, node.heartbeat_period)
+    if not heartbeat.in_flight:
+        heartbeat.in_flight = True
+        heartbeat.sent_at = step.now
+        step.ask(questions.SendHeartbeat(), Add(node.key(f"beat/{node.round.ticket}"), 1))
+        if node.phase is Phase.WAITING and node.round.leader is None:
+            step.get(questions.CheckClosed(step.now), "closed")
+
+
+def lease_ends(node: NodeState, assignment: Assignment) -> float:
+    """When another node can take this one's place at the earliest.
+
+    The others have heard of this node when its last heartbeat was on its way, or later. They hear of the monitor by its
+    polls, and count from the round's closing.
+    """
+    heartbeat = node.round.heartbeat
+    since = heartbeat.answered_at
+    if assignment.group_rank == 0:
+        since = min(since, heartbeat.polled_at - node.settings.tick)
+    return since + node.settings.keep_alive_deadline - node.settings.margin
+
+
+def renew_lease(node: NodeState, step: Step) -> None:
+    """Tell the caller until when the workers may live."""
+    round_ = node.round
+    if round_.assignment is None or node.phase not in (Phase.MEMBER, Phase.ENDED) or round_.heartbeat.is_fenced:
+        return
+    gone = (*(round_.end.gone if round_.end else ()), *(round_.decision.gone if round_.decision else ()))
+    if node.record.node in gone:
+        return  # the others do not wait for this node
+    step.lease_until = lease_ends(node, round_.assignment)
+    if node.phase is Phase.MEMBER:
+        node.timers[Timer.FENCE] = step.lease_until - node.settings.grace
+
+
+def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
+    """Stop the workers: the others may go on without this node, which has not heard from the store for too long."""
+    heartbeat = node.round.heartbeat
+    if heartbeat.is_fenced:
+        return
+    heartbeat.is_fenced = True
+    node.round.report.round = None
+    slept = node.timers.get(Timer.HEARTBEAT, step.now) < step.now - LATENESS
+    what = "this process was stopped" if slept else "the store has not answered"
+    reason = f"{what} for {step.now - heartbeat.answered_at:.1f} s"
+    end = End(EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} was cut off: {reason}", node.record.node)
+    step.create(
+        questions.LearnEnd(), "end", encode(end)
+    )  # when the store is there again; or it tells how the round has ended
+    step.notify(Ended(end._replace(reason=reason, mine=True), 0.0))
+
+
+def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
+    """Reset the counters of other nodes, which shows them that they are monitored."""
+    if tickets:
+        step.write((f"beat/{ticket}", b"0") for ticket in tickets)
+        step.get(questions.ConfirmReset(tickets), "closed")  # any key does
+
+
+def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset, list[bytes]]) -> None:
+    """Do not count the silence that the reset itself may have caused."""
+    leader = node.round.leader
+    for monitor in (node.round.monitor, leader and leader.monitor):
+        if monitor:
+            monitor.confirm_resets(answer.question.tickets, step.now)

@@ -1,0 +1,53 @@
+"""A node joins a round: it finds out the round's number, draws a ticket, writes its record, and waits."""
+
+from __future__ import annotations
+
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.leading import become_leader, refuse
+from elastic_launch.core.rendezvous.leaving import decide
+from elastic_launch.core.rendezvous.messages import Answer
+from elastic_launch.core.rendezvous.monitor import number
+from elastic_launch.core.rendezvous.progress import FIRST_LINE, waiting
+from elastic_launch.core.rendezvous.records import encode
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
+from elastic_launch.core.store_requests import Add, Swap
+from elastic_launch.errors import ExitCode
+from elastic_launch.job import Decision
+
+
+def on_round(node: NodeState, step: Step, answer: Answer[questions.LearnRound, list[bytes] | bytes]) -> None:
+    """Join the current round: the next one, or a later one."""
+    found = questions.held(answer.value)
+    round_, current = node.round, number(found)
+    if current < round_.number:  # the store has forgotten it
+        step.ask(questions.LearnRound(), Swap(node.round_key, found, b"%d" % round_.number))
+        return
+    if current > round_.number > 0:
+        node.record = node.record._replace(previous=-1)  # the others have gone on without this node
+    round_.number = current
+    heartbeat = round_.heartbeat
+    heartbeat.answered_at = heartbeat.monitored_at = heartbeat.polled_at = step.now
+    step.ask(questions.DrawTicket(), Add(node.key("ticket"), 1))
+
+
+def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, int]) -> None:
+    """questions.Write the node's record; lead the round with the first ticket, else wait for it to close."""
+    node.round.ticket = answer.value
+    enter(node, Phase.WAITING)
+    step.write([(f"node/{node.round.ticket}", encode(node.record))])
+    node.timers[Timer.PROGRESS] = max(step.now, node.began_at) + FIRST_LINE
+    if node.round.ticket == 1:
+        become_leader(node, step)
+    else:
+        step.await_key("closed")
+    node.timers[Timer.HEARTBEAT] = max(step.now, node.round.heartbeat.answered_at + node.heartbeat_period)
+
+
+def on_join_timeout(node: NodeState, step: Step) -> None:
+    """Give up: alone, or for all nodes if this one hosts the store."""
+    status = node.round.leader.status() if node.round.leader else node.round.status
+    text = f"{waiting(node, step, status)}; gave up (join_timeout={node.settings.join_timeout:g} s)"
+    if node.record.serves:
+        refuse(node, step, text, ExitCode.TIMEOUT)
+    else:
+        decide(node, step, Decision(False, error=text, status=ExitCode.TIMEOUT))

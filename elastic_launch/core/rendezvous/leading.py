@@ -1,0 +1,196 @@
+"""The leader of a round: it gathers the nodes that join, and closes the round."""
+
+from __future__ import annotations
+
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.heartbeats import reset
+from elastic_launch.core.rendezvous.leader import SHOWN, Form, Later, Leader, Refuse
+from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
+from elastic_launch.core.rendezvous.monitor import number
+from elastic_launch.core.rendezvous.next_round import rejoin
+from elastic_launch.core.rendezvous.progress import joined_of, log_departures, publish
+from elastic_launch.core.rendezvous.ranks import assign
+from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
+from elastic_launch.core.rendezvous.state import BATCH, NodeState, Step, Timer
+from elastic_launch.core.store_requests import Get
+from elastic_launch.job import Decision, End, EndKind, Level
+
+
+def become_leader(node: NodeState, step: Step) -> None:
+    """Begin to gather the nodes of the round."""
+    round_ = node.round
+    round_.leader = Leader(node.settings, node.record, round_.leaders, round_.number, step.now, node.began_at)
+    step.await_key("node/1")
+    step.set_timer(Timer.LEADER_POLL, node.settings.tick)
+    if round_.number:
+        keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "next", "closed"))
+        step.ask(questions.ReadPastRound(), Get(keys))
+
+
+def stand_down(node: NodeState, step: Step) -> None:
+    """Leave the lead to a node that took over while this one slept: two leaders would confuse each other."""
+    node.round.leaders += 1
+    node.round.leader = None
+    node.round.heartbeat.monitored_at = step.now
+    for timer in (Timer.LEADER_POLL, Timer.LAST_CALL):
+        node.timers.pop(timer, None)
+    step.await_key("closed")
+
+
+# --- the round before
+
+
+def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPastRound, list[bytes]]) -> None:
+    """Learn how it ended; ask who was in it."""
+    count, end, following, closed = answer.value
+    gone = decode(End, end, node.key("end", past=True)).gone if end else ()
+    history = decode(Closed, closed, node.key("closed", past=True)).restart_history if closed else None
+    if following:
+        decision = decode(Decision, following, node.key("next", past=True))
+        gone, history = gone + decision.gone, decision.restart_history
+    if node.round.leader:
+        node.round.leader.past_restart_history = history
+    keys = tuple(node.key(f"node/{ticket}", past=True) for ticket in range(1, number(count) + 1))
+    step.ask(questions.ReadPastNodes(keys, gone), Get(keys))
+
+
+def on_past_nodes(node: NodeState, step: Step, answer: Answer[questions.ReadPastNodes, list[bytes]]) -> None:
+    """Expect those that were in it."""
+    if leader := node.round.leader:
+        keys, gone = answer.question.keys, answer.question.gone
+        nodes = [(t, decode(NodeRecord, data, keys[t - 1])) for t, data in enumerate(answer.value, 1) if data]
+        leader.note_past(nodes, gone)
+        consider(node, step)
+
+
+# --- who joins
+
+
+def on_arrival(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
+    """See how many have come: the record that the leader waited for is there."""
+    step.get(questions.CountTickets(), "ticket")
+
+
+def on_tickets(node: NodeState, step: Step, answer: Answer[questions.CountTickets, list[bytes]]) -> None:
+    """Read the records of those that have come."""
+    if leader := node.round.leader:
+        leader.note_tickets(number(answer.value[0]), step.now)
+        _read_records(node, step, leader, leader.missing)
+
+
+def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords, list[bytes]]) -> None:
+    """Take in the nodes that have come, and see whether the round can be closed."""
+    leader, read = node.round.leader, answer.question.tickets
+    if leader is None or leader.is_closing:
+        return
+    found = ((ticket, data) for ticket, data in zip(read, answer.value, strict=True) if data)
+    for ticket, record in [(ticket, decode(NodeRecord, data, node.key(f"node/{ticket}"))) for ticket, data in found]:
+        leader.note_nodes([(ticket, record)], step.now)
+        is_new = ticket in leader.joined and ticket != node.round.ticket and leader.is_new(record)
+        if is_new and node.settings.max_nodes <= SHOWN:  # not those that the leader before has logged
+            step.log(f"{record.host} has joined: {joined_of(node, len(leader.joined))}", Level.INFO)
+    _read_records(node, step, leader, [ticket for ticket in leader.missing if ticket > read[-1]])
+    consider(node, step)
+
+
+def _read_records(node: NodeState, step: Step, leader: Leader, tickets: list[int]) -> None:
+    if some := tickets[:BATCH]:
+        step.get(questions.ReadRecords(some), *(f"node/{ticket}" for ticket in some))
+    elif not leader.is_closing:
+        step.await_key(f"node/{leader.next_ticket(step.now)}")
+
+
+# --- who goes
+
+
+def poll(node: NodeState, step: Step) -> None:
+    """Poll heartbeats, tickets whose record is late, and the work of another leader."""
+    step.set_timer(Timer.LEADER_POLL, node.settings.tick)
+    if leader := node.round.leader:
+        joined = [*leader.joined, *leader.unconfirmed]
+        past = {id_: ticket for id_, (ticket, _) in (leader.expected or {}).items()}
+        names = ["closed", f"chief/{node.round.leaders + 1}", "ticket", *(f"beat/{ticket}" for ticket in joined)]
+        past_keys = (node.key(f"beat/{ticket}", past=True) for ticket in past.values())
+        step.ask(
+            questions.PollJoining(joined, past, step.now), Get((node.round_key, *map(node.key, names), *past_keys))
+        )
+        publish(node, step, leader)
+
+
+def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining, list[bytes]]) -> None:
+    """Give up nodes that are silent, or the lead."""
+    leader = node.round.leader
+    if leader is None or leader.is_closing:
+        return
+    current, closed, successor, count, *counters = answer.value
+    joined, past, asked_at = answer.question.joined, answer.question.past, answer.question.asked_at
+    if number(current) > node.round.number:
+        rejoin(node, step)  # the store had forgotten the number, and nodes that remembered it are ahead
+    elif closed or successor:
+        stand_down(node, step)
+    else:
+        reset(node, step, leader.poll(list(zip(joined, counters, strict=False)), step.now, asked_at))
+        before = list(zip(past.values(), counters[len(joined) :], strict=True))
+        leader.poll_past(list(past), before, step.now, asked_at)
+        log_departures(node, step, leader)
+        leader.note_tickets(number(count), step.now)
+        _read_records(node, step, leader, leader.missing)
+        consider(node, step)
+
+
+# --- what follows
+
+
+def consider(node: NodeState, step: Step) -> None:
+    """Close the round, if the leader can."""
+    leader = node.round.leader
+    if leader is None or leader.is_closing:
+        return
+    match leader.decide(step.now):
+        case Form(members, spares):
+            _close(node, step, leader, members, spares)
+        case Refuse(reason, status):
+            refuse(node, step, reason, status)
+        case Later(seconds):
+            step.set_timer(Timer.LAST_CALL, seconds)
+
+
+def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spares: list[int]) -> None:
+    leader.is_closing = True
+    leader.lost += [record.host for record in leader.unconfirmed.values()]
+    log_departures(node, step, leader)
+    node.awaited_key = None
+    node.round.heartbeat.polled_at = step.now
+    records = [leader.joined[ticket] for ticket in members]
+    host = next((record for record in leader.joined.values() if record.serves), None)
+    store_port = node.settings.store_port
+    assignments = assign(
+        records,
+        host.address if host and host.named else "",  # empty: each node uses the address by which it reaches the store
+        store_port and ((host.port if host else 0) or store_port),
+        restart_count=node.round.number,
+        restart_history=leader.restart_history(step.now),
+    )
+    step.write((f"place/{leader.number}/{t}", encode(a)) for t, a in zip(members, assignments, strict=True))
+    roster = Members(
+        tuple(members),
+        tuple(record.node for record in records),
+        tuple(record.host for record in records),
+        tuple(record.rank for record in records),
+    )
+    step.write([(f"roster/{leader.number}", encode(roster))])
+    history = assignments[0].restart_history
+    closed = Closed(leader.number, len(members), leader.tickets, tuple(spares), node.record.options, history)
+    step.create(questions.CloseRound(), "closed", encode(closed))
+
+
+def refuse(node: NodeState, step: Step, reason: str, status: int) -> None:
+    """End the job for all nodes before this round has begun."""
+    leader = node.round.leader
+    if leader:
+        leader.is_closing = True
+    step.create(questions.LearnEnd(), "end", encode(End(EndKind.ERROR, reason, node.record.node, status=status)))
+    tickets = max(node.round.ticket, leader.tickets if leader else 0)
+    step.create(
+        questions.Write(), "closed", encode(Closed(-1, 0, tickets, restart_history=node.record.restart_history))
+    )

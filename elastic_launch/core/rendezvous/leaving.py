@@ -1,0 +1,153 @@
+"""How a node leaves the job: before its end, or at its end, once all nodes know how it has ended."""
+
+from __future__ import annotations
+
+import signal
+
+from elastic_launch.core.agent.lifecycle import Decided, Leave
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.messages import Answer, Close, KeyAppeared
+from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER, number
+from elastic_launch.core.rendezvous.records import Closed, encode
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
+from elastic_launch.core.store_requests import Add
+from elastic_launch.errors import signal_name
+from elastic_launch.job import Decision, End, EndKind
+
+ANY_TICKET = 1 << 40
+"""Above every ticket: closes a round that ends before it begins, for all nodes that come."""
+
+# --- before the job ends
+
+
+def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
+    """Leave the running round: it ends, and the job goes on without this node if it can."""
+    node.has_left = True
+    round_, serves = node.round, node.record.serves
+    if round_.closed is None or (round_.report.round and not serves):
+        return  # its workers have succeeded, and the others' need it no more than if it had died
+    rest = round_.closed.nodes - 1 + len(round_.closed.spares)
+    if rest >= node.settings.min_nodes and not serves:
+        rank = round_.assignment.group_rank if round_.assignment else -1
+        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node, rank=rank)
+    else:
+        end = _final(node, request, "and the job cannot go on without it")
+        round_.shutdown.stops_job = True
+    step.create(questions.Write(), "end", encode(end))
+
+
+def leave(node: NodeState, step: Step, request: Leave) -> None:
+    """Leave while no workers run: hand over the lead, or stop the job if this node hosts the store."""
+    node.has_left = True
+    round_ = node.round
+    if node.record.serves and not node.is_over:
+        round_.number += node.phase is Phase.ENDED  # the others have gone on to the next round, or will
+        step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
+        step.create(questions.Write(), "closed", encode(Closed(-1, 0, ANY_TICKET)))
+    elif node.phase is Phase.WAITING and round_.leader:
+        heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)
+        step.write((f"beat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
+
+
+def _why(node: NodeState, request: Leave) -> str:
+    if request.error:
+        return f"{node.record.host}: {request.error}"
+    return f"{node.record.host} leaves ({signal_name(request.signum)})"
+
+
+def _final(node: NodeState, request: Leave, why_final: str) -> End:
+    """The end of the job, because this node cannot be replaced."""
+    id_ = node.record.node
+    if request.error:
+        return End(EndKind.ERROR, _why(node, request), id_, status=request.status)
+    return End(EndKind.STOP, f"{_why(node, request)}, {why_final}", id_, signum=request.signum)
+
+
+# --- at its end
+
+
+def decide(node: NodeState, step: Step, decision: Decision) -> None:
+    """Tell the agent what follows the round; if that is nothing, take leave of the others."""
+    node.round.decision, node.decided_at = decision, step.now
+    step.notify(Decided(decision))
+    if not decision.restart:
+        shut_down(node, step)
+
+
+def acknowledge(node: NodeState, step: Step) -> None:
+    """Count this node among those that know how the job has ended: the store's host waits for all of them."""
+    round_, shutdown = node.round, node.round.shutdown
+    if not shutdown.has_acknowledged and round_.ticket:
+        shutdown.has_acknowledged = True
+        dead = round_.finished - (round_.monitor.left if round_.monitor else set())  # they cannot do so themselves
+        step.ask(questions.CountLeft(), Add(node.key("left"), 1 + len(dead)))
+        if node.stays:
+            step.await_key("empty")  # from now on: later there may be no majority to answer
+
+
+def on_left(node: NodeState, step: Step, answer: Answer[questions.CountLeft, int]) -> None:
+    """See whether all nodes know."""
+    step.get(questions.CompareLeft(answer.value), "ticket")
+
+
+def on_left_compared(node: NodeState, step: Step, answer: Answer[questions.CompareLeft, list[bytes]]) -> None:
+    """Tell everybody if they do."""
+    if answer.question.left >= number(answer.value[0]):
+        step.write([("empty", b"1")])
+    node.round.shutdown.has_counted = True
+    _confirm(node, step)
+
+
+def close(node: NodeState, step: Step, request: Close) -> None:
+    """Take leave; an agent that has neither left nor ended was interrupted."""
+    if not node.has_left and node.phase is Phase.MEMBER:
+        leave_membership(node, step, Leave(signal.SIGTERM))
+    elif not node.has_left:
+        leave(node, step, Leave(signal.SIGTERM))
+    shut_down(node, step)
+
+
+def shut_down(node: NodeState, step: Step) -> None:
+    """Take leave of the others: this node is done with the job."""
+    if node.phase is Phase.LEAVING:
+        return
+    round_, shutdown = node.round, node.round.shutdown
+    is_over = shutdown.stops_job or (round_.end is not None and node.is_over)
+    shutdown.is_last = node.record.serves or (node.stays and is_over)
+    round_.leader = None
+    enter(node, Phase.LEAVING)
+    node.awaited_key = None
+    if not round_.ticket:
+        node.may_disconnect = True
+        return
+    step.ask(questions.Write(), Add(node.key(f"beat/{round_.ticket}"), LEFT))
+    acknowledge(node, step)
+    if shutdown.is_last and shutdown.is_empty:
+        disconnect(node, step)
+    elif shutdown.is_last:
+        step.await_key("empty")
+        step.set_timer(Timer.SHUTDOWN, min(node.settings.close_timeout, node.settings.keep_alive_deadline))
+    _confirm(node, step)
+
+
+def _confirm(node: NodeState, step: Step) -> None:
+    """A node that need not stay may disconnect when the store has done all that it was asked for."""
+    shutdown = node.round.shutdown
+    if node.phase is Phase.LEAVING and shutdown.has_counted and not shutdown.is_last:
+        step.get(questions.ConfirmWritten(), "empty")
+
+
+def on_written(node: NodeState, step: Step, answer: Answer[questions.ConfirmWritten, list[bytes]]) -> None:
+    """The store has."""
+    disconnect(node, step)
+
+
+def on_all_left(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
+    """The last nodes know, too."""
+    disconnect(node, step)
+
+
+def disconnect(node: NodeState, step: Step) -> None:
+    """Nothing is left to tell the others."""
+    node.timers.clear()
+    node.may_disconnect = True

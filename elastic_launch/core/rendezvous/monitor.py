@@ -1,0 +1,103 @@
+"""Heartbeats as seen by the node that polls them: which nodes have been silent for too long.
+
+Each node adds to a counter of its own now and then. The node that monitors reads the counters, measures with its own
+clock for how long each has stood still, and resets them to 0. The others see the reset: it is the monitor's heartbeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from elastic_launch.errors import RendezvousStateError
+
+TAKE_OVER = 1 << 20
+"""Set as a node's counter to have it take over as leader at once."""
+LEFT = 1 << 40
+"""Added to a node's counter when it leaves."""
+
+
+def number(value: bytes) -> int:
+    """Read a counter; 0 if there is none.
+
+    Raises:
+        RendezvousStateError: ``value`` is not a number.
+    """
+    if value and not (value.isdigit() and len(value) <= 18):
+        raise RendezvousStateError(
+            f"the store holds {value[:60]!r} where a number should be, which no node of this job has written: does "
+            "something else use the same store and --rdzv-id?"
+        )
+    return int(value or b"0")
+
+
+class Monitor:
+    """What is known of the counters of some nodes, by ticket. Times are seconds on any monotonic clock."""
+
+    def __init__(self, deadline: float, tick: float, now: float) -> None:
+        """Begin to monitor.
+
+        Args:
+            deadline: seconds without a heartbeat after which a node counts as dead.
+            tick: seconds between two polls.
+            now: the time.
+        """
+        self._deadline = deadline
+        self._tick = tick
+        self._polled_at = now
+        self._counters: dict[int, tuple[bytes, float]] = {}
+        """Each counter as it was last seen, and when it last changed."""
+        self.left: set[int] = set()
+        """Nodes that have left."""
+        self._unproven: set[int] = set()
+        """Nodes whose counter has never been seen to change: they may have been dead for long."""
+
+    def register(self, tickets: Iterable[int], now: float) -> None:
+        """Take the arrival of nodes as their first heartbeat."""
+        for ticket in tickets:
+            self._counters[ticket] = (b"", now)
+
+    def has_lived_since(self, ticket: int, time: float) -> bool:
+        """Whether a node has sent a heartbeat after ``time``."""
+        counter, at = self._counters.get(ticket, (b"", time))
+        return counter != b"" and at > time and ticket not in self._unproven
+
+    def poll(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
+        """Take the counters as they were at ``asked_at`` or later.
+
+        Returns:
+            The nodes that had been silent up to the deadline by then, or have left.
+        """
+        slept = now - self._polled_at > self._deadline / 2 + self._tick  # this node or the store did, not the others
+        self._polled_at = now
+        suspected: set[int] = set()
+        for ticket, counter in counters:
+            if number(counter) >= LEFT:
+                suspected.add(ticket)
+                self.left.add(ticket)
+                continue
+            if ticket not in self._counters:
+                self._counters[ticket] = (counter, now)
+                self._unproven.add(ticket)
+            before, at = self._counters[ticket]
+            has_grown = counter not in (before, b"0")  # another monitor may reset it to 0
+            if has_grown or slept:
+                self._counters[ticket] = (counter, now)
+                self._unproven -= {ticket} if has_grown else set()
+            else:
+                self._counters[ticket] = (counter, at)
+                if asked_at - at >= self._deadline:
+                    suspected.add(ticket)
+        return suspected
+
+    def take_resets(self) -> list[int]:
+        """Return the nodes whose counters the caller must reset to 0; they count as reset from now on."""
+        grown = [ticket for ticket, (counter, _) in self._counters.items() if counter not in (b"", b"0")]
+        for ticket in grown:
+            self._counters[ticket] = (b"0", self._counters[ticket][1])
+        return grown
+
+    def confirm_resets(self, tickets: Iterable[int], now: float) -> None:
+        """Note that counters have been reset by now, which may have wiped out heartbeats."""
+        for ticket in tickets:
+            if ticket in self._counters:
+                self._counters[ticket] = (self._counters[ticket][0], now)

@@ -1,0 +1,115 @@
+"""Who watches over a running round: the monitor, and the nodes that notice when it is lost."""
+
+from __future__ import annotations
+
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.ending import lose_members
+from elastic_launch.core.rendezvous.heartbeats import renew_lease, reset
+from elastic_launch.core.rendezvous.leader import listed
+from elastic_launch.core.rendezvous.leading import become_leader
+from elastic_launch.core.rendezvous.messages import LATENESS, Answer
+from elastic_launch.core.rendezvous.monitor import TAKE_OVER, Monitor, number
+from elastic_launch.core.rendezvous.records import Members
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+
+
+def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeartbeat, int]) -> None:
+    """Renew the lease; a counter that has not been reset for too long tells that nobody monitors the node."""
+    round_, heartbeat, count = node.round, node.round.heartbeat, answer.value
+    heartbeat.in_flight = False
+    slept = heartbeat.sent_at - heartbeat.answered_at > 2 * node.heartbeat_period + LATENESS
+    heartbeat.answered_at = heartbeat.sent_at
+    renew_lease(node, step)
+    if count <= heartbeat.count or slept:  # if this node slept, that says nothing of the others
+        heartbeat.monitored_at = step.now
+    heartbeat.count = count
+    due = heartbeat.monitored_at + node.settings.keep_alive_deadline
+    if heartbeat.sent_at >= due or count >= TAKE_OVER:
+        if node.phase is Phase.WAITING and round_.leader is None:
+            heartbeat.monitored_at = step.now
+            step.create(questions.TakeOverLeading(), f"chief/{round_.leaders + 1}", b"%d" % round_.ticket)
+        elif node.phase is not Phase.WAITING and not (round_.assignment and round_.assignment.group_rank == 0):
+            _on_silent_monitor(node, step)
+    elif step.now < due and Timer.HEARTBEAT in node.timers:
+        on_time = max(step.now, heartbeat.sent_at + node.heartbeat_period)  # it may have waited for this answer
+        node.timers[Timer.HEARTBEAT] = min(node.timers[Timer.HEARTBEAT], on_time, due)
+
+
+def on_leading(node: NodeState, step: Step, answer: Answer[questions.TakeOverLeading, bytes]) -> None:
+    """Lead, if this node was the first to take over."""
+    node.round.leaders += 1
+    if answer.value == b"%d" % node.round.ticket:
+        become_leader(node, step)
+
+
+def _on_silent_monitor(node: NodeState, step: Step) -> None:
+    """End the round without the monitor, or take its place."""
+    round_ = node.round
+    if round_.members is None:
+        step.read_members()
+        step.set_timer(Timer.HEARTBEAT, 0.0)  # its answer comes after that
+    elif round_.end is None and round_.members.tickets[0] not in round_.finished:
+        _check(node, step, [round_.members.tickets[0]])
+    elif Timer.MONITOR_POLL not in node.timers:
+        # Somebody must watch over the other members, and over the one that is to decide what follows.
+        step.create(questions.TakeOverMonitoring(), f"watcher/{round_.monitors + 1}", b"%d" % round_.ticket)
+
+
+def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOverMonitoring, bytes]) -> None:
+    """Monitor the members, if this node was the first to take over."""
+    node.round.monitors += 1
+    node.round.heartbeat.monitored_at = step.now
+    if answer.value == b"%d" % node.round.ticket and node.round.members:
+        start_monitoring(node, step, node.round.members)
+
+
+def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
+    """Poll the members' heartbeats from now on."""
+    node.round.monitor = Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+    if node.phase is Phase.MEMBER and node.round.assignment and node.round.assignment.group_rank == 0:
+        node.round.monitor.register(members.tickets, step.now)
+    step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
+
+
+def poll(node: NodeState, step: Step) -> None:
+    """Poll the members' heartbeats, and those of the other nodes, which see by the reset that the monitor lives."""
+    step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
+    if members := node.round.members:
+        tickets = [*members.tickets, *node.round.outsiders]
+        step.get(questions.PollMembers(tickets, step.now), "ticket", *(f"beat/{ticket}" for ticket in tickets))
+
+
+def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.PollMembers, list[bytes]]) -> None:
+    """Suspect the members that have been silent for too long."""
+    round_ = node.round
+    if round_.members is None or round_.monitor is None:
+        return
+    count, *counters = answer.value
+    tickets, asked_at = answer.question.tickets, answer.question.asked_at
+    round_.outsiders = sorted(set(range(1, number(count) + 1)) - set(round_.members.tickets))
+    round_.heartbeat.polled_at = step.now
+    renew_lease(node, step)
+    suspected = round_.monitor.poll(zip(tickets, counters, strict=True), step.now, asked_at)
+    if node.phase is Phase.MEMBER:  # afterwards the leader of the next round reads the counters, too
+        reset(node, step, round_.monitor.take_resets())
+    suspected -= round_.finished | round_.lost | {round_.ticket}
+    _check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
+
+
+def _check(node: NodeState, step: Step, tickets: list[int]) -> None:
+    """Suspect members; those whose workers had all succeeded need not be there any more."""
+    if tickets:
+        step.get(questions.CheckFinished(tickets), *(f"done/{ticket}" for ticket in tickets))
+
+
+def on_finished_checked(node: NodeState, step: Step, answer: Answer[questions.CheckFinished, list[bytes]]) -> None:
+    """Lose the suspected members that are still needed."""
+    round_, tickets = node.round, answer.question.tickets
+    round_.finished |= {ticket for ticket, done in zip(tickets, answer.value, strict=True) if done}
+    lost = set(tickets) - round_.finished
+    round_.lost |= lost if round_.end else set()  # before, they stay suspected until that has ended the round
+    if lost and round_.members:
+        members = round_.members
+        ranks = [rank for rank, ticket in enumerate(members.tickets) if ticket in lost]
+        hosts = listed(members.hosts[rank] for rank in ranks)
+        lose_members(node, step, [members.nodes[rank] for rank in ranks], hosts)

@@ -1,0 +1,44 @@
+"""How a node goes on to the next round."""
+
+from __future__ import annotations
+
+from elastic_launch.core.agent.restart_policy import aged, stands_aside
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.messages import Join
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Round, Step, Timer, enter
+from elastic_launch.core.store_requests import Get, Swap
+from elastic_launch.job import EndKind
+
+
+def join(node: NodeState, step: Step, request: Join) -> None:
+    """Join the next round for the agent."""
+    look_for_round(node, step)
+    node.record = node.record._replace(port=request.port)
+
+
+def rejoin(node: NodeState, step: Step) -> None:
+    """Join the next round without the agent, which has no workers in this one."""
+    step.wants_store |= node.record.serves and node.settings.store_port > 0
+    look_for_round(node, step)
+
+
+def look_for_round(node: NodeState, step: Step) -> None:
+    """Forget the round, and find out which comes next."""
+    past = node.round
+    if past.decision and (past.assignment or (past.end and past.end.kind is EndKind.FAILED)):
+        history = aged(past.decision.restart_history, step.now - node.decided_at)
+        aside = node.record.aside or stands_aside(node.settings.policy, history, node.record.node)
+        node.record = node.record._replace(restart_history=history, past=past.number, aside=aside)
+    node.record = node.record._replace(previous=past.assignment.group_rank if past.assignment else -1)
+    enter(node, Phase.OPENING)
+    pause_ends = node.decided_at + past.decision.pause if past.decision else node.began_at
+    node.began_at = max(step.now, pause_ends)
+    node.timers = {Timer.JOIN_TIMEOUT: node.began_at + node.settings.join_timeout}
+    node.progress_lines = 0
+    node.awaited_key = None
+    node.round = Round(past.number + 1)
+    if past.number < 0:
+        step.ask(questions.LearnRound(), Get((node.round_key,)))
+    else:
+        before = b"%d" % past.number if past.number else b""
+        step.ask(questions.LearnRound(), Swap(node.round_key, before, b"%d" % node.round.number))

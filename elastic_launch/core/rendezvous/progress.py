@@ -1,0 +1,72 @@
+"""What the log says while nodes join: who is there, who is missing, who has gone."""
+
+from __future__ import annotations
+
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.leader import Leader, listed
+from elastic_launch.core.rendezvous.messages import Answer
+from elastic_launch.core.rendezvous.records import Status, decode, encode
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+from elastic_launch.job import Level
+
+FIRST_LINE, NEXT_LINE = 5.0, 10.0
+"""Seconds until a waiting node first logs who is there, and the longest time between two such lines."""
+
+
+def publish(node: NodeState, step: Step, leader: Leader) -> None:
+    """Have the leader write who is there, for the others to read."""
+    node.round.status = leader.status()
+    if node.round.status != leader.published:
+        leader.published = node.round.status
+        step.write([("status", encode(node.round.status))])
+
+
+def log_departures(node: NodeState, step: Step, leader: Leader) -> None:
+    """Log which nodes the leader no longer waits for."""
+    if leader.lost:
+        deadline = f"{node.settings.keep_alive_deadline:g} s"
+        step.log(f"no sign of life from {listed(leader.lost)} for {deadline}: given up", Level.INFO)
+    if leader.left:
+        step.log(f"gone: {listed(leader.left)}", Level.INFO)
+    leader.lost, leader.left = [], []
+
+
+def log_progress(node: NodeState, step: Step) -> None:
+    """Log who is there; nodes that do not lead read it first."""
+    node.progress_lines += 1
+    step.set_timer(Timer.PROGRESS, min(FIRST_LINE * node.progress_lines, NEXT_LINE))
+    if node.round.leader:
+        log_status(node, step, node.round.leader.status())
+    else:
+        step.get(questions.ReadStatus(), "status")
+
+
+def on_status(node: NodeState, step: Step, answer: Answer[questions.ReadStatus, list[bytes]]) -> None:
+    """Log what the leader has written."""
+    if answer.value[0]:
+        node.round.status = decode(Status, answer.value[0], node.key("status"))
+    if node.phase is Phase.WAITING:
+        log_status(node, step, node.round.status)
+
+
+def log_status(node: NodeState, step: Step, status: Status) -> None:
+    """Log a line about who is there: for everybody if the node leads, or if it is its first."""
+    is_first = bool(node.round.leader) or node.progress_lines == 1
+    step.log(waiting(node, step, status), Level.INFO if is_first else Level.DEBUG)
+
+
+def waiting(node: NodeState, step: Step, status: Status) -> str:
+    """Describe who has joined, who is missing, and how long the node waits for more."""
+    after = step.now - node.began_at
+    left = node.settings.join_timeout - after
+    missing = f"; missing: {status.missing}" if status.missing else ""
+    more = f"; waiting up to {left:.0f} s more" if left > 0 else ""
+    have = "has" if status.joined == 1 else "have"
+    hosts = f": {status.hosts}" if status.hosts else ""
+    return f"{joined_of(node, status.joined)} {have} joined after {after:.0f} s{hosts}{missing}{more}"
+
+
+def joined_of(node: NodeState, joined: int) -> str:
+    """``2 of 3 to 4 nodes``."""
+    low, high = node.settings.min_nodes, node.settings.max_nodes
+    return f"{joined} of {f'{high}' if low == high else f'{low} to {high}'} nodes"

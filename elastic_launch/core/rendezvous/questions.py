@@ -1,0 +1,172 @@
+"""What a node asks the store, as values: ``Answer`` brings the question back with the reply.
+
+So no string names an answer, and a handler gets what it needs along with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_launch.core.store_requests import Answer as Reply
+
+
+class Question:
+    """A question to the store."""
+
+
+class LearnRound(Question):
+    """Which round is the current one, perhaps because this node has just advanced it?"""
+
+
+class DrawTicket(Question):
+    """Which ticket does this node get?"""
+
+
+class ReadPastRound(Question):
+    """How did the round before end, and how many tickets did it have?"""
+
+
+@dataclass(frozen=True)
+class ReadPastNodes(Question):
+    """Which nodes were in the round before?"""
+
+    keys: tuple[str, ...]
+    """Keys of their records, by ticket from 1."""
+    gone: tuple[str, ...]
+    """Ids of the nodes that are known to be gone."""
+
+
+class CountTickets(Question):
+    """How many tickets have been drawn?"""
+
+
+@dataclass(frozen=True)
+class ReadRecords(Question):
+    """What do the nodes with these tickets say of themselves?"""
+
+    tickets: list[int]
+
+
+@dataclass(frozen=True)
+class PollJoining(Question):
+    """Do the nodes that are joining, and those of the round before, still send heartbeats?"""
+
+    joined: list[int]
+    """Tickets of the nodes that have joined."""
+    past: dict[str, int]
+    """Tickets in the round before, by node id."""
+    asked_at: float
+
+
+class CloseRound(Question):
+    """Close the round; who closed it?"""
+
+
+class ReadStatus(Question):
+    """Who has joined, for the log?"""
+
+
+class SendHeartbeat(Question):
+    """Add to this node's counter; what is it now?"""
+
+
+@dataclass(frozen=True)
+class CheckClosed(Question):
+    """Has the round closed without this node hearing of it?"""
+
+    asked_at: float
+
+
+class TakeOverLeading(Question):
+    """Become the leader; who is it now?"""
+
+
+class TakeOverMonitoring(Question):
+    """Become the failover monitor; who is it now?"""
+
+
+@dataclass(frozen=True)
+class ConfirmReset(Question):
+    """Have the counters of these nodes been reset? Any reply says so."""
+
+    tickets: list[int]
+
+
+@dataclass(frozen=True)
+class ReadAssignment(Question):
+    """Which place did this leader assign to the node?"""
+
+    leader: int
+
+
+class ReadMembers(Question):
+    """Who are the members of the round?"""
+
+
+@dataclass(frozen=True)
+class PollMembers(Question):
+    """Do the nodes of the round still send heartbeats?"""
+
+    tickets: list[int]
+    asked_at: float
+
+
+@dataclass(frozen=True)
+class CheckFinished(Question):
+    """Had the workers of these suspected members all succeeded?"""
+
+    tickets: list[int]
+
+
+class CountFinished(Question):
+    """Add this node to those whose workers have succeeded; how many are they?"""
+
+
+class ReadFinished(Question):
+    """Have the workers of all members succeeded?"""
+
+
+class LearnEnd(Question):
+    """Why did the round end, perhaps because this node has just ended it?"""
+
+
+class CountReported(Question):
+    """Add this node to those that have reported the round; how many are they?"""
+
+
+class ReadConsequences(Question):
+    """Which failures did the other nodes have?"""
+
+
+class LearnDecision(Question):
+    """What follows the failure, perhaps because this node has just decided it?"""
+
+
+class CountLeft(Question):
+    """Add this node to those that know the job has ended; how many are they?"""
+
+
+@dataclass(frozen=True)
+class CompareLeft(Question):
+    """Are all nodes that came among them?"""
+
+    left: int
+
+
+class ConfirmWritten(Question):
+    """Has everything that this node sent been carried out? Any reply says so."""
+
+
+class ReadOwnRecord(Question):
+    """Does the store still have this node's record?"""
+
+
+class Write(Question):
+    """No question: the reply says nothing."""
+
+
+def held(value: Reply) -> bytes:
+    """What a key holds, from the reply to a ``Get`` of it alone or to a ``Swap``."""
+    first = value[0] if isinstance(value, list) else value
+    assert isinstance(first, bytes), value
+    return first

@@ -1,0 +1,51 @@
+"""The store comes and goes: it is reachable again, perhaps empty, or it is given up."""
+
+from __future__ import annotations
+
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.ending import conclude, end_round
+from elastic_launch.core.rendezvous.leaving import disconnect
+from elastic_launch.core.rendezvous.messages import Answer, StoreLost, StoreReconnected
+from elastic_launch.core.rendezvous.next_round import rejoin
+from elastic_launch.core.rendezvous.records import encode
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Step
+from elastic_launch.job import Decision, End, EndKind
+
+
+def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
+    """See whether it is the same store."""
+    if not node.is_over:
+        step.get(questions.ReadOwnRecord(), f"node/{node.round.ticket}")
+
+
+def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnRecord, list[bytes]]) -> None:
+    """Without this node's record it is another store, or the same one started anew: meet there again."""
+    round_ = node.round
+    if answer.value[0]:
+        return
+    if round_.assignment is None:
+        rejoin(node, step)
+    elif round_.end is None:
+        end = End(EndKind.MEMBERSHIP_CHANGED, "the store was started anew", node.record.node)
+        end_round(node, step, encode(end))
+    elif round_.decision is None:
+        round_.decision = Decision(True, node.restart_history(step.now))
+        conclude(node, step)
+
+
+def on_lost(node: NodeState, step: Step, lost: StoreLost) -> None:
+    """End the job on this node, unless it is over already."""
+    round_ = node.round
+    if node.phase is Phase.LEAVING:
+        disconnect(node, step)
+        return
+    if node.is_over:
+        return
+    round_.ticket = 0
+    node.timers.clear()
+    if round_.assignment is not None and round_.end is None:
+        end = End(EndKind.ERROR, lost.text, node.record.node, status=lost.status)
+        end_round(node, step, encode(end))
+    else:
+        round_.decision = Decision(False, error=lost.text, status=lost.status)
+        conclude(node, step)

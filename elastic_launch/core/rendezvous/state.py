@@ -1,0 +1,310 @@
+"""What a node knows of its job, and ``Step``, which collects what one input leads to.
+
+``enter`` is the one place that sets the phase. ``validate`` checks what must hold between any two steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from elastic_launch.core.agent.lifecycle import Assigned, Decided, Ended, Log, ReportRound
+from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.leader import Leader
+from elastic_launch.core.rendezvous.messages import Question, Ready, Request, Settings
+from elastic_launch.core.rendezvous.monitor import Monitor
+from elastic_launch.core.rendezvous.records import NOBODY, Closed, Members, NodeRecord, Status, encode
+from elastic_launch.core.store_requests import Get, Set, Swap
+from elastic_launch.core.store_requests import Request as StoreRequest
+from elastic_launch.errors import ProcessFailure
+from elastic_launch.job import Assignment, Decision, End, Level, RestartHistory
+
+BATCH = 256
+"""Number of keys that are read or written with one request."""
+HISTORY = 50
+"""Number of steps that an unexpected input is reported with."""
+
+
+class Phase(Enum):
+    """Where the node stands in its round."""
+
+    IDLE = "idle"
+    """Before the first round."""
+    OPENING = "opening"
+    """It has asked for the round's number and a ticket."""
+    WAITING = "waiting"
+    """It waits for the round to close; the leader closes it."""
+    MEMBER = "member"
+    BESIDE = "beside"
+    """The round goes on without it: it came late, or there were enough nodes."""
+    ENDED = "ended"
+    """The round is over; what follows may not be known yet."""
+    LEAVING = "leaving"
+    """It is done with the job."""
+
+
+class Timer(Enum):
+    """What a node waits for besides the store, and the phases that own the timer."""
+
+    JOIN_TIMEOUT = "join timeout", Phase.OPENING, Phase.WAITING
+    PROGRESS = "progress", Phase.WAITING
+    """Log who has joined."""
+    LEADER_POLL = "leader poll", Phase.WAITING
+    LAST_CALL = "last call", Phase.WAITING
+    RETRY_ASSIGNMENT = "retry assignment", Phase.WAITING
+    HEARTBEAT = "heartbeat", Phase.WAITING, Phase.MEMBER, Phase.BESIDE, Phase.ENDED
+    MONITOR_POLL = "monitor poll", Phase.MEMBER, Phase.BESIDE, Phase.ENDED
+    FENCE = "fence", Phase.MEMBER
+    EXIT_BARRIER = "exit barrier", Phase.MEMBER
+    JOIN_RUNNING = "join running", Phase.BESIDE
+    """End the running round, so that this node can join."""
+    CAUSE_GRACE = "cause grace", Phase.ENDED
+    SHUTDOWN = "shutdown", Phase.LEAVING
+
+    def __init__(self, label: str, *phases: Phase) -> None:
+        self.label = label
+        self.phases = phases
+
+
+@dataclass
+class Heartbeat:
+    """This node's heartbeats, and what the replies to them have told."""
+
+    sent_at: float = 0.0
+    answered_at: float = 0.0
+    """When the last heartbeat that was answered had been sent."""
+    in_flight: bool = False
+    count: int = 0
+    """The node's counter at the last answer."""
+    monitored_at: float = 0.0
+    """When the node last learned that somebody polls its heartbeats: its counter had been reset."""
+    polled_at: float = 0.0
+    """When the node last polled the others' heartbeats, as leader or monitor."""
+    is_fenced: bool = False
+    """The node has stopped its workers, because the others may have gone on without it."""
+
+
+@dataclass
+class Report:
+    """What the node reports of its own part of the round."""
+
+    round: ReportRound | None = None
+    failure: ProcessFailure | None = None
+    """The failure that the agent reported first."""
+    told: set[int] = field(default_factory=set)
+    """Ranks whose failures the others know of."""
+    grace_ends: float | None = None
+    """Until when this node, whose failure looks like a consequence, waits for the cause."""
+
+
+@dataclass
+class Shutdown:
+    """How far the node's leave-taking from the job has come."""
+
+    stops_job: bool = False
+    """The node leaves, and has told the others to stop."""
+    has_acknowledged: bool = False
+    """It has counted itself among those that know the job has ended."""
+    has_counted: bool = False
+    """That was answered."""
+    is_last: bool = False
+    """It stays until all nodes know that the job has ended: the store ends with it."""
+    is_empty: bool = False
+    """All nodes know."""
+
+
+@dataclass
+class Round:
+    """One round of the job, as the node knows it."""
+
+    number: int
+    ticket: int = 0
+    """The node's place in the order of arrival, from 1; 0: not drawn yet."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    # While nodes join.
+    leader: Leader | None = None
+    """What the node knows as leader, if it is."""
+    leaders: int = 0
+    """Number of the leader that the node follows, or is; it counts the takeovers."""
+    status: Status = NOBODY
+    closed: Closed | None = None
+    # While the round runs.
+    assignment: Assignment | None = None
+    assigned_at: float = 0.0
+    stood_by: bool = False
+    """The node was beside the members before the round ended."""
+    members: Members | None = None
+    outsiders: list[int] = field(default_factory=list)
+    """Tickets of nodes that are no members, if this node is the monitor."""
+    monitor: Monitor | None = None
+    """The members' heartbeats, if this node watches over them."""
+    monitors: int = 0
+    """Number of failover monitors there have been."""
+    lost: set[int] = field(default_factory=set)
+    """Tickets of members that were lost after the round had ended."""
+    finished: set[int] = field(default_factory=set)
+    """Tickets of members that may be lost: their workers had all succeeded before."""
+    # When it ends.
+    end: End | None = None
+    decision: Decision | None = None
+    report: Report = field(default_factory=Report)
+    shutdown: Shutdown = field(default_factory=Shutdown)
+
+    @property
+    def is_late(self) -> bool:
+        """The node came when the round was over."""
+        return self.closed is not None and self.ticket > self.closed.tickets and not self.stood_by
+
+
+@dataclass
+class NodeState:
+    """One node of a job."""
+
+    record: NodeRecord
+    """What it says of itself."""
+    settings: Settings
+    stays: bool = False
+    """The store ends with the nodes that host it, so all stay until all know how the job has ended."""
+    phase: Phase = Phase.IDLE
+    round: Round = field(default_factory=lambda: Round(-1))
+    timers: dict[Timer, float] = field(default_factory=dict)
+    awaited_key: str | None = None
+    began_at: float = 0.0
+    """When the node began to join the round, or the pause before it ends."""
+    decided_at: float = 0.0
+    """When the node learned what follows the round before."""
+    progress_lines: int = 0
+    """How often this node has logged who has joined."""
+    has_left: bool = False
+    may_disconnect: bool = False
+    history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job is over for this node, whatever becomes of the store."""
+        decision = self.round.decision
+        return self.phase is Phase.LEAVING or (decision is not None and not decision.restart)
+
+    def key(self, name: str, *, past: bool = False) -> str:
+        """A key of the round, or of the one before."""
+        return f"{self._prefix}/{self.round.number - past}/{name}"
+
+    @property
+    def round_key(self) -> str:
+        """The key of the current round's number."""
+        return f"{self._prefix}/round"
+
+    @property
+    def _prefix(self) -> str:
+        return f"elastic/{self.settings.run_id}"
+
+    @property
+    def heartbeat_period(self) -> float:
+        """Seconds between two heartbeats; a standby sends more of them, to notice sooner that its monitor is lost."""
+        assignment = self.round.assignment
+        is_standby = self.round.ticket == 2 if assignment is None else assignment.group_rank == 1
+        return self.settings.tick if is_standby else self.settings.keep_alive_interval
+
+    def restart_history(self, now: float) -> RestartHistory:
+        """What the job remembers, if the end of the round adds nothing to it."""
+        if assignment := self.round.assignment:
+            return aged(assignment.restart_history, now - self.round.assigned_at)
+        return self.round.closed.restart_history if self.round.closed else self.record.restart_history
+
+
+def enter(node: NodeState, phase: Phase) -> None:
+    """Set the phase, and cancel the timers that it does not own."""
+    node.phase = phase
+    node.timers = {timer: at for timer, at in node.timers.items() if phase in timer.phases}
+
+
+class Step:
+    """One step of a node: the time, and what it asks the caller to do."""
+
+    def __init__(self, node: NodeState, now: float) -> None:
+        self.node = node
+        self.now = now
+        self._requests: list[Request] = []
+        self._events: list[Assigned | Ended | Decided] = []
+        self._log: list[Log] = []
+        self.lease_until: float | None = None
+        self.wants_store = False
+
+    def ask(self, question: Question, request: StoreRequest) -> None:
+        """Send a request; ``Answer`` brings the question back, with the reply."""
+        self._requests.append(Request(question, self.node.round.number, request))
+
+    def get(self, question: Question, *names: str) -> None:
+        """Read keys of the round."""
+        self.ask(question, Get(tuple(map(self.node.key, names))))
+
+    def create(self, question: Question, name: str, value: bytes) -> None:
+        """questions.Write a key of the round, unless it exists; the reply is what it holds."""
+        self.ask(question, Swap(self.node.key(name), b"", value))
+
+    def write(self, items: Iterable[tuple[str, bytes]]) -> None:
+        """questions.Write keys of the round."""
+        everything = [(self.node.key(name), value) for name, value in items]
+        for i in range(0, len(everything), BATCH):
+            self.ask(questions.Write(), Set(tuple(everything[i : i + BATCH])))
+
+    def await_key(self, name: str | None) -> None:
+        """Wait for a key of the round, and for no other."""
+        self.node.awaited_key = None if name is None else self.node.key(name)
+
+    def set_timer(self, timer: Timer, seconds: float) -> None:
+        """Set a timer to so many seconds from now."""
+        self.node.timers[timer] = self.now + seconds
+
+    def notify(self, event: Assigned | Ended | Decided) -> None:
+        """Hand an event to the agent."""
+        self._events.append(event)
+
+    def log(self, text: str, level: Level = Level.WARNING) -> None:
+        """Log a line."""
+        self._log.append(Log(text, level))
+
+    def decide_next(self, decision: Decision) -> None:
+        """Decide what follows the failure that ended the round, unless another node has."""
+        self.create(questions.LearnDecision(), "next", encode(decision._replace(node=self.node.record.node)))
+
+    def read_members(self) -> None:
+        """Find out who the members of the round are."""
+        if closed := self.node.round.closed:
+            self.get(questions.ReadMembers(), f"roster/{closed.chief}")
+
+    def ready(self) -> Ready:
+        """What the step leads to."""
+        node = self.node
+        return Ready(
+            self._requests,
+            self._events,
+            self._log,
+            self.lease_until,
+            self.wants_store,
+            node.awaited_key,
+            min(node.timers.values(), default=None),
+            node.is_over,
+            node.may_disconnect,
+        )
+
+
+def validate(node: NodeState) -> None:
+    """Check what must hold between any two steps; the simulation does after each.
+
+    Raises:
+        AssertionError: something does not hold.
+    """
+    round_, phase = node.round, node.phase
+    foreign = [timer for timer in node.timers if phase not in timer.phases]
+    assert not foreign, f"{phase}: timers of other phases: {foreign}"
+    assert (round_.leader is None) or phase in (Phase.WAITING, Phase.ENDED), f"{phase}: still the leader"
+    assert (round_.assignment is not None) or phase is not Phase.MEMBER, "a member without an assignment"
+    assert (round_.end is not None) or phase is not Phase.ENDED or round_.decision, "ended without a reason"
+    assert (round_.monitor is None) or round_.members is not None, "monitors members that it does not know"
+    assert round_.ticket or phase in (Phase.IDLE, Phase.OPENING, Phase.ENDED, Phase.LEAVING), f"{phase}: no ticket"
+    assert Timer.HEARTBEAT in node.timers or phase not in (Phase.WAITING, Phase.MEMBER, Phase.BESIDE), "no heartbeat"
+    assert not (node.may_disconnect and node.timers), "timers after the leave-taking"
