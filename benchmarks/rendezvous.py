@@ -1,6 +1,6 @@
 """Many nodes meet: from "go" to the last agent holding its place, and the same once more after a failure.
 
-Each simulated agent is the real ``DynamicRendezvous`` with connections of its own; two processes run half of the agents
+Each simulated agent is the real ``StoreRendezvous`` with connections of its own; two processes run half of the agents
 each, in one loop. The store is real: torch's TCPStore in its own process, or an etcd, reached through one bridge
 process per process of agents, where a job has one per agent. All of it shares this machine's cores: what is measured is
 about the CPU time of all agents together, and a job, whose agents have cores of their own, is faster.
@@ -48,7 +48,7 @@ from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Get, Request
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
 from elastic_launch.job import Decision, Policy
-from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
+from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
@@ -166,7 +166,7 @@ class Backend:
 
 @dataclass(eq=False)
 class Agent:
-    rendezvous: DynamicRendezvous
+    rendezvous: StoreRendezvous
     backend: Backend
     watched: list[tuple[int, int]] = field(default_factory=list)
     """Descriptors as they are registered."""
@@ -191,7 +191,7 @@ class Fleet:
         for number in range(first, first + count):
             record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
             backend = Backend(job.port, bridge)
-            self.agents.append(Agent(DynamicRendezvous(job.settings, record, backend, lambda text: None), backend))
+            self.agents.append(Agent(StoreRendezvous(job.settings, record, backend, lambda text: None), backend))
         if job.is_connected:
             self.connect()
 

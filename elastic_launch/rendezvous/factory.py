@@ -13,7 +13,7 @@ from elastic_launch.worker_spec import Rendezvous
 
 if TYPE_CHECKING:
     from elastic_launch.rendezvous.backends import Backend
-    from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
+    from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
 DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 """torch's."""
@@ -64,7 +64,7 @@ def create_own(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[
     return LocalRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
 
 
-def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> DynamicRendezvous:
+def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> StoreRendezvous:
     """The rendezvous of a job of several nodes.
 
     Raises:
@@ -72,7 +72,8 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callab
     """
     from elastic_launch.core.rendezvous.messages import Settings
     from elastic_launch.core.rendezvous.records import NodeRecord  # late: 10 ms that a job of one node does not need
-    from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous, Timeouts
+    from elastic_launch.rendezvous.store_link import Timeouts
+    from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
     conf = config.rdzv_configs
     seconds = {name: _seconds(conf, name) for name in TIMES if conf.get(name) is not None}
@@ -81,7 +82,7 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callab
         seconds["join_timeout"] = _seconds({"timeout": limit}, "timeout")
     if unknown := sorted(set(conf) - {*TIMES, *OTHERS, *ETCD}):
         log(f"--rdzv-conf: {', '.join(unknown)}: not known here, and ignored")
-    timeouts = {name: seconds.pop(f"{name}_timeout") for name in Timeouts._fields if f"{name}_timeout" in seconds}
+    timeouts = {name: seconds.pop(f"{name}_timeout") for name in ("store", "read") if f"{name}_timeout" in seconds}
     rank = _rank(config)
     run_id = config.run_id or "none"
     backend, port = _backend(config, run_id, rank, environ, seconds.get("join_timeout", 600.0), log)
@@ -105,7 +106,7 @@ def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callab
         address=config.local_addr or "",
         named=bool(config.local_addr),
     )
-    return DynamicRendezvous(settings, record, backend, log, Timeouts(**timeouts), config.verbosity)
+    return StoreRendezvous(settings, record, backend, log, Timeouts(**timeouts), config.verbosity)
 
 
 def _backend(

@@ -43,7 +43,7 @@ from elastic_launch.rendezvous.handler import (
     get_rendezvous_handler,
     rendezvous_handler_registry,
 )
-from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
+from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.rendezvous.third_party import ForeignRendezvous, adapt
 from tests.conftest import DEADLINE, Job, wait_until
 
@@ -583,7 +583,7 @@ def test_adapt() -> None:
         adapt(object(), spec, {}, print)
     own = get_rendezvous_handler(RendezvousParameters("c10d", "host-a:29400", "job", 2, 2))
     assert (own.get_backend(), own.get_run_id()) == ("c10d", "job")
-    assert isinstance(adapt(own, spec, {}, print), DynamicRendezvous)
+    assert isinstance(adapt(own, spec, {}, print), StoreRendezvous)
     with pytest.raises(UsageError, match="use LocalElasticAgent"):
         own.next_rendezvous()
 

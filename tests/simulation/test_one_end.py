@@ -105,7 +105,7 @@ def test_a_failure_is_known_when_its_node_dies_before_it_can_tell_more() -> None
 def test_what_the_launcher_fails_at_on_one_node_is_told_on_all() -> None:
     made = world(2, job(2, 2))
     form(made, 2)
-    made.agents[1]._step(Leave(error="cannot start the workers", status=69))
+    made.agents[1].ask(Leave(error="cannot start the workers", status=69))
     until(made, 30)
     end = one(made, made.agents[0])
     assert (end.error, end.status) == ("host-1: cannot start the workers", 69)
@@ -168,7 +168,7 @@ def test_a_node_that_fails_again_and_again_leaves_its_place_to_a_spare() -> None
         made.run(made.now + 60, stop=lambda number=number: sum(r == number for r in running(made)) == 2)  # type: ignore[misc]
     until(made, 1)
     assert (bad.running, spare.running) == (None, 2)
-    assert any("2 failures in a row (--node-failure-limit=2)" in line for line in bad.said)
+    assert any("2 failures in a row (--node-failure-limit=2)" in line for line in bad.shown())
     spare.kill()
     made.run(made.now + 60, stop=lambda: bad.running == 3)
     assert bad.running == 3, "better than nothing"
@@ -278,7 +278,7 @@ def test_a_frozen_node_is_replaced_and_joins_again_when_it_thaws() -> None:
     until(made, 60)
     form(made, 3)
     assert running(made) == [2, 2, 2]
-    assert any("this process was stopped" in line for line in made.agents[1].said)
+    assert any("this process was stopped" in line for line in made.agents[1].shown())
 
 
 # --- readable
@@ -291,9 +291,76 @@ def test_one_node_speaks_for_a_thousand() -> None:
     made.agents[7].fail_worker(3)
     form(made, 40)
     all_end(made)
-    lines = [line for agent in made.agents for line in agent.heard(Level.INFO)]
+    lines = [line for agent in made.agents for line in agent.shown(Level.INFO)]
     assert len(lines) < 12, lines
     assert len([line for line in lines if line.startswith("formed: 40 nodes")]) == 1
     assert len([line for line in lines if "restart 1 of 3" in line]) in (1, 2), "the node that failed, and the first"
     assert len([line for line in lines if line.startswith("done: 80 workers")]) == 1
-    assert sum(len(agent.heard(Level.DEBUG)) for agent in made.agents) > 100
+    assert sum(len(agent.shown(Level.DEBUG)) for agent in made.agents) > 100
+
+
+# --- the store comes and goes
+
+
+def lost(made: World, seconds: float, *, forget: bool = False) -> None:
+    """The store is away for some seconds."""
+    made.stop_store(forget=forget)
+    made.after(seconds, made.start_store)
+    until(made, seconds)
+
+
+def test_a_store_that_is_back_soon_costs_nothing() -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    lost(made, 5)
+    until(made, 60)
+    assert running(made) == [0, 0, 0]
+    all_end(made)
+    assert one(made) == Finish()
+
+
+def test_a_store_that_forgets_everything_costs_a_round_but_no_restart() -> None:
+    made = world(3, job(3, 3, Policy(1)))
+    form(made, 3)
+    made.agents[1].fail_worker(1)
+    form(made, 3)
+    lost(made, 5, forget=True)
+    made.run(made.now + 60, stop=lambda: all(r == 2 for r in running(made)))
+    assert running(made) == [2, 2, 2]
+    assert {assignment.restart_history.used for assignment in made.assignments[2].values()} == {1}
+    all_end(made)
+
+
+def test_workers_do_not_outlive_the_loss_of_the_store_by_more_than_the_deadline() -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    made.stop_store()
+    made.run(made.now + DEADLINE, stop=lambda: not any(agent.alive for agent in made.agents))
+    assert not any(agent.alive for agent in made.agents)
+    made.run(made.now + 100, stop=lambda: not made.live())
+    end = one(made)
+    assert end.status == 69
+    assert "the store is lost: connection lost (tried for 60 s)" in end.error
+
+
+def test_a_store_that_never_answers_is_given_up_after_the_join_timeout() -> None:
+    made = world(0, job(2, 2, join_timeout=120))
+    made.stop_store()
+    made.add()
+    until(made, 119)
+    assert made.live(), "it may still come"
+    until(made, 2)
+    assert "the store: connection lost (tried for 120 s)" in one(made).error
+    tried = [line for line in made.agents[0].shown(Level.WARNING) if line.endswith("s more")]
+    assert 10 <= len(tried) <= 12, "a line every 10 s"
+
+
+def test_a_store_that_stands_still_is_connected_to_anew() -> None:
+    made = world(2, job(2, 2))
+    form(made, 2)
+    made.agents[1].stall(4)
+    until(made, 60)
+    assert running(made) == [0, 0], "that is no reason to stop workers"
+    made.agents[1].stall(25)
+    made.run(made.now + 60, stop=lambda: running(made) == [1, 1])
+    assert running(made) == [1, 1]

@@ -85,7 +85,7 @@ def test_waiting_nodes_say_who_is_there() -> None:
     made.run(1021)
     for agent in made.agents:
         assert "2 of 4 nodes have joined after 10 s: host-0, host-1; waiting up to 590 s more" in [
-            line.replace("host-1, host-0", "host-0, host-1") for line in agent.said
+            line.replace("host-1, host-0", "host-0, host-1") for line in agent.shown()
         ]
 
 
@@ -95,7 +95,7 @@ def test_waiting_nodes_say_which_rank_is_missing() -> None:
     made.add(rank=0)
     made.add(rank=2)
     made.run(1010)
-    assert "missing: node rank 1" in made.agents[0].said[-1]
+    assert "missing: node rank 1" in made.agents[0].shown()[-1]
 
 
 def test_a_failure_is_a_restart_of_all_with_one_charge() -> None:
@@ -171,7 +171,7 @@ def test_a_spare_takes_over_at_once() -> None:
     made = world(4)
     form(made, 3)
     spare = next(agent for agent in made.agents if agent.running is None)
-    assert "the job runs on 3 nodes already: waiting as a spare" in spare.said
+    assert "the job runs on 3 nodes already: waiting as a spare" in spare.shown()
     member = next(agent for agent in made.agents if agent.running is not None)
     member.signal()
     made.run(made.now + 100, stop=lambda: sum(r == 1 for r in running(made)) == 3)
@@ -244,7 +244,7 @@ def test_a_late_agent_finds_a_finished_job() -> None:
     made.run(made.now + 5)
     assert late.finish is not None
     assert (late.finish.failures, late.finish.error, late.finish.signum) == ((), "", None)
-    assert any("has ended already" in line for line in late.said)
+    assert any("has ended already" in line for line in late.shown())
 
 
 def test_requests_per_node_do_not_grow_with_their_number() -> None:
@@ -304,6 +304,7 @@ def play(seed: int) -> Scene:
             "freeze": lambda: agent.freeze(chance.uniform(0.5, 30)),
             "disconnect": agent.disconnect,
             "cut": lambda: agent.disconnect(chance.uniform(0.5, 30)),
+            "stall": lambda: agent.stall(chance.uniform(0.5, 30)),
             "succeed": agent.succeed,
             "fail": agent.fail_worker,
             "break": lambda: break_down(agent),
@@ -318,7 +319,7 @@ def play(seed: int) -> Scene:
             made.after(chance.uniform(0, 0.2), lambda peer=peer: peer.fail_worker(1, RESET))  # type: ignore[misc]
         made.after(chance.uniform(0, 0.2), chance.choice([agent.kill, lambda: agent.fail_worker(-9)]))
 
-    strikes = ["kill", "freeze", "disconnect", "cut", "fail", "fail", "break", "succeed", "signal", "add"]
+    strikes = ["kill", "freeze", "disconnect", "cut", "stall", "fail", "fail", "break", "succeed", "signal", "add"]
     for _ in range(chance.randint(0, 8)):
         what = chance.choice(strikes)
         made.after(chance.uniform(0, 60), lambda what=what: strike(what))  # type: ignore[misc]
@@ -335,7 +336,9 @@ def play(seed: int) -> Scene:
         ranks = [assignment.group_rank for assignment in assignments]
         # Members that are gone, but whose workers had all ended well before: the round goes on without them.
         ranks += [
-            rank for rank in made.assignments[max(rounds)] if made.is_done(max(rounds), rank) and rank not in ranks
+            rank
+            for rank in made.assignments[max(rounds)]
+            if made.checks.has_finished(max(rounds), rank) and rank not in ranks
         ]
         assert sorted(ranks) == list(range(assignments[0].group_world_size)), f"{made}: ranks have gaps"
         assert len(ranks) >= min(high, len(live)), f"{made}: {len(assignments)} of {len(live)} nodes take part"

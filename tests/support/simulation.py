@@ -1,7 +1,8 @@
-"""A job's nodes in one process, on a virtual clock: the real decisions, a store in memory, and all kinds of bad luck.
+"""A job's nodes in one process, on a virtual clock: the real decisions and drivers, a simulated network, and bad luck.
 
-Every message takes its time, connections break after a request was carried out and before its answer came, agents are
-killed, frozen, started late, signalled; workers fail. The same seed gives the same run.
+Every agent is the real life cycle and the real ``StoreRendezvous``, over connections that play ``StoreClient``.
+Messages take their time; connections break after a request was carried out and before its answer came, or stand still;
+agents are killed, frozen, started late, signalled; workers fail. The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import socket
 from collections import deque
 from collections.abc import Callable
 from signal import SIGTERM
+from typing import Any
 
 from elastic_launch.core.agent import lifecycle
 from elastic_launch.core.agent.lifecycle import (
+    AgentEvent,
     AgentPhase,
     Assigned,
     DeadlineReached,
@@ -27,53 +31,55 @@ from elastic_launch.core.agent.lifecycle import (
     LeaseExpired,
     Leave,
     Limits,
+    Log,
     ReapLeftovers,
+    RendezvousAction,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    SendSignal,
     Signalled,
     Start,
     Started,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
-from elastic_launch.core.rendezvous import node as rendezvous
-from elastic_launch.core.rendezvous.messages import (
-    Answer,
-    Close,
-    Input,
-    Join,
-    KeyAppeared,
-    Request,
-    Settings,
-    Tick,
-)
+from elastic_launch.core.rendezvous.messages import Ready, Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
-from elastic_launch.core.rendezvous.state import Phase, validate
-from elastic_launch.core.store_requests import Cancel, Wait
+from elastic_launch.core.rendezvous.state import NodeState
+from elastic_launch.core.store_requests import Append, Cancel, Request, Set, Wait
+from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.job import Assignment, Level
+from elastic_launch.rendezvous.store_link import Timeouts
+from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
 from elastic_launch.store.memory import MemoryStore
+from tests.support.checks import Checks
 
 
 class World:
-    """Time, the network, the store, and what must hold whatever happens."""
+    """Time, the network, and the store."""
 
-    def __init__(self, seed: int, settings: Settings) -> None:
+    def __init__(self, seed: int, settings: Settings, timeouts: Timeouts = Timeouts()) -> None:  # noqa: B008 - a value
         self.seed = seed
         self.random = random.Random(seed)
         self.settings = settings
-        self.max_restarts = settings.policy.max_restarts
+        self.timeouts = timeouts
         self.store = MemoryStore()
+        self.is_store_up = True
         self.now = 1000.0
         self.agents: list[Agent] = []
-        self.assignments: dict[int, dict[int, Assignment]] = {}
-        """By round and group rank: every place that was given."""
+        self.checks = Checks(self)
         self.exit_barrier_timeout = float("inf")
         self.stop_time = 2.0
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
+
+    @property
+    def assignments(self) -> dict[int, dict[int, Assignment]]:
+        """Every assignment, by round and group rank."""
+        return self.checks.assignments
 
     def at(self, time: float, do: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (time, next(self._count), do))
@@ -99,146 +105,275 @@ class World:
         """As ``add``."""
         self.add()
 
-    def add(self, **record: object) -> Agent:
+    def add(self, **record: Any) -> Agent:
         agent = Agent(self, len(self.agents), **record)
         self.agents.append(agent)
+        agent.begin()
         return agent
 
     def live(self) -> list[Agent]:
         return [agent for agent in self.agents if not agent.dead and agent.finish is None]
 
-    def assigned(self, agent: Agent, assignment: Assignment) -> None:
-        """Check a place against all that were given in its round."""
-        given = self.assignments.setdefault(assignment.restart_count, {})
-        assert assignment.group_rank not in given, (
-            f"{self}: two nodes with group rank {assignment.group_rank} in one round"
-        )
-        given[assignment.group_rank] = assignment
-        first = next(iter(given.values()))
-        for field in ("group_world_size", "world_size", "master_addr", "master_port", "restart_history"):
-            assert getattr(assignment, field) == getattr(first, field), f"{self}: {field} differs within a round"
-        before = self.assignments.get(assignment.restart_count - 1, {})
-        used = {other.restart_history.used for other in before.values()} or {assignment.restart_history.used}
-        assert assignment.restart_history.used - min(used) in (0, 1) or self.settings.policy.window, (
-            f"{self}: counted twice"
-        )
-        assert self.settings.min_nodes <= assignment.group_world_size <= self.settings.max_nodes
-        assert 0 <= assignment.group_rank < assignment.group_world_size
-        assert 0 <= assignment.base_rank <= assignment.world_size - assignment.local_world_size
-        assert assignment.restart_history.used <= self.max_restarts
-        for other in given.values():
-            apart = abs(other.group_rank - assignment.group_rank)
-            assert apart == 0 or abs(other.base_rank - assignment.base_rank) >= apart, f"{self}: ranks overlap"
+    def stop_store(self, *, forget: bool = False) -> None:
+        """The store's host goes down: connections break, and none can be made until it is up again."""
+        self.is_store_up = False
+        if forget:
+            self.store = MemoryStore()
+        for agent in self.agents:
+            agent.backend.break_connections()
 
-    def is_done(self, number: int, rank: int) -> bool:
-        """Whether the workers of a member of a round have all ended well."""
-        return any(
-            agent.state.assignment is not None
-            and (agent.state.assignment.restart_count, agent.state.assignment.group_rank) == (number, rank)
-            and agent.state.phase in (AgentPhase.AGREEING, AgentPhase.DONE)
-            and len([exit_ for exit_ in agent.state.exits if exit_.exitcode == 0])
-            == agent.state.assignment.local_world_size
-            for agent in self.agents
-        )
+    def start_store(self) -> None:
+        """It is up again."""
+        self.is_store_up = True
 
     def __str__(self) -> str:
         return f"seed {self.seed} at {self.now - 1000:.3f} s"
 
 
-class Agent:
-    """One node: the agent's life and its part in the rendezvous, with workers that do as they are told."""
+class Pending:
+    """A request that a connection has to answer."""
 
-    def __init__(self, world: World, number: int, **record: object) -> None:
+    def __init__(self, request: Request, tag: Any) -> None:
+        self.request = request
+        self.tag = tag
+        self.value: Any = None
+        self.is_answered = False
+
+
+class SimulatedClient:
+    """A connection to the world's store; it plays ``StoreClient``."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent, self._world = agent, agent.world
+        self.ready = False
+        self.is_closed = False
+        self._out: list[Pending] = []
+        self._expected: deque[Pending] = deque()
+        self._failure: RendezvousConnectionError | None = None
+        self._arrives_at = self._answered_at = self._travel(0.0)
+        """When the last message in either direction arrives: they keep their order."""
+        self._world.at(self._answered_at, self._greet if self._world.is_store_up else self.fail)
+
+    def fileno(self) -> int:
+        return -1
+
+    def wants_write(self) -> bool:
+        return bool(self._out)
+
+    def submit(self, request: Request, tag: Any = None) -> None:
+        self._out.append(Pending(request, tag))
+        self._agent.asked += not isinstance(request, Wait | Cancel)
+
+    def flush(self) -> None:
+        for pending in self._out:
+            if not isinstance(pending.request, Cancel):
+                self._expected.append(pending)
+            self._arrives_at = self._travel(self._arrives_at)
+            self._world.at(self._arrives_at, lambda pending=pending: self._execute(pending))  # type: ignore[misc]
+        self._out.clear()
+
+    def take(self) -> list[tuple[Any, Any]]:
+        answers = []
+        while self._expected and (self._expected[0].is_answered or isinstance(self._expected[0].request, Set | Append)):
+            pending = self._expected.popleft()
+            answers.append((pending.tag, pending.value))
+        if not answers and self._failure:
+            raise self._failure
+        return answers
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._world.store.drop(self)
+
+    def fail(self) -> None:
+        """The connection is reset."""
+        if not self.is_closed and self._failure is None:
+            self._failure = RendezvousConnectionError("the store: connection lost")
+            self._agent.wake()
+
+    def silence(self, seconds: float) -> RendezvousConnectionError:
+        return RendezvousConnectionError(f"the store: no answer for {seconds:.0f} s")
+
+    def _travel(self, not_before: float) -> float:
+        """When a message that is sent now arrives."""
+        return max(not_before, max(self._world.now, self._agent.backend.stalled_until) + self._world.delay())
+
+    def _greet(self) -> None:
+        if not self._is_lost():
+            self.ready = True
+            self._agent.wake()
+
+    def _execute(self, pending: Pending) -> None:
+        """A request arrives at the store. That may be after the agent has closed the connection, or has died."""
+        if self._failure is None and self._world.is_store_up:
+            if self.is_closed and isinstance(pending.request, Wait | Cancel):
+                return
+            self._world.store.apply(pending.request, lambda value: self._answer(pending, value), self)
+
+    def _answer(self, pending: Pending, value: Any) -> None:
+        if self._is_lost() or isinstance(pending.request, Cancel):
+            return
+        if self._world.trouble and self._world.random.random() < 0.002:
+            self._world.after(0.0, self.fail)
+            return
+        self._answered_at = self._travel(self._answered_at)
+
+        def receive() -> None:
+            if not self._is_lost():
+                pending.value, pending.is_answered = value, True
+                self._agent.wake()
+
+        self._world.at(self._answered_at, receive)
+
+    def _is_lost(self) -> bool:
+        return self.is_closed or self._failure is not None
+
+
+class SimulatedBackend:
+    """Makes connections to the world's store; it plays a ``Backend``."""
+
+    where = "the store"
+    serves = False
+    stays = False
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.stalled_until = 0.0
+        """No message arrives before."""
+        self.clients: list[SimulatedClient] = []
+
+    def open(self) -> None:
+        pass
+
+    def fresh_store(self) -> int:
+        return 29999
+
+    def connect(self) -> Any:
+        self.clients = [client for client in self.clients if not client.is_closed]
+        self.clients.append(SimulatedClient(self._agent))
+        return self.clients[-1]
+
+    def addresses(self, client: object) -> tuple[str, str]:
+        return f"10.0.0.{self._agent.number}", "10.0.0.1"
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        return error
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        return []
+
+    def take(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def break_connections(self) -> None:
+        for client in self.clients:
+            client.fail()
+
+
+class ReservedPort(socket.socket):
+    """Plays a socket that is bound to a port."""
+
+    def __init__(self) -> None:
+        pass
+
+    def getsockname(self) -> tuple[str, int]:
+        return "::", 29500
+
+    def close(self) -> None:
+        pass
+
+
+class Agent:
+    """One node: the agent's life cycle and its rendezvous, with workers that do as they are told."""
+
+    def __init__(self, world: World, number: int, **record: Any) -> None:
         self.world = world
+        self.number = number
         self.name = f"host-{number}"
-        self.node = rendezvous.begin(
-            NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record), world.settings
-        )  # type: ignore[arg-type]
+        self.backend = SimulatedBackend(self)
+        self.node: NodeState
+        self.rendezvous = StoreRendezvous(
+            world.settings,
+            NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record),
+            self.backend,
+            lambda text: self.logged.append((Level.WARNING, text)),
+            world.timeouts,
+            verbosity=-1,  # the node's lines are taken from its steps, with their levels
+            clock=lambda: world.now,
+            wall_clock=lambda: world.now,
+            reserve=ReservedPort,
+            on_step=self._after_step,
+        )
+        self.rendezvous.lease = self._renew
         self.dead = False
+        self.gone = False
+        """Its connections are closed for good."""
         self.finish: Finish | None = None
-        self.told: list[tuple[Level, str]] = []
+        self.logged: list[tuple[Level, str]] = []
         self.stop_time = world.stop_time
-        """Seconds, at most, that a worker takes to stop."""
-        self.seen_ends: set[int] = set()
-        self.decided: set[int] = set()
+        """Longest time, in seconds, that a worker takes to stop."""
         self.frozen_until = 0.0
         self.alive: set[int] = set()
         """Local ranks whose process lives, whatever the agent knows of it."""
         self.generation = -1
         """The round that they belong to."""
         self.lease = float("inf")
-        self._stopping: tuple[int, ...] = ()
-        """What its workers were told."""
+        self._stop_signals: tuple[int, ...] = ()
         self._evidence: dict[int, Evidence] = {}
         self.asked = 0
-        """Requests to the store."""
-        self._epoch = 0
-        """Of the connection: what an earlier one still brings is lost."""
-        self._unanswered: deque[Request] = deque()
-        self._answers: deque[tuple[Request, object, int]] = deque()
-        self._ready_at = 0.0
-        self._awaited: str | None = None
+        """Number of requests to the store."""
+        self._is_woken = False
         self._timer: float | None = None
-        self.state, actions = lifecycle.begin(Limits(world.settings.policy, 30, world.exit_barrier_timeout))
-        self._carry_out(actions)
+        limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout)
+        self.state, self._first_actions = lifecycle.begin(limits)
 
-    @property
-    def said(self) -> list[str]:
-        """All that it can tell."""
-        return self.heard(Level.DEBUG)
-
-    def heard(self, level: Level) -> list[str]:
-        """What people get to read."""
-        return [text for its_level, text in self.told if its_level <= level]
+    def begin(self) -> None:
+        self._carry_out(self._first_actions)
 
     @property
     def running(self) -> int | None:
         """The round whose workers run."""
-        return (
-            self.state.assignment.restart_count
-            if self.state.phase is AgentPhase.RUNNING and self.state.assignment
-            else None
-        )
+        is_running = self.state.phase is AgentPhase.RUNNING and self.state.assignment
+        return self.state.assignment.restart_count if is_running and self.state.assignment else None
 
     @property
     def part(self) -> int | None:
-        """The round that it takes part in: its workers run, or have all ended well."""
+        """The round that it takes part in: its workers run, or have all succeeded."""
         is_in = self.state.phase in (AgentPhase.RUNNING, AgentPhase.AGREEING) and self.node.round.end is None
         return self.state.assignment.restart_count if is_in and self.state.assignment else None
+
+    def shown(self, level: Level = Level.DEBUG) -> list[str]:
+        """What the log shows at a level."""
+        return [text for its_level, text in self.logged if its_level <= level]
 
     # --- what can happen to it
 
     def kill(self) -> None:
         self.dead = True
         self.alive.clear()  # its keeper sees to that
-        self._epoch += 1
-        self.world.store.drop(self)
+        self._hang_up()
 
     def freeze(self, seconds: float) -> None:
         self.frozen_until = max(self.frozen_until, self.world.now + seconds)
 
     def disconnect(self, seconds: float = 0.0) -> None:
-        """The connection breaks; what was not answered is asked again on the next one, after some seconds at least."""
-        self._epoch += 1
-        self.world.store.drop(self)
-        self._awaited = None
-        again, self._unanswered = self._unanswered, deque()
-        self._ready_at = self.world.now + seconds + self.world.delay()
+        """The connections are reset; new ones get no answer for some seconds."""
+        self.backend.stalled_until = max(self.backend.stalled_until, self.world.now + seconds)
+        self.backend.break_connections()
 
-        def reconnect(epoch: int = self._epoch) -> None:
-            if epoch == self._epoch:
-                self._await()
-
-        for ask in again:
-            self._send(ask)
-        self.world.at(self._ready_at, reconnect)
+    def stall(self, seconds: float) -> None:
+        """No message arrives for some seconds, and nobody is told."""
+        self.backend.stalled_until = max(self.backend.stalled_until, self.world.now + seconds)
 
     def fail_worker(self, code: int = 1, error: str = "", rank: int | None = None) -> None:
         if self.alive:
             rank = self.world.random.choice(sorted(self.alive)) if rank is None else rank
             if error:
                 self._evidence[rank] = Evidence(ErrorRecord(error, error, self.world.now, "error.json"))
-            self._die(Exit(rank, code, self.world.now, self._stopping))
+            self._die(Exit(rank, code, self.world.now, self._stop_signals))
 
     def succeed_worker(self) -> None:
         if self.state.phase is AgentPhase.RUNNING and self.state.running:
@@ -252,24 +387,68 @@ class Agent:
     def signal(self) -> None:
         self._live(Signalled(SIGTERM, self.world.now))
 
+    def ask(self, action: RendezvousAction) -> None:
+        """Hand an action to the rendezvous, as the agent does."""
+        self._handle(self.rendezvous.ask(action))
+
+    def wake(self) -> None:
+        """Something has come for it on a connection."""
+        if not (self._is_woken or self.dead):
+            self._is_woken = True
+            self._soon(self._take, 0.0)
+
     # --- how it works
 
-    def _soon(self, do: Callable[[], None], seconds: float) -> None:
-        """Do something in a while, unless the agent is killed; a frozen one does it when it thaws."""
+    def _take(self) -> None:
+        self._is_woken = False
+        if not self.gone:
+            self._handle(self.rendezvous.take())
 
-        def when_thawed() -> None:
+    def _hang_up(self) -> None:
+        self.gone = True
+        for client in self.backend.clients:
+            client.close()
+
+    def _handle(self, events: list[AgentEvent]) -> None:
+        for event in events:
+            if isinstance(event, Assigned):
+                self.world.checks.assigned(event.assignment)
+            self._soon(lambda event=event: self._live(event), 0.0)  # type: ignore[misc]
+        if self.finish and self.rendezvous.is_closed:
+            self._hang_up()
+        deadline = self.rendezvous.deadline()
+        if deadline is not None and deadline != self._timer:
+            self._timer = deadline
+            self._soon(lambda: self._tick(deadline), max(0.0, deadline - self.world.now))
+
+    def _tick(self, deadline: float) -> None:
+        if deadline == self._timer:
+            self._timer = None
+            self._take()
+
+    def _after_step(self, node: NodeState, ready: Ready) -> None:
+        self.node = node
+        self.logged += [(level, text) for text, level in ready.log]
+        self.world.checks.stepped(node)
+
+    def _soon(self, do: Callable[[], None], seconds: float) -> None:
+        """Do something in a while, unless the agent is killed; a frozen one does it when it resumes."""
+
+        def when_resumed() -> None:
             if self.dead:
                 return
             if self.frozen_until > self.world.now:
-                self.world.at(self.frozen_until, when_thawed)
+                self.world.at(self.frozen_until, when_resumed)
             else:
                 do()
 
-        self.world.after(seconds, when_thawed)
+        self.world.after(seconds, when_resumed)
 
-    def _live(self, event: lifecycle.AgentEvent) -> None:
+    def _live(self, event: AgentEvent) -> None:
         if self.dead or self.finish is not None:
             return
+        if isinstance(event, Ended | Decided):
+            self.world.checks.told(self, event)
         self.state, actions = lifecycle.step(self.state, event, self.world.now)
         self._carry_out(actions)
         if self.state.phase is AgentPhase.PAUSING and self.state.deadline is not None:
@@ -279,18 +458,11 @@ class Agent:
     def _carry_out(self, actions: list[lifecycle.Action]) -> None:
         for action in actions:
             match action:
-                case RequestJoin():
-                    self._step(Join(29500))
-                case ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
-                    self._step(action)
+                case RequestJoin() | ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
+                    self.ask(action)
                 case Start(assignment):
-                    assert assignment.restart_count not in self.seen_ends, (
-                        f"{self.world}: {self.name} runs an ended round"
-                    )
-                    self._begin(assignment)
-                    pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
-                    self._soon(lambda pids=pids: self._live(Started(pids)), 0.01)  # type: ignore[misc]
-                case lifecycle.SendSignal(signum, ranks, True):
+                    self._start(assignment)
+                case SendSignal(signum, ranks, True):
                     for rank in ranks:
                         seconds = self.world.random.uniform(0.005, 1) * self.stop_time
                         self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
@@ -299,25 +471,27 @@ class Agent:
                     self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
-                    self._step(Close())
-                case lifecycle.Log(text, level):
-                    self.told.append((level, text))
+                    self.rendezvous.begin_close()
+                    self._handle([])
+                    end = min(self.node.timers.values(), default=self.world.now + CLOSE_TIMEOUT)
+                    self._soon(self._hang_up, end - self.world.now)
+                case Log(text, level):
+                    self.logged.append((level, text))
 
-    def _stop_soon(self, exit_: Exit, seconds: float) -> None:
-        self._stopping = exit_.stop_signals
-        self.world.after(seconds, lambda: self._die(exit_))
-
-    def _begin(self, assignment: Assignment) -> None:
+    def _start(self, assignment: Assignment) -> None:
         """Workers come to life: none of another generation may be."""
         self.generation = assignment.restart_count
-        self._stopping = ()
+        self._stop_signals = ()
         self._evidence = {}
         self.alive = set(range(assignment.local_world_size))
-        for agent in self.world.agents:
-            assert not agent.alive or agent.generation == self.generation, (
-                f"{self.world}: {agent.name} still trains in round {agent.generation}, {self.name} in {self.generation}"
-            )
+        self.world.checks.started(self)
         self._look_at_lease()
+        pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
+        self._soon(lambda: self._live(Started(pids)), 0.01)
+
+    def _stop_soon(self, exit_: Exit, seconds: float) -> None:
+        self._stop_signals = exit_.stop_signals
+        self.world.after(seconds, lambda: self._die(exit_))
 
     def _die(self, exit_: Exit) -> None:
         """A worker's process ends; the agent learns of it when it can."""
@@ -329,6 +503,11 @@ class Agent:
             else:
                 self._exit(event)
 
+    def _exit(self, event: Exited) -> None:
+        is_watched = self.state.phase in (AgentPhase.RUNNING, AgentPhase.STOPPING)
+        if is_watched and event.exit.local_rank in self.state.running:
+            self._live(event)
+
     def _renew(self, until: float) -> None:
         self.lease = until
         self.world.at(max(until, self.world.now), self._look_at_lease)
@@ -336,103 +515,7 @@ class Agent:
     def _look_at_lease(self) -> None:
         """What the keeper does."""
         if self.alive and self.world.now >= self.lease:
-            self._soon(
-                lambda: (
-                    self._live(LeaseExpired())
-                    if self.state.phase in (AgentPhase.RUNNING, AgentPhase.STOPPING)
-                    else None
-                ),
-                0.0,
-            )
+            phases = (AgentPhase.RUNNING, AgentPhase.STOPPING)
+            self._soon(lambda: self._live(LeaseExpired()) if self.state.phase in phases else None, 0.0)
             for rank in sorted(self.alive):
                 self._die(Exit(rank, -9, self.world.now, (9,)))
-
-    def _exit(self, event: Exited) -> None:
-        if (
-            self.state.phase in (AgentPhase.RUNNING, AgentPhase.STOPPING)
-            and event.exit.local_rank in self.state.running
-        ):
-            self._live(event)
-
-    def _step(self, given: Input) -> None:
-        self.ready = ready = rendezvous.step(self.node, given, self.world.now)
-        validate(self.node)
-        for request in ready.requests:
-            self._send(request)
-        for event in ready.events:
-            match event:
-                case Assigned(assignment):
-                    self.world.assigned(self, assignment)
-                case Ended():
-                    self.seen_ends.add(self.node.round.number)
-                case Decided():
-                    number = self.node.round.number
-                    assert number not in self.decided, f"{self.world}: {self.name}: decided twice"
-                    self.decided.add(number)
-            self._soon(lambda event=event: self._live(event), 0.0)  # type: ignore[misc]
-        if ready.lease_until is not None:
-            self._renew(ready.lease_until)
-        self.told += [(level, text) for text, level in ready.log]
-        self._await()
-        if (deadline := ready.wake_at) is not None and deadline != self._timer:
-            self._timer = deadline
-            self._soon(lambda: self._tick(deadline), max(0.0, deadline - self.world.now))
-
-    def _tick(self, deadline: float) -> None:
-        if deadline == self._timer:
-            self._timer = None
-            self._step(Tick())
-
-    def _send(self, ask: Request) -> None:
-        self.asked += 1
-        self._unanswered.append(ask)
-        self._ready_at = max(self._ready_at, self.world.now + self.world.delay())
-
-        def execute(epoch: int = self._epoch) -> None:
-            if epoch == self._epoch:
-                self.world.store.apply(ask.request, lambda value: self._answer(ask, value, epoch), (self, "calls"))
-
-        self.world.at(self._ready_at, execute)  # in order, as on a connection
-
-    def _answer(self, ask: Request, value: object, epoch: int) -> None:
-        if self.world.trouble and self.world.random.random() < 0.002:
-            self.world.after(0.0, lambda: None if self.dead or epoch != self._epoch else self.disconnect())
-            return
-        self._answered_at = max(getattr(self, "_answered_at", 0.0), self.world.now + self.world.delay())
-
-        self._answers.append((ask, value, epoch))
-
-        def deliver() -> None:
-            ask, value, epoch = self._answers.popleft()  # in order, also after several frosts
-            if epoch == self._epoch:
-                assert self._unanswered.popleft() is ask
-                self._step(Answer(ask.question, ask.round, value))
-
-        self._soon(deliver, self._answered_at - self.world.now)
-
-    def _await(self) -> None:
-        """Have the second connection wait for the key that the node is curious about."""
-        key = self.node.awaited_key
-        if key == self._awaited or self.dead:
-            return
-        self._awaited = key
-
-        def wait(epoch: int = self._epoch) -> None:
-            if epoch != self._epoch or self._awaited != key:
-                return
-            self.world.store.apply(Cancel(), lambda _: None, self)
-            if key is not None:
-                self.world.store.apply(Wait((key,)), lambda came: appeared(epoch) if came else None, self)
-
-        def appeared(epoch: int) -> None:
-            def tell() -> None:
-                if epoch == self._epoch and self._awaited == key:
-                    self._awaited = None
-                    self._step(KeyAppeared(key or ""))
-
-            self._soon(tell, self.world.delay())
-
-        self._soon(wait, self.world.delay())
-
-
-__all__ = ["Agent", "DeadlineReached", "Phase", "World"]

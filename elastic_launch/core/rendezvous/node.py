@@ -115,6 +115,8 @@ def _handler(node: NodeState, kind: type | Timer) -> Handler:
 
 def _learn(node: NodeState, facts: messages.HostFacts) -> None:
     known = {name: value for name, value in facts._asdict().items() if value is not None}
+    if node.record.named:  # the user has named this node's address
+        known = {name: value for name, value in known.items() if name not in ("address", "outward")}
     node.stays = known.pop("stays", node.stays)
     node.record = node.record._replace(**known)
 

@@ -14,7 +14,7 @@ from elastic_launch.core.agent.lifecycle import Assigned, Decided, Ended, Log, R
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
-from elastic_launch.core.rendezvous.messages import Question, Ready, Request, Settings
+from elastic_launch.core.rendezvous.messages import Ready, Request, Settings
 from elastic_launch.core.rendezvous.monitor import Monitor
 from elastic_launch.core.rendezvous.records import NOBODY, Closed, Members, NodeRecord, Status, encode
 from elastic_launch.core.store_requests import Get, Set, Swap
@@ -233,15 +233,15 @@ class Step:
         self.lease_until: float | None = None
         self.wants_store = False
 
-    def ask(self, question: Question, request: StoreRequest) -> None:
+    def ask(self, question: questions.Question, request: StoreRequest) -> None:
         """Send a request; ``Answer`` brings the question back, with the reply."""
         self._requests.append(Request(question, self.node.round.number, request))
 
-    def get(self, question: Question, *names: str) -> None:
+    def get(self, question: questions.Question, *names: str) -> None:
         """Read keys of the round."""
         self.ask(question, Get(tuple(map(self.node.key, names))))
 
-    def create(self, question: Question, name: str, value: bytes) -> None:
+    def create(self, question: questions.Question, name: str, value: bytes) -> None:
         """questions.Write a key of the round, unless it exists; the reply is what it holds."""
         self.ask(question, Swap(self.node.key(name), b"", value))
 

@@ -1,0 +1,305 @@
+"""The connection to the job's store: made, lost, made again, and given up.
+
+There are two connections that never block: one for requests, one that waits for a key to appear. What a connection that
+is lost had not answered is asked again on the next one. The link decides when to give up the store; everything else is
+decided in ``core.rendezvous``, whose inputs it delivers.
+"""
+
+from __future__ import annotations
+
+import select
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from elastic_launch.core.rendezvous.messages import (
+    Answer,
+    HostFacts,
+    Input,
+    KeyAppeared,
+    Request,
+    StoreLost,
+    StoreReconnected,
+)
+from elastic_launch.core.rendezvous.ranks import is_loopback
+from elastic_launch.core.store_requests import Append, Cancel, Set, Wait
+from elastic_launch.errors import ExitCode, RendezvousConnectionError
+from elastic_launch.host.ports import outward_address
+from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.store.client import NotAStoreError, StoreClient
+
+FIRST_RETRY, LAST_RETRY = 0.02, 1.0
+"""Seconds until the next attempt to connect: after the first one, and at most, having doubled each time."""
+DOUBTS = 3
+"""How often in a row something has to look like no store to be believed: a store that ends looks so, too."""
+LOG_INTERVAL = 10.0
+"""Seconds between two lines that say that the store cannot be reached."""
+UNANSWERED = (Set, Append)
+"""Requests that the store does not answer: their reply says only that they are on their way."""
+
+
+class Timeouts(NamedTuple):
+    """Times in seconds."""
+
+    join: float = 600.0
+    """How long a store that has never answered is looked for."""
+    store: float = 60.0
+    """How long a store that was lost is looked for."""
+    read: float = 60.0
+    """How long a connection, or an answer, may take."""
+    silence: float = 15.0
+    """How long an answer may take before a new connection is tried, which tells sooner whether the store is there."""
+
+
+class LinkState(Enum):
+    """Where the link stands."""
+
+    CONNECTING = "connecting"
+    """There is no connection; the next attempt comes soon."""
+    GREETING = "greeting"
+    """A connection is made, or being made, and the store has not answered on it yet."""
+    READY = "ready"
+    GIVEN_UP = "given up"
+
+
+class LinkUser(Protocol):
+    """What the link asks of its user."""
+
+    def deliver(self, given: Input) -> None:
+        """Take an input for the node."""
+
+    def needs_store(self) -> bool:
+        """Whether the job is not over for this node."""
+
+    def log(self, text: str) -> None:
+        """Log a line."""
+
+
+class StoreLink:
+    """The link to one store, through all its connections."""
+
+    def __init__(self, backend: Backend, timeouts: Timeouts, user: LinkUser, clock: Callable[[], float]) -> None:
+        """Prepare; nothing is connected yet.
+
+        Args:
+            backend: makes connections to the store, and hosts it, if that is this node's part.
+            timeouts: when to lose patience.
+            user: gets what the link learns.
+            clock: gives the time in seconds, on any monotonic clock.
+        """
+        self.state = LinkState.CONNECTING
+        self.has_answered = False
+        """Whether the store has answered a request at all."""
+        self.store_address = ""
+        """The address by which this node reaches the store; empty: not known, or of no use to workers."""
+        self._backend = backend
+        self._timeouts = timeouts._replace(silence=min(timeouts.silence, timeouts.read))
+        self._user = user
+        self._clock = clock
+        self._requests: StoreClient | None = None
+        self._waits: StoreClient | None = None
+        self._unanswered: deque[tuple[Request, float]] = deque()
+        """What the store has to answer, and when the present connection asked for it."""
+        self._wanted: str | None = None
+        """The key whose appearance the node waits for."""
+        self._awaited: str | None = None
+        """The key that the present connection waits for."""
+        self._has_met = False
+        self._connected_at = self._retry_at = 0.0
+        self._lost_at = self._logged_at = clock()
+        """When the store was last there, or was first looked for; when a line last said that it is not."""
+        self._attempts = self._doubts = 0
+        self._error: RendezvousConnectionError | None = None
+        """Why there is no connection that answers."""
+
+    def open(self) -> None:
+        """Start what the store needs here. Raises LaunchError."""
+        self._lost_at = self._logged_at = self._clock()
+        self._backend.open()
+        self._user.deliver(HostFacts(serves=self._backend.serves, stays=self._backend.stays))
+
+    def submit(self, request: Request) -> None:
+        """Send a request, now or on the next connection."""
+        self._unanswered.append((request, self._clock()))
+        if self._requests:
+            self._requests.submit(request.request, request)
+
+    def await_key(self, key: str | None) -> None:
+        """Wait for a key to appear, and for no other; None: for none."""
+        self._wanted = key
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """What to wait for: the connections, and what the backend looks after."""
+        found = [] if self.state is LinkState.GIVEN_UP else self._backend.descriptors()
+        for client in (self._requests, self._waits):
+            if client and client.fileno() >= 0:
+                found.append((client.fileno(), select.POLLIN | (select.POLLOUT if client.wants_write() else 0)))
+        return found
+
+    def deadline(self) -> float | None:
+        """When ``turn`` is due at the latest; None: when a descriptor is ready."""
+        match self.state:
+            case LinkState.GIVEN_UP:
+                return None
+            case LinkState.READY:
+                if (since := self._asked_at()) is None:
+                    return None
+                return min(since + self._timeouts.silence, max(since, self._logged_at) + LOG_INTERVAL)
+            case LinkState.GREETING:
+                next_attempt = self._connected_at + self._timeouts.read
+            case LinkState.CONNECTING:
+                next_attempt = self._retry_at
+        return min(next_attempt, self._lost_at + self._patience, self._logged_at + LOG_INTERVAL)
+
+    def turn(self) -> None:
+        """Connect, read what has come, deliver it, and send what that leads to."""
+        if self.state is LinkState.GIVEN_UP:
+            return
+        try:
+            self._backend.take()
+        except RendezvousConnectionError as error:
+            self._give_up(str(error))  # it will not come back by itself
+            return
+        try:
+            if self.state is LinkState.CONNECTING and self._clock() >= self._retry_at:
+                self._connect()
+            self._read()
+            self._send()
+            self._check_patience()
+        except RendezvousConnectionError as error:
+            self._lose(error)
+
+    def explain_silence(self, seconds: float) -> RendezvousConnectionError:
+        """Say why the store has not answered for so many seconds."""
+        return self._backend.explain(self._error or self._silence(seconds))
+
+    def close(self) -> None:
+        """Send what can be sent at once, and close the connections."""
+        if self._requests:
+            self._requests.flush()
+        self._disconnect()
+
+    # --- connections
+
+    def _connect(self) -> None:
+        self._connected_at = self._clock()
+        self.state = LinkState.GREETING
+        self._requests = self._backend.connect()
+        self._user.deliver(HostFacts(serves=self._backend.serves))
+        self._waits = self._backend.connect()
+        again, self._unanswered = self._unanswered, deque()
+        for request, _ in again:
+            self.submit(request)
+
+    def _greet(self, client: StoreClient) -> None:
+        """The store has answered on a new connection."""
+        self.state = LinkState.READY
+        address, self.store_address = self._backend.addresses(client)
+        self._user.deliver(HostFacts(address=address, outward=outward_address() if is_loopback(address) else ""))
+        if self._has_met:
+            self._user.deliver(StoreReconnected())
+        self._has_met = True
+
+    def _read(self) -> None:
+        if not self._requests or not self._waits:
+            return
+        answers = self._requests.take()
+        if self._requests.ready and self.state is LinkState.GREETING:
+            self._greet(self._requests)
+        if answers:
+            self.has_answered = True
+            self._attempts = self._doubts = 0  # a greeting proves nothing: the store may drop us at each request
+            self._error = None
+        for request, value in answers:
+            if isinstance(request.request, UNANSWERED):
+                continue  # it is on its way; the next answer says that it has arrived
+            while self._unanswered.popleft()[0] is not request:
+                pass
+            self._user.deliver(Answer(request.question, request.round, value))
+        for key, has_appeared in self._waits.take():
+            if key == self._awaited:
+                self._awaited = None
+            if has_appeared and key == self._wanted:
+                self._user.deliver(KeyAppeared(key))
+
+    def _send(self) -> None:
+        if self._waits and self._wanted != self._awaited:
+            if self._awaited is not None:
+                self._waits.submit(Cancel())
+            self._awaited = self._wanted
+            if self._awaited is not None:
+                self._waits.submit(Wait((self._awaited,)), self._awaited)
+        for client in (self._requests, self._waits):
+            if client:
+                client.flush()
+
+    def _disconnect(self) -> None:
+        for client in (self._requests, self._waits):
+            if client:
+                client.close()
+        self._requests = self._waits = self._awaited = None
+
+    # --- patience
+
+    def _asked_at(self) -> float | None:
+        """Since when the store owes an answer; None: it owes none."""
+        return next((at for request, at in self._unanswered if not isinstance(request.request, UNANSWERED)), None)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that the store is looked for."""
+        return self._timeouts.store if self.has_answered else self._timeouts.join
+
+    def _silence(self, seconds: float) -> RendezvousConnectionError:
+        if self._requests:
+            return self._requests.silence(round(seconds))
+        return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
+
+    def _check_patience(self) -> None:
+        now = self._clock()
+        if self._requests and self.state is LinkState.GREETING and now >= self._connected_at + self._timeouts.read:
+            raise self._requests.silence(self._timeouts.read)
+        since = self._asked_at() if self.state is LinkState.READY else None
+        if self._requests and since is not None and now >= since + self._timeouts.silence:
+            raise self._requests.silence(self._timeouts.silence)
+        if self.state is LinkState.READY and self._error is None:
+            if since is not None and now >= max(since, self._logged_at) + LOG_INTERVAL:
+                self._logged_at = now
+                self._user.log(f"{self._backend.where} has not answered for {now - since:.0f} s")
+            return
+        away = now - self._lost_at
+        if now >= self._lost_at + self._patience:
+            self._give_up(f"{self.explain_silence(away)} (tried for {away:.0f} s)")
+        elif now >= self._logged_at + LOG_INTERVAL:
+            self._logged_at = now
+            why = self._error or self._silence(away)
+            self._user.log(f"{why}; trying for up to {self._patience - away:.0f} s more")
+
+    def _lose(self, error: RendezvousConnectionError) -> None:
+        """The store cannot be reached: try again, or give it up."""
+        now = self._clock()
+        if self._error is None and self.has_answered:
+            self._lost_at = min(self._asked_at() or now, now)
+        self._disconnect()
+        self.state = LinkState.CONNECTING
+        self._error = error
+        if self.has_answered:
+            why = str(error).removeprefix(f"{self._backend.where}: ")
+            self._error = RendezvousConnectionError(f"{self._backend.where} is lost: {why}")
+        if isinstance(error, NotAStoreError):
+            self._doubts = DOUBTS if error.certain else self._doubts + 1
+        self._attempts += 1
+        self._retry_at = now + min(FIRST_RETRY * 2 ** min(self._attempts, 10), LAST_RETRY)
+        if not self._user.needs_store():
+            self._give_up("")
+        elif self._doubts >= DOUBTS:
+            self._give_up(str(self._backend.explain(error)))
+        else:
+            self._check_patience()
+
+    def _give_up(self, text: str) -> None:
+        """Without the store the node cannot go on; its workers are stopped in good order."""
+        self._disconnect()
+        self.state = LinkState.GIVEN_UP
+        self._user.deliver(StoreLost(text, ExitCode.UNAVAILABLE))

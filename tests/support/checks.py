@@ -1,0 +1,86 @@
+"""What must hold in a simulated job, whatever happens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from elastic_launch.core.agent.lifecycle import AgentPhase, Decided, Ended
+from elastic_launch.core.rendezvous.state import NodeState, validate
+from elastic_launch.job import Assignment
+
+if TYPE_CHECKING:
+    from tests.support.simulation import Agent, World
+
+
+class Checks:
+    """Sees everything that happens in a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.assignments: dict[int, dict[int, Assignment]] = {}
+        """Every assignment, by round and group rank."""
+        self._ended: set[tuple[str, int]] = set()
+        """Nodes and rounds whose end the agent knows of."""
+        self._decided: set[tuple[str, int]] = set()
+
+    def stepped(self, node: NodeState) -> None:
+        """A node's state is valid after each step."""
+        validate(node)
+
+    def assigned(self, assignment: Assignment) -> None:
+        """An assignment fits all others of its round."""
+        settings = self._world.settings
+        given = self.assignments.setdefault(assignment.restart_count, {})
+        rank = assignment.group_rank
+        assert rank not in given, f"{self._world}: two nodes with group rank {rank} in one round"
+        given[rank] = assignment
+        first = next(iter(given.values()))
+        for field in ("group_world_size", "world_size", "master_addr", "master_port", "restart_history"):
+            same = getattr(assignment, field) == getattr(first, field)
+            assert same, (
+                f"{self._world}: {field} differs within a round: {getattr(first, field)}, {getattr(assignment, field)}"
+            )
+        before = self.assignments.get(assignment.restart_count - 1, {})
+        used = assignment.restart_history.used
+        used_before = min((other.restart_history.used for other in before.values()), default=used)
+        assert used - used_before in (0, 1) or settings.policy.window, f"{self._world}: counted twice"
+        assert used <= settings.policy.max_restarts
+        assert settings.min_nodes <= assignment.group_world_size <= settings.max_nodes
+        assert 0 <= rank < assignment.group_world_size
+        assert 0 <= assignment.base_rank <= assignment.world_size - assignment.local_world_size
+        for other in given.values():
+            apart = abs(other.group_rank - rank)
+            overlaps = apart != 0 and abs(other.base_rank - assignment.base_rank) < apart
+            assert not overlaps, f"{self._world}: ranks overlap"
+
+    def started(self, starting: Agent) -> None:
+        """No workers run beside those of another round, nor in a round that is known to have ended."""
+        is_over = (starting.name, starting.generation) in self._ended
+        assert not is_over, f"{self._world}: {starting.name} runs an ended round"
+        for agent in self._world.agents:
+            assert not agent.alive or agent.generation == starting.generation, (
+                f"{self._world}: {agent.name} still trains in round {agent.generation}, "
+                f"{starting.name} in {starting.generation}"
+            )
+
+    def told(self, agent: Agent, event: Ended | Decided) -> None:
+        """An agent gets one decision a round."""
+        number = agent.state.assignment.restart_count if agent.state.assignment else -1
+        if isinstance(event, Ended):
+            self._ended.add((agent.name, number))
+        else:
+            assert (agent.name, number) not in self._decided, f"{self._world}: {agent.name}: decided twice"
+            self._decided.add((agent.name, number))
+
+    def has_finished(self, number: int, rank: int) -> bool:
+        """Whether the workers of a member of a round have all succeeded."""
+
+        def has(agent: Agent) -> bool:
+            state = agent.state
+            if state.assignment is None or state.phase not in (AgentPhase.AGREEING, AgentPhase.DONE):
+                return False
+            succeeded = [exit_ for exit_ in state.exits if exit_.exitcode == 0]
+            is_it = (state.assignment.restart_count, state.assignment.group_rank) == (number, rank)
+            return is_it and len(succeeded) == state.assignment.local_world_size
+
+        return any(map(has, self._world.agents))
