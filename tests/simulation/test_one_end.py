@@ -355,12 +355,12 @@ def test_a_store_that_never_answers_is_given_up_after_the_join_timeout() -> None
     assert 10 <= len(tried) <= 12, "a line every 10 s"
 
 
-def test_a_store_that_stands_still_is_connected_to_anew() -> None:
-    made = world(2, job(2, 2))
-    form(made, 2)
+def test_a_connection_that_stands_still_for_long_is_replaced() -> None:
+    made = world(3, job(2, 3))
+    form(made, 3)
     made.agents[1].stall(4)
     until(made, 60)
-    assert running(made) == [0, 0], "that is no reason to stop workers"
+    assert running(made) == [0, 0, 0], "that is no reason to stop workers"
     made.agents[1].stall(25)
-    made.run(made.now + 60, stop=lambda: running(made) == [1, 1])
-    assert running(made) == [1, 1]
+    made.run(made.now + 60, stop=lambda: running(made) == [2, 2, 2])
+    assert running(made) == [2, 2, 2], "the others have gone on without it, until it was there again"
