@@ -29,7 +29,7 @@ from elastic_launch.host.console import log, spoken_by, standard_streams
 from elastic_launch.job import Assignment, Policy
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.rendezvous.single_node import answer_alone
-from elastic_launch.workers.keeper import subreaper
+from elastic_launch.workers.orphans import subreaper
 
 __all__ = [
     "DefaultLogsSpecs",

@@ -41,7 +41,7 @@ from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.worker_spec import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from elastic_launch.workers.keeper import subreaper
+from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
     from elastic_launch.workers.watchdog import Watchdog

@@ -520,7 +520,7 @@ def test_sigkill_leaves_nothing(job: Job, victim: str) -> None:
     done = job.finish(process)
     assert done.returncode == (-SIGKILL if victim == "agent" else 137)
     if victim == "keeper":
-        assert f"the process that kept the workers (pid {keeper}) was killed" in done.stderr
+        assert f"the keeper process (pid {keeper}) was killed" in done.stderr
 
 
 def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job) -> None:

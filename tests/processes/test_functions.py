@@ -328,7 +328,7 @@ def test_local_rank_in_arguments() -> None:
 def test_unpicklable_value_names_rank_and_type(method: str) -> None:
     error = failure(unpicklable, method=method)
     assert list(error.failures) == [1]
-    assert "rank 1 returned a value of type generator, which cannot be handed over" in error.failures[1].error
+    assert "rank 1 returned a value of type generator, which cannot be sent to the launcher" in error.failures[1].error
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -534,9 +534,9 @@ ODD_ENDS = {
     "no streams": "ValueError: no streams",
     "closed streams": "ValueError: closed streams",
     "recursion": "RecursionError: maximum recursion depth exceeded",
-    "coroutine": "TypeError: rank 0 returned a value of type coroutine, which cannot be handed over",
-    "local class": "TypeError: rank 0 returned a value of type Local, which cannot be handed over",
-    "deep": "TypeError: rank 0 returned a value of type list, which cannot be handed over: RecursionError",
+    "coroutine": "TypeError: rank 0 returned a value of type coroutine, which cannot be sent to the launcher",
+    "local class": "TypeError: rank 0 returned a value of type Local, which cannot be sent to the launcher",
+    "deep": "TypeError: rank 0 returned a value of type list, which cannot be sent to the launcher: RecursionError",
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
-from elastic_launch.workers.group import Command, WorkerProcesses
+from elastic_launch.workers.keeper_client import Command, KeeperClient
 from tests.cluster.test_nodes import QUICK, start_three, up
 from tests.conftest import DEADLINE, Job, is_alive, wait_until
 
@@ -19,13 +19,13 @@ SLEEP = Command(0, ["sleep", "1000"], {})
 
 
 @pytest.fixture
-def workers() -> Iterator[WorkerProcesses]:
-    processes = WorkerProcesses("test-lease", dict(os.environ))
+def workers() -> Iterator[KeeperClient]:
+    processes = KeeperClient("test-lease", dict(os.environ))
     yield processes
     processes.close()
 
 
-def events(workers: WorkerProcesses, enough: Callable[[list[AgentEvent]], bool]) -> list[AgentEvent]:
+def events(workers: KeeperClient, enough: Callable[[list[AgentEvent]], bool]) -> list[AgentEvent]:
     """Take events until there are enough of them."""
     found: list[AgentEvent] = []
     poller = select.poll()
@@ -41,7 +41,7 @@ def is_gone(found: list[AgentEvent]) -> bool:
     return any(isinstance(event, GroupReaped) for event in found)
 
 
-def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> None:
+def test_workers_are_killed_when_the_lease_is_over(workers: KeeperClient) -> None:
     until = time.monotonic() + 0.3
     workers.lease(until)
     workers.start([SLEEP])
@@ -54,7 +54,7 @@ def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> 
     assert gone == GroupReaped({})
 
 
-def test_a_lease_that_is_renewed_holds(workers: WorkerProcesses) -> None:
+def test_a_lease_that_is_renewed_holds(workers: KeeperClient) -> None:
     workers.lease(time.monotonic() + 0.2)
     workers.start([SLEEP])
     [started] = events(workers, bool)
@@ -65,23 +65,23 @@ def test_a_lease_that_is_renewed_holds(workers: WorkerProcesses) -> None:
     assert time.monotonic() >= until
 
 
-def test_without_a_lease_workers_live_on(workers: WorkerProcesses) -> None:
+def test_without_a_lease_workers_live_on(workers: KeeperClient) -> None:
     workers.start([Command(0, ["true"], {})])
     [_, exited] = events(workers, lambda found: len(found) == 2)
     assert isinstance(exited, Exited)
     assert exited.exit.exitcode == 0
 
 
-def test_workers_that_are_started_after_their_lease_die_at_once(workers: WorkerProcesses) -> None:
+def test_workers_that_are_started_after_their_lease_die_at_once(workers: KeeperClient) -> None:
     workers.lease(time.monotonic() - 1)
     workers.start([SLEEP])
     assert LeaseExpired() in events(workers, is_gone)
 
 
-def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: WorkerProcesses) -> None:
+def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: KeeperClient) -> None:
     workers.start([Command(0, ["true"], {})])
     events(workers, lambda found: len(found) == 2)
-    workers.sweep(kill=False)
+    workers.reap_leftovers(kill=False)
     assert is_gone(events(workers, is_gone))
     workers.lease(time.monotonic() - 1)
     workers.start([Command(0, ["true"], {}), SLEEP._replace(local_rank=1)])
@@ -89,7 +89,7 @@ def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: WorkerProc
     assert [type(event) for event in found].count(LeaseExpired) == 1
 
 
-def test_a_new_keeper_knows_the_lease(workers: WorkerProcesses) -> None:
+def test_a_new_keeper_knows_the_lease(workers: KeeperClient) -> None:
     workers.lease(time.monotonic() + 0.5)
     os.kill(workers._keeper.pid, signal.SIGKILL)
     assert events(workers, lambda _: True) == []
