@@ -273,6 +273,9 @@ class FakeNvml(SimpleNamespace):
     def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:  # noqa: N802
         return self.uuids[handle]
 
+    def nvmlDeviceGetPciInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(domain=0, bus=handle, device=0)
+
     def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:  # noqa: N802
         if handle == 0 and not self.mig:
             raise NVMLError("Not Supported")
@@ -341,7 +344,7 @@ def test_nvml_that_fails_is_named_where_torch_is_not_there_to_ask(
     fails: str, nvml: Callable[..., FakeNvml], cpus: Callable[[int], None]
 ) -> None:
     fake = nvml(UUIDS, fails=fails)
-    with pytest.raises(UsageError, match=rf"torch is not installed and NVML cannot be asked \({fails} failed\)"):
+    with pytest.raises(UsageError, match=rf"torch is not installed, and NVML is not available \({fails} failed\)"):
         local_world_size("gpu", {})
     cpus(1)
     assert local_world_size("auto", {}) == 1
@@ -354,7 +357,7 @@ def test_a_broken_pynvml_is_named_where_torch_is_not_there_to_ask(
     tree(tmp_path, {"pynvml.py": "raise ImportError('half installed')"})
     monkeypatch.delitem(sys.modules, "pynvml")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match=r"torch is not installed and NVML cannot be asked \(half installed\)"):
+    with pytest.raises(UsageError, match=r"torch is not installed, and NVML is not available \(half installed\)"):
         local_world_size("gpu", {})
 
 
@@ -639,7 +642,7 @@ def test_other_values_are_refused_with_and_without_torch(
         ("xpu", "has no usable XPU: torch is not installed; pass a number or cpu"),
         (
             "gpu",
-            "has no usable GPU: torch is not installed and NVML cannot be asked (import of pynvml halted; None in ",
+            "has no usable GPU: torch is not installed, and NVML is not available (import of pynvml halted; None in ",
         ),
     ],
 )
@@ -691,7 +694,8 @@ def test_importing_the_module_imports_nothing_else() -> None:
     code = "import sys, elastic_launch.config; before = set(sys.modules); import elastic_launch.host.devices"
     code += "; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
-        "elastic_launch.core elastic_launch.core.placement elastic_launch.host.devices\n"
+        "elastic_launch.core elastic_launch.core.placement elastic_launch.host elastic_launch.host.cgroup "
+        "elastic_launch.host.devices elastic_launch.host.nvml\n"
     )
 
 

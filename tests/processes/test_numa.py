@@ -395,6 +395,9 @@ class Nvml(SimpleNamespace):
     def nvmlDeviceGetUUID(self, handle: tuple[str, int]) -> bytes:  # noqa: N802
         return f"GPU-{handle[1]}".encode()
 
+    def nvmlDeviceGetMigMode(self, handle: tuple[str, int]) -> list[int]:  # noqa: N802
+        raise NVMLError("Not Supported")
+
     def nvmlDeviceGetPciInfo(self, handle: tuple[str, int]) -> object:  # noqa: N802
         kind, index = handle
         assert kind == "gpu"
@@ -435,7 +438,7 @@ def test_where_nvml_fails_the_driver_is_asked(place: Place, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pynvml", Nvml([], {}, broken="Driver Not Loaded"))
     assert place(TWO, "node") == [AT_1, AT_0]
     with pytest.raises(
-        UnavailableError, match=r"=node: CUDA_VISIBLE_DEVICES='MIG-a' .*Driver Not Loaded.*nvidia-ml-py"
+        UnavailableError, match=r"=node: CUDA_VISIBLE_DEVICES='MIG-a' .*Driver Not Loaded.*elastic-launch\[nvml\]"
     ):
         place(TWO, "node", 1, CUDA_VISIBLE_DEVICES="MIG-a")
     monkeypatch.setitem(sys.modules, "pynvml", nvml := Nvml([0x19], {}))
@@ -468,12 +471,12 @@ def test_migs_on_a_host_without_gpus_are_none(place: Place) -> None:
             Host(XEON, [0, 0], masked=set(XEON) - {2, 34}),
             "exclusive",
             2,
-            r"for local rank 1: .* may use 2,34, and 2 GPUs or workers are to share them; allow",
+            r"for local rank 1: .* may use 2,34, and 2 GPUs or workers share them; allow",
         ),
         (Host(XEON), "exclusive", 33, "NUMA node 0 has no CPU core for local rank 16: .* and 17 GPUs or workers"),
         (Host(GRACE, [4], memory=[4]), "node", 1, r"NUMA node 4 has no CPU core .* \(none\)"),
         (Host(GRACE, [5]), "node", 1, "NUMA node 5 has no CPU core"),  # it is not online
-        (Host(XEON, masked=range(64)), "node", 1, "=node: no NUMA node has a CPU of those"),
+        (Host(XEON, masked=range(64)), "node", 1, "=node: no NUMA node has a CPU that this process may use"),
     ],
 )
 def test_a_worker_without_a_cpu_is_an_error(place: Place, host: Host, mode: str, workers: int, message: str) -> None:
@@ -550,7 +553,7 @@ def test_importing_the_module_imports_little() -> None:
     code = "import sys, elastic_launch.config, elastic_launch.core; before = set(sys.modules)"
     code += "; import elastic_launch.host.numa; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
-        "elastic_launch.core.placement elastic_launch.host.numa\n"
+        "elastic_launch.core.placement elastic_launch.host elastic_launch.host.numa elastic_launch.host.nvml\n"
     )
 
 

@@ -540,7 +540,9 @@ def test_workers_that_cannot_be_bound_run_where_the_user_allows_it(
     finally:
         os.sched_setaffinity(0, ALL)
     assert found == dict.fromkeys(range(2), format_list(own))
-    assert re.fullmatch(r"elastic-run: --numa-binding=exclusive: .*; going on without it\n", capfd.readouterr().err)
+    assert re.fullmatch(
+        r"elastic-run: --numa-binding=exclusive: .*; starting workers without binding\n", capfd.readouterr().err
+    )
 
 
 DEVICES = (
