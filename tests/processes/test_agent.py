@@ -804,7 +804,7 @@ def test_deleted_working_directory(job: Job) -> None:
     command = f"rmdir ../gone; exec {sys.executable} -m elastic_launch --log-dir logs {script}"
     done = subprocess.run(["sh", "-c", command], cwd=job.path / "gone", capture_output=True, text=True)
     assert done.returncode == 69
-    assert "--log-dir=logs: cannot make" in done.stderr
+    assert "--log-dir=logs: cannot create" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -28,7 +28,7 @@ from elastic_launch.host.console import unblocked
 from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs import pump as pump_module
 from elastic_launch.logs import source as source_module
-from elastic_launch.logs.pump import REST
+from elastic_launch.logs.pump import BATCH_DELAY
 from tests.conftest import DEADLINE
 
 PYTHON = [sys.executable, "-I", "-S", "-u", "-c"]
@@ -223,7 +223,7 @@ def test_a_line_of_10_mb_is_whole_among_others(tmp_path: Path, console: Console,
 def test_a_line_without_end_does_not_fill_the_memory(
     tmp_path: Path, console: Console, pump: LogPump, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(source_module, "MAX_LINE", 1 << 20)
     long = "import sys; sys.stdout.buffer.write(b'x' * 5_000_000); sys.stdout.flush()"
     run(pump, [Route(0, 1, str(tmp_path / "log"), True, b"#")], [long], console)
     pieces = console.read().splitlines()
@@ -525,7 +525,7 @@ def test_what_nobody_reads_is_given_up_at_the_end(console: Console) -> None:
         pump.drain()
         lost = pump.flush(0.01)
         assert lost + len(console.read()) == 500_002
-        assert said == [f"stdout takes no more output: {lost} bytes were not shown"]
+        assert said == [f"stdout accepts no more output: {lost} bytes were not shown"]
 
 
 def test_a_signal_ends_the_wait_for_a_reader(console: Console) -> None:
@@ -564,7 +564,7 @@ def test_an_unread_console_costs_words_only(console: Console, pump: LogPump) -> 
     pump.open([Route(0, 2, show=True)])
     for number in range(20_000):
         pump.log(f"{number:0100}")
-    assert pump._words.backlog < 80_000
+    assert pump._own_lines.backlog < 80_000
     turn(pump, reading(console, lambda: not [m for _, m in pump.descriptors() if m == select.POLLOUT]))
     lines = console.read().splitlines()
     assert 500 < len(lines) < 20_000
@@ -744,7 +744,7 @@ def test_a_burst_of_lines_is_gathered_for_a_moment(console: Console, pump: LogPu
     for number in range(2000):
         os.write(end, b"%d\n" % number)
         if at := pump.deadline():
-            assert at - time.monotonic() <= REST <= 0.02
+            assert at - time.monotonic() <= BATCH_DELAY <= 0.02
             rests += 1
         pump.take({fd for fd, _ in pump.descriptors()})
     assert rests > 100
@@ -782,14 +782,14 @@ def test_the_tail_outlives_the_round_and_ends_with_the_next(console: Console, pu
     ],
 )
 def test_the_end_of_a_stream_as_text(data: bytes, text: str) -> None:
-    assert end_as_text(data, True, source_module.TAIL_LINES, source_module.TAIL) == text
+    assert end_as_text(data, True, source_module.TAIL_LINES, source_module.TAIL_SIZE) == text
 
 
 def test_a_stream_that_was_cut_begins_with_a_whole_line(console: Console, pump: LogPump) -> None:
     code = "import sys\nfor i in range(20000): sys.stderr.write('\\r%d' % i * 9 if i < 19990 else '\\n%d' % i)"
     run(pump, [Route(0, 2)], [code], console)
     assert pump.tail(0).splitlines() == [str(number) for number in range(19990, 20000)]
-    source = pump._of[0, 2]
+    source = pump._by_stream[0, 2]
     assert len(source.recent) <= 2 * source_module.TAIL_KEPT
 
 

@@ -490,7 +490,7 @@ def test_who_says_it_twice_does_not_wait_for_a_reader(job: Job) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE) == 143
     assert time.monotonic() - begin < 5
-    assert b"stdout takes no more output: " in process.stderr.read()
+    assert b"stdout accepts no more output: " in process.stderr.read()
 
 
 def test_a_console_that_is_closed_does_not_end_the_job(job: Job) -> None:

@@ -55,7 +55,7 @@ CLIENT = (
     "    with timer.expires(after=0.3, scope='a step'): time.sleep(1000)\n"
 )
 EXPIRED = (
-    r"  note    : was still in the timer's scope 'a step' when its time was over; "
+    r"  note    : was still in timer scope 'a step' when its time ran out; "
     r"the stacks of its threads are in (\S+/attempt_{attempt}/{rank}/stacks\.log)\n"
 )
 
@@ -179,7 +179,7 @@ def test_a_pipe_that_cannot_be_made_is_an_error_before_anything_runs(job: Job) -
     env = {**ENABLED, "TORCHELASTIC_TIMER_FILE": str(job.path / "timers")}
     done = job.run(job.script("mark('runs')"), **env)
     assert done.returncode == 69
-    assert re.fullmatch(r"elastic-run: cannot make the named pipe .* TORCHELASTIC_TIMER_FILE .*\n", done.stderr)
+    assert re.fullmatch(r"elastic-run: cannot create the named pipe .* TORCHELASTIC_TIMER_FILE .*\n", done.stderr)
     assert job.marks() == []
     assert (job.path / "timers").exists()
 
@@ -210,7 +210,7 @@ def test_a_function_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, method:
     assert error.exit_code == 137
     rank, failure = error.get_first_failure()
     assert (rank, failure.exitcode) == (1, -signal.SIGKILL)
-    match = re.fullmatch(r"was still in the timer's scope 'a step' .*; the stacks .* in (\S+)", failure.note)
+    match = re.fullmatch(r"was still in timer scope 'a step' .*; the stacks .* in (\S+)", failure.note)
     assert match
     assert "in step_too_long\n" in Path(match[1]).read_text()
     Path(match[1]).unlink()
@@ -632,7 +632,7 @@ def test_nothing_is_left_whoever_is_killed(job: Job, port: int, victim: str) -> 
             assert is_alive(parts["health"].pid), "the keeper's end is none of the others'"
             done = job.finish(process)
             assert done.returncode == 137
-            assert "was still in the timer's scope 'a step'" in report_of(done.stderr)
+            assert "was still in timer scope 'a step'" in report_of(done.stderr)
             assert "(pid {}) was killed".format(parts["keeper"].pid) in done.stderr
         case "health":
             wait_until(lambda: is_healthy(port), "another health server")
