@@ -82,10 +82,8 @@ class SignalQueue:
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """The signals that have arrived, in order."""
-        from elastic_launch.core.agent.lifecycle import (  # late: the command line imports this file first
-            Signalled,
-            UserSignalled,
-        )
+        # late: the command line imports this file first
+        from elastic_launch.core.agent.lifecycle import Signalled, UserSignalled
 
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)  # before the queue is read: what arrives from now on writes again

@@ -32,29 +32,18 @@ _TITLE_ROOM = 4096
 """Characters added to a warm keeper's command line, as room for the command lines that its workers show."""
 
 
-def execute(
-    argv: Sequence[str], environ: Mapping[str, str], inherited: Sequence[int], others: Sequence[int] = ()
-) -> int:
-    """Execute a keeper's program.
-
-    Args:
-        argv: its command line.
-        environ: its environment.
-        inherited: descriptors that it inherits. Their numbers follow ``argv``.
-        others: descriptors that it inherits as well, without being passed their numbers.
-
-    Returns:
-        Its pid.
+def execute(argv: list[str], environ: Mapping[str, str], inherited: Sequence[int]) -> int:
+    """Execute a keeper's program with inherited descriptors. Returns its pid.
 
     Raises:
         OSError: the program cannot be executed.
     """
     return os.posix_spawn(
         argv[0],
-        [*argv, *map(str, inherited)],
+        argv,
         environ,
         # A descriptor that is duplicated onto itself loses close-on-exec, in the child only.
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (*inherited, *others)],
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
         setsid=True,
         setsigmask=signal.valid_signals() - {signal.SIGCHLD},
     )
@@ -62,7 +51,7 @@ def execute(
 
 def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
     """Start the ordinary keeper, whose workers execute commands."""
-    return execute(keeper_main.COMMAND, environ, inherited)
+    return execute([*keeper_main.COMMAND, *map(str, inherited)], environ, inherited)
 
 
 def preload_keeper(
@@ -82,8 +71,8 @@ def preload_keeper(
 
     def start(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
         program = os.path.join(os.path.dirname(__file__), "preload_main.py")
-        argv = [*python, program, ",".join(modules), kind, target, " " * _TITLE_ROOM]
-        return execute(argv, environ, inherited, descriptors)
+        argv = [*python, program, ",".join(modules), kind, target, " " * _TITLE_ROOM, *map(str, inherited)]
+        return execute(argv, environ, (*inherited, *descriptors))
 
     return start
 
