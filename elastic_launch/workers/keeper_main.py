@@ -68,6 +68,7 @@ MAX_DESCRIPTORS = 250
 MIN_KILL_INTERVAL, MAX_KILL_INTERVAL = 0.01, 1.0
 """Seconds until SIGKILL is sent again, to processes that are still there and to those forked meanwhile."""
 NO_LEASE = float("inf")
+"""The lease of workers that need none."""
 
 MSG_CTRUNC, MSG_CMSG_CLOEXEC = 0x8, 0x40000000
 PR_SET_PDEATHSIG = 1
@@ -155,7 +156,7 @@ class Keeper:
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.worker_limits[1], self.worker_limits[1]))
         self.phase = KeeperPhase.RUNNING
         self.workers: dict[int, RunningWorker] = {}
-        """By local rank."""
+        """The workers that have not ended, by local rank."""
         self.stopped_groups: set[int] = set()
         """Process groups that have been sent a stop signal as a whole."""
         self.killed_leftovers: dict[int, str] = {}
@@ -301,7 +302,7 @@ class Keeper:
                     kill(pid, signal.SIGCONT)
 
     def renew_lease(self, until: float) -> None:
-        """Let the workers live until then."""
+        """Let the workers live until a time on ``time.monotonic``."""
         self.lease = until
 
     def running(self, local_ranks: list[int]) -> list[RunningWorker]:
