@@ -25,11 +25,11 @@ from elastic_launch.core.agent.lifecycle import (
 from elastic_launch.core.agent.root_cause import NOTHING, failure_of
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
-from elastic_launch.host.console import log, spoken_by, standard_streams
+from elastic_launch.host.console import log, log_through, standard_streams
 from elastic_launch.job import Assignment, Policy
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.rendezvous.single_node import answer_alone
-from elastic_launch.workers.keeper import subreaper
+from elastic_launch.workers.orphans import subreaper
 
 __all__ = [
     "DefaultLogsSpecs",
@@ -240,7 +240,7 @@ class PContext:
         driver = self._driver
         if driver is None:
             return
-        with spoken_by(self._workers.log):
+        with log_through(self._workers.log):
             finish = what(driver)
         if finish is None:
             return

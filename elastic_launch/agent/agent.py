@@ -36,12 +36,12 @@ from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
 from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
 from elastic_launch.host.console import log as say_on_stderr
-from elastic_launch.host.console import spoken_by, standard_streams
+from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.worker_spec import RunResult, WorkerGroup, WorkerSpec, WorkerState
-from elastic_launch.workers.keeper import subreaper
+from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
     from elastic_launch.workers.watchdog import Watchdog
@@ -166,7 +166,7 @@ class LocalElasticAgent:
                 preload=self._preload,
             )
             stack.callback(self._workers.close)
-            stack.enter_context(spoken_by(self._workers.log))
+            stack.enter_context(log_through(self._workers.log))
             # After the keeper: it then knows that this process has no other children.
             self._watchdog, watches = self._watches(stack)
             self._telemetry = Telemetry(self._spec, self._run_id, self._workers.show, self._log)

@@ -20,8 +20,7 @@ from elastic_launch.logs.job_files import STACKS
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.error_files import read_error_file
-from elastic_launch.workers.group import Command, WorkerProcesses
-from elastic_launch.workers.keeper import Begin, execute_keeper, preload_keeper
+from elastic_launch.workers.keeper_client import Command, KeeperClient, StartKeeper, execute_keeper, preload_keeper
 
 if TYPE_CHECKING:
     from elastic_launch.workers.functions import Functions
@@ -81,16 +80,16 @@ class Workers:
                 stack.callback(self._functions.close)
             self._pump = LogPump(log, unblocked)
             stack.callback(self._end_output)
-            begin = self._functions.begin() if self._functions else self._begin(preload)
-            self._processes = WorkerProcesses(run_id, environ, begin, log)
+            start_keeper = self._functions.keeper_starter() if self._functions else self._keeper_starter(preload)
+            self._processes = KeeperClient(run_id, environ, start_keeper, log)
             stack.callback(self._processes.close)
             self._stack = stack.pop_all()
         self._oom = OomCounter()
         self._dest = LogsDest()
         self._dumped: set[int] = set()
         """The workers that were asked for their stacks."""
-        self.tell = self._processes.tell
-        self.sweep = self._processes.sweep
+        self.tell = self._processes.send_signal
+        self.sweep = self._processes.reap_leftovers
         self.lease = self._processes.lease
         self.log, self.show = self._pump.log, self._pump.show
 
@@ -138,7 +137,7 @@ class Workers:
         for rank in local_ranks:
             self._pump.mark(rank)
         self._dumped |= set(local_ranks)
-        self._processes.dump(local_ranks)
+        self._processes.dump_stacks(local_ranks)
 
     def descriptors(self) -> list[tuple[int, int]]:
         """What to wait for: descriptors and poll masks."""
@@ -181,7 +180,7 @@ class Workers:
         begin_with_new_line(not self._pump.is_at_line_start)
         self._pump.close()
 
-    def _begin(self, preload: Sequence[str]) -> Begin:
+    def _keeper_starter(self, preload: Sequence[str]) -> StartKeeper:
         """What starts the keeper of commands."""
         if not preload:
             return execute_keeper

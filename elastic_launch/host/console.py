@@ -1,6 +1,6 @@
-"""Layer 2: the launcher's own words for people, on standard error.
+"""The launcher's own messages on standard error.
 
-They must not hold up the agent: a reader that has stopped reading (a pager, Ctrl-S) costs words, not supervision.
+They must not hold up the agent: if nobody reads them any more (a pager, Ctrl-S), messages are lost, not supervision.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from collections.abc import Callable, Iterator
 LINE_PATIENCE = 0.2
 """Seconds that a line may wait for its reader. The agent waits with it."""
 REPORT_PATIENCE = 10.0
-"""Seconds that the report at the end may wait."""
+"""Seconds that the report at the end may wait for its reader."""
 
 
 _thread = threading.local()
-"""Who speaks for a thread: agents may run in several of a program."""
+"""Where a thread's lines go. Agents may run in several threads of a program."""
 
 
 def log(text: str) -> None:
     """Write one line of the launcher's."""
-    speaker: Callable[[str], None] = getattr(_thread, "speaker", _say_directly)
-    speaker(text)
+    writer: Callable[[str], None] = getattr(_thread, "writer", _write_line)
+    writer(text)
 
 
-def _say_directly(text: str) -> None:
+def _write_line(text: str) -> None:
     write(f"elastic-run: {text}\n", LINE_PATIENCE)
 
 
 @contextlib.contextmanager
-def spoken_by(speaker: Callable[[str], None]) -> Iterator[None]:
-    """Have the lines of this thread pass through somebody who keeps them apart from the workers'."""
-    before: Callable[[str], None] = getattr(_thread, "speaker", _say_directly)
-    _thread.speaker, _thread.needs_new_line = speaker, False
+def log_through(writer: Callable[[str], None]) -> Iterator[None]:
+    """Have ``writer`` write the lines of this thread, because it keeps them apart from the workers' output."""
+    before: Callable[[str], None] = getattr(_thread, "writer", _write_line)
+    _thread.writer, _thread.needs_new_line = writer, False
     try:
         yield
     finally:
-        _thread.speaker = before
+        _thread.writer = before
 
 
 def begin_with_new_line(needed: bool) -> None:
-    """Tell whether a worker's line without an end stands where this thread's next ``write`` would begin."""
+    """Set whether this thread's next ``write`` would follow an unfinished line of a worker's."""
     _thread.needs_new_line = needed
 
 
 def write(text: str, patience: float) -> None:
-    """Write to standard error, whatever becomes of it, for some seconds at most."""
+    """Write to standard error for some seconds at most. Ignores errors."""
     if getattr(_thread, "needs_new_line", False):
         text = f"\n{text}"
         _thread.needs_new_line = False
@@ -66,11 +66,14 @@ def write(text: str, patience: float) -> None:
 
 @contextlib.contextmanager
 def unblocked(stream: int) -> Iterator[int]:
-    """A standard stream, opened anew without blocking if it is a pipe or a terminal: its own flags are its owner's."""
+    """Yield a descriptor of a standard stream to which writing does not block.
+
+    A pipe or a terminal is opened again for that, because the flags of the stream itself belong to its owner.
+    """
     kind = os.fstat(stream).st_mode
     try:
         if not (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)):
-            raise FileNotFoundError("a file never blocks; a socket cannot be opened anew")
+            raise FileNotFoundError("a file never blocks, and a socket cannot be opened again")
         fd = os.open(f"/proc/self/fd/{stream}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         yield stream
@@ -83,14 +86,14 @@ def unblocked(stream: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Take up descriptors 0 to 2 where the caller has closed them, before a socket gets such a number."""
-    taken: list[int] = []
+    """Occupy those of descriptors 0 to 2 that the caller has closed, before a socket gets such a number."""
+    occupied: list[int] = []
     try:
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(fd, True)
-            taken.append(fd)
+            occupied.append(fd)
         os.close(fd)
         yield
     finally:
-        for fd in taken:
+        for fd in occupied:
             os.close(fd)

@@ -1,46 +1,51 @@
-"""Layer 2: the CPUs near a worker's GPU, for ``--numa-binding``.
+"""The CPUs near each worker's GPU, for ``--numa-binding``.
 
-Reads the topology from /sys and the GPUs from NVML or their driver's files in /proc; nothing of it before it is asked
-for. It binds nobody: who starts a worker does.
+Reads the topology from /sys, and the GPUs from NVML or from their driver's files in /proc, both only when asked. It
+binds nothing: the keeper does, when it starts a worker.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from elastic_launch.core.placement import format_list, parse_list, share, visible_cuda_devices
 from elastic_launch.errors import UnavailableError, UsageError
+from elastic_launch.host import nvml
 
 
 class AffinityMode(StrEnum):
-    """To which CPUs a worker is bound. The names and values are torch's."""
+    """Which CPUs a worker is bound to. The names and values are torch's."""
 
     NODE = "node"
-    """To all CPUs of its GPU's NUMA node. The one to take when in doubt."""
+    """All CPUs of the NUMA node of its GPU. Choose this one when in doubt."""
     SOCKET = "socket"
-    """To all CPUs of all NUMA nodes of that node's socket."""
+    """All CPUs of the socket of its GPU's NUMA node, which may have more than one node."""
     EXCLUSIVE = "exclusive"
-    """To CPU cores of its own: those of the node, divided evenly among the GPUs there."""
+    """CPU cores for this worker alone: those of the GPU's NUMA node, divided evenly among the GPUs there."""
     CORE_COMPLEX = "core-complex"
-    """To the CPUs of the node that share one last-level cache, another one for each GPU as long as there are."""
+    """CPUs of the GPU's NUMA node that share a last-level cache. Each GPU gets another cache, while there are any."""
 
 
 @dataclass(frozen=True)
 class NumaOptions:
-    """``LaunchConfig.numa_options``. The fields are torch's, whose own class is taken just as well."""
+    """The value of ``LaunchConfig.numa_options``. The fields are torch's, and torch's own class is accepted, too."""
 
     affinity_mode: AffinityMode
     should_fall_back_if_binding_fails: bool = False
-    """Whether workers run unbound where they cannot be bound; else the job does not start."""
+    """Whether workers run unbound if they cannot be bound. If not, the job does not start."""
 
 
 def mode_of(options: object) -> tuple[str, bool]:
-    """The mode, and whether to go on without it where it fails.
+    """The mode, and whether to go on without it if it fails.
 
-    ``options`` is a mode's name, a mode, or a NumaOptions: ours or torch's. Raises UsageError.
+    Args:
+        options: the name of a mode, a mode, or a ``NumaOptions``, ours or torch's.
+
+    Raises:
+        UsageError: there is no such mode.
     """
     mode = getattr(options, "affinity_mode", options)
     mode = getattr(mode, "value", mode)
@@ -53,11 +58,17 @@ def mode_of(options: object) -> tuple[str, bool]:
 def bind(
     options: object, workers: int, environ: Mapping[str, str], log: Callable[[str], None]
 ) -> dict[int, frozenset[int]]:
-    """What ``bindings`` gives, by local rank; nothing where the options let a failure pass.
+    """The result of ``bindings``, by local rank; empty if it fails and ``options`` allow that.
+
+    Args:
+        options: as for ``mode_of``.
+        workers: the number of workers on this node.
+        environ: the workers' environment.
+        log: receives a warning if the workers cannot be bound.
 
     Raises:
-        UsageError: the options are none.
-        UnavailableError: the workers cannot be bound so.
+        UsageError: the options are invalid.
+        UnavailableError: the workers cannot be bound as asked.
     """
     mode, may_fail = mode_of(options)
     try:
@@ -65,29 +76,29 @@ def bind(
     except UnavailableError as error:
         if not may_fail:
             raise
-        log(f"{error}; going on without it")
+        log(f"{error}; starting workers without binding")
         return {}
 
 
 def bindings(mode: str, workers: int, environ: Mapping[str, str], root: str = "/") -> list[frozenset[int]]:
-    """The CPUs of each worker, by local rank: never none, and none that this process may not use itself.
+    """The CPUs of each worker, by local rank: at least one each, and only CPUs that this process may use.
 
-    The worker of local rank N has the Nth of the GPUs that ``CUDA_VISIBLE_DEVICES`` shows. Without GPUs, with fewer
-    than workers, or where the host does not tell near which node they are (a virtual machine), the workers are spread
-    evenly over the nodes that have CPUs for them. Cores and caches are divided among all visible GPUs of a node, also
-    those that have no worker, or among the workers where it goes by them.
+    Local rank N has the Nth of the GPUs that ``CUDA_VISIBLE_DEVICES`` shows. Workers are spread evenly over the NUMA
+    nodes that have usable CPUs if there are no GPUs, if there are fewer than workers, or if the host does not know
+    their nodes (a virtual machine). Cores and caches of a node are divided among its visible GPUs, including those
+    without a worker, or among its workers if they are spread.
 
-    With GPUs of different models, numbers mean what they do to CUDA only with ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
+    With GPUs of different models, numbers mean what they mean to CUDA only if ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` is set.
 
     Args:
-        mode: a value of AffinityMode.
-        workers: of this node.
-        environ: the workers', for ``CUDA_VISIBLE_DEVICES``.
-        root: where ``dev``, ``proc`` and ``sys`` are.
+        mode: a value of ``AffinityMode``.
+        workers: the number of workers on this node.
+        environ: the workers' environment, for ``CUDA_VISIBLE_DEVICES``.
+        root: the directory with ``dev``, ``proc`` and ``sys``.
 
     Raises:
         UsageError: there is no such mode.
-        UnavailableError: a worker's node has no CPU for it, or too few cores, or the host does not tell its topology.
+        UnavailableError: a worker's node has no usable CPU or too few cores, or the host does not show its topology.
     """
     mode, _ = mode_of(mode)
     option = f"--numa-binding={mode}"
@@ -98,27 +109,27 @@ def bindings(mode: str, workers: int, environ: Mapping[str, str], root: str = "/
         if len(near) < workers or -1 in near:
             usable = sorted(node for node, cpus in nodes.items() if cpus & allowed)
             if not usable:
-                raise UnavailableError(f"{option}: no NUMA node has a CPU of those that this process may use")
+                raise UnavailableError(f"{option}: no NUMA node has a CPU that this process may use")
             near = [usable[rank * len(usable) // workers] for rank in range(workers)]
         parts = {node: _parts(mode, nodes, node, allowed, root) for node in set(near[:workers])}
     except OSError as error:
         raise UnavailableError(
-            f"{option}: cannot read {error.filename}: {error.strerror}; this host does not tell its topology: "
-            "start without --numa-binding"
+            f"{option}: cannot read {error.filename}: {error.strerror}; this host does not show its topology, "
+            "so start without --numa-binding"
         ) from error
     found = []
     for rank, node in enumerate(near[:workers]):
-        place, places = near[:rank].count(node), near.count(node)
+        index, sharing = near[:rank].count(node), near.count(node)
         if mode == AffinityMode.EXCLUSIVE:
-            cpus = share(parts[node], place, places)
+            cpus = share(parts[node], index, sharing)
         else:
-            cpus = parts[node][place % len(parts[node])] if parts[node] else frozenset()
+            cpus = parts[node][index % len(parts[node])] if parts[node] else frozenset()
         if not cpus:
             whole = nodes.get(node, frozenset())
             raise UnavailableError(
                 f"{option}: NUMA node {node} has no CPU core for local rank {rank}: of its CPUs "
                 f"({format_list(whole) or 'none'}) this process may use {format_list(whole & allowed) or 'none'}"
-                + (f", and {places} GPUs or workers are to share them" if places > 1 else "")
+                + (f", and {sharing} GPUs or workers share them" if sharing > 1 else "")
                 + "; allow it more CPUs, or try another mode"
             )
         found.append(cpus)
@@ -128,13 +139,13 @@ def bindings(mode: str, workers: int, environ: Mapping[str, str], root: str = "/
 def _parts(
     mode: str, nodes: Mapping[int, frozenset[int]], node: int, allowed: frozenset[int], root: str
 ) -> list[frozenset[int]]:
-    """What is to be handed out at a node: its cores, its caches or all of it; nothing where it has no usable CPU."""
+    """What a node has to give: its cores, its caches, or all its CPUs at once; empty if it has no usable CPU."""
     whole = nodes.get(node, frozenset())
     cpus = whole & allowed
     if mode == AffinityMode.EXCLUSIVE:
         return _groups(cpus, lambda cpu: _core_of(cpu, root))
     if mode == AffinityMode.CORE_COMPLEX:
-        # The largest first: what a mask or a dead core has left of a complex is worth less than a whole one.
+        # The largest first: a complex that a mask or a dead core has reduced is worth less than a whole one.
         return sorted(_groups(cpus, lambda cpu: _last_cache_of(cpu, root)), key=len, reverse=True)
     if mode == AffinityMode.SOCKET and whole:
         socket = _socket_of(whole, root)
@@ -145,7 +156,7 @@ def _parts(
 
 
 def _groups(cpus: frozenset[int], group_of: Callable[[int], frozenset[int]]) -> list[frozenset[int]]:
-    """What is there of each group that these CPUs belong to, in the order of the groups' first CPUs."""
+    """These CPUs, split into the groups that they belong to, in the order of the groups' first CPUs."""
     groups: dict[tuple[int, int], frozenset[int]] = {}
     left = set(cpus)
     while left:
@@ -156,7 +167,7 @@ def _groups(cpus: frozenset[int], group_of: Callable[[int], frozenset[int]]) -> 
     return [groups[first] for first in sorted(groups)]
 
 
-# --- What /sys tells of CPUs
+# ---- CPUs, from /sys
 
 
 def _read(root: str, path: str) -> str:
@@ -165,7 +176,7 @@ def _read(root: str, path: str) -> str:
 
 
 def _nodes(root: str) -> dict[int, frozenset[int]]:
-    """The CPUs of each NUMA node; a node that is only memory has none."""
+    """The CPUs of each NUMA node. A node that is only memory has none."""
     folder = "sys/devices/system/node"
     online = parse_list(_read(root, f"{folder}/online"))
     return {node: parse_list(_read(root, f"{folder}/node{node}/cpulist")) for node in online}
@@ -180,7 +191,7 @@ def _core_of(cpu: int, root: str) -> frozenset[int]:
 
 
 def _last_cache_of(cpu: int, root: str) -> frozenset[int]:
-    """The CPUs that share this one's cache of the highest level."""
+    """The CPUs that share this CPU's cache of the highest level."""
     folder = f"sys/devices/system/cpu/cpu{cpu}/cache"
     caches = [
         (int(_read(root, f"{folder}/{name}/level")), f"{folder}/{name}/shared_cpu_list")
@@ -190,11 +201,11 @@ def _last_cache_of(cpu: int, root: str) -> frozenset[int]:
     return parse_list(_read(root, max(caches)[1])) if caches else frozenset()
 
 
-# --- GPUs
+# ---- GPUs
 
 
 def _node_of(address: str, root: str) -> int:
-    """The NUMA node of a PCI device; -1 where the host does not know."""
+    """The NUMA node of a PCI device; -1 if the host does not know it."""
     try:
         return int(_read(root, f"sys/bus/pci/devices/{address}/numa_node"))
     except (OSError, ValueError):
@@ -202,57 +213,33 @@ def _node_of(address: str, root: str) -> int:
 
 
 def _visible_gpus(option: str, environ: Mapping[str, str], root: str) -> list[str]:
-    """The PCI addresses of the NVIDIA GPUs that CUDA shows the workers, in CUDA's order; raises UnavailableError."""
-    value = environ.get("CUDA_VISIBLE_DEVICES")
-    migs = [entry.strip() for entry in value.split(",")] if value and "MIG-" in value else []
-    gpus, of_migs, why = _ask_nvml(migs)
-    if gpus is None:
-        gpus = _ask_driver(root)
-    if migs and gpus and not of_migs:
-        raise UnavailableError(
-            f"{option}: CUDA_VISIBLE_DEVICES={value!r} names MIG devices, and only NVML could tell on which GPUs they "
-            f"are ({why}): install nvidia-ml-py, or start without --numa-binding"
-        )
-    if migs:
-        return of_migs
-    visible = visible_cuda_devices(value, [uuid for uuid, _ in gpus])
-    return [gpus[i][1] for i in visible or []]
+    """The PCI addresses of the NVIDIA GPUs that CUDA shows the workers, in CUDA's order.
 
-
-def _ask_nvml(migs: Sequence[str]) -> tuple[list[tuple[str, str]] | None, list[str], str]:
-    """UUID and PCI address of each GPU, in PCI's order, and the addresses of those that these MIG devices are part of.
-
-    None where NVML cannot tell one or the other, and why.
+    Raises:
+        UnavailableError: ``CUDA_VISIBLE_DEVICES`` names MIG devices, and NVML cannot say which GPUs they belong to.
     """
+    value = environ.get("CUDA_VISIBLE_DEVICES")
+    mig_devices = [entry.strip() for entry in value.split(",")] if value and "MIG-" in value else []
     try:
-        import pynvml
-    except ImportError as error:
-        return None, [], str(error)
-
-    def address(handle: object) -> str:
-        pci = pynvml.nvmlDeviceGetPciInfo(handle)
-        return f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0"
-
-    def gpu(handle: object) -> tuple[str, str]:
-        uuid = pynvml.nvmlDeviceGetUUID(handle)
-        return uuid.decode() if isinstance(uuid, bytes) else uuid, address(handle)  # bytes in old releases of pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            gpus = [gpu(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
-            parts = [pynvml.nvmlDeviceGetHandleByUUID(mig) for mig in migs]
-            return gpus, [address(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)) for part in parts], ""
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        return None, [], str(error)
+        gpus, parents = nvml.query(mig_devices)
+    except nvml.NvmlError as error:
+        gpus = _gpus_from_driver(root)
+        if mig_devices and gpus:
+            raise UnavailableError(
+                f"{option}: CUDA_VISIBLE_DEVICES={value!r} names MIG devices, and only NVML knows which GPUs they are "
+                f"part of ({error}); install elastic-launch[nvml], or start without --numa-binding"
+            ) from error
+        parents = []
+    if mig_devices:
+        return parents
+    visible = visible_cuda_devices(value, [gpu.uuid for gpu in gpus])
+    return [gpus[i].pci_address for i in visible or []]
 
 
-def _ask_driver(root: str) -> list[tuple[str, str]]:
-    """UUID and PCI address of each GPU, in PCI's order, by the files of NVIDIA's driver; none where there is no driver.
+def _gpus_from_driver(root: str) -> list[nvml.Gpu]:
+    """The GPUs, in the order of their PCI addresses, from the files of NVIDIA's driver; empty without a driver.
 
-    In some containers they tell of all the host's GPUs; those without a device file are not for this container.
+    In some containers the files list all GPUs of the host. Those without a device file do not belong to the container.
     """
     folder = os.path.join(root, "proc/driver/nvidia/gpus")
     try:
@@ -265,5 +252,5 @@ def _ask_driver(root: str) -> list[tuple[str, str]]:
         facts = {name.strip(): value.strip() for name, _, value in pairs}
         minor = facts.get("Device Minor")
         if minor is None or os.path.exists(os.path.join(root, f"dev/nvidia{minor}")):
-            gpus.append((facts.get("GPU UUID", ""), address))
+            gpus.append(nvml.Gpu(facts.get("GPU UUID", ""), address))
     return gpus

@@ -1,7 +1,7 @@
-"""Layer 2: signals as events of the agent's loop.
+"""Signals as events of the agent's loop.
 
-Handlers only enqueue, and the interpreter writes to a pipe that the loop waits on. Touches the process's signal
-handlers and nothing else, and puts back what was there.
+Handlers only enqueue, and the interpreter writes to a pipe that the loop waits on. The process's signal handlers are
+replaced for a while and then restored; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -20,23 +20,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastic_launch.core.agent.lifecycle import AgentEvent
 
-PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
-"""Signals that are the workers' own business, unless the user has the agent stop at them."""
+FORWARDED = frozenset({signal.SIGUSR1, signal.SIGUSR2})
+"""Signals that are passed on to the workers, unless the user has chosen them to stop the job."""
 
 owns_process = False
-"""Set by the command line, whose process has nothing else to do: when the run is over its outcome is decided, and
-signals that come while the report is written are no one's. They stay without effect instead of being given back."""
+"""Whether the process has nothing else to do, as under the command line, which sets this. When the run is over, its
+outcome is decided: handlers then stay in place, so that signals have no effect while the report is written."""
 
 
 class SignalQueue:
     """A context in which signals are queued instead of acted on.
 
-    Python allows handlers in the main thread only: elsewhere the queue stays empty, and the program's own handlers
-    go on. A SIGHUP that is ignored stays ignored, so that ``nohup`` works.
+    Python allows handlers in the main thread only. In another thread the queue stays empty, and the program's own
+    handlers stay in place. A SIGHUP that is ignored stays ignored, so that ``nohup`` works.
     """
 
     def __init__(self, stop: Iterable[int]) -> None:
-        """Take the signals that stop the job; ``PASSED_ON`` are queued as well."""
+        """Prepare.
+
+        Args:
+            stop: the signals that stop the job. The others in ``FORWARDED`` are queued, too.
+        """
         self._stop = frozenset(stop)
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
@@ -46,7 +50,7 @@ class SignalQueue:
         self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
             self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            for signum in self._stop | PASSED_ON:
+            for signum in self._stop | FORWARDED:
                 before = signal.getsignal(signum)
                 if not (signum == signal.SIGHUP and before is signal.SIG_IGN):
                     self._before[signum] = before
@@ -58,7 +62,7 @@ class SignalQueue:
     ) -> None:
         if not owns_process:
             for signum, before in self._before.items():
-                # None: a handler that C code had installed, which Python cannot put back.
+                # None: a handler that C code had installed. Python cannot restore it.
                 signal.signal(signum, signal.SIG_DFL if before is None else before)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._wakeup_before)
@@ -66,27 +70,25 @@ class SignalQueue:
         os.close(self._writing)
 
     def fileno(self) -> int:
-        """The descriptor that is readable when a signal has come."""
+        """The descriptor that is readable when a signal has arrived."""
         return self._reading
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for."""
+        """Descriptors to wait for, with their poll masks."""
         return [(self._reading, select.POLLIN)]
 
     def deadline(self) -> None:
-        """No time to keep."""
+        """None: nothing is ever due."""
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """The signals that have come, in their order."""
-        from elastic_launch.core.agent.lifecycle import (  # late: the command line imports this file first
-            Signalled,
-            UserSignalled,
-        )
+        """The signals that have arrived, in order."""
+        # late: the command line imports this file first
+        from elastic_launch.core.agent.lifecycle import Signalled, UserSignalled
 
         with contextlib.suppress(BlockingIOError):
-            os.read(self._reading, 4096)  # before the queue is read: what comes now is announced again
-        come = [self._queue.popleft() for _ in range(len(self._queue))]
-        return [Signalled(signum, at) if signum in self._stop else UserSignalled(signum) for signum, at in come]
+            os.read(self._reading, 4096)  # before the queue is read: what arrives from now on writes again
+        arrived = [self._queue.popleft() for _ in range(len(self._queue))]
+        return [Signalled(signum, at) if signum in self._stop else UserSignalled(signum) for signum, at in arrived]
 
     def _enqueue(self, signum: int, frame: object) -> None:
         self._queue.append((signum, time.time()))

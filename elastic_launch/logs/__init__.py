@@ -1,4 +1,4 @@
-"""Layer 2: the log pump: the workers' output, on its way to files and to the launcher's own streams."""
+"""The workers' output, on its way to files and to the launcher's own streams."""
 
 from elastic_launch.logs.pump import LogPump
 from elastic_launch.logs.source import Duplicates, Route

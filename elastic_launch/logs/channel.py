@@ -1,4 +1,4 @@
-"""Layer 2: the ways from a worker to the pump: pipes, and terminals where the console is one."""
+"""The channels between a worker and the pump: pipes, or terminals if the console is one."""
 
 from __future__ import annotations
 
@@ -7,41 +7,44 @@ import fcntl
 import os
 
 DEFAULT_SIZE = 64 << 10
-"""Bytes of a pipe, if it is not asked for more."""
+"""Bytes that a pipe holds unless more is asked for."""
 _TERMINAL_SIZE = 4 << 10
-_FEWEST_COLUMNS = 20
+"""Bytes that a terminal holds."""
+_MIN_COLUMNS = 20
+"""A terminal is not made narrower than this."""
 
 
 def make_channel(size: int, console: int | None, margin: int) -> tuple[int, int, int]:
-    """Make a pipe or a terminal.
+    """Create a pipe or a terminal.
 
     Args:
         size: bytes that a pipe should hold.
-        console: the terminal that the worker's is to be like; None: a pipe.
-        margin: columns that the console has more, for the prefix.
+        console: the descriptor of the terminal that the worker's is to resemble; None for a pipe.
+        margin: columns of the console that the prefix takes.
 
     Returns:
-        Our end, which does not block, the worker's, and how many bytes fit in between.
+        Our end, which does not block; the worker's end; and how many bytes fit in between.
 
     Raises:
-        OSError: the system has none to give.
+        OSError: the system has no more pipes.
     """
     ends = _terminal(console, margin) if console is not None else None
     ours, theirs = ends or os.pipe()
     os.set_blocking(ours, False)
     if ends:
         return ours, theirs, _TERMINAL_SIZE
-    with contextlib.suppress(OSError):  # all pipes of a user together have a bound
+    with contextlib.suppress(OSError):  # the size of all pipes of a user is limited
         fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, size)
     return ours, theirs, fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ)
 
 
 def _terminal(console: int, margin: int) -> tuple[int, int] | None:
-    """A terminal like a console, for one worker: its output comes as it was written. Both ends, ours first.
+    """Create a terminal of the console's size that does not change what the worker writes.
 
-    ``margin``: columns that the console has more, for the prefix. None where the system has no terminals to give.
+    Returns:
+        Our end and the worker's; None if the system has no terminals to give.
     """
-    import struct  # late, like termios: most jobs' output is no terminal's
+    import struct  # late, like termios: most jobs do not write to a terminal
     import termios
 
     try:
@@ -54,15 +57,15 @@ def _terminal(console: int, margin: int) -> tuple[int, int] | None:
     termios.tcsetattr(theirs, termios.TCSANOW, mode)
     with contextlib.suppress(OSError):
         rows, columns, *pixels = struct.unpack("4H", fcntl.ioctl(console, termios.TIOCGWINSZ, bytes(8)))
-        if columns > margin + _FEWEST_COLUMNS:
+        if columns > margin + _MIN_COLUMNS:
             columns -= margin
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, *pixels))
     return ours, theirs
 
 
 def raise_limit(streams: int) -> None:
-    """Allow this process as many descriptors as so many streams need, if the system lets it."""
-    import resource  # late: jobs without a pump do without
+    """Raise this process's limit of open files to what so many streams need, as far as the system allows it."""
+    import resource  # late: jobs without a pump do not need it
 
     needed = len(os.listdir("/proc/self/fd")) + 3 * streams + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

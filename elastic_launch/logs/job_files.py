@@ -1,7 +1,6 @@
-"""Layer 2: the job's files: where they lie, and what of a worker's output goes where.
+"""The job's files: where they are, and which part of a worker's output goes where.
 
-The only module that knows a path of the layout
-``LOG_DIR/RUN_ID/attempt_K/RANK/{stdout.log,stderr.log,error.json,stacks.log}``.
+No other module knows the layout ``LOG_DIR/RUN_ID/attempt_K/RANK/{stdout.log,stderr.log,error.json,stacks.log}``.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
 from elastic_launch.errors import LaunchError, UnavailableError
 
 STACKS = "stacks.log"
-"""Beside a worker's error file: the stacks of its threads, where it hung and was killed."""
+"""The file beside a worker's error file with the stacks of its threads, if the worker hung and was killed."""
 
 
 class DefaultLogsSpecs(LogsSpecs):
-    """The layout ``LOG_DIR/RUN_ID/attempt_K/RANK``: whoever knows the job knows where its files are."""
+    """The layout ``LOG_DIR/RUN_ID/attempt_K/RANK``, so that the job's id tells where its files are."""
 
     def __init__(
         self,
@@ -28,14 +27,21 @@ class DefaultLogsSpecs(LogsSpecs):
         tee: Std | dict[int, Std] = Std.NONE,
         local_ranks_filter: set[int] | None = None,
     ) -> None:
-        """Take what the command line says; ``/dev/null``, as with torchrun, means: no files, all output as it comes."""
+        """Store the options of the same names.
+
+        Args:
+            log_dir: the directory; None for a temporary one. As with torchrun, ``/dev/null`` means no files at all.
+            redirects: which streams go to files instead of the console.
+            tee: which streams go to files and to the console.
+            local_ranks_filter: the local ranks whose output the console shows; None for all.
+        """
         if log_dir == os.devnull:
             log_dir, redirects, tee = None, Std.NONE, Std.NONE
         super().__init__(log_dir, redirects, tee, local_ranks_filter)
 
     @property
     def root_log_dir(self) -> str | None:
-        """What the user named; None where that was nothing."""
+        """The directory that the user named; None if the user named none."""
         return self._root_log_dir
 
     @property
@@ -44,9 +50,9 @@ class DefaultLogsSpecs(LogsSpecs):
         return any(any(std.values()) if isinstance(std, dict) else bool(std) for std in (self._redirects, self._tee))
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Make the workers' directories, and name the files in them.
+        """Create the workers' directories, and name the files in them.
 
-        A disk that is full or gone does not stop a job from running, only from telling in files what it did.
+        Errors are ignored: with a full or missing disk the job runs, but without these files.
         """
         dest = LogsDest()
         workers = max(envs, default=-1) + 1
@@ -69,7 +75,7 @@ class DefaultLogsSpecs(LogsSpecs):
             dest.error_files[local_rank] = os.path.join(folder, "error.json")
         environ = next(iter(envs.values()), {})
         node = environ.get("GROUP_RANK", "0")
-        suffix = "" if node == "0" else f"_{node}"  # each agent writes its own, and all may share the directory
+        suffix = "" if node == "0" else f"_{node}"  # all agents may share the directory
         dest.filtered_stdout = os.path.join(self._folder(environ), f"filtered_stdout{suffix}.log")
         dest.filtered_stderr = os.path.join(self._folder(environ), f"filtered_stderr{suffix}.log")
         return dest
@@ -84,22 +90,22 @@ class JobFiles:
     """The files of one job on this node."""
 
     def __init__(self, specs: LogsSpecs, run_id: str, temp_dir: str, *, has_filters: bool = False) -> None:
-        """Make the directory.
+        """Create the directory.
 
         Args:
-            specs: what the user asked for. Without a directory: one in ``temp_dir``, which ``close`` may remove.
-            run_id: the job's id; characters that a file name cannot have are percent-encoded.
+            specs: what the user asked for. If it names no directory, one in ``temp_dir`` is used.
+            run_id: the job's id. Characters that a file name cannot have are percent-encoded.
             temp_dir: the system's directory for temporary files.
-            has_filters: some lines go to a file of their own.
+            has_filters: whether some lines go to a file of their own.
 
         Raises:
-            UnavailableError: it cannot be made.
+            UnavailableError: the directory cannot be created.
         """
         self._specs = specs
         self._temporary: str | None = None
         self.root = specs.root_log_dir or ""
         if not isinstance(specs, DefaultLogsSpecs):
-            return  # a plug-in knows its own
+            return  # a plug-in has its own layout
         self.asked_for = bool(specs.root_log_dir) or specs.keeps_output or has_filters
         log_dir = specs.root_log_dir
         if not log_dir:
@@ -116,18 +122,21 @@ class JobFiles:
         except OSError as error:
             if self.asked_for:
                 name = f"--log-dir={log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
-                raise UnavailableError(f"{name}: cannot make {self.root}: {error.strerror}") from error
-            # No place for temporary files: a job can run without error files.
+                raise UnavailableError(f"{name}: cannot create {self.root}: {error.strerror}") from error
+            # Otherwise there is no place for temporary files, and the job runs without error files.
 
     def prepare(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Where everything goes in the round that begins; what an earlier job of the same id left is cleared.
+        """Say where everything goes in a new round, and remove error files that an earlier job of the same id left.
+
+        Args:
+            envs: the workers' environments, by local rank.
 
         Raises:
-            LaunchError: a plug-in has no answer.
+            LaunchError: a plug-in failed.
         """
         try:
             dest = self._specs.reify(envs)
-            # torch's class names /dev/null where there are to be no files; a worker would put its own in that place.
+            # torch's class names /dev/null for no file. A worker would replace that by its own file.
             dest.error_files = {rank: path for rank, path in dest.error_files.items() if path != os.devnull}
             for path in dest.error_files.values():
                 with contextlib.suppress(OSError):
@@ -137,26 +146,30 @@ class JobFiles:
         return dest
 
     def close(self, keep: bool) -> None:
-        """Remove a directory that the user did not ask for: all of it, or, to ``keep`` files, if it has none."""
+        """Remove the temporary directory, unless files in it are kept.
+
+        Args:
+            keep: whether to keep all files. If not, only those are kept that the user asked for, and stacks.
+        """
         if self._temporary:
             for directory, _, files in os.walk(self._temporary, topdown=False):
                 with contextlib.suppress(OSError):
-                    # People were told of the stacks of a worker that hung, also where the job then went well.
+                    # A message has named the stacks of a worker that hung, even if the job then succeeded.
                     for file in () if keep or self.asked_for else {*files} - {STACKS}:
                         os.unlink(os.path.join(directory, file))
                     os.rmdir(directory)
 
     @property
     def kept(self) -> bool:
-        """Whether there are files to look at."""
+        """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))
 
 
 def as_file_name(run_id: str) -> str:
-    """A job's id as the name of its directory."""
+    """Return a job's id as the name of a directory."""
     if run_id.isalnum() and run_id.isascii():
         return run_id
-    from urllib.parse import quote  # late: 3 ms, and most ids need it not
+    from urllib.parse import quote  # late: 3 ms, and most ids do not need it
 
     name = quote(os.fsencode(run_id), safe="")
     return name if name.strip(".") else f"_{name}"

@@ -1,8 +1,8 @@
-"""Layer 2: the log pump: takes the workers' output, and brings it to files and to the launcher's own streams.
+"""The log pump: moves the workers' output to files and to the launcher's own streams.
 
-Part of the agent's one loop: it has no thread, and waits for nothing but in ``flush``. What it may touch are the pipes
-(or terminals) that it makes for the workers, the files that it is told to write, and descriptors 1 and 2. It works on
-large blocks, with a few calls for each: nothing here is done line by line but what is rare.
+It is part of the agent's loop, has no thread, and waits in ``flush`` only. It touches the pipes (or terminals) that it
+makes for the workers, the files that it is told to write, and descriptors 1 and 2. It works on large blocks with a few
+calls each, and does nothing per line that is not rare.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from elastic_launch.logs.sinks import NAMES, Console, File
 from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route, Source
 
 BLOCK = 1 << 20
-"""Bytes: the most that one read takes, and the size of a pipe where the system grants it."""
+"""Bytes that one read takes at most, and the size of a pipe if the system grants it."""
 ALL_PIPES = 16 << 20
-"""Bytes of all pipes together; with many workers each gets less. (The system's own size is 64 KiB.)"""
+"""Bytes of all pipes together. With many workers each pipe is smaller, but not below the system's default of 64 KiB."""
 ALL_BACKLOGS = 64 << 20
-"""Bytes that may wait for slow consoles, of all workers together; and ``BLOCK`` of each one at most."""
-REST = 0.01
-"""Seconds that the pipes may fill in while much is written in small pieces: to be woken for each costs all CPUs more
-than the work itself. A line that comes alone is taken at once."""
-_MOST_WORDS = 64 << 10
-"""Bytes of the launcher's own lines that wait for a console; further ones are lost."""
+"""Bytes of all workers together that may wait for slow consoles. One worker may have ``BLOCK`` waiting."""
+BATCH_DELAY = 0.01
+"""Seconds to let pipes fill while workers write many small pieces: waking up for each piece costs more than the work
+itself. A single line is read at once."""
+_MAX_OWN_LINES = 64 << 10
+"""Bytes of the launcher's own lines that may wait for a console. Further lines are lost."""
 
 
 class LogPump:
@@ -41,31 +41,33 @@ class LogPump:
     def __init__(
         self, log: Callable[[str], None], unblocked: Callable[[int], AbstractContextManager[int]] | None = None
     ) -> None:
-        """Take hold of the launcher's streams.
+        """Prepare the launcher's streams.
 
         Args:
-            say: takes a line for people about what was lost; may be a detour to this object's own ``log``.
+            log: receives a warning if output is lost. It may lead back to this object's own ``log``.
             unblocked: opens a standard stream so that writing to it does not block (``console.unblocked``).
         """
-        self._tell = log
+        self._warn = log
         self._losses: list[str] = []
-        self._has_lost = False
+        self._has_warned = False
         self._stack = ExitStack()
         self._consoles: dict[int, Console] = {}
         for stream in (STDOUT, STDERR):
-            with contextlib.suppress(OSError):  # without the stream: nobody looks
+            with contextlib.suppress(OSError):  # the stream is closed
                 self._consoles[stream] = self._console(stream, unblocked or contextlib.nullcontext)
         self._sources: dict[int, Source] = {}
+        """Open streams, by descriptor."""
+        self._by_stream: dict[tuple[int, int], Source] = {}
+        """All streams of the round, by local rank and stream."""
         self._workers_ends: list[int] = []
         self._files: list[File] = []
-        self._of: dict[tuple[int, int], Source] = {}
         self._buffer = bytearray()
-        self._pipe_size = self._backlog = BLOCK
+        self._pipe_size = self._max_backlog = BLOCK
         self._taken_at = self._rest_until = float("-inf")
-        self._words = _Words()
+        self._own_lines = _OwnLines()
 
     def _console(self, stream: int, unblocked: Callable[[int], AbstractContextManager[int]]) -> Console:
-        """The console of a stream; both are one if they lead to the same place: lines must stay whole there."""
+        """The console of a stream. Streams that lead to the same place share one, which keeps lines whole there."""
         status = os.fstat(stream)
         for console in self._consoles.values():
             if (status.st_dev, status.st_ino) == console.identity:
@@ -77,19 +79,23 @@ class LogPump:
     def open(
         self, routes: Sequence[Route], duplicates: Mapping[int, Duplicates] | None = None
     ) -> dict[tuple[int, int], int]:
-        """Begin a round; what was left of an earlier one is drained.
+        """Begin a round. What is left of an earlier one is drained.
+
+        Args:
+            routes: where the workers' output goes.
+            duplicates: files for certain lines, by stream.
 
         Returns:
-            The descriptors to give to the workers, by local rank and stream. ``close_workers_ends`` closes them here.
+            The descriptors for the workers, by local rank and stream. ``close_workers_ends`` closes them here.
 
         Raises:
             UnavailableError: the system grants no pipes.
         """
         self.drain()
-        self._of.clear()
+        self._by_stream.clear()
         many = max(1, len(routes))
         self._pipe_size = max(DEFAULT_SIZE, min(BLOCK, ALL_PIPES // many))
-        self._backlog = max(DEFAULT_SIZE, min(BLOCK, ALL_BACKLOGS // many))
+        self._max_backlog = max(DEFAULT_SIZE, min(BLOCK, ALL_BACKLOGS // many))
         self._buffer = bytearray(self._pipe_size)
         raise_limit(many)
         ends: dict[tuple[int, int], int] = {}
@@ -110,12 +116,12 @@ class LogPump:
                 self._workers_ends.append(theirs)
                 source = Source(route, ours, capacity, console, file, *shared.get(route.stream, ()))
                 ends[route.local_rank, route.stream] = theirs
-                self._sources[ours] = self._of[route.local_rank, route.stream] = source
+                self._sources[ours] = self._by_stream[route.local_rank, route.stream] = source
         except OSError as error:
             self.drain()
             raise UnavailableError(
-                f"cannot make the pipes for the output of {many} streams of workers: {error.strerror}; "
-                "`ulimit -n` tells how many descriptors a process may have"
+                f"cannot create pipes for the output of {many} streams of workers: {error.strerror}; "
+                "`ulimit -n` shows how many open files a process may have"
             ) from error
         self._report_losses()
         return ends
@@ -128,18 +134,18 @@ class LogPump:
         return file
 
     def close_workers_ends(self) -> None:
-        """Let go of what the workers hold now; only then do their streams end with them."""
+        """Close the descriptors that the workers have by now. Otherwise their streams would not end with them."""
         while self._workers_ends:
             os.close(self._workers_ends.pop())
 
     def drain(self) -> None:
-        """End the round: its processes are gone. What they have written is in the files and on its way to the console.
+        """End the round, after its processes: move all that they wrote to the files and towards the console.
 
-        Never waits: what a stranger holds open, and goes on writing to, is read as far as it goes now.
+        Never waits. If another process still holds a stream open and writes to it, this reads what is there now.
         """
         self.close_workers_ends()
         for source in list(self._sources.values()):
-            left = BLOCK  # no channel holds more, so this is at least what was there at the beginning
+            left = BLOCK  # no channel holds more, so this covers what was there at the beginning
             while left > 0 and source.fd in self._sources:
                 size = self._read(source)
                 left -= size or left
@@ -148,10 +154,10 @@ class LogPump:
         while self._files:
             self._files.pop().close()
         self._rest_until = float("-inf")
-        self._settle()
+        self._update_consoles()
 
     def close(self) -> None:
-        """Close everything; what still waits for a console is lost."""
+        """Close everything. What still waits for a console is lost."""
         self.drain()
         self._consoles.clear()
         self._stack.close()
@@ -159,19 +165,21 @@ class LogPump:
     # ---- the agent's loop
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for: descriptors and poll masks."""
+        """Descriptors to wait for, with their poll masks."""
         waits = [(console.fd, select.POLLOUT) for console in self._each_console() if console.queue]
         if time.monotonic() >= self._rest_until:
-            self._rest_until = float("-inf")  # so that ``deadline`` does not have to look at the clock again
-            waits += [(fd, select.POLLIN) for fd, source in self._sources.items() if source.backlog <= self._backlog]
+            self._rest_until = float("-inf")  # so that ``deadline`` need not look at the clock again
+            waits += [
+                (fd, select.POLLIN) for fd, source in self._sources.items() if source.backlog <= self._max_backlog
+            ]
         return waits
 
     def deadline(self) -> float | None:
-        """When to ask for ``descriptors`` again, on ``time.monotonic``; None: once something has happened."""
+        """When ``descriptors`` will return more, on ``time.monotonic``; None if that depends on events only."""
         return self._rest_until if self._rest_until > float("-inf") and self._sources else None
 
     def take(self, ready: Collection[int]) -> None:
-        """Do what can be done without waiting. ``ready`` may hold descriptors of others."""
+        """Move what can be moved without waiting. ``ready`` may include descriptors of others."""
         is_little, has_read = True, False
         for fd in [fd for fd in self._sources if fd in ready]:
             source = self._sources[fd]
@@ -180,21 +188,21 @@ class LogPump:
             is_little = is_little and (size or 0) < source.capacity // 4
         if has_read:
             now = time.monotonic()
-            if is_little and now - self._taken_at < 2 * REST:
-                self._rest_until = now + REST
+            if is_little and now - self._taken_at < 2 * BATCH_DELAY:
+                self._rest_until = now + BATCH_DELAY
             self._taken_at = now
-        self._settle()
+        self._update_consoles()
 
-    def _settle(self) -> None:
+    def _update_consoles(self) -> None:
         for console in self._each_console():
-            console.settle()
+            console.update()
         self._report_losses()
 
     def _each_console(self) -> Collection[Console]:
         return set(self._consoles.values())
 
     def _read(self, source: Source) -> int | None:
-        """Read one block. Returns its size, None if there is none, or none any more."""
+        """Read one block. Returns its size; None if there is none now, or the stream has ended."""
         try:
             size = os.readv(source.fd, (self._buffer,))
         except BlockingIOError:
@@ -212,55 +220,55 @@ class LogPump:
         os.close(source.fd)
         source.end()
 
-    # ---- what a worker said last
+    # ---- the end of a worker's stderr
 
     def tail(self, local_rank: int) -> str:
-        """The last lines of a worker's stderr in this round, or the one that has just ended; for people.
+        """The last lines of a worker's stderr in this round, or in the one that has just ended.
 
-        20 lines and 8 KiB at most, without colours; of a line that was redrawn its last state.
+        At most 20 lines and 8 KiB, without colours. Of a line that was redrawn, its last state.
         """
-        source = self._of.get((local_rank, STDERR))
+        source = self._by_stream.get((local_rank, STDERR))
         return source.tail() if source else ""
 
     def mark(self, local_rank: int) -> None:
         """Keep what the worker writes to stderr from now on, for ``since_mark``."""
-        if source := self._of.get((local_rank, STDERR)):
+        if source := self._by_stream.get((local_rank, STDERR)):
             if source.fd in self._sources:
                 self._read(source)  # what it wrote before
             source.marked = bytearray()
 
     def since_mark(self, local_rank: int) -> bytes:
-        """What the worker has written to stderr since the mark, the first 1 MiB of it."""
-        source = self._of.get((local_rank, STDERR))
+        """The first 1 MiB that the worker has written to stderr since the mark."""
+        source = self._by_stream.get((local_rank, STDERR))
         return bytes(source.marked or b"") if source else b""
 
-    # ---- the launcher's own words
+    # ---- the launcher's own lines
 
     def log(self, text: str) -> None:
         """Write a line of the launcher's to standard error, after what the workers have written so far.
 
-        Never waits: a console that nobody reads costs words.
+        Never waits. If nobody reads the console, the line may be lost.
         """
         self.show(f"elastic-run: {text}\n")
 
     def show(self, text: str) -> None:
-        """Write whole lines as ``log`` does, but as they are."""
+        """Write whole lines as ``log`` does, but without a prefix."""
         for source in list(self._sources.values()):
-            if source.backlog <= self._backlog:
+            if source.backlog <= self._max_backlog:
                 self._read(source)
-        if (console := self._consoles.get(STDERR)) and self._words.backlog < _MOST_WORDS:
-            console.add(text.encode(errors="backslashreplace"), self._words)
-        self._settle()
+        if (console := self._consoles.get(STDERR)) and self._own_lines.backlog < _MAX_OWN_LINES:
+            console.add(text.encode(errors="backslashreplace"), self._own_lines)
+        self._update_consoles()
 
     def flush(self, patience: float, interrupt: int | None = None) -> int:
-        """Write what still waits for the consoles, as long as they take it.
+        """Write what still waits for the consoles, as long as they accept it.
 
         Args:
-            patience: seconds without any progress after which the rest is given up.
-            interrupt: a descriptor that ends the wait, too, once it is readable.
+            patience: seconds without progress after which the rest is discarded.
+            interrupt: a descriptor that also ends the wait once it is readable.
 
         Returns:
-            How many bytes were not shown.
+            The number of bytes that were not shown.
         """
         poller = select.poll()
         if interrupt is not None:
@@ -273,32 +281,32 @@ class LogPump:
             ready = poller.poll(max(0.0, end - time.monotonic()) * 1000)
             for console in waiting:
                 poller.unregister(console.fd)
-                console.settle()
+                console.update()
             if sum(console.waiting() for console in waiting) < before:
                 end = time.monotonic() + patience
             elif time.monotonic() >= end:
                 break
             if any(fd == interrupt for fd, _ in ready):
                 break
-        lost = {console: size for console in waiting if (size := console.give_up())}
+        lost = {console: size for console in waiting if (size := console.discard())}
         for console, size in lost.items():
-            self._tell(f"{NAMES[console.stream]} takes no more output: {size} bytes were not shown")
+            self._warn(f"{NAMES[console.stream]} accepts no more output: {size} bytes were not shown")
         self._report_losses()
         return sum(lost.values())
 
     @property
     def is_at_line_start(self) -> bool:
-        """Whether what was written to standard error so far ends with a line's end."""
+        """Whether the output to standard error so far ends with the end of a line."""
         return STDERR not in self._consoles or self._consoles[STDERR].is_at_line_start
 
     def _report_losses(self) -> None:
         losses, self._losses[:] = self._losses[:], []
-        if losses and not self._has_lost:
-            self._has_lost = True
-            self._tell(losses[0])
+        if losses and not self._has_warned:
+            self._has_warned = True
+            self._warn(losses[0])
 
 
-class _Words:
-    """The launcher's own lines, as far as they wait for a console."""
+class _OwnLines:
+    """The launcher's own lines, as a writer to a console."""
 
     backlog = 0

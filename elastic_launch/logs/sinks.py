@@ -1,4 +1,4 @@
-"""Layer 2: where output goes: the launcher's own streams, and files. Nothing here waits, raises, or looks at lines."""
+"""Where output goes: the launcher's own streams, and files. Nothing here waits, raises, or looks at lines."""
 
 from __future__ import annotations
 
@@ -13,33 +13,42 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Protocol
 
-_CLEAR = b"\r\x1b[K"
-_ON_ONE_ROW, _WRAPPED = b"\x1b[?7l", b"\x1b[?7h"
-"""Switch a terminal's wrapping at its right margin off and on: a row can be cleared, a second one not."""
-_MOST_BUFFERS = 64
-_NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
-"""Whoever closes what he reads (``| head``), or a terminal, knows that."""
-_GOES_ON = "; the job goes on, and other logs may break off without a word"
 NAMES = {1: "stdout", 2: "stderr"}
+_CLEAR_ROW = b"\r\x1b[K"
+_WRAP_OFF, _WRAP_ON = b"\x1b[?7l", b"\x1b[?7h"
+"""Control sequences for a terminal's wrapping at its right margin. Only one row can be cleared, not a second one."""
+_MAX_BUFFERS = 64
+"""Buffers that are written with one call."""
+_NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+"""Errors of a stream whose reader has closed it (``| head``) or hung up. The user knows about that."""
+_CONTINUES = "; the job continues, and further logs may be cut off without another warning"
 
 
 class Writer(Protocol):
-    """Whose bytes wait for a console."""
+    """Something that has bytes waiting for a console."""
 
     backlog: int
 
 
 class Redrawn(Protocol):
-    """Whose unfinished line a terminal shows."""
+    """Something with an unfinished line that is redrawn."""
 
     def row(self) -> bytes:
         """The line as it is now."""
 
 
 class Console:
-    """One of the launcher's own streams, and what waits for it. ``queue`` is empty once nobody reads it any more."""
+    """One of the launcher's own streams, and what waits for it. Once nobody reads it, ``queue`` stays empty."""
 
     def __init__(self, stream: int, fd: int, stack: ExitStack, report: Callable[[str], None]) -> None:
+        """Prepare.
+
+        Args:
+            stream: 1 for stdout, 2 for stderr.
+            fd: the descriptor to write to, which may be the stream itself.
+            stack: closes what is opened here.
+            report: receives a message if output is lost.
+        """
         status = os.fstat(stream)
         self._report = report
         self.identity = (status.st_dev, status.st_ino)
@@ -53,16 +62,16 @@ class Console:
             self._socket = stack.enter_context(socket.socket(fileno=os.dup(fd)))
         self._is_lost = False
         self.is_at_line_start = True
-        """Whether what was shown so far ends with a line's end."""
-        self._live: Redrawn | None = None  # the redrawn line that the terminal's last row is for
+        """Whether the output so far ends with the end of a line."""
+        self._live: Redrawn | None = None  # what the terminal's last row shows
         self._is_drawn = self._is_stale = False
 
     def add(self, data: bytes | memoryview, owner: Writer, *, is_lines: bool = True) -> None:
-        """Have something shown: whole lines, or bytes as they came."""
+        """Queue output: whole lines, or bytes as they arrived."""
         if self._is_lost:
             return
         if self._is_drawn:
-            self.queue.append((memoryview(_CLEAR), None))
+            self.queue.append((memoryview(_CLEAR_ROW), None))
             self._is_drawn, self._is_stale = False, self._live is not None
         if is_lines and not self.is_at_line_start:
             self.queue.append((memoryview(b"\n"), None))
@@ -71,16 +80,16 @@ class Console:
         owner.backlog += len(data)
 
     def redraw(self, source: Redrawn) -> None:
-        """Show an unfinished line that is redrawn in the last row of the terminal, until the next one is."""
+        """Show an unfinished line in the terminal's last row, until another one is redrawn."""
         self._live, self._is_stale = source, True
 
     def undraw(self, source: Redrawn) -> None:
-        """That line has come to its end."""
+        """Stop showing that line, because it is finished."""
         if self._live is source:
             self._live, self._is_stale = None, True
 
-    def settle(self) -> None:
-        """Write what the console takes, and draw its last row when nothing else waits."""
+    def update(self) -> None:
+        """Write what the console accepts. Draw its last row if nothing else waits."""
         self._write()
         if self._is_stale and not self.queue and not self._is_lost:
             self._is_stale = False
@@ -89,7 +98,7 @@ class Console:
                 self.queue.append((memoryview(b"\n"), None))
                 self.is_at_line_start = True
             if row or self._is_drawn:
-                self.queue.append((memoryview(b"".join((_CLEAR, _ON_ONE_ROW, row, _WRAPPED))), None))
+                self.queue.append((memoryview(b"".join((_CLEAR_ROW, _WRAP_OFF, row, _WRAP_ON))), None))
                 self._is_drawn = bool(row)
                 self._write()
 
@@ -100,12 +109,12 @@ class Console:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                # Closed, hung up or full: nobody will see more, and what a file gets after a gap misleads.
+                # Closed, hung up or full. In a file, output after a gap would be misleading.
                 self._is_lost = True
-                self.give_up()
+                self.discard()
                 if error.errno not in _NO_READER:
                     self._report(
-                        f"{NAMES[self.stream]}: {_told(error)}: the rest of this output is not shown{_GOES_ON}"
+                        f"{NAMES[self.stream]}: {_reason(error)}: the rest of this output is not shown{_CONTINUES}"
                     )
                 return
             while self.queue and written >= len(self.queue[0][0]):
@@ -120,7 +129,7 @@ class Console:
                     owner.backlog -= written
 
     def _send(self) -> int:
-        buffers = [self.queue[at][0] for at in range(min(len(self.queue), _MOST_BUFFERS))]
+        buffers = [self.queue[at][0] for at in range(min(len(self.queue), _MAX_BUFFERS))]
         if self._socket:
             return self._socket.sendmsg(buffers, (), socket.MSG_DONTWAIT)
         if not self._blocks:
@@ -132,41 +141,49 @@ class Console:
         return os.write(self.fd, buffers[0][: select.PIPE_BUF])
 
     def waiting(self) -> int:
-        """How many bytes wait."""
+        """The number of bytes that wait."""
         return sum(len(data) for data, _ in self.queue)
 
-    def give_up(self) -> int:
-        """Forget what waits. Returns how many bytes that was."""
+    def discard(self) -> int:
+        """Discard what waits. Returns the number of bytes."""
         lost = self.waiting()
         for data, owner in self.queue:
             if owner:
                 owner.backlog -= len(data)
         self.queue.clear()
-        self.is_at_line_start = self.is_at_line_start and not lost  # who knows where it broke off
+        self.is_at_line_start = self.is_at_line_start and not lost  # it may have stopped within a line
         return lost
 
 
-def _told(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
 class File:
-    """A file that a worker's output is kept in, until it cannot be written: the job is worth more than its log."""
+    """A file for a worker's output. If it cannot be written, the log is lost, but not the job."""
 
     def __init__(self, path: str, report: Callable[[str], None]) -> None:
+        """Open it.
+
+        Args:
+            path: its path.
+            report: receives a message if output is lost.
+
+        Raises:
+            OSError: this process or the system has too many open files.
+        """
         self._path = path
         self._report = report
         self._fd: int | None = None
         try:
-            # O_APPEND: logrotate may cut it meanwhile. O_NONBLOCK: a path may also be a pipe's, which may cost output,
-            # but does not hold up the job.
+            # O_APPEND: logrotate may truncate it. O_NONBLOCK: it may be a pipe, which must not hold up the job.
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
             self._fd = os.open(path, flags, 0o666)
         except OSError as error:
             self._lose(error)
 
     def write(self, data: bytes) -> None:
-        """Append; after an error nothing more, so that what is there has no gap."""
+        """Append to the file. After an error nothing more is written, so the file has no gap."""
         if self._fd is None:
             return
         try:
@@ -179,12 +196,12 @@ class File:
     def _lose(self, error: OSError) -> None:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise error
-        self._report(f"log {self._path}: {_told(error)}: the rest of this output is not kept{_GOES_ON}")
+        self._report(f"log {self._path}: {_reason(error)}: the rest of this output is not kept{_CONTINUES}")
         self.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
         if self._fd is not None:
             fd, self._fd = self._fd, None
-            with contextlib.suppress(OSError):  # some file systems tell only now; the job ends all the same
+            with contextlib.suppress(OSError):  # some file systems report errors only now
                 os.close(fd)

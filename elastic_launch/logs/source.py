@@ -1,4 +1,4 @@
-"""Layer 2: one stream of one worker: what becomes of each block that comes from it. Reads nothing itself."""
+"""One stream of one worker: where each block of its output goes. Reads nothing itself."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from elastic_launch.core.lines import end_as_text, last_state, last_states, matc
 from elastic_launch.logs.sinks import Console, File
 
 STDOUT, STDERR = 1, 2
-LONGEST_LINE = 64 << 20
-"""Bytes; what is longer is shown in pieces. Files get it as it is."""
-TAIL_LINES, TAIL = 20, 8 << 10
-"""The last lines of a worker's stderr: so many, and so many bytes of them."""
+MAX_LINE = 64 << 20
+"""Bytes of a line. A longer one is shown in pieces. Files get it unchanged."""
+TAIL_LINES, TAIL_SIZE = 20, 8 << 10
+"""Limits of the tail of a worker's stderr, in lines and in bytes."""
 TAIL_KEPT = 64 << 10
-"""Bytes kept for it: progress bars and colours leave little of them."""
-MARKED = 1 << 20
-"""Bytes kept after a mark."""
+"""Bytes of stderr that are kept for the tail. Much of them may be progress bars and colours, which the tail omits."""
+MAX_MARKED = 1 << 20
+"""Bytes of stderr that are kept after a mark."""
 
 
 class Route(NamedTuple):
-    """What becomes of one stream of one worker."""
+    """Where the output of one stream of one worker goes."""
 
     local_rank: int
     stream: int
-    """1 is stdout, 2 stderr."""
+    """1 for stdout, 2 for stderr."""
     path: str = ""
-    """A file that gets every byte; its directory exists. Empty: none."""
+    """A file that gets every byte, in an existing directory; empty for none."""
     show: bool = False
-    """Whether it goes to the launcher's own stream of that number."""
+    """Whether the launcher's own stream of the same number shows the output."""
     prefix: bytes | None = None
-    """What stands before each line there. None: the bytes pass untouched, as they come."""
+    """What is shown before each line. None: the bytes are shown unchanged, as they arrive."""
 
 
 class Duplicates(NamedTuple):
-    """Lines of one stream of all workers that go to a file as well, with their prefixes."""
+    """A file that additionally gets certain lines of one stream of all workers, with their prefixes."""
 
     texts: tuple[bytes, ...]
-    """A line that contains one of them goes there."""
+    """A line that contains one of these goes there."""
     path: str
 
 
 class Source:
-    """One stream of one worker: where its blocks go, and what of its output is kept."""
+    """One stream of one worker: where its blocks go, and what is kept of them."""
 
     def __init__(
         self,
@@ -53,6 +53,17 @@ class Source:
         texts: tuple[bytes, ...] = (),
         duplicate: File | None = None,
     ) -> None:
+        """Prepare.
+
+        Args:
+            route: where the output goes.
+            fd: the descriptor that it is read from.
+            capacity: bytes that the channel holds.
+            console: shows the output; None for nothing.
+            file: gets the output; None for nothing.
+            texts: the texts of ``Duplicates``.
+            duplicate: the file of ``Duplicates``.
+        """
         self.fd = fd
         self.capacity = capacity
         self.backlog = 0
@@ -60,8 +71,9 @@ class Source:
         self.recent = bytearray()
         """The end of stderr."""
         self.is_whole = True
-        """Whether that is all of it."""
+        """Whether ``recent`` is all of stderr."""
         self.marked: bytearray | None = None
+        """What has been written to stderr since the mark; None without a mark."""
         self._is_stderr = route.stream == STDERR
         self._prefix = route.prefix or b""
         self._raw = console if route.prefix is None else None
@@ -70,12 +82,12 @@ class Source:
         self._texts = texts
         self._duplicate = duplicate
         self._partial = bytearray()
-        """The line that has no end yet; only where lines matter."""
+        """The unfinished line, if the output is split into lines."""
         self._is_redrawn = False
-        """Whether it has carriage returns in it."""
+        """Whether the unfinished line contains a carriage return."""
 
     def feed(self, block: bytes) -> None:
-        """Take what the worker wrote."""
+        """Pass on what the worker wrote."""
         if self._file:
             self._file.write(block)
         if self._is_stderr:
@@ -96,25 +108,22 @@ class Source:
             last_state(self._partial)
             if self._lines and self._lines.is_terminal:
                 self._lines.redraw(self)
-        if len(self._partial) > LONGEST_LINE:
-            self._end_line()
+        if len(self._partial) > MAX_LINE:
+            self.end()
 
     def end(self) -> None:
-        """Show the last line, though it has no end, now that the stream has."""
+        """Show the unfinished line, because the stream has ended or the line is too long."""
         if self._partial:
-            self._end_line()
-
-    def _end_line(self) -> None:
-        line = bytes(self._partial) + b"\n"
-        self._partial.clear()
-        self._show(line)
+            line = bytes(self._partial) + b"\n"
+            self._partial.clear()
+            self._show(line)
 
     def tail(self) -> str:
-        """The last lines of stderr, for people."""
-        return end_as_text(bytes(self.recent), self.is_whole, TAIL_LINES, TAIL)
+        """The last lines of stderr as text."""
+        return end_as_text(bytes(self.recent), self.is_whole, TAIL_LINES, TAIL_SIZE)
 
     def row(self) -> bytes:
-        """The unfinished line, to be drawn."""
+        """The unfinished line, with its prefix, as a terminal's row."""
         state = self._partial.strip(b"\r")
         return self._prefix + bytes(state) if state else b""
 
@@ -140,4 +149,4 @@ class Source:
             self.is_whole = False
             del self.recent[:-TAIL_KEPT]
         if self.marked is not None:
-            self.marked += block[: max(0, MARKED - len(self.marked))]
+            self.marked += block[: max(0, MAX_MARKED - len(self.marked))]

@@ -1,15 +1,17 @@
-"""The file a Python worker starts under: it runs the user's program and keeps what the program dies of.
+"""Run a Python worker's program, and write the exception that ends it to the worker's error file.
 
     python -u .../bootstrap.py script SCRIPT ARGS...
     python -u .../bootstrap.py module MODULE ARGS...
 
 The program sees what `python -u SCRIPT ARGS...` or `python -u -m MODULE ARGS...` would show it: arguments, `__main__`,
-`sys.path`, modules, tracebacks, exit status. An exception that nobody catches is also written to the file named by
-TORCHELASTIC_ERROR_FILE, in the format of torch's `record`, and only by the process that started here.
+`sys.path`, modules, tracebacks, exit status. An uncaught exception is also written to the file that
+TORCHELASTIC_ERROR_FILE names, in the format of torch's `record`, but only by the process that started here.
 
-It may touch the interpreter it runs in and that one file. It must not import from this package nor, before the program
-runs, anything that Python has not loaded by itself; and it must run on every Python that a user may choose (3.8 on).
-One frame of it stays below the program's. Tracebacks do not show it; `traceback.print_stack()` in the program does.
+This file may run under another Python than the agent (PYTHON_EXEC), from 3.8 on. So it imports nothing of this package,
+and, before the program runs, no module that Python has not loaded anyway. One of its frames stays below the program's.
+Tracebacks do not show it; `traceback.print_stack()` in the program does.
+
+`error_handler` imports this file for the parts that both need to write an error file.
 """
 
 import os
@@ -21,11 +23,20 @@ if TYPE_CHECKING:
     from types import CodeType, TracebackType
     from typing import Any, TextIO
 
+    Record = dict[str, Any]
+    """The content of an error file."""
+
 importlib = sys.modules["_frozen_importlib_external"]  # what importlib.machinery is made of, without importing it
 
+MAX_TEXT = 1000000
+"""Characters of a text that an error file holds at most."""
 
-def set_main() -> None:
-    """Put a `__main__` in place that nothing has run in yet, as Python does before it looks at the program."""
+
+# ---- the program
+
+
+def create_main_module() -> None:
+    """Replace `__main__` by an empty module, as Python has it before it looks at the program."""
     main = type(sys)("__main__")
     main.__loader__ = sys.__loader__
     # Which of these a `__main__` starts with depends on Python's version.
@@ -33,29 +44,29 @@ def set_main() -> None:
     sys.modules["__main__"] = main
 
 
-def set_path(program: str, is_module: bool, is_safe: bool) -> "str | None":
-    """Set `sys.path[0]`; return the script to run, None where runpy is to find the program on that path."""
+def locate(program: str, is_module: bool, is_safe: bool) -> "tuple[str | None, str]":
+    """Find the program as Python does.
+
+    Returns:
+        The script to run, or None if runpy finds the program on the module search path; and what Python puts in front
+        of that path, or "" for nothing.
+    """
     try:
         here = os.getcwd()
     except OSError:
-        here = ""  # somebody has removed it: Python does without
+        here = ""  # the directory has been removed; Python goes on without it
     if is_module:
-        if here and not is_safe:
-            sys.path.insert(0, here)
-        return None
+        return None, "" if is_safe else here
     file = program
     if here and sys.version_info >= (3, 9) and not os.path.isabs(program):
         file = f"{here}/{program}"
-    if importlib.PathFinder.find_spec("__main__", [file]) is not None:  # a folder or a zip file
-        sys.path.insert(0, file)
-        return None
-    if not is_safe:
-        sys.path.insert(0, os.path.dirname(os.path.realpath(file)))
-    return file
+    if importlib.PathFinder.find_spec("__main__", [file]) is not None:  # a directory or a zip file
+        return None, file
+    return file, "" if is_safe else os.path.dirname(os.path.realpath(file))
 
 
-def load(file: str) -> "CodeType":
-    """Read a script, source or compiled, and set in `__main__` where it comes from."""
+def load_script(file: str) -> "CodeType":
+    """Read a script, source or compiled, and set the attributes of `__main__` that say where it comes from."""
     main = sys.modules["__main__"]
     vars(main).update(__file__=file, __cached__=None)
     code: CodeType
@@ -69,117 +80,32 @@ def load(file: str) -> "CodeType":
             main.__loader__ = importlib.SourceFileLoader("__main__", file)
             code = compile(content, file, "exec", dont_inherit=True)
     except Exception as error:
-        keep(error)
-        # Only Python, reading the file by itself, has the words and the exit status for all that can be wrong with it.
+        record_failure(error)
+        # Start over with plain Python: only that has the message and the exit status for all that can be wrong here.
         os.execv(sys.executable, command)
     return code
 
 
+def register_stack_dump() -> None:
+    """Have Python write the stacks of all threads to stderr on the keeper's DUMP_SIGNAL."""
+    import faulthandler
+
+    faulthandler.register(63, file=2)
+    del sys.modules["faulthandler"]  # the program finds loaded what plain Python has loaded
+
+
+# ---- its failure
+
+
 def strip(tb: "TracebackType | None") -> "TracebackType | None":
-    """Return the part of a traceback that plain Python would have."""
+    """Return a traceback without the frames of this file at its head."""
     while tb is not None and tb.tb_frame.f_globals is globals():
         tb = tb.tb_next
     return tb
 
 
-def shortened(text: str) -> str:
-    """Return at most a million characters of a text: its two ends."""
-    half = 500000
-    if len(text) <= 2 * half:
-        return text
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
-
-
-def write(error: BaseException, path: str) -> None:
-    """Write the error file, as a whole or not at all."""
-    import time
-
-    now = time.time()
-    search, sys.path = sys.path, library  # the script's folder may hold a json.py or a tokenize.py of its own
-    try:
-        import json
-        import traceback
-    finally:
-        sys.path = search
-    record = passed_on(error, json.load)
-    if record is None:
-        try:
-            text = str(error)
-        except Exception:
-            text = "<exception str() failed>"
-        line = f"{type(error).__name__}: {text}"
-        stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        if isinstance(error, SystemExit):
-            stack = line  # all that Python shows of it
-        extra = {"py_callstack": shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
-        record = {"message": {"message": shortened(line), "extraInfo": extra}}
-    content = json.dumps(record)
-    beside = f"{path}.{pid}"
-    try:
-        with open(beside, "w", encoding="ascii") as stream:
-            stream.write(content)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
-def passed_on(error: BaseException, load: "Callable[[TextIO], Any]") -> "dict[str, Any] | None":
-    """Return what the worker wrote that made a launcher fail, this one or torch's; None for any other error."""
-    try:
-        _, failure = getattr(error, "get_first_failure")()  # noqa: B009 - no usual exception has it
-        with open(failure.error_file, encoding="utf-8") as stream:
-            record: dict[str, Any] = load(stream)
-        message = record["message"]
-        message["errorCode"] = failure.exitcode
-        extra = message["extraInfo"]
-        extra.update(py_callstack=shortened(extra["py_callstack"]), session=os.getsid(0))
-    except Exception:
-        return None
-    return record
-
-
-def is_told(error: BaseException, path: str) -> bool:
-    """Return whether this exception, and not an earlier one that the program survived, is in the error file."""
-    if getattr(error, "_elastic_launch_error_file", None) == path:
-        return True
-    if not os.path.exists(path):
-        return False
-    search, sys.path = sys.path, library
-    try:
-        import json
-
-        with open(path, encoding="utf-8") as stream:
-            message = json.load(stream)["message"]
-        # An error code stands in what a launcher below has passed on, which is likely to be why this one fails.
-        return isinstance(message, str) or "errorCode" in message or message["message"].startswith(type(error).__name__)
-    finally:
-        sys.path = search
-
-
-def keep(error: BaseException) -> None:
-    """Write what the program died of, unless it is no failure, not this process's, or written already by `record`."""
-    error.with_traceback(strip(error.__traceback__))
-    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
-        return
-    if error_file and os.getpid() == pid:
-        try:
-            if not is_told(error, error_file):
-                write(error, error_file)
-        except BaseException:  # a full disk, say: the program's own failure is the one to tell
-            return
-
-
-def answer_for_stacks() -> None:
-    """Have Python write the stacks of all threads to stderr on the keeper's DUMP_SIGNAL."""
-    import faulthandler
-
-    faulthandler.register(63, file=2)
-    del sys.modules["faulthandler"]  # the program finds what plain Python has loaded
-
-
 def hide_bootstrap() -> None:
-    """Let the excepthook that the program leaves behind see the traceback that plain Python would have."""
+    """Have the program's excepthook see the traceback that plain Python would show it."""
     hook = getattr(sys, "excepthook", sys.__excepthook__)
 
     def excepthook(kind: "type[BaseException]", value: BaseException, tb: "TracebackType | None") -> None:
@@ -190,31 +116,130 @@ def hide_bootstrap() -> None:
     sys.excepthook = excepthook
 
 
+def record_failure(error: BaseException) -> None:
+    """Write the exception that ends the program, unless it is not a failure, is another process's, or is written."""
+    error.with_traceback(strip(error.__traceback__))
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return
+    if not error_file or os.getpid() != pid:
+        return
+    try:
+        import time
+
+        now = time.time()
+        search, sys.path = sys.path, library  # the script's directory may hold a json.py or a tokenize.py of its own
+        try:
+            import json
+            import traceback  # noqa: F401 - for describe()
+        finally:
+            sys.path = search
+        if not is_recorded(error, error_file, json.load):
+            write_record(launcher_record(error, json.load) or describe(error, error.__traceback__, now), error_file)
+    except BaseException:  # a full disk, for example: the program's own failure is the one to show
+        return
+
+
+def is_recorded(error: BaseException, path: str, load: "Callable[[TextIO], Any]") -> bool:
+    """Return whether the error file is about this exception, and not about an earlier one that was caught."""
+    if getattr(error, "_elastic_launch_error_file", None) == path:
+        return True
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as stream:
+        message = load(stream)["message"]
+    # A launcher below this worker leaves an error code there. It is likely to be why this worker fails.
+    return isinstance(message, str) or "errorCode" in message or message["message"].startswith(type(error).__name__)
+
+
+def launcher_record(error: BaseException, load: "Callable[[TextIO], Any]") -> "Record | None":
+    """Return the record of the worker that made a launcher fail, ours or torch's; None for any other exception."""
+    try:
+        _, failure = getattr(error, "get_first_failure")()  # noqa: B009 - ordinary exceptions do not have it
+        with open(failure.error_file, encoding="utf-8") as stream:
+            record: Record = load(stream)
+        message = record["message"]
+        message["errorCode"] = failure.exitcode
+        extra = message["extraInfo"]
+        extra.update(py_callstack=shortened(extra["py_callstack"]), session=os.getsid(0))
+    except Exception:
+        return None
+    return record
+
+
+# ---- shared with error_handler
+
+
+def shortened(text: str) -> str:
+    """Return at most MAX_TEXT characters of a text. Its two ends are worth more than its middle."""
+    half = MAX_TEXT // 2
+    if len(text) <= MAX_TEXT:
+        return text
+    return f"{text[:half]}\n... {len(text) - MAX_TEXT} characters left out ...\n{text[-half:]}"
+
+
+def describe(error: BaseException, tb: "TracebackType | None", now: float) -> "Record":
+    """Return the record of an exception with a traceback, raised at a time in seconds since 1970."""
+    import traceback
+
+    try:
+        text = str(error)
+    except Exception:
+        text = "<exception str() failed>"
+    line = f"{type(error).__name__}: {text}"
+    stack = "".join(traceback.format_exception(type(error), error, tb))
+    if isinstance(error, SystemExit):
+        stack = line  # Python shows no more of it either
+    extra = {"py_callstack": shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
+    return {"message": {"message": shortened(line), "extraInfo": extra}}
+
+
+def write_record(record: "Record", path: str) -> None:
+    """Write an error file, completely or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import json
+
+    content = json.dumps(record)
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(temporary, "w", encoding="ascii") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
 if __name__ == "__main__":
     pid = os.getpid()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     is_module, program = sys.argv[1] == "module", sys.argv[2]
-    command = getattr(sys, "orig_argv", [sys.executable, "-u", *sys.argv])  # how Python was started; 3.10 on
+    command = getattr(sys, "orig_argv", [sys.executable, "-u", *sys.argv])  # how Python was started; since 3.10
     command[-len(sys.argv) :] = ["-m", *sys.argv[2:]] if is_module else sys.argv[2:]
     sys.argv[:3] = ["-m" if is_module else program]
-    is_safe = bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # 3.11 on, where isolated implies it
+    is_safe = bool(getattr(sys.flags, "safe_path", sys.flags.isolated))  # since 3.11, where isolated implies it
     if not is_safe:
-        del sys.path[0]  # this file's folder
+        del sys.path[0]  # this file's directory
     sys.path_importer_cache.pop(__file__, None)
-    answer_for_stacks()
+    register_stack_dump()
     library = sys.path[:]
-    set_main()
+    create_main_module()
     try:
-        if (file := set_path(program, is_module, is_safe)) is not None:
-            exec(load(file), vars(sys.modules["__main__"]))
+        file, path_entry = locate(program, is_module, is_safe)
+        if path_entry:
+            sys.path.insert(0, path_entry)
+        if file is not None:
+            exec(load_script(file), vars(sys.modules["__main__"]))
         else:
             import runpy
 
-            # What `python -m`, `python FOLDER` and `python ZIP` call; runpy's public functions leave `__main__` alone.
+            # What `python -m`, `python DIRECTORY` and `python ZIP` call; the public functions do not set `__main__`.
             getattr(runpy, "_run_module_as_main")(program if is_module else "__main__", is_module)  # noqa: B009
     except BaseException as error:
-        keep(error)
+        record_failure(error)
         if sys.version_info < (3, 11) and not isinstance(error, SystemExit):
-            hide_bootstrap()  # later versions raise it with the traceback that keep() has left it
-        # From here on Python does as ever: it knows the exit status, the signal and the words for each exception.
-        raise
+            hide_bootstrap()  # later versions raise it with the traceback that record_failure() gave it
+        raise  # to Python, which knows the exit status, the signal and the message for each exception

@@ -1,7 +1,8 @@
-"""Layer 2: reads what workers wrote of their exceptions.
+"""Read the error files in which workers describe their exceptions.
 
-A file may be anything: cut off by a full disk, huge, no JSON, no file. It never makes the reader raise, wait or need
-much memory; what can be told of the exception is told, and without it the failure is what the exit status says.
+A file may contain anything: it may be cut off by a full disk, huge, or not JSON; or it may not be a file at all. It
+never makes the reader raise, wait or need much memory. Whatever can be read of the exception is reported. If nothing
+can, the failure is what the exit status says.
 """
 
 from __future__ import annotations
@@ -15,35 +16,37 @@ from typing import Any, BinaryIO
 from elastic_launch.core.agent.root_cause import ErrorRecord, shortened
 
 _MAX_ERROR, _MAX_TRACEBACK = 10_000, 1_000_000
-"""Characters of what is read that are kept: the ends tell more than the middle."""
+"""Characters of the exception's line and of its traceback that are kept. Their ends are worth more than the middle."""
 
-_WHOLE = 4 << 20
-"""Bytes of a file that is read as a whole. Of a larger one its two ends are, and what follows the key of the stack."""
+_MAX_WHOLE = 4 << 20
+"""Bytes up to which a file is parsed as a whole. Of a larger one, only pieces are read."""
 
 _PIECE = 1 << 20
-"""Bytes of each of these pieces."""
+"""Bytes of a piece."""
 
-_LAST = 4096
-"""Bytes at the end in which the numbers stand."""
+_NUMBERS = 4096
+"""Bytes at the end of a file in which the numbers of its record are."""
 
-_SCAN = 256 << 20
+_MAX_SEARCH = 256 << 20
 """Bytes of a large file that are searched for a key."""
 
-_INSIDE = re.compile(r'([^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+)("?)', re.DOTALL)
+_STRING = re.compile(r'([^"\\]*+(?:\\(?:u[0-9a-fA-F]{4}|[^u])[^"\\]*+)*+)("?)', re.DOTALL)
 """The inside of a JSON string up to its end, or to an escape that was cut off."""
 
 _PLAUSIBLE = 3600.0
-"""Seconds between the time that an error file tells and the time when it was written; beyond, the latter counts."""
+"""Seconds that a record's time may differ from its file's. Beyond that the file's time is used."""
 
 
 def read_error_file(path: str, pid: int) -> ErrorRecord | None:
-    """Read what a worker wrote of its exception, in the format of torch's ``record``.
-
-    None if that is not usable, or of another worker: that of a second job with the same id and directory.
+    """Read a worker's error file, in the format of torch's ``record``.
 
     Args:
-        path: the file.
-        pid: the worker, which leads a session that its Python is in, also below a wrapper (PYTHON_EXEC).
+        path: the path of the file.
+        pid: the worker's pid. Its Python is in the worker's session, even below a wrapper (PYTHON_EXEC).
+
+    Returns:
+        The record; None if the file is not usable, or if it is another worker's, which happens when two jobs have the
+        same id and directory.
     """
     try:
         with open(path, "rb", opener=_open_regular) as file:
@@ -52,9 +55,10 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
         if isinstance(message, str):
             message = {"message": message, "extraInfo": {"py_callstack": message}}
         extra = message.get("extraInfo", {})
-        if "errorCode" not in message and extra.get("session", pid) not in (pid, 0):  # 0: of another PID namespace
-            return None  # with an errorCode it is a copy: a launcher below that worker has passed it on
-        # Where somebody has set the file's time, the worker's end counts.
+        # With an errorCode it is a copy that a launcher below the worker has made. 0: from another PID namespace.
+        if "errorCode" not in message and extra.get("session", pid) not in (pid, 0):
+            return None
+        # If someone has set the file's time, the time of the worker's end is used.
         written = status.st_mtime if 0 <= status.st_mtime < 1e11 else float("inf")
         time = extra.get("time")
         plausible = isinstance(time, float) and abs(time - written) < _PLAUSIBLE  # false for NaN
@@ -66,55 +70,56 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a file, but nothing that could make the reader wait or lead it elsewhere: no pipe, no link."""
+    """Open a regular file. A pipe could make the reader wait, and a link could lead it elsewhere."""
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a file", path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return fd
 
 
 def _message(file: BinaryIO, size: int) -> Any:
-    """The ``message`` of an error file: as it is, or what can be found of it in a file that is large or cut off.
+    """The ``message`` of an error file, or what can be found of it if the file is large or cut off.
 
     Raises:
         ValueError: there is none.
     """
     import json  # late: 5 ms, and most workers that die have written nothing
 
-    if size <= _WHOLE:
+    if size <= _MAX_WHOLE:
         try:
-            return json.loads(file.read(_WHOLE).decode("utf-8", "replace"))["message"]
+            return json.loads(file.read(_MAX_WHOLE).decode("utf-8", "replace"))["message"]
         except (ValueError, RecursionError):
             pass
     error = _string(file, "message")[:_MAX_ERROR]
     if not error:
         raise ValueError("no message")
     stack = _string(file, "py_callstack", size) or _string(file, "message", size)
-    file.seek(max(0, size - _LAST))
-    numbers = dict(re.findall(rb'"(time|session|errorCode)": ?(-?\d{1,15}(?:\.\d{1,15})?)[\s,}]', file.read(_LAST)))
+    file.seek(max(0, size - _NUMBERS))
+    numbers = dict(re.findall(rb'"(time|session|errorCode)": ?(-?\d{1,15}(?:\.\d{1,15})?)[\s,}]', file.read(_NUMBERS)))
     extra = {name.decode(): float(number) for name, number in numbers.items()}
     message = {"message": error, "extraInfo": {"py_callstack": stack, **extra}}
     return {**message, "errorCode": 1} if "errorCode" in extra else message
 
 
 def _string(file: BinaryIO, key: str, size: int = 0) -> str:
-    """The first string of this key, as far as it goes; empty where there is none.
+    """The first string with a key, as far as it can be read; empty if there is none.
 
-    A key cannot be mistaken: quotes that stand in a string stand behind a backslash.
+    A key cannot be mistaken for text: quotes within a string have a backslash before them.
 
     Args:
         file: the file.
         key: the key.
-        size: the file's; then a string that is longer than a piece ends with the end that is found in the last one.
+        size: the size of the file in bytes. If given, a string that is longer than a piece ends with the end of the
+            string in the last piece; otherwise it is cut.
     """
     start = _find(file, re.compile(rb'"%s"\s{0,9}:\s{0,9}"' % key.encode()))
     if start is None:
         return ""
     file.seek(start)
-    text, ended = _until_quote(file.read(_PIECE))
+    text, is_complete = _until_quote(file.read(_PIECE))
     begin = max(start + _PIECE, size - _PIECE)
-    if ended or begin >= size:
+    if is_complete or begin >= size:
         return text
     file.seek(begin - 64)
     before, piece = file.read(64), file.read(_PIECE)
@@ -126,10 +131,10 @@ def _string(file: BinaryIO, key: str, size: int = 0) -> str:
 
 
 def _find(file: BinaryIO, pattern: re.Pattern[bytes]) -> int | None:
-    """Where the first match ends."""
-    for offset in range(0, _SCAN, _PIECE):
+    """The offset at which the first match ends."""
+    for offset in range(0, _MAX_SEARCH, _PIECE):
         file.seek(offset)
-        data = file.read(_PIECE + 64)  # so that none is cut in two
+        data = file.read(_PIECE + 64)  # overlapping, so that no match is cut in two
         if match := pattern.search(data):
             return offset + match.end()
         if len(data) <= _PIECE:
@@ -138,13 +143,13 @@ def _find(file: BinaryIO, pattern: re.Pattern[bytes]) -> int | None:
 
 
 def _until_quote(data: bytes) -> tuple[str, bool]:
-    """The characters of a JSON string up to its end, or to that of the data; and whether it was the string's."""
+    """The text of a JSON string up to its end or to the end of the data, and whether its end was found."""
     import json
 
-    match = _INSIDE.match(data.decode("utf-8", "replace"))
-    assert match  # of nothing, at least
+    match = _STRING.match(data.decode("utf-8", "replace"))
+    assert match  # the pattern matches the empty text, too
     text, quote = match.groups()
     try:
         return json.loads(f'"{text}"', strict=False), bool(quote)
     except ValueError:
-        return text, bool(quote)  # no JSON that Python knows; as it stands, it still says something
+        return text, bool(quote)  # Python cannot decode it, but it still says something

@@ -1,9 +1,9 @@
-"""Layer 2: what a worker tells of the exception that ends it: torch's ``record`` and its error file, without torch.
+"""torch's ``record`` and its error file, without torch: what a worker reports of the exception that ends it.
 
-This runs in workers. It may read TORCHELASTIC_ERROR_FILE and write the file of that name, which agents read, torchrun's
-too. It must not come between a worker and its own failure: what goes wrong here is passed over, and the exception, its
-traceback on stderr and the exit status stay as they are. It must import next to nothing before a worker fails.
-``workers/bootstrap.py`` writes the same for scripts that know nothing of it; it must stand alone, so it repeats some.
+This code runs in workers. It reads TORCHELASTIC_ERROR_FILE and writes the file of that name, which agents read,
+torchrun's included. It must not get between a worker and its own failure: errors in here are ignored, and the
+exception, its traceback on stderr and the exit status stay as they are. Before a worker fails, it imports next to
+nothing. ``bootstrap`` does the same for programs that do not use ``record``, and has the parts that both share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import faulthandler
 import functools
 import os
 import sys
+
+from elastic_launch.workers.bootstrap import describe, shortened, write_record
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
@@ -25,21 +27,23 @@ if TYPE_CHECKING:
 
 _VARIABLE = "TORCHELASTIC_ERROR_FILE"
 _MARK = "_elastic_launch_error_file"
-"""Attribute of an exception that is written already: where."""
-
-_MAX = 1_000_000
-"""Characters of a text that are written: its ends tell more than its middle."""
+"""Attribute of a recorded exception: the path of its error file. ``bootstrap`` knows it, too."""
 
 
 def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Callable[P, R | None]:
-    """Decorate a worker's main function: an exception that leaves it is written to the worker's error file.
+    """Decorate a worker's main function: write an exception that leaves it to the worker's error file.
 
-    The exception goes on as it is. ``sys.exit(0)`` returns None; another exit status is no exception to be told, nor
-    is KeyboardInterrupt. A ``ChildFailedError``, of this launcher or of torch's, passes on what its root cause wrote.
+    The exception passes through unchanged. ``sys.exit(0)`` returns None. Any other exit status is not recorded, nor is
+    KeyboardInterrupt. For a ``ChildFailedError``, of this launcher or of torch's, the record of its root cause is
+    written.
 
     Args:
         fn: the function.
-        error_handler: what writes; ``get_error_handler()`` by default.
+        error_handler: writes the file; ``get_error_handler()`` by default.
+
+    Example:
+        >>> @record
+        ... def main() -> None: ...
     """
     handler = error_handler or get_error_handler()
 
@@ -55,78 +59,81 @@ def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Cal
             raise
         except Exception as error:
             if os.getpid() == pid:  # not in a child that fn has forked: its end is not the worker's
-                _tell(handler, error)
+                _handle(handler, error)
             raise
 
     return recorded
 
 
 class ErrorHandler:
-    """What ``record`` calls; the names are torch's, for classes derived from it."""
+    """What ``record`` calls. The method names are torch's, for the sake of subclasses."""
 
     def initialize(self) -> None:
-        """Before the function runs: have Python show all stacks when a signal such as SIGSEGV kills the worker."""
+        """Have Python show all stacks if a signal such as SIGSEGV kills the worker. Called before the function."""
         if not faulthandler.is_enabled():
-            with contextlib.suppress(Exception):  # stderr may be closed, or no file
+            with contextlib.suppress(Exception):  # stderr may be closed, or not a file
                 faulthandler.enable(all_threads=True)
 
     def record_exception(self, e: BaseException) -> None:
-        """Write an exception to the worker's error file; nothing where there is none, or it cannot be written."""
+        """Write an exception to the worker's error file, if it has one. Ignores errors."""
         if path := os.environ.get(_VARIABLE):
             write_error(e, path)
 
     def override_error_code_in_rootcause_data(
         self, rootcause_error_file: str, rootcause_error: dict[str, Any], error_code: int = 0
     ) -> None:
-        """Put the exit code of a worker into what it wrote, ``rootcause_error``; a message without fields stays."""
+        """Set a worker's exit code in its record, ``rootcause_error``, unless the record is a plain message."""
         if isinstance(message := rootcause_error.get("message"), dict):
             message["errorCode"] = error_code
 
     def dump_error_file(self, rootcause_error_file: str, error_code: int = 0) -> None:
-        """Copy a worker's error file to this process's own, which is a worker of another launcher.
+        """Copy a worker's error file to the error file of this process, which is itself a worker of another launcher.
 
         Args:
-            rootcause_error_file: the worker's.
-            error_code: its exit code, or minus the signal's number; 0 leaves out what is unknown.
+            rootcause_error_file: the path of the worker's file.
+            error_code: the worker's exit code, or the negative number of the signal that killed it; 0 if unknown.
 
         Raises:
             OSError: one of the files cannot be read or written.
-            ValueError: the worker's is no error file.
+            ValueError: the worker's file is not an error file.
         """
         content = _read(rootcause_error_file)
         if error_code:
             self.override_error_code_in_rootcause_data(rootcause_error_file, content, error_code)
         if path := os.environ.get(_VARIABLE):
-            _write(content, path)
+            write_record(content, path)
 
 
 def get_error_handler() -> ErrorHandler:
-    """The handler that ``record`` uses by default."""
+    """Return the handler that ``record`` uses by default."""
     return ErrorHandler()
 
 
 def write_error(error: BaseException, path: str) -> None:
-    """Write what ends this worker to an error file: as a whole or not at all, once, and without raising anything.
+    """Write the exception that ends this worker to an error file, completely or not at all. Never raises.
 
-    An exception that is written there already, by the innermost ``record`` of several, is not written again; another
-    one takes its place: the worker has survived the first. For a ``ChildFailedError`` its root cause is written.
+    An exception that was written already, by the innermost ``record`` of several, is not written again. Another one is
+    replaced, because the worker has survived it. For a ``ChildFailedError`` the record of its root cause is written.
 
     Args:
-        error: the exception, as caught; frames of this package at the head of its traceback are left out.
-        path: the file.
+        error: the exception. Frames of this package at the head of its traceback are left out.
+        path: the path of the file.
     """
-    with contextlib.suppress(BaseException):  # a full disk, say: the worker's own failure is the one to tell
+    with contextlib.suppress(BaseException):  # a full disk, for example: the worker's own failure is the one to show
         if vars(error).get(_MARK) != path:
-            _write(_root_cause(error) or _described(error), path)
+            import time
+
+            tb = _without_launcher(error.__traceback__) or error.__traceback__
+            write_record(_root_cause(error) or describe(error, tb, time.time()), path)
             vars(error)[_MARK] = path
 
 
-def _tell(handler: ErrorHandler, error: Exception) -> None:
-    """Hand an exception to a handler that may be a user's, and fail."""
+def _handle(handler: ErrorHandler, error: Exception) -> None:
+    """Pass an exception to a handler, which may be the user's and may fail."""
     try:
         if (first_failure := getattr(error, "get_first_failure", None)) is not None:
             _, failure = first_failure()
-            with contextlib.suppress(OSError, ValueError):  # it has no file, or that of another host
+            with contextlib.suppress(OSError, ValueError):  # the cause has no error file, or is on another host
                 handler.dump_error_file(failure.error_file, failure.exitcode)
                 return
         handler.record_exception(error)
@@ -136,7 +143,7 @@ def _tell(handler: ErrorHandler, error: Exception) -> None:
 
 
 def _root_cause(error: BaseException) -> dict[str, Any] | None:
-    """What the worker wrote that made a launcher fail; None for any other error, and where nothing is known."""
+    """The record of the worker that made a launcher fail; None for any other exception, or if nothing is known."""
     if (first_failure := getattr(error, "get_first_failure", None)) is None:
         return None
     _, failure = first_failure()
@@ -150,33 +157,15 @@ def _root_cause(error: BaseException) -> dict[str, Any] | None:
     return content
 
 
-def _described(error: BaseException) -> dict[str, Any]:
-    import time
-    import traceback
-
-    now = time.time()
-    try:
-        text = str(error)
-    except Exception:
-        text = "<exception str() failed>"
-    line = f"{type(error).__name__}: {text}"
-    tb = _users_part(error.__traceback__) or error.__traceback__
-    stack = "".join(traceback.format_exception(type(error), error, tb))
-    if isinstance(error, SystemExit):
-        stack = line  # all that Python shows of it
-    extra = {"py_callstack": _shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
-    return {"message": {"message": _shortened(line), "extraInfo": extra}}
-
-
-def _users_part(tb: TracebackType | None) -> TracebackType | None:
-    """What is left of a traceback without the frames of this package at its head."""
+def _without_launcher(tb: TracebackType | None) -> TracebackType | None:
+    """A traceback without the frames of this package at its head."""
     while tb is not None and str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] == "elastic_launch":
         tb = tb.tb_next
     return tb
 
 
 def _read(path: str) -> dict[str, Any]:
-    """Read the error file of another worker so that it can be written as this one's."""
+    """Read another worker's error file, so that it can be written as this worker's."""
     import json
 
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -185,27 +174,6 @@ def _read(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not an error file: it has no message")
     message = content["message"]
     if isinstance(message, dict) and isinstance(extra := message.get("extraInfo"), dict):
-        extra["py_callstack"] = _shortened(str(extra.get("py_callstack", "")))
+        extra["py_callstack"] = shortened(str(extra.get("py_callstack", "")))
         extra["session"] = os.getsid(0)
     return content
-
-
-def _write(content: dict[str, Any], path: str) -> None:
-    import json
-
-    text = json.dumps(content)
-    beside = f"{path}.{os.getpid()}"
-    try:
-        with open(beside, "w", encoding="ascii") as file:
-            file.write(text)
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _MAX:
-        return text
-    return f"{text[: _MAX // 2]}\n... {len(text) - _MAX} characters left out ...\n{text[-_MAX // 2 :]}"

@@ -1,4 +1,4 @@
-"""Layer 2: makes a process that was forked what a new program would be. Runs in workers; imports next to nothing."""
+"""Make a forked process what a newly executed program would be. Runs in workers, and imports next to nothing."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 PR_SET_NAME = 15
 
 
-def like_executed(environment: dict[bytes, bytes], handlers: Mapping[int, Any] = MappingProxyType({})) -> None:
-    """Give the process signals that are none of the keeper's, none of them blocked, and an environment of its own.
+def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any] = MappingProxyType({})) -> None:
+    """Replace the keeper's signal handlers, signal mask and environment.
 
     Args:
-        environment: all of it.
-        handlers: of signals, where they are not to have Python's defaults.
+        environment: the whole new environment.
+        handlers: handlers of signals that are not to get Python's default.
     """
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(signum, signal.SIG_IGN)  # as Python has it
+        signal.signal(signum, signal.SIG_IGN)  # as Python does when it starts
     for signum in signal.valid_signals():
         if callable(handler := handlers.get(signum)):
             signal.signal(signum, handler)
@@ -35,25 +35,25 @@ def like_executed(environment: dict[bytes, bytes], handlers: Mapping[int, Any] =
     os.environb.update(environment)
 
 
-def buffer_lines() -> None:
-    """Have each line written at once: the standard streams may be pipes now, which somebody watches."""
+def use_line_buffering() -> None:
+    """Have each line written at once: the standard streams may now be pipes that are watched."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         except (AttributeError, ValueError):
-            continue  # there is none, or it is closed
+            continue  # it does not exist, or it is closed
 
 
-def new_random_states() -> None:
-    """Seed the generators that a new process would have seeded by itself; Python's own does so after a fork."""
+def reseed_random_generators() -> None:
+    """Seed numpy's and torch's generators, as a new process would. Python's own reseeds itself after a fork."""
     if numpy_random := sys.modules.get("numpy.random"):
         numpy_random.seed()
     if torch := sys.modules.get("torch"):
         torch.default_generator.seed()
 
 
-def show_name(name: str, argv: list[bytes]) -> None:
-    """Have ``ps`` show a name and a command line, the latter as far as this process's own had room for it."""
+def set_title(name: str, argv: list[bytes]) -> None:
+    """Have ``ps`` show a name and a command line. The latter is cut to the space that this process's own had."""
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0)

@@ -1,12 +1,12 @@
-"""Layer 2: what runs in the process of a worker that is a function.
+"""Run a function as a worker's process.
 
 As a program, with the numbers of inherited descriptors:
 
     python function_main.py PREPARATION FUNCTION RESULT [TRACKER]
 
-``multiprocessing`` makes the process what its own children are (``BaseProcess._bootstrap``): a function that asks it
-for its name, its parent or its queues finds what it knows. The program imports nothing of elastic_launch before the
-module search path is that of the program that launches.
+``multiprocessing`` sets the process up as it does its own children (``BaseProcess._bootstrap``), so the function finds
+its process name, its parent and its queues. The program imports nothing of elastic_launch until it has the launching
+program's module search path.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from multiprocessing import process, spawn
 from typing import Any, NoReturn
 
 DUMP_SIGNAL = 63
-"""As in ``keeper_main``."""
+"""The same as in ``keeper_main``."""
 
 
 class FunctionProcess(process.BaseProcess):
-    """A worker, as multiprocessing sees it."""
+    """A worker as multiprocessing sees it."""
 
     def __init__(self, name: str, start_method: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         super().__init__(name=name, target=fn, args=args)
         self._start_method = start_method
         self.result = -1
-        """The descriptor of the memory file for what the function returns."""
+        """The descriptor of the memory file for the return value."""
 
     @staticmethod
     def _Popen(process_obj: process.BaseProcess) -> NoReturn:  # noqa: N802 - multiprocessing's name
-        raise NotImplementedError("its keeper starts it")
+        raise NotImplementedError("the keeper starts this process")
 
     def run(self) -> None:
-        """Call the function, and hand over what it returns, or keep what it raises for the report."""
-        # What the function changes in the environment changes none of this; and a child that it forks is no worker.
+        """Call the function. Write its return value for the agent, or its exception to the error file."""
+        # Taken now: the function may change the environment, and a child that it forks is not a worker.
         pid, rank, error_file = os.getpid(), os.environ.get("RANK", "?"), os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._file = os.fstat(self.result)
         try:
             value = self._target(*self._args)  # type: ignore[attr-defined]
             if value is not None and os.getpid() == pid:
-                self._hand_over(value, rank)
+                self._write_result(value, rank)
         except BaseException as error:
             if os.getpid() == pid and not (isinstance(error, SystemExit) and isinstance(error.code, int | None)):
-                keep(error, error_file)
+                record_failure(error, error_file)
             raise
 
-    def _hand_over(self, value: Any, rank: str) -> None:
-        """Write the value's type, for the case that it cannot be read, and the value."""
+    def _write_result(self, value: Any, rank: str) -> None:
+        """Write the value's type, for the message if the agent cannot read the value, and then the value."""
         kind = type(value).__qualname__
         try:
             with open(self._checked_result(), "wb", closefd=False) as file:
@@ -59,39 +59,44 @@ class FunctionProcess(process.BaseProcess):
                 pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
         except Exception as error:
             raise TypeError(
-                f"rank {rank} returned a value of type {kind}, which cannot be handed over: "
+                f"rank {rank} returned a value of type {kind}, which cannot be sent to the launcher: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
     def _checked_result(self) -> int:
-        """The descriptor, if it still is what it was: the function may have closed it and opened another."""
+        """The descriptor, unless the function has closed it. Its number may belong to another file then."""
         try:
             now = os.fstat(self.result)
         except OSError:
             now = None
         if now is None or (now.st_dev, now.st_ino) != (self._file.st_dev, self._file.st_ino):
-            raise OSError("the function has closed the descriptor that was to take it")
+            raise OSError("the function has closed the descriptor for its return value")
         return self.result
 
 
-def keep(error: BaseException, path: str | None) -> None:
-    """Write what the worker died of to its error file, if it has one and that can be done."""
+def record_failure(error: BaseException, path: str | None) -> None:
+    """Write the exception that ends the worker to its error file, if it has one. Ignores errors."""
     try:
         from elastic_launch.workers.error_handler import write_error
 
         if path:
             write_error(error, path)
-    except Exception:  # a full disk, say: the function's own failure is the one to tell
+    except Exception:  # a full disk, for example: the function's own failure is the one to show
         return
 
 
 def run(load: Callable[[], FunctionProcess], result: int) -> int:
-    """Be the worker, and return its exit status."""
+    """Run the worker that ``load`` returns, and return its exit status.
+
+    Args:
+        load: gets the worker.
+        result: the descriptor of the memory file for the return value.
+    """
     faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True)
     try:
         worker = load()
-    except BaseException as error:  # a module that cannot be imported here, most likely
-        keep(error, os.environ.get("TORCHELASTIC_ERROR_FILE"))
+    except BaseException as error:  # most likely a module that cannot be imported here
+        record_failure(error, os.environ.get("TORCHELASTIC_ERROR_FILE"))
         import traceback
 
         traceback.print_exc()
@@ -100,33 +105,33 @@ def run(load: Callable[[], FunctionProcess], result: int) -> int:
     parent = os.pidfd_open(os.getppid())
     try:
         return worker._bootstrap(parent_sentinel=parent)  # type: ignore[attr-defined, no-any-return]
-    except Exception:  # multiprocessing could not show the function's exception: sys.stderr is None, closed or full
+    except Exception:  # multiprocessing could not print the function's exception: sys.stderr is None, closed or full
         return 1
 
 
-def load_pickled(preparation: int, payload: int) -> FunctionProcess:
-    """Prepare a fresh process, as multiprocessing does, and read what it is to run."""
+def load_worker(preparation: int, payload: int) -> FunctionProcess:
+    """Prepare a new process as multiprocessing does, and unpickle the worker."""
     process.current_process()._inheriting = True  # type: ignore[attr-defined]
     try:
-        spawn.prepare(read(preparation))
-        worker = read(payload)
+        spawn.prepare(unpickle(preparation))
+        worker = unpickle(payload)
     finally:
         del process.current_process()._inheriting  # type: ignore[attr-defined]
     return worker  # type: ignore[no-any-return]
 
 
-def read(memory_file: int) -> Any:
-    """Read a pickle; the file's position is not touched, since other workers share it."""
+def unpickle(memory_file: int) -> Any:
+    """Read a pickle. The descriptor's position does not move: other workers share it."""
     with open(f"/proc/self/fd/{memory_file}", "rb") as file:
         return pickle.load(file)
 
 
-def use_tracker(numbers: list[int]) -> None:
-    """Share the resource tracker of the program that launches, if it has one."""
-    if numbers:
+def share_resource_tracker(descriptors: list[int]) -> None:
+    """Use the resource tracker of the launching program, if it has one."""
+    if descriptors:
         from multiprocessing import resource_tracker
 
-        (resource_tracker._resource_tracker._fd,) = numbers  # type: ignore[attr-defined]
+        (resource_tracker._resource_tracker._fd,) = descriptors  # type: ignore[attr-defined]
 
 
 def serve_functions(
@@ -137,31 +142,31 @@ def serve_functions(
     Args:
         sock: as for ``keeper_main.main``.
         agent: as for ``keeper_main.main``.
-        environ: what workers inherit.
-        workers: by local rank.
+        environ: the environment that the workers inherit.
+        workers: the workers, by local rank.
     """
     from elastic_launch.workers import forked, keeper_main
 
     environment = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
     try:
         keeper_main.serve(sock, agent, environment, forks=True)
-    except keeper_main.Forked as order:
-        local_rank, environment, descriptors = order.order[0], order.environment, order.descriptors
+    except keeper_main.ForkedWorker as worker:
+        local_rank, environment, descriptors = worker.order[0], worker.environment, worker.descriptors
     (result,) = (fd for fd in descriptors if fd > 2)  # the others are standard streams
-    forked.like_executed(environment)
+    forked.reset_process(environment)
     if len(descriptors) > 1:
-        forked.buffer_lines()
+        forked.use_line_buffering()
     os._exit(run(lambda: workers[local_rank], result))
 
 
 def main(arguments: list[str]) -> NoReturn:
     """Be the worker."""
-    numbers = list(map(int, arguments))
-    for fd in numbers:
+    descriptors = list(map(int, arguments))
+    for fd in descriptors:
         os.set_inheritable(fd, False)
-    preparation, payload, result, *tracker = numbers
-    use_tracker(tracker)
-    sys.exit(run(lambda: load_pickled(preparation, payload), result))
+    preparation, payload, result, *tracker = descriptors
+    share_resource_tracker(tracker)
+    sys.exit(run(lambda: load_worker(preparation, payload), result))
 
 
 if __name__ == "__main__":

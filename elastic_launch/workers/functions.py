@@ -1,13 +1,13 @@
-"""Layer 2: functions as workers, as the agent sees them: what their keeper and their processes are started with.
+"""Functions as workers, on the agent's side: how their keeper and their processes are started.
 
-The three start methods are those of ``multiprocessing``, whose machinery does the pickling and runs the function, so
-that queues, locks, connections and tensors can be arguments. But the processes are the keeper's:
+The start methods are those of ``multiprocessing``. Its machinery pickles and runs the function, so queues, locks,
+connections and tensors can be arguments. But the keeper starts the processes:
 
-    spawn       the small keeper executes a fresh Python for each worker
+    spawn       the ordinary keeper executes a new Python for each worker
     fork        the keeper is a fork of this process, and forks the workers
-    forkserver  the keeper is a fresh Python that has imported the main module, and forks the workers (``preload_main``)
+    forkserver  the keeper is a new Python that has imported the main module, and forks the workers (``preload_main``)
 
-A function comes by a memory file, and what it returns goes back by one: nobody has to read while it is written.
+A function arrives in a memory file, and its return value comes back in one. So nobody has to read while it is written.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import Any, NoReturn
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import function_main
-from elastic_launch.workers.keeper import Begin, execute_keeper, preload_keeper
+from elastic_launch.workers.keeper_client import StartKeeper, execute_keeper, preload_keeper
 
 START_METHODS = ("spawn", "fork", "forkserver")
-_HIGH = 200
-"""From here on descriptors are likely to be free in any process."""
+_FIRST_FREE = 200
+"""From here on, descriptors are likely to be free in any process."""
 
 
 class Functions:
-    """What the workers of one node run: a function, and by local rank its arguments and what it returned."""
+    """What the workers of one node run: a function, its arguments and its return values, by local rank."""
 
     def __init__(
         self,
@@ -46,25 +46,27 @@ class Functions:
         """Pickle what the start method needs pickled.
 
         Args:
-            name: of the processes, followed by their local rank.
-            fn: what each worker calls.
-            args: with which arguments, by local rank.
+            name: the processes' name, to which their local rank is added.
+            fn: the function that each worker calls.
+            args: its arguments, by local rank.
             start_method: one of ``START_METHODS``.
-            preload: modules that the keeper imports, for workers to be forked from it.
+            preload: modules that the keeper imports before it forks the workers.
 
         Raises:
-            UsageError: the start method is unknown, or function and arguments cannot be sent with it.
+            UsageError: the start method is unknown, or cannot send the function or its arguments to the workers.
         """
         if start_method not in START_METHODS:
             raise UsageError(f"start_method={start_method!r}: must be one of {', '.join(START_METHODS)}")
         if preload and start_method == "fork":
-            raise UsageError("preload with start_method='fork': workers have what this program has imported already")
+            raise UsageError("preload with start_method='fork': workers already have what this program has imported")
         self._method = start_method
         self._preload = preload
         self._results: dict[int, int] = {}
+        """Memory files for the return values, by local rank."""
         self._preparation = -1
+        """Memory file with multiprocessing's preparation data."""
         self._payloads: dict[int, tuple[int, list[int]]] = {}
-        """By local rank: memory file, and the descriptors that the pickle refers to."""
+        """By local rank: a memory file with the worker, and the descriptors that its pickle refers to."""
         self._processes = {
             rank: function_main.FunctionProcess(f"{name}-{rank}", start_method, fn, arguments)
             for rank, arguments in args.items()
@@ -73,7 +75,7 @@ class Functions:
             try:
                 self._pickle(name, fn)
             except Exception as error:
-                raise UsageError(_why_not(fn, start_method, error)) from error
+                raise UsageError(_explain(fn, start_method, error)) from error
             finally:
                 if len(self._payloads) < len(self._processes):
                     self.close()
@@ -81,17 +83,17 @@ class Functions:
     def _pickle(self, name: str, fn: Callable[..., Any]) -> None:
         from multiprocessing import spawn
 
-        # What a fresh Python needs to become like this one: module search path, main module, directory.
+        # What a new Python needs to become like this one: module search path, main module, working directory.
         data = spawn.get_preparation_data(name)
         if not os.path.exists(data.get("init_main_from_path", "/")):
-            del data["init_main_from_path"]  # a program that came by a pipe; other modules can be imported
+            del data["init_main_from_path"]  # the program came through a pipe; other modules can be imported
         if getattr(fn, "__module__", "") == "__main__" and not any(key.startswith("init_main") for key in data):
-            raise ImportError("this program has no file (a notebook?) that a fresh process could import it from")
+            raise ImportError("this program has no file (a notebook?) that a new process could import it from")
         self._preparation, _ = _pickled(data)
         for rank, process in self._processes.items():
             self._payloads[rank] = _pickled(process)
 
-    def begin(self) -> Begin:
+    def keeper_starter(self) -> StartKeeper:
         """What starts the keeper."""
         if self._method == "fork":
             return self._fork_keeper
@@ -101,7 +103,7 @@ class Functions:
         return preload_keeper(_python(), self._preload, kind, str(self._preparation), [self._preparation])
 
     def command(self, local_rank: int) -> tuple[list[str], list[tuple[int, int]]]:
-        """What a worker is started with in a new round: argument vector, and descriptors with their numbers there."""
+        """How to start a worker in a new round: its argv, and its descriptors with their numbers there."""
         if local_rank in self._results:
             os.close(self._results.pop(local_rank))
         self._results[local_rank] = result = _memory_file("result")
@@ -113,10 +115,10 @@ class Functions:
         return argv, [(fd, fd) for fd in (*descriptors, *referred)]
 
     def value(self, local_rank: int) -> Any:
-        """What a worker that has ended with 0 returned; None also if it ended before it could.
+        """The return value of a worker that has ended with status 0; None if it exited before it returned.
 
         Raises:
-            LaunchError: this process cannot make the value of what the worker's pickle says.
+            LaunchError: the value cannot be unpickled in this process.
         """
         result = self._results[local_rank]
         if os.fstat(result).st_size == 0:
@@ -133,7 +135,7 @@ class Functions:
             ) from error
 
     def close(self) -> None:
-        """Let go of the memory files."""
+        """Close the memory files."""
         for fd in [*self._results.values(), *(payload for payload, _ in self._payloads.values())]:
             os.close(fd)
         if self._preparation >= 0:
@@ -142,14 +144,14 @@ class Functions:
 
     def _fork_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, ValueError, OSError):  # there is none, it is closed, it is full
-                stream.flush()  # or each worker would write what waits in it
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # it does not exist, or is closed or full
+                stream.flush()  # otherwise each worker would write what is in the buffer
         pid = os.fork()
         if pid == 0:
-            self._be_the_keeper(environ, inherited)
+            self._be_keeper(environ, inherited)
         return pid
 
-    def _be_the_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> NoReturn:
+    def _be_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> NoReturn:
         """In the fork: become what ``execute_keeper`` would have started, but with this program's memory."""
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
@@ -168,7 +170,7 @@ def _python() -> list[str]:
 
 
 def _tracker() -> list[int]:
-    """The descriptor of this program's resource tracker; none where it has none: then the workers have one each."""
+    """The descriptor of this program's resource tracker, if it has one. If not, each worker starts its own."""
     if "multiprocessing.resource_tracker" not in sys.modules:
         return []
     from multiprocessing import resource_tracker
@@ -178,13 +180,13 @@ def _tracker() -> list[int]:
 
 
 def _pickled(value: object) -> tuple[int, list[int]]:
-    """A memory file with a pickle for a worker, and the descriptors that it refers to."""
+    """Pickle a value for a worker. Returns a memory file, and the descriptors that the pickle refers to."""
     from multiprocessing import context, popen_spawn_posix, reduction
 
     referred: list[int] = []
 
     class Popen:
-        """What multiprocessing's objects ask, while they are pickled, for a way to send their descriptors."""
+        """What multiprocessing's objects use, while they are pickled, to send their descriptors."""
 
         DupFd = popen_spawn_posix._DupFd
 
@@ -206,22 +208,22 @@ def _pickled(value: object) -> tuple[int, list[int]]:
 
 
 def _memory_file(name: str) -> int:
-    """A memory file with a number that is free in the worker, too, where that is a fork of a program at work."""
+    """A memory file, with a number that is also free in a worker that is a fork of a program at work."""
     fd = os.memfd_create(name)
     try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
-    except OSError:  # beyond the limit of this process
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
+    except OSError:  # above the limit of this process
         return os.dup(fd)
     finally:
         os.close(fd)
 
 
-def _why_not(fn: Callable[..., Any], start_method: str, error: Exception) -> str:
-    """What made pickling fail, and what to do."""
+def _explain(fn: Callable[..., Any], start_method: str, error: Exception) -> str:
+    """Say why a function cannot be sent to the workers, and what to do."""
     name = callable_name(fn)
     if isinstance(error, RuntimeError) and "bootstrapping phase" in str(error):
         return (
-            f"entrypoint {name}: a worker that imports this module would start workers itself: "
+            f"entrypoint {name}: a worker that imports this module would launch workers itself; "
             "put the launch under if __name__ == '__main__':"
         )
     return (

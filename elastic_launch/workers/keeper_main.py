@@ -1,30 +1,36 @@
-"""Layer 2: the keeper, a small process between the agent and its workers. It is their parent and their undertaker.
+"""The keeper: a small process between the agent and its workers, which is the workers' parent and reaper.
 
-The agent and the keeper are both subreapers, and each ends all that is below it when the other goes. So nothing that a
-worker started, daemons included, outlives the job, even when the agent or the keeper is killed with SIGKILL.
+The agent and the keeper are both subreapers (``PR_SET_CHILD_SUBREAPER``). When one of them dies, the other kills
+everything below itself. So nothing that a worker started outlives the job, daemons included, even when the agent or the
+keeper is killed with SIGKILL.
 
-It runs as a program of its own, ``main(SOCKET, AGENT)`` under ``python -I -S``: executed, not forked, because the agent
-may live in a program full of threads. SOCKET is a stream to the agent; AGENT is a pidfd of the agent, since a program
-that forks may keep copies of the socket's other end. It has all signals blocked but SIGCHLD, and a session of its own:
-neither a terminal nor a batch system that signals every process of a job can hit it by accident.
+The keeper runs as a program of its own: ``main(SOCKET, AGENT)`` under ``python -I -S``. It is executed, not forked,
+because the agent may live in a program full of threads. SOCKET is a stream socket to the agent. AGENT is a pidfd of the
+agent: a program that forks may hold copies of the socket's other end, so the socket alone would not show its death. The
+keeper blocks all signals but SIGCHLD and has a session of its own, so that neither a terminal nor a batch system that
+signals every process of a job can hit it by accident.
 
-It imports nothing of elastic_launch and as little as possible of the standard library: it stands in the way of the
-first worker. It decides nothing, and gives no process up; the agent does, and then leaves the keeper to its task.
+It imports nothing of elastic_launch and as little of the standard library as possible, because the first worker waits
+for its start. It decides nothing and never gives up on a process; the agent may do so, and leaves the keeper to its
+task.
 
-Messages are marshalled tuples after a length of four bytes; both ends are the same interpreter.
+Messages are marshalled tuples behind a length of four bytes. Both ends run the same interpreter.
 
 To the keeper:
     ("spawn", [(local rank, argv, environment changes, [descriptor's number in the worker, ...], [cpu, ...]), ...])
-        -- begins a round; the descriptors come with it, in that order; number -1: any
-    ("tell", signum, [local rank, ...], stop?)
-    ("dump", [local rank, ...])  -- have them write the stacks of their threads to stderr
-    ("sweep", kill?)
-    ("lease", until)  -- SIGKILL all of them at that time of the monotonic clock, unless another lease comes before
+        -- start a round. The descriptors arrive with the message, in this order; number -1 means any.
+    ("signal", signum, [local rank, ...], is_stop)
+    ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads to stderr
+    ("reap_leftovers", kill)  -- end what the workers left, with SIGTERM or with SIGKILL
+    ("lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
-    ("exited", [(local rank, exit code, time, (stop signals sent before, ...)), ...])
-    ("gone", {pid: name})  -- answers the sweeps of a round, when nothing is left; what had to be killed besides workers
-    ("lapsed",)  -- the lease has run out
+    ("exited", [(local rank, exit code, time, (stop signal sent before, ...)), ...])
+    ("reaped", {pid: name})
+        -- once per round, when no process is left; names the processes that had to be killed after the workers' end
+    ("lease_expired",)
+    ("failed", message)  -- the keeper cannot do its work and exits
+    ("warning", message)  -- from ``preload_main`` only
 """
 
 from __future__ import annotations
@@ -41,49 +47,431 @@ import sys
 import time
 from enum import Enum
 
-TYPE_CHECKING = False  # typing is an import that the keeper does without
+TYPE_CHECKING = False  # mypy knows the name; importing typing would delay the first worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any, NoReturn
 
-    Order = tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]
-    """One worker to be started, as in the ``spawn`` message."""
+    SpawnOrder = tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]
+    """One worker to start, as in the ``spawn`` message."""
 
+PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
+"""Imports this file instead of running it as a script: that finds the compiled file and saves 5 ms."""
+COMMAND = (sys.executable, "-I", "-S", "-c", PROGRAM, os.path.dirname(__file__))
+"""Command line of a keeper, without the numbers of its two descriptors."""
+
+DUMP_SIGNAL = 63
+"""Python workers answer this signal with the stacks of their threads (``bootstrap``, ``function_main``)."""
+MAX_DESCRIPTORS = 250
+"""Descriptors sent with one message. The kernel's limit is 253."""
+
+MIN_KILL_INTERVAL, MAX_KILL_INTERVAL = 0.01, 1.0
+"""Seconds until SIGKILL is sent again, to processes that are still there and to those forked meanwhile."""
+NO_LEASE = float("inf")
+"""The lease of workers that need none."""
+
+MSG_CTRUNC, MSG_CMSG_CLOEXEC = 0x8, 0x40000000
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
-
-PROGRAM = "import sys; sys.path.append(sys.argv[1]); import keeper_main; keeper_main.main(*map(int, sys.argv[2:]))"
-"""Imported, not executed as a script, for the compiled file that the agent's own import has left: 5 ms."""
-COMMAND = (sys.executable, "-I", "-S", "-c", PROGRAM, os.path.dirname(__file__))
-"""What starts a keeper; the numbers of its descriptors follow."""
-
-MSG_CTRUNC, MSG_CMSG_CLOEXEC = 0x8, 0x40000000
-DUMP_SIGNAL = 63
-"""Python workers answer it with the stacks of their threads (``bootstrap``, ``function_main``)."""
-MOST_DESCRIPTORS = 250
-"""That go with one message; the kernel takes 253."""
-
-FIRST_LOOK, SLOWEST_LOOK = 0.01, 1.0
-"""Seconds between looks for processes that are still there after SIGKILL, or were forked meanwhile."""
-
 libc = ctypes.CDLL(None)
 
 
-class Forked(BaseException):
-    """Raised in the process of a worker that is not to execute a command, through all of the keeper's frames."""
+def main(sock: int, agent: int) -> NoReturn:
+    """Run the keeper as a program; ``sock`` and ``agent`` are inherited descriptors."""
+    close_others((sock, agent))
+    serve(sock, agent, inherited_environment())
 
-    def __init__(self, order: Order, environment: dict[bytes, bytes], descriptors: list[int]) -> None:
+
+def serve(sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = False) -> NoReturn:
+    """Be the keeper until this process ends.
+
+    Args:
+        sock: the descriptor of the socket to the agent.
+        agent: the descriptor of the agent's pidfd.
+        environment: what the workers inherit.
+        forks: whether workers are forks of this process. Otherwise they execute a command.
+
+    Raises:
+        ForkedWorker: only with ``forks``, in a new process: that process is a worker, not the keeper.
+    """
+    for fd in (sock, agent):
+        os.set_inheritable(fd, False)
+    libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
+    set_subreaper(True)
+    Keeper(sock, agent, environment, forks).run()
+    os._exit(0)
+
+
+class ForkedWorker(BaseException):
+    """Raised in the process of a forked worker, to leave all of the keeper's frames."""
+
+    def __init__(self, order: SpawnOrder, environment: dict[bytes, bytes], descriptors: list[int]) -> None:
         self.order = order
         self.environment = environment
-        """All of it."""
+        """The worker's whole environment."""
         self.descriptors = descriptors
-        """Those that came for it, in their order."""
+        """The descriptors that were sent for this worker, in the order of the message."""
+
+
+class KeeperPhase(Enum):
+    """How far the keeper is with the current round."""
+
+    RUNNING = 0
+    TERMINATING = 1
+    """The leftovers have been sent SIGTERM."""
+    KILLING = 2
+    """Whatever is left is sent SIGKILL again and again."""
+    REAPED = 3
+    """No process is left, and the agent knows."""
+
+
+class RunningWorker:
+    """A worker that has not ended."""
+
+    def __init__(self, local_rank: int, pid: int) -> None:
+        self.local_rank = local_rank
+        self.pid = pid
+        self.stop_signals: tuple[int, ...] = ()
+        """The stop signals that it has been sent."""
+
+
+class Keeper:
+    """Carries out the agent's messages and reaps the processes below."""
+
+    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], forks: bool) -> None:
+        self.sock = sock
+        self.socket = _socket.socket(fileno=sock)
+        self.agent = agent
+        self.is_agent_alive = True
+        self.environment = environment
+        self.forks = forks
+        self.private_descriptors: tuple[int, ...] = ()
+        """Descriptors of the keeper's own, which a forked worker closes."""
+        self.received_descriptors: list[int] = []
+        """Descriptors for workers that have not been started yet."""
+        self.worker_limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # For a moment the keeper holds many of the workers' descriptors.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.worker_limits[1], self.worker_limits[1]))
+        self.phase = KeeperPhase.RUNNING
+        self.workers: dict[int, RunningWorker] = {}
+        """The workers that have not ended, by local rank."""
+        self.stopped_groups: set[int] = set()
+        """Process groups that have been sent a stop signal as a whole."""
+        self.killed_leftovers: dict[int, str] = {}
+        """Names, by pid, of the processes that were sent SIGKILL after the last worker had ended."""
+        self.kill_interval = MIN_KILL_INTERVAL
+        self.has_children = False
+        self.lease = NO_LEASE
+        """When the workers are killed unless the agent renews the lease, on ``time.monotonic``."""
+
+    def run(self) -> None:
+        """Serve until the agent is gone and no process is left."""
+        sigchld, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.private_descriptors = (self.sock, self.agent, sigchld, wakeup)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakeup)
+        poller = select.poll()
+        for fd in (self.sock, self.agent, sigchld):
+            poller.register(fd, select.POLLIN)
+        handlers: dict[str, Callable[..., None]] = {
+            "spawn": self.spawn,
+            "signal": self.send_signal,
+            "dump_stacks": self.dump_stacks,
+            "reap_leftovers": self.reap_leftovers,
+            "lease": self.renew_lease,
+        }
+        buffer = bytearray()
+        while True:
+            ready = [fd for fd, _ in poller.poll(self.poll_timeout())]
+            if sigchld in ready:
+                os.read(sigchld, 4096)
+            if self.sock in ready:
+                data = self.receive()
+                self.is_agent_alive = bool(data)
+                buffer += data
+                for name, *arguments in unpack(buffer):
+                    handlers[name](*arguments)
+            if self.agent in ready or (self.sock in ready and not self.is_agent_alive):
+                self.is_agent_alive = False
+                poller.unregister(self.sock)
+                poller.unregister(self.agent)
+                self.start_killing()
+            self.has_children = self.advance()
+            if self.has_children and time.monotonic() >= self.lease:
+                self.expire_lease()
+            if not self.has_children and not self.is_agent_alive:
+                return
+
+    def poll_timeout(self) -> float | None:
+        """Milliseconds until something is due; None if nothing is."""
+        if self.phase is KeeperPhase.KILLING:
+            return self.kill_interval * 1000
+        if not self.has_children or self.lease == NO_LEASE:
+            return None
+        return max(0.0, self.lease - time.monotonic()) * 1000
+
+    # ---- messages
+
+    def receive(self) -> bytes:
+        """Read what the agent has sent; empty when it has closed its end."""
+        try:
+            size = _socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
+            data, ancillary, flags, _ = self.socket.recvmsg(1 << 16, size, MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            return b""
+        if flags & MSG_CTRUNC:  # some are missing: every worker after them would get another's descriptors
+            self.send(("failed", "too many open files for the workers' output; raise the limit (`ulimit -n`)"))
+            os._exit(1)
+        for _, _, numbers in ancillary:
+            self.received_descriptors += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
+        return data
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Send a message to the agent. Its death is noticed elsewhere."""
+        data = memoryview(pack(message))
+        try:
+            while self.is_agent_alive and data:
+                data = data[os.write(self.sock, data) :]
+        except OSError:
+            return
+
+    def spawn(self, orders: list[SpawnOrder]) -> None:
+        """Start the workers of a round."""
+        self.phase = KeeperPhase.RUNNING
+        self.stopped_groups.clear()
+        self.killed_leftovers.clear()
+        started: dict[int, int] = {}
+        failed: dict[int, tuple[int, str]] = {}
+        for order in orders:
+            local_rank, count = order[0], len(order[3])
+            descriptors = self.received_descriptors[:count]
+            del self.received_descriptors[:count]
+            try:
+                started[local_rank] = pid = self.start_worker(order, descriptors)
+            except OSError as error:
+                failed[local_rank] = (error.errno or 0, error.strerror or str(error))
+            else:
+                self.workers[local_rank] = RunningWorker(local_rank, pid)
+            for fd in descriptors:
+                os.close(fd)
+        self.send(("started", started, failed))
+
+    def send_signal(self, signum: int, local_ranks: list[int], is_stop: bool) -> None:
+        """Send a signal to workers that have not ended.
+
+        A stop signal goes to the worker's process group, and is recorded: it explains how the worker ends. Any other
+        signal goes to the worker alone.
+        """
+        for worker in self.running(local_ranks):
+            if not is_stop:
+                kill(worker.pid, signum)
+                continue
+            worker.stop_signals += (signum,)
+            self.stopped_groups.add(worker.pid)
+            for number in (signum, signal.SIGCONT):  # a stopped worker would sleep through its grace period
+                kill(-worker.pid, number)
+
+    def dump_stacks(self, local_ranks: list[int]) -> None:
+        """Have workers write their stacks. Below a wrapper, the nearest process with a handler does it."""
+        for worker in self.running(local_ranks):
+            for pid in (worker.pid, *descendants(worker.pid)):
+                if has_handler(pid, DUMP_SIGNAL):
+                    kill(pid, DUMP_SIGNAL)
+                    kill(pid, signal.SIGCONT)
+                    break
+
+    def reap_leftovers(self, with_kill: bool) -> None:
+        """Begin to end what is left. ``advance`` tells the agent when nothing is."""
+        if self.phase is KeeperPhase.REAPED or (self.phase is KeeperPhase.KILLING and not with_kill):
+            return  # this message and the reply to an earlier one have crossed
+        if with_kill:
+            self.start_killing()
+            return
+        self.phase = KeeperPhase.TERMINATING
+        if self.reap():
+            # Nothing is sent a second stop signal: many programs read that as "now".
+            for pid in descendants(os.getpid()):
+                try:
+                    is_stopped = os.getpgid(pid) in self.stopped_groups
+                except ProcessLookupError:
+                    continue
+                if not is_stopped:
+                    kill(pid, signal.SIGTERM)
+                    kill(pid, signal.SIGCONT)
+
+    def renew_lease(self, until: float) -> None:
+        """Let the workers live until a time on ``time.monotonic``."""
+        self.lease = until
+
+    def running(self, local_ranks: list[int]) -> list[RunningWorker]:
+        """Those of the workers that have not ended, so that their pids are still theirs."""
+        return [self.workers[rank] for rank in local_ranks if rank in self.workers]
+
+    # ---- the end of workers
+
+    def expire_lease(self) -> None:
+        """Kill the workers: the agent is stopped or starved, and another node may take this one's place."""
+        self.lease = NO_LEASE
+        if self.phase in (KeeperPhase.RUNNING, KeeperPhase.TERMINATING):
+            self.send(("lease_expired",))
+            self.start_killing()
+
+    def start_killing(self) -> None:
+        """Have ``advance`` send SIGKILL to every process below, until none is left."""
+        self.phase = KeeperPhase.KILLING
+        self.kill_interval = MIN_KILL_INTERVAL
+        for worker in self.workers.values():
+            worker.stop_signals += (int(signal.SIGKILL),)
+
+    def advance(self) -> bool:
+        """Reap what has ended, and do what the phase asks for. Returns whether any process is left."""
+        is_any_left = self.reap()
+        if is_any_left and self.phase is KeeperPhase.KILLING:
+            for pid in descendants(os.getpid()):
+                if not self.workers:
+                    self.killed_leftovers[pid] = name_of(pid)
+                kill(pid, signal.SIGKILL)
+            self.kill_interval = min(2 * self.kill_interval, MAX_KILL_INTERVAL)
+        if not is_any_left and self.phase in (KeeperPhase.TERMINATING, KeeperPhase.KILLING):
+            self.phase = KeeperPhase.REAPED
+            self.send(("reaped", self.killed_leftovers))
+        return is_any_left
+
+    def reap(self) -> bool:
+        """Collect ended children, workers and adopted ones, and report workers. Returns whether any child is left."""
+        exits: list[tuple[int, int, float, tuple[int, ...]]] = []
+        by_pid = {worker.pid: worker for worker in self.workers.values()}
+        is_any_left = True
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                is_any_left = False
+                break
+            if pid == 0:
+                break
+            if worker := by_pid.get(pid):
+                del self.workers[worker.local_rank]
+                exits.append((worker.local_rank, os.waitstatus_to_exitcode(status), time.time(), worker.stop_signals))
+        if exits:
+            self.send(("exited", exits))
+        return is_any_left
+
+    # ---- the start of a worker
+
+    def start_worker(self, order: SpawnOrder, descriptors: Sequence[int]) -> int:
+        """Start one worker and return its pid.
+
+        Raises:
+            OSError: the worker could not be forked or executed.
+        """
+        keeper = os.getpid()
+        reading, writing = os.pipe2(os.O_CLOEXEC)  # the child reports an error here; otherwise exec closes it
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(writing)
+            os.close(reading)
+            raise
+        if pid == 0:
+            self.become_worker(order, descriptors, keeper, reading, writing)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            error = pipe.read()
+        if error:
+            os.waitpid(pid, 0)
+            raise OSError(*marshal.loads(error))
+        return pid
+
+    def become_worker(
+        self, order: SpawnOrder, descriptors: Sequence[int], keeper: int, reading: int, errors: int
+    ) -> NoReturn:
+        """In the new process: lead a session of its own, then execute the command or leave the keeper's frames.
+
+        Args:
+            order: the worker.
+            descriptors: those that were sent for it.
+            keeper: the keeper's pid.
+            reading: the reading end of the pipe for errors.
+            errors: the writing end of that pipe.
+
+        Raises:
+            ForkedWorker: if the keeper ``forks``.
+        """
+        _, argv, changes, targets, cpus = order
+        environment = {**self.environment, **changes}
+        try:
+            os.setsid()
+            # For the case that keeper and agent die at the same instant. The setting survives exec. The keeper may
+            # have died before it was made.
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != keeper:
+                os._exit(127)
+            numbers, errors = renumber(descriptors, targets, errors)
+            resource.setrlimit(resource.RLIMIT_NOFILE, self.worker_limits)
+            if cpus:
+                os.sched_setaffinity(0, cpus)
+            if not self.forks:
+                for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
+                    signal.signal(ignored_by_python, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                os.execvpe(argv[0], argv, environment)
+            self.socket.detach()  # or its destructor would close whatever has its number by then
+            unneeded = {reading, *self.private_descriptors, *descriptors, *self.received_descriptors}
+            for fd in unneeded - set(numbers):
+                os.close(fd)
+        except BaseException as error:
+            os.write(errors, marshal.dumps((getattr(error, "errno", 0), getattr(error, "strerror", str(error)))))
+            os._exit(127)
+        os.close(errors)
+        raise ForkedWorker(order, environment, numbers)
+
+
+# ---- descriptors and the environment
+
+
+def renumber(descriptors: Sequence[int], targets: Sequence[int], errors: int) -> tuple[list[int], int]:
+    """Give descriptors the numbers that the worker expects; -1 means any.
+
+    Returns:
+        The numbers, and the new number of ``errors``, which is moved out of their way.
+    """
+    lowest = max((2, *targets)) + 1
+    old, errors = errors, fcntl.fcntl(errors, fcntl.F_DUPFD_CLOEXEC, lowest)
+    os.close(old)
+    # Move all of them out of the way first: the number of one may be the target of another.
+    numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
+    for index, target in enumerate(targets):
+        if target >= 0:
+            os.dup2(numbers[index], target)
+            os.close(numbers[index])
+            numbers[index] = target
+    return numbers, errors
+
+
+def close_others(kept: Sequence[int]) -> None:
+    """Close what the caller left open, except standard streams and ``kept``: neither keeper nor workers use it."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in kept:
+            try:  # noqa: SIM105 - contextlib is an import that the keeper does without
+                os.close(fd)
+            except OSError:
+                pass  # the descriptor of the listing itself
+
+
+def inherited_environment() -> dict[bytes, bytes]:
+    """The environment that the agent gave this process. Python may have set LC_CTYPE in ``os.environ`` since."""
+    with open("/proc/self/environ", "rb") as file:
+        return dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
+
+
+# ---- other processes
 
 
 def set_subreaper(on: bool) -> bool:
-    """Make this process the parent of what its descendants orphan, or undo that. Returns whether the system lets it."""
+    """Set whether this process adopts the orphans among its descendants. Returns whether the system supports it."""
     return bool(libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0) == 0)
 
 
@@ -94,23 +482,31 @@ def get_subreaper() -> bool:
     return bool(flag.value)
 
 
+def read_stat(pid: int | str) -> list[bytes]:
+    """State, parent's pid, process group, session, and the other fields of /proc/PID/stat in one piece.
+
+    Raises:
+        OSError: the process has been reaped.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split(None, 4)
+
+
 def children_by_parent() -> dict[int, list[int]]:
-    """The pids of all processes that /proc shows, by their parent's."""
+    """The pids of all processes in /proc, by the pid of their parent."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    stat = file.read()
+                parent = int(read_stat(name)[1])
             except OSError:
-                continue  # it has ended meanwhile
-            parent = int(stat[stat.rindex(b")") + 2 :].split(None, 2)[1])
+                continue  # it has ended
             children.setdefault(parent, []).append(int(name))
     return children
 
 
 def descendants(root: int) -> list[int]:
-    """All processes below one, nearest first."""
+    """The pids of all processes below one, nearest first."""
     children = children_by_parent()
     found = [root]
     for pid in found:
@@ -123,20 +519,11 @@ def kill(pid: int, signum: int) -> None:
     try:  # noqa: SIM105 - contextlib is an import that the keeper does without
         os.kill(pid, signum)
     except (ProcessLookupError, PermissionError):
-        pass  # ended, or it runs as another user (sudo in a worker)
-
-
-def session_of(pid: int) -> int:
-    """The session of a process, living or dead; -1 when it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split(None, 4)[3])
-    except OSError:
-        return -1
+        pass  # it has ended, or it runs as another user (sudo in a worker)
 
 
 def name_of(pid: int) -> str:
-    """The name of a process, as ``ps`` shows it; empty when it has ended."""
+    """The name of a process, as ``ps`` shows it; empty if it has ended."""
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -144,362 +531,28 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def catches(pid: int, signum: int) -> bool:
-    """Whether a process has a handler for a signal."""
+def has_handler(pid: int, signum: int) -> bool:
+    """Whether a process has a handler for a signal; False if it has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             mask = file.read().partition(b"\nSigCgt:")[2].split(None, 1)[0]
     except (OSError, IndexError):
-        return False  # it has ended
+        return False
     return bool(int(mask, 16) >> (signum - 1) & 1)
 
 
+# ---- messages
+
+
 def pack(message: tuple[Any, ...]) -> bytes:
-    """A message as it goes over the socket."""
+    """Encode a message for the socket."""
     data = marshal.dumps(message)
     return len(data).to_bytes(4, "little") + data
 
 
 def unpack(buffer: bytearray) -> Iterator[tuple[Any, ...]]:
-    """Take the whole messages out of a buffer; what is left is the start of one."""
+    """Take the complete messages out of a buffer. What stays is the start of the next one."""
     while len(buffer) >= 4 and len(buffer) >= (end := 4 + int.from_bytes(buffer[:4], "little")):
         message = marshal.loads(bytes(buffer[4:end]))
         del buffer[:end]
         yield message
-
-
-class Phase(Enum):
-    """Where a round stands, as the keeper sees it."""
-
-    SERVING = 0
-    SWEEPING = 1
-    """What is left has had SIGTERM."""
-    KILLING = 2
-    """SIGKILL goes to whatever is left, again and again."""
-    SWEPT = 3
-    """Nothing is left, and the agent has been told."""
-
-
-class Worker:
-    """A worker that has not ended."""
-
-    def __init__(self, local_rank: int, pid: int) -> None:
-        self.local_rank = local_rank
-        self.pid = pid
-        self.told: tuple[int, ...] = ()
-        """The stop signals that it was sent."""
-
-
-class Service:
-    """What the keeper does on each order and each death."""
-
-    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = False) -> None:
-        self.sock = sock
-        self.socket = _socket.socket(fileno=sock)
-        self.agent = agent
-        self.agent_lives = True
-        self.environment = environment
-        self.forks = forks
-        """Workers do not execute their command: they go on in a fork of this process."""
-        self.own: tuple[int, ...] = ()
-        """Descriptors that are nothing for a worker that is forked and not executed."""
-        self.held: list[int] = []
-        """Descriptors that came for the workers to be started."""
-        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        """The workers'. This process has many of theirs for a moment."""
-        resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
-        self.phase = Phase.SERVING
-        self.workers: dict[int, Worker] = {}
-        """By local rank, until they have ended."""
-        self.told_groups: set[int] = set()
-        """Process groups that were sent a stop signal as a whole."""
-        self.leftovers: dict[int, str] = {}
-        """What had to be killed when the workers had ended: name by pid."""
-        self.next_look = FIRST_LOOK
-        self.is_kept = False
-        """There is a process to be kept."""
-        self.lease = float("inf")
-        """Until when the agent is sure that no other node has taken this one's place."""
-
-    def run(self) -> None:
-        """Serve until the agent is gone and nothing is left."""
-        deaths, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.own = (self.sock, self.agent, deaths, wakeup)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wakeup)
-        poller = select.poll()
-        for fd in (self.sock, self.agent, deaths):
-            poller.register(fd, select.POLLIN)
-        orders: dict[str, Callable[..., None]] = {
-            "spawn": self.spawn,
-            "tell": self.tell,
-            "dump": self.dump,
-            "sweep": self.sweep,
-            "lease": self.renew,
-        }
-        buffer = bytearray()
-        while True:
-            ready = [fd for fd, _ in poller.poll(self.patience())]
-            if deaths in ready:
-                os.read(deaths, 4096)
-            if self.sock in ready:
-                data = self.receive()
-                self.agent_lives = bool(data)
-                buffer += data
-                for name, *arguments in unpack(buffer):
-                    orders[name](*arguments)
-            if self.agent in ready or (self.sock in ready and not self.agent_lives):
-                self.agent_lives = False
-                poller.unregister(self.sock)
-                poller.unregister(self.agent)
-                self.kill_all()
-            self.is_kept = self.look()
-            if self.is_kept and time.monotonic() >= self.lease:
-                self.lapse()
-            if not self.is_kept and not self.agent_lives:
-                return
-
-    def patience(self) -> float | None:
-        """Milliseconds until something is due."""
-        if self.phase is Phase.KILLING:
-            return self.next_look * 1000
-        if not self.is_kept or self.lease == float("inf"):
-            return None
-        return max(0.0, self.lease - time.monotonic()) * 1000
-
-    def receive(self) -> bytes:
-        """Read what the agent sent; nothing when it has closed its end."""
-        try:
-            room = _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
-            data, ancillary, flags, _ = self.socket.recvmsg(1 << 16, room, MSG_CMSG_CLOEXEC)
-        except ConnectionError:
-            return b""
-        if flags & MSG_CTRUNC:  # each would get another's
-            self.send(("broken", "too many open files for the workers' output: raise the limit (`ulimit -n`)"))
-            os._exit(1)
-        for _, _, numbers in ancillary:
-            self.held += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
-        return data
-
-    def send(self, message: tuple[Any, ...]) -> None:
-        """Send to the agent; that it is gone shows elsewhere."""
-        data = memoryview(pack(message))
-        try:
-            while self.agent_lives and data:
-                data = data[os.write(self.sock, data) :]
-        except OSError:
-            return
-
-    def spawn(self, orders: list[Order]) -> None:
-        """Start the workers of a round."""
-        self.phase = Phase.SERVING
-        self.told_groups.clear()
-        self.leftovers.clear()
-        started: dict[int, int] = {}
-        failed: dict[int, tuple[int, str]] = {}
-        for order in orders:
-            local_rank, targets = order[0], order[3]
-            descriptors, self.held = self.held[: len(targets)], self.held[len(targets) :]
-            try:
-                started[local_rank] = pid = self.start(order, descriptors)
-            except OSError as error:
-                failed[local_rank] = (error.errno or 0, error.strerror or str(error))
-            else:
-                self.workers[local_rank] = Worker(local_rank, pid)
-            for fd in descriptors:
-                os.close(fd)
-        self.send(("started", started, failed))
-
-    def start(self, order: Order, descriptors: Sequence[int]) -> int:
-        """Start one worker as the leader of a session of its own, and return its pid.
-
-        Raises:
-            OSError: it could not be forked or executed.
-        """
-        _, argv, changes, targets, cpus = order
-        environment = {**self.environment, **changes}
-        keeper = os.getpid()
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        try:
-            pid = os.fork()
-        except OSError:
-            os.close(writing)
-            os.close(reading)
-            raise
-        if pid == 0:
-            try:
-                os.setsid()
-                # For the case that the keeper and the agent die in the same instant. It outlives the exec, and the
-                # keeper may have died before it was set.
-                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                if os.getppid() != keeper:
-                    os._exit(127)
-                numbers, writing = place(descriptors, targets, writing)
-                resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
-                if cpus:
-                    os.sched_setaffinity(0, cpus)
-                if not self.forks:
-                    for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
-                        signal.signal(ignored_by_python, signal.SIG_DFL)
-                    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                    os.execvpe(argv[0], argv, environment)
-                self.socket.detach()  # its end must not close what has its number by then
-                for fd in {reading, *self.own, *descriptors, *self.held} - set(numbers):
-                    os.close(fd)
-            except BaseException as error:
-                os.write(writing, marshal.dumps((getattr(error, "errno", 0), getattr(error, "strerror", str(error)))))
-                os._exit(127)
-            os.close(writing)
-            raise Forked(order, environment, numbers)
-        os.close(writing)
-        with open(reading, "rb") as pipe:
-            data = pipe.read()
-        if data:
-            os.waitpid(pid, 0)
-            raise OSError(*marshal.loads(data))
-        return pid
-
-    def tell(self, signum: int, local_ranks: list[int], stop: bool) -> None:
-        """Send a signal to workers that have not ended, whose pids are still theirs.
-
-        One that is to stop them goes to their whole process groups, and is remembered: how they end is then an answer.
-        """
-        for worker in [self.workers[rank] for rank in local_ranks if rank in self.workers]:
-            if not stop:
-                kill(worker.pid, signum)
-                continue
-            worker.told += (signum,)
-            self.told_groups.add(worker.pid)
-            for number in (signum, signal.SIGCONT):  # a stopped worker would sleep through its grace
-                kill(-worker.pid, number)
-
-    def dump(self, local_ranks: list[int]) -> None:
-        """Have workers write their stacks: each itself or, below a wrapper, the nearest process that knows how to."""
-        for worker in [self.workers[rank] for rank in local_ranks if rank in self.workers]:
-            for pid in (worker.pid, *descendants(worker.pid)):
-                if catches(pid, DUMP_SIGNAL):
-                    kill(pid, DUMP_SIGNAL)
-                    kill(pid, signal.SIGCONT)
-                    break
-
-    def sweep(self, with_kill: bool) -> None:
-        """Begin to end what is left; ``look`` tells the agent when nothing is."""
-        if self.phase is Phase.SWEPT or (self.phase is Phase.KILLING and not with_kill):
-            return  # the order and the answer to an earlier one have crossed
-        if with_kill:
-            self.kill_all()
-            return
-        self.phase = Phase.SWEEPING
-        if self.reap():
-            # What had its stop signal with its group is not sent another: a second one often means "now".
-            for pid in descendants(os.getpid()):
-                try:
-                    told = os.getpgid(pid) in self.told_groups
-                except ProcessLookupError:
-                    continue
-                if not told:
-                    kill(pid, signal.SIGTERM)
-                    kill(pid, signal.SIGCONT)
-
-    def renew(self, until: float) -> None:
-        """The agent lives, and has heard from the others."""
-        self.lease = until
-
-    def lapse(self) -> None:
-        """The agent does not renew the lease: it is stopped. Others may train in this node's place from now on."""
-        self.lease = float("inf")
-        if self.phase in (Phase.SERVING, Phase.SWEEPING):
-            self.send(("lapsed",))
-            self.kill_all()
-
-    def kill_all(self) -> None:
-        """SIGKILL whatever is below, from the next ``look`` on until nothing is."""
-        self.phase = Phase.KILLING
-        self.next_look = FIRST_LOOK
-        for worker in self.workers.values():
-            worker.told += (int(signal.SIGKILL),)
-
-    def look(self) -> bool:
-        """Look who is left, and do what the phase asks for. Returns whether any process is left."""
-        left = self.reap()
-        if left and self.phase is Phase.KILLING:
-            for pid in descendants(os.getpid()):
-                if not self.workers:
-                    self.leftovers[pid] = name_of(pid)
-                kill(pid, signal.SIGKILL)
-            self.next_look = min(2 * self.next_look, SLOWEST_LOOK)
-        if not left and self.phase in (Phase.SWEEPING, Phase.KILLING):
-            self.phase = Phase.SWEPT
-            self.send(("gone", self.leftovers))
-        return left
-
-    def reap(self) -> bool:
-        """Collect the dead, workers or adopted; tell of the workers. Returns whether any process is left."""
-        ended: list[tuple[int, int, float, tuple[int, ...]]] = []
-        by_pid = {worker.pid: worker for worker in self.workers.values()}
-        left = True
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                left = False
-                break
-            if pid == 0:
-                break
-            if worker := by_pid.get(pid):
-                del self.workers[worker.local_rank]
-                ended.append((worker.local_rank, os.waitstatus_to_exitcode(status), time.time(), worker.told))
-        if ended:
-            self.send(("exited", ended))
-        return left
-
-
-def inherited_environment() -> dict[bytes, bytes]:
-    """The variables as the agent gave them: Python may have set LC_CTYPE in ``os.environ`` since."""
-    with open("/proc/self/environ", "rb") as file:
-        return dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
-
-
-def place(descriptors: Sequence[int], targets: Sequence[int], pipe: int) -> tuple[list[int], int]:
-    """Give descriptors the numbers that the worker knows them by. Returns those, and where ``pipe`` is now."""
-    lowest = max((2, *targets)) + 1
-    old, pipe = pipe, fcntl.fcntl(pipe, fcntl.F_DUPFD_CLOEXEC, lowest)
-    os.close(old)
-    # All of them out of the way first: one's number may be another's target.
-    numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
-    for index, target in enumerate(targets):
-        if target >= 0:
-            os.dup2(numbers[index], target)
-            os.close(numbers[index])
-            numbers[index] = target
-    return numbers, pipe
-
-
-def close_others(kept: Sequence[int]) -> None:
-    """Close what the caller left open: it is neither for the keeper nor for the workers."""
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in kept:
-            try:  # noqa: SIM105 - contextlib is an import that the keeper does without
-                os.close(fd)
-            except OSError:
-                pass  # the descriptor of the listing itself
-
-
-def serve(sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = False) -> NoReturn:
-    """Be the keeper, to the end of this process.
-
-    Raises:
-        Forked: only where it ``forks``: this process is a worker, and free of the keeper.
-    """
-    for fd in (sock, agent):
-        os.set_inheritable(fd, False)
-    libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
-    set_subreaper(True)
-    Service(sock, agent, environment, forks).run()
-    os._exit(0)
-
-
-def main(sock: int, agent: int) -> NoReturn:
-    """Run the keeper as a program; ``sock`` and ``agent`` are inherited descriptors."""
-    close_others((sock, agent))
-    serve(sock, agent, inherited_environment())

@@ -1,23 +1,26 @@
-"""Layer 2: the warm keeper: a keeper that has imported modules, and forks workers that have them.
+"""The warm keeper: a keeper that has imported modules, and whose workers are forks of it.
 
     python -u preload_main.py MODULE,... script|module|function|main TARGET PADDING SOCKET AGENT
 
-SOCKET and AGENT are as for ``keeper_main``. The process imports the modules as the program TARGET would, and does
-nothing else with them: any parallel operation of torch's before a fork makes the children hang. (For a function TARGET
-is the descriptor of its preparation; ``main``: its main module is imported, too.) It refuses to be forked once a module
-has started threads or opened a device, says which, and becomes an ordinary keeper. To the agent, besides what a keeper
-says:
+SOCKET and AGENT are as for ``keeper_main``. TARGET is the workers' script or module. For a function it is the
+descriptor of multiprocessing's preparation data; with ``main``, the function's main module is imported as well.
+PADDING is room for the command lines that the workers show.
 
-    ("warned", text)  -- workers will be cold
-    ("broken", text)  -- a module cannot be imported
+The process imports the modules as the program would, and does nothing else with them: any parallel operation of torch's
+before a fork makes the forked processes hang. If a module has started threads or opened a device, forks are not safe.
+Then the process says which module it was, and becomes an ordinary keeper by executing it. It sends two messages of its
+own to the agent:
 
-A worker is a fork that leaves all frames of the keeper (``keeper_main.Forked``) and then runs what its command would
-run, ``bootstrap`` or ``function_main``. So the interpreter's end, with its exit status and ``atexit`` handlers, is its
-own, too.
+    ("warning", message)  -- workers will be cold
+    ("failed", message)  -- a module cannot be imported
+
+A worker is a fork that leaves all frames of the keeper (``keeper_main.ForkedWorker``) and then runs, at the bottom of
+its stack, what its command line says: ``bootstrap`` or ``function_main``. So the end of the interpreter, with its exit
+status and its ``atexit`` handlers, is the interpreter's own.
 """
 
 import gc
-import importlib.machinery
+import importlib
 import os
 import signal
 import sys
@@ -27,7 +30,9 @@ FOLDER = os.path.dirname(__file__)
 IS_SAFE = sys.flags.safe_path
 if IS_SAFE:
     sys.path.insert(0, FOLDER)
-import forked  # type: ignore[import-not-found]  # noqa: E402 - by that name: nobody knows where elastic_launch is
+# By these names, because the path of elastic_launch is not known here.
+import bootstrap  # type: ignore[import-not-found]  # noqa: E402
+import forked  # type: ignore[import-not-found]  # noqa: E402
 import keeper_main  # type: ignore[import-not-found]  # noqa: E402
 
 if IS_SAFE:
@@ -38,85 +43,85 @@ if TYPE_CHECKING:
     from types import CodeType, TracebackType
     from typing import Any, NoReturn
 
-    from elastic_launch.workers.keeper_main import Forked
+    from elastic_launch.workers.keeper_main import ForkedWorker
 
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
-"""Whoever has one of these open has started to use it."""
+"""Prefixes of device files. A process that has one open has begun to use the device."""
 
 
-def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[Forked, dict[int, Any]]":
-    """Be the keeper; return in a worker only, with the signals' handlers that the modules have left."""
+def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[ForkedWorker, dict[int, Any]]":
+    """Be the keeper. Returns in a worker only: the worker, and the signal handlers that the modules have set."""
     is_function = kind in ("function", "main")
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
-    # An agent that is killed while modules are imported is not noticed otherwise.
-    keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    own = first = "" if IS_SAFE else sys.path[0]
-    data: dict[str, Any] = {}
+    set_death_signal(signal.SIGKILL)  # nothing else notices the agent's death while modules are imported
+    own_entry = "" if IS_SAFE else sys.path[0]
+    program_entry = ""
+    preparation: dict[str, Any] = {}
     if is_function:
-        data = prepare(int(target))
+        preparation = prepare(int(target))
     else:
-        first = first_on_path(kind, target)
-        sys.path[: not IS_SAFE] = [first] if first else []
+        _, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
+        sys.path[: not IS_SAFE] = [program_entry] if program_entry else []
     sys.argv[:] = [target if kind == "script" else ""]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
     variables = dict(os.environb)
-    # What is to be collected among the hundred thousands of objects of a large import is not worth a tenth of its time.
+    before = Surroundings()
+    # Of the hundred thousands of objects of a large import little is garbage. Looking for it would take a tenth longer.
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
     for module in filter(None, modules.split(",")):
         try:
             importlib.import_module(module)
         except BaseException as error:
-            refuse(sock, f"--preload {module}: it cannot be imported", error)
-        if why := why_not_to_fork():
-            os.fchdir(here)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            refuse_to_fork(sock, agent, f"--preload {module}: it {why}")
+            fail(sock, f"--preload {module}: cannot import the module", error)
+        if reason := why_not_to_fork():
+            before.restore()
+            become_cold(sock, agent, f"--preload {module}: the module {reason}")
     if kind == "main":
-        import_main(data)
+        import_main(preparation)
     if not is_function:
-        if first and first in sys.path:  # a module may have put others before it
-            sys.path.remove(first)
+        # bootstrap finds its own directory in front, and replaces it by the program's.
+        if program_entry and program_entry in sys.path:  # a module may have put others before it
+            sys.path.remove(program_entry)
         if not IS_SAFE:
-            sys.path.insert(0, own)
-    # The program is found where it would be; what else the modules have set, the workers have, too.
-    os.fchdir(here)
-    os.close(here)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            sys.path.insert(0, own_entry)
+    before.restore()
     handlers: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
-    keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, 0, 0, 0, 0)
-    if gc.get_threshold()[0] == 0:  # else a module has set its own
+    set_death_signal(0)
+    if gc.get_threshold()[0] == 0:  # otherwise a module has set its own
         gc.set_threshold(*thresholds)
-    # Not collected: what is freed here leaves holes in pages, and each worker copies the page that it fills one in.
-    gc.freeze()  # the collector of a worker then leaves the pages alone that it shares
-    worker: Forked
+    # A worker's collector then does not touch the pages that it shares. Nothing is collected before: that would leave
+    # holes in pages, and a worker copies each page in which it fills one.
+    gc.freeze()
+    worker: ForkedWorker
     try:
-        keeper_main.serve(sock, agent, with_changes(variables), forks=True)
-    except keeper_main.Forked as forked_off:
-        worker = forked_off.with_traceback(None)
+        keeper_main.serve(sock, agent, changed_environment(variables), forks=True)
+    except keeper_main.ForkedWorker as forked_worker:
+        worker = forked_worker.with_traceback(None)
     return worker, handlers
 
 
-def first_on_path(kind: str, target: str) -> str:
-    """What ``bootstrap`` is going to put in front of the module search path; empty: nothing."""
-    try:
-        here = os.getcwd()
-    except OSError:
-        here = ""  # somebody has removed it
-    if kind == "module":
-        return "" if IS_SAFE else here
-    file = os.path.join(here, target)
-    if importlib.machinery.PathFinder.find_spec("__main__", [file]) is not None:  # a folder or a zip file
-        return file
-    return "" if IS_SAFE else os.path.dirname(os.path.realpath(file))
+# ---- imports
 
 
-def prepare(preparation: int) -> "dict[str, Any]":
-    """Set the module search path and the directory of the program that launches. Returns all that is known of it."""
+class Surroundings:
+    """The working directory and the signal mask. Modules may change them, but the program must be found as before."""
+
+    def __init__(self) -> None:
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self.directory = os.open(".", os.O_PATH | os.O_CLOEXEC)
+
+    def restore(self) -> None:
+        """Restore them, once."""
+        os.fchdir(self.directory)
+        os.close(self.directory)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+def prepare(descriptor: int) -> "dict[str, Any]":
+    """Set the launching program's module search path and working directory. Returns all of the preparation data."""
     import pickle
 
-    with open(f"/proc/self/fd/{preparation}", "rb") as file:
+    with open(f"/proc/self/fd/{descriptor}", "rb") as file:
         data: dict[str, Any] = pickle.load(file)
     sys.path[:] = data.get("sys_path", sys.path)
     if directory := data.get("dir"):
@@ -125,7 +130,10 @@ def prepare(preparation: int) -> "dict[str, Any]":
 
 
 def import_main(data: "dict[str, Any]") -> None:
-    """Import the main module, as a fork server does. What goes wrong does so again in each worker, which tells it."""
+    """Import the main module, as multiprocessing's fork server does.
+
+    Errors are ignored: they occur again in each worker, which reports them.
+    """
     from multiprocessing import process, spawn
 
     process.current_process()._inheriting = True  # type: ignore[attr-defined]
@@ -137,7 +145,7 @@ def import_main(data: "dict[str, Any]") -> None:
         del process.current_process()._inheriting  # type: ignore[attr-defined]
 
 
-def with_changes(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
+def changed_environment(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
     """The inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
     environment: dict[bytes, bytes] = keeper_main.inherited_environment()
     for name in before.keys() | os.environb.keys():
@@ -148,15 +156,35 @@ def with_changes(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
     return environment
 
 
+def set_death_signal(signum: int) -> None:
+    """Have the kernel send this process a signal when its parent dies; 0 means none."""
+    keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, signum, 0, 0, 0)
+
+
+def fail(sock: int, message: str, error: BaseException) -> "NoReturn":
+    """Tell the agent why no worker can be started, with the traceback from the imported module on."""
+    import traceback
+
+    tb = error.__traceback__
+    while tb is not None and (tb.tb_frame.f_globals is globals() or "importlib" in tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
+    lines = "".join(traceback.format_exception(type(error), error, tb)).rstrip()
+    os.write(sock, keeper_main.pack(("failed", f"{message}:\n{lines}")))
+    os._exit(1)
+
+
+# ---- whether to fork
+
+
 def why_not_to_fork() -> str:
     """What makes a fork of this process unsafe; empty if nothing does."""
     if tracker := sys.modules.get("multiprocessing.resource_tracker"):
-        tracker._resource_tracker._stop()  # multiprocessing starts it with the first lock; workers have one each
+        tracker._resource_tracker._stop()  # multiprocessing starts it with the first lock; each worker gets its own
     if threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate() if thread is not threading.main_thread())
         return f"has started threads ({names})"
     if len(os.listdir("/proc/self/task")) > 1:
-        probe()
+        fork_once()
         if (count := len(os.listdir("/proc/self/task")) - 1) > 0:
             return f"has started {count} thread{'s' * (count > 1)} outside Python"
     try:
@@ -169,76 +197,67 @@ def why_not_to_fork() -> str:
         try:
             name = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
-            continue  # that of the listing
+            continue  # the descriptor of the listing itself
         if name.startswith(DEVICES):
             return f"has opened {name}"
-        if name == "anon_inode:[eventpoll]":  # one worker would take what wakes another
-            return "has made an event loop"
+        if name == "anon_inode:[eventpoll]":  # workers would take each other's events
+            return "has created an event loop"
     return ""
 
 
-def probe() -> None:
-    """Fork once: libraries that know of forks, such as OpenBLAS, end their threads before, until they need them."""
+def fork_once() -> None:
+    """Fork a process that exits. Libraries such as OpenBLAS end their threads before a fork, until they need them."""
     pid = os.fork()
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
 
 
-def refuse_to_fork(sock: int, agent: int, why: str) -> "NoReturn":
+def become_cold(sock: int, agent: int, reason: str) -> "NoReturn":
     """Become an ordinary keeper."""
-    text = f"{why}, so that no worker can be forked from it; they start without --preload"
-    os.write(sock, keeper_main.pack(("warned", text)))
+    text = f"{reason}, so workers cannot be forked; starting them without --preload"
+    os.write(sock, keeper_main.pack(("warning", text)))
     for fd in (sock, agent):
         os.set_inheritable(fd, True)
-    keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, 0, 0, 0, 0)
+    set_death_signal(0)
     os.execve(sys.executable, [*keeper_main.COMMAND, str(sock), str(agent)], keeper_main.inherited_environment())
 
 
-def refuse(sock: int, why: str, error: BaseException) -> "NoReturn":
-    """Tell the agent that this cannot be, with the traceback from the module on."""
-    import traceback
-
-    tb = error.__traceback__
-    while tb is not None and (tb.tb_frame.f_globals is globals() or "importlib" in tb.tb_frame.f_code.co_filename):
-        tb = tb.tb_next
-    lines = "".join(traceback.format_exception(type(error), error, tb)).rstrip()
-    os.write(sock, keeper_main.pack(("broken", f"{why}:\n{lines}")))
-    os._exit(1)
+# ---- a worker
 
 
-def be_worker(worker: "Forked", handlers: "dict[int, Any]") -> str:
-    """Become what the worker's command would be before its first line. Returns the file that it runs."""
-    forked.like_executed(worker.environment, handlers)
-    forked.new_random_states()
+def become_worker(worker: "ForkedWorker", handlers: "dict[int, Any]") -> str:
+    """Become what the worker's command would be before its first line. Returns the path of the program to run."""
+    forked.reset_process(worker.environment, handlers)
+    forked.reseed_random_generators()
     argv = [os.fsdecode(word) for word in worker.order[1]]
     sys.orig_argv[:] = argv
     sys.argv[:] = argv[argv.index("-u") + 1 :]
     rank = worker.environment.get(b"RANK", b"").decode()
     what = os.path.basename(sys.argv[2]) if sys.argv[1] in ("script", "module") else "function"
-    forked.show_name(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
-    for module in ("forked", "keeper_main"):
+    forked.set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
+    for module in ("bootstrap", "forked", "keeper_main"):
         del sys.modules[module]
     return sys.argv[0]
 
 
 def strip(tb: "TracebackType | None", code: "CodeType") -> "TracebackType | None":
-    """The part of a traceback that plain Python would have."""
+    """Return a traceback without the frames of this file and of the program ``code`` at its head."""
     while tb is not None and (tb.tb_frame.f_globals is globals() or tb.tb_frame.f_code is code):
         tb = tb.tb_next
     return tb
 
 
-def compiled(file: str) -> "CodeType":
-    """A program of this folder."""
+def compile_file(file: str) -> "CodeType":
+    """Compile a program."""
     with open(file, "rb") as stream:
         return compile(stream.read(), file, "exec", dont_inherit=True)
 
 
 if __name__ == "__main__":
-    numbers = list(map(int, sys.argv[5:]))
-    programs = {file: compiled(file) for file in (f"{FOLDER}/bootstrap.py", f"{FOLDER}/function_main.py")}
-    program = be_worker(*main(sys.argv[1], sys.argv[2], sys.argv[3], *numbers))
+    sock, agent = map(int, sys.argv[5:])
+    programs = {file: compile_file(file) for file in (f"{FOLDER}/bootstrap.py", f"{FOLDER}/function_main.py")}
+    program = become_worker(*main(sys.argv[1], sys.argv[2], sys.argv[3], sock, agent))
     try:
         exec(programs[program], {"__name__": "__main__", "__file__": program, "__builtins__": __builtins__})
     except BaseException as error:

@@ -1,6 +1,6 @@
-"""Layer 2: the agent's ear for its workers' timers: a named pipe that workers write to, and what has expired.
+"""The agent's side of the workers' timers: a named pipe that workers write to, and the timers that have expired.
 
-Reads one pipe, in the agent's loop, without a thread; decides nothing and kills nobody.
+Reads one pipe in the agent's loop, without a thread. It decides nothing and kills nothing.
 """
 
 from __future__ import annotations
@@ -18,41 +18,42 @@ from typing import NamedTuple
 from elastic_launch.core.agent.lifecycle import AgentEvent, TimerExpired
 from elastic_launch.core.timer_requests import take_requests
 from elastic_launch.errors import UnavailableError
+from elastic_launch.workers.keeper_main import read_stat
 
 _READ = 1 << 16
-"""Bytes: what a pipe holds."""
-_READS = 4
-"""Pipes full that are read at a time. Whoever writes without end does not hold up the agent."""
+"""Bytes that one read takes: as many as a pipe holds."""
+_MAX_READS = 4
+"""Reads in a row. A worker that writes without end must not hold up the agent."""
 
 
 class Overdue(NamedTuple):
-    """A scope that a process has not left in time."""
+    """A timer that has expired: a process has not left its scope in time."""
 
     pid: int
     scope: str
     seconds: float
-    """Seconds since it should have left."""
+    """Seconds since the timer expired."""
     signum: int
-    """What the process asked to be killed with: SIGKILL unless its client says otherwise; 0: with nothing."""
+    """The signal that the process asked to be killed with: SIGKILL unless its client chose another; 0 for none."""
 
 
 class Watchdog:
     """The named pipe of one agent, and the timers that its workers have set.
 
-    One of the sources of the agent's events. Workers write to ``path``.
+    It is an event source of the agent's loop. Workers write to ``path``.
     """
 
     def __init__(self, path: str, wall_clock: Callable[[], float] = time.time) -> None:
-        """Make the pipe. One that nobody reads any more is replaced; what is no pipe is left alone.
+        """Create the pipe. A pipe that nobody reads any more is replaced; any other file stays.
 
         Args:
-            path: where the pipe lies.
-            wall_clock: seconds since 1970; the times in requests are by that clock.
+            path: the path of the pipe.
+            wall_clock: the clock of the times in requests, in seconds since 1970.
 
         Raises:
-            UnavailableError: it cannot be made.
+            UnavailableError: the pipe cannot be created.
         """
-        self.path = path = os.path.abspath(path)  # workers may go elsewhere
+        self.path = path = os.path.abspath(path)  # workers may change their directory
         self._wall_clock = wall_clock
         self._buffer = bytearray()
         self._timers: dict[tuple[int, str], tuple[float, int]] = {}
@@ -60,46 +61,43 @@ class Watchdog:
             with contextlib.suppress(FileNotFoundError):
                 _remove_stale(path)
             os.mkfifo(path, 0o600)
-            # Open for writing, too: a pipe whose last writer leaves would be at its end, and readable, for ever.
+            # Open for writing, too: a pipe whose last writer has closed it is at its end, and readable for ever.
             self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
         except OSError as error:
             raise UnavailableError(
-                f"cannot make the named pipe {path} for the workers' timers: {error.strerror}; have "
-                "TORCHELASTIC_TIMER_FILE name a free path where files can be made"
+                f"cannot create the named pipe {path} for the workers' timers: {error.strerror}; "
+                "set TORCHELASTIC_TIMER_FILE to a free path in a writable directory"
             ) from error
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for: a descriptor and its poll mask."""
+        """Descriptors to wait for, with their poll masks."""
         return [(self._fd, select.POLLIN)]
 
     def deadline(self) -> float | None:
-        """When the next scope expires, on ``time.monotonic``."""
+        """When the next timer expires, on ``time.monotonic``; None without timers."""
         return min((deadline for deadline, _ in self._timers.values()), default=None)
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """Read what workers have written; never blocks.
+        """Read what workers have written, without blocking.
 
         Returns:
-            The workers that have not left a scope in time, themselves or in a process of theirs, but for scopes that
-            want no signal for that.
+            The timers that have expired, in a worker or in a process that it started. Timers without a signal are left
+            out.
         """
         return [
-            TimerExpired(_worker_of(pid), f"was still in the timer's scope {scope!r} when its time was over")
+            TimerExpired(_worker_of(pid), f"was still in timer scope {scope!r} when its time ran out")
             for pid, scope, _, signum in self.overdue(time.monotonic())
             if signum
         ]
 
     def overdue(self, now: float) -> list[Overdue]:
-        """What ``take`` has to tell.
+        """Read requests, and return the timers that have expired since the last call, earliest first.
 
-        All that was written counts before anything expires: an agent that was itself held up blames no worker that
-        has left its scope meanwhile.
+        The pipe is read before anything expires. So an agent that was itself held up blames no worker that has left its
+        scope meanwhile.
 
         Args:
             now: ``time.monotonic()``.
-
-        Returns:
-            What has expired since the last call, the earliest first.
         """
         self._read(now)
         expired = sorted((at, *key, signum) for key, (at, signum) in self._timers.items() if at <= now)
@@ -108,18 +106,18 @@ class Watchdog:
         return [Overdue(pid, scope, now - at, signum) for at, pid, scope, signum in expired]
 
     def forget(self, pid: int) -> None:
-        """A process has ended: cancel its timers, those included that stand unread in the pipe."""
+        """Cancel the timers of a process that has ended, including unread ones in the pipe."""
         self._read(time.monotonic())
         self._timers = {key: timer for key, timer in self._timers.items() if key[0] != pid}
 
     def clear(self) -> None:
-        """A round is over: cancel all timers, those included that stand unread in the pipe."""
+        """Cancel all timers at the end of a round, including unread ones in the pipe."""
         self._read(time.monotonic())
         self._timers.clear()
 
     def _read(self, now: float) -> None:
-        """Set and cancel timers. From here on they go by the monotonic clock, whatever becomes of the other."""
-        for _ in range(_READS):
+        """Set and cancel timers. Times are translated here to the monotonic clock, which nobody can set."""
+        for _ in range(_MAX_READS):
             try:
                 self._buffer += os.read(self._fd, _READ)
             except BlockingIOError:
@@ -141,26 +139,25 @@ class Watchdog:
 
 
 def _worker_of(pid: int) -> int:
-    """Whose timer it is: a worker leads the session that its children are in, Python below a wrapper (PYTHON_EXEC) too.
+    """The worker that a process belongs to: the leader of its session.
 
-    A process that has ended, or left that session, stands for itself, which is nobody's worker.
+    A process that has ended or has left that session stands for itself. So does one in another PID namespace.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+        state, _, _, session, _ = read_stat(pid)
     except OSError:
         return pid
     return pid if state in b"ZX" or session == b"0" else int(session)
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a named pipe that an agent left which was killed.
+    """Remove a named pipe that a killed agent left.
 
     Raises:
-        OSError: there is something else, or somebody reads the pipe.
+        OSError: the file is not a named pipe, or another process reads it.
     """
     if not stat.S_ISFIFO(os.lstat(path).st_mode):
-        raise FileExistsError(errno.EEXIST, "there is a file that is no named pipe")
+        raise FileExistsError(errno.EEXIST, "a file that is not a named pipe exists there")
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
     except OSError as error:
@@ -168,4 +165,4 @@ def _remove_stale(path: str) -> None:
             raise
         os.unlink(path)
     else:
-        raise FileExistsError(errno.EEXIST, "another agent reads the one that is there")
+        raise FileExistsError(errno.EEXIST, "another agent reads the pipe that exists there")

@@ -572,7 +572,7 @@ def test_the_keeper_of_a_node_is_killed(job: Job) -> None:
     os.kill(keeper, signal.SIGKILL)
     results = finish(job, *processes)
     assert one_status(results) == 0
-    told = lines_with(results, f"the process that kept the workers (pid {keeper}) was killed")
+    told = lines_with(results, f"the keeper process (pid {keeper}) was killed")
     assert told
     assert all(line.endswith("restart 1 of 1") for line in told)
 

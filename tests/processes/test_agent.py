@@ -520,7 +520,7 @@ def test_sigkill_leaves_nothing(job: Job, victim: str) -> None:
     done = job.finish(process)
     assert done.returncode == (-SIGKILL if victim == "agent" else 137)
     if victim == "keeper":
-        assert f"the process that kept the workers (pid {keeper}) was killed" in done.stderr
+        assert f"the keeper process (pid {keeper}) was killed" in done.stderr
 
 
 def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job) -> None:
@@ -804,7 +804,7 @@ def test_deleted_working_directory(job: Job) -> None:
     command = f"rmdir ../gone; exec {sys.executable} -m elastic_launch --log-dir logs {script}"
     done = subprocess.run(["sh", "-c", command], cwd=job.path / "gone", capture_output=True, text=True)
     assert done.returncode == 69
-    assert "--log-dir=logs: cannot make" in done.stderr
+    assert "--log-dir=logs: cannot create" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""The bootstrap against plain Python: the same program, run by both in the same folder, must show the same."""
+"""Compare the bootstrap with plain Python: the same program must behave the same under both."""
 
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ assert _spec is not None
 assert _spec.origin is not None
 BOOTSTRAP = _spec.origin
 
-# What a program can see of how it was started. It imports nothing, so that sys.modules is as the start left it.
+# Prints what a program can see of how it was started. It imports nothing that would change sys.modules.
 VIEW = """
 import sys
 main = sys.modules["__main__"]
@@ -65,10 +65,10 @@ class Both:
     plain: subprocess.CompletedProcess[str]
     ours: subprocess.CompletedProcess[str]
     error: dict[str, Any] | None
-    """What the error file holds, None if there is none."""
+    """The content of the error file; None if there is none."""
 
     def check(self, returncode: int, message: str | None) -> str:
-        """Both showed the same, it is this, and the error file says so; return its call stack."""
+        """Check that both behaved alike and as given, and that the error file agrees. Return its call stack."""
         shown = [(self.normal(run.stdout), self.normal(run.stderr)) for run in (self.plain, self.ours)]
         assert shown[1] == shown[0]
         assert (self.plain.returncode, self.ours.returncode) == (returncode, returncode), self.plain.stderr
@@ -77,12 +77,12 @@ class Both:
 
     @staticmethod
     def normal(text: str) -> str:
-        # The bootstrap's frame takes its part of the recursion limit.
+        # The bootstrap's frame counts towards the recursion limit.
         return re.sub(r"repeated \d+ more times|0x[0-9a-f]+", "...", text)
 
 
 def both(folder: Path, kind: str, program: str, *args: str, options: tuple[str, ...] = (), **environ: str) -> Both:
-    """Run a program that lies in `folder`/work, by plain Python and by the bootstrap."""
+    """Run a program in `folder`/work, under plain Python and under the bootstrap."""
     errors = folder / "errors"
     errors.mkdir()
     path = errors / "error.json"
@@ -103,7 +103,7 @@ def both(folder: Path, kind: str, program: str, *args: str, options: tuple[str, 
             )
         )
         assert len(runs) == 2 or not list(errors.iterdir())
-    assert [entry.name for entry in errors.iterdir()] in ([], ["error.json"])  # nothing is left beside it
+    assert [entry.name for entry in errors.iterdir()] in ([], ["error.json"])  # and no temporary file
     return Both(runs[0], runs[1], json.loads(path.read_text()) if path.exists() else None)
 
 
@@ -115,7 +115,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def assignment(work: Path, form: str, source: str) -> tuple[str, str]:
-    """Write a program in one of the forms that Python runs; return its kind and its name."""
+    """Write a program in one of the forms that Python runs. Return its kind and its name."""
     if form in ("folder", "zip"):
         app = work / "app"
         app.mkdir()
@@ -158,7 +158,7 @@ def test_a_program_sees_what_plain_python_shows(
 ) -> None:
     kind, program = assignment(work, form, VIEW)
     if kind == "module" and {"-P", "-I"} & set(options):
-        options = options[1:]  # they take the module off the path; PYTHONSAFEPATH below stands for them
+        options = options[1:]  # they hide the module; the next test has PYTHONSAFEPATH instead
     args = ("--rank=1", "-m", "two words", "", "\N{SNOWMAN}", "--", "\udcff")
     run = both(tmp_path, kind, program, *args, options=options)
     run.check(0, None)
@@ -167,7 +167,7 @@ def test_a_program_sees_what_plain_python_shows(
         assert not list(work.rglob("__pycache__"))
 
 
-def test_a_safe_path_leaves_the_folder_of_a_module_out(tmp_path: Path, work: Path) -> None:
+def test_a_safe_path_leaves_out_the_directory_of_a_module(tmp_path: Path, work: Path) -> None:
     kind, program = assignment(work, "module", VIEW)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -178,11 +178,11 @@ def test_a_safe_path_leaves_the_folder_of_a_module_out(tmp_path: Path, work: Pat
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_failure_is_shown_as_plain_python_shows_it_and_written(tmp_path: Path, work: Path, form: str) -> None:
+def test_a_failure_is_shown_as_by_plain_python_and_is_written(tmp_path: Path, work: Path, form: str) -> None:
     before = time.time()
     run = both(tmp_path, *assignment(work, form, RAISE))
     stack, stderr = run.check(1, "ValueError: boom 7"), run.plain.stderr
-    if form == "zip":  # the traceback module finds the source lines in it, the interpreter does not
+    if form == "zip":  # the traceback module finds source lines in it, the interpreter does not
         stack, stderr = (re.sub(r"(?m)^    .*\n", "", text) for text in (stack, stderr))
     assert stack == stderr
     assert run.error is not None
@@ -191,7 +191,7 @@ def test_a_failure_is_shown_as_plain_python_shows_it_and_written(tmp_path: Path,
     assert extra["timestamp"] == str(int(extra["time"]))
 
 
-# Each script with its exit status and the message in its error file.
+# Scripts, their exit statuses, and the messages in their error files.
 SCRIPTS: dict[str, tuple[str, int, str | None]] = {
     "chained by from": (
         "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError('k') from e\n",
@@ -280,7 +280,7 @@ SCRIPTS: dict[str, tuple[str, int, str | None]] = {
     "future": ("from __future__ import annotations\ndef f(x: nothing): ...\nprint(f.__annotations__)\n", 0, None),
     "no future": ("def f(x: list[int]): ...\nprint(f.__annotations__)\n", 0, None),
 }
-# What is freed when depends on who else refers to it. A function here would leave all to the garbage collector.
+# The order in which objects are freed depends on references. A function here would leave all to the collector.
 FINISH = """
 import atexit, sys, threading, helper
 first, _second = helper.Last("first"), helper.Last("second")
@@ -345,7 +345,7 @@ def test_a_script_ends_as_under_plain_python(tmp_path: Path, work: Path, name: s
         ("module", "sys", None, 1, "SystemExit: {python}: No code object available for sys"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_python_s_own_words(
+def test_what_cannot_be_run_gets_python_s_own_message(
     tmp_path: Path, work: Path, kind: str, program: str, content: bytes | None, returncode: int, message: str
 ) -> None:
     assignment(work, "package", "")
@@ -359,7 +359,7 @@ def test_what_cannot_be_run_is_refused_in_python_s_own_words(
     run.check(returncode, said)
 
 
-def test_a_module_runs_where_the_working_folder_is_gone(tmp_path: Path, work: Path) -> None:
+def test_a_module_runs_in_a_removed_working_directory(tmp_path: Path, work: Path) -> None:
     _, program = assignment(work, "module", VIEW)
     outputs = []
     for start in (["-m"], [BOOTSTRAP, "module"]):
@@ -416,7 +416,7 @@ def test_processes_of_multiprocessing_find_main_and_write_nothing(
     assert "ValueError: child" in run.ours.stderr
 
 
-def test_an_error_file_that_is_there_is_left_as_it_is(tmp_path: Path, work: Path) -> None:
+def test_an_existing_error_file_is_not_replaced(tmp_path: Path, work: Path) -> None:
     (work / "script.py").write_text(
         "import os\nwith open(os.environ['MINE'], 'w') as file:\n    file.write('\"mine\"')\nraise ValueError('v')\n"
     )
@@ -452,8 +452,8 @@ def test_an_error_file_that_cannot_be_written_changes_nothing(tmp_path: Path, wo
     assert [entry.name for entry in work.iterdir()] == ["script.py"]
 
 
-def test_an_error_file_that_cannot_be_written_in_full_is_taken_back(tmp_path: Path, work: Path) -> None:
-    # The kernel refuses every write to a file then, as it does on a full disk.
+def test_an_error_file_that_cannot_be_written_completely_is_removed(tmp_path: Path, work: Path) -> None:
+    # The kernel then refuses every write to a file, as on a full disk.
     (work / "script.py").write_text("import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n" + RAISE)
     both(tmp_path, "script", "script.py").check(1, None)
 
@@ -466,12 +466,12 @@ def test_without_an_error_file_a_failure_is_shown(work: Path) -> None:
     assert (run.returncode, run.stderr.splitlines()[-1]) == (1, "ValueError: boom 7")
 
 
-def test_the_error_file_is_the_one_given_at_the_start(tmp_path: Path, work: Path) -> None:
+def test_the_error_file_is_the_one_set_at_the_start(tmp_path: Path, work: Path) -> None:
     (work / "script.py").write_text("import os\nos.environ.clear()\nos.chdir('/')\n" + RAISE)
     both(tmp_path, "script", "script.py").check(1, "ValueError: boom 7")
 
 
-def test_a_module_of_the_script_s_own_is_not_taken_for_the_library_s(tmp_path: Path, work: Path) -> None:
+def test_a_module_beside_the_script_does_not_replace_the_standard_library_s(tmp_path: Path, work: Path) -> None:
     (work / "script.py").write_text("import atexit\natexit.register(lambda: __import__('late'))\n" + RAISE)
     (work / "json.py").write_text("print('not that json')\n")
     (work / "late.py").write_text("print('late')\n")

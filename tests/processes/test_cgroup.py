@@ -1,4 +1,4 @@
-"""The OOM killer's counters: the kernel's files as recorded trees, and a real kill in a real cgroup."""
+"""The OOM killer's counters: recorded trees of the kernel's files, and a real kill in a real cgroup."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ V1 = "9:name=systemd:/job\n4:cpu,cpuacct:/other\n3:memory:/slice/job\n0::/job\n"
 NONE_V1 = "9223372036854771712\n"
 HOST = {"proc/vmstat": "oom_kill 500\n", "proc/meminfo": "MemFree: 1 kB\nMemTotal:       65536000 kB\n"}
 
-# By name: the tree, the file whose counter rises, its words, and what is to be said after the second kill.
+# By name: the tree, the file whose counter rises with its content, and the description after the second kill.
 TREES = {
     "v2": (
         {"proc/self/cgroup": "0::/slice/job\n", "sys/fs/cgroup/slice/job/memory.max": "68719476736\n"},
@@ -134,20 +134,20 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_counters(tmp_path: Path, name: str) -> None:
-    files, (counter, words), said = TREES[name]
+    files, (counter, content), description = TREES[name]
     if counter != "proc/vmstat":
         put(tmp_path, HOST)
-    put(tmp_path, {**files, counter: words(3)})
+    put(tmp_path, {**files, counter: content(3)})
     oom = OomCounter(str(tmp_path))
     put(tmp_path, {"proc/vmstat": vmstat(501)} if counter != "proc/vmstat" else {})  # of another cgroup
     assert (oom.killed(), oom.describe()) == (0, "")
-    put(tmp_path, {counter: words(4)})
+    put(tmp_path, {counter: content(4)})
     assert oom.killed() == 1
-    assert oom.describe() == f"the kernel's OOM killer ended {said}".replace("2 processes", "a process")
-    put(tmp_path, {counter: words(5)})
+    assert oom.describe() == f"the kernel's OOM killer ended {description}".replace("2 processes", "a process")
+    put(tmp_path, {counter: content(5)})
     assert oom.killed() == 2
-    assert oom.describe() == f"the kernel's OOM killer ended {said}"
-    assert OomCounter(str(tmp_path)).killed() == 0  # each starts anew
+    assert oom.describe() == f"the kernel's OOM killer ended {description}"
+    assert OomCounter(str(tmp_path)).killed() == 0  # each starts at 0
 
 
 def test_neighbours_do_not_count(tmp_path: Path) -> None:
@@ -191,14 +191,14 @@ def test_it_is_quick() -> None:
 
     assert (
         min(seconds() for _ in range(20)) < 0.001
-    )  # five times what a round may spend on it; others use this CPU, too
+    )  # five times what a round may spend, because other programs use this CPU, too
 
 
 # --- A real kill
 
 
 def memory_mount() -> Path | None:
-    """This process's memory cgroup, of either version, if there is one."""
+    """The memory cgroup of this process, version 1 or 2, if there is one."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         mount = "/sys/fs/cgroup" if not controllers else "/sys/fs/cgroup/memory"
@@ -209,8 +209,8 @@ def memory_mount() -> Path | None:
     return None
 
 
-def gone(folder: Path) -> bool:
-    """Remove a cgroup; the kernel may take a moment after its last process was waited for."""
+def is_removed(folder: Path) -> bool:
+    """Remove a cgroup. The kernel may need a moment after its last process was reaped."""
     try:
         folder.rmdir()
     except OSError as error:
@@ -222,7 +222,7 @@ def gone(folder: Path) -> bool:
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A memory cgroup of 64 MiB; the test is skipped where none can be made (which takes root, as a rule)."""
+    """A memory cgroup of 64 MiB. Skips the test if it cannot be created, which usually takes root."""
     above = memory_mount()
     if above is None:
         pytest.skip("no memory cgroup here")
@@ -230,18 +230,18 @@ def cgroup() -> Iterator[Path]:
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
+        pytest.skip(f"no cgroup can be created here: {error}")
     try:
         limits = [folder / name for name in ("memory.max", "memory.limit_in_bytes") if (folder / name).exists()]
         if not limits:
             pytest.skip("the memory controller is not handed on to new cgroups here")
         limits[0].write_text(str(64 << 20))
-        for name in ("memory.swap.max", "memory.swappiness"):  # to the end of the memory without a detour by the disk
+        for name in ("memory.swap.max", "memory.swappiness"):  # run out of memory without swapping first
             if (folder / name).exists():
                 (folder / name).write_text("0")
         yield folder
     finally:
-        wait_until(lambda: gone(folder), f"{folder} is empty")
+        wait_until(lambda: is_removed(folder), f"{folder} is empty")
 
 
 KILLED = """

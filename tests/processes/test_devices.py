@@ -1,4 +1,4 @@
-"""Devices: rules as tables, the kernel's files as recorded trees, stand-ins for NVML and torch, and the real torch."""
+"""Counting devices: recorded trees of the kernel's files, fakes of NVML and torch, and the real torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]
 
 @pytest.fixture(autouse=True)
 def no_nvml_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start from a host where neither can be imported; None in sys.modules says so to import and find_spec alike."""
+    """Start from a host without both. None in sys.modules makes import and find_spec fail."""
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setitem(sys.modules, "torch", None)
 
@@ -196,13 +196,13 @@ def test_cpu_count_of_this_host_follows_a_narrowed_mask() -> None:
         ("none", []),
         ("NoDevFiles", []),
         ("٣", []),
-        # given twice: none at all, if the list gets that far
+        # given twice: no device at all, if the list gets that far
         ("1,1", []),
         ("0,1,0", []),
         ("1,01", []),
         ("0,9,9", [0]),
         ("0,9,0", [0]),
-        # UUIDs, or beginnings that name one device
+        # UUIDs, or prefixes of exactly one
         ("GPU-bb33", [2]),
         ("GPU-b", [2]),
         ("GPU-cc44,GPU-aa1", [3, 0]),
@@ -215,7 +215,7 @@ def test_cpu_count_of_this_host_follows_a_narrowed_mask() -> None:
         ("GPU-bb,", [2]),
         ("gpu-bb33", []),
         ("GPU-BB33", []),
-        # one kind in one list
+        # not both kinds in one list
         ("GPU-bb33,0", [2]),
         ("0,GPU-bb33", [0]),
         # only CUDA knows
@@ -238,11 +238,11 @@ def test_a_prefix_of_one_letter_is_enough_for_an_only_gpu() -> None:
 
 
 class NVMLError(Exception):
-    """As pynvml's: the parent of all its errors."""
+    """The base class of pynvml's errors."""
 
 
 class FakeNvml(SimpleNamespace):
-    """Stands in for the module pynvml; ``mig`` holds the indices of the GPUs in MIG mode, ``held`` counts the inits."""
+    """A fake of the module pynvml. ``mig`` has the indices of GPUs in MIG mode; ``held`` counts open inits."""
 
     NVMLError = NVMLError
     NVML_DEVICE_MIG_ENABLE = 1
@@ -273,10 +273,13 @@ class FakeNvml(SimpleNamespace):
     def nvmlDeviceGetUUID(self, handle: int) -> str | bytes:  # noqa: N802
         return self.uuids[handle]
 
+    def nvmlDeviceGetPciInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(domain=0, bus=handle, device=0)
+
     def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:  # noqa: N802
         if handle == 0 and not self.mig:
             raise NVMLError("Not Supported")
-        return [int(handle in self.mig), 1]  # the second is the mode after the next reset: without effect today
+        return [int(handle in self.mig), 1]  # the second is the mode after the next reset, which has no effect now
 
     def _check(self, call: str) -> None:
         if call == self.fails:
@@ -337,24 +340,22 @@ def test_gpu_where_nvml_sees_none_is_an_error_with_the_reason(
 
 
 @pytest.mark.parametrize("fails", ["init", "handle"])
-def test_nvml_that_fails_is_named_where_torch_is_not_there_to_ask(
+def test_nvml_that_fails_is_named_if_torch_is_not_installed(
     fails: str, nvml: Callable[..., FakeNvml], cpus: Callable[[int], None]
 ) -> None:
     fake = nvml(UUIDS, fails=fails)
-    with pytest.raises(UsageError, match=rf"torch is not installed and NVML cannot be asked \({fails} failed\)"):
+    with pytest.raises(UsageError, match=rf"torch is not installed, and NVML is not available \({fails} failed\)"):
         local_world_size("gpu", {})
     cpus(1)
     assert local_world_size("auto", {}) == 1
     assert fake.held == 0
 
 
-def test_a_broken_pynvml_is_named_where_torch_is_not_there_to_ask(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_pynvml_is_named_if_torch_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(tmp_path, {"pynvml.py": "raise ImportError('half installed')"})
     monkeypatch.delitem(sys.modules, "pynvml")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UsageError, match=r"torch is not installed and NVML cannot be asked \(half installed\)"):
+    with pytest.raises(UsageError, match=r"torch is not installed, and NVML is not available \(half installed\)"):
         local_world_size("gpu", {})
 
 
@@ -368,7 +369,7 @@ def test_mig_without_torch_is_one_device(mig: list[int], value: str | None, nvml
     assert local_world_size("auto", environ) == 1
 
 
-def test_mig_shows_nothing_where_nothing_is_visible(nvml: Callable[..., FakeNvml]) -> None:
+def test_mig_shows_nothing_if_nothing_is_visible(nvml: Callable[..., FakeNvml]) -> None:
     nvml(UUIDS, mig=[0])
     with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES='' hides all 4"):
         local_world_size("gpu", {"CUDA_VISIBLE_DEVICES": ""})
@@ -377,7 +378,7 @@ def test_mig_shows_nothing_where_nothing_is_visible(nvml: Callable[..., FakeNvml
 # --- torch, in the child
 
 FAKE_TORCH = '''
-"""As much of torch as the child asks. FAKE_DEVICES: what the host has, "NAME=COUNT,..."; the first is current."""
+"""As much of torch as the child uses. FAKE_DEVICES: the host's devices, "NAME=COUNT,..."; the first is current."""
 import os, sys
 from types import SimpleNamespace
 
@@ -417,7 +418,7 @@ exec(os.environ.get("FAKE_CODE", ""))
 
 
 class FakeTorch:
-    """A package torch for this process to find and for the child to import; it records what it was asked."""
+    """A package torch that this process finds and the child imports. It records what it was asked."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -453,7 +454,7 @@ def fake_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTorch:
         ("auto", {"FAKE_OLD": "1", "FAKE_DEVICES": "xpu=6,cuda=8"}, 8),
         ("auto", {"FAKE_OLD": "1", "FAKE_DEVICES": "xpu=6"}, 6),
         ("auto", {"FAKE_OLD": "1"}, 1),
-        # the answer stands, whatever follows it
+        # a crash after the answer does not matter
         ("gpu", {"FAKE_DEVICES": "cuda=8", "FAKE_CODE": "import atexit; atexit.register(os.abort)"}, 8),
     ],
 )
@@ -492,10 +493,10 @@ def test_torch_is_asked(
         ),
     ],
 )  # fmt: skip
-def test_what_torch_cannot_give_is_an_error_in_one_line(
+def test_a_failure_of_torch_is_an_error_in_one_line(
     option: str, variables: dict[str, str], problem: str, fake_torch: FakeTorch
 ) -> None:
-    # The noise that torch makes belongs to stderr too; here it would hide that a silent child gives no message.
+    # Without the noise, which also goes to stderr and would hide that a silent child gives no message.
     init = fake_torch.root / "torch" / "__init__.py"
     init.write_text("\n".join(line for line in FAKE_TORCH.splitlines() if "noise" not in line))
     with pytest.raises(UsageError) as caught:
@@ -526,7 +527,7 @@ def test_the_child_does_not_read_the_terminal(fake_torch: FakeTorch) -> None:
         assert local_world_size("gpu", fake_torch.environ(FAKE_DEVICES="cuda=8", FAKE_CODE=code)) == 8
 
 
-def test_files_in_the_working_directory_do_not_stand_in_for_modules(
+def test_files_in_the_working_directory_do_not_replace_modules(
     fake_torch: FakeTorch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree(tmp_path, {"cwd/torch.py": "raise SystemExit('the wrong torch')", "cwd/types.py": "raise SystemExit('wrong')"})
@@ -534,7 +535,7 @@ def test_files_in_the_working_directory_do_not_stand_in_for_modules(
     assert local_world_size("gpu", fake_torch.environ(FAKE_DEVICES="cuda=2")) == 2
 
 
-def test_nvml_spares_the_question_to_torch(fake_torch: FakeTorch, nvml: Callable[..., FakeNvml]) -> None:
+def test_torch_is_not_asked_if_nvml_answers(fake_torch: FakeTorch, nvml: Callable[..., FakeNvml]) -> None:
     nvml(UUIDS)
     assert local_world_size("gpu", fake_torch.environ(FAKE_DEVICES="cuda=8")) == 4
     assert local_world_size("auto", fake_torch.environ(FAKE_DEVICES="cuda=8")) == 4
@@ -550,7 +551,7 @@ def test_nvml_without_gpus_leaves_auto_to_torch(fake_torch: FakeTorch, nvml: Cal
 
 @pytest.mark.parametrize("option", ["gpu", "auto"])
 @pytest.mark.parametrize(("options", "value"), [({"mig": [3]}, "0"), ({}, "MIG-5c89c4e2"), ({"fails": "init"}, "0")])
-def test_torch_is_asked_where_nvml_cannot_say(
+def test_torch_is_asked_if_nvml_cannot_say(
     option: str, options: dict[str, object], value: str, fake_torch: FakeTorch, nvml: Callable[..., FakeNvml]
 ) -> None:
     nvml(UUIDS, **options)
@@ -562,7 +563,7 @@ def test_auto_does_not_ask_a_cpu_build_of_torch(
     fake_torch: FakeTorch, nvml: Callable[..., FakeNvml], cpus: Callable[[int], None]
 ) -> None:
     tree(fake_torch.root, {"torch/version.py": "__version__ = '9.9+cpu'\n"})
-    nvml(UUIDS)  # that torch could not use them
+    nvml(UUIDS)  # which this torch could not use
     cpus(1)
     assert local_world_size("auto", fake_torch.environ(FAKE_DEVICES="npu=5")) == 1
     assert fake_torch.asked() == []
@@ -639,7 +640,7 @@ def test_other_values_are_refused_with_and_without_torch(
         ("xpu", "has no usable XPU: torch is not installed; pass a number or cpu"),
         (
             "gpu",
-            "has no usable GPU: torch is not installed and NVML cannot be asked (import of pynvml halted; None in ",
+            "has no usable GPU: torch is not installed, and NVML is not available (import of pynvml halted; None in ",
         ),
     ],
 )
@@ -649,7 +650,7 @@ def test_devices_that_need_torch_say_that_it_is_missing(option: str, problem: st
     assert str(caught.value).startswith(f"--nproc-per-node={option}: this host ({os.uname().nodename}) {problem}")
 
 
-def test_a_folder_called_torch_is_not_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_called_torch_is_not_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
     tree(tmp_path, {"torch/notes.txt": ""})
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -662,7 +663,7 @@ def test_a_folder_called_torch_is_not_torch(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def real_environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The real torch, which must find no device, on whatever host the tests run."""
+    """The environment for the real torch, in which it finds no device on any host."""
     monkeypatch.delitem(sys.modules, "torch")
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": "99"}
 
@@ -671,7 +672,7 @@ def test_auto_with_the_real_torch_is_the_cpu_count(
     real_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert local_world_size("auto", real_environ) == cpu_count()
-    monkeypatch.setattr(devices, "_is_cpu_only", lambda torch_init: False)  # and so it is where torch must be asked
+    monkeypatch.setattr(devices, "_is_cpu_only", lambda torch_init: False)  # the same if torch must be asked
     assert local_world_size("auto", real_environ) == cpu_count()
 
 
@@ -691,7 +692,8 @@ def test_importing_the_module_imports_nothing_else() -> None:
     code = "import sys, elastic_launch.config; before = set(sys.modules); import elastic_launch.host.devices"
     code += "; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
-        "elastic_launch.core elastic_launch.core.placement elastic_launch.host.devices\n"
+        "elastic_launch.core elastic_launch.core.placement elastic_launch.host elastic_launch.host.cgroup "
+        "elastic_launch.host.devices elastic_launch.host.nvml\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""What can be read of error files: good ones, and those that a full disk, a huge text or an accident has left."""
+"""Reading error files: good ones, and those that a full disk, a huge text or an accident has left."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_was_written_is_read(file: Path) -> None:
 def test_what_torch_s_record_writes_is_read(file: Path) -> None:
     extra = {"py_callstack": STACK, "timestamp": "1000"}
     path = written(file, {"message": {"message": "ValueError: boom", "extraInfo": extra}})
-    os.utime(path, (5000.5, 5000.5))  # finer than the timestamp
+    os.utime(path, (5000.5, 5000.5))  # more precise than the timestamp
     assert read_error_file(path, PID) == ("ValueError: boom", STACK, 5000.5, path)
 
 
@@ -61,12 +61,12 @@ def test_a_message_without_fields_is_error_and_stack(file: Path) -> None:
 def test_an_error_file_of_another_worker_is_not_read(file: Path) -> None:
     assert read_error_file(written(file, content(extra={"session": PID + 1})), PID) is None
     assert read_error_file(written(file, content(extra={"session": 0})), PID)  # of another PID namespace
-    # A launcher below the worker has passed on what its own worker wrote.
+    # A launcher below the worker has copied the record of its own worker.
     assert read_error_file(written(file, content(extra={"session": PID + 1}, errorCode=3)), PID)
 
 
 @pytest.mark.parametrize("given", [float("nan"), float("inf"), -1e300, 1e300, "soon", None, [], 5.0, 10**400])
-def test_a_time_that_cannot_be_costs_nothing_but_itself(file: Path, given: Any) -> None:
+def test_an_impossible_time_is_ignored(file: Path, given: Any) -> None:
     path = written(file, content(extra={"time": given}))
     os.utime(path, (1e9, 1e9))
     record = read_error_file(path, PID)
@@ -74,7 +74,7 @@ def test_a_time_that_cannot_be_costs_nothing_but_itself(file: Path, given: Any) 
     assert (record.error, record.time) == ("ValueError: boom", 1e9)
 
 
-def test_wherever_a_file_is_cut_off_what_is_there_is_told(file: Path) -> None:
+def test_wherever_a_file_is_cut_off_the_rest_is_read(file: Path) -> None:
     stack = 'Traceback\n\t"quoted" \\ \N{SNOWMAN} \U0001f600 \\u12\n' + STACK
     for ensure_ascii in (True, False):
         whole = json.dumps(content(stack=stack), ensure_ascii=ensure_ascii).encode()
@@ -88,7 +88,7 @@ def test_wherever_a_file_is_cut_off_what_is_there_is_told(file: Path) -> None:
             assert record, whole[:size]
             assert record.error == "ValueError: boom"[: size - error_at].removesuffix(": ")
             if size > stack_at:
-                # The last character may be half there.
+                # The last character may be incomplete.
                 assert stack.startswith(record.traceback[:-2]), whole[:size]
                 assert len(record.traceback) >= len(whole[stack_at:size].decode(errors="ignore")) // 6
         assert record
@@ -119,11 +119,11 @@ def test_wherever_a_file_is_cut_off_what_is_there_is_told(file: Path) -> None:
     ],
     ids=lambda data: repr(data[:40]),
 )
-def test_what_is_no_error_file_is_nothing(file: Path, data: bytes) -> None:
+def test_what_is_not_an_error_file_is_ignored(file: Path, data: bytes) -> None:
     assert read_error_file(written(file, data), PID) is None
 
 
-def test_an_error_is_found_before_and_behind_nonsense(file: Path) -> None:
+def test_an_error_is_found_before_and_after_nonsense(file: Path) -> None:
     told = json.dumps(content())
     for data in (
         "\ufeff" + told,
@@ -139,7 +139,7 @@ def test_an_error_is_found_before_and_behind_nonsense(file: Path) -> None:
         assert "line 7" in record.traceback
 
 
-def test_what_is_no_file_is_not_waited_for(file: Path, tmp_path: Path) -> None:
+def test_what_is_not_a_file_does_not_make_the_reader_wait(file: Path, tmp_path: Path) -> None:
     assert read_error_file(str(file), PID) is None
     assert read_error_file(str(tmp_path), PID) is None
     assert read_error_file("", PID) is None
@@ -152,7 +152,7 @@ def test_what_is_no_file_is_not_waited_for(file: Path, tmp_path: Path) -> None:
     assert read_error_file(str(file), PID) is None
 
 
-def test_a_file_that_must_not_be_read_is_nothing(file: Path, tmp_path: Path) -> None:
+def test_a_file_that_must_not_be_read_is_ignored(file: Path, tmp_path: Path) -> None:
     path = written(file, content())
     file.chmod(0)
     code = (
@@ -184,7 +184,13 @@ def test_of_a_huge_file_both_ends_are_read_quickly(file: Path, kind: str) -> Non
             stream.write(unit * (1_000_000 // len(unit)))
         stream.write(tail)
     size = file.stat().st_size
-    for cut in (0, 1, 2, 3, 40):  # bytes: reading begins within an escape, too; the last cut takes some of the numbers
+    for cut in (
+        0,
+        1,
+        2,
+        3,
+        40,
+    ):  # bytes, so that reading also begins within an escape; the last cut removes some of the numbers
         os.truncate(file, size - cut)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
@@ -213,7 +219,7 @@ def test_a_huge_message_does_not_hide_its_stack(file: Path) -> None:
     assert record.traceback.endswith("bbb the end")
 
 
-def test_a_key_in_a_text_is_no_key(file: Path) -> None:
+def test_a_key_within_a_text_is_not_a_key(file: Path) -> None:
     line = 'ValueError: {"message": "not this", "py_callstack": "nor this", "session": 5}'
     told = json.dumps(content(line, stack=f"{line}\n{STACK}"))
     for data in (told, told[:-2], json.dumps(content(line, stack=f"{line}\n{STACK}", padding=" " * (5 << 20)))):

@@ -1,4 +1,4 @@
-"""Functions as workers: what they are given, what they return, and how they fail, by every start method."""
+"""Functions as workers: their arguments, return values and failures, with every start method."""
 
 from __future__ import annotations
 
@@ -143,14 +143,14 @@ def child_that_lives_on(path: str) -> None:
 
 
 def descriptors() -> list[str]:
-    numbers = os.listdir("/proc/self/fd")  # and that of the listing itself, which is closed again
+    numbers = os.listdir("/proc/self/fd")  # including that of the listing itself, which is closed again
     return [
         os.readlink(f"/proc/self/fd/{fd}") for fd in numbers if int(fd) > 2 and os.path.exists(f"/proc/self/fd/{fd}")
     ]
 
 
 class Trainer:
-    """Something to call that is no function; its representation is no name."""
+    """A callable that is not a function, and whose ``repr`` is not a name."""
 
     def __init__(self, factor: int) -> None:
         self.factor = factor
@@ -245,7 +245,7 @@ def die(how: str) -> None:
     if how == "thread":
         threading.Thread(target=os._exit, args=(9,)).start()
         signal.pause()
-    os.write(2, b"the last line\n")  # pytest has its own in place of sys.stderr
+    os.write(2, b"the last line\n")  # pytest has replaced sys.stderr
     ctypes.string_at(0)
 
 
@@ -294,11 +294,11 @@ def launch_what_fails(method: str) -> Any:
     return run(boom, method=method)
 
 
-# What the launcher makes of it.
+# What the launcher reports.
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_worker_calls_the_function_and_its_value_comes_back(method: str) -> None:
+def test_each_worker_calls_the_function_and_returns_its_value(method: str) -> None:
     values = run(who, "hello", method=method)
     assert [value[0] for value in values.values()] == ["hello 0", "hello 1"]
     assert len({value[1] for value in values.values()}) == 1, "the keeper is the parent of all"
@@ -328,13 +328,13 @@ def test_local_rank_in_arguments() -> None:
 def test_unpicklable_value_names_rank_and_type(method: str) -> None:
     error = failure(unpicklable, method=method)
     assert list(error.failures) == [1]
-    assert "rank 1 returned a value of type generator, which cannot be handed over" in error.failures[1].error
+    assert "rank 1 returned a value of type generator, which cannot be sent to the launcher" in error.failures[1].error
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exception_arrives_with_its_traceback(method: str) -> None:
     error = failure(boom, method=method)
-    assert list(error.failures) == [1], "the rank that was stopped is no failure"
+    assert list(error.failures) == [1], "the rank that was stopped is not a failure"
     cause = error.failures[1]
     assert (cause.error, cause.exitcode) == ("ValueError: boom", 1)
     assert 'raise ValueError("boom")' in cause.message
@@ -359,7 +359,7 @@ def test_exit_with_0_is_success_without_a_value(method: str) -> None:
 
 @pytest.fixture
 def _tracker() -> Iterator[None]:
-    """multiprocessing's tracker of named semaphores lives as long as the program: have it before the test's begin."""
+    """Start multiprocessing's resource tracker before the test, because it lives as long as the program."""
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()
@@ -409,7 +409,7 @@ def test_what_a_function_leaves_behind_ends_with_it(method: str, tmp_path: Path)
     assert not [file for file in tmp_path.iterdir() if file.is_file() and is_alive(int(file.read_text()))]
 
 
-def test_function_that_cannot_be_sent_is_told_before_anything_starts() -> None:
+def test_function_that_cannot_be_sent_is_an_error_before_anything_starts() -> None:
     with pytest.raises(UsageError, match=r"entrypoint .*<lambda>: cannot be sent .*'spawn'.*start_method='fork'"):
         run(lambda: 1)
     with pytest.raises(UsageError, match="cannot pickle 'generator' object"):
@@ -431,7 +431,7 @@ def test_works_twice_in_a_thread_and_under_a_running_event_loop() -> None:
     assert len(results) == 1
 
 
-def test_agent_by_itself_takes_a_function() -> None:
+def test_agent_by_itself_runs_a_function() -> None:
     spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), entrypoint=who, args=("hi",), max_restarts=0)
     result = LocalElasticAgent(spec, DefaultLogsSpecs(), "fork").run()
     assert not result.is_failed()
@@ -496,7 +496,7 @@ def test_whatever_can_be_called(method: str) -> None:
 
 
 def test_names_of_what_can_be_called() -> None:
-    """They stand in reports, in process names and in messages: never a ``repr``, which may be long, or fail."""
+    """Reports, process names and messages use them. A ``repr`` may be long, or fail."""
     assert callable_name(multiply) == "multiply"
     assert callable_name(functools.partial(functools.partial(multiply, 1), 2)) == "multiply"
     assert callable_name(Trainer(3)) == "Trainer"
@@ -518,7 +518,7 @@ def test_value_that_cannot_be_read_names_rank_and_type() -> None:
 
 
 def test_argument_that_interrupts_or_cannot_be_read() -> None:
-    with pytest.raises(KeyboardInterrupt):  # and no descriptor is left
+    with pytest.raises(KeyboardInterrupt):  # and no descriptor stays open
         run(size, Interrupting())
     assert "'nothing'" in failure(size, Unreadable()).get_first_failure()[1].error
 
@@ -534,9 +534,9 @@ ODD_ENDS = {
     "no streams": "ValueError: no streams",
     "closed streams": "ValueError: closed streams",
     "recursion": "RecursionError: maximum recursion depth exceeded",
-    "coroutine": "TypeError: rank 0 returned a value of type coroutine, which cannot be handed over",
-    "local class": "TypeError: rank 0 returned a value of type Local, which cannot be handed over",
-    "deep": "TypeError: rank 0 returned a value of type list, which cannot be handed over: RecursionError",
+    "coroutine": "TypeError: rank 0 returned a value of type coroutine, which cannot be sent to the launcher",
+    "local class": "TypeError: rank 0 returned a value of type Local, which cannot be sent to the launcher",
+    "deep": "TypeError: rank 0 returned a value of type list, which cannot be sent to the launcher: RecursionError",
 }
 
 
@@ -548,7 +548,7 @@ def test_odd_ends(method: str, how: str) -> None:
     rank, cause = failure(end_oddly, how, method=method).get_first_failure()
     assert (rank, cause.exitcode) == (0, 1)
     assert cause.error.startswith(ODD_ENDS[how])
-    assert ("Traceback" in cause.message) == (how != "text"), "Python shows none of a SystemExit"
+    assert ("Traceback" in cause.message) == (how != "text"), "Python shows none for a SystemExit"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -566,7 +566,7 @@ def test_child_that_a_function_forks_is_not_the_worker(fails: bool, method: str)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_functions_have_processes_of_their_own(method: str) -> None:
+def test_functions_can_start_processes(method: str) -> None:
     assert run(use_processes, method=method) == {0: [1, 4, 9], 1: [1, 4, 9]}
 
 
@@ -574,7 +574,9 @@ def test_functions_have_processes_of_their_own(method: str) -> None:
 def test_function_that_changes_its_process(method: str, tmp_path: Path) -> None:
     before = os.getcwd()
     assert run(change_everything, str(tmp_path), method=method) == {0: "/", 1: "/"}
-    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["late", "late"], "its threads are waited for"
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["late", "late"], (
+        "the process waits for its threads"
+    )
     assert os.getcwd() == before
 
 
@@ -621,7 +623,7 @@ if __name__ == "__main__":
 
 
 def program(path: Path, main: str, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program of its own with ``PROGRAM`` before its main part."""
+    """Run a program that consists of ``PROGRAM`` and a main part."""
     script = path / "program.py"
     script.write_text(PROGRAM + "".join(f"    {line}\n" for line in main.splitlines()))
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -630,7 +632,7 @@ def program(path: Path, main: str, *args: str, **more: Any) -> subprocess.Comple
     )
 
 
-def test_what_waits_in_a_buffer_is_written_once(tmp_path: Path) -> None:
+def test_buffered_output_is_written_once(tmp_path: Path) -> None:
     done = program(tmp_path, "sys.stdout.write('once')\nfor method in ('fork', 'spawn', 'forkserver'): launch(method)")
     assert done.stdout == "once"
 
@@ -662,7 +664,7 @@ def test_program_full_of_threads(tmp_path: Path) -> None:
 
 
 def test_program_without_a_file(tmp_path: Path) -> None:
-    """As in a notebook: what is defined there cannot be imported by a fresh process; what modules define can."""
+    """As in a notebook: a new process can import what modules define, but not what is defined there."""
     main = (
         "try: launch('spawn')\n"
         "except ValueError as error: print(error)\n"
@@ -729,7 +731,7 @@ def train(data, model, array):
         sys.exit(3)
     parallel = nn.parallel.DistributedDataParallel(model)
     parallel(data).sum().backward()
-    return total, model, model.weight.grad, array * 2  # and the process group is not destroyed
+    return total, model, model.weight.grad, array * 2  # without destroying the process group
 
 if __name__ == "__main__":
     for method in ("spawn", "fork", "forkserver"):
@@ -748,7 +750,7 @@ if __name__ == "__main__":
 
 
 def test_torch_trains_in_functions(tmp_path: Path) -> None:
-    """Tensors and modules are arguments and values; a process group forms, again after a restart."""
+    """Tensors and modules can be arguments and return values. A process group forms, also after a restart."""
     script = tmp_path / "torch_program.py"
     script.write_text(TORCH)
     done = subprocess.run([sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=150)

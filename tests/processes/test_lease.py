@@ -1,4 +1,4 @@
-"""Workers live as long as their lease: the keeper kills them when an agent that is stopped does not renew it."""
+"""Leases: the keeper kills the workers if a stopped agent does not renew their lease."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
-from elastic_launch.workers.group import Command, WorkerProcesses
+from elastic_launch.workers.keeper_client import Command, KeeperClient
 from tests.cluster.test_nodes import QUICK, start_three, up
 from tests.conftest import DEADLINE, Job, is_alive, wait_until
 
@@ -19,14 +19,14 @@ SLEEP = Command(0, ["sleep", "1000"], {})
 
 
 @pytest.fixture
-def workers() -> Iterator[WorkerProcesses]:
-    processes = WorkerProcesses("test-lease", dict(os.environ))
+def workers() -> Iterator[KeeperClient]:
+    processes = KeeperClient("test-lease", dict(os.environ))
     yield processes
     processes.close()
 
 
-def events(workers: WorkerProcesses, enough: Callable[[list[AgentEvent]], bool]) -> list[AgentEvent]:
-    """Take events until there are enough of them."""
+def events(workers: KeeperClient, enough: Callable[[list[AgentEvent]], bool]) -> list[AgentEvent]:
+    """Collect events until there are enough of them."""
     found: list[AgentEvent] = []
     poller = select.poll()
     poller.register(workers.fileno(), select.POLLIN)
@@ -37,68 +37,70 @@ def events(workers: WorkerProcesses, enough: Callable[[list[AgentEvent]], bool])
     return found
 
 
-def is_gone(found: list[AgentEvent]) -> bool:
+def is_reaped(found: list[AgentEvent]) -> bool:
     return any(isinstance(event, GroupReaped) for event in found)
 
 
-def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> None:
+def test_workers_are_killed_when_the_lease_expires(workers: KeeperClient) -> None:
     until = time.monotonic() + 0.3
     workers.lease(until)
     workers.start([SLEEP])
-    started, lapsed, exited, gone = events(workers, is_gone)
+    started, expired, exited, reaped = events(workers, is_reaped)
     assert time.monotonic() >= until
     assert isinstance(started, Started)
-    assert lapsed == LeaseExpired()
+    assert expired == LeaseExpired()
     assert isinstance(exited, Exited)
-    assert (exited.exit.exitcode, exited.exit.stop_signals) == (-signal.SIGKILL, (signal.SIGKILL,)), "it is no failure"
-    assert gone == GroupReaped({})
+    assert (exited.exit.exitcode, exited.exit.stop_signals) == (-signal.SIGKILL, (signal.SIGKILL,)), (
+        "it is not a failure"
+    )
+    assert reaped == GroupReaped({})
 
 
-def test_a_lease_that_is_renewed_holds(workers: WorkerProcesses) -> None:
+def test_a_lease_that_is_renewed_holds(workers: KeeperClient) -> None:
     workers.lease(time.monotonic() + 0.2)
     workers.start([SLEEP])
     [started] = events(workers, bool)
     assert isinstance(started, Started)
     until = time.monotonic() + 0.5
     workers.lease(until)
-    events(workers, is_gone)
+    events(workers, is_reaped)
     assert time.monotonic() >= until
 
 
-def test_without_a_lease_workers_live_on(workers: WorkerProcesses) -> None:
+def test_workers_without_a_lease_keep_running(workers: KeeperClient) -> None:
     workers.start([Command(0, ["true"], {})])
     [_, exited] = events(workers, lambda found: len(found) == 2)
     assert isinstance(exited, Exited)
     assert exited.exit.exitcode == 0
 
 
-def test_workers_that_are_started_after_their_lease_die_at_once(workers: WorkerProcesses) -> None:
+def test_workers_that_start_after_their_lease_has_expired_die_at_once(workers: KeeperClient) -> None:
     workers.lease(time.monotonic() - 1)
     workers.start([SLEEP])
-    assert LeaseExpired() in events(workers, is_gone)
+    assert LeaseExpired() in events(workers, is_reaped)
 
 
-def test_a_lease_that_is_over_when_all_have_gone_is_no_event(workers: WorkerProcesses) -> None:
+def test_a_lease_that_expires_when_nothing_is_left_is_not_an_event(workers: KeeperClient) -> None:
     workers.start([Command(0, ["true"], {})])
     events(workers, lambda found: len(found) == 2)
-    workers.sweep(kill=False)
-    assert is_gone(events(workers, is_gone))
+    workers.reap_leftovers(kill=False)
+    assert is_reaped(events(workers, is_reaped))
     workers.lease(time.monotonic() - 1)
     workers.start([Command(0, ["true"], {}), SLEEP._replace(local_rank=1)])
-    found = events(workers, is_gone)
+    found = events(workers, is_reaped)
     assert [type(event) for event in found].count(LeaseExpired) == 1
 
 
-def test_a_new_keeper_knows_the_lease(workers: WorkerProcesses) -> None:
+def test_a_new_keeper_gets_the_lease(workers: KeeperClient) -> None:
     workers.lease(time.monotonic() + 0.5)
     os.kill(workers._keeper.pid, signal.SIGKILL)
     assert events(workers, lambda _: True) == []
     poller = select.poll()
     poller.register(workers.fileno(), select.POLLIN)
-    assert poller.poll(DEADLINE * 1000), "the keeper's end shows"
+    assert poller.poll(DEADLINE * 1000), "the loss of the keeper is noticed"
     workers.take()
     workers.start([SLEEP])
-    assert LeaseExpired() in events(workers, is_gone)
+    assert LeaseExpired() in events(workers, is_reaped)
 
 
 def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:
@@ -110,7 +112,7 @@ def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) 
     pids = {int(mark.split()[2]) for mark in job.marks()}
     third.send_signal(signal.SIGSTOP)
     wait_until(lambda: up(job, 1, 1))
-    assert not any(map(is_alive, pids)), "also those of the agent that is still stopped"
+    assert not any(map(is_alive, pids)), "including those of the agent that is still stopped"
     assert [job.finish(process).returncode for process in (first, second)] == [0, 0]
     third.send_signal(signal.SIGCONT)
     job.finish(third)

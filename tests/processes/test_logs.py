@@ -1,4 +1,4 @@
-"""The log pump, with real workers, pipes and terminals: every byte in the files, every line on the console, whole."""
+"""The log pump with real workers, pipes and terminals: every byte in the files, every line whole on the console."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from elastic_launch.host.console import unblocked
 from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs import pump as pump_module
 from elastic_launch.logs import source as source_module
-from elastic_launch.logs.pump import REST
+from elastic_launch.logs.pump import BATCH_DELAY
 from tests.conftest import DEADLINE
 
 PYTHON = [sys.executable, "-I", "-S", "-u", "-c"]
 
 
 class Console:
-    """What stands in for this process's standard output and error while a test runs."""
+    """Replaces this process's standard output and error while a test runs."""
 
     def __init__(self, writing: int, reading: int) -> None:
         self.writing, self.reading = writing, reading
@@ -70,7 +70,7 @@ def standing_in(out: int, err: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_of(ends: tuple[int, int]) -> Iterator[Console]:
-    """A console for both streams; ``ends``: the reading and the writing one."""
+    """A console for both streams. ``ends`` are its reading and its writing end."""
     console = Console(ends[1], ends[0])
     try:
         yield console
@@ -81,7 +81,7 @@ def made_of(ends: tuple[int, int]) -> Iterator[Console]:
 
 
 def raw_terminal() -> tuple[int, int]:
-    """Both ends of a terminal of 100 columns that changes nothing."""
+    """Both ends of a terminal of 100 columns that does not change its output."""
     reading, writing = os.openpty()
     tty.setraw(writing)
     fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
@@ -104,7 +104,7 @@ def terminal() -> Iterator[Console]:
 
 @pytest.fixture
 def pump(request: pytest.FixtureRequest) -> Iterator[LogPump]:
-    """A pump on the console, or terminal, of the test."""
+    """A pump on the console or terminal of the test."""
     name = "terminal" if "terminal" in request.fixturenames else "console"
     with new_pump(request.getfixturevalue(name)) as pump:
         yield pump
@@ -112,7 +112,7 @@ def pump(request: pytest.FixtureRequest) -> Iterator[LogPump]:
 
 @contextlib.contextmanager
 def new_pump(console: Console, log: Callable[[str], None] = pytest.fail) -> Iterator[LogPump]:
-    """A pump on a console. It opens pipes and terminals anew, so these need not stay the standard streams."""
+    """A pump on a console. It opens pipes and terminals again, so they need not stay the standard streams."""
     with standing_in(console.writing, console.writing):
         pump = LogPump(log, unblocked)
     try:
@@ -127,7 +127,7 @@ def turn(pump: LogPump, until: Callable[[], object]) -> int:
     end = time.monotonic() + DEADLINE
     wakes = 0
     while not until():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not become true"
         poller = select.poll()
         for fd, mask in pump.descriptors():
             poller.register(fd, mask)
@@ -139,12 +139,12 @@ def turn(pump: LogPump, until: Callable[[], object]) -> int:
 
 
 def spawn(code: str, *ends: int) -> subprocess.Popen[bytes]:
-    """A worker: Python code, with its stdout and maybe stderr."""
+    """Start a worker that runs Python code, with these ends as stdout and stderr."""
     return subprocess.Popen([*PYTHON, code], stdout=ends[0], stderr=ends[-1])
 
 
 def run(pump: LogPump, routes: Sequence[Route], codes: Sequence[str], console: Console | None = None) -> None:
-    """A whole round: each code is a worker, by local rank."""
+    """Run a whole round. Each code is a worker, by local rank."""
     ends = pump.open(routes)
     workers = []
     for rank, code in enumerate(codes):
@@ -157,7 +157,7 @@ def run(pump: LogPump, routes: Sequence[Route], codes: Sequence[str], console: C
 
 
 def reading(console: Console | None, condition: Callable[[], object]) -> Callable[[], object]:
-    """A condition; whoever waits for it reads the console meanwhile."""
+    """A condition that reads the console whenever it is checked."""
     return lambda: (console.read() if console else None, condition())[1]
 
 
@@ -171,7 +171,7 @@ BLOCKS = "import sys; sys.stdout.buffer.write(b''.join(b'%d\\n' % i for i in ran
 SINGLE = "import os\nfor i in range({n}): os.write(1, b'%d' % i); os.write(1, b'\\n')"
 
 
-def test_lines_of_many_writers_come_whole_once_and_in_order(tmp_path: Path, console: Console, pump: LogPump) -> None:
+def test_lines_of_many_writers_are_whole_and_in_order(tmp_path: Path, console: Console, pump: LogPump) -> None:
     writers = [BLOCKS.format(n=100_000), SINGLE.format(n=5_000), BLOCKS.format(n=100_000), SINGLE.format(n=5_000)]
     routes = [Route(rank, 1, str(tmp_path / f"{rank}.log"), True, b"[default%d]:" % rank) for rank in range(4)]
     run(pump, routes, writers, console)
@@ -220,10 +220,10 @@ def test_a_line_of_10_mb_is_whole_among_others(tmp_path: Path, console: Console,
     assert (tmp_path / "0.log").read_bytes() == b"x" * 10_000_000 + b"\nlast"
 
 
-def test_a_line_without_end_does_not_fill_the_memory(
+def test_a_line_without_an_end_does_not_fill_the_memory(
     tmp_path: Path, console: Console, pump: LogPump, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_module, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(source_module, "MAX_LINE", 1 << 20)
     long = "import sys; sys.stdout.buffer.write(b'x' * 5_000_000); sys.stdout.flush()"
     run(pump, [Route(0, 1, str(tmp_path / "log"), True, b"#")], [long], console)
     pieces = console.read().splitlines()
@@ -255,7 +255,7 @@ def test_untouched_bytes_pass_at_once(console: Console, pump: LogPump) -> None:
     assert pump.tail(0) == "\N{REPLACEMENT CHARACTER}done"
 
 
-def test_matching_lines_go_to_a_file_of_all_workers_as_well(tmp_path: Path, console: Console, pump: LogPump) -> None:
+def test_matching_lines_also_go_to_one_file_of_all_workers(tmp_path: Path, console: Console, pump: LogPump) -> None:
     routes = [Route(rank, 1, show=rank == 0, prefix=b"[%d]:" % rank) for rank in (0, 1)]
     ends = pump.open(routes, {1: Duplicates((b"loss", b"lr"), str(tmp_path / "filtered"))})
     for rank in (0, 1):
@@ -302,7 +302,7 @@ def test_no_descriptors_left_is_an_error_that_leaks_nothing(
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_the_limit_of_descriptors_is_raised_where_it_may_be(console: Console, pump: LogPump) -> None:
+def test_the_limit_of_descriptors_is_raised_if_possible(console: Console, pump: LogPump) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
     try:
@@ -322,7 +322,7 @@ def test_a_redrawn_line_is_shown_in_its_last_state(tmp_path: Path, console: Cons
     assert (tmp_path / "log").read_bytes() == b"".join(b"\r%d%%|" % i for i in range(101)) + b"\nnext\n\r7\r8"
 
 
-def test_a_bar_that_is_redrawn_for_days_takes_no_memory(console: Console, pump: LogPump) -> None:
+def test_a_bar_that_is_redrawn_for_days_needs_no_memory(console: Console, pump: LogPump) -> None:
     ends = pump.open([Route(0, 2, show=True, prefix=b"#")])
     for _ in range(50):
         os.write(ends[0, 2], b"\r 50%" * 10_000)
@@ -356,11 +356,11 @@ def test_long_lines_of_odd_bytes_take_linear_time() -> None:
         last_states(b"\r\n" + line + b"\r\n")
         end_as_text(line, True, 20, 8192)
         last_state(bytearray(line))
-    assert time.process_time() - begin < 10  # some tenths; with squares it would be hours
+    assert time.process_time() - begin < 10  # some tenths of a second; quadratic time would be hours
 
 
 def screen(written: bytes) -> list[bytes]:
-    """The rows of a terminal of 100 columns after these bytes; of control sequences what the pump writes."""
+    """The rows of a terminal of 100 columns after these bytes. Knows the control sequences that the pump writes."""
     rows, column, wraps = [bytearray()], 0, True
     for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", written, re.DOTALL):
         if token == b"\x1b[K":
@@ -417,7 +417,7 @@ def test_a_live_line_ends_with_its_newline(terminal: Console, pump: LogPump) -> 
     assert screen(terminal.read()) == [b"#0:20%", b"#1:a line", b"#0:plain", b""]
 
 
-def test_a_live_line_does_not_wipe_what_has_no_end(terminal: Console, pump: LogPump) -> None:
+def test_a_live_line_does_not_wipe_an_unfinished_line(terminal: Console, pump: LogPump) -> None:
     ends = pump.open([Route(0, 1, show=True), Route(1, 1, show=True, prefix=b"#")])
     os.write(ends[0, 1], b"Password: ")
     turn(pump, shows(terminal, b"Password: "))
@@ -430,7 +430,7 @@ def test_a_live_line_does_not_wipe_what_has_no_end(terminal: Console, pump: LogP
 # ---- consoles
 
 
-def test_a_slow_console_holds_up_only_those_whom_it_shows(tmp_path: Path, console: Console, pump: LogPump) -> None:
+def test_a_slow_console_holds_up_only_the_workers_it_shows(tmp_path: Path, console: Console, pump: LogPump) -> None:
     routes = [Route(0, 1, str(tmp_path / "0"), True, b"#"), Route(1, 1, str(tmp_path / "1"))]
     ends = pump.open(routes)
     workers = [spawn(BLOCKS.format(n=1_000_000), ends[rank, 1], 2) for rank in (0, 1)]
@@ -447,7 +447,7 @@ def test_a_slow_console_holds_up_only_those_whom_it_shows(tmp_path: Path, consol
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_console_that_closes_costs_its_lines_only(tmp_path: Path, is_terminal: bool) -> None:
+def test_a_console_that_closes_loses_its_lines_only(tmp_path: Path, is_terminal: bool) -> None:
     with made_of(raw_terminal() if is_terminal else os.pipe()) as console, new_pump(console) as pump:
         end = pump.open([Route(0, 1, str(tmp_path / "log"), True, b"#")])[0, 1]
         worker = spawn(SINGLE.format(n=20_000), end)
@@ -509,7 +509,7 @@ def test_a_console_that_could_block_does_not(tmp_path: Path, kind: str) -> None:
         worker = spawn(BLOCKS.format(n=300_000), end)
         pump.close_workers_ends()
         turn(pump, lambda: all(mask == select.POLLOUT for _, mask in pump.descriptors()))
-        assert os.get_blocking(console.writing), "its flags are its owner's"
+        assert os.get_blocking(console.writing), "its flags belong to its owner"
         turn(pump, reading(console, lambda: worker.poll() is not None))
         pump.drain()
         turn(pump, reading(console, lambda: not pump.descriptors()))
@@ -517,7 +517,7 @@ def test_a_console_that_could_block_does_not(tmp_path: Path, kind: str) -> None:
         assert console.read() == b"".join(b"#%d\n" % number for number in range(300_000))
 
 
-def test_what_nobody_reads_is_given_up_at_the_end(console: Console) -> None:
+def test_what_nobody_reads_is_discarded_at_the_end(console: Console) -> None:
     said: list[str] = []
     with new_pump(console, said.append) as pump:
         end = pump.open([Route(0, 1, show=True, prefix=b"#")])[0, 1]
@@ -525,7 +525,7 @@ def test_what_nobody_reads_is_given_up_at_the_end(console: Console) -> None:
         pump.drain()
         lost = pump.flush(0.01)
         assert lost + len(console.read()) == 500_002
-        assert said == [f"stdout takes no more output: {lost} bytes were not shown"]
+        assert said == [f"stdout accepts no more output: {lost} bytes were not shown"]
 
 
 def test_a_signal_ends_the_wait_for_a_reader(console: Console) -> None:
@@ -540,17 +540,17 @@ def test_a_signal_ends_the_wait_for_a_reader(console: Console) -> None:
         assert len(said) == 1
 
 
-def test_flush_lasts_as_long_as_the_reader_takes(console: Console, pump: LogPump) -> None:
+def test_flush_lasts_as_long_as_the_reader_makes_progress(console: Console, pump: LogPump) -> None:
     end = pump.open([Route(0, 1, show=True, prefix=b"#")])[0, 1]
     os.write(end, b"x" * 1_000_000 + b"\n")
     pump.drain()
     slow = "import os, time\nleft = 1000002\nwhile left: left -= len(os.read(0, 1 << 16)); time.sleep(0.04)"
     with subprocess.Popen([*PYTHON, slow], stdin=console.reading) as reader:
-        assert pump.flush(0.4) == 0  # all of it takes longer
+        assert pump.flush(0.4) == 0  # in all it takes longer
         assert reader.wait() == 0
 
 
-def test_own_lines_come_after_what_the_workers_wrote_and_tear_nothing(console: Console, pump: LogPump) -> None:
+def test_own_lines_follow_what_the_workers_wrote_and_split_no_line(console: Console, pump: LogPump) -> None:
     ends = pump.open([Route(0, 2, show=True, prefix=b"#"), Route(1, 2, show=True)])
     os.write(ends[0, 2], b"whole\nhalf")
     os.write(ends[1, 2], b"mid line")
@@ -560,11 +560,11 @@ def test_own_lines_come_after_what_the_workers_wrote_and_tear_nothing(console: C
     assert console.read() == b"#whole\nmid line\nelastic-run: restarting\n#half and half\n"
 
 
-def test_an_unread_console_costs_words_only(console: Console, pump: LogPump) -> None:
+def test_an_unread_console_loses_own_lines_only(console: Console, pump: LogPump) -> None:
     pump.open([Route(0, 2, show=True)])
     for number in range(20_000):
         pump.log(f"{number:0100}")
-    assert pump._words.backlog < 80_000
+    assert pump._own_lines.backlog < 80_000
     turn(pump, reading(console, lambda: not [m for _, m in pump.descriptors() if m == select.POLLOUT]))
     lines = console.read().splitlines()
     assert 500 < len(lines) < 20_000
@@ -576,13 +576,13 @@ def test_an_unread_console_costs_words_only(console: Console, pump: LogPump) -> 
 # ---- terminals for workers
 
 
-def test_a_worker_whose_console_is_a_terminal_has_one(terminal: Console, pump: LogPump) -> None:
+def test_a_worker_gets_a_terminal_if_the_console_is_one(terminal: Console, pump: LogPump) -> None:
     code = "import os; print(os.isatty(1), os.get_terminal_size(1).columns, os.isatty(2), '\\x1b[31mred\\r')"
     run(pump, [Route(0, 1, show=True, prefix=b"[0]:"), Route(0, 2)], [code], terminal)
     assert terminal.read().replace(b"\r\n", b"\n").endswith(b"[0]:True 96 False \x1b[31mred\n")
 
 
-def test_a_worker_without_terminal(console: Console, pump: LogPump) -> None:
+def test_a_worker_without_a_terminal(console: Console, pump: LogPump) -> None:
     run(pump, [Route(0, 1, show=True, prefix=b"#")], ["import os; print(os.isatty(1))"], console)
     assert console.read() == b"#False\n"
 
@@ -593,9 +593,7 @@ def test_nothing_is_lost_at_the_end_of_a_terminal(tmp_path: Path, terminal: Cons
     assert terminal.read() == b"".join(b"#%d\n" % number for number in range(20_000))
 
 
-def test_where_there_are_no_terminals_a_pipe_does(
-    terminal: Console, pump: LogPump, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_terminals_a_pipe_is_used(terminal: Console, pump: LogPump, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> tuple[int, int]:
         raise OSError(28, "No space left on device")
 
@@ -620,7 +618,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_costs_the_files_only(small_disk: Path, tmp_path: Path, console: Console) -> None:
+def test_a_full_disk_loses_the_files_only(small_disk: Path, tmp_path: Path, console: Console) -> None:
     said: list[str] = []
     paths = [small_disk / "0", small_disk / "1", tmp_path / "2"]
     with new_pump(console, said.append) as pump:
@@ -689,11 +687,11 @@ def test_a_file_that_may_not_grow(tmp_path: Path, console: Console) -> None:
 
 
 @pytest.mark.parametrize("code", ["import signal; print(1); signal.pause()", "while True: print('y' * 1000)"])
-def test_a_stranger_that_holds_the_pipe_does_not_hang_the_end(
+def test_another_process_that_holds_the_pipe_does_not_hang_the_end(
     tmp_path: Path, console: Console, pump: LogPump, code: str
 ) -> None:
     end = pump.open([Route(0, 1, str(tmp_path / "log"))])[0, 1]
-    stranger = spawn(code, end)
+    other = spawn(code, end)
     try:
         pump.close_workers_ends()
         turn(pump, lambda: (tmp_path / "log").stat().st_size)
@@ -702,26 +700,26 @@ def test_a_stranger_that_holds_the_pipe_does_not_hang_the_end(
         assert time.monotonic() - begin < 10
         assert pump.descriptors() == []
     finally:
-        stranger.kill()
-        stranger.wait()
+        other.kill()
+        other.wait()
 
 
-def test_a_stranger_that_writes_faster_than_one_reads(
+def test_another_process_that_writes_faster_than_the_pump_reads(
     console: Console, pump: LogPump, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = pump.open([Route(0, 1)])[0, 1]
-    stranger = os.dup(end)
+    other = os.dup(end)
     blocks: list[bytes] = []
 
     def feed(source: source_module.Source, block: bytes) -> None:
         blocks.append(block)
         if len(blocks) < 1000:
-            os.write(stranger, block)
+            os.write(other, block)
 
     monkeypatch.setattr(source_module.Source, "feed", feed)
     os.write(end, b"x" * 50_000)
     pump.drain()
-    os.close(stranger)
+    os.close(other)
     assert len(blocks) < 100
 
 
@@ -738,13 +736,13 @@ def test_idle_means_idle_and_a_lone_line_does_not_wait(console: Console, pump: L
     assert len(pump.descriptors()) == 1
 
 
-def test_a_burst_of_lines_is_gathered_for_a_moment(console: Console, pump: LogPump) -> None:
+def test_a_burst_of_lines_is_collected_for_a_moment(console: Console, pump: LogPump) -> None:
     end = pump.open([Route(0, 1, show=True, prefix=b"#")])[0, 1]
     rests = 0
     for number in range(2000):
         os.write(end, b"%d\n" % number)
         if at := pump.deadline():
-            assert at - time.monotonic() <= REST <= 0.02
+            assert at - time.monotonic() <= BATCH_DELAY <= 0.02
             rests += 1
         pump.take({fd for fd, _ in pump.descriptors()})
     assert rests > 100
@@ -754,7 +752,7 @@ def test_a_burst_of_lines_is_gathered_for_a_moment(console: Console, pump: LogPu
     assert len(pump.descriptors()) == 1
 
 
-# ---- the last lines
+# ---- the tail of stderr
 
 
 def test_the_tail_outlives_the_round_and_ends_with_the_next(console: Console, pump: LogPump) -> None:
@@ -782,14 +780,14 @@ def test_the_tail_outlives_the_round_and_ends_with_the_next(console: Console, pu
     ],
 )
 def test_the_end_of_a_stream_as_text(data: bytes, text: str) -> None:
-    assert end_as_text(data, True, source_module.TAIL_LINES, source_module.TAIL) == text
+    assert end_as_text(data, True, source_module.TAIL_LINES, source_module.TAIL_SIZE) == text
 
 
-def test_a_stream_that_was_cut_begins_with_a_whole_line(console: Console, pump: LogPump) -> None:
+def test_a_truncated_tail_begins_with_a_whole_line(console: Console, pump: LogPump) -> None:
     code = "import sys\nfor i in range(20000): sys.stderr.write('\\r%d' % i * 9 if i < 19990 else '\\n%d' % i)"
     run(pump, [Route(0, 2)], [code], console)
     assert pump.tail(0).splitlines() == [str(number) for number in range(19990, 20000)]
-    source = pump._of[0, 2]
+    source = pump._by_stream[0, 2]
     assert len(source.recent) <= 2 * source_module.TAIL_KEPT
 
 

@@ -1,4 +1,4 @@
-"""Placement: recorded topologies, torch's own answers for the same ones, stand-ins for NVML, and this very host."""
+"""Binding workers to CPUs: recorded topologies, torch's answers for the same ones, fakes of NVML, and this host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES = [mode.value for mode in AffinityMode]
 
 
 class Cpu(NamedTuple):
-    """Where a CPU is: numbers as the kernel gives them; ``complex``: which of them share a last-level cache."""
+    """Where a CPU is, by the kernel's numbers. CPUs with the same ``complex`` share a last-level cache."""
 
     node: int
     socket: int
@@ -48,7 +48,7 @@ def addresses(host: Host) -> list[str]:
 
 
 def files(host: Host) -> dict[str, str]:
-    """What /sys and /proc show of such a host."""
+    """The files in /sys and /proc of such a host."""
     found: dict[str, str] = {}
     nodes: dict[int, set[int]] = {node: set() for node in host.memory}
     siblings: dict[tuple[int, int], set[int]] = {}
@@ -93,7 +93,7 @@ def put(root: Path, found: Mapping[str, str]) -> str:
     return str(root)
 
 
-# Linux numbers the first threads of all cores, then the second ones. Cores of a socket are numbered with gaps as found.
+# Linux numbers the first threads of all cores, then the second ones.
 XEON = {cpu: Cpu(cpu // 16 % 2, cpu // 16 % 2, cpu % 16, cpu // 16 % 2) for cpu in range(64)}
 EPYC = {cpu: Cpu(cpu % 64 // 8, cpu % 64 // 32, cpu % 64, cpu % 64 // 4) for cpu in range(128)}
 GRACE = {cpu: Cpu(cpu // 18, cpu // 18, cpu % 18, cpu // 18) for cpu in range(72)}
@@ -118,7 +118,7 @@ HOSTS = {
     "two POWER9": Host(POWER, [0, 0, 8, 8], memory=(252, 253, 254, 255)),
 }
 
-# By host and mode: the CPUs of each local rank, as lists of the kernel's kind.
+# The CPUs of each local rank in the kernel's notation, by host and mode.
 EXPECTED = {
     ("laptop", "node"): ["0-7"],
     ("laptop", "socket"): ["0-7"],
@@ -180,7 +180,7 @@ Place = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def root_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], str]:
-    """The tree of a host, written once: to be read only."""
+    """Writes the tree of a host, once per host. Tests must only read it."""
     written: list[tuple[Host, str]] = []
 
     def find(host: Host) -> str:
@@ -195,13 +195,13 @@ def root_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], str]:
 
 @pytest.fixture
 def no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing it fails."""
+    """Make the import of pynvml fail."""
     monkeypatch.setitem(sys.modules, "pynvml", None)
 
 
 @pytest.fixture
 def place(no_nvml: None, root_of: Callable[[Host], str], monkeypatch: pytest.MonkeyPatch) -> Place:
-    """Ask for bindings on a host; the answer as lists of the kernel's kind."""
+    """Ask for the bindings on a host. The answer is in the kernel's notation."""
 
     def ask(host: Host, mode: str, workers: int | None = None, **environ: str) -> list[str]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: host.allowed)
@@ -216,8 +216,8 @@ def test_workers_are_near_their_gpus(place: Place, name: str, mode: str) -> None
     assert place(HOSTS[name], mode) == EXPECTED[name, mode]
 
 
-# torch has no option for another /sys, so its private function is asked, with open() and the like bent, in a process of
-# its own. It is torch's behaviour that is compared; nothing of ours runs there.
+# torch cannot be given another /sys. So its private function is called in a separate process where open() and the like
+# are redirected.
 ASK_TORCH = """
 import builtins, json, logging, os, sys
 from types import SimpleNamespace
@@ -255,7 +255,7 @@ json.dump(answers, sys.stdout)
 
 
 @pytest.mark.usefixtures("no_nvml")
-def test_torch_places_them_the_same_way(root_of: Callable[[Host], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_binds_workers_the_same_way(root_of: Callable[[Host], str], monkeypatch: pytest.MonkeyPatch) -> None:
     question: dict[str, tuple[str, list[int], list[str]]] = {}
     ours: dict[str, object] = {}
     for name, host in HOSTS.items():
@@ -273,15 +273,15 @@ def test_torch_places_them_the_same_way(root_of: Callable[[Host], str], monkeypa
     )
     theirs = json.loads(child.stdout)
     assert theirs.pop("options") == [["core-complex", False], ["node", True]]
-    # torch 2.13 takes the socket of every node and stumbles over those that have no CPUs.
-    stumbles = {key for key, answer in theirs.items() if answer == "ValueError"}
-    assert stumbles <= {"four Grace-Hoppers: socket", "two POWER9: socket"}
-    assert {key: cpus for key, cpus in ours.items() if key not in stumbles} == {
-        key: cpus for key, cpus in theirs.items() if key not in stumbles
+    # torch 2.13 asks for the socket of every node, and fails for nodes without CPUs.
+    failures = {key for key, answer in theirs.items() if answer == "ValueError"}
+    assert failures <= {"four Grace-Hoppers: socket", "two POWER9: socket"}
+    assert {key: cpus for key, cpus in ours.items() if key not in failures} == {
+        key: cpus for key, cpus in theirs.items() if key not in failures
     }
 
 
-# --- Without GPUs, or without one for everybody
+# --- Without GPUs, or with fewer GPUs than workers
 
 
 @pytest.mark.parametrize(
@@ -296,11 +296,11 @@ def test_torch_places_them_the_same_way(root_of: Callable[[Host], str], monkeypa
         (Host(EPYC), "node", 2, ["0-7,64-71", "32-39,96-103"]),
         (Host(EPYC), "socket", 2, ["0-31,64-95", "32-63,96-127"]),
         (Host(EPYC), "core-complex", 4, ["0-3,64-67", "16-19,80-83", "32-35,96-99", "48-51,112-115"]),
-        # Nodes without CPUs, or without one that this process may use, get nobody.
+        # Nodes without CPUs, or without usable ones, get no worker.
         (Host(GRACE, memory=range(4, 36)), "node", 4, ["0-17", "18-35", "36-53", "54-71"]),
         (Host(XEON, masked={*range(0, 16), *range(32, 48)}), "node", 2, ["16-31,48-63"] * 2),
         (Host(POWER, memory=(252,)), "node", 2, ["0-31", "32-63"]),
-        # More workers than GPUs, and GPUs of which a virtual machine does not know where they are.
+        # More workers than GPUs, and GPUs whose node a virtual machine does not know.
         (Host(XEON, [1]), "node", 2, ["0-15,32-47", "16-31,48-63"]),
         (Host(XEON, [-1, -1]), "node", 2, ["0-15,32-47", "16-31,48-63"]),
         (Host(XEON, [-1, -1]), "exclusive", 2, ["0-15,32-47", "16-31,48-63"]),
@@ -313,7 +313,7 @@ def test_workers_are_spread_over_the_nodes(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cores_are_shared_by_nobody_and_lost_by_none(place: Place, mode: str) -> None:
+def test_no_core_is_shared_or_unused(place: Place, mode: str) -> None:
     host = Host(XEON)
     for workers in range(1, 33):
         found = [parse_list(cpus) for cpus in place(host, mode, workers)]
@@ -338,7 +338,7 @@ AT_0, AT_1 = "0-15,32-47", "16-31,48-63"
         ("1", 1, [AT_0]),
         ("GPU-01aa-bb,GPU-00aa-bb", 2, [AT_0, AT_1]),
         ("GPU-01", 1, [AT_0]),
-        ("", 2, [AT_0, AT_1]),  # hidden: as without GPUs
+        ("", 2, [AT_0, AT_1]),  # as without GPUs
         ("-1", 1, [AT_0]),
         ("0", 2, [AT_0, AT_1]),
     ],
@@ -359,7 +359,7 @@ def test_gpus_are_in_the_order_of_the_bus(place: Place) -> None:
 
 
 @pytest.mark.usefixtures("no_nvml")
-def test_a_gpu_of_another_container_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_of_another_container_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(XEON))
     root = put(tmp_path, files(TWO))
     (tmp_path / "dev/nvidia0").unlink()
@@ -371,7 +371,7 @@ class NVMLError(Exception):
 
 
 class Nvml(SimpleNamespace):
-    """A stand-in for pynvml: GPUs at these addresses, each with MIG devices."""
+    """A fake of pynvml: GPUs at these addresses, and the GPUs that MIG devices are part of."""
 
     NVMLError = NVMLError
 
@@ -394,6 +394,9 @@ class Nvml(SimpleNamespace):
 
     def nvmlDeviceGetUUID(self, handle: tuple[str, int]) -> bytes:  # noqa: N802
         return f"GPU-{handle[1]}".encode()
+
+    def nvmlDeviceGetMigMode(self, handle: tuple[str, int]) -> list[int]:  # noqa: N802
+        raise NVMLError("Not Supported")
 
     def nvmlDeviceGetPciInfo(self, handle: tuple[str, int]) -> object:  # noqa: N802
         kind, index = handle
@@ -424,18 +427,18 @@ class Nvml(SimpleNamespace):
 def test_nvml_is_asked_first(
     place: Place, monkeypatch: pytest.MonkeyPatch, visible: str | None, workers: int, expected: list[str]
 ) -> None:
-    nvml = Nvml([0x34, 0x19], {"MIG-a": 0, "MIG-b": 1, "MIG-c": 1})  # the other way round than the driver's files
+    nvml = Nvml([0x34, 0x19], {"MIG-a": 0, "MIG-b": 1, "MIG-c": 1})  # the reverse order of the driver's files
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert place(TWO, "node", workers, **environ) == expected
     assert nvml.running == 0
 
 
-def test_where_nvml_fails_the_driver_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_nvml_fails_the_driver_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml([], {}, broken="Driver Not Loaded"))
     assert place(TWO, "node") == [AT_1, AT_0]
     with pytest.raises(
-        UnavailableError, match=r"=node: CUDA_VISIBLE_DEVICES='MIG-a' .*Driver Not Loaded.*nvidia-ml-py"
+        UnavailableError, match=r"=node: CUDA_VISIBLE_DEVICES='MIG-a' .*Driver Not Loaded.*elastic-launch\[nvml\]"
     ):
         place(TWO, "node", 1, CUDA_VISIBLE_DEVICES="MIG-a")
     monkeypatch.setitem(sys.modules, "pynvml", nvml := Nvml([0x19], {}))
@@ -444,11 +447,11 @@ def test_where_nvml_fails_the_driver_is_asked(place: Place, monkeypatch: pytest.
     assert nvml.running == 0
 
 
-def test_migs_on_a_host_without_gpus_are_none(place: Place) -> None:
+def test_mig_devices_on_a_host_without_gpus_are_ignored(place: Place) -> None:
     assert place(Host(XEON), "node", 2, CUDA_VISIBLE_DEVICES="MIG-a,MIG-b") == [AT_0, AT_1]
 
 
-# --- What cannot be
+# --- Errors
 
 
 @pytest.mark.parametrize(
@@ -468,12 +471,12 @@ def test_migs_on_a_host_without_gpus_are_none(place: Place) -> None:
             Host(XEON, [0, 0], masked=set(XEON) - {2, 34}),
             "exclusive",
             2,
-            r"for local rank 1: .* may use 2,34, and 2 GPUs or workers are to share them; allow",
+            r"for local rank 1: .* may use 2,34, and 2 GPUs or workers share them; allow",
         ),
         (Host(XEON), "exclusive", 33, "NUMA node 0 has no CPU core for local rank 16: .* and 17 GPUs or workers"),
         (Host(GRACE, [4], memory=[4]), "node", 1, r"NUMA node 4 has no CPU core .* \(none\)"),
         (Host(GRACE, [5]), "node", 1, "NUMA node 5 has no CPU core"),  # it is not online
-        (Host(XEON, masked=range(64)), "node", 1, "=node: no NUMA node has a CPU of those"),
+        (Host(XEON, masked=range(64)), "node", 1, "=node: no NUMA node has a CPU that this process may use"),
     ],
 )
 def test_a_worker_without_a_cpu_is_an_error(place: Place, host: Host, mode: str, workers: int, message: str) -> None:
@@ -482,7 +485,7 @@ def test_a_worker_without_a_cpu_is_an_error(place: Place, host: Host, mode: str,
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_host_that_tells_nothing_is_an_error(tmp_path: Path, mode: str) -> None:
+def test_a_host_without_a_topology_is_an_error(tmp_path: Path, mode: str) -> None:
     with pytest.raises(UnavailableError, match=f"^--numa-binding={mode}: cannot read .*/node/online: No such file"):
         bindings(mode, 1, {"CUDA_VISIBLE_DEVICES": ""}, str(tmp_path))
 
@@ -495,7 +498,7 @@ def test_a_host_that_tells_nothing_is_an_error(tmp_path: Path, mode: str) -> Non
         ("core-complex", "cache/index3/shared_cpu_list"),
     ],
 )
-def test_only_what_a_mode_needs_must_be_there(
+def test_only_the_files_that_a_mode_needs_must_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, missing: str
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
@@ -520,12 +523,12 @@ def test_mode_of() -> None:
 
 
 @pytest.mark.parametrize("options", ["cpu", "", None, 3, ["node"], NumaOptions("NODE")])  # type: ignore[arg-type]
-def test_what_is_no_mode(options: object) -> None:
+def test_an_unknown_mode(options: object) -> None:
     with pytest.raises(UsageError, match=r"^--numa-binding=.*: must be one of node, socket, exclusive, core-complex$"):
         mode_of(options)
 
 
-def test_bindings_take_a_mode_that_exists(tmp_path: Path) -> None:
+def test_bindings_of_an_unknown_mode(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--numa-binding='cpu'"):
         bindings("cpu", 1, {}, str(tmp_path))
 
@@ -533,12 +536,12 @@ def test_bindings_take_a_mode_that_exists(tmp_path: Path) -> None:
 # --- This host
 
 
-@pytest.mark.skipif(not os.path.exists("/sys/devices/system/node/online"), reason="this kernel tells no topology")
+@pytest.mark.skipif(not os.path.exists("/sys/devices/system/node/online"), reason="this kernel shows no topology")
 @pytest.mark.parametrize("mode", MODES)
-def test_the_kernel_takes_what_is_found_here(mode: str) -> None:
+def test_the_kernel_accepts_the_bindings_of_this_host(mode: str) -> None:
     allowed = os.sched_getaffinity(0)
     if mode == "core-complex" and not os.path.exists(f"/sys/devices/system/cpu/cpu{min(allowed)}/cache/index0"):
-        pytest.skip("this host tells nothing of caches")
+        pytest.skip("this host shows no caches")
     [cpus] = bindings(mode, 1, {"CUDA_VISIBLE_DEVICES": ""})
     assert cpus
     assert cpus <= allowed
@@ -550,7 +553,7 @@ def test_importing_the_module_imports_little() -> None:
     code = "import sys, elastic_launch.config, elastic_launch.core; before = set(sys.modules)"
     code += "; import elastic_launch.host.numa; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
-        "elastic_launch.core.placement elastic_launch.host.numa\n"
+        "elastic_launch.core.placement elastic_launch.host elastic_launch.host.numa elastic_launch.host.nvml\n"
     )
 
 
@@ -568,7 +571,7 @@ def test_importing_the_module_imports_little() -> None:
         ("1-2,252-253,255", [1, 2, 252, 253, 255]),
     ],
 )
-def test_lists_of_the_kernel(text: str, numbers: list[int]) -> None:
+def test_lists_in_the_kernel_s_notation(text: str, numbers: list[int]) -> None:
     assert parse_list(text) == set(numbers)
     assert format_list(frozenset(numbers)) == text.strip()
 
@@ -580,7 +583,7 @@ def test_share() -> None:
     assert share([], 0, 1) == set()
 
 
-# The first rows are what torchrun 2.13 was seen to do.
+# The first rows are what torchrun 2.13 does.
 @pytest.mark.parametrize(
     ("visible", "devices"),
     [
@@ -592,7 +595,7 @@ def test_share() -> None:
         ("0,0", ["0", "0"]),
         ("", [""]),
         ("-1", ["-1"]),
-        # There torchrun fails for the second.
+        # Here torchrun fails for the second.
         ("", ["", ""]),
         ("NoDevFiles", ["NoDevFiles", "NoDevFiles"]),
     ],
@@ -604,7 +607,7 @@ def test_virtual_device(visible: str | None, devices: list[str]) -> None:
 
 
 @pytest.mark.parametrize("visible", ["3", "3,", "3,,2", "3,-1,2", "GPU-aa, x"])
-def test_virtual_device_that_is_not_there(visible: str) -> None:
+def test_virtual_device_that_does_not_exist(visible: str) -> None:
     assert virtual_device(0, {"CUDA_VISIBLE_DEVICES": visible})["CUDA_VISIBLE_DEVICES"] in ("3", "GPU-aa")
     with pytest.raises(
         UsageError, match=r"^--virtual-local-rank: local rank 1 needs .* shows only 1; .*--nproc-per-node"

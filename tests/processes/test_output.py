@@ -1,4 +1,4 @@
-"""What becomes of the workers' output, end to end: real launchers, pipes, terminals, disks."""
+"""Where the workers' output goes, end to end: real launchers, pipes, terminals and disks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAST_WORDS = "print('last words', file=sys.stderr)\n"
 
 
 def start(job: Job, *args: str, stdin: Any = subprocess.DEVNULL, **how: Any) -> subprocess.Popen[bytes]:
-    """Start ``elastic-run -q``; its streams are pipes of bytes, if nothing else is said. Capitals are variables."""
+    """Start ``elastic-run -q``. Its streams are pipes of bytes by default; upper-case options are variables."""
     env = {name: how.pop(name) for name in list(how) if name.isupper()}
     process = subprocess.Popen(
         [sys.executable, "-m", "elastic_launch", "-q", *args],
@@ -46,7 +46,7 @@ def start(job: Job, *args: str, stdin: Any = subprocess.DEVNULL, **how: Any) -> 
 
 
 def run(job: Job, *args: str, status: int = 0, **how: Any) -> tuple[bytes, bytes]:
-    """Run ``elastic-run``, to be ended with a status; what it showed on both streams."""
+    """Run ``elastic-run`` and check its status. Return what it wrote to both streams."""
     process = start(job, *args, **how)
     out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == status, err
@@ -54,7 +54,7 @@ def run(job: Job, *args: str, status: int = 0, **how: Any) -> tuple[bytes, bytes
 
 
 class Terminal:
-    """A terminal of 100 columns that changes nothing, with a launcher in it."""
+    """A terminal of 100 columns that does not change its output, with a launcher in it."""
 
     def __init__(self, job: Job, *args: str, stdin: Any = subprocess.DEVNULL, **env: str) -> None:
         self.fd, theirs = raw_terminal()
@@ -66,11 +66,11 @@ class Terminal:
         self.end = time.monotonic() + DEADLINE
 
     def read(self) -> bool:
-        """Wait for something to be shown; whether there was anything."""
+        """Wait for output. Returns whether there was any."""
         assert select.select([self.fd], [], [], self.end - time.monotonic())[0], self.seen
         try:
             block = os.read(self.fd, 1 << 16)
-        except OSError:  # EIO: nobody holds the other end any more
+        except OSError:  # EIO: the other end is closed
             return False
         self.seen += block
         return True
@@ -80,7 +80,7 @@ class Terminal:
             assert self.read(), self.seen
 
     def finish(self, status: int = 0) -> list[bytes]:
-        """Read to the launcher's end; the rows of the screen."""
+        """Read until the launcher ends. Returns the rows of the screen."""
         try:
             while self.read():
                 pass
@@ -105,17 +105,17 @@ def files_in(directory: Path) -> dict[str, str]:
 
 
 def report_of(err: bytes) -> str:
-    """The report at the end, which begins on a line of its own."""
+    """The report at the end, which begins on a new line."""
     text = err.decode(errors="replace")
     begin = re.search(r"^={80}$", text, re.MULTILINE)
     assert begin, text
     return text[begin.start() :]
 
 
-# ---- -r and -t, and where files lie
+# ---- -r and -t, and where files are
 
 FORMS = [
-    # options; what is in files, by RANK.STREAM; what is shown as it comes; what is shown with a prefix
+    # options; streams (RANK.STREAM) in files; those that are shown unchanged; those that are shown with a prefix
     ("", "", "0o 0e 1o 1e", ""),
     ("-r 3", "0o 0e 1o 1e", "", ""),
     ("-r 1", "0o 1o", "0e 1e", ""),
@@ -133,7 +133,7 @@ FORMS = [
 
 
 def lines(marks: str, before: str = "") -> list[str]:
-    """What ranks print, of RANK.STREAM."""
+    """What ranks print to these streams (RANK.STREAM)."""
     names = {"o": "out", "e": "err"}
     return [before.format(mark[0]) + f"{names[mark[1]]} {mark[0]}" for mark in marks.split()]
 
@@ -181,7 +181,7 @@ def test_torchrun_shows_and_keeps_the_same(job: Job, options: str) -> None:
     assert kept[0]
 
 
-def test_a_restart_has_files_of_its_own(job: Job) -> None:
+def test_a_restart_gets_new_files(job: Job) -> None:
     script = job.script("print('round', restart); sys.exit(5 if restart == 0 else 0)")
     out, err = run(job, "--max-restarts", "1", "--log-dir", "logs", "--rdzv-id", "j1", "-t", "1", script)
     assert out == b"[default0]:round 0\n[default0]:round 1\n"
@@ -193,7 +193,7 @@ def test_a_restart_has_files_of_its_own(job: Job) -> None:
 
 
 @pytest.mark.parametrize("option", ["-r", "-t"])
-def test_lines_that_match_go_to_a_file_of_all_ranks(job: Job, option: str) -> None:
+def test_matching_lines_go_to_one_file_of_all_ranks(job: Job, option: str) -> None:
     script = job.script(
         "print('step'); print('loss', rank); print('lr, loss'); print('a,b', end='')\n"
         "print('Error', rank, file=sys.stderr); print('loss', file=sys.stderr)"
@@ -250,7 +250,7 @@ def test_on_several_nodes_the_prefix_names_host_and_rank(job: Job) -> None:
     assert shown == [f"[{socket.gethostname()} trainer{rank}]:hello\n" for rank in (0, 1)]
 
 
-def test_no_directory_for_files_is_asked_for(job: Job) -> None:
+def test_without_files_no_directory_is_left(job: Job) -> None:
     words = ("--log-dir", "/dev/null", "-t", "3", "-r", "3")
     out, err = run(job, *TWO, *words, job.script(HELLO))
     assert (sorted(out.splitlines()), sorted(err.splitlines())) == ([b"out 0", b"out 1"], [b"err 0", b"err 1"])
@@ -259,7 +259,7 @@ def test_no_directory_for_files_is_asked_for(job: Job) -> None:
     assert Path("/dev/null").is_char_device()
 
 
-def test_files_without_a_directory_are_told_of(job: Job) -> None:
+def test_files_without_a_directory_are_mentioned(job: Job) -> None:
     _, err = run(job, "-r", "3", job.script(f"{LAST_WORDS}print('kept'); sys.exit(3)"), status=3)
     (found,) = re.findall(r"^logs      : (.*)$", report_of(err), re.MULTILINE)
     kept = files_in(Path(found))
@@ -313,7 +313,7 @@ def test_redraws_on_a_terminal_are_one_live_line(job: Job) -> None:
     assert (job.path / "logs/j1/attempt_0/0/stderr.log").read_bytes() == kept
 
 
-def test_words_of_the_launcher_stand_above_the_live_line_and_tear_nothing(job: Job) -> None:
+def test_lines_of_the_launcher_are_above_the_live_line_and_split_no_line(job: Job) -> None:
     script = job.script(
         "if restart == 0:\n"
         "    if rank == 0:\n"
@@ -333,7 +333,7 @@ def test_words_of_the_launcher_stand_above_the_live_line_and_tear_nothing(job: J
     assert sorted(others) == [b"", b"[default0]:50%", b"[default0]:half ", b"[default0]:no end"]
 
 
-def test_the_report_stands_below_what_was_a_live_line(job: Job) -> None:
+def test_the_report_is_below_what_was_a_live_line(job: Job) -> None:
     terminal = Terminal(job, "-t", "3", "--log-dir", "logs", job.script("os.write(2, b'\\r10%\\r20%'); os._exit(3)"))
     rows = terminal.finish(3)
     assert rows[:3] == [b"[default0]:20%", b"=" * 80, f"{job.path}/train.py FAILED".encode()]
@@ -370,7 +370,7 @@ def test_colours_on_a_terminal(job: Job, options: tuple[str, ...], shown: bytes)
     assert terminal.seen.replace(b"\r\n", b"\n") == shown + b"\n"
 
 
-def test_no_terminal_where_the_console_is_none(job: Job) -> None:
+def test_no_terminal_if_the_console_is_not_one(job: Job) -> None:
     script = job.script("print(os.isatty(1), os.isatty(2))")
     assert run(job, "-t", "3", "--log-dir", "logs", script)[0] == b"[default0]:False False\n"
     assert run(job, script)[0] == b"False False\n"
@@ -459,7 +459,7 @@ def test_a_console_that_nobody_reads_does_not_hold_up_supervision(job: Job, kind
 
     def is_held_up() -> bool:
         size = kept.stat().st_size if kept.exists() else 0
-        select.select([], [], [], 0.1)  # the time that is looked at
+        select.select([], [], [], 0.1)  # the time that is measured
         return 0 < size == kept.stat().st_size
 
     wait_until(is_held_up, "a worker that is held up")
@@ -476,7 +476,7 @@ def test_a_console_that_nobody_reads_does_not_hold_up_supervision(job: Job, kind
         os.close(terminal.fd)
 
 
-def test_who_says_it_twice_does_not_wait_for_a_reader(job: Job) -> None:
+def test_a_second_signal_ends_the_wait_for_a_reader(job: Job) -> None:
     script = job.script("signal.signal(signal.SIGTERM, signal.SIG_IGN); mark(); os.write(1, b'x' * 500_000); wait()")
     process = start(job, "-t", "3", "--log-dir", "logs", "--rdzv-id", "j1", script)
     kept = job.path / "logs/j1/attempt_0/0/stdout.log"
@@ -486,11 +486,11 @@ def test_who_says_it_twice_does_not_wait_for_a_reader(job: Job) -> None:
     assert process.stderr
     assert b"SIGTERM received: stopping" in process.stderr.readline()
     while time.monotonic() - begin < 2 * DOUBLE:
-        select.select([], [], [], DOUBLE)  # what comes at once is one signal, delivered twice
+        select.select([], [], [], DOUBLE)  # sooner, the second would count as the first one, delivered twice
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE) == 143
     assert time.monotonic() - begin < 5
-    assert b"stdout takes no more output: " in process.stderr.read()
+    assert b"stdout accepts no more output: " in process.stderr.read()
 
 
 def test_a_console_that_is_closed_does_not_end_the_job(job: Job) -> None:
@@ -519,7 +519,7 @@ def test_a_terminal_that_is_closed_ends_the_job_only_by_its_signal(job: Job) -> 
     assert (job.path / "logs/j1/attempt_0/0/stdout.log").read_text().endswith("\n1999\n")
 
 
-def test_a_console_that_is_full_is_told_of_once(job: Job) -> None:
+def test_a_full_console_is_reported_once(job: Job) -> None:
     script = job.script("for i in range(2000): print(i); print('err', i, file=sys.stderr)")
     with open("/dev/full", "wb") as full:
         _, err = run(job, *TWO, "-t", "3", "--log-dir", "logs", "--rdzv-id", "j1", script, stdout=full)
@@ -536,7 +536,7 @@ def test_a_console_that_is_full_is_told_of_once(job: Job) -> None:
 # ---- disks
 
 
-def test_a_full_disk_costs_the_logs_only(job: Job, small_disk: Path) -> None:
+def test_a_full_disk_loses_the_logs_only(job: Job, small_disk: Path) -> None:
     text = "for i in range(10_000): print('line', i)\nprint(restart, file=sys.stderr); sys.exit(0 if restart else 7)"
     words = ("--max-restarts", "1", "--log-dir", str(small_disk), "--rdzv-id", "j1")
     out, err = run(job, *TWO, *words, "-t", "3", job.script(text))
@@ -566,7 +566,7 @@ def test_a_log_directory_that_is_removed_meanwhile(job: Job) -> None:
     assert err.count(b"[default0]:last words\n") == 2
 
 
-def test_a_log_that_is_cut_meanwhile_has_no_hole(job: Job) -> None:
+def test_a_log_that_is_truncated_meanwhile_has_no_hole(job: Job) -> None:
     log = "logs/j1/attempt_0/0/stdout.log"
     script = job.script(
         f"print('x' * 1000)\nwhile os.stat('{log}').st_size < 1001: time.sleep(0.01)\n"
@@ -593,7 +593,7 @@ def test_a_grandchild_that_keeps_the_pipe_does_not_hang_the_end(job: Job, own_se
     assert not psutil.pid_exists(int(job.marks()[0].split()[1]))
 
 
-def test_what_a_grandchild_says_when_it_is_stopped_is_shown(job: Job) -> None:
+def test_what_a_grandchild_writes_when_it_is_stopped_is_shown(job: Job) -> None:
     text = (
         "child = \"trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.01; done\"\n"
         "subprocess.Popen(['sh', '-c', child], start_new_session=True); print('end')\n"
@@ -614,7 +614,7 @@ def test_idle_is_idle_also_with_output_in_between(job: Job) -> None:
 
     def is_quiet() -> bool:
         before = wakes()
-        select.select([], [], [], 0.5)  # the time that is looked at
+        select.select([], [], [], 0.5)  # the time that is measured
         return wakes() == before
 
     wait_until(is_quiet, "half a second in which the agent does not wake")
@@ -622,7 +622,7 @@ def test_idle_is_idle_also_with_output_in_between(job: Job) -> None:
     terminal.finish(143)
 
 
-# ---- stderr's last lines in the report
+# ---- the tail of stderr in the report
 
 DEATHS = [
     pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", 139, "SIGSEGV", id="segfault"),
@@ -685,7 +685,7 @@ def test_the_report_shows_the_end_of_a_huge_line(job: Job) -> None:
     assert len(report) < 12_000
 
 
-def test_last_words_come_through_though_the_console_takes_nothing(job: Job) -> None:
+def test_the_report_has_the_tail_even_if_the_console_accepts_nothing(job: Job) -> None:
     text = "os.write(1, b'x' * 500_000); os.write(2, b'y' * 50_000 + b'\\nlast words'); os.kill(os.getpid(), 11)"
     process = start(job, "-t", "1", "-r", "2", "--log-dir", "logs", "--rdzv-id", "j1", job.script(text))
     assert process.stderr
@@ -709,7 +709,7 @@ def test_an_exception_is_not_shown_twice(job: Job) -> None:
 
 @pytest.fixture
 def plugins(job: Job) -> Callable[..., dict[str, Any]]:
-    """Installs a package that offers ``LogsSpecs``; the variables that a launcher finds it with."""
+    """Installs a package that offers ``LogsSpecs``. Returns the variables with which a launcher finds it."""
 
     def install(code: str) -> dict[str, Any]:
         info = job.path / "site" / "plugins-1.0.dist-info"
@@ -792,10 +792,12 @@ def test_a_plugin_that_names_the_null_device(
     files = JobFiles(Nowhere(str(job.path / "y")), "j1", "")
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", pytest.fail)
-        assert files.prepare({0: {}}).error_files == {}, "whoever may would put a file in the device's place"
+        assert files.prepare({0: {}}).error_files == {}, (
+            "a worker with the right to do so would replace the device by a file"
+        )
 
 
-def test_a_plugin_that_names_what_is_no_file(job: Job, plugins: Callable[..., dict[str, Any]]) -> None:
+def test_a_plugin_that_names_what_is_not_a_file(job: Job, plugins: Callable[..., dict[str, Any]]) -> None:
     os.mkfifo(job.path / "fifo")
     words = ("--log-dir", "x", "--logs-specs", "mine", job.script("print('out')"))
     out, err = run(job, *words, **plugins(OURS.replace("] = name", "] = 'fifo'")))
@@ -830,7 +832,7 @@ def test_a_plugin_that_is_broken_is_named(
     assert job.marks() == []
 
 
-def test_a_plugin_that_is_not_there_is_named(job: Job, plugins: Callable[..., dict[str, Any]]) -> None:
+def test_a_missing_plugin_is_named(job: Job, plugins: Callable[..., dict[str, Any]]) -> None:
     _, err = run(job, "--logs-specs", "other", job.script("mark()"), status=2, **plugins(OURS))
     assert "--logs-specs=other: no such entry point" in err.decode()
     assert "mine" in err.decode()

@@ -1,4 +1,4 @@
-"""``record`` and its error file: real workers, with torch's as the measure, on good disks and on bad ones."""
+"""``record`` and its error file: real workers, compared with torch's, on good disks and on bad ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(path: Path, source: str, *start: str) -> subprocess.CompletedProcess[str]:
-    """Run a script by Python, or by what ``start`` names, with this process's environment."""
+    """Run a script under Python, or under the program in ``start``, with this process's environment."""
     script = path / "script.py"
     script.write_text(source)
     command = [sys.executable, *start, str(script)]
@@ -48,7 +48,7 @@ def run(path: Path, source: str, *start: str) -> subprocess.CompletedProcess[str
 
 
 def message(file: Path) -> dict[str, Any]:
-    """What an error file holds; nothing else lies beside it."""
+    """The message in an error file. Checks that there is no other file beside it."""
     assert list(file.parent.iterdir()) == [file]
     told = json.loads(file.read_text())["message"]
     assert isinstance(told, dict)
@@ -59,7 +59,7 @@ def fail(text: str = "boom") -> None:
     raise ValueError(text)
 
 
-# What a function under ``record`` does, told by both launchers' alike: each prints how it ended and what was written.
+# Functions under both launchers' ``record``. Prints how each ended and what was written.
 COMPARISON = """
 import faulthandler, inspect, json, os, pathlib, re, sys
 import torch.distributed.elastic.multiprocessing.errors as torchs
@@ -139,7 +139,7 @@ for name, make in cases.items():
         mine, theirs = outcome(ours, make, *args, **kwargs), outcome(torchs, make, *args, **kwargs)
         print(json.dumps([name, mine, theirs]))
 
-# What torch's agent makes of our file, ours of torch's, and each handler under the other's decorator.
+# torch's agent reads our file, and each handler works under the other's decorator.
 outcome(ours, cases["raises"])
 failure = torchs.ProcessFailure(0, 5, 1, str(file))
 assert failure.message["message"] == "ValueError: boom", failure
@@ -178,7 +178,7 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_an_exception_is_written_once_and_shown_as_ever(file: Path, tmp_path: Path, start: str) -> None:
+def test_an_exception_is_written_once_and_shown_as_usual(file: Path, tmp_path: Path, start: str) -> None:
     before = time.time()
     source, with_bootstrap = STARTS[start]
     done = run(tmp_path, source, *with_bootstrap)
@@ -195,12 +195,11 @@ def test_an_exception_is_written_once_and_shown_as_ever(file: Path, tmp_path: Pa
     assert stack.startswith("Traceback (most recent call last):\n")
     assert stack.endswith("ValueError: boom\n")
     assert "elastic_launch" not in stack
-    # The bootstrap would know of the frame that calls main.
+    # Only the bootstrap sees the frame that calls main.
     assert ("in <module>" in stack) == (start == "bootstrap")
 
 
-# A file system of one page, mounted where the error file is to be, and seen by this process only. What is in it at the
-# end is told on stdout: nothing but the filler.
+# Mounts a file system of one page where the error file belongs, for this process only. At the end it lists the content.
 MOUNT = """
 mount -t tmpfs -o size=4k,mode=700 none "$1" || exit 99
 head -c "$3" /dev/zero > "$1/filler" && mount -o "remount,$2" "$1" || exit 99
@@ -218,7 +217,7 @@ def test_a_disk_that_is_full_or_read_only_hides_nothing(
 ) -> None:
     source, with_bootstrap = STARTS[start]
     if mount.startswith("rw") and not filler:
-        source = source.replace("'boom'", "'boom' * 2000")  # there is room for a part of it
+        source = source.replace("'boom'", "'boom' * 2000")  # there is room for part of it
     alone = ("--mount",) if os.geteuid() == 0 else ("--user", "--map-root-user", "--mount")
     script = tmp_path / "script.py"
     script.write_text(source)
@@ -234,7 +233,7 @@ def test_a_disk_that_is_full_or_read_only_hides_nothing(
 
 
 @pytest.mark.parametrize("path", ["missing/error.json", "errors", "script.py/error.json", "x" * 300, ""])
-def test_an_error_file_that_cannot_be_hides_nothing(
+def test_an_impossible_error_file_hides_nothing(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", path and str(tmp_path / path))
@@ -282,7 +281,7 @@ def test_the_innermost_record_writes(file: Path) -> None:
     assert message(file)["extraInfo"]["py_callstack"] == stack
 
 
-def test_a_signature_stays() -> None:
+def test_the_signature_is_kept() -> None:
     def train(rate: float, *, steps: int = 3) -> float:
         """Train."""
         return rate * steps
@@ -293,7 +292,7 @@ def test_a_signature_stays() -> None:
 
 
 class BrokenError(ValueError):
-    """Whose text cannot be had, and whose attributes cannot be set."""
+    """An exception without a usable text, and with attributes that cannot be set."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -338,7 +337,7 @@ def test_a_forked_child_s_end_is_not_its_parent_s(file: Path) -> None:
 
 
 class Noisy(ErrorHandler):
-    """A handler of a user's own that fails."""
+    """A user's handler that fails."""
 
     def record_exception(self, e: BaseException) -> None:
         raise KeyError("handler")
@@ -369,7 +368,7 @@ def test_a_worker_without_stderr_runs(tmp_path: Path) -> None:
 
 
 def failed(path: str, **known: Any) -> ChildFailedError:
-    """The error of a launcher whose rank 3 was killed and whose rank 0 has failed later."""
+    """The error of a launcher: rank 3 was killed, and rank 0 failed later."""
     cause = ProcessFailure(1, 5, -9, path, timestamp=1000.0, **known)
     return ChildFailedError("train.py", {0: ProcessFailure(0, 4, 1, timestamp=2000.0), 3: cause})
 
@@ -400,7 +399,7 @@ main()
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_the_error_of_a_launcher_passes_its_cause_on(file: Path, tmp_path: Path, child: str, start: str) -> None:
+def test_the_error_of_a_launcher_passes_on_its_cause(file: Path, tmp_path: Path, child: str, start: str) -> None:
     source = NESTED if start == "bootstrap" else RECORD + NESTED
     done = run(tmp_path, source.replace("@record", "" if start == "bootstrap" else "@record"), *STARTS[start][1])
     assert done.returncode == 1
@@ -413,7 +412,7 @@ def test_the_error_of_a_launcher_passes_its_cause_on(file: Path, tmp_path: Path,
     assert (read.error, read.traceback) == ("ValueError: inner", "inner stack\n")
 
 
-def test_a_cause_without_a_readable_file_is_told_all_the_same(file: Path, tmp_path: Path) -> None:
+def test_a_cause_without_a_readable_file_is_still_reported(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"message": ')
     for path in ("<N/A>", str(other), str(tmp_path)):
@@ -425,7 +424,7 @@ def test_a_cause_without_a_readable_file_is_told_all_the_same(file: Path, tmp_pa
         assert (told["message"], told["extraInfo"]["py_callstack"]) == ("ValueError: afar", "the stack")
         assert (told["errorCode"], told["extraInfo"]["timestamp"]) == (-9, "1000")
         with pytest.raises(ChildFailedError):
-            record(raising(failed(path)))()  # of which nothing is known but how it ended
+            record(raising(failed(path)))()  # only how it ended is known
         told = message(file)
         assert told["message"] == "ChildFailedError: train.py FAILED: rank 3: killed by SIGKILL"
         assert "in raise_" in told["extraInfo"]["py_callstack"]
@@ -464,7 +463,7 @@ def test_error_files_are_copied_by_hand(file: Path, tmp_path: Path, child: str) 
     assert data == {}
 
 
-def test_a_failure_made_by_hand_tells_what_torch_s_does() -> None:
+def test_a_failure_made_by_hand_says_what_torch_s_does() -> None:
     failure = ProcessFailure(0, 5, -9, "nowhere.json")
     assert failure.signal_name() == "SIGKILL"
     assert failure.message == "The process (pid 5) ended: killed by SIGKILL."
@@ -499,7 +498,7 @@ def test_a_launcher_s_error_crosses_processes() -> None:
     assert error.format_msg("#", "+") == "#####\nx FAILED\n+++++\n  --x=-=\n#####"
 
 
-def test_a_job_within_a_job_tells_its_cause(job: Job) -> None:
+def test_a_job_within_a_job_reports_its_cause(job: Job) -> None:
     job.script("raise ValueError('the inner cause')", "inner.py")
     script = job.script("from elastic_launch.run import main\nmain(['--nproc-per-node', '1', 'inner.py'])")
     done = job.run("--nproc-per-node", "1", script)

@@ -171,7 +171,7 @@ def test_agent_learns_who_is_to_be_killed_and_why(watchdog: Watchdog, pipe: Path
     nobody = 1 << 30  # a process that there is would be looked at
     write(pipe, line(nobody, "slow", WALL - 1) + line(8, "only told", WALL - 1, 0) + line(9, "in time", WALL + 60))
     [event] = watchdog.take()
-    assert event == TimerExpired(nobody, "was still in the timer's scope 'slow' when its time was over")
+    assert event == TimerExpired(nobody, "was still in timer scope 'slow' when its time ran out")
     assert watchdog.take() == []
 
 

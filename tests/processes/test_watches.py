@@ -1,4 +1,4 @@
-"""What watches over workers and launcher, in real jobs: timers, health, events, metrics; and where workers are put."""
+"""Timers, health, events, metrics and CPU binding in real jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS = ("spawn", "fork", "forkserver")
 
 @pytest.fixture(autouse=True)
 def _quiet(_nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher tells nothing but trouble."""
+    """The launcher shows warnings and errors only."""
     monkeypatch.setenv("PET_QUIET", "1")
 
 
@@ -55,13 +55,13 @@ CLIENT = (
     "    with timer.expires(after=0.3, scope='a step'): time.sleep(1000)\n"
 )
 EXPIRED = (
-    r"  note    : was still in the timer's scope 'a step' when its time was over; "
+    r"  note    : was still in timer scope 'a step' when its time ran out; "
     r"the stacks of its threads are in (\S+/attempt_{attempt}/{rank}/stacks\.log)\n"
 )
 
 
 def expired(job: Job, stderr: str, *, attempt: int, rank: int) -> str:
-    """The stacks of a worker whose timer has expired, which is what the report must name as the cause."""
+    """The stacks of a worker whose timer has expired. Checks that the report names the timer as the cause."""
     report = report_of(stderr)
     assert f"rank    : {rank} " in report
     assert "exit    : killed by SIGKILL\n" in report
@@ -71,7 +71,7 @@ def expired(job: Job, stderr: str, *, attempt: int, rank: int) -> str:
 
 
 def test_a_scope_that_takes_too_long(job: Job) -> None:
-    """Its worker is killed, and leaves its stacks; until then the other one is not troubled."""
+    """The worker is killed, and leaves its stacks. Until then the other one is not disturbed."""
     other = (
         "    def stop(*_): mark('stopped'); sys.exit(0)\n"
         "    signal.signal(signal.SIGTERM, stop)\n"
@@ -95,7 +95,7 @@ def test_torchs_timer(job: Job) -> None:
 
 
 def test_a_restart_begins_without_timers(job: Job) -> None:
-    """Those of the round before would expire while the new workers run; and the new ones' own work."""
+    """The old round's timers would expire while the new workers run. The new workers' own timers work."""
     script = job.script(
         f"{CLIENT}"
         "if restart == 1:\n"
@@ -138,7 +138,7 @@ def test_scopes_that_are_left_in_time_do_nothing(job: Job) -> None:
 
 
 def test_a_timer_below_a_wrapper(job: Job) -> None:
-    """The process that sets it is not the worker itself, but one that the worker waits for."""
+    """The timer is set by a process that the worker waits for, not by the worker itself."""
     wrapper = job.path / "wrapper"
     wrapper.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit $?\n')
     wrapper.chmod(0o755)
@@ -149,7 +149,7 @@ def test_a_timer_below_a_wrapper(job: Job) -> None:
 
 
 def test_a_timer_of_a_workers_child(job: Job) -> None:
-    """A child that has ended in its scope blames nobody, one that hangs there has the worker killed."""
+    """A child that ends in a timer's scope is ignored. If it hangs there, the worker is killed."""
     ended = "if os.fork() == 0:\n    with timer.expires(after=0.1): os._exit(0)\ntime.sleep(0.5)\nmark('unharmed')\n"
     hangs = "if os.fork() == 0: takes_too_long()\nwhile True: os.wait()\n"
     done = job.run("--log-dir", str(job.path / "logs"), job.script(CLIENT + ended + hangs), **ENABLED)
@@ -159,7 +159,7 @@ def test_a_timer_of_a_workers_child(job: Job) -> None:
 
 
 def test_the_pipe_that_the_user_names(job: Job) -> None:
-    """A stale one is replaced; garbage in it harms nobody; nothing is left of it."""
+    """A stale pipe is replaced, garbage in it is ignored, and the pipe is removed."""
     pipe = job.path / "timers"
     os.mkfifo(pipe)
     garbage = "for _ in range(3):\n    with open(os.environ['TORCHELASTIC_TIMER_FILE'], 'wb') as file:\n"
@@ -174,12 +174,12 @@ def test_the_pipe_that_the_user_names(job: Job) -> None:
     assert not pipe.exists()
 
 
-def test_a_pipe_that_cannot_be_made_is_an_error_before_anything_runs(job: Job) -> None:
+def test_a_pipe_that_cannot_be_created_is_an_error_before_anything_runs(job: Job) -> None:
     (job.path / "timers").touch()
     env = {**ENABLED, "TORCHELASTIC_TIMER_FILE": str(job.path / "timers")}
     done = job.run(job.script("mark('runs')"), **env)
     assert done.returncode == 69
-    assert re.fullmatch(r"elastic-run: cannot make the named pipe .* TORCHELASTIC_TIMER_FILE .*\n", done.stderr)
+    assert re.fullmatch(r"elastic-run: cannot create the named pipe .* TORCHELASTIC_TIMER_FILE .*\n", done.stderr)
     assert job.marks() == []
     assert (job.path / "timers").exists()
 
@@ -210,7 +210,7 @@ def test_a_function_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, method:
     assert error.exit_code == 137
     rank, failure = error.get_first_failure()
     assert (rank, failure.exitcode) == (1, -signal.SIGKILL)
-    match = re.fullmatch(r"was still in the timer's scope 'a step' .*; the stacks .* in (\S+)", failure.note)
+    match = re.fullmatch(r"was still in timer scope 'a step' .*; the stacks .* in (\S+)", failure.note)
     assert match
     assert "in step_too_long\n" in Path(match[1]).read_text()
     Path(match[1]).unlink()
@@ -233,7 +233,7 @@ def health(port: int) -> int:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port that is free, and kept from those who ask for any."""
+    """A free port that the kernel gives to nobody who asks for any port."""
     with reserve_port() as sock:
         yield int(sock.getsockname()[1])
 
@@ -283,7 +283,7 @@ def socket_listening(port: int) -> Any:
 
 
 @pytest.mark.parametrize("value", ["http", "-1", "65536", "1.5"])
-def test_a_health_port_that_is_none_is_an_error_before_anything_runs(job: Job, value: str) -> None:
+def test_an_invalid_health_port_is_an_error_before_anything_runs(job: Job, value: str) -> None:
     done = job.run(job.script("mark('runs')"), TORCHELASTIC_HEALTH_CHECK_PORT=value)
     assert done.returncode == 2
     assert re.fullmatch(rf"elastic-run: TORCHELASTIC_HEALTH_CHECK_PORT='{value}': must be .*\n", done.stderr)
@@ -294,7 +294,7 @@ def test_a_health_port_that_is_none_is_an_error_before_anything_runs(job: Job, v
 
 
 def events(stderr: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """State, source and fields of the events on the console; each has a line for itself."""
+    """State, source and fields of the events on the console. Each event is one line."""
     found = [json.loads(line) for line in stderr.splitlines() if line.startswith("{")]
     assert stderr.count('{"name"') == len(found)
     return [(event["name"].rpartition(".")[2], event["source"], event["metadata"]) for event in found]
@@ -353,8 +353,8 @@ def test_events_of_a_job_that_a_signal_ends(job: Job) -> None:
     assert (state, source, fields["raw_error"]) == ("FAILED", "AGENT", "stopped by SIGTERM")
 
 
-def test_events_tear_no_line_and_are_torn_by_none(job: Job) -> None:
-    """Neither where a worker leaves a line without an end, nor where the console is behind."""
+def test_events_split_no_line_and_are_not_split(job: Job) -> None:
+    """Neither if a worker leaves a line unfinished, nor if the console is slow."""
     script = job.script(
         "for number in range(8000): print(f'line {number} ' + 60 * 'x')\nsys.stderr.write('no end')\nmark('done')\n"
     )
@@ -382,7 +382,7 @@ def test_an_unknown_event_handler_is_an_error_before_anything_runs(job: Job) -> 
 
 @pytest.fixture
 def plug_ins(tmp_path: Path) -> dict[str, str]:
-    """An environment in which a package with event handlers is installed; the good one writes ``events``."""
+    """An environment with a package of event handlers. The good handler writes ``events``."""
     site = tmp_path / "site"
     (site / "plug-1.0.dist-info").mkdir(parents=True)
     (site / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
@@ -405,7 +405,7 @@ def test_events_go_to_a_plug_in(job: Job, plug_ins: dict[str, str]) -> None:
     assert [state for state, _, _ in told] == ["RENDEZVOUS", "ASSIGN_WORKER_RANKS", *["START"] * 2, *["SUCCEEDED"] * 3]
 
 
-def test_a_plug_in_that_raises_costs_events_only(job: Job, plug_ins: dict[str, str]) -> None:
+def test_a_plug_in_that_raises_loses_events_only(job: Job, plug_ins: dict[str, str]) -> None:
     done = job.run("--event-log-handler", "raising", job.script("mark('runs')"), **plug_ins)
     assert done.returncode == 0
     assert job.marks() == ["0.0 runs"]
@@ -418,7 +418,7 @@ def test_a_plug_in_that_raises_costs_events_only(job: Job, plug_ins: dict[str, s
 
 
 class Kept(metrics.MetricHandler):
-    """Keeps what it is given."""
+    """Keeps all metrics."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = {}
@@ -455,11 +455,11 @@ def test_metrics_of_a_job(kept: Kept, tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept.values["workers.trainer.run_failed_no_retries"] == [0, 1]
 
 
-# ---- Where workers are put
+# ---- CPU binding
 
 
 def cpus(job: Job, *args: str, **env: str) -> dict[int, frozenset[int]]:
-    """Where the workers of a job may run, by rank; their threads and children are bound as they are."""
+    """The CPUs of a job's workers, by rank. Checks that their threads and children have the same."""
     script = job.script(
         "import threading\n"
         "own, others = os.sched_getaffinity(0), []\n"
@@ -526,10 +526,10 @@ def test_functions_are_bound(monkeypatch: pytest.MonkeyPatch, method: str) -> No
     expected = {rank: format_list(each) for rank, each in enumerate(bindings("exclusive", 2, os.environ))}
     options = NumaOptions(AffinityMode.EXCLUSIVE)
     assert launch(affinity, start_method=method, numa_options=options) == expected
-    assert os.sched_getaffinity(0) == ALL, "the program that launches is not"
+    assert os.sched_getaffinity(0) == ALL, "the launching program is not"
 
 
-def test_workers_that_cannot_be_bound_run_where_the_user_allows_it(
+def test_workers_that_cannot_be_bound_run_if_the_user_allows_it(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -540,7 +540,9 @@ def test_workers_that_cannot_be_bound_run_where_the_user_allows_it(
     finally:
         os.sched_setaffinity(0, ALL)
     assert found == dict.fromkeys(range(2), format_list(own))
-    assert re.fullmatch(r"elastic-run: --numa-binding=exclusive: .*; going on without it\n", capfd.readouterr().err)
+    assert re.fullmatch(
+        r"elastic-run: --numa-binding=exclusive: .*; starting workers without binding\n", capfd.readouterr().err
+    )
 
 
 DEVICES = (
@@ -572,7 +574,7 @@ def test_each_worker_sees_its_device_as_number_0(
     ]
 
 
-def test_a_device_too_few_is_an_error_before_anything_runs(job: Job) -> None:
+def test_a_missing_device_is_an_error_before_anything_runs(job: Job) -> None:
     done = job.run(*TWO, "--virtual-local-rank", job.script("mark('runs')"), CUDA_VISIBLE_DEVICES="3")
     assert done.returncode == 2
     assert re.fullmatch(r"elastic-run: --virtual-local-rank: local rank 1 needs .* shows only 1; .*\n", done.stderr)
@@ -583,8 +585,8 @@ def test_a_device_too_few_is_an_error_before_anything_runs(job: Job) -> None:
 
 
 @pytest.mark.parametrize("path", [None, "timers"])
-def test_a_launcher_below_a_launcher_is_watched_over_by_that_one(job: Job, port: int, path: str | None) -> None:
-    """The port and the pipe that the environment names are the outer one's; the inner one has a pipe of its own."""
+def test_a_launcher_below_a_launcher_is_watched_by_it(job: Job, port: int, path: str | None) -> None:
+    """The port and the pipe in the environment belong to the outer launcher. The inner one creates its own pipe."""
     job.script(f"{CLIENT}mark(os.environ['TORCHELASTIC_TIMER_FILE'])\ntakes_too_long()\n", "inner.py")
     env = {**ENABLED, "TORCHELASTIC_HEALTH_CHECK_PORT": str(port)}
     if path:
@@ -601,7 +603,7 @@ def test_a_launcher_below_a_launcher_is_watched_over_by_that_one(job: Job, port:
     assert outer_pipe == f"0.0 {job.path / path}" if path else "watchdog_timer" in outer_pipe
 
 
-# All at once, and then somebody kills a part of it
+# Everything at once, and then a part of it is killed
 
 
 @pytest.mark.parametrize("victim", ["agent", "keeper", "health", "agent and health"])
@@ -627,10 +629,10 @@ def test_nothing_is_left_whoever_is_killed(job: Job, port: int, victim: str) -> 
     match victim:
         case "keeper":  # the job goes on, with timers
             job.wait_for("0.1 up", "1.1 up")
-            assert is_alive(parts["health"].pid), "the keeper's end is none of the others'"
+            assert is_alive(parts["health"].pid), "the loss of the keeper does not affect the others"
             done = job.finish(process)
             assert done.returncode == 137
-            assert "was still in the timer's scope 'a step'" in report_of(done.stderr)
+            assert "was still in timer scope 'a step'" in report_of(done.stderr)
             assert "(pid {}) was killed".format(parts["keeper"].pid) in done.stderr
         case "health":
             wait_until(lambda: is_healthy(port), "another health server")
@@ -645,8 +647,8 @@ def test_nothing_is_left_whoever_is_killed(job: Job, port: int, victim: str) -> 
         assert not pipe.exists()
 
 
-def test_a_lost_keeper_takes_no_store_with_it(job: Job, port: int) -> None:
-    """The process that hosts the job's store is a child of the agent, as what the keeper leaves is."""
+def test_a_lost_keeper_does_not_end_the_store(job: Job, port: int) -> None:
+    """The process of the job's store is a child of the agent, as are the orphans of the keeper."""
     script = job.script("mark('up'); wait()")
     rendezvous = (
         "--rdzv-backend",
@@ -675,7 +677,7 @@ def is_healthy(port: int) -> bool:
 
 
 def test_nothing_is_left_of_a_worker_that_is_about_to_be_killed(job: Job) -> None:
-    """The keeper dies between the order to write stacks and the one to kill: the report still has the cause."""
+    """The keeper dies between the messages to dump stacks and to kill. The report still has the cause."""
     script = job.script(f"import threading\n{CLIENT}takes_too_long()\n")
     process = job.start("--log-dir", str(job.path / "logs"), script, **ENABLED)
     (keeper,) = wait_for_children(process)
