@@ -302,7 +302,7 @@ class ForeignRendezvous:
         if not (isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
             raise RendezvousStateError(f"next_rendezvous() gave rank {rank!r} of {size!r}")
         restart_history = aged(self._decision.restart_history, time.monotonic() - self._settled_at)
-        node = self._node._replace(restart_history=restart_history, past=self._rounds - 1)
+        node = self._node._replace(restart_history=restart_history, known_round=self._rounds - 1)
         hello = _Hello(node, os.urandom(8).hex(), self._rounds)
         if rank == 0:
             hellos = [hello, *_read_hellos(store, size)]
@@ -317,7 +317,9 @@ class ForeignRendezvous:
                 where.master_addr,
                 where.master_port,
                 restart_count=rounds,
-                restart_history=max((hello.node for hello in hellos), key=lambda node: node.past).restart_history,
+                restart_history=max(
+                    (hello.node for hello in hellos), key=lambda node: node.known_round
+                ).restart_history,
             )
             # The handler's port may be the same in each round, so another round is no remedy when it is taken.
             answers = [

@@ -171,7 +171,7 @@ def test_a_spare_takes_over_at_once() -> None:
     made = world(4)
     form(made, 3)
     spare = next(agent for agent in made.agents if agent.running is None)
-    assert "the job runs on 3 nodes already: waiting as a spare" in spare.shown()
+    assert "the job already runs on 3 nodes; waiting as a spare" in spare.shown()
     member = next(agent for agent in made.agents if agent.running is not None)
     member.signal()
     made.run(made.now + 100, stop=lambda: sum(r == 1 for r in running(made)) == 3)
@@ -244,7 +244,7 @@ def test_a_late_agent_finds_a_finished_job() -> None:
     made.run(made.now + 5)
     assert late.finish is not None
     assert (late.finish.failures, late.finish.error, late.finish.signum) == ((), "", None)
-    assert any("has ended already" in line for line in late.shown())
+    assert any("has already ended" in line for line in late.shown())
 
 
 def test_requests_per_node_do_not_grow_with_their_number() -> None:
@@ -376,7 +376,7 @@ def test_ranks_are_dense_whatever_nodes_ask_for() -> None:
         nodes = {
             ticket: node(
                 rank=wishes[ticket] if chance.random() < 0.5 else -1,
-                previous=chance.choice([-1, *range(8)]),
+                previous_rank=chance.choice([-1, *range(8)]),
             )
             for ticket in chance.sample(range(8), chance.randint(1, 8))
         }

@@ -57,8 +57,8 @@ def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:
     node.round.report.round = ReportRound(Decision(False))
     if request.patience < float("inf"):
         step.set_timer(Timer.EXIT_BARRIER, request.patience)
-    step.write([(f"done/{node.round.ticket}", b"1")])
-    step.ask(questions.CountFinished(), Add(node.key("done"), 1))
+    step.write([(f"succeeded/{node.round.ticket}", b"1")])
+    step.ask(questions.CountFinished(), Add(node.key("succeeded"), 1))
 
 
 def on_finished(node: NodeState, step: Step, answer: Answer[questions.CountFinished, int]) -> None:
@@ -73,7 +73,7 @@ def on_finished(node: NodeState, step: Step, answer: Answer[questions.CountFinis
 def read_finished(node: NodeState, step: Step) -> None:
     """Find out whether the workers of all members have succeeded."""
     if members := node.round.members:
-        step.get(questions.ReadFinished(), *(f"done/{ticket}" for ticket in members.tickets))
+        step.get(questions.ReadFinished(), *(f"succeeded/{ticket}" for ticket in members.tickets))
 
 
 def on_all_finished(node: NodeState, step: Step, answer: Answer[questions.ReadFinished, list[bytes]]) -> None:
@@ -87,7 +87,7 @@ def on_all_finished(node: NodeState, step: Step, answer: Answer[questions.ReadFi
 def stop_waiting(node: NodeState, step: Step) -> None:
     """Leave, because this node's workers have succeeded long ago, and others still run."""
     if not node.record.serves:
-        step.log("this node's workers have ended well; it waits no longer for the others' (exit_barrier_timeout)")
+        step.log("this node's workers have succeeded; no longer waiting for the other nodes (exit_barrier_timeout)")
         decide(node, step, Decision(False, node.restart_history(step.now)))
 
 
@@ -121,10 +121,12 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
     round_, me = node.round, node.record.node
     end = decode(End, data, node.key("end"))
     if not (0 <= end.signum < 65 and 0 <= end.status < 256):
-        raise RendezvousStateError(f"the store holds at {node.key('end')!r} no signal or status: {data[:60]!r}")
+        raise RendezvousStateError(
+            f"the store holds no valid signal or exit status at {node.key('end')!r}: {data[:60]!r}"
+        )
     round_.end = end = end._replace(mine=end.node == me)
     enter(node, Phase.ENDED)
-    step.await_key("next" if end.kind is EndKind.FAILED else None)
+    step.await_key("decision" if end.kind is EndKind.FAILED else None)
     history = node.restart_history(step.now)
     match end.kind:
         case EndKind.FAILED:
@@ -155,16 +157,16 @@ def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> N
     its own failure; else it tells the node that decides.
     """
     round_, end, me = node.round, node.round.end, node.record.node
-    reason = f"no sign of life from {hosts} for {node.settings.keep_alive_deadline:g} s"
+    reason = f"no heartbeat from {hosts} for {node.settings.keep_alive_deadline:g} s"
     if end is None:
         step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes))))
     elif end.kind is not EndKind.FAILED or round_.decision is not None:
         return
     elif round_.report.grace_ends is not None:
-        step.log(f"{reason}, which explains the failure: another round, without charge", Level.INFO)
+        step.log(f"{reason}, which caused this failure; restarting without using up a restart", Level.INFO)
         step.decide_next(Decision(True, node.restart_history(step.now), gone=tuple(nodes)))
     elif end.node in nodes:
-        step.log(f"{reason}, before it told what follows the failure", Level.INFO)
+        step.log(f"{reason}, before it decided what follows its failure; deciding in its place", Level.INFO)
         decision = follow(node.settings.policy, node.restart_history(step.now), end.failures, end.node)
         step.decide_next(decision._replace(gone=tuple(nodes)))
     elif not end.mine:
@@ -181,7 +183,7 @@ def _report(node: NodeState, step: Step) -> None:
     if own and end and end.kind is EndKind.FAILED and round_.decision is None:
         if not end.mine:
             _tell_failures(node, step, own.decision.failures)
-        step.ask(questions.CountReported(), Add(node.key("settled"), 1))
+        step.ask(questions.CountReported(), Add(node.key("reported"), 1))
     conclude(node, step)
 
 
@@ -192,20 +194,20 @@ def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailur
     told |= {failure.rank for failure in new}
     if new:
         lines = b"".join(encode(Consequence(_brief(failure), node.record.node)) + b"\n" for failure in new)
-        step.ask(questions.Write(), Append(node.key("also"), lines))
+        step.ask(questions.Write(), Append(node.key("consequences"), lines))
 
 
 def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountReported, int]) -> None:
     """Tell everybody if all nodes have reported; see what they have, if this node decides."""
     if node.round.closed and answer.value >= node.round.closed.nodes:
-        step.write([("all_settled", b"1")])
+        step.write([("all_reported", b"1")])
     if node.round.end and node.round.end.mine:
         read_consequences(node, step)
 
 
 def read_consequences(node: NodeState, step: Step) -> None:
     """Read which failures the others had, how many nodes have reported, and which are lost."""
-    step.get(questions.ReadConsequences(), "also", "settled", "lost")
+    step.get(questions.ReadConsequences(), "consequences", "reported", "lost")
 
 
 def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadConsequences, list[bytes]]) -> None:
@@ -236,14 +238,14 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
 
 
 def _lines(node: NodeState, data: bytes) -> list[Consequence]:
-    return [decode(Consequence, line, node.key("also")) for line in data.splitlines()]
+    return [decode(Consequence, line, node.key("consequences")) for line in data.splitlines()]
 
 
 def _wait_for_cause(node: NodeState, step: Step) -> None:
     report = node.round.report
     if report.grace_ends is None:
         report.grace_ends = step.now + GRACE
-        step.await_key("all_settled")
+        step.await_key("all_reported")
         step.read_members()
     step.set_timer(Timer.CAUSE_GRACE, min(GRACE, node.settings.tick))
 
@@ -266,19 +268,19 @@ def _has_heard_of_all(node: NodeState, step: Step, reported: int) -> bool:
 def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
     """Read the decision, or what it depends on; or note that all nodes know of the job's end."""
     match appeared.key.rpartition("/")[2]:
-        case "next":
-            step.get(questions.LearnDecision(), "next")
-        case "all_settled":
-            step.await_key("next")
+        case "decision":
+            step.get(questions.LearnDecision(), "decision")
+        case "all_reported":
+            step.await_key("decision")
             read_consequences(node, step)
-        case "empty":
+        case "all_left":
             node.round.shutdown.is_empty = True
 
 
 def on_decision(node: NodeState, step: Step, answer: Answer[questions.LearnDecision, list[bytes] | bytes]) -> None:
     """Do what was decided first."""
     if (data := questions.held(answer.value)) and node.round.decision is None:
-        node.round.decision, node.decided_at = decode(Decision, data, node.key("next")), step.now
+        node.round.decision, node.decided_at = decode(Decision, data, node.key("decision")), step.now
         node.awaited_key = None
         node.timers.pop(Timer.CAUSE_GRACE, None)
         conclude(node, step)
@@ -301,12 +303,12 @@ def _as_latecomer(node: NodeState, step: Step, decision: Decision) -> Decision:
     """What the end of a job means to a node that came when it was over."""
     end, job = node.round.end, f"job {node.settings.run_id}"
     if end and end.kind is EndKind.DONE:
-        step.log(f"{job} has ended already, well: there is nothing to do (a new job needs another id)")
+        step.log(f"{job} has already ended successfully; nothing to do (use another --rdzv-id for a new job)")
     elif end and end.kind is EndKind.STOP:
-        text = f"{job} was stopped already: {end.reason}; pass another --rdzv-id for a new job"
+        text = f"{job} has already been stopped: {end.reason}; use another --rdzv-id for a new job"
         return Decision(False, error=text, status=ExitCode.UNAVAILABLE)
     elif end and end.kind is EndKind.FAILED:
-        step.log(f"{job} has failed already, as follows; pass another --rdzv-id for a new job")
+        step.log(f"{job} has already failed, as reported below; use another --rdzv-id for a new job")
     return decision
 
 

@@ -22,7 +22,7 @@ def send(node: NodeState, step: Step) -> None:
     if not heartbeat.in_flight:
         heartbeat.in_flight = True
         heartbeat.sent_at = step.now
-        step.ask(questions.SendHeartbeat(), Add(node.key(f"beat/{node.round.ticket}"), 1))
+        step.ask(questions.SendHeartbeat(), Add(node.key(f"heartbeat/{node.round.ticket}"), 1))
         if node.phase is Phase.WAITING and node.round.leader is None:
             step.get(questions.CheckClosed(step.now), "closed")
 
@@ -73,7 +73,7 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
 def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
     """Reset the counters of other nodes, which shows them that they are monitored."""
     if tickets:
-        step.write((f"beat/{ticket}", b"0") for ticket in tickets)
+        step.write((f"heartbeat/{ticket}", b"0") for ticket in tickets)
         step.get(questions.ConfirmReset(tickets), "closed")  # any key does
 
 

@@ -23,7 +23,7 @@ def on_round(node: NodeState, step: Step, answer: Answer[questions.LearnRound, l
         step.ask(questions.LearnRound(), Swap(node.round_key, found, b"%d" % round_.number))
         return
     if current > round_.number > 0:
-        node.record = node.record._replace(previous=-1)  # the others have gone on without this node
+        node.record = node.record._replace(previous_rank=-1)  # the others have gone on without this node
     round_.number = current
     heartbeat = round_.heartbeat
     heartbeat.answered_at = heartbeat.monitored_at = heartbeat.polled_at = step.now

@@ -96,10 +96,10 @@ class Leader:
     def _is_first_round(self) -> bool:
         return self._round == 0
 
-    # --- who has come
+    # --- nodes that join
 
     def note_tickets(self, count: int, now: float) -> None:
-        """So many tickets were given out."""
+        """Note how many tickets have been drawn."""
         if self._unconfirmed_tickets is None:
             self._unconfirmed_tickets = count
         self.missing += range(self.tickets + 1, count + 1)
@@ -107,10 +107,10 @@ class Leader:
         self.tickets = max(self.tickets, count)
 
     def note_nodes(self, records: Iterable[tuple[int, NodeRecord]], now: float) -> None:
-        """Records have come, by ticket."""
+        """Note the records of nodes that have joined, by ticket."""
         for ticket, record in records:
             if ticket not in self._arrived:
-                self.joined.pop(self._tickets.get(record.node, 0), None)  # the same node, come twice
+                self.joined.pop(self._tickets.get(record.node, 0), None)  # the same node has come twice
                 doubt = ticket <= (self._unconfirmed_tickets or 0) and record.node != self._record.node
                 (self.unconfirmed if doubt else self.joined)[ticket] = record
                 self._tickets[record.node] = ticket
@@ -122,11 +122,11 @@ class Leader:
         self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]
 
     def is_new(self, node: NodeRecord) -> bool:
-        """Whether it was not there in the round before, as far as is known."""
+        """Whether a node was not in the round before, as far as is known."""
         return self._is_first_round or (self.expected is not None and node.node not in self._past)
 
     def note_past(self, nodes: Iterable[tuple[int, NodeRecord]], gone: Collection[str] = ()) -> None:
-        """Who was in the round before, by ticket, and the ids of those that are known to be gone."""
+        """Expect the nodes of the round before, given by ticket, except those whose ids are in ``gone``."""
         self.expected = {}
         for ticket, record in nodes:
             self._past[record.node] = record.host
@@ -134,13 +134,17 @@ class Leader:
                 self.expected[record.node] = (ticket, record.host)
 
     def next_ticket(self, now: float) -> int:
-        """The ticket whose record will probably come next."""
+        """Return the ticket whose record will probably come next."""
         return next((ticket for ticket in self.missing if now < self._late_at[ticket]), self.tickets + 1)
 
-    # --- who has gone
+    # --- nodes that are lost
 
     def poll(self, counters: Sequence[tuple[int, bytes]], now: float, asked_at: float) -> list[int]:
-        """Note the counters of nodes that came; forget the silent ones. Returns which counters to set back."""
+        """Note the heartbeats of the nodes that have joined, and drop those that are lost or have left.
+
+        Returns:
+            The tickets whose counters to reset.
+        """
         for ticket in self.monitor.poll(counters, now, asked_at):
             if node := self.joined.pop(ticket, None) or self.unconfirmed.pop(ticket, None):
                 (self.left if ticket in self.monitor.left else self.lost).append(node.host)
@@ -152,7 +156,7 @@ class Leader:
     def poll_past(
         self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float, asked_at: float
     ) -> None:
-        """Note the counters, in the round before, of nodes that have not come; do not expect the silent ones."""
+        """Note the heartbeats, in the round before, of expected nodes; no longer expect those that are lost or left."""
         suspected = self._past_monitor.poll(counters, now, asked_at)
         for node, (ticket, _) in zip(nodes, counters, strict=True):
             if ticket in suspected and self.expected and node in self.expected:
@@ -160,16 +164,16 @@ class Leader:
                 (self.left if ticket in self._past_monitor.left else self.lost).append(host)
 
     def restart_history(self, now: float) -> RestartHistory:
-        """What the job remembers, from the node that knows of the latest round."""
-        ticket, node = max(self.joined.items(), key=lambda item: item[1].past)
-        if node.past < self._round - 1 and self.past_restart_history is not None:
-            return self.past_restart_history  # nobody is left who was there
+        """Return the restart history of the node that knows of the latest round."""
+        ticket, node = max(self.joined.items(), key=lambda item: item[1].known_round)
+        if node.known_round < self._round - 1 and self.past_restart_history is not None:
+            return self.past_restart_history  # no node is left that was there
         return aged(node.restart_history, now - self._arrived[ticket])
 
     # --- what follows
 
     def decide(self, now: float) -> Form | Refuse | Later | None:
-        """Whether the round can be closed. None: not before somebody comes or goes."""
+        """Decide whether the round can be closed. None: not before a node comes or goes."""
         settings = self._settings
         if self._is_first_round and (refusal := self._refusal()):
             return Refuse(refusal, ExitCode.USAGE)
@@ -197,7 +201,7 @@ class Leader:
         return None
 
     def status(self) -> Status:
-        """Who is there and who is missing, for people."""
+        """Describe who is there and who is missing."""
         missing = [host for _, host in (self.expected or {}).values()]
         ranks = {node.rank for node in self.joined.values()}
         if not missing and -1 not in ranks and self._settings.min_nodes == self._settings.max_nodes:
@@ -205,30 +209,33 @@ class Leader:
         return Status(len(self.joined), listed(node.host for node in self.joined.values()), listed(missing))
 
     def _who_is_left(self) -> str:
-        """Why there is no further round, where nodes were lost."""
+        """Say why there is no further round: too many nodes were lost."""
         there = {node.node for node in self.joined.values()}
         lost = listed(host for node, host in self._past.items() if node not in there)
         hosts = listed(node.host for node in self.joined.values())
         return f"lost {lost}; still there: {hosts}; the job needs {self._settings.min_nodes} nodes (--nnodes)"
 
     def _duplicates(self) -> Iterable[tuple[int, int]]:
-        """Tickets of nodes that ask for one rank, and neither of them had it before: else the other can be a spare."""
+        """Find pairs of tickets whose nodes ask for the same rank.
+
+        A pair of which one had the rank before does not count: the other can be a spare.
+        """
         by_rank: dict[int, int] = {}
         for ticket, node in self.joined.items():
             if node.rank >= 0:
                 first = by_rank.setdefault(node.rank, ticket)
-                if first != ticket and max(node.previous, self.joined[first].previous) < 0:
+                if first != ticket and max(node.previous_rank, self.joined[first].previous_rank) < 0:
                     yield first, ticket
 
     def _has_duplicates(self) -> bool:
-        """Whether two ask for one rank; one of them may be dead, and its place taken by the other."""
+        """Whether two nodes ask for the same rank. One of them may be dead, and the other its replacement."""
         return next(iter(self._duplicates()), None) is not None
 
     def _refusal(self) -> str:
-        """Why the nodes that came cannot work together; empty: they can, as far as is known."""
+        """Say why the nodes that have joined cannot work together; empty: they can, as far as is known."""
         for node in self.joined.values():
             if node.options != self._record.options:
-                me = f"{self._record.host} (pid {self._record.pid})"  # hosts may have one name, or be one
+                me = f"{self._record.host} (pid {self._record.pid})"  # two nodes may share a host, or its name
                 return disagreement(node.host, node.pid, node.options, me, self._record.options)
             if node.rank >= self._settings.max_nodes:
                 return (
@@ -241,14 +248,14 @@ class Leader:
                 one, other = self.joined[first], self.joined[second]
                 return (
                     f"two nodes ask for --node-rank={one.rank}: {one.host} (pid {one.pid}) and "
-                    f"{other.host} (pid {other.pid}); give each node a rank of its own"
+                    f"{other.host} (pid {other.pid}); give each node its own rank"
                 )
         return ""
 
 
 def disagreement(host: str, pid: int, options: str, other: str, others: str) -> str:
-    """That two nodes were started with different options."""
-    return f"{host} (pid {pid}) was started with {options}, {other} with {others}: give all nodes of a job the same"
+    """Say that two nodes were started with different options."""
+    return f"{host} (pid {pid}) was started with {options}, {other} with {others}: all nodes of a job need the same options"
 
 
 def listed(names: Iterable[str]) -> str:

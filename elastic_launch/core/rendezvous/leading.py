@@ -23,7 +23,7 @@ def become_leader(node: NodeState, step: Step) -> None:
     step.await_key("node/1")
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
     if round_.number:
-        keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "next", "closed"))
+        keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "decision", "closed"))
         step.ask(questions.ReadPastRound(), Get(keys))
 
 
@@ -46,7 +46,7 @@ def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPast
     gone = decode(End, end, node.key("end", past=True)).gone if end else ()
     history = decode(Closed, closed, node.key("closed", past=True)).restart_history if closed else None
     if following:
-        decision = decode(Decision, following, node.key("next", past=True))
+        decision = decode(Decision, following, node.key("decision", past=True))
         gone, history = gone + decision.gone, decision.restart_history
     if node.round.leader:
         node.round.leader.past_restart_history = history
@@ -109,8 +109,8 @@ def poll(node: NodeState, step: Step) -> None:
     if leader := node.round.leader:
         joined = [*leader.joined, *leader.unconfirmed]
         past = {id_: ticket for id_, (ticket, _) in (leader.expected or {}).items()}
-        names = ["closed", f"chief/{node.round.leaders + 1}", "ticket", *(f"beat/{ticket}" for ticket in joined)]
-        past_keys = (node.key(f"beat/{ticket}", past=True) for ticket in past.values())
+        names = ["closed", f"leader/{node.round.leaders + 1}", "ticket", *(f"heartbeat/{ticket}" for ticket in joined)]
+        past_keys = (node.key(f"heartbeat/{ticket}", past=True) for ticket in past.values())
         step.ask(
             questions.PollJoining(joined, past, step.now), Get((node.round_key, *map(node.key, names), *past_keys))
         )
@@ -171,14 +171,14 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
         restart_count=node.round.number,
         restart_history=leader.restart_history(step.now),
     )
-    step.write((f"place/{leader.number}/{t}", encode(a)) for t, a in zip(members, assignments, strict=True))
+    step.write((f"assignment/{leader.number}/{t}", encode(a)) for t, a in zip(members, assignments, strict=True))
     roster = Members(
         tuple(members),
         tuple(record.node for record in records),
         tuple(record.host for record in records),
         tuple(record.rank for record in records),
     )
-    step.write([(f"roster/{leader.number}", encode(roster))])
+    step.write([(f"members/{leader.number}", encode(roster))])
     history = assignments[0].restart_history
     closed = Closed(leader.number, len(members), leader.tickets, tuple(spares), node.record.options, history)
     step.create(questions.CloseRound(), "closed", encode(closed))

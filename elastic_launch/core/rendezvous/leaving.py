@@ -46,13 +46,13 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
         step.create(questions.Write(), "closed", encode(Closed(-1, 0, ANY_TICKET)))
     elif node.phase is Phase.WAITING and round_.leader:
         heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)
-        step.write((f"beat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
+        step.write((f"heartbeat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
 
 
 def _why(node: NodeState, request: Leave) -> str:
     if request.error:
         return f"{node.record.host}: {request.error}"
-    return f"{node.record.host} leaves ({signal_name(request.signum)})"
+    return f"{node.record.host} is leaving ({signal_name(request.signum)})"
 
 
 def _final(node: NodeState, request: Leave, why_final: str) -> End:
@@ -82,7 +82,7 @@ def acknowledge(node: NodeState, step: Step) -> None:
         dead = round_.finished - (round_.monitor.left if round_.monitor else set())  # they cannot do so themselves
         step.ask(questions.CountLeft(), Add(node.key("left"), 1 + len(dead)))
         if node.stays:
-            step.await_key("empty")  # from now on: later there may be no majority to answer
+            step.await_key("all_left")  # from now on: later there may be no majority to answer
 
 
 def on_left(node: NodeState, step: Step, answer: Answer[questions.CountLeft, int]) -> None:
@@ -93,7 +93,7 @@ def on_left(node: NodeState, step: Step, answer: Answer[questions.CountLeft, int
 def on_left_compared(node: NodeState, step: Step, answer: Answer[questions.CompareLeft, list[bytes]]) -> None:
     """Tell everybody if they do."""
     if answer.question.left >= number(answer.value[0]):
-        step.write([("empty", b"1")])
+        step.write([("all_left", b"1")])
     node.round.shutdown.has_counted = True
     _confirm(node, step)
 
@@ -120,12 +120,12 @@ def shut_down(node: NodeState, step: Step) -> None:
     if not round_.ticket:
         node.may_disconnect = True
         return
-    step.ask(questions.Write(), Add(node.key(f"beat/{round_.ticket}"), LEFT))
+    step.ask(questions.Write(), Add(node.key(f"heartbeat/{round_.ticket}"), LEFT))
     acknowledge(node, step)
     if shutdown.is_last and shutdown.is_empty:
         disconnect(node, step)
     elif shutdown.is_last:
-        step.await_key("empty")
+        step.await_key("all_left")
         step.set_timer(Timer.SHUTDOWN, min(node.settings.close_timeout, node.settings.keep_alive_deadline))
     _confirm(node, step)
 
@@ -134,7 +134,7 @@ def _confirm(node: NodeState, step: Step) -> None:
     """A node that need not stay may disconnect when the store has done all that it was asked for."""
     shutdown = node.round.shutdown
     if node.phase is Phase.LEAVING and shutdown.has_counted and not shutdown.is_last:
-        step.get(questions.ConfirmWritten(), "empty")
+        step.get(questions.ConfirmWritten(), "all_left")
 
 
 def on_written(node: NodeState, step: Step, answer: Answer[questions.ConfirmWritten, list[bytes]]) -> None:

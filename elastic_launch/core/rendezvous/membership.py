@@ -36,8 +36,8 @@ def on_closed_checked(node: NodeState, step: Step, answer: Answer[questions.Chec
 
 def ask_for_assignment(node: NodeState, step: Step) -> None:
     """Ask which place the leader has assigned to this node."""
-    leader = node.round.closed.chief if node.round.closed else node.round.leaders
-    step.get(questions.ReadAssignment(leader), "closed", f"place/{leader}/{node.round.ticket}", "end")
+    leader = node.round.closed.leader if node.round.closed else node.round.leaders
+    step.get(questions.ReadAssignment(leader), "closed", f"assignment/{leader}/{node.round.ticket}", "end")
 
 
 def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssignment, list[bytes]]) -> None:
@@ -47,10 +47,10 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
     if not closed:
         return  # the store was started anew; the node's record is missing, too
     round_.closed = decode(Closed, closed, node.key("closed"))
-    if round_.closed.chief != answer.question.leader and round_.closed.chief >= 0:
+    if round_.closed.leader != answer.question.leader and round_.closed.leader >= 0:
         ask_for_assignment(node, step)
         return
-    assignment = decode(Assignment, place, node.key("place")) if place and not end else None
+    assignment = decode(Assignment, place, node.key("assignment")) if place and not end else None
     if assignment and step.now >= heartbeats.lease_ends(node, assignment):
         _on_late_assignment(node, step, assignment)
         return
@@ -77,7 +77,7 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
 def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> None:
     """This node slept since it was last heard of: the others have gone on without it, or wait for it to monitor."""
     if assignment.group_rank == 0:
-        reason = f"{node.record.host} came too late"
+        reason = f"{node.record.host} was too late to take its place"
         step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, node.record.node)))
     else:
         heartbeats.send(node, step)
@@ -90,12 +90,11 @@ def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers
     if not answer.value[0]:
         return  # the store was started anew; the node's record is missing, too
     if round_.members is None:
-        round_.members = decode(Members, answer.value[0], node.key("roster"))
+        round_.members = decode(Members, answer.value[0], node.key("members"))
     members, rank = round_.members, node.record.rank
     if phase is Phase.BESIDE and round_.closed and rank in members.ranks:
         host = members.hosts[members.ranks.index(rank)]
-        text = f"{node.record.host} asks for --node-rank={rank}, which {host} has asked for before: waiting "
-        step.log(f"{text}as a spare, in case that node is gone")
+        step.log(f"--node-rank={rank} is already taken by {host}; waiting as a spare")
     elif phase is Phase.BESIDE and round_.closed and rank >= 0:
         _wait_beside(node, step, round_.closed)
     decides = round_.end is not None and round_.end.mine and round_.end.kind is EndKind.FAILED
@@ -123,17 +122,17 @@ def _stand_by(node: NodeState, step: Step, closed: Closed) -> None:
 def _wait_beside(node: NodeState, step: Step, closed: Closed) -> None:
     room = node.settings.max_nodes - closed.nodes
     is_spare = node.round.ticket in closed.spares
-    if is_spare and node.record.aside:
+    if is_spare and node.record.deprioritized:
         limit = node.settings.policy.node_failure_limit
         text = f"this node has caused {counted(limit, 'failure')} in a row (--node-failure-limit={limit})"
-        step.log(f"{text}: a spare has its place, and it waits as a spare itself")
+        step.log(f"{text}: a spare has taken its place; waiting as a spare")
     elif room <= 0 or is_spare:
-        step.log(f"the job runs on {counted(closed.nodes, 'node')} already: waiting as a spare")
+        step.log(f"the job already runs on {counted(closed.nodes, 'node')}; waiting as a spare")
     elif node.round.ticket - closed.tickets >= room:
         join_running(node, step)
     else:
         wait = node.settings.last_call_timeout
-        step.log(f"the job runs on {counted(closed.nodes, 'node')} already: joining within {wait:g} s")
+        step.log(f"the job already runs on {counted(closed.nodes, 'node')}; joining within {wait:g} s")
         step.set_timer(Timer.JOIN_RUNNING, wait)
 
 

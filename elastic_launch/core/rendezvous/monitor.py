@@ -24,8 +24,8 @@ def number(value: bytes) -> int:
     """
     if value and not (value.isdigit() and len(value) <= 18):
         raise RendezvousStateError(
-            f"the store holds {value[:60]!r} where a number should be, which no node of this job has written: does "
-            "something else use the same store and --rdzv-id?"
+            f"unexpected data in the store, where a number should be: {value[:60]!r}; is something else using the same "
+            "store and --rdzv-id?"
         )
     return int(value or b"0")
 

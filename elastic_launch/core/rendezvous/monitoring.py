@@ -27,7 +27,7 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     if heartbeat.sent_at >= due or count >= TAKE_OVER:
         if node.phase is Phase.WAITING and round_.leader is None:
             heartbeat.monitored_at = step.now
-            step.create(questions.TakeOverLeading(), f"chief/{round_.leaders + 1}", b"%d" % round_.ticket)
+            step.create(questions.TakeOverLeading(), f"leader/{round_.leaders + 1}", b"%d" % round_.ticket)
         elif node.phase is not Phase.WAITING and not (round_.assignment and round_.assignment.group_rank == 0):
             _on_silent_monitor(node, step)
     elif step.now < due and Timer.HEARTBEAT in node.timers:
@@ -52,7 +52,7 @@ def _on_silent_monitor(node: NodeState, step: Step) -> None:
         _check(node, step, [round_.members.tickets[0]])
     elif Timer.MONITOR_POLL not in node.timers:
         # Somebody must watch over the other members, and over the one that is to decide what follows.
-        step.create(questions.TakeOverMonitoring(), f"watcher/{round_.monitors + 1}", b"%d" % round_.ticket)
+        step.create(questions.TakeOverMonitoring(), f"monitor/{round_.monitors + 1}", b"%d" % round_.ticket)
 
 
 def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOverMonitoring, bytes]) -> None:
@@ -76,7 +76,7 @@ def poll(node: NodeState, step: Step) -> None:
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
     if members := node.round.members:
         tickets = [*members.tickets, *node.round.outsiders]
-        step.get(questions.PollMembers(tickets, step.now), "ticket", *(f"beat/{ticket}" for ticket in tickets))
+        step.get(questions.PollMembers(tickets, step.now), "ticket", *(f"heartbeat/{ticket}" for ticket in tickets))
 
 
 def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.PollMembers, list[bytes]]) -> None:
@@ -99,7 +99,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
 def _check(node: NodeState, step: Step, tickets: list[int]) -> None:
     """Suspect members; those whose workers had all succeeded need not be there any more."""
     if tickets:
-        step.get(questions.CheckFinished(tickets), *(f"done/{ticket}" for ticket in tickets))
+        step.get(questions.CheckFinished(tickets), *(f"succeeded/{ticket}" for ticket in tickets))
 
 
 def on_finished_checked(node: NodeState, step: Step, answer: Answer[questions.CheckFinished, list[bytes]]) -> None:

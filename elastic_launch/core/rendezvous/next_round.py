@@ -27,9 +27,9 @@ def look_for_round(node: NodeState, step: Step) -> None:
     past = node.round
     if past.decision and (past.assignment or (past.end and past.end.kind is EndKind.FAILED)):
         history = aged(past.decision.restart_history, step.now - node.decided_at)
-        aside = node.record.aside or stands_aside(node.settings.policy, history, node.record.node)
-        node.record = node.record._replace(restart_history=history, past=past.number, aside=aside)
-    node.record = node.record._replace(previous=past.assignment.group_rank if past.assignment else -1)
+        aside = node.record.deprioritized or stands_aside(node.settings.policy, history, node.record.node)
+        node.record = node.record._replace(restart_history=history, known_round=past.number, deprioritized=aside)
+    node.record = node.record._replace(previous_rank=past.assignment.group_rank if past.assignment else -1)
     enter(node, Phase.OPENING)
     pause_ends = node.decided_at + past.decision.pause if past.decision else node.began_at
     node.began_at = max(step.now, pause_ends)

@@ -10,20 +10,20 @@ A round r of a job, in the store:
     round             number of the current round
     r/ticket          counter: the order of arrival, t
     r/node/t          NodeRecord, by each node
-    r/chief/g         ticket of the node that took over as leader number g; leader 0 has ticket 1
-    r/place/g/t       Assignment, by leader g, which decides who is in
-    r/roster/g        Members, likewise
+    r/leader/g        ticket of the node that took over as leader number g; leader 0 has ticket 1
+    r/assignment/g/t  Assignment, by leader g, which decides who is in
+    r/members/g       Members, likewise
     r/status          Status while nodes join, by the leader
     r/closed          Closed, created once: the membership is final
-    r/beat/t          counter of the node's heartbeats, which the leader and later the monitor reset to 0
-    r/done, r/done/t  the nodes whose workers have all succeeded: how many, and which
+    r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0
+    r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
     r/end             End, created once: the first reason to end the round
-    r/also            failures of other nodes, one JSON a line: consequences
+    r/consequences    Consequence, one JSON a line: failures of the other nodes
     r/lost            End, created once: members that were lost after a failure had ended the round
-    r/settled         how many nodes have reported a round that a failure ended; r/all_settled: all have
-    r/next            Decision, created once: what follows a failure
-    r/watcher/k       ticket of the k-th failover monitor
-    r/left, r/empty   how many nodes know that the job has ended; that all do
+    r/reported        how many nodes have reported a round that a failure ended; r/all_reported: all have
+    r/decision        Decision, created once: what follows a failure
+    r/monitor/k       ticket of the k-th failover monitor
+    r/left            how many nodes know that the job has ended; r/all_left: all do
 
 A node sends the same few requests in each round, however many nodes there are. Only the leader, which closes the round,
 and the monitor, the member with group rank 0, do work in proportion to them. Each node that waits or runs adds 1 to its

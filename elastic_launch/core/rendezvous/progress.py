@@ -25,9 +25,9 @@ def log_departures(node: NodeState, step: Step, leader: Leader) -> None:
     """Log which nodes the leader no longer waits for."""
     if leader.lost:
         deadline = f"{node.settings.keep_alive_deadline:g} s"
-        step.log(f"no sign of life from {listed(leader.lost)} for {deadline}: given up", Level.INFO)
+        step.log(f"lost {listed(leader.lost)}: no heartbeat for {deadline}", Level.INFO)
     if leader.left:
-        step.log(f"gone: {listed(leader.left)}", Level.INFO)
+        step.log(f"left: {listed(leader.left)}", Level.INFO)
     leader.lost, leader.left = [], []
 
 

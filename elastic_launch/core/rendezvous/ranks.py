@@ -25,14 +25,16 @@ def choose(nodes: Mapping[int, NodeRecord], max_nodes: int) -> tuple[list[int], 
     """
     members: list[int] = []
     asked_for: set[int] = set()
-    for ticket in sorted(nodes, key=lambda ticket: (nodes[ticket].aside, nodes[ticket].previous < 0, ticket)):
+    for ticket in sorted(
+        nodes, key=lambda ticket: (nodes[ticket].deprioritized, nodes[ticket].previous_rank < 0, ticket)
+    ):
         rank = nodes[ticket].rank
         if len(members) < max_nodes and rank not in asked_for:
             members.append(ticket)
             asked_for |= {rank} - {-1}
     taken: dict[int, int] = {}
     placed: set[int] = set()
-    for wish in ("rank", "previous"):
+    for wish in ("rank", "previous_rank"):
         for ticket in members:
             rank = getattr(nodes[ticket], wish)
             if 0 <= rank < len(members) and rank not in taken and ticket not in placed:

@@ -26,7 +26,7 @@ def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnR
     if round_.assignment is None:
         rejoin(node, step)
     elif round_.end is None:
-        end = End(EndKind.MEMBERSHIP_CHANGED, "the store was started anew", node.record.node)
+        end = End(EndKind.MEMBERSHIP_CHANGED, "the store was restarted", node.record.node)
         end_round(node, step, encode(end))
     elif round_.decision is None:
         round_.decision = Decision(True, node.restart_history(step.now))

@@ -1,6 +1,6 @@
-"""Layer 1: what nodes write to the job's store for each other: the records of a round, and their JSON. Pure.
+"""What nodes write to the job's store for each other: the records of a round, and their JSON.
 
-Records are checked against their types when they are read: the store is open to everybody who can reach it.
+Records are checked against their types when they are read: everybody who can reach the store can write to it.
 """
 
 from __future__ import annotations
@@ -17,98 +17,102 @@ T = TypeVar("T")
 
 _json = json.JSONEncoder(separators=(",", ":"))
 _SCALARS = frozenset({str, int, float, bool, type(None)})
-"""What JSON holds as it is; most parts of a record are that."""
+"""Types that JSON has, too; most parts of a record are of these."""
 
 
 class NodeRecord(NamedTuple):
-    """A node that takes part in a round."""
+    """A node that joins a round, as it describes itself."""
 
     node: str
-    """An id of its own, the same in every round."""
+    """The node's id, the same in every round."""
     host: str
     pid: int
+    """The agent's."""
     workers: int
+    """Number of workers on the node."""
     role: str
     rank: int = -1
-    """The group rank that it asks for; -1: any."""
-    previous: int = -1
-    """Its group rank in the round before; -1: none."""
+    """The group rank that the node asks for; -1: any."""
+    previous_rank: int = -1
+    """Its group rank in the round before; -1: it had none."""
     address: str = ""
-    """By which it reaches the store, and so the others reach it; or the one that its user named."""
+    """The address by which the other nodes reach it: the one by which it reaches the store, or its --local-addr."""
     named: bool = False
-    """The user named it (--local-addr)."""
+    """Whether the user has named that address (--local-addr)."""
     outward: str = ""
-    """The same, for when that is a loopback address, and not everybody is on this host."""
+    """The address to use instead of a loopback address, if not all nodes are on this host; empty: there is none."""
     port: int = 0
-    """Reserved for the workers' store, in case the node gets rank 0."""
+    """Port reserved for the workers' store, in case the node gets rank 0; 0: none."""
     serves: bool = False
-    """It hosts the job's store."""
+    """Whether the node hosts the job's store."""
     restart_history: RestartHistory = RestartHistory()
-    """What it knows of the job's past, up to and with the round"""
-    past: int = -1
-    """of this number."""
-    aside: bool = False
-    """Others should come before it."""
+    """What it knows of the job's restarts, up to the end of round ``known_round``."""
+    known_round: int = -1
+    """The latest round whose end it knows; -1: none."""
+    deprioritized: bool = False
+    """Whether other nodes are preferred to this one, because it has caused too many failures."""
     options: str = ""
-    """The settings that it was given, as far as all nodes must have the same."""
+    """The options that all nodes must share (``Settings.options``)."""
 
 
 class Closed(NamedTuple):
     """The membership of a round is final."""
 
-    chief: int
-    """Which chief closed it: the first, 0, or one that took over."""
+    leader: int
+    """Number of the leader that closed the round: 0 for the first, more after a takeover; -1: there is no round."""
     nodes: int
-    """Members."""
+    """Number of members."""
     tickets: int
-    """Arrivals that the chief knew of."""
+    """Number of tickets that the leader knew of."""
     spares: tuple[int, ...] = ()
-    """Tickets of those that it had no use for."""
+    """Tickets of the nodes that joined and are no members."""
     options: str = ""
-    """The chief's, as in ``NodeRecord``."""
+    """The leader's ``NodeRecord.options``."""
     restart_history: RestartHistory = RestartHistory()
-    """As in ``Assignment``."""
+    """The restart history as the round begins."""
 
 
 class Members(NamedTuple):
-    """The members of a round, by group rank."""
+    """The members of a round. All fields are by group rank."""
 
     tickets: tuple[int, ...]
     nodes: tuple[str, ...]
+    """Node ids."""
     hosts: tuple[str, ...]
     ranks: tuple[int, ...] = ()
-    """What each asked for, as in ``NodeRecord``."""
+    """The group rank that each node asked for; -1: any."""
 
 
 class Status(NamedTuple):
-    """Who has come so far, for people."""
+    """Who has joined so far, for the log."""
 
     joined: int
+    """Number of nodes."""
     hosts: str
     missing: str
 
 
 NOBODY = Status(0, "", "")
-"""Before the first node has come."""
+"""The status before the first node has joined."""
 
 
 def encode(record: NamedTuple) -> bytes:
-    """The record as JSON."""
+    """Encode a record as JSON."""
     return _json.encode(_plain(record)).encode()
 
 
 def decode(kind: type[T], data: bytes, key: str) -> T:
-    """Read a record.
+    """Decode a record of the type ``kind``, found at ``key``.
 
     Raises:
-        RendezvousStateError: ``data``, found at ``key``, is not one.
+        RendezvousStateError: ``data`` is not such a record.
     """
     try:
         return cast(T, _reader(kind)(json.loads(data)))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RendezvousStateError(
-            f"the store holds at {key!r} what no node of this job can have written ({data[:60]!r}): does another job, "
-            "or another version of elastic-launch, use the same --rdzv-id?"
+            f"unexpected data in the store at {key!r}: {data[:60]!r}; is another job, or another version of "
+            "elastic-launch, using the same --rdzv-id?"
         ) from error
 
 
@@ -124,7 +128,7 @@ def _plain(value: Any) -> Any:
 
 
 def _reader(hint: Any) -> Callable[[Any], Any]:
-    """What turns the JSON of a value of this type back into it."""
+    """Return the function that turns decoded JSON into a value of the type ``hint``."""
     if hint not in _readers:
         _readers[hint] = _make_reader(hint)
     return _readers[hint]
@@ -157,7 +161,7 @@ def _make_reader(hint: Any) -> Callable[[Any], Any]:
         if hint is float and type(value) is int:
             return float(value)
         if issubclass(hint, str) and type(value) is str:
-            return hint(value)  # an enumeration's
+            return hint(value)  # a member of an enumeration
         raise TypeError(hint)
 
     return read_plain

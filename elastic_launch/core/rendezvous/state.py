@@ -269,12 +269,12 @@ class Step:
 
     def decide_next(self, decision: Decision) -> None:
         """Decide what follows the failure that ended the round, unless another node has."""
-        self.create(questions.LearnDecision(), "next", encode(decision._replace(node=self.node.record.node)))
+        self.create(questions.LearnDecision(), "decision", encode(decision._replace(node=self.node.record.node)))
 
     def read_members(self) -> None:
         """Find out who the members of the round are."""
         if closed := self.node.round.closed:
-            self.get(questions.ReadMembers(), f"roster/{closed.chief}")
+            self.get(questions.ReadMembers(), f"members/{closed.leader}")
 
     def ready(self) -> Ready:
         """What the step leads to."""
