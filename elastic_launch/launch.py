@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.agent.agent import LocalElasticAgent
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig, is_number
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig
 from elastic_launch.core.agent.worker_env import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
 from elastic_launch.host.console import log
 from elastic_launch.job import Level
+from elastic_launch.parsing import is_number
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
@@ -49,10 +50,6 @@ def launch_agent(
         UsageError: a setting is wrong, or the function cannot be sent to the workers.
         LaunchError: the launcher could not do its work.
     """
-    if config.metrics_cfg:
-        from elastic_launch.metrics import MetricsConfig, initialize_metrics  # late: few jobs want them
-
-        initialize_metrics(MetricsConfig(config.metrics_cfg))
     environ = environment()
     shutdown_timeout = _shutdown_timeout(config, environ)
     _share_out_cpus(config, environ)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from elastic_launch.cli.options import make_parser
-from elastic_launch.config import LaunchConfig, LogsSpecs, Std, parse_nnodes, parse_ranks, parse_rdzv_conf
+from elastic_launch.config import LaunchConfig, LogsSpecs, Std
 from elastic_launch.env import environment
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
 from elastic_launch.logs.job_files import DefaultLogsSpecs
+from elastic_launch.parsing import parse_nnodes, parse_ranks, parse_rdzv_conf
 from elastic_launch.workers import BOOTSTRAP
 
 LOGS_SPECS = "torchrun.logs_specs"

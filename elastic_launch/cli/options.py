@@ -10,9 +10,10 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from elastic_launch.config import (
-    DEFAULT_SIGNALS,
-    Std,
+from elastic_launch.config import DEFAULT_SIGNALS, Std
+from elastic_launch.env import environment
+from elastic_launch.errors import UsageError
+from elastic_launch.parsing import (
     is_number,
     parse_backoff,
     parse_exit_codes,
@@ -23,8 +24,6 @@ from elastic_launch.config import (
     parse_rdzv_conf,
     parse_signals,
 )
-from elastic_launch.env import environment
-from elastic_launch.errors import UsageError
 
 Read = Callable[[str], Any]
 """Turns an option's text into its value, or raises UsageError with what is allowed."""

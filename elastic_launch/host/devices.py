@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
-from elastic_launch.config import is_number
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError, signal_name
+from elastic_launch.parsing import is_number
 
 MAX_WORKERS = 1 << 16
 """More on one host is a slip of the keyboard."""

@@ -15,7 +15,8 @@ import pytest
 from elastic_launch import LaunchConfig, Std, UsageError
 from elastic_launch.cli import main as cli
 from elastic_launch.cli.options import OPTIONS
-from elastic_launch.config import (
+from elastic_launch.host import signals
+from elastic_launch.parsing import (
     parse_filters,
     parse_nnodes,
     parse_ranks,
@@ -23,7 +24,6 @@ from elastic_launch.config import (
     parse_signals,
     split_endpoint,
 )
-from elastic_launch.host import signals
 from elastic_launch.run import (
     config_from_args,
     determine_local_world_size,
@@ -101,7 +101,7 @@ WRONG = [
     (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
     (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a place to meet: pass --rdzv-backend c10d"),
     (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
-    ([*C10D, "--rdzv-conf", "join_timeout=soon"], "join_timeout=soon: must be a number of seconds above 0"),
+    ([*C10D, "--rdzv-conf", "join_timeout=soon"], "--rdzv-conf join_timeout='soon': must be a number of seconds"),
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
     ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
     ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
