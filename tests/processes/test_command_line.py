@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from elastic_launch import LaunchConfig, Std, UsageError
+from elastic_launch import LaunchConfig, Std, UsageError, __version__
 from elastic_launch.cli import main as cli
-from elastic_launch.cli.options import OPTIONS
+from elastic_launch.cli.options import OPTIONS, SHORT_USAGE, VERSION
 from elastic_launch.host import signals
 from elastic_launch.parsing import (
     parse_filters,
@@ -28,7 +28,6 @@ from elastic_launch.run import (
     config_from_args,
     determine_local_world_size,
     get_args_parser,
-    main,
     parse_args,
     parse_min_max_nnodes,
 )
@@ -77,7 +76,7 @@ WRONG = [
     (["--rdzv-conf", "abc"], "--rdzv-conf='abc': must be KEY=VALUE"),
     (["--rdzv-conf", "=1"], "--rdzv-conf='=1': must be KEY=VALUE"),
     (["--rdzv-backend", "zookeeper"], "rendezvous backend 'zookeeper': unknown; there are c10d, etcd, etcd-v2, static"),
-    (["-m", "--no-python"], "-m/--module together with --no-python or --run-path"),
+    (["-m", "--no-python"], "-m/--module cannot be combined with --no-python"),
     (["--local-ranks-filter", "x"], "--local-ranks-filter='x': must be local ranks"),
     (["-r", "0:9"], "--redirects='0:9': must be 0 (none), 1 (stdout)"),
     (["-t", "4"], "--tee='4': must be 0 (none), 1 (stdout)"),
@@ -123,7 +122,6 @@ def test_script_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert "for a module, pass -m" in complaint(capfd, "json.tool")
     assert "--no-python no-such-program: no such program" in complaint(capfd, "--no-python", "no-such-program")
     assert "the script to run is missing" in complaint(capfd, "--standalone")
-    assert "unrecognized arguments: --version" in complaint(capfd, "--version")
     assert f"script {tmp_path}: a directory without a __main__.py" in complaint(capfd, str(tmp_path))
 
 
@@ -218,7 +216,7 @@ def test_torchrun_has_the_same_options_and_defaults() -> None:
     flags, defaults = torchrun.stdout.splitlines()
     ours = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     own = {flag for option in OPTIONS if option.dest in OURS for flag in option.flags}
-    assert sorted(ours - own) == eval(flags)
+    assert sorted(ours - own - {"--version"}) == eval(flags)
     assert vars(parse_args(["train.py"])) == {**eval(defaults), **OURS}
 
 
@@ -254,6 +252,7 @@ def test_variable_zero_leaves_a_flag_off(monkeypatch: pytest.MonkeyPatch) -> Non
         ["--mo", "1"],
         ["--nnodes", "bad"],
         ["--help"],
+        ["--version"],
         ["-m", "x"],
         ["--", "--"],
         ["-1"],
@@ -381,16 +380,58 @@ def test_defect_of_the_launcher_is_told_as_one(
     def fail(*_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("elastic_launch.run.run", fail)
+    monkeypatch.setattr("elastic_launch.cli.command.run", fail)
     assert cli_status("train.py") == 70
     text = capfd.readouterr().err
     assert "RuntimeError: a defect" in text
     assert "this is a defect of the launcher" in text
 
 
-def test_help(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    text = capfd.readouterr().out
-    assert all(flag in text for option in OPTIONS for flag in option.flags)
+def test_help(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (80, 110):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert cli_status("--help") == 0
+        text = capfd.readouterr().out
+        assert all(f"--{option.name}" in text for option in OPTIONS)
+        assert "--nproc_per_node 2" in text
+        assert max(map(len, text.splitlines())) <= columns
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert cli_status("--version") == 0
+    assert capfd.readouterr() == (f"elastic-run {__version__} (Python {python})\n", "")
+    assert cli_status("--standalone", "--version", "nowhere.py") == 0
+    assert "expected one argument" in complaint(capfd, "--nnodes", "--version")
+    torchruns = [flag for option in OPTIONS if option.dest not in OURS for flag in option.flags]
+    assert not [flag for flag in torchruns if flag.startswith("--ve")], "--version makes its abbreviations ambiguous"
+
+
+def test_no_argument_shows_an_example(capfd: pytest.CaptureFixture[str]) -> None:
+    text = complaint(capfd)
+    assert text.startswith("usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]\n")
+    assert "elastic-run --help" in text
+    [example] = [line.split() for line in text.splitlines() if line.startswith("    ")]
+    made, _, (*_, script) = config_from_args(parse_args(example[1:]))
+    assert (example[0], made.nproc_per_node, script) == ("elastic-run", 2, "train.py")
+
+
+@pytest.mark.parametrize("module", ["elastic_launch", "elastic_launch.run"])
+def test_module_is_the_program(module: str) -> None:
+    def run(*args: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-W", "error", "-m", module, *args], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("--version") == (0, f"{VERSION}\n", "")
+    assert run() == (2, "", SHORT_USAGE)
+    Path("train.py").write_text("import sys; sys.exit(7)")
+    assert run("train.py")[0] == 7
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = "import sys; from elastic_launch.cli.options import make_parser; parser = make_parser()\n"
+    code += (
+        "heavy = {'elastic_launch.agent', 'elastic_launch.launch', 'logging', 'json', 'importlib.metadata', 'shutil'}\n"
+    )
+    code += "print(sorted(heavy & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
