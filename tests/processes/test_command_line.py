@@ -1,4 +1,4 @@
-"""The command line: what it means, and what it says to those who get it wrong."""
+"""The command line: its meaning, its help, and its error messages."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def config(*args: str) -> LaunchConfig:
     return config_from_args(parse_args([*args, "train.py"]))[0]
 
 
-def complaint(capfd: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a user reads, through the real entry point."""
+def usage_error(capfd: pytest.CaptureFixture[str], *args: str) -> str:
+    """Return the message of a usage error, as the program prints it."""
     assert cli_status(*args) == 2
     return capfd.readouterr().err
 
 
 def cli_status(*args: str) -> object:
-    """The exit status of the real entry point, in this process, which is none that it may own."""
+    """Return the exit status of the program, run in this process without leaving its signal handlers behind."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signals, "owns_process", signals.owns_process)
@@ -110,24 +110,24 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "words"), WRONG, ids=[" ".join(args) for args, _ in WRONG])
-def test_wrong_use_is_told_in_one_line(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    text = complaint(capfd, *args, "train.py")
+def test_usage_error_is_one_line(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = usage_error(capfd, *args, "train.py")
     assert words in text
     assert text.count("\n") == 1
     assert text.startswith("elastic-run: ")
 
 
 def test_script_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "script nowhere.py: no such file" in complaint(capfd, "nowhere.py")
-    assert "for a module, pass -m" in complaint(capfd, "json.tool")
-    assert "--no-python no-such-program: no such program" in complaint(capfd, "--no-python", "no-such-program")
-    assert "the script to run is missing" in complaint(capfd, "--standalone")
-    assert f"script {tmp_path}: a directory without a __main__.py" in complaint(capfd, str(tmp_path))
+    assert "script nowhere.py: no such file" in usage_error(capfd, "nowhere.py")
+    assert "for a module, pass -m" in usage_error(capfd, "json.tool")
+    assert "--no-python no-such-program: no such program" in usage_error(capfd, "--no-python", "no-such-program")
+    assert "the script to run is missing" in usage_error(capfd, "--standalone")
+    assert f"script {tmp_path}: a directory without a __main__.py" in usage_error(capfd, str(tmp_path))
 
 
 def test_unreadable_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
-    assert "script train.py: not readable by this user" in complaint(capfd, "train.py")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root can read every file
+    assert "script train.py: not readable by this user" in usage_error(capfd, "train.py")
 
 
 @pytest.mark.parametrize(
@@ -140,16 +140,16 @@ def test_unreadable_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
         ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT='soon': must be a number"),
     ],
 )
-def test_wrong_variable_is_named(
+def test_error_names_the_variable(
     variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(variable, value)
-    text = complaint(capfd, "train.py")
+    text = usage_error(capfd, "train.py")
     assert words in text
     assert text.count("\n") == 1
 
 
-def test_wrong_variable_does_not_matter_where_the_option_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_option_overrides_a_wrong_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_MAX_RESTARTS", "many")
     assert parse_args(["--max-restarts", "2", "train.py"]).max_restarts == 2
 
@@ -163,10 +163,10 @@ OURS = {
     "quiet": False,
     "verbose": False,
 }
-"""What torchrun does not have."""
+"""Options that torchrun lacks."""
 
 
-def test_defaults_are_torchruns() -> None:
+def test_defaults() -> None:
     assert vars(parse_args(["train.py"])) == {
         "nnodes": "1:1",
         "nproc_per_node": "1",
@@ -235,13 +235,13 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     assert by_variable != option.default
 
 
-def test_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NUMA_BINDING", "")
     monkeypatch.setenv("PET_NNODES", "")
     assert (parse_args(["train.py"]).numa_binding, parse_args(["train.py"]).nnodes) == (None, "1:1")
 
 
-def test_variable_zero_leaves_a_flag_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_of_a_flag_can_be_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_MODULE", "0")
     assert parse_args(["train.py"]).module is False
 
@@ -284,7 +284,7 @@ def test_unique_abbreviations_and_joined_values(before: list[str], dest: str, va
     assert (parsed.training_script, parsed.training_script_args) == ("train.py", ["--x"])
 
 
-def test_parser_serves_other_programs() -> None:
+def test_other_programs_can_use_the_parser() -> None:
     known, rest = get_args_parser().parse_known_args(["--nnodes", "2", "--zzz", "train.py", "--lr", "1"])
     assert (known.nnodes, known.training_script_args, rest) == ("2", ["--lr", "1"], ["--zzz"])
     assert isinstance(known, argparse.Namespace)
@@ -310,7 +310,7 @@ def test_command_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("--run-path", "train.py")[0] == sys.executable
 
 
-def test_config_holds_what_was_asked_for() -> None:
+def test_config_holds_the_options() -> None:
     made = config(
         "--nproc-per-node", "3", "--max-restarts", "2", "--role", "trainer", "--rdzv-id", "j", "--log-dir", "l"
     )
@@ -369,12 +369,12 @@ def test_text_forms() -> None:
         {"signals_to_handle": "SIGFOO"},
     ],
 )
-def test_config_from_python_is_checked_too(wrong: dict[str, Any]) -> None:
+def test_config_from_python_is_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         LaunchConfig(**{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 1, **wrong})
 
 
-def test_defect_of_the_launcher_is_told_as_one(
+def test_defect_of_the_launcher_is_reported_as_one(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -402,13 +402,13 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli_status("--version") == 0
     assert capfd.readouterr() == (f"elastic-run {__version__} (Python {python})\n", "")
     assert cli_status("--standalone", "--version", "nowhere.py") == 0
-    assert "expected one argument" in complaint(capfd, "--nnodes", "--version")
+    assert "expected one argument" in usage_error(capfd, "--nnodes", "--version")
     torchruns = [flag for option in OPTIONS if option.dest not in OURS for flag in option.flags]
     assert not [flag for flag in torchruns if flag.startswith("--ve")], "--version makes its abbreviations ambiguous"
 
 
 def test_no_argument_shows_an_example(capfd: pytest.CaptureFixture[str]) -> None:
-    text = complaint(capfd)
+    text = usage_error(capfd)
     assert text.startswith("usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]\n")
     assert "elastic-run --help" in text
     [example] = [line.split() for line in text.splitlines() if line.startswith("    ")]
