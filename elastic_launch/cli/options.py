@@ -244,10 +244,9 @@ class Parser(argparse.ArgumentParser):
     def _takes_next_word(self, word: str) -> bool:
         """Whether the next word is the option's value: yes for ``-r`` and ``--tee``, no for ``-r3`` and ``--tee=3``."""
         actions = self._option_string_actions  # includes options that another program has added to this parser
-        matches = (
-            [word] if word in actions else [flag for flag in actions if flag.startswith(word) and word[:2] == "--"]
-        )
-        return any(actions[flag].nargs != 0 for flag in matches)
+        if word in actions:
+            return actions[word].nargs != 0
+        return word.startswith("--") and any(actions[flag].nargs != 0 for flag in actions if flag.startswith(word))
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with status 2."""

@@ -166,7 +166,6 @@ class FileTimerClient(TimerClient):
             file_path: path of the named pipe; under an agent the value of ``TORCHELASTIC_TIMER_FILE``.
             signal: the signal that kills this process if it stays too long.
         """
-        super().__init__()
         self._file_path = file_path
         self.signal = signal
 
@@ -192,7 +191,7 @@ class FileTimerClient(TimerClient):
         line = f"{request.to_json()}\n".encode()
         if len(line) > LONGEST:
             raise RuntimeError(
-                f"a timer request of {len(line)} bytes exceeds {LONGEST} bytes: shorten the scope's name"
+                f"a timer request of {len(line)} bytes is longer than {LONGEST}: shorten the scope's name"
             )
         end = time.monotonic() + PATIENCE
         fd = self._open(end)
@@ -232,7 +231,6 @@ class LocalTimerClient(TimerClient):
     """Sends requests to a ``LocalTimerServer`` through a queue of ``multiprocessing``."""
 
     def __init__(self, mp_queue: Queue[TimerRequest]) -> None:
-        super().__init__()
         self._mp_queue = mp_queue
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:

@@ -46,7 +46,6 @@ class MultiprocessingRequestQueue(RequestQueue):
     """Delivers requests from a queue of ``multiprocessing``."""
 
     def __init__(self, mp_queue: Queue[TimerRequest]) -> None:
-        super().__init__()
         self._mp_queue = mp_queue
 
     def size(self) -> int:
@@ -105,7 +104,6 @@ class TimerServer(abc.ABC):
             max_interval: longest time in seconds between two checks of the timers.
             daemon: whether the program may end while the thread runs.
         """
-        super().__init__()
         self._request_queue = request_queue
         self._max_interval = max_interval
         self._daemon = daemon
@@ -255,7 +253,21 @@ class FileTimerServer(_Timers[FileTimerRequest]):
 
     def run_once(self) -> None:
         """Read all requests, and kill the processes whose timers have expired, in this thread and without waiting."""
-        self._check()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._buffer += os.read(self._fd, _READ)
+                self.register_timers([FileTimerRequest(*request) for request in take_requests(self._buffer)])
+        self._progress = int(time.time())
+        done = {pid for pid, _ in self._timers if not self.is_process_running(pid)}
+        for pid, requests in self.get_expired_timers(time.time()).items():
+            if pid not in done:
+                first = requests[0]
+                self._log_event("timer expired", first)
+                _log.info("killing process %s: expired: %s", pid, [request.scope_id for request in requests])
+                if _kill(pid, first.signal):
+                    self._log_event("kill worker process", first)
+                done.add(pid)  # if it cannot be killed now, it cannot be killed later
+        self.clear_timers(done)
 
     def get_last_progress_time(self) -> int:
         """Return when the timers were last checked, in seconds since 1970; the current time if no timer is set."""
@@ -278,7 +290,7 @@ class FileTimerServer(_Timers[FileTimerRequest]):
         poller.register(self._wake, select.POLLIN)
         while self._wake not in (fd for fd, _ in poller.poll(self._until_next() * 1000)):
             try:
-                self._check()
+                self.run_once()
             except Exception:
                 _log.exception("the timer server continues after an error")
 
@@ -286,26 +298,6 @@ class FileTimerServer(_Timers[FileTimerRequest]):
         """Return the seconds until the next timer expires, at most ``max_interval``."""
         first = min((request.expiration_time for request in self._timers.values()), default=float("inf"))
         return max(0.0, min(self._max_interval, first - time.time()))
-
-    def _check(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._buffer += os.read(self._fd, _READ)
-                self.register_timers([FileTimerRequest(*request) for request in take_requests(self._buffer)])
-        self._progress = int(time.time())
-        done = {pid for pid, _ in self._timers if not self.is_process_running(pid)}
-        for pid, requests in self.get_expired_timers(time.time()).items():
-            if pid not in done:
-                first = requests[0]
-                self._log_event("timer expired", first)
-                _log.info("killing process %s: expired: %s", pid, [request.scope_id for request in requests])
-                if self._reap_worker(pid, first.signal):
-                    self._log_event("kill worker process", first)
-                done.add(pid)  # if it cannot be killed now, it cannot be killed later
-        self.clear_timers(done)
-
-    def _reap_worker(self, worker_pid: int, signal: int) -> bool:
-        return _kill(worker_pid, signal)
 
 
 def _kill(pid: int, signum: int) -> bool:
