@@ -131,10 +131,10 @@ GROUPS = {
         Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
         Option("standalone", False, _flag, "", "run on this node alone; the rendezvous options are ignored"),
         Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
-        Option("local-addr", None, str, "HOST", "address of this node for the other nodes (default: determined)"),
+        Option("local-addr", None, str, "HOST", "address of this node (default: the one that reaches the endpoint)"),
     ),
     "rendezvous of several nodes": (
-        Option("rdzv-backend", "static", _name, "NAME", "how nodes meet: static, c10d, etcd or a plug-in"),
+        Option("rdzv-backend", "static", _name, "NAME", "how nodes meet: static, c10d, etcd, plug-in"),
         Option("rdzv-endpoint", "", str, "HOST:PORT", "where nodes meet; etcd accepts several, separated by commas"),
         Option("rdzv-id", "none", str, "ID", "id of the job, the same on all its nodes"),
         Option("rdzv-conf", "", _checked(parse_rdzv_conf), "CONF", "settings of the backend, as in join_timeout=600"),

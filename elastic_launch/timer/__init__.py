@@ -2,7 +2,7 @@
 
 In a worker of an agent that was started with ``TORCHELASTIC_ENABLE_FILE_TIMER=1``::
 
-    timer.configure(timer.FileTimerClient(os.environ["TORCHELASTIC_TIMER_FILE"]))
+    timer.configure(timer.FileTimerClient(os.getenv("TORCHELASTIC_TIMER_FILE")))
     with timer.expires(after=60):
         train_one_step()
 

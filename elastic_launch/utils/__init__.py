@@ -24,18 +24,11 @@ def get_socket_with_port() -> socket.socket:
     """
     errors: list[str] = []
     with contextlib.suppress(socket.gaierror):
-        for family, kind, protocol, _, _ in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM):
-            sock = None
+        for family, *_ in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM):
             try:
-                sock = socket.socket(family, kind, protocol)
-                sock.bind(("localhost", 0))
-                sock.listen(0)
+                return socket.create_server(("localhost", 0), family=family, backlog=0)
             except OSError as error:
                 errors.append(str(error))
-                if sock:
-                    sock.close()
-            else:
-                return sock
     raise UnavailableError(f"no free port on localhost: {'; '.join(errors) or 'the name has no address'}")
 
 
