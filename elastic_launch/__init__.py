@@ -1,11 +1,11 @@
 """An elastic launcher for distributed training, with torchrun's command line and Python names.
 
-The names below are imported when they are first used: the command line needs few of them, and starts sooner.
+Each public name is imported when it is first used, because importing all of them would slow down the command line.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker that imports this milliseconds
+TYPE_CHECKING = False  # mypy knows this name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
     from typing import Any
 
@@ -49,52 +49,30 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "LocalElasticAgent": "agent.agent",
-    "DefaultLogsSpecs": "logs.job_files",
-    "LaunchConfig": "config",
-    "LogsDest": "config",
-    "LogsSpecs": "config",
-    "Std": "config",
-    "ChildFailedError": "errors",
-    "LaunchError": "errors",
-    "ProcessFailure": "errors",
-    "SignalException": "errors",
-    "UsageError": "errors",
-    "RendezvousParameters": "rendezvous.handler",
-    "RendezvousHandler": "rendezvous.handler",
-    "RendezvousInfo": "rendezvous.handler",
-    "RendezvousStoreInfo": "rendezvous.handler",
-    "get_rendezvous_handler": "rendezvous.handler",
-    "rendezvous_handler_registry": "rendezvous.handler",
-    "EtcdServer": "store.etcd.server",
-    "RendezvousError": "errors",
-    "RendezvousTimeoutError": "errors",
-    "RendezvousConnectionError": "errors",
-    "RendezvousStateError": "errors",
-    "RendezvousClosedError": "errors",
-    "RendezvousGracefulExitError": "errors",
-    "elastic_launch": "launch",
-    "launch_agent": "launch",
-    "PContext": "multiprocessing",
-    "RunProcsResult": "multiprocessing",
-    "start_processes": "multiprocessing",
-    "record": "workers.error_handler",
-    "ErrorHandler": "workers.error_handler",
-    "get_error_handler": "workers.error_handler",
-    "Worker": "worker_spec",
-    "WorkerGroup": "worker_spec",
-    "RunResult": "worker_spec",
-    "WorkerSpec": "worker_spec",
-    "WorkerState": "worker_spec",
+_NAMES = {
+    "agent.agent": "LocalElasticAgent",
+    "config": "LaunchConfig LogsDest LogsSpecs Std",
+    "errors": "ChildFailedError LaunchError ProcessFailure SignalException UsageError RendezvousError "
+    "RendezvousTimeoutError RendezvousConnectionError RendezvousStateError RendezvousClosedError "
+    "RendezvousGracefulExitError",
+    "launch": "elastic_launch launch_agent",
+    "logs.job_files": "DefaultLogsSpecs",
+    "multiprocessing": "PContext RunProcsResult start_processes",
+    "rendezvous.handler": "RendezvousHandler RendezvousInfo RendezvousParameters RendezvousStoreInfo "
+    "get_rendezvous_handler rendezvous_handler_registry",
+    "store.etcd.server": "EtcdServer",
+    "worker_spec": "RunResult Worker WorkerGroup WorkerSpec WorkerState",
+    "workers.error_handler": "ErrorHandler get_error_handler record",
 }
+"""The public names, by the module that defines them."""
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

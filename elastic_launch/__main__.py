@@ -1,4 +1,4 @@
-"""Layer 5: ``python -m elastic_launch`` is ``elastic-run``."""
+"""``python -m elastic_launch`` is the same as ``elastic-run``."""
 
 from elastic_launch.cli.main import console
 

@@ -1,4 +1,4 @@
-"""Layer 0: the one place where the launcher reads its environment. Everything else is handed what it needs."""
+"""Read the environment of the launcher. No other module does; they are handed what they need."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 
 PART = "ELASTIC_LAUNCH_PART"
-"""Variable of the agent's children that are no workers, such as the store's host: the agent's pid."""
+"""Variable that marks the agent's helper processes, such as the store's host; its value is the agent's pid."""
 
 
 def environment() -> dict[str, str]:
-    """A copy of the variables as they are now."""
+    """Return a copy of the variables as they are now."""
     return dict(os.environ)
 
 
 def as_part(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child that is part of the launcher: a keeper that is lost does not take it along."""
+    """Return the environment of a helper process. When the keeper is lost, helpers are spared; workers are not."""
     return {**environ, PART: str(os.getpid())}

@@ -1,4 +1,4 @@
-"""Layer 0: what can go wrong, as types with fields, and the exit statuses that tell it to a shell.
+"""What can go wrong, as exceptions and values with fields, and the exit statuses that tell it to a shell.
 
 Values only: nothing here reads a file, a clock or the environment.
 """
@@ -13,29 +13,30 @@ from typing import Any
 
 
 class ExitCode(IntEnum):
-    """Exit statuses of the launcher itself. A worker that fails gives its own: N, or 128 + the signal's number.
+    """Exit statuses of the launcher itself, from sysexits.h where they are above 64.
 
-    The numbers above 64 are those of BSD's sysexits.h.
+    If a worker fails, the status is the worker's: N, or 128 + N for signal N.
     """
 
     USAGE = 2
-    """An option, variable or argument is wrong; nothing was started."""
+    """An option, variable or argument is wrong. Nothing was started."""
     UNAVAILABLE = 69
-    """Something that the job needs is not to be had: a port in use, a log directory that cannot be written."""
+    """The job needs something that is unavailable, such as a port in use or a log directory that cannot be created."""
     SOFTWARE = 70
-    """The launcher failed at its own work."""
+    """The launcher failed because of a defect in it."""
     TIMEOUT = 75
-    """Not enough nodes met in time; trying again later may help."""
+    """Not enough nodes met in time. Trying again later may help."""
     CANNOT_EXECUTE = 126
-    """A worker's command was found and could not be executed (the shell's convention)."""
+    """A worker's command was found but could not be executed, by the shell's convention."""
     NOT_FOUND = 127
-    """A worker's command was not found (the shell's convention)."""
+    """A worker's command was not found, by the shell's convention."""
 
 
 class LaunchError(Exception):
-    """The launcher could not do its work. The message is one line: what, where, and what to do next."""
+    """The launcher could not do its work. The message is one line: what failed, where, and what to do about it."""
 
     exit_code: int = ExitCode.SOFTWARE
+    """The exit status of a launcher that ends with this error."""
 
 
 class UsageError(LaunchError, ValueError):
@@ -45,57 +46,77 @@ class UsageError(LaunchError, ValueError):
 
 
 class UnavailableError(LaunchError):
-    """Something outside the launcher that the job needs is missing or taken."""
+    """Something outside the launcher that the job needs is missing or in use."""
 
     exit_code: int = ExitCode.UNAVAILABLE
 
 
 class RendezvousError(UnavailableError):
-    """Nodes could not meet, or go on. This and the names below are torch's."""
+    """The nodes could not meet, or could not go on together."""
 
     def __init__(self, message: str = "", exit_code: int | None = None) -> None:
+        """Create the error.
+
+        Args:
+            message: what failed, in one line.
+            exit_code: the exit status of the launcher; None for that of the class.
+        """
         super().__init__(message)
         if exit_code is not None:
             self.exit_code = exit_code
 
 
 class RendezvousTimeoutError(RendezvousError):
-    """Not enough nodes came in time; the message names those that did."""
+    """Not enough nodes joined in time. The message names those that did."""
 
     exit_code: int = ExitCode.TIMEOUT
 
 
 class RendezvousConnectionError(RendezvousError):
-    """The store where nodes meet cannot be reached, is lost, or is none."""
+    """The store where the nodes meet cannot be reached, has been lost, or is not a store."""
 
 
 class RendezvousStateError(RendezvousError):
-    """The store holds what nobody of this job can have written."""
+    """The store holds data that no node of this job can have written."""
 
 
 class RendezvousClosedError(RendezvousError):
-    """The job has ended already."""
+    """The job has already ended."""
 
 
 class RendezvousGracefulExitError(RendezvousError):
-    """The job goes on without this node."""
+    """The job continues without this node."""
 
 
-class SignalException(Exception):  # noqa: N818 - the name is torch's, and callers catch it by that name
-    """A signal ended the job; its workers are stopped. ``sigval`` is the signal."""
+class SignalException(Exception):  # noqa: N818 - torch's name, by which programs catch it
+    """A signal ended the job. Its workers have been stopped.
+
+    >>> SignalException("stopped by SIGTERM", signal.SIGTERM).exit_code
+    143
+    """
 
     def __init__(self, msg: str, sigval: signal.Signals) -> None:
+        """Create the error.
+
+        Args:
+            msg: what happened, in one line.
+            sigval: the signal, which becomes the attribute ``sigval``.
+        """
         super().__init__(msg)
         self.sigval = sigval
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number."""
+        """The exit status of the launcher: 128 + the signal's number."""
         return 128 + self.sigval
 
 
 def signal_name(signum: int) -> str:
-    """``SIGTERM`` for 15; ``signal 99`` for a number without a name (real-time signals among them)."""
+    """Return a signal's name; ``signal N`` if it has none, as for most real-time signals.
+
+    >>> signal_name(15), signal_name(40)
+    ('SIGTERM', 'signal 40')
+    """
     try:
         return signal.Signals(signum).name
     except ValueError:
@@ -103,42 +124,56 @@ def signal_name(signum: int) -> str:
 
 
 def how_it_ended(exitcode: int) -> str:
-    """``exit code 42``, or ``killed by SIGKILL`` for -9."""
+    """Describe an exit code in words; a negative one is minus a signal's number.
+
+    >>> how_it_ended(42), how_it_ended(-9)
+    ('exit code 42', 'killed by SIGKILL')
+    """
     return f"killed by {signal_name(-exitcode)}" if exitcode < 0 else f"exit code {exitcode}"
 
 
 def shell_status(exitcode: int) -> int:
-    """The exit status that a shell would show: the exit code, or 128 + the signal's number for a negative one."""
+    """Return the exit status that a shell would show; a negative exit code is minus a signal's number.
+
+    >>> shell_status(42), shell_status(-9)
+    (42, 137)
+    """
     return 128 - exitcode if exitcode < 0 else exitcode
 
 
 @dataclass(frozen=True)
 class ProcessFailure:
-    """One worker that failed. The first four fields are torch's and stand in its order.
+    """The failure of one worker. The first four fields are those of torch, in its order.
 
-    torch's reads the rest from ``error_file`` when it is made; this one is told it, and reads nothing.
+    Unlike torch's class, it never reads ``error_file``: the other fields hold what the file says.
+
+    >>> failure = ProcessFailure(local_rank=1, pid=4711, exitcode=-9, rank=9, host="node-2")
+    >>> failure.headline(), failure.status()
+    ('rank 9 on node-2 failed (killed by SIGKILL)', 137)
     """
 
     local_rank: int
+    """Rank of the worker on its node."""
     pid: int
-    """-1 where the process could not be started."""
+    """Process id; -1 if the process could not be started."""
     exitcode: int
-    """The exit status, or minus the signal's number."""
+    """The exit status, or minus the number of the signal that killed the worker."""
     error_file: str = "<N/A>"
-    """The JSON file that the worker's exception was read from."""
+    """Path of the JSON file that the worker wrote its exception to."""
     error: str = ""
-    """The exception in one line, ``ValueError: boom``; empty where there was none."""
+    """The exception in one line, as in ``ValueError: boom``; empty if there was none."""
     message: str = ""
-    """The traceback where there is one, else a sentence on how the worker ended, which is made where none is given."""
+    """The traceback if there is an exception, or else a sentence that says how the worker ended."""
     stderr: str = ""
-    """The last lines that it wrote to stderr, where it left no exception."""
+    """The last lines of the worker's stderr if it left no exception."""
     note: str = ""
-    """What else is known of its end: that memory ran out, that it hung, and where its stacks are."""
+    """A remark on the cause: that memory ran out, or that the worker hung and where its stacks are."""
     timestamp: float = 0.0
-    """When it failed, in seconds since 1970, on the worker's host: for people, and for order within one host."""
+    """When the worker failed, in seconds since 1970 by the clock of its host; 0 if unknown."""
     rank: int = -1
-    """Global rank."""
+    """Global rank; -1 if unknown."""
     host: str = ""
+    """Name of the worker's host."""
 
     def __post_init__(self) -> None:
         if not self.error and not self.message:
@@ -146,53 +181,56 @@ class ProcessFailure:
 
     @property
     def error_file_data(self) -> dict[str, Any]:
-        """What an error file says of such a failure, in torch's form; of one without an exception, its message."""
+        """The failure in the format of torch's error files; without an exception, ``message`` takes its place."""
         extra = {"py_callstack": self.message, "timestamp": str(int(self.timestamp))}
         return {"message": {"message": self.error or self.message, "extraInfo": extra}}
 
     def timestamp_isoformat(self) -> str:
-        """When it failed, ``2026-01-31_23:59:59`` in local time."""
+        """Return when the worker failed, as in ``2026-01-31_23:59:59``, in local time."""
         return time.strftime("%Y-%m-%d_%H:%M:%S", time.localtime(self.timestamp))
 
     def signal_name(self) -> str:
-        """The signal that killed the worker, ``<N/A>`` where none did."""
+        """Return the name of the signal that killed the worker; ``<N/A>`` if none did."""
         return signal_name(-self.exitcode) if self.exitcode < 0 else "<N/A>"
 
     def how(self) -> str:
-        """How the process ended, in words: ``exit code 42`` or ``killed by SIGKILL``."""
+        """Return how the process ended: ``exit code 42`` or ``killed by SIGKILL``."""
         return how_it_ended(self.exitcode)
 
     def error_line(self) -> str:
-        """The exception in one line of moderate length; some of torch's C++ errors are pages long."""
+        """Return the first line of the exception, cut after 500 characters: some of torch's are pages long."""
         line = self.error.split("\n", 1)[0]
         return line if len(line) <= 500 else f"{line[:500]} ..."
 
     def headline(self, with_host: bool = True) -> str:
-        """``rank 3 on host-b failed (exit code 1, ValueError: boom)``."""
+        """Return the failure in one line, as in ``rank 3 on host-b failed (exit code 1, ValueError: boom)``."""
         where = f" on {self.host}" if with_host else ""
         return f"rank {self.rank}{where} failed ({', '.join(filter(None, (self.how(), self.error_line())))})"
 
     def status(self) -> int:
-        """The exit status that a shell would show: the exit code, or 128 + the signal's number."""
+        """Return the exit status that a shell would show: the exit code, or 128 + the signal's number."""
         return shell_status(self.exitcode)
 
 
 class ChildFailedError(Exception):
-    """The job failed because workers did.
+    """The job failed because workers failed. Its text is the whole report.
 
-    ``failures`` maps global rank to failure. ``str()`` of the error is the whole report.
+    >>> error = ChildFailedError("train.py", {9: ProcessFailure(local_rank=1, pid=4711, exitcode=-9)})
+    >>> str(error), error.exit_code
+    ('train.py FAILED: rank 9: killed by SIGKILL', 137)
     """
 
     def __init__(self, name: str, failures: dict[int, ProcessFailure], report: str = "") -> None:
-        """As torch's.
+        """Create the error.
 
         Args:
-            name: what was run.
-            failures: at least one.
-            report: the launcher's, which has put the cause first in ``failures``; without it, that is the earliest one.
+            name: what the workers ran, which becomes the attribute ``name``.
+            failures: at least one failure, by global rank, which become the attribute ``failures``.
+            report: the launcher's report. If there is one, the first of ``failures`` is the cause, otherwise the
+                earliest one.
 
         Raises:
-            ValueError: there are no failures.
+            ValueError: ``failures`` is empty.
         """
         if not failures:
             raise ValueError("ChildFailedError needs at least one failure")
@@ -203,21 +241,20 @@ class ChildFailedError(Exception):
         super().__init__(report or f"{name} FAILED: rank {rank}: {cause.error or cause.how()}")
 
     def __reduce__(self) -> tuple[type[ChildFailedError], tuple[str, dict[int, ProcessFailure], str]]:
-        return type(self), (self.name, self.failures, self._report)  # for other processes, as a function's exception
+        return type(self), (self.name, self.failures, self._report)  # a worker may raise it in another process
 
     def get_first_failure(self) -> tuple[int, ProcessFailure]:
-        """The cause: its global rank and the failure."""
+        """Return the global rank and the failure of the worker that is the cause."""
         if self._report:
             return next(iter(self.failures.items()))
-        # As torch; the time of one that was made by hand may be unknown.
-        return min(self.failures.items(), key=lambda item: item[1].timestamp or float("inf"))
+        return min(self.failures.items(), key=lambda item: item[1].timestamp or float("inf"))  # 0: unknown
 
     def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
-        """The report, as text.
+        """Return the report.
 
         Args:
-            boarder_delim: what its outermost lines are drawn with (torch's name and spelling).
-            section_delim: what its inner lines are drawn with.
+            boarder_delim: the character of its outermost lines (torch's spelling).
+            section_delim: the character of its inner lines.
         """
         drawn = str.maketrans({"=": boarder_delim, "-": section_delim})
         lines = str(self).split("\n")

@@ -1,8 +1,15 @@
-"""Layer 2: the record of a job's events, under torch's names and with torch's fields: one line of JSON for each.
+"""The events of a job under torch's names and with torch's fields, each one line of JSON.
 
-Where they go is Python's logging to decide; the agent does not import it unless the user asks for events. Besides the
-handlers named here, a package may offer more under the entry point group ``elastic_launch.event_handlers``: callables
-that return a ``logging.Handler``. Touches what the handlers touch.
+A destination has a handler of Python's ``logging``. Besides ``null`` and ``console``, a package may offer destinations
+through the entry point group ``elastic_launch.event_handlers``: callables that return a ``logging.Handler``. The agent
+imports this module only if the user asks for events.
+
+>>> event = Event("data.loaded", EventSource.WORKER, metadata={"samples": 512})
+>>> event.serialize()
+'{"name": "data.loaded", "source": "WORKER", "timestamp": 0, "metadata": {"samples": 512}}'
+>>> Event.deserialize(event.serialize()) == event
+True
+>>> record(event)  # to the destination "null", which drops it
 """
 
 from __future__ import annotations
@@ -11,9 +18,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from elastic_launch.errors import ProcessFailure, UsageError
 from elastic_launch.job import Assignment
@@ -24,52 +31,21 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "elastic_launch.event_handlers"
 RENDEZVOUS = "dynamic_rendezvous"
-"""The destination of rendezvous events; they are dropped unless an entry point has this name."""
+"""The destination of rendezvous events. It drops them unless an entry point has this name."""
 BUILT_IN = ("null", "console", RENDEZVOUS)
 
 EventMetadataValue: TypeAlias = str | int | float | bool | None
 
 
 class EventSource(StrEnum):
-    """Who an event is about."""
+    """What an event is about."""
 
     AGENT = "AGENT"
     WORKER = "WORKER"
 
 
-@dataclass
-class Event:
-    """Something that happened in a job."""
-
-    name: str
-    """``torchelastic.worker.status.STATE`` for those that the agent records."""
-    source: EventSource
-    timestamp: int = 0
-    """Milliseconds since 1970."""
-    metadata: dict[str, EventMetadataValue] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.serialize()
-
-    @staticmethod
-    def deserialize(data: str | Event) -> Event:
-        """The event that a line of JSON tells of; an event is returned as it is."""
-        if isinstance(data, Event):
-            return data
-        import json  # late, as below: 5 ms
-
-        fields = json.loads(data)
-        return Event(**{**fields, "source": EventSource(fields["source"])})
-
-    def serialize(self) -> str:
-        """The event as one line of JSON."""
-        import json
-
-        return json.dumps(asdict(self))
-
-
 class NodeState(StrEnum):
-    """How a node stands in its rendezvous."""
+    """State of a node in its rendezvous."""
 
     INIT = "INIT"
     RUNNING = "RUNNING"
@@ -77,48 +53,89 @@ class NodeState(StrEnum):
     FAILED = "FAILED"
 
 
-@dataclass
-class RdzvEvent:
-    """Something that happened in a rendezvous."""
+class _JsonLine:
+    """A dataclass that is one line of JSON."""
 
-    name: str
-    """What was being done."""
-    run_id: str
-    message: str
-    hostname: str
-    pid: int
-    node_state: NodeState
-    master_endpoint: str = ""
-    rank: int | None = None
-    """Rank of the node."""
-    local_id: int | None = None
-    error_trace: str = ""
+    _enumerations: ClassVar[Mapping[str, type[StrEnum]]]
+    """The types of the fields that are enumerations."""
 
     def __str__(self) -> str:
         return self.serialize()
 
-    @staticmethod
-    def deserialize(data: str | RdzvEvent) -> RdzvEvent:
-        """The event that a line of JSON tells of; an event is returned as it is."""
-        if isinstance(data, RdzvEvent):
+    @classmethod
+    def deserialize(cls, data: str | Self) -> Self:
+        """Read what ``serialize`` returned. An event is returned as it is.
+
+        Raises:
+            ValueError: the text is not JSON, or a field has an unknown value.
+            TypeError: the JSON has other fields.
+        """
+        if not isinstance(data, str):
             return data
-        import json
+        import json  # late, here and below: it takes 5 ms
 
         fields = json.loads(data)
-        return RdzvEvent(**{**fields, "node_state": NodeState(fields["node_state"])})
+        return cls(**fields | {name: kind(fields[name]) for name, kind in cls._enumerations.items()})
 
     def serialize(self) -> str:
-        """The event as one line of JSON."""
+        """Return the event as one line of JSON, without a line end."""
         import json
 
-        return json.dumps(asdict(self))
+        return json.dumps(vars(self))
+
+
+@dataclass
+class Event(_JsonLine):
+    """Something that happened in a job."""
+
+    _enumerations: ClassVar = {"source": EventSource}
+
+    name: str
+    """What happened; the agent's own events are called ``torchelastic.worker.status.STATE``."""
+    source: EventSource
+    """Whether it is about the agent or a worker."""
+    timestamp: int = 0
+    """Milliseconds since 1970."""
+    metadata: dict[str, EventMetadataValue] = field(default_factory=dict)
+    """Further facts."""
+
+
+@dataclass
+class RdzvEvent(_JsonLine):
+    """Something that happened in a rendezvous."""
+
+    _enumerations: ClassVar = {"node_state": NodeState}
+
+    name: str
+    """The operation."""
+    run_id: str
+    """The job's id."""
+    message: str
+    """What happened."""
+    hostname: str
+    """The node's host."""
+    pid: int
+    """Process id of the node's agent."""
+    node_state: NodeState
+    """State of the node."""
+    master_endpoint: str = ""
+    """Endpoint of the workers' store, if known."""
+    rank: int | None = None
+    """Rank of the node, if known."""
+    local_id: int | None = None
+    """Id of the node on its host, if it has one."""
+    error_trace: str = ""
+    """The traceback if the node failed."""
 
 
 def get_logging_handler(destination: str = "null") -> logging.Handler:
-    """A new handler for a destination: ``null``, ``console`` (standard error), or the name of an entry point.
+    """Return a new handler.
+
+    Args:
+        destination: ``null``, ``console`` (standard error), or the name of an entry point.
 
     Raises:
-        UsageError: there is no such destination, or what its entry point names cannot be had.
+        UsageError: the destination is unknown, or its entry point does not work.
     """
     import logging
 
@@ -129,34 +146,29 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
     from importlib.metadata import entry_points
 
     plug_ins = {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINTS)}
-    if destination in plug_ins:
+    if plug_in := plug_ins.get(destination):
+        name = f"event handler {destination!r}: {plug_in.value}"
         try:
-            handler = plug_ins[destination].load()()
+            handler = plug_in.load()()
         except Exception as error:
-            raise UsageError(
-                f"event handler {destination!r}: {plug_ins[destination].value} does not work: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise UsageError(f"{name} does not work: {type(error).__name__}: {error}") from error
         if not isinstance(handler, logging.Handler):
-            raise UsageError(
-                f"event handler {destination!r}: {plug_ins[destination].value} must return a logging.Handler, "
-                f"not {type(handler).__name__}"
-            )
+            raise UsageError(f"{name} must return a logging.Handler, not {type(handler).__name__}")
         return handler
     if destination == RENDEZVOUS:
         return logging.NullHandler()
     known = ", ".join(sorted({*BUILT_IN, *plug_ins}))
     raise UsageError(
-        f"event handler {destination!r}: not known here; known are {known} (more through the entry point group "
-        f"{ENTRY_POINTS})"
+        f"event handler {destination!r}: unknown; available: {known} (packages may add more through the entry point "
+        f"group {ENTRY_POINTS})"
     )
 
 
 def check_destination(destination: str) -> None:
-    """Complain before a job begins rather than when it has ended; prepares the handler of a plug-in.
+    """Report a bad ``--event-log-handler`` before the job begins; create the handler of a plug-in.
 
     Raises:
-        UsageError: as ``get_logging_handler`` does; the message begins with the option's name.
+        UsageError: as ``get_logging_handler``; the message begins with the option's name.
     """
     if destination not in BUILT_IN:
         try:
@@ -166,17 +178,17 @@ def check_destination(destination: str) -> None:
 
 
 def record(event: Event, destination: str = "null") -> None:
-    """Hand an event to the handler of a destination.
+    """Pass an event to the handler of a destination, as for ``get_logging_handler``.
 
     Raises:
-        UsageError: there is no such destination.
+        UsageError: the destination is unknown, or its entry point does not work.
     """
     if destination != "null":
         _logger(destination).info(event.serialize())
 
 
 def record_rdzv_event(event: RdzvEvent) -> None:
-    """Hand an event to the handler of rendezvous events."""
+    """Pass an event to the handler of rendezvous events."""
     _logger(RENDEZVOUS).info(event.serialize())
 
 
@@ -191,18 +203,18 @@ def construct_and_record_rdzv_event(
     local_id: int | None = None,
     rank: int | None = None,
 ) -> None:
-    """Record a rendezvous event, if anybody listens.
+    """Record a rendezvous event, unless its destination drops it.
 
     Args:
         run_id: the job's id.
         message: what happened.
-        node_state: how the node stands; with FAILED the exception that is being handled goes with the event.
-        name: what was being done; empty: the file and the function that call this.
-        hostname: empty: this host's full name.
-        pid: None: this process's.
-        master_endpoint: of the store, where it is known.
-        local_id: of the node, where it has one.
-        rank: of the node, where it is known.
+        node_state: state of the node. FAILED adds the traceback of the exception that is being handled.
+        name: the operation; empty for the file and function of the caller.
+        hostname: the node's host; empty for the full name of this host.
+        pid: process id of the node's agent; None for this process.
+        master_endpoint: endpoint of the workers' store, if known.
+        local_id: id of the node on its host, if it has one.
+        rank: rank of the node, if known.
     """
     import logging
 
@@ -227,7 +239,7 @@ def construct_and_record_rdzv_event(
 
 
 _loggers: dict[str, logging.Logger] = {}
-"""By destination. That a logger has handlers does not tell that it has ours: others add theirs to all there are."""
+"""Loggers with our handlers, by destination. A logger's own handlers may be somebody else's."""
 
 
 def _logger(destination: str) -> logging.Logger:
@@ -245,35 +257,37 @@ def _logger(destination: str) -> logging.Logger:
 
 @dataclass(frozen=True)
 class Recorder:
-    """The agent's record of one job. No handler can end the job."""
+    """Records the events of one job on this node. A handler that raises does not end the job."""
 
     spec: WorkerSpec
+    """What the workers run; its ``event_log_handler`` is the destination."""
     run_id: str
+    """The job's id."""
     backend: str
     """Name of the rendezvous backend."""
     write: Callable[[str], None]
-    """Takes the lines for the console: standard error must not hold up the agent, as a handler of logging's would."""
+    """Writes whole lines to standard error without blocking the agent, as a handler of ``logging`` would."""
     log: Callable[[str], None]
-    """Takes a line for people."""
+    """Logs a warning."""
 
     def round_started(self, assignment: Assignment, pids: Mapping[int, int], *, seconds: float, joining: float) -> None:
-        """Record that the nodes have met, and that the workers of a round were started.
+        """Record that the nodes have met and that a round's workers were started.
 
         Args:
-            place: this node's.
-            pids: of the workers, by local rank.
-            seconds: since the job began.
-            joining: seconds until the nodes had met.
+            assignment: this node's place in the round.
+            pids: process ids of its workers, by local rank.
+            seconds: time since the job began.
+            joining: seconds that the rendezvous took.
         """
-        events = [
-            # torch gives the ranks out in a step of its own; here they come with the place.
-            self._event("RENDEZVOUS", assignment, seconds, duration_ms=joining * 1000),
-            self._event("ASSIGN_WORKER_RANKS", assignment, seconds, duration_ms=0.0),
-        ]
-        events += [
-            self._worker_event("START", assignment, rank, pids, seconds) for rank in range(assignment.local_world_size)
-        ]
-        self._record(events)
+        ranks = range(assignment.local_world_size)
+        self._record(
+            [
+                # torch assigns ranks in a step after the rendezvous; here they are part of it.
+                self._event("RENDEZVOUS", assignment, seconds, duration_ms=joining * 1000),
+                self._event("ASSIGN_WORKER_RANKS", assignment, seconds, duration_ms=0.0),
+                *(self._worker_event("START", assignment, rank, pids, seconds) for rank in ranks),
+            ]
+        )
 
     def run_ended(
         self,
@@ -285,24 +299,24 @@ class Recorder:
         seconds: float,
         error: str = "",
     ) -> None:
-        """Record how the workers of this node, and the agent, have ended.
+        """Record how this node's workers and its agent ended.
 
-        As with torch, the agent has SUCCEEDED also when the workers failed, if it could do its own work to the end.
+        As in torch, the agent has SUCCEEDED even if workers failed, unless it could not do its own work.
 
         Args:
             state: SUCCEEDED or FAILED.
-            place: this node's in the last round; None if there was none.
-            pids: of that round's workers, by local rank.
-            failures: of the whole job.
-            seconds: since the job began.
-            error: what the agent failed at, or that a signal ended the job: then the record tells of the agent only.
+            assignment: this node's place in the last round; None if there was no round.
+            pids: process ids of that round's workers, by local rank.
+            failures: those of the whole job.
+            seconds: time since the job began.
+            error: why the agent failed, or which signal ended the job. If given, only the agent's event is recorded.
         """
         events: list[Event] = []
         by_rank = {failure.rank: failure for failure in failures}
         if assignment and not error:
             for local_rank in range(assignment.local_world_size):
                 failure = by_rank.get(assignment.rank(local_rank))
-                # Without a failure of its own a worker of a failed job was stopped, or had ended before.
+                # A worker of a failed job without a failure was stopped, or ended earlier.
                 name = "FAILED" if failure else "SUCCEEDED" if state is WorkerState.SUCCEEDED else "TERMINATED"
                 events.append(self._worker_event(name, assignment, local_rank, pids, seconds, failure))
         events.append(self._event("FAILED" if error else "SUCCEEDED", assignment, seconds, raw_error=error or None))
@@ -317,7 +331,7 @@ class Recorder:
             for event in events:
                 record(event, destination)
             for handler in _logger(destination).handlers:
-                handler.flush()  # the program may end without the interpreter's own end
+                handler.flush()  # the program may end without the interpreter's shutdown
         except Exception as error:
             self.log(f"--event-log-handler={destination}: events are lost: {type(error).__name__}: {error}")
 
@@ -331,21 +345,22 @@ class Recorder:
         failure: ProcessFailure | None = None,
     ) -> Event:
         pid = pids.get(local_rank, -1)
+        details = {
+            "local_rank": [local_rank],
+            "role_rank": [assignment.base_role_rank + local_rank],
+            "role_world_size": [assignment.role_world_size],
+            "exit_code": [failure.exitcode if failure else None],
+            "worker_pid": [failure.pid if failure else None],
+        }
         return self._event(
             state,
             assignment,
             seconds,
-            source=EventSource.WORKER,
+            details,
+            EventSource.WORKER,
             global_rank=assignment.rank(local_rank),
             worker_id=str(pid) if pid > 0 else None,
             raw_error=_raw_error(failure) if failure else None,
-            details={
-                "local_rank": [local_rank],
-                "role_rank": [assignment.base_role_rank + local_rank],
-                "role_world_size": [assignment.role_world_size],
-                "exit_code": [failure.exitcode if failure else None],
-                "worker_pid": [failure.pid if failure else None],
-            },
         )
 
     def _event(
@@ -353,49 +368,41 @@ class Recorder:
         state: str,
         assignment: Assignment | None,
         seconds: float,
-        *,
-        source: EventSource = EventSource.AGENT,
-        global_rank: int | None = None,
-        worker_id: str | None = None,
-        raw_error: str | None = None,
         details: Mapping[str, Any] | None = None,
-        duration_ms: float | None = None,
+        source: EventSource = EventSource.AGENT,
+        **facts: EventMetadataValue,
     ) -> Event:
-        """One event, with torch's fields in torch's order."""
+        """Return an event with torch's fields in torch's order; ``facts`` replace those that are None here."""
         import json
 
-        group_world_size = assignment.group_world_size if assignment else None
-        entry_point = os.path.basename(self.spec.get_entrypoint_name())
-        return Event(
-            f"torchelastic.worker.status.{state}",
-            source,
-            int(time.time() * 1000),
-            {
-                "run_id": self.run_id,
-                "global_rank": global_rank,
-                "group_rank": assignment.group_rank if assignment else None,
-                "worker_id": worker_id,
-                "role": self.spec.role,
-                "hostname": assignment.host if assignment else os.uname().nodename,
-                "state": state,
-                "total_run_time": int(seconds),
-                "rdzv_backend": self.backend,
-                "raw_error": raw_error,
-                "metadata": json.dumps(
-                    {"group_world_size": group_world_size, "entry_point": entry_point, **(details or {})}
-                ),
-                "agent_restarts": assignment.restart_history.used if assignment else 0,
-                "duration_ms": duration_ms,
-            },
-        )
+        metadata = {
+            "group_world_size": assignment.group_world_size if assignment else None,
+            "entry_point": os.path.basename(self.spec.get_entrypoint_name()),
+            **(details or {}),
+        }
+        fields: dict[str, EventMetadataValue] = {
+            "run_id": self.run_id,
+            "global_rank": None,
+            "group_rank": assignment.group_rank if assignment else None,
+            "worker_id": None,
+            "role": self.spec.role,
+            "hostname": assignment.host if assignment else os.uname().nodename,
+            "state": state,
+            "total_run_time": int(seconds),
+            "rdzv_backend": self.backend,
+            "raw_error": None,
+            "metadata": json.dumps(metadata),
+            "agent_restarts": assignment.restart_history.used if assignment else 0,
+            "duration_ms": None,
+        }
+        return Event(f"torchelastic.worker.status.{state}", source, int(time.time() * 1000), fields | facts)
 
 
 def _raw_error(failure: ProcessFailure) -> str:
-    """What the worker's error file tells, in the file's own form."""
+    """Return what the worker's error file says, in the file's format; without a file, what torch puts there."""
     import json
 
     if failure.error:
-        stack = {"py_callstack": failure.message, "timestamp": str(int(failure.timestamp))}
-        return json.dumps({"message": {"message": failure.error, "extraInfo": stack}})
+        return json.dumps(failure.error_file_data)
     traits = {"category": "system_terminated_error", "retryability": "False"}
     return json.dumps({"message": "<NONE>", **({"errorTraits": traits} if failure.exitcode > 0 else {})})

@@ -1,4 +1,4 @@
-"""Layer 4: the Python API: from a ``LaunchConfig`` and something to run, to its result. Puts the parts together."""
+"""Run a job from Python: a ``LaunchConfig`` and a command or a function in, the workers' results out."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.agent.agent import LocalElasticAgent
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig, is_number
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig
 from elastic_launch.core.agent.worker_env import omp_num_threads
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError, UsageError
 from elastic_launch.host.console import log
 from elastic_launch.job import Level
+from elastic_launch.parsing import is_number
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
 
 class elastic_launch:  # noqa: N801 - torch's name
-    """Launches a command or a function on this node: ``elastic_launch(config, train)(argument, ...)``."""
+    """Runs a command or a function in the workers of this node.
+
+    >>> from elastic_launch import LaunchConfig, elastic_launch
+    >>> config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, verbosity=0)
+    >>> elastic_launch(config, "test")("-n", "text")
+    {0: None, 1: None}
+    """
 
     def __init__(
         self, config: LaunchConfig, entrypoint: Callable[..., Any] | str | None, health_check_server: Any = None
     ) -> None:
-        """Take the job's settings, what each worker runs, and a server as for ``LocalElasticAgent``."""
+        """Keep what to run; calling the object runs it.
+
+        Args:
+            config: the settings of the job.
+            entrypoint: the program or the function that each worker runs.
+            health_check_server: an object whose ``start()`` and ``stop()`` are called around the run.
+        """
         self._config = config
         self._entrypoint = entrypoint
         self._health_check_server = health_check_server
 
     def __call__(self, *args: Any) -> dict[int, Any]:
-        """Run to the end; see ``launch_agent``."""
+        """Run the job to its end with these arguments of the entry point. See ``launch_agent``."""
         return launch_agent(self._config, self._entrypoint, list(args), self._health_check_server)
 
 
@@ -38,21 +51,23 @@ def launch_agent(
     args: list[Any],
     health_check_server: Any = None,
 ) -> dict[int, Any]:
-    """Run a job's workers on this node, to the job's end.
+    """Run the workers of this node to the end of the job.
+
+    Args:
+        config: the settings of the job.
+        entrypoint: the program or the function that each worker runs.
+        args: the arguments of the entry point; texts for a program.
+        health_check_server: an object whose ``start()`` and ``stop()`` are called around the run.
 
     Returns:
-        What the workers of this node returned, by global rank; None for commands.
+        The return value of each worker of this node by global rank; None for programs.
 
     Raises:
-        ChildFailedError: workers failed, and there was no restart left.
+        ChildFailedError: workers failed, and no restart was left.
         SignalException: a signal ended the job.
-        UsageError: a setting is wrong, or the function cannot be sent to the workers.
+        UsageError: a setting is wrong, or the function cannot be pickled.
         LaunchError: the launcher could not do its work.
     """
-    if config.metrics_cfg:
-        from elastic_launch.metrics import MetricsConfig, initialize_metrics  # late: few jobs want them
-
-        initialize_metrics(MetricsConfig(config.metrics_cfg))
     environ = environment()
     shutdown_timeout = _shutdown_timeout(config, environ)
     _share_out_cpus(config, environ)
@@ -91,17 +106,17 @@ def launch_agent(
 
 
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
-    """Set OMP_NUM_THREADS where the user does not: without it, each worker would start a thread for every CPU."""
+    """Set OMP_NUM_THREADS unless the user has: without it, each worker would start a thread for every CPU."""
     if "OMP_NUM_THREADS" not in environ:
         from elastic_launch.host.devices import cpu_count
 
         cpus = cpu_count()
         environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
-        level = Level.INFO if config.max_nodes == 1 else Level.DEBUG  # many nodes would all say it
+        level = Level.INFO if config.max_nodes == 1 else Level.DEBUG  # otherwise every node would print it
         if config.nproc_per_node > 1 and config.verbosity >= level:
             log(
                 f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
-                f"({cpus} CPUs, {config.nproc_per_node} workers); set it to have another number"
+                f"({cpus} CPUs, {config.nproc_per_node} workers); set it to override"
             )
 
 

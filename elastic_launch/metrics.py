@@ -1,6 +1,11 @@
-"""Layer 2: metrics, under torch's names and in torch's format: numbers with a name and a group, for a handler to take.
+"""Metrics under torch's names: numbers with a name and a group, which go to the handler of the group.
 
-Without ``configure`` nothing happens to them. Touches what the handlers touch.
+Numbers are dropped until ``configure`` sets a handler. The agent puts its own into the group ``torchelastic``.
+
+>>> configure(ConsoleMetricHandler(), "loader")
+>>> put_metric("samples", 512, "loader")  # doctest: +ELLIPSIS
+[...][loader]: samples=512
+>>> configure(NullMetricHandler(), "loader")
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ R = TypeVar("R")
 
 
 class MetricsConfig:
-    """Settings of ``initialize_metrics``."""
+    """Settings of ``initialize_metrics``, which ignores them."""
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = {} if params is None else params
@@ -28,78 +33,86 @@ class MetricData(NamedTuple):
     timestamp: float
     """Seconds since 1970."""
     group_name: str | None
+    """Name of its group."""
     name: str
+    """Its own name."""
     value: float
+    """The number."""
 
 
 class MetricHandler(ABC):
-    """Takes numbers."""
+    """Receives numbers. Derive from it, and pass an object to ``configure``."""
 
     @abstractmethod
     def emit(self, metric_data: MetricData) -> None:
-        """Take one."""
+        """Receive one number, in the thread that puts it."""
 
 
 class ConsoleMetricHandler(MetricHandler):
-    """Prints ``[timestamp][group]: name=value``."""
+    """Prints ``[TIMESTAMP][GROUP]: NAME=VALUE`` to standard output."""
 
     def emit(self, metric_data: MetricData) -> None:
-        """Print one."""
+        """Print one number."""
         print(f"[{metric_data.timestamp}][{metric_data.group_name}]: {metric_data.name}={metric_data.value}")
 
 
 class NullMetricHandler(MetricHandler):
-    """Drops them."""
+    """Drops all numbers."""
 
     def emit(self, metric_data: MetricData) -> None:
-        """Drop one."""
+        """Drop one number."""
 
 
 class MetricStream:
-    """A group, and its handler at the time."""
+    """A group and the handler that it had when the stream was created."""
 
     def __init__(self, group_name: str | None, handler: MetricHandler) -> None:
         self.group_name = group_name
         self.handler = handler
 
     def add_value(self, metric_name: str, metric_value: float) -> None:
-        """Hand a number of this group to the handler."""
+        """Pass a number to the handler, with the current time."""
         self.handler.emit(MetricData(time.time(), self.group_name, metric_name, metric_value))
 
 
 _handlers: dict[str | None, MetricHandler] = {}
-"""By group; None: for all groups without a handler of their own."""
+"""Handlers by group; None for the groups that are not listed."""
 _NULL = NullMetricHandler()
 
 
 def initialize_metrics(cfg: MetricsConfig | None = None) -> None:
-    """Does nothing, as torch's does not: ``configure`` does."""
+    """Do nothing, as in torch. Call ``configure`` instead."""
 
 
 def configure(handler: MetricHandler, group: str | None = None) -> None:
-    """Have a handler take the numbers of a group; None: of all groups that have no handler of their own."""
+    """Set the handler of a group.
+
+    Args:
+        handler: receives the group's numbers from now on.
+        group: the group's name; None for all groups without a handler.
+    """
     _handlers[group] = handler
 
 
 def getStream(group: str | None) -> MetricStream:  # noqa: N802 - torch's name
-    """A group and its handler."""
+    """Return a stream to the current handler of a group."""
     return MetricStream(group, _handlers.get(group) or _handlers.get(None, _NULL))
 
 
 def put_metric(metric_name: str, metric_value: float, metric_group: str = "torchelastic") -> None:
-    """Hand a number to the handler of its group."""
+    """Pass a number to the handler of its group."""
     if _handlers:
         getStream(metric_group).add_value(metric_name, metric_value)
 
 
 def publish_metric(metric_group: str, metric_name: str, metric_value: float) -> None:
-    """Do the same with another order of arguments. Deprecated, as with torch: use ``put_metric``."""
+    """Pass a number to the handler of its group. Deprecated, as in torch: use ``put_metric``."""
     _warn("put_metric(metric_name, metric_value, metric_group)")
     put_metric(metric_name, metric_value, metric_group)
 
 
 def get_elapsed_time_ms(start_time_in_seconds: float) -> int:
-    """Milliseconds from a ``time.time()`` until now."""
+    """Return the milliseconds since a time that ``time.time()`` returned."""
     return int((time.time() - start_time_in_seconds) * 1000)
 
 
@@ -108,9 +121,13 @@ def prof(fn: Callable[P, R], group: str = "torchelastic") -> Callable[P, R]: ...
 @overload
 def prof(fn: None = None, group: str = "torchelastic") -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def prof(fn: Callable[P, R] | None = None, group: str = "torchelastic") -> Any:
-    """Decorator: each call puts ``NAME.success`` or ``NAME.failure``, and ``NAME.duration.ms``.
+    """Decorate a function to put ``NAME.success`` or ``NAME.failure``, and ``NAME.duration.ms``, after each call.
 
-    NAME is ``module.function`` or ``Class.method``. Used as ``@prof`` or ``@prof(group="...")``.
+    NAME is ``module.function`` or ``Class.method``. Use it as ``@prof`` or as ``@prof(group="loader")``.
+
+    Args:
+        fn: the function.
+        group: the group of the numbers.
     """
     if fn is None:
         return partial(prof, group=group)
@@ -119,7 +136,7 @@ def prof(fn: Callable[P, R] | None = None, group: str = "torchelastic") -> Any:
 
 
 def profile(group: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: as ``prof``, but NAME is the function's alone. Deprecated, as with torch: use ``prof``."""
+    """Decorate a function as ``prof`` does, but with NAME as the function's name. Deprecated, as in torch."""
     _warn("@prof")
     return lambda fn: _measured(fn, fn.__name__, group)
 
@@ -134,7 +151,7 @@ def _measured(fn: Callable[P, R], name: str, group: str | None) -> Callable[P, R
             outcome = "success"
             return result
         finally:
-            stream = getStream(group)  # not before: the function itself may configure it
+            stream = getStream(group)  # not earlier: the function may configure the group
             stream.add_value(f"{name}.{outcome}", 1)
             stream.add_value(f"{name}.duration.ms", int((time.monotonic() - start) * 1000))
 
@@ -148,14 +165,14 @@ def _warn(instead: str) -> None:
 
 
 def put_round_metrics(role: str, state: str, restarts: int, max_restarts: int, log: Callable[[str], None]) -> None:
-    """What torch's agent tells of its workers, which it does ten times a second; here at both ends of a round.
+    """Put what torch's agent puts in each interval; this agent puts it when a round starts and when it ends.
 
     Args:
-        role: of the workers.
-        state: ``HEALTHY`` when they were started, ``FAILED``, ``UNHEALTHY`` or ``SUCCEEDED`` when the round ends.
-        restarts: used up so far.
-        max_restarts: that there were.
-        say: takes a line for people, about a handler that raises: it ends no job.
+        role: name of the workers' role.
+        state: ``HEALTHY`` at the start of a round; ``FAILED``, ``UNHEALTHY`` or ``SUCCEEDED`` at its end.
+        restarts: number of restarts used so far.
+        max_restarts: number of restarts allowed.
+        log: called with a message if a handler raises, which does not end the job.
     """
     _put_all({f"workers.{role}.remaining_restarts": max_restarts - restarts, f"workers.{role}.{state.lower()}": 1}, log)
 
@@ -163,23 +180,18 @@ def put_round_metrics(role: str, state: str, restarts: int, max_restarts: int, l
 def put_run_metrics(
     role: str, succeeded: bool, restarts: int, max_restarts: int, seconds: float, log: Callable[[str], None]
 ) -> None:
-    """What torch's agent tells when the workers have ended for good, succeeded or failed.
+    """Put what torch's agent puts at the end of a run.
 
     Args:
-        role: of the workers.
-        succeeded: whether the job did.
-        restarts: used up.
-        max_restarts: that there were.
-        seconds: that the run took.
-        say: as above.
+        role: name of the workers' role.
+        succeeded: whether the job succeeded.
+        restarts: number of restarts used.
+        max_restarts: number of restarts allowed.
+        seconds: duration of the run.
+        log: called with a message if a handler raises.
     """
     outcome = f"run_{'success' if succeeded else 'failed'}_{'with' if restarts else 'no'}_retries"
-    outcomes = (
-        "run_success_with_retries",
-        "run_success_no_retries",
-        "run_failed_with_retries",
-        "run_failed_no_retries",
-    )
+    outcomes = [f"run_{end}_{retries}_retries" for end in ("success", "failed") for retries in ("with", "no")]
     _put_all(
         {
             f"workers.{role}.flakiness": 100 * restarts // (max_restarts + 1) if succeeded else 100,

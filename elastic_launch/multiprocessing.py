@@ -1,13 +1,16 @@
-"""Layer 4: what ``torch.distributed.elastic.multiprocessing`` offers, by the same names: one group of processes.
+"""One group of processes without rendezvous and restarts, under the names of ``torch.distributed.elastic``.
 
-No rendezvous and no restart: the processes start, and end together.
+>>> arguments, variables = {0: ("text",), 1: ("text",)}, {0: {"RANK": "0"}, 1: {"RANK": "1"}}
+>>> context = start_processes("demo", "test", arguments, variables, DefaultLogsSpecs())
+>>> context.wait().return_values
+{0: None, 1: None}
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,13 +18,7 @@ from typing import Any
 from elastic_launch.agent.loop import Driver
 from elastic_launch.agent.worker_group import Workers
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
-from elastic_launch.core.agent.lifecycle import (
-    AgentPhase,
-    AgentState,
-    Finish,
-    Limits,
-    Signalled,
-)
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Limits, Signalled
 from elastic_launch.core.agent.root_cause import NOTHING, failure_of
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
@@ -47,18 +44,19 @@ __all__ = [
 
 @dataclass
 class RunProcsResult:
-    """How a group of processes ended. Maps are by local rank."""
+    """How a group of processes ended. All maps are by local rank."""
 
     return_values: dict[int, Any] = field(default_factory=dict)
-    """What functions returned; None for commands."""
+    """What the function returned; None for programs. Empty if a process failed."""
     failures: dict[int, ProcessFailure] = field(default_factory=dict)
-    """The cause first."""
+    """The failures, with the cause first."""
     stdouts: dict[int, str] = field(default_factory=dict)
-    """Files; ``""`` for the launcher's own stream."""
+    """Path of each process's stdout; ``""`` for the launcher's own stdout."""
     stderrs: dict[int, str] = field(default_factory=dict)
+    """Path of each process's stderr; ``""`` for the launcher's own stderr."""
 
     def is_failed(self) -> bool:
-        """Whether processes failed."""
+        """Return whether a process failed."""
         return bool(self.failures)
 
 
@@ -74,28 +72,29 @@ def start_processes(
     duplicate_stdout_filters: list[str] | None = None,
     duplicate_stderr_filters: list[str] | None = None,
 ) -> PContext:
-    """Start a process for each local rank, from 0.
+    """Start one process for each local rank, and return when they have started.
 
     Args:
-        name: for people, and of processes that run a function.
-        entrypoint: a program, or a function.
-        args: its arguments, by local rank.
-        envs: changes to the inherited environment, by local rank.
+        name: name of the group, for messages and for processes that run a function.
+        entrypoint: the program or the function to run.
+        args: its arguments by local rank, from 0 without gaps.
+        envs: variables to set in the inherited environment, by local rank.
         logs_specs: where output goes.
-        log_line_prefixes: what stands before lines on the console; by default name and local rank.
-        start_method: for functions: spawn, fork or forkserver.
-        numa_options: as for ``--numa-binding``.
-        duplicate_stdout_filters: texts; lines with one of them go to a file of their own as well.
-        duplicate_stderr_filters: the same for stderr.
+        log_line_prefixes: prefixes of lines on the console, by local rank; None for ``[NAME RANK]:`` without the blank.
+        start_method: how processes that run a function start: spawn, fork or forkserver.
+        numa_options: how processes are bound to CPUs, as for ``--numa-binding``; None for no binding.
+        duplicate_stdout_filters: stdout lines that contain one of these texts are copied to a file.
+        duplicate_stderr_filters: stderr lines that contain one of these texts are copied to a file.
 
     Raises:
-        UsageError: args and envs do not have the same ranks, or the function cannot be sent.
-        UnavailableError: the system cannot have such processes.
+        UsageError: the ranks of ``args`` and ``envs`` differ or have gaps, or the function cannot be pickled.
+        UnavailableError: the system cannot start such processes.
+        LaunchError: ``logs_specs`` does not work.
     """
     ranks = list(range(len(args)))
     if not ranks or sorted(args) != ranks or sorted(envs) != ranks:
         raise UsageError(
-            f"args for local ranks {sorted(args)}, envs for {sorted(envs)}: must both be for 0, 1, ... without gaps"
+            f"args for local ranks {sorted(args)}, envs for {sorted(envs)}: must both be 0, 1, ... without gaps"
         )
     context = PContext(
         name,
@@ -114,7 +113,7 @@ def start_processes(
 
 
 class PContext:
-    """A group of processes. To be used by the thread that started it."""
+    """A group of processes. Only the thread that started it may use it."""
 
     def __init__(
         self,
@@ -130,17 +129,14 @@ class PContext:
         start_method: str = "spawn",
         numa_options: Any = None,
     ) -> None:
-        """Take what ``start_processes`` takes; nothing is started yet."""
+        """Keep the arguments, which are those of ``start_processes``, without starting anything."""
         self.name = name
         self._entrypoint = entrypoint
         self._args = args
         self._envs = {rank: dict(environ) for rank, environ in envs.items()}
         self._logs_specs = logs_specs
         self._prefixes = log_line_prefixes or {rank: f"[{name}{rank}]:" for rank in envs}
-        self._filters: Mapping[int, list[str]] = {
-            1: duplicate_stdout_filters or [],
-            2: duplicate_stderr_filters or [],
-        }
+        self._filters = {1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []}
         self._start_method = start_method
         self._numa_options = numa_options
         self._cpus: dict[int, frozenset[int]] = {}
@@ -152,9 +148,15 @@ class PContext:
         self._result: RunProcsResult | None = None
 
     def start(self) -> None:
-        """Start the processes."""
+        """Start the processes, and return when they have started.
+
+        Raises:
+            UsageError: they were started before, or the function cannot be pickled.
+            UnavailableError: the system cannot start such processes.
+            LaunchError: ``logs_specs`` does not work.
+        """
         if self._driver:
-            raise UsageError(f"{self.name}: the processes were started already")
+            raise UsageError(f"{self.name}: the processes were already started")
         try:
             self._start_all(self._stack)
         except BaseException:
@@ -166,7 +168,7 @@ class PContext:
         stack.enter_context(standard_streams())
         stack.enter_context(subreaper())
         environ = environment()
-        # Without a run id, the name keeps the files of several contexts apart.
+        # The name keeps the files of several groups apart if they have no run id.
         named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
         files = JobFiles(
             self._logs_specs,
@@ -179,7 +181,7 @@ class PContext:
         for rank, path in self._dest.error_files.items():
             self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
         if self._numa_options is not None:
-            from elastic_launch.host.numa import bind  # late: few need it
+            from elastic_launch.host.numa import bind  # late: few programs need it
 
             self._cpus = bind(self._numa_options, len(self._args), environ, log)
         self._workers = Workers(
@@ -192,56 +194,62 @@ class PContext:
             log=log,
         )
         stack.callback(self._workers.close)
-        limits = Limits(Policy(), shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
         self._driver = Driver(
-            limits,
+            Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT),
             self._workers,
             self._start,
             lambda action: answer_alone(action, lambda: self._assignment),
             (),
             lambda text: None,
         )
-        self._run(lambda driver: driver.run(enough=lambda state: "running:Started" in state.history))
+        self._run(enough=lambda state: "running:Started" in state.history)
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
-        """Wait for the end of all processes; when one fails, the others are stopped.
+        """Wait until all processes have ended. When one fails, the others are stopped.
 
         Args:
-            timeout: seconds; 0 only looks, a negative one has no end.
-            period: accepted for torch's sake: nothing here polls.
+            timeout: seconds to wait; 0 to return at once, negative to wait without limit.
+            period: accepted for compatibility and unused: nothing is polled.
 
         Returns:
-            None while they run. After ``close``, those that it stopped are among the failures, as in torch's.
+            None while processes run. As in torch, processes that ``close`` stopped are among the failures.
+
+        Raises:
+            LaunchError: the return value of a process cannot be unpickled.
         """
-        if self._driver and self._driver.finish is None:
-            self._run(lambda driver: driver.run(None if timeout < 0 else time.monotonic() + timeout))
+        self._run(None if timeout < 0 else time.monotonic() + timeout)
         return self._result
 
     def pids(self) -> dict[int, int]:
-        """The processes' ids, by local rank."""
+        """Return the process ids by local rank; empty before the start."""
         return dict(self._driver.state.pids) if self._driver else {}
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        """Stop what runs, with a signal (SIGTERM) and after ``timeout`` seconds SIGKILL; let go of everything."""
+        """Stop the processes that still run, and release what the group holds.
+
+        Args:
+            death_sig: the signal that stops them; None for SIGTERM.
+            timeout: seconds after which SIGKILL follows.
+        """
         with self._stack:
             if self._driver and self._driver.finish is None:
-                state = replace(self._driver.state, limits=Limits(Policy(), shutdown_timeout=timeout))
-                if state.phase is AgentPhase.STOPPING:  # since one has failed; the others had SIGTERM then
+                state = replace(self._driver.state, limits=Limits(Policy(), timeout))
+                if state.phase is AgentPhase.STOPPING:  # one has failed, and the others have received SIGTERM
                     now = time.monotonic()
                     state = replace(state, deadline=min(state.deadline or now, now + timeout))
                     if death_sig:
                         self._workers.tell(death_sig, state.running, stop=True)
                 self._driver.state = state
                 self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
-                self._run(lambda driver: driver.run())
+                self._run()
 
-    def _run(self, what: Callable[[Driver], Finish | None]) -> None:
-        """Let the driver run; then the result, if this was its end."""
+    def _run(self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False) -> None:
+        """Run the driver, if processes run, and set the result when all have ended."""
         driver = self._driver
-        if driver is None:
+        if driver is None or driver.finish:
             return
         with log_through(self._workers.log):
-            finish = what(driver)
+            finish = driver.run(until, enough)
         if finish is None:
             return
         with self._stack:
@@ -251,7 +259,7 @@ class PContext:
             self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
 
     def _stopped(self, state: AgentState) -> list[ProcessFailure]:
-        """How those ended that ``close`` stopped, or that had failed when nobody waited."""
+        """Return the failures of processes that ``close`` stopped, or that failed before it."""
         pid = state.pids.get
         return [
             failure_of(exit_, NOTHING, pid(exit_.local_rank, -1), self._assignment)

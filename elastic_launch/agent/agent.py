@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from elastic_launch.agent.loop import Driver, Source
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import Workers, name_of, prefix
-from elastic_launch.config import (
-    DEFAULT_SHUTDOWN_TIMEOUT,
-    DEFAULT_SIGNALS,
-    LogsSpecs,
-    is_number,
-    parse_signals,
-    read_flag,
-)
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
 from elastic_launch.core.agent.lifecycle import (
     AgentEvent,
     AgentPhase,
@@ -40,6 +33,7 @@ from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
+from elastic_launch.parsing import is_number, parse_signals, read_flag
 from elastic_launch.worker_spec import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.workers.orphans import subreaper
 

@@ -1,1 +1,1 @@
-"""The command line of ``elastic-run``: its options, and the program."""
+"""The command line of ``elastic-run``."""

@@ -1,6 +1,7 @@
-"""Layer 5: the face of ``elastic-run``: turns how a job ended into what a terminal and a shell expect.
+"""The program ``elastic-run``: run the command line, print how the job ended, and exit with its status.
 
-Imports next to nothing before it can deal with Ctrl-C.
+It imports next to nothing before it can handle Ctrl-C, and no more than the options for ``--help``, ``--version`` and a
+wrong option.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from elastic_launch.host.console import REPORT_PATIENCE, log, write
 def main() -> int:
     """Run the command line and return the exit status: 0, the cause's, 128 + N for signal N, or an ``ExitCode``."""
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, _ignore)  # the workers' business, also while there are none yet
+        signal.signal(signum, _ignore)  # for the workers only, and there are none yet
     signals.owns_process = True
     try:
+        from elastic_launch.cli.options import make_parser
         from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException
-        from elastic_launch.run import main as run
 
         try:
-            run()
-        except SignalException as error:
-            log(str(error))
-            return error.exit_code
+            args = make_parser().parse_args()
+            from elastic_launch.cli.command import run
+
+            run(args)
         except ChildFailedError as error:
             write(f"{error}\n", REPORT_PATIENCE)
             from elastic_launch.workers.error_handler import get_error_handler
 
-            get_error_handler().record_exception(error)  # for a launcher that this one is a worker of
+            get_error_handler().record_exception(error)  # for a launcher that runs this one as a worker
             return error.exit_code
-        except LaunchError as error:
+        except (LaunchError, SignalException) as error:
             log(str(error))
             return error.exit_code
         except Exception:
@@ -43,14 +44,14 @@ def main() -> int:
             log("this is a defect of the launcher; please report it with the lines above")
             return ExitCode.SOFTWARE
     except KeyboardInterrupt:
-        return 130  # before the agent took over the signals
+        return 130  # before the agent handles signals
     return 0
 
 
 def console() -> NoReturn:
-    """The program: ``main``, and then an end without the interpreter's own, which gives the signals back first."""
+    """Exit with the status of ``main``, without the interpreter's own shutdown, which restores signal handlers."""
     os._exit(main())
 
 
 def _ignore(signum: int, frame: object) -> None:
-    """Not SIG_IGN, which the workers would inherit."""
+    """Ignore a signal. Workers would inherit SIG_IGN, but not this handler."""

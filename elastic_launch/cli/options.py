@@ -1,37 +1,52 @@
-"""Layer 5: the command line: one table of options, and the parser made from it.
+"""The options of ``elastic-run`` in one table, and the parser that is made from it.
 
-Names, defaults and meanings are those of torchrun. Values keep torchrun's types, most of them text, and are checked as
-they are read, wherever they come from: the command line, or ``PET_<NAME>`` where the command line is silent.
+Names, defaults and meanings are those of torchrun. Values keep torchrun's types, most of which are text. Each value is
+checked when it is read, whether it comes from the command line or from a ``PET_<NAME>`` variable.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from elastic_launch.config import (
-    DEFAULT_SIGNALS,
-    Std,
+import elastic_launch
+from elastic_launch.config import DEFAULT_SIGNALS, Std
+from elastic_launch.env import environment
+from elastic_launch.errors import UsageError
+from elastic_launch.parsing import (
     is_number,
     parse_backoff,
     parse_exit_codes,
     parse_filters,
     parse_modules,
     parse_nnodes,
+    parse_port,
     parse_ranks,
     parse_rdzv_conf,
+    parse_seconds,
     parse_signals,
 )
-from elastic_launch.env import environment
-from elastic_launch.errors import UsageError
 
 Read = Callable[[str], Any]
-"""Turns an option's text into its value, or raises UsageError with what is allowed."""
+"""Turns the text of an option into its value. Raises UsageError if the text is not allowed."""
+
+VERSION = f"elastic-run {elastic_launch.__version__} (Python {'.'.join(map(str, sys.version_info[:3]))})"
+SHORT_USAGE = """\
+usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]
+
+Two workers on this machine:
+
+    elastic-run --standalone --nproc-per-node 2 train.py
+
+All options: elastic-run --help
+Documentation: README.md and docs/ in the source of elastic-launch
+"""
 
 
 def _checked(parse: Callable[[str], object]) -> Read:
-    """Keep the text, as torchrun does, once it is known to be good."""
+    """Check the text, and keep it as it is, as torchrun does."""
 
     def read(text: str) -> str:
         parse(text)
@@ -40,29 +55,10 @@ def _checked(parse: Callable[[str], object]) -> Read:
     return read
 
 
-def _count(least: int) -> Read:
-    def read(text: str) -> int:
-        if not is_number(text) or int(text) < least:
-            raise UsageError(f"{text!r}: must be a number of at least {least}")
-        return int(text)
-
-    return read
-
-
-def _port(text: str) -> int:
-    if not is_number(text) or int(text) > 65535:
-        raise UsageError(f"{text!r}: must be a port, a number from 0 to 65535")
+def _count(text: str) -> int:
+    if not is_number(text):
+        raise UsageError(f"{text!r}: must be a number of at least 0")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise UsageError(f"{text!r}: must be a number of seconds, at least 0")
-    return seconds
 
 
 def _one_of(*allowed: str) -> Read:
@@ -72,6 +68,11 @@ def _one_of(*allowed: str) -> Read:
         return text
 
     return read
+
+
+_start_method = _one_of("spawn", "fork", "forkserver")
+_numa_mode = _one_of("node", "socket", "exclusive", "core-complex")
+_streams = _checked(Std.from_str)
 
 
 def _name(text: str) -> str:
@@ -91,10 +92,17 @@ class Option(NamedTuple):
     """One option. Its ``PET_`` variable and its spelling with underscores follow from its name."""
 
     name: str
+    """Its name with dashes, as in ``max-restarts``."""
     default: Any
+    """Its value if neither the command line nor the variable gives one."""
     read: Read
+    """Reads and checks its text."""
+    metavar: str
+    """What stands for its value in the help; ``""`` for flags."""
     help: str
+    """Its line in the help, without the default."""
     short: str | None = None
+    """Its short spelling, as in ``-r``."""
 
     @property
     def dest(self) -> str:
@@ -103,65 +111,99 @@ class Option(NamedTuple):
 
     @property
     def variable(self) -> str:
-        """The environment variable that gives the value where the command line does not."""
+        """The environment variable that gives the value if the command line does not."""
         return f"PET_{self.dest.upper()}"
 
     @property
     def is_flag(self) -> bool:
-        """Whether it stands on the command line without a value."""
+        """Whether it has no value on the command line."""
         return self.read is _flag
 
     @property
     def flags(self) -> list[str]:
-        """Every way to write it, without repetition."""
+        """Its spellings on the command line, each once."""
         return [*filter(None, [self.short]), *dict.fromkeys((f"--{self.name}", f"--{self.dest}"))]
 
 
-OPTIONS = (
-    Option("nnodes", "1:1", _checked(parse_nnodes), "nodes: a number, or a range MIN:MAX"),
-    Option("nproc-per-node", "1", str, "workers per node: a number, auto, cpu, gpu, xpu or another accelerator"),
-    Option("rdzv-backend", "static", _name, "how nodes meet: static, c10d, etcd, or a plug-in's name"),
-    Option("rdzv-endpoint", "", str, "where nodes meet, HOST:PORT"),
-    Option("rdzv-id", "none", str, "the job's id; none stands for a fresh one on one node"),
-    Option("rdzv-conf", "", _checked(parse_rdzv_conf), "settings of the rendezvous, KEY=VALUE,..."),
-    Option("standalone", False, _flag, "one node: no endpoint, a fresh id"),
-    Option("max-restarts", 0, _count(0), "how often failed workers are started again"),
-    Option("restart-window", 0.0, _seconds, "seconds after which a failure does not count any more; 0: all count"),
-    Option("restart-backoff", "0", _checked(parse_backoff), "seconds before a restart, doubling: FIRST[:MOST]"),
-    Option("fatal-exit-codes", "", _checked(parse_exit_codes), "exit statuses without a restart, as in 2,64-78"),
-    Option("node-failure-limit", 0, _count(0), "failures in a row after which a node lets a spare take over; 0: none"),
-    Option("monitor-interval", 0.1, _seconds, "accepted for torchrun's sake: nothing here polls"),
-    Option("start-method", "spawn", _one_of("spawn", "fork", "forkserver"), "how workers that are functions start"),
-    Option("preload", [], parse_modules, "modules to import once, for workers that are forked, as in torch,numpy"),
-    Option("event-log-handler", "null", str, "where the record of events goes"),
-    Option("role", "default", str, "a name for the workers' role"),
-    Option("module", False, _flag, "the script is a module, as with python -m", "-m"),
-    Option("no-python", False, _flag, "the script is a program of its own, not Python's"),
-    Option("run-path", False, _flag, "run the script with this Python, whatever PYTHON_EXEC says"),
-    Option("log-dir", None, str, "directory for the workers' files: LOG_DIR/RUN_ID/attempt_K/RANK"),
-    Option("redirects", "0", _checked(Std.from_str), "streams to files: 1 stdout, 2 stderr, 3 both, or 0:1,1:2", "-r"),
-    Option("tee", "0", _checked(Std.from_str), "streams to files and console, written as for -r", "-t"),
-    Option("local-ranks-filter", "", _checked(parse_ranks), "local ranks whose output the console shows, as in 0,1"),
-    Option("duplicate-stdout-filters", [], parse_filters, "texts; stdout lines with one go to a file as well"),
-    Option("duplicate-stderr-filters", [], parse_filters, "texts; stderr lines with one go to a file as well"),
-    Option("node-rank", 0, _count(0), "the rank that this node asks for"),
-    Option("master-addr", "127.0.0.1", str, "address of the node with rank 0"),
-    Option("master-port", None, _port, "port of the workers' store; a free one where none is given on one node"),
-    Option("local-addr", None, str, "address of this node, for the others"),
-    Option("logs-specs", None, str, "name of a LogsSpecs plug-in (entry point group torchrun.logs_specs)"),
-    Option("numa-binding", None, _one_of("node", "socket", "exclusive", "core-complex"), "bind workers to CPUs"),
-    Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "signals that stop the job"),
-    Option("shutdown-timeout", None, _count(0), "seconds between a worker's stop signal and SIGKILL (default 30)"),
-    Option("virtual-local-rank", False, _flag, "each worker sees its device as number 0"),
-    Option("quiet", False, _flag, "tell of trouble only", "-q"),
-    Option("verbose", False, _flag, "each node tells what it does", "-v"),
-)
+GROUPS = {
+    "where the job runs": (
+        Option("nnodes", "1:1", _checked(parse_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
+        Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
+        Option("standalone", False, _flag, "", "run on this node alone; the rendezvous options are ignored"),
+        Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
+        Option("local-addr", None, str, "HOST", "address of this node (default: the one that reaches the endpoint)"),
+    ),
+    "rendezvous of several nodes": (
+        Option("rdzv-backend", "static", _name, "NAME", "how nodes meet: static, c10d, etcd, plug-in"),
+        Option("rdzv-endpoint", "", str, "HOST:PORT", "where nodes meet; etcd accepts several, separated by commas"),
+        Option("rdzv-id", "none", str, "ID", "id of the job, the same on all its nodes"),
+        Option("rdzv-conf", "", _checked(parse_rdzv_conf), "CONF", "settings of the backend, as in join_timeout=600"),
+        Option("master-addr", "127.0.0.1", str, "HOST", "with static: address of the node of rank 0"),
+        Option("master-port", None, parse_port, "PORT", "with static: port there (default: 29500; on one node, any)"),
+    ),
+    "restarts and shutdown": (
+        Option("max-restarts", 0, _count, "N", "how often failed workers are restarted"),
+        Option("restart-window", 0, parse_seconds, "SECONDS", "age at which a failure no longer counts; 0: none"),
+        Option("restart-backoff", "0", _checked(parse_backoff), "FIRST[:MAX]", "seconds before a restart, doubling"),
+        Option("fatal-exit-codes", "", _checked(parse_exit_codes), "CODES", "end the job on these statuses: 2,64-78"),
+        Option("node-failure-limit", 0, _count, "N", "replace a node by a spare after N failures in a row; 0: never"),
+        Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "SIGNALS", "signals that stop the job"),
+        Option("shutdown-timeout", None, _count, "SECONDS", "time from a stop signal to SIGKILL (default: 30)"),
+        Option("monitor-interval", 0.1, parse_seconds, "SECONDS", "ignored: the agent does not poll"),
+    ),
+    "workers": (
+        Option("module", False, _flag, "", "SCRIPT is a module, as with python -m", "-m"),
+        Option("no-python", False, _flag, "", "SCRIPT is a program of any kind; run it without Python"),
+        Option("run-path", False, _flag, "", "run SCRIPT with this Python, despite PYTHON_EXEC or --no-python"),
+        Option("preload", [], parse_modules, "MODULES", "import modules once and fork workers, as in torch,numpy"),
+        Option("start-method", "spawn", _start_method, "METHOD", "for functions: spawn, fork or forkserver"),
+        Option("numa-binding", None, _numa_mode, "MODE", "bind workers to CPUs: node, socket, exclusive, core-complex"),
+        Option("virtual-local-rank", False, _flag, "", "show each worker only its own device, as number 0"),
+        Option("role", "default", str, "NAME", "name of the workers' role"),
+    ),
+    "output": (
+        Option("log-dir", None, str, "DIR", "write files to DIR/ID/attempt_K/RANK (default: a temporary directory)"),
+        Option("redirects", "0", _streams, "STREAMS", "to files: 1 stdout, 2 stderr, 3 both; by rank: 0:1,1:2", "-r"),
+        Option("tee", "0", _streams, "STREAMS", "to files and to the console; values as for -r", "-t"),
+        Option("local-ranks-filter", "", _checked(parse_ranks), "RANKS", "show only these local ranks on the console"),
+        Option("duplicate-stdout-filters", [], parse_filters, "TEXTS", "copy stdout lines with one of these to a file"),
+        Option("duplicate-stderr-filters", [], parse_filters, "TEXTS", "copy stderr lines with one of these to a file"),
+        Option("logs-specs", None, str, "NAME", "plug-in that decides where output goes"),
+        Option("event-log-handler", "null", str, "NAME", "where events go: null, console or a plug-in"),
+        Option("quiet", False, _flag, "", "show warnings and errors only", "-q"),
+        Option("verbose", False, _flag, "", "show what each node does", "-v"),
+    ),
+}
+"""The options, as the help shows them."""
+
+OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
 
 class Arguments(argparse.Namespace):
-    """A parsed command line; ``given`` has the options that were given, by flag or variable. No argument itself."""
+    """A parsed command line."""
 
     __slots__ = ("given",)
+    """``given`` is the set of options that a flag or a variable has set. It is not in ``vars()``: torchrun lacks it."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows one long spelling of each option, and the name of its value once."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=33, width=110)
+
+    def format_help(self) -> str:
+        """Format the help for the width of the terminal."""
+        import shutil  # late: it takes 3 ms, and a launch makes formatters, too
+
+        self._width = shutil.get_terminal_size().columns - 2
+        return super().format_help()
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = [flag for flag in action.option_strings if "_" not in flag]
+        if not flags:
+            return super()._format_action_invocation(action)
+        return ", ".join(flags) + (f" {action.metavar}" if action.metavar else "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -170,11 +212,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as argparse does; everything from the script on is the script's, and never left over."""
-        if args is None:
-            import sys
-
-            args = sys.argv[1:]
+        """Parse as argparse does, but leave the script's arguments alone: they are never among the remaining ones."""
+        args = sys.argv[1:] if args is None else args
+        if not args:
+            self.exit(2, SHORT_USAGE)
         script = self._script_position(args)
         namespace = Arguments() if namespace is None else namespace
         _, rest = super().parse_known_args(list(args[:script]), namespace)
@@ -189,7 +230,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, [word for word in rest if word != "--"]
 
     def _script_position(self, args: Sequence[str]) -> int:
-        """Where the script stands: the first word that is neither an option nor an option's value."""
+        """Index of the script: the first word that is neither an option nor the value of an option."""
         position = 0
         while position < len(args):
             word = args[position]
@@ -201,44 +242,47 @@ class Parser(argparse.ArgumentParser):
         return position
 
     def _takes_next_word(self, word: str) -> bool:
-        """Whether an option's value is the word after it: for ``-r`` and ``--tee``, not for ``-r3`` and ``--tee=3``."""
-        actions = self._option_string_actions  # with those that other programs have added to this parser
-        matches = (
-            [word] if word in actions else [flag for flag in actions if flag.startswith(word) and word[:2] == "--"]
-        )
-        return any(actions[flag].nargs != 0 for flag in matches)
+        """Whether the next word is the option's value: yes for ``-r`` and ``--tee``, no for ``-r3`` and ``--tee=3``."""
+        actions = self._option_string_actions  # includes options that another program has added to this parser
+        if word in actions:
+            return actions[word].nargs != 0
+        return word.startswith("--") and any(actions[flag].nargs != 0 for flag in actions if flag.startswith(word))
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line."""
+        """Print the message in one line and exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``elastic-run``; its namespaces have torchrun's attributes."""
+    """Make the parser of ``elastic-run``. Its namespaces have torchrun's attributes."""
     parser = Parser(
         prog="elastic-run",
         description="Start, supervise and restart the workers of a distributed training job on this node.",
         usage="%(prog)s [OPTION ...] SCRIPT [ARGUMENT ...]",
-        epilog="Every option can also be given as PET_<OPTION>, as in PET_NPROC_PER_NODE=gpu.",
+        epilog="An option may be written with underscores (--nproc_per_node 2) or given as a variable "
+        "(PET_NPROC_PER_NODE=2). Everything after SCRIPT is passed to it.",
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        formatter_class=HelpFormatter,
     )
-    for option in OPTIONS:
-        if option.is_flag:
-            parser.add_argument(*option.flags, dest=option.dest, action="store_true", help=option.help)
-        else:
-            default = f" (default {option.default})" if option.default not in (None, "", []) else ""
-            parser.add_argument(*option.flags, dest=option.dest, metavar="VALUE", help=option.help + default)
+    parser.add_argument("--version", action="version", version=VERSION, help="show the version and exit")
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            if option.is_flag:
+                group.add_argument(*option.flags, dest=option.dest, action="store_true", help=option.help)
+            else:
+                default = f" (default: {option.default})" if option.default not in (None, "", []) else ""
+                group.add_argument(*option.flags, dest=option.dest, metavar=option.metavar, help=option.help + default)
     return parser
 
 
 def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
-    """Read each option's text, from the command line, else from its variable; else set its default."""
+    """Set each option to the value of its flag, its variable or its default, in this order."""
     given = set()
     for option in OPTIONS:
         source, value = f"--{option.name}", getattr(namespace, option.dest, None)
         if value is None:
-            source, value = option.variable, environ.get(option.variable) or None  # an empty one is none
+            source, value = option.variable, environ.get(option.variable) or None  # an empty variable counts as unset
         if value is None:
             value = option.default
         else:

@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 
-from elastic_launch.config import is_number
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError, signal_name
 from elastic_launch.host import nvml
 from elastic_launch.host.cgroup import cgroup_folders, read
+from elastic_launch.parsing import is_number
 
 MAX_WORKERS = 1 << 16
 """A larger number of workers on one host is taken for a typing error."""

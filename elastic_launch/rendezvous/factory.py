@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from elastic_launch.config import LaunchConfig, is_number, read_flag, split_endpoint
+from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
+from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous.single_node import LocalRendezvous
 from elastic_launch.worker_spec import Rendezvous
 
@@ -190,13 +191,7 @@ def _rank(config: LaunchConfig) -> int:
 
 
 def _seconds(conf: Mapping[str, Any], name: str) -> float:
-    try:
-        value = float(conf[name])
-    except (TypeError, ValueError):
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be a number of seconds above 0")
-    return value
+    return parse_seconds(str(conf[name]), f"--rdzv-conf {name}=", above_zero=True)
 
 
 def _attempts(conf: Mapping[str, Any]) -> int:

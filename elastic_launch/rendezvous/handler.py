@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from elastic_launch.config import LaunchConfig, read_flag
+from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.host.ports import outward_address, reserve_port
+from elastic_launch.parsing import read_flag
 from elastic_launch.rendezvous.factory import BUILT_IN, create_own
 from elastic_launch.worker_spec import WorkerSpec
 

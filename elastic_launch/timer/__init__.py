@@ -1,12 +1,24 @@
-"""Layer 2: timers for worker scripts: whoever is longer in a scope than it allows is killed. The names are torch's.
+"""Timers for worker scripts, under torch's names: a process that stays in a scope for too long is killed.
+
+In a worker of an agent that was started with ``TORCHELASTIC_ENABLE_FILE_TIMER=1``::
 
     timer.configure(timer.FileTimerClient(os.getenv("TORCHELASTIC_TIMER_FILE")))
     with timer.expires(after=60):
         train_one_step()
 
-Runs in workers and in programs that use it as a library, never in the agent, whose side is ``watchdog``. A client
-tells; a server, in a thread of the program that starts it, watches and kills. Clients and servers of torch's and these
-understand each other.
+The client sends a request whenever the worker enters or leaves a scope. The agent reads the requests and kills the
+worker. A program without an agent can start one of the servers here, which do the same in a thread. Clients and servers
+of torch and of this package understand each other.
+
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as directory:
+...     server = FileTimerServer(f"{directory}/timers", "my-job")
+...     with expires(after=60, scope="step", client=FileTimerClient(f"{directory}/timers")):
+...         server.run_once()
+...         timers = server.get_expired_timers(deadline=float("inf"))
+...     server.stop()
+>>> [request.scope_id for requests in timers.values() for request in requests]
+['step']
 """
 
 from __future__ import annotations

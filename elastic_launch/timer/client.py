@@ -1,7 +1,4 @@
-"""Layer 2: the worker's side of the timers: what it asks for, and how it tells a server.
-
-Opens the named pipe of an agent, or is handed a queue; runs in workers.
-"""
+"""The worker's side of the timers: requests, and clients that send them through a named pipe or a queue."""
 
 from __future__ import annotations
 
@@ -25,23 +22,23 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 PATIENCE = 1.0
-"""Seconds that a client waits for a server that is not there yet, or whose pipe is full."""
+"""Seconds that a client waits for a server that has not opened its pipe yet, or does not empty it."""
 
 _log = logging.getLogger(__name__)
 
 
 class TimerRequest:
-    """What a client tells a server: that a worker has entered a scope, or, with a negative time, left it."""
+    """Tells a server that a worker has entered or left a scope."""
 
     __slots__ = ["expiration_time", "scope_id", "worker_id"]
 
     def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
-        """Make a request.
+        """Create a request.
 
         Args:
-            worker_id: who; to the servers of this module a process id.
-            scope_id: what the worker has entered; its own to name.
-            expiration_time: when it must have left, in seconds since 1970; negative: it has left.
+            worker_id: the worker; its process id for the servers of this package.
+            scope_id: any name of the scope.
+            expiration_time: when the worker must have left the scope, in seconds since 1970; negative if it has left.
         """
         self.worker_id = worker_id
         self.scope_id = scope_id
@@ -50,7 +47,7 @@ class TimerRequest:
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self._values() == other._values()
 
-    __hash__ = None  # type: ignore[assignment]  # it can be changed
+    __hash__ = None  # type: ignore[assignment]  # mutable
 
     def _values(self) -> tuple[Any, ...]:
         return self.worker_id, self.scope_id, self.expiration_time
@@ -60,26 +57,33 @@ class TimerRequest:
 
 
 class FileTimerRequest(TimerRequest):
-    """A request that goes through a named pipe."""
+    """A request for the reader of a named pipe."""
 
     __slots__ = ["signal", "version"]
 
     def __init__(self, worker_pid: int, scope_id: str, expiration_time: float, signal: int = 0) -> None:
-        """Make a request; the process ``worker_pid`` is to be killed with ``signal`` (0: with nothing)."""
+        """Create a request.
+
+        Args:
+            worker_pid: process id of the worker.
+            scope_id: any name of the scope.
+            expiration_time: when the worker must have left the scope, in seconds since 1970; negative if it has left.
+            signal: number of the signal that kills the worker; 0 to kill it with none.
+        """
         super().__init__(worker_pid, scope_id, expiration_time)
         self.version = 1
         self.signal = signal
 
     @property
     def worker_pid(self) -> int:
-        """The process id of the worker."""
+        """Process id of the worker."""
         return int(self.worker_id)
 
     def _values(self) -> tuple[Any, ...]:
         return *super()._values(), self.signal
 
     def to_json(self) -> str:
-        """The request as a line of the pipe, without its end."""
+        """Return the request as one line of JSON, without a line end."""
         return json.dumps(
             {
                 "version": self.version,
@@ -92,22 +96,27 @@ class FileTimerRequest(TimerRequest):
 
 
 class TimerClient(abc.ABC):
-    """The worker's side: tells a server of the scopes that the worker enters and leaves."""
+    """Tells a server which scopes the worker enters and leaves. Derive from it for another way to a server."""
 
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """The worker enters a scope, which it must have left by then (seconds since 1970)."""
+        """Tell that the worker enters a scope.
+
+        Args:
+            scope_id: name of the scope.
+            expiration_time: when the worker must have left it, in seconds since 1970.
+        """
 
     @abc.abstractmethod
     def release(self, scope_id: str) -> None:
-        """The worker has left a scope."""
+        """Tell that the worker has left a scope."""
 
 
 _client: TimerClient | None = None
 
 
 def configure(timer_client: TimerClient) -> None:
-    """Set the client of this process, which ``expires`` uses."""
+    """Set the client that ``expires`` uses in this process."""
     global _client
     _client = timer_client
     _log.info("timer client: %s", type(timer_client).__name__)
@@ -116,15 +125,15 @@ def configure(timer_client: TimerClient) -> None:
 def expires(
     after: float, scope: str | None = None, client: TimerClient | None = None
 ) -> contextlib._GeneratorContextManager[None]:
-    """Have the process killed if it takes longer than this in a ``with`` block, or in a function that is so decorated.
+    """Limit the time of a ``with`` block, or of a function as its decorator; the process is killed if it takes longer.
 
     Args:
-        after: seconds.
-        scope: the name of the block. A process has one timer for each name. Default: the file and line of the call.
-        client: default: the one that was given to ``configure``.
+        after: the limit in seconds.
+        scope: name of the block; None for the file and line of the call. A process has one timer for each name.
+        client: sends the requests; None for the client that was passed to ``configure``.
 
     Raises:
-        RuntimeError: on entry, when there is no client.
+        RuntimeError: there is no client. It is raised when the block is entered.
     """
     if scope is None:
         caller = sys._getframe(1)
@@ -136,7 +145,7 @@ def expires(
 def _in_scope(after: float, scope: str, client: TimerClient | None) -> Iterator[None]:
     client = client or _client
     if client is None:
-        raise RuntimeError("timer.expires: no client; call timer.configure(timer.FileTimerClient(path)) before")
+        raise RuntimeError("timer.expires: no client; call timer.configure(timer.FileTimerClient(path)) first")
     client.acquire(scope, time.time() + after)
     try:
         yield
@@ -145,57 +154,62 @@ def _in_scope(after: float, scope: str, client: TimerClient | None) -> Iterator[
 
 
 class FileTimerClient(TimerClient):
-    """Tells the reader of a named pipe: an agent with ``TORCHELASTIC_ENABLE_FILE_TIMER=1``, or a ``FileTimerServer``.
+    """Sends requests to the reader of a named pipe: an agent, or a ``FileTimerServer``.
 
-    It opens the pipe for each request, so it may be used in any thread and in forked children.
+    It opens the pipe for each request, so any thread and any forked child may use it.
     """
 
     def __init__(self, file_path: str, signal: signals.Signals = signals.SIGKILL) -> None:
-        """Make a client.
+        """Create a client.
 
         Args:
-            file_path: the named pipe; under an agent the value of ``TORCHELASTIC_TIMER_FILE``.
-            signal: what the process is to be killed with.
+            file_path: path of the named pipe; under an agent the value of ``TORCHELASTIC_TIMER_FILE``.
+            signal: the signal that kills this process if it stays too long.
         """
-        super().__init__()
         self._file_path = file_path
         self.signal = signal
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Tell that this process enters a scope.
 
+        Args:
+            scope_id: name of the scope.
+            expiration_time: when this process must have left it, in seconds since 1970.
+
         Raises:
-            BrokenPipeError: nobody reads the pipe, for ``PATIENCE`` seconds.
-            BlockingIOError: the pipe is full, for ``PATIENCE`` seconds.
+            BrokenPipeError: no process has the pipe open for reading, for ``PATIENCE`` seconds.
+            BlockingIOError: the pipe has been full for ``PATIENCE`` seconds.
             RuntimeError: the name of the scope is too long.
         """
         self._send(FileTimerRequest(os.getpid(), scope_id, expiration_time, int(self.signal)))
 
     def release(self, scope_id: str) -> None:
-        """Tell that this process has left a scope. Raises what ``acquire`` raises."""
+        """Tell that this process has left a scope. Raises the same errors as ``acquire``."""
         self._send(FileTimerRequest(os.getpid(), scope_id, -1))
 
     def _send(self, request: FileTimerRequest) -> None:
         line = f"{request.to_json()}\n".encode()
         if len(line) > LONGEST:
-            raise RuntimeError(f"a timer request has at most {LONGEST} bytes, this one {len(line)}: shorten the scope")
+            raise RuntimeError(
+                f"a timer request of {len(line)} bytes is longer than {LONGEST}: shorten the scope's name"
+            )
         end = time.monotonic() + PATIENCE
         fd = self._open(end)
         try:
             poller = select.poll()
             poller.register(fd, select.POLLOUT)
             while True:
-                # A pipe takes so short a line whole or not at all, and so it comes out.
+                # A pipe accepts a line of this length either whole or not at all, so lines do not mix.
                 with contextlib.suppress(BlockingIOError):
                     os.write(fd, line)
                     return
                 if not poller.poll(max(0.0, end - time.monotonic()) * 1000):
-                    raise BlockingIOError(errno.EAGAIN, "full, its reader has stopped reading", self._file_path)
+                    raise BlockingIOError(errno.EAGAIN, "the pipe is full: its reader does not read", self._file_path)
         finally:
             os.close(fd)
 
     def _open(self, end: float) -> int:
-        """Open the pipe. What opens it for reading cannot be waited for, so look again until ``end``."""
+        """Open the pipe, and retry until ``end``: there is nothing to wait on for its reader."""
         while True:
             try:
                 fd = os.open(self._file_path, os.O_WRONLY | os.O_NONBLOCK)
@@ -210,18 +224,17 @@ class FileTimerClient(TimerClient):
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 return fd
             os.close(fd)
-            raise BrokenPipeError(f"cannot reach a timer server at {self._file_path}: it is no named pipe")
+            raise BrokenPipeError(f"cannot reach a timer server at {self._file_path}: it is not a named pipe")
 
 
 class LocalTimerClient(TimerClient):
-    """Tells a ``LocalTimerServer`` through a queue of ``multiprocessing``."""
+    """Sends requests to a ``LocalTimerServer`` through a queue of ``multiprocessing``."""
 
     def __init__(self, mp_queue: Queue[TimerRequest]) -> None:
-        super().__init__()
         self._mp_queue = mp_queue
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that this process enters a scope."""
+        """Tell that this process enters a scope; ``expiration_time`` is in seconds since 1970."""
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, expiration_time))
 
     def release(self, scope_id: str) -> None:

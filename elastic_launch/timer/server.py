@@ -1,6 +1,6 @@
-"""Layer 2: servers for programs that watch over timers themselves, without an agent. Each is a thread, and kills.
+"""Timer servers for programs without an agent: threads that receive requests and kill processes.
 
-Reads a named pipe or a queue; runs in such programs only. The agent's own side is ``watchdog``.
+The agent does not use them; its side is ``workers.watchdog``.
 """
 
 from __future__ import annotations
@@ -25,36 +25,35 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 _READ = 1 << 16
-"""Bytes: what a pipe holds."""
+"""Bytes to read at a time: the capacity of a pipe."""
 
 _log = logging.getLogger(__name__)
 
 
 class RequestQueue(abc.ABC):
-    """Where a ``TimerServer`` finds the requests of its clients."""
+    """Delivers the requests of clients to a ``TimerServer``."""
 
     @abc.abstractmethod
     def size(self) -> int:
-        """About how many requests there are."""
+        """Return the approximate number of requests in the queue."""
 
     @abc.abstractmethod
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
-        """Take up to ``size`` requests, and wait up to ``timeout`` seconds for them."""
+        """Remove and return up to ``size`` requests, waiting up to ``timeout`` seconds for them."""
 
 
 class MultiprocessingRequestQueue(RequestQueue):
-    """A queue of ``multiprocessing``."""
+    """Delivers requests from a queue of ``multiprocessing``."""
 
     def __init__(self, mp_queue: Queue[TimerRequest]) -> None:
-        super().__init__()
         self._mp_queue = mp_queue
 
     def size(self) -> int:
-        """About how many requests there are."""
+        """Return the approximate number of requests in the queue."""
         return self._mp_queue.qsize()
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
-        """Take up to ``size`` requests, and wait up to ``timeout`` seconds for them."""
+        """Remove and return up to ``size`` requests, waiting up to ``timeout`` seconds for them."""
         requests: list[TimerRequest] = []
         end = time.monotonic() + timeout
         with contextlib.suppress(Empty):
@@ -67,13 +66,13 @@ _Request = TypeVar("_Request", bound=TimerRequest)
 
 
 class _Timers(Generic[_Request]):
-    """The timers that a server knows: one for each worker and scope."""
+    """The pending timers of a server, one for each worker and scope."""
 
     def __init__(self) -> None:
         self._timers: dict[tuple[Any, str], _Request] = {}
 
     def register_timers(self, timer_requests: list[_Request]) -> None:
-        """Set the timers of scopes that were entered, cancel those of scopes that were left."""
+        """Set the timers of scopes that were entered, and cancel those of scopes that were left."""
         for request in timer_requests:
             key = request.worker_id, request.scope_id
             if request.expiration_time < 0:
@@ -86,7 +85,7 @@ class _Timers(Generic[_Request]):
         self._timers = {key: request for key, request in self._timers.items() if key[0] not in worker_ids}
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[_Request]]:
-        """The timers that expire up to ``deadline`` (seconds since 1970), by worker."""
+        """Return the timers that expire by ``deadline``, in seconds since 1970, by worker."""
         expired: dict[Any, list[_Request]] = {}
         for request in self._timers.values():
             if request.expiration_time <= deadline:
@@ -95,17 +94,16 @@ class _Timers(Generic[_Request]):
 
 
 class TimerServer(abc.ABC):
-    """Watches, in a thread, over the workers whose requests come in a queue; how it kills one is a subclass's part."""
+    """Kills workers whose timers expire, in a thread. Subclasses say how timers are kept and a worker is killed."""
 
     def __init__(self, request_queue: RequestQueue, max_interval: float, daemon: bool = True) -> None:
-        """Make a server.
+        """Create a server.
 
         Args:
-            request_queue: where the requests come.
-            max_interval: seconds; how late the death of a worker may be.
+            request_queue: delivers the requests.
+            max_interval: longest time in seconds between two checks of the timers.
             daemon: whether the program may end while the thread runs.
         """
-        super().__init__()
         self._request_queue = request_queue
         self._max_interval = max_interval
         self._daemon = daemon
@@ -114,7 +112,7 @@ class TimerServer(abc.ABC):
 
     @abc.abstractmethod
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
-        """Set the timers of scopes that were entered, cancel those of scopes that were left."""
+        """Set the timers of scopes that were entered, and cancel those of scopes that were left."""
 
     @abc.abstractmethod
     def clear_timers(self, worker_ids: set[Any]) -> None:
@@ -122,11 +120,11 @@ class TimerServer(abc.ABC):
 
     @abc.abstractmethod
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        """The timers that expire up to ``deadline`` (seconds since 1970), by worker."""
+        """Return the timers that expire by ``deadline``, in seconds since 1970, by worker."""
 
     @abc.abstractmethod
     def _reap_worker(self, worker_id: Any) -> bool:
-        """Kill a worker. Returns whether it is dead; if not, the server tries again."""
+        """Kill a worker. Return whether it is dead; if not, the server tries again."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -135,7 +133,7 @@ class TimerServer(abc.ABC):
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread, and wait for it for up to ``max_interval``."""
+        """Stop the thread, and wait up to ``max_interval`` seconds for its end."""
         self._stopping.set()
         if self._thread:
             self._thread.join(self._max_interval)
@@ -144,11 +142,11 @@ class TimerServer(abc.ABC):
     def _watch(self) -> None:
         while not self._stopping.is_set():
             try:
-                self._look()
+                self._check()
             except Exception:
-                _log.exception("the timer server goes on after an error")
+                _log.exception("the timer server continues after an error")
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self.register_timers(self._request_queue.get(max(1, self._request_queue.size()), self._max_interval))
         reaped = set()
         for worker_id, requests in self.get_expired_timers(time.time()).items():
@@ -156,19 +154,26 @@ class TimerServer(abc.ABC):
             try:
                 dead = self._reap_worker(worker_id)
             except Exception:
-                _log.exception("killing worker %s", worker_id)
-                dead = True  # a reaper that raises is not asked again and again
+                _log.exception("cannot kill worker %s", worker_id)
+                dead = True  # not to repeat the error in each check
             if dead:
                 reaped.add(worker_id)
             else:
-                _log.error("could not kill worker %s; will try again", worker_id)
+                _log.error("cannot kill worker %s; will try again", worker_id)
         self.clear_timers(reaped)
 
 
 class LocalTimerServer(_Timers[TimerRequest], TimerServer):
-    """Kills processes of this host with SIGKILL; their requests come in a queue of ``multiprocessing``."""
+    """Receives requests through a queue of ``multiprocessing``, and kills processes of this host with SIGKILL."""
 
     def __init__(self, mp_queue: Queue[TimerRequest], max_interval: float = 60, daemon: bool = True) -> None:
+        """Create a server.
+
+        Args:
+            mp_queue: the queue that the clients were created with.
+            max_interval: longest time in seconds between two checks of the timers.
+            daemon: whether the program may end while the thread runs.
+        """
         _Timers.__init__(self)
         TimerServer.__init__(self, MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
 
@@ -177,9 +182,9 @@ class LocalTimerServer(_Timers[TimerRequest], TimerServer):
 
 
 class FileTimerServer(_Timers[FileTimerRequest]):
-    """Reads a named pipe, in a thread, and kills the processes that have not left a scope in time.
+    """Receives requests through a named pipe, and kills processes of this host with the signal that they ask for.
 
-    For programs of your own: an agent with ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` needs none.
+    It can be started once. An agent with ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` does not need it.
     """
 
     def __init__(
@@ -190,18 +195,18 @@ class FileTimerServer(_Timers[FileTimerRequest]):
         daemon: bool = True,
         log_event: Callable[[str, FileTimerRequest | None], None] | None = None,
     ) -> None:
-        """Make the pipe; a pipe of that path is replaced. A server runs once; ``stop`` removes its pipe.
+        """Create a server and its pipe.
 
         Args:
-            file_path: the named pipe.
+            file_path: path of the named pipe. A pipe of that path is replaced.
             run_id: the job's id, for the log.
-            max_interval: seconds; the longest time between two looks at the timers.
+            max_interval: longest time in seconds between two checks of the timers.
             daemon: whether the program may end while the thread runs.
-            log_event: is told what happens: ``watchdog started``, ``timer expired``, ``kill worker process``,
-                ``watchdog stopped``, and the request where it is about one.
+            log_event: called with ``watchdog started``, ``timer expired``, ``kill worker process`` and ``watchdog
+                stopped``, and with the request that the event is about, or None.
 
         Raises:
-            OSError: the pipe cannot be made, or there is a file that is no pipe.
+            OSError: the pipe cannot be created, or the path names a file that is not a pipe.
         """
         super().__init__()
         self._file_path = file_path
@@ -216,11 +221,11 @@ class FileTimerServer(_Timers[FileTimerRequest]):
             if stat.S_ISFIFO(os.lstat(file_path).st_mode):
                 os.unlink(file_path)
         os.mkfifo(file_path, 0o600)
-        # Open for writing, too: else the pipe were at its end whenever no client has it open.
+        # Opened for writing, too: otherwise reads would report its end whenever no client has it open.
         self._fd = os.open(file_path, os.O_RDWR | os.O_NONBLOCK)
         self._wake = os.eventfd(0)
 
-    def clear_timers(self, worker_pids: set[int]) -> None:  # the argument's name is torch's
+    def clear_timers(self, worker_pids: set[int]) -> None:  # torch's name of the argument
         """Cancel all timers of these processes."""
         super().clear_timers(worker_pids)
 
@@ -247,16 +252,30 @@ class FileTimerServer(_Timers[FileTimerRequest]):
         self._log_event("watchdog stopped", None)
 
     def run_once(self) -> None:
-        """Read what there is, and kill whose time is over, without a thread and without waiting."""
-        self._look()
+        """Read all requests, and kill the processes whose timers have expired, in this thread and without waiting."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._buffer += os.read(self._fd, _READ)
+                self.register_timers([FileTimerRequest(*request) for request in take_requests(self._buffer)])
+        self._progress = int(time.time())
+        done = {pid for pid, _ in self._timers if not self.is_process_running(pid)}
+        for pid, requests in self.get_expired_timers(time.time()).items():
+            if pid not in done:
+                first = requests[0]
+                self._log_event("timer expired", first)
+                _log.info("killing process %s: expired: %s", pid, [request.scope_id for request in requests])
+                if _kill(pid, first.signal):
+                    self._log_event("kill worker process", first)
+                done.add(pid)  # if it cannot be killed now, it cannot be killed later
+        self.clear_timers(done)
 
     def get_last_progress_time(self) -> int:
-        """When the server last looked at its timers, in seconds since 1970; with no timer set, now."""
+        """Return when the timers were last checked, in seconds since 1970; the current time if no timer is set."""
         return self._progress if self._timers else int(time.time())
 
     @staticmethod
     def is_process_running(pid: int) -> bool:
-        """Whether there is a process of that id."""
+        """Return whether a process has this id."""
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -271,38 +290,18 @@ class FileTimerServer(_Timers[FileTimerRequest]):
         poller.register(self._wake, select.POLLIN)
         while self._wake not in (fd for fd, _ in poller.poll(self._until_next() * 1000)):
             try:
-                self._look()
+                self.run_once()
             except Exception:
-                _log.exception("the timer server goes on after an error")
+                _log.exception("the timer server continues after an error")
 
     def _until_next(self) -> float:
-        """Seconds until the next timer expires, ``max_interval`` at most."""
+        """Return the seconds until the next timer expires, at most ``max_interval``."""
         first = min((request.expiration_time for request in self._timers.values()), default=float("inf"))
         return max(0.0, min(self._max_interval, first - time.time()))
 
-    def _look(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._buffer += os.read(self._fd, _READ)
-                self.register_timers([FileTimerRequest(*request) for request in take_requests(self._buffer)])
-        self._progress = int(time.time())
-        done = {pid for pid, _ in self._timers if not self.is_process_running(pid)}
-        for pid, requests in self.get_expired_timers(time.time()).items():
-            if pid not in done:
-                first = requests[0]
-                self._log_event("timer expired", first)
-                _log.info("killing process %s: expired: %s", pid, [request.scope_id for request in requests])
-                if self._reap_worker(pid, first.signal):
-                    self._log_event("kill worker process", first)
-                done.add(pid)  # what may not be killed now may not be killed later
-        self.clear_timers(done)
-
-    def _reap_worker(self, worker_pid: int, signal: int) -> bool:
-        return _kill(worker_pid, signal)
-
 
 def _kill(pid: int, signum: int) -> bool:
-    """Send a signal. Returns whether the process had it or is gone."""
+    """Send a signal. Return whether the process received it or has ended."""
     try:
         os.kill(pid, signum)
     except ProcessLookupError:

@@ -1,6 +1,6 @@
-"""Layer 2: reading data in a job that is started again: a sampler that goes on in mid-epoch, an iterator over epochs.
+"""Reading data in a job that may restart: a sampler that resumes within an epoch, and an iterator over epochs.
 
-Runs in workers; the one module but the store's host that imports torch.
+For workers: this module imports torch.
 """
 
 from __future__ import annotations
@@ -18,30 +18,34 @@ _T = TypeVar("_T")
 
 
 class ElasticDistributedSampler(DistributedSampler[_T]):
-    """Splits a data set among the ranks, shuffled anew for each ``set_epoch``, from ``start_index`` on.
+    """Divides the samples from ``start_index`` on among the ranks, in an order that depends on the epoch.
 
-    A worker that was started again passes the number of samples that all ranks together have read before, so the rest
-    of the epoch is read with however many ranks there are now. Which samples come before ``start_index`` does not
-    depend on the epoch: it is the data set's own order that is cut.
+    After a restart, pass the number of samples that all ranks together had read: the rest of the epoch is divided among
+    the ranks of the new round. The samples before ``start_index`` are the first of the data set, in every epoch.
+
+    >>> dataset = list(range(10))
+    >>> samplers = [ElasticDistributedSampler(dataset, num_replicas=2, rank=rank, start_index=4) for rank in (0, 1)]
+    >>> sorted(index for sampler in samplers for index in sampler)
+    [4, 5, 6, 7, 8, 9]
     """
 
     def __init__(
         self, dataset: Dataset[_T], num_replicas: int | None = None, rank: int | None = None, start_index: int = 0
     ) -> None:
-        """Make a sampler.
+        """Create a sampler.
 
         Args:
-            dataset: what is read; it has a length.
-            num_replicas: how many ranks read; default: the process group's.
-            rank: which of them this is; default: the process group's.
-            start_index: the index that reading starts with.
+            dataset: a data set that has a length.
+            num_replicas: number of ranks; None for that of the process group.
+            rank: this rank; None for that of the process group.
+            start_index: the index of the first sample to read.
 
         Raises:
-            ValueError: ``start_index`` is not one of the data set, or there is no process group to ask.
+            ValueError: ``start_index`` is not an index of the data set, or a number is None without a process group.
             TypeError: the data set has no length.
         """
         super().__init__(dataset, num_replicas=num_replicas, rank=rank)
-        size = len(dataset)  # type: ignore[arg-type]  # torch's type has no length, its subclasses have
+        size = len(dataset)  # type: ignore[arg-type]  # only subclasses of torch's type have a length
         if not 0 <= start_index < size:
             raise ValueError(f"start_index={start_index}: must be at least 0 and less than the data set's size, {size}")
         self.start_index = start_index
@@ -53,7 +57,7 @@ class ElasticDistributedSampler(DistributedSampler[_T]):
         generator.manual_seed(self.epoch)
         size = len(self.dataset)  # type: ignore[arg-type]
         order = (torch.randperm(size - self.start_index, generator=generator) + self.start_index).tolist()
-        # All ranks get equally many; what is missing for that is read twice.
+        # All ranks read the same number of samples, so some samples may be read twice.
         order = (order * -(-self.total_size // len(order)))[: self.total_size]
         return iter(order[self.rank :: self.num_replicas])
 
@@ -62,15 +66,19 @@ class ElasticDistributedSampler(DistributedSampler[_T]):
 
 
 class CyclingIterator(Iterator[_T]):
-    """Iterates over epochs as if they were one: through ``generator_fn(epoch)`` for each epoch from the start to n."""
+    """Iterates over the samples of several epochs in a row.
+
+    >>> list(CyclingIterator(3, lambda epoch: iter([epoch, epoch * 10]), start_epoch=1))
+    [1, 10, 2, 20]
+    """
 
     def __init__(self, n: int, generator_fn: Callable[[int], Iterator[_T]], start_epoch: int = 0) -> None:
-        """Make an iterator.
+        """Create an iterator.
 
         Args:
-            n: the number of epochs, those before ``start_epoch`` included.
-            generator_fn: gives the iterator of an epoch; the first is asked for at once.
-            start_epoch: the first epoch.
+            n: number of epochs, including those before ``start_epoch``.
+            generator_fn: returns the iterator over an epoch, from 0; called at once for the first epoch.
+            start_epoch: the first epoch to iterate over.
         """
         self._last = n - 1
         self._epoch = start_epoch

@@ -1,4 +1,4 @@
-"""The launcher as Python functions, inside programs that have a life of their own."""
+"""The Python API, inside programs with their own threads, signal handlers and children."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def sh(text: str, **changes: Any) -> dict[int, Any]:
     return elastic_launch(config(**changes), "sh")("-c", text)
 
 
-def test_success_is_a_map_of_global_ranks() -> None:
+def test_success_returns_a_map_by_global_rank() -> None:
     assert sh("exit 0") == {0: None, 1: None}
     assert launch_agent(config(), "true", []) == {0: None, 1: None}
 
 
-def test_failure_is_an_exception_with_the_report() -> None:
+def test_failure_raises_an_exception_with_the_report() -> None:
     with pytest.raises(ChildFailedError) as caught:
         sh("if [ $RANK = 1 ]; then exit 42; fi; exec sleep 1000")
     error = caught.value
@@ -67,7 +67,7 @@ def test_failure_is_an_exception_with_the_report() -> None:
     assert cause.signal_name() == "<N/A>"
 
 
-def test_main_raises_what_the_console_script_prints(job: Job) -> None:
+def test_main_raises_the_error_that_the_program_prints(job: Job) -> None:
     script = job.script("raise ValueError('boom')")
     with pytest.raises(ChildFailedError, match="ValueError: boom") as caught:
         main(["--nproc-per-node", "1", "--log-dir", str(job.path / "logs"), script])
@@ -80,7 +80,7 @@ def test_main_raises_what_the_console_script_prints(job: Job) -> None:
         main(["nowhere.py"])
 
 
-def test_agent_by_itself() -> None:
+def test_agent_without_launch() -> None:
     spec = WorkerSpec(
         "trainer", 2, LocalRendezvous("job-7", 2), entrypoint="sh", args=("-c", "exit $RANK"), max_restarts=0
     )
@@ -100,7 +100,7 @@ def test_usage_errors_are_value_errors() -> None:
         sh("true", rdzv_backend="static", rdzv_endpoint="host:many")
 
 
-def test_works_in_a_thread_and_touches_no_signal_handler() -> None:
+def test_works_in_a_thread_and_changes_no_signal_handler() -> None:
     handlers = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
     results: list[object] = []
     thread = threading.Thread(target=lambda: results.append(sh("exit 0")))
@@ -118,7 +118,7 @@ def test_works_while_an_event_loop_runs() -> None:
     assert asyncio.run(cell()) == {0: None, 1: None}
 
 
-def test_handlers_and_wakeup_descriptor_are_put_back(job: Job) -> None:
+def test_handlers_and_wakeup_descriptor_are_restored(job: Job) -> None:
     got: list[int] = []
     mine = {signal.SIGTERM: lambda *_: got.append(15), signal.SIGUSR1: lambda *_: got.append(10)}
     before = {signum: signal.signal(signum, handler) for signum, handler in mine.items()}
@@ -130,7 +130,7 @@ def test_handlers_and_wakeup_descriptor_are_put_back(job: Job) -> None:
         with pytest.raises(SignalException) as caught:
             sh(f"[ $RANK = 0 ] && kill -TERM {os.getpid()}; exec sleep 1000")
         assert (caught.value.sigval, caught.value.exit_code) == (signal.SIGTERM, 143)
-        assert got == [], "the signal was the agent's"
+        assert got == [], "the agent handles the signal"
         os.kill(os.getpid(), signal.SIGUSR1)
         assert got == [10]
         assert signal.set_wakeup_fd(writing) == writing
@@ -142,7 +142,7 @@ def test_handlers_and_wakeup_descriptor_are_put_back(job: Job) -> None:
         os.close(writing)
 
 
-def test_subreaper_flag_is_put_back() -> None:
+def test_subreaper_flag_is_restored() -> None:
     set_subreaper(False)
     try:
         sh("exit 0")
@@ -160,11 +160,11 @@ def test_subreaper_flag_is_put_back() -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_lost_keeper_costs_no_child_of_the_program_around(
+def test_lost_keeper_spares_the_children_of_the_program(
     threads: int, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(job.path)
-    # A child, and a grandchild that becomes a child when its parent ends: the agent's process is a subreaper meanwhile.
+    # A child, and a grandchild that becomes a child when its parent ends: the agent makes its process a subreaper.
     mine = [
         subprocess.Popen(["sleep", "1000"], start_new_session=True),
         subprocess.Popen(["sh", "-c", "sleep 1000 & echo $! > grandchild; read line"], stdin=subprocess.PIPE),
@@ -205,8 +205,8 @@ def test_lost_keeper_costs_no_child_of_the_program_around(
             process.communicate()
 
 
-def test_closed_standard_streams_of_the_program_around() -> None:
-    """Descriptors 0 and 2 are free, and so would be those of the agent's own pipes."""
+def test_program_with_closed_standard_streams() -> None:
+    """Descriptors 0 and 2 are free; the agent's pipes must not get them."""
     code = (
         "import os; os.close(0); os.close(2)\n"
         "from elastic_launch import ChildFailedError, LaunchConfig, elastic_launch\n"
@@ -220,7 +220,7 @@ def test_closed_standard_streams_of_the_program_around() -> None:
 
 
 def test_program_that_waits_for_all_its_children() -> None:
-    """The keeper is a child of the program, which may reap it before the agent does."""
+    """The program may reap the keeper, its child, before the agent does."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         assert sh("exit 0") == {0: None, 1: None}
@@ -248,7 +248,7 @@ def test_exception_in_the_loop_leaves_no_worker(monkeypatch: pytest.MonkeyPatch)
     assert not [child for child in psutil.Process().children() if is_alive(child.pid)]
 
 
-def test_every_public_name_is_there_and_imports_are_lazy() -> None:
+def test_every_public_name_exists_and_imports_are_lazy() -> None:
     for name in package.__all__:
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="nothing"):

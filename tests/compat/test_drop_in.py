@@ -1,4 +1,4 @@
-"""The names of torch's launcher that this package has: where they are, and that calls of them mean the same."""
+"""Names of torch's launcher: this package has them, and calls of them mean the same."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -48,22 +49,22 @@ NAMES = {
     ("elastic_launch.utils.data", f"{ELASTIC}.utils.data"): "ElasticDistributedSampler CyclingIterator",
 }
 LEFT_OUT = {
-    # Hooks of its own loop, for classes that derive from it: there is no such loop here.
+    # Hooks of torch's loop for derived classes; this package has no such loop.
     "LocalElasticAgent.get_event_failed",
     "LocalElasticAgent.get_event_succeeded",
     "LocalElasticAgent.record_duration",
-    # A client of a package that speaks etcd's abandoned first protocol.
+    # A client of a package that speaks the obsolete v2 protocol of etcd.
     "EtcdServer.get_client",
 }
 OTHER_DEFAULTS = {"LogsDest.filtered_stdout", "LogsDest.filtered_stderr"}
-"""The same text; there a factory makes it."""
+"""The same value, which a factory makes in torch."""
 
 Parameter = tuple[str, str, str | None]
-"""Name, kind, and how the default is written; None without one."""
+"""Name, kind, and the default's repr; None without a default."""
 
 
 def describe(thing: Any) -> list[Parameter] | None:
-    """A callable's parameters; None where it does not tell."""
+    """Return the parameters of a callable; None if it has no signature."""
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
@@ -75,8 +76,8 @@ def describe(thing: Any) -> list[Parameter] | None:
     ]
 
 
-TELL = """
-told = {}
+DESCRIBE = """
+found = {}
 for (ours, theirs), names in NAMES.items():
     module = import_module(theirs)
     if names == "*":
@@ -91,19 +92,19 @@ for (ours, theirs), names in NAMES.items():
                     value = getattr(thing, attribute, None)
                     attributes[attribute] = describe(value) if inspect.isroutine(value) else None
         members = {member: each.value for member, each in getattr(thing, "__members__", {}).items()}
-        told[f"{ours} {name}"] = describe(thing), attributes, members
-print(json.dumps(told))
+        found[f"{ours} {name}"] = describe(thing), attributes, members
+print(json.dumps(found))
 """
 
-Told = dict[str, tuple[list[Parameter] | None, dict[str, list[Parameter] | None], dict[str, object]]]
+Described = dict[str, tuple[list[Parameter] | None, dict[str, list[Parameter] | None], dict[str, object]]]
 """By module and name: parameters, attributes with their parameters, members of an enumeration."""
 
 
 @pytest.fixture(scope="module")
-def torchs() -> Told:
-    """What torch's names look like, as a process tells that has imported them."""
+def torchs() -> Described:
+    """Return torch's names and signatures, from a process that imports them."""
     imports = "import inspect, json\nfrom importlib import import_module\nfrom typing import Any\n"
-    code = f"from __future__ import annotations\n{imports}NAMES = {NAMES!r}\n{inspect.getsource(describe)}{TELL}"
+    code = f"from __future__ import annotations\n{imports}NAMES = {NAMES!r}\n{inspect.getsource(describe)}{DESCRIBE}"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
@@ -111,7 +112,7 @@ def torchs() -> Told:
 
 
 def differences(name: str, ours: list[Parameter] | None, theirs: list[Parameter] | None) -> list[str]:
-    """Why a call that torch's takes would fail here, or mean something else; ours may have more parameters."""
+    """Return why a call that torch accepts would fail here or mean something else. Ours may have more parameters."""
     if ours is None or theirs is None:
         return []
     variadic = {inspect.Parameter.VAR_KEYWORD.name, inspect.Parameter.VAR_POSITIONAL.name}
@@ -125,7 +126,7 @@ def differences(name: str, ours: list[Parameter] | None, theirs: list[Parameter]
     return found + [f"{name}: needs {each}" for each, kind, default in more if default is None and kind not in variadic]
 
 
-def test_every_name_is_there_and_takes_the_same_arguments(torchs: Told) -> None:
+def test_every_name_exists_and_accepts_the_same_arguments(torchs: Described) -> None:
     assert len(torchs) > 60
     found = []
     for key, (parameters, attributes, members) in torchs.items():
@@ -139,7 +140,7 @@ def test_every_name_is_there_and_takes_the_same_arguments(torchs: Told) -> None:
         if members:
             assert issubclass(thing, enum.Enum)
             assert {member: each.value for member, each in thing.__members__.items()} == members, name
-        slots = {"params"} if name == "MetricsConfig" else set()  # set when one is made
+        slots = {"params"} if name == "MetricsConfig" else set()  # set by its constructor
         fields = {field.name for field in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else slots
         for attribute, theirs in attributes.items():
             if f"{name}.{attribute}" in LEFT_OUT or attribute in fields:
@@ -151,17 +152,18 @@ def test_every_name_is_there_and_takes_the_same_arguments(torchs: Told) -> None:
     assert found == []
 
 
-def test_errors_derive_from_each_other_as_torchs_do() -> None:
+def test_errors_have_torchs_hierarchy() -> None:
     for name in ("Closed", "Connection", "GracefulExit", "State", "Timeout"):
         assert issubclass(getattr(elastic_launch, f"Rendezvous{name}Error"), elastic_launch.RendezvousError)
     error = elastic_launch.SignalException("stopped", sigval=signal.SIGTERM)
     assert error.sigval is signal.SIGTERM
 
 
-def test_all_is_sorted_out() -> None:
-    """What ``from elastic_launch import *`` gives, and the types that a checker sees, are the same names."""
-    assert len(elastic_launch.__all__) == len(set(elastic_launch.__all__))
-    for name in elastic_launch.__all__:
+def test_public_names_and_the_types_that_a_checker_sees_are_the_same() -> None:
+    typed = re.findall(r"from elastic_launch\.(\S+) import (\w+) as \2", inspect.getsource(elastic_launch))
+    assert sorted(name for _, name in typed) == sorted(elastic_launch.__all__)
+    for module, name in typed:
+        assert getattr(elastic_launch, name) is getattr(import_module(f"elastic_launch.{module}"), name)
         assert getattr(elastic_launch, name).__module__.startswith("elastic_launch.") or name.islower()
 
 
@@ -176,7 +178,7 @@ def greet(greeting: str) -> str:
 
 
 class HealthCheckServer:
-    """What torch's agent takes as one."""
+    """A health check server as torch's agent accepts it."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -188,7 +190,7 @@ class HealthCheckServer:
         self.calls.append("stop")
 
 
-def test_agent_takes_torchs_arguments_by_position(capfd: pytest.CaptureFixture[str]) -> None:
+def test_agent_accepts_torchs_arguments_by_position(capfd: pytest.CaptureFixture[str]) -> None:
     spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), greet, None, ("hi",), 0)
     health = HealthCheckServer()
     logs = DefaultLogsSpecs(None, elastic_launch.Std.NONE, elastic_launch.Std.NONE, None)
@@ -203,7 +205,7 @@ def test_worker_group_follows_the_run(fails: bool) -> None:
     text = f"read line < $0; exit {int(fails)}"
     spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), entrypoint="sh", max_restarts=0)
     assert spec.get_entrypoint_name() == "sh"
-    with subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE) as gate:  # its input stays open while it runs
+    with subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE) as gate:  # its stdin stays open while it runs
         spec.args = ("-c", text, f"/proc/{gate.pid}/fd/0")
         agent = LocalElasticAgent(spec, DefaultLogsSpecs())
         group = agent.get_worker_group()
@@ -242,7 +244,7 @@ def test_entrypoint_comes_before_fn_and_a_function_has_a_name() -> None:
     assert name(fn=HealthCheckServer().start) == "HealthCheckServer.start"
 
 
-def test_health_check_server_is_the_agents() -> None:
+def test_agent_starts_and_stops_the_health_check_server() -> None:
     health = HealthCheckServer()
     config = elastic_launch.LaunchConfig(1, 1, 1, max_restarts=0, start_method="fork")
     assert elastic_launch.elastic_launch(config, greet, health)("hi") == {0: "hi"}

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "elastic_launch"
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
 LAYERS = (
-    {"errors", "job", "worker_spec", "config", "env"},  # values
+    {"errors", "job", "worker_spec", "config", "parsing", "env"},  # values
     {"core"},  # decisions
     {"host"},  # effects: what the host offers
     {"store", "workers", "logs", "timer", "health", "events", "metrics", "utils"},  # effects, side by side

@@ -1,4 +1,4 @@
-"""The command line: what it means, and what it says to those who get it wrong."""
+"""The command line: its meaning, its help, and its error messages."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 import pytest
 
-from elastic_launch import LaunchConfig, Std, UsageError
+from elastic_launch import LaunchConfig, Std, UsageError, __version__
 from elastic_launch.cli import main as cli
-from elastic_launch.cli.options import OPTIONS
-from elastic_launch.config import (
+from elastic_launch.cli.options import OPTIONS, SHORT_USAGE, VERSION
+from elastic_launch.host import signals
+from elastic_launch.parsing import (
     parse_filters,
     parse_nnodes,
     parse_ranks,
     parse_rdzv_conf,
+    parse_seconds,
     parse_signals,
     split_endpoint,
 )
-from elastic_launch.host import signals
 from elastic_launch.run import (
     config_from_args,
     determine_local_world_size,
     get_args_parser,
-    main,
     parse_args,
     parse_min_max_nnodes,
 )
@@ -45,14 +45,14 @@ def config(*args: str) -> LaunchConfig:
     return config_from_args(parse_args([*args, "train.py"]))[0]
 
 
-def complaint(capfd: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a user reads, through the real entry point."""
+def usage_error(capfd: pytest.CaptureFixture[str], *args: str) -> str:
+    """Return the message of a usage error, as the program prints it."""
     assert cli_status(*args) == 2
     return capfd.readouterr().err
 
 
 def cli_status(*args: str) -> object:
-    """The exit status of the real entry point, in this process, which is none that it may own."""
+    """Return the exit status of the program, run in this process without leaving its signal handlers behind."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signals, "owns_process", signals.owns_process)
@@ -77,7 +77,7 @@ WRONG = [
     (["--rdzv-conf", "abc"], "--rdzv-conf='abc': must be KEY=VALUE"),
     (["--rdzv-conf", "=1"], "--rdzv-conf='=1': must be KEY=VALUE"),
     (["--rdzv-backend", "zookeeper"], "rendezvous backend 'zookeeper': unknown; there are c10d, etcd, etcd-v2, static"),
-    (["-m", "--no-python"], "-m/--module together with --no-python or --run-path"),
+    (["-m", "--no-python"], "-m/--module cannot be combined with --no-python"),
     (["--local-ranks-filter", "x"], "--local-ranks-filter='x': must be local ranks"),
     (["-r", "0:9"], "--redirects='0:9': must be 0 (none), 1 (stdout)"),
     (["-t", "4"], "--tee='4': must be 0 (none), 1 (stdout)"),
@@ -101,7 +101,7 @@ WRONG = [
     (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
     (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a place to meet: pass --rdzv-backend c10d"),
     (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
-    ([*C10D, "--rdzv-conf", "join_timeout=soon"], "join_timeout=soon: must be a number of seconds above 0"),
+    ([*C10D, "--rdzv-conf", "join_timeout=soon"], "--rdzv-conf join_timeout='soon': must be a number of seconds"),
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
     ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
     ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
@@ -111,25 +111,24 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "words"), WRONG, ids=[" ".join(args) for args, _ in WRONG])
-def test_wrong_use_is_told_in_one_line(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
-    text = complaint(capfd, *args, "train.py")
+def test_usage_error_is_one_line(args: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = usage_error(capfd, *args, "train.py")
     assert words in text
     assert text.count("\n") == 1
     assert text.startswith("elastic-run: ")
 
 
 def test_script_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "script nowhere.py: no such file" in complaint(capfd, "nowhere.py")
-    assert "for a module, pass -m" in complaint(capfd, "json.tool")
-    assert "--no-python no-such-program: no such program" in complaint(capfd, "--no-python", "no-such-program")
-    assert "the script to run is missing" in complaint(capfd, "--standalone")
-    assert "unrecognized arguments: --version" in complaint(capfd, "--version")
-    assert f"script {tmp_path}: a directory without a __main__.py" in complaint(capfd, str(tmp_path))
+    assert "script nowhere.py: no such file" in usage_error(capfd, "nowhere.py")
+    assert "for a module, pass -m" in usage_error(capfd, "json.tool")
+    assert "--no-python no-such-program: no such program" in usage_error(capfd, "--no-python", "no-such-program")
+    assert "the script to run is missing" in usage_error(capfd, "--standalone")
+    assert f"script {tmp_path}: a directory without a __main__.py" in usage_error(capfd, str(tmp_path))
 
 
 def test_unreadable_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
-    assert "script train.py: not readable by this user" in complaint(capfd, "train.py")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root can read every file
+    assert "script train.py: not readable by this user" in usage_error(capfd, "train.py")
 
 
 @pytest.mark.parametrize(
@@ -142,16 +141,16 @@ def test_unreadable_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
         ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT='soon': must be a number"),
     ],
 )
-def test_wrong_variable_is_named(
+def test_error_names_the_variable(
     variable: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(variable, value)
-    text = complaint(capfd, "train.py")
+    text = usage_error(capfd, "train.py")
     assert words in text
     assert text.count("\n") == 1
 
 
-def test_wrong_variable_does_not_matter_where_the_option_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_option_overrides_a_wrong_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_MAX_RESTARTS", "many")
     assert parse_args(["--max-restarts", "2", "train.py"]).max_restarts == 2
 
@@ -165,10 +164,10 @@ OURS = {
     "quiet": False,
     "verbose": False,
 }
-"""What torchrun does not have."""
+"""Options that torchrun lacks."""
 
 
-def test_defaults_are_torchruns() -> None:
+def test_defaults() -> None:
     assert vars(parse_args(["train.py"])) == {
         "nnodes": "1:1",
         "nproc_per_node": "1",
@@ -218,7 +217,7 @@ def test_torchrun_has_the_same_options_and_defaults() -> None:
     flags, defaults = torchrun.stdout.splitlines()
     ours = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     own = {flag for option in OPTIONS if option.dest in OURS for flag in option.flags}
-    assert sorted(ours - own) == eval(flags)
+    assert sorted(ours - own - {"--version"}) == eval(flags)
     assert vars(parse_args(["train.py"])) == {**eval(defaults), **OURS}
 
 
@@ -237,13 +236,13 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     assert by_variable != option.default
 
 
-def test_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_NUMA_BINDING", "")
     monkeypatch.setenv("PET_NNODES", "")
     assert (parse_args(["train.py"]).numa_binding, parse_args(["train.py"]).nnodes) == (None, "1:1")
 
 
-def test_variable_zero_leaves_a_flag_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_of_a_flag_can_be_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PET_MODULE", "0")
     assert parse_args(["train.py"]).module is False
 
@@ -254,6 +253,7 @@ def test_variable_zero_leaves_a_flag_off(monkeypatch: pytest.MonkeyPatch) -> Non
         ["--mo", "1"],
         ["--nnodes", "bad"],
         ["--help"],
+        ["--version"],
         ["-m", "x"],
         ["--", "--"],
         ["-1"],
@@ -285,7 +285,7 @@ def test_unique_abbreviations_and_joined_values(before: list[str], dest: str, va
     assert (parsed.training_script, parsed.training_script_args) == ("train.py", ["--x"])
 
 
-def test_parser_serves_other_programs() -> None:
+def test_other_programs_can_use_the_parser() -> None:
     known, rest = get_args_parser().parse_known_args(["--nnodes", "2", "--zzz", "train.py", "--lr", "1"])
     assert (known.nnodes, known.training_script_args, rest) == ("2", ["--lr", "1"], ["--zzz"])
     assert isinstance(known, argparse.Namespace)
@@ -311,7 +311,7 @@ def test_command_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("--run-path", "train.py")[0] == sys.executable
 
 
-def test_config_holds_what_was_asked_for() -> None:
+def test_config_holds_the_options() -> None:
     made = config(
         "--nproc-per-node", "3", "--max-restarts", "2", "--role", "trainer", "--rdzv-id", "j", "--log-dir", "l"
     )
@@ -354,6 +354,9 @@ def test_text_forms() -> None:
     assert parse_ranks("") is None
     assert parse_signals("SIGTERM, SIGUSR1") == {15, 10}
     assert parse_filters("a,b,,c") == ["a", "b,c"]
+    assert (parse_seconds("0.5"), parse_seconds("0")) == (0.5, 0)
+    with pytest.raises(UsageError, match="--option='0': must be a number of seconds above 0"):
+        parse_seconds("0", "--option=", above_zero=True)
     assert Std.from_str("3") == Std.ALL
     assert Std.from_str("0:1,12:2") == {0: Std.OUT, 12: Std.ERR}
     assert determine_local_world_size("4") == 4
@@ -370,27 +373,69 @@ def test_text_forms() -> None:
         {"signals_to_handle": "SIGFOO"},
     ],
 )
-def test_config_from_python_is_checked_too(wrong: dict[str, Any]) -> None:
+def test_config_from_python_is_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         LaunchConfig(**{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 1, **wrong})
 
 
-def test_defect_of_the_launcher_is_told_as_one(
+def test_defect_of_the_launcher_is_reported_as_one(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("elastic_launch.run.run", fail)
+    monkeypatch.setattr("elastic_launch.cli.command.run", fail)
     assert cli_status("train.py") == 70
     text = capfd.readouterr().err
     assert "RuntimeError: a defect" in text
     assert "this is a defect of the launcher" in text
 
 
-def test_help(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    text = capfd.readouterr().out
-    assert all(flag in text for option in OPTIONS for flag in option.flags)
+def test_help(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (80, 110):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert cli_status("--help") == 0
+        text = capfd.readouterr().out
+        assert all(f"--{option.name}" in text for option in OPTIONS)
+        assert "--nproc_per_node 2" in text
+        assert max(map(len, text.splitlines())) <= columns
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert cli_status("--version") == 0
+    assert capfd.readouterr() == (f"elastic-run {__version__} (Python {python})\n", "")
+    assert cli_status("--standalone", "--version", "nowhere.py") == 0
+    assert "expected one argument" in usage_error(capfd, "--nnodes", "--version")
+    torchruns = [flag for option in OPTIONS if option.dest not in OURS for flag in option.flags]
+    assert not [flag for flag in torchruns if flag.startswith("--ve")], "--version makes its abbreviations ambiguous"
+
+
+def test_no_argument_shows_an_example(capfd: pytest.CaptureFixture[str]) -> None:
+    text = usage_error(capfd)
+    assert text.startswith("usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]\n")
+    assert "elastic-run --help" in text
+    [example] = [line.split() for line in text.splitlines() if line.startswith("    ")]
+    made, _, (*_, script) = config_from_args(parse_args(example[1:]))
+    assert (example[0], made.nproc_per_node, script) == ("elastic-run", 2, "train.py")
+
+
+@pytest.mark.parametrize("module", ["elastic_launch", "elastic_launch.run"])
+def test_module_is_the_program(module: str) -> None:
+    def run(*args: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-W", "error", "-m", module, *args], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("--version") == (0, f"{VERSION}\n", "")
+    assert run() == (2, "", SHORT_USAGE)
+    Path("train.py").write_text("import sys; sys.exit(7)")
+    assert run("train.py")[0] == 7
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = "import sys; from elastic_launch.cli.options import make_parser; parser = make_parser()\n"
+    code += (
+        "heavy = {'elastic_launch.agent', 'elastic_launch.launch', 'logging', 'json', 'importlib.metadata', 'shutil'}\n"
+    )
+    code += "print(sorted(heavy & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"

@@ -33,7 +33,7 @@ from elastic_launch.job import Assignment, RestartHistory
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec, WorkerState
 from tests.conftest import DEADLINE
 
-PLACE = Assignment(
+ASSIGNMENT = Assignment(
     group_rank=1,
     group_world_size=2,
     base_rank=4,
@@ -68,7 +68,7 @@ def _no_handlers_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed package with event handlers; the file that the good one of them writes."""
+    """Install a package with event handlers. Returns the file that the working one writes."""
     package = tmp_path / "site"
     (package / "plug-1.0.dist-info").mkdir(parents=True)
     (package / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
@@ -93,26 +93,26 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def spec(handler: str = "console", entrypoint: str = "/usr/bin/python3") -> WorkerSpec:
-    rendezvous = cast(Rendezvous, None)  # nothing here asks it
+    rendezvous = cast(Rendezvous, None)  # not used here
     return WorkerSpec("trainer", 2, rendezvous, entrypoint=entrypoint, event_log_handler=handler)
 
 
 class Lines:
-    """What a recorder writes and says."""
+    """What a recorder writes and logs."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
-        self.said: list[str] = []
+        self.logged: list[str] = []
 
     def recorder(self, spec: WorkerSpec) -> Recorder:
-        return Recorder(spec, "run", "c10d", self.text.append, self.said.append)
+        return Recorder(spec, "run", "c10d", self.text.append, self.logged.append)
 
     def events(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in "".join(self.text).splitlines()]
 
 
-def unfolded(event: dict[str, Any]) -> dict[str, Any]:
-    """An event with the JSON in its JSON read, too."""
+def parsed(event: dict[str, Any]) -> dict[str, Any]:
+    """An event whose nested JSON is parsed, too."""
     metadata = event["metadata"]
     raw_error = metadata["raw_error"] and json.loads(metadata["raw_error"])
     return {**event, "metadata": {**metadata, "metadata": json.loads(metadata["metadata"]), "raw_error": raw_error}}
@@ -157,10 +157,8 @@ def test_record_writes_to_the_destination(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr() == ("", f"{INFO.serialize()}\n" * 2)
 
 
-def test_unknown_destination_is_an_error_that_lists_the_known(plug_in: Path) -> None:
-    message = (
-        "'nosuch': not known here; known are absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
-    )
+def test_unknown_destination_is_an_error_that_lists_those_available(plug_in: Path) -> None:
+    message = "'nosuch': unknown; available: absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
     with pytest.raises(UsageError, match=f"event handler {message}"):
         record(INFO, "nosuch")
     with pytest.raises(UsageError, match=f"--event-log-handler: event handler {message}"):
@@ -180,30 +178,30 @@ def test_plug_in_that_does_not_work_is_an_error_that_names_it(plug_in: Path, nam
         check_destination(name)
 
 
-def test_plug_in_gets_events(plug_in: Path) -> None:
+def test_plug_in_receives_events(plug_in: Path) -> None:
     check_destination("file")
     lines = Lines()
-    lines.recorder(spec("file")).run_ended(WorkerState.SUCCEEDED, PLACE, PIDS, seconds=1)
-    # Also where the program ends without the interpreter's own end: nothing is left in a buffer.
+    lines.recorder(spec("file")).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS, seconds=1)
+    # Nothing is left in a buffer: the program may end without the interpreter's shutdown.
     recorded = [json.loads(line) for line in plug_in.read_text().splitlines()]
     assert [event["metadata"]["global_rank"] for event in recorded] == [4, 5, None]
-    assert lines.text == lines.said == []
+    assert lines.text == lines.logged == []
 
 
 def test_handler_that_raises_costs_one_line(plug_in: Path) -> None:
     check_destination("raising")
     lines = Lines()
-    lines.recorder(spec("raising")).run_ended(WorkerState.SUCCEEDED, PLACE, PIDS, seconds=1)
-    assert lines.said == ["--event-log-handler=raising: events are lost: OSError: no network"]
+    lines.recorder(spec("raising")).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS, seconds=1)
+    assert lines.logged == ["--event-log-handler=raising: events are lost: OSError: no network"]
 
 
-def test_rendezvous_events_go_to_nobody_or_to_a_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rendezvous_events_are_dropped_without_a_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
     record_rdzv_event(RDZV_EVENT)
     construct_and_record_rdzv_event("run", "message", NodeState.INIT)
     assert capsys.readouterr() == ("", "")
 
 
-def test_rendezvous_event_is_completed(plug_in: Path) -> None:
+def test_missing_facts_of_a_rendezvous_event_are_filled_in(plug_in: Path) -> None:
     construct_and_record_rdzv_event("run", "first", NodeState.FAILED, "name", "host", 5, "ep:1", local_id=3, rank=2)
     try:
         int("boom")
@@ -214,7 +212,7 @@ def test_rendezvous_event_is_completed(plug_in: Path) -> None:
         handler.flush()
     first, second, third = map(RdzvEvent.deserialize, plug_in.read_text().splitlines())
     assert first == RdzvEvent("name", "run", "first", "host", 5, NodeState.FAILED, "ep:1", 2, 3)
-    assert second.name == "test_events.py:test_rendezvous_event_is_completed"
+    assert second.name == "test_events.py:test_missing_facts_of_a_rendezvous_event_are_filled_in"
     assert second.pid == os.getpid()
     assert second.hostname
     assert second.error_trace.endswith("invalid literal for int() with base 10: 'boom'\n")
@@ -224,8 +222,8 @@ def test_rendezvous_event_is_completed(plug_in: Path) -> None:
 def test_record_of_a_round() -> None:
     lines = Lines()
     before = int(time.time() * 1000)
-    lines.recorder(spec()).round_started(PLACE, {0: 100, 1: -1}, seconds=2.9, joining=0.25)
-    assert len(lines.text) == 1, "each write may have to wait for its reader"
+    lines.recorder(spec()).round_started(ASSIGNMENT, {0: 100, 1: -1}, seconds=2.9, joining=0.25)
+    assert len(lines.text) == 1, "each write may wait for its reader"
     rendezvous, assign, first, second = lines.events()
     assert before <= rendezvous["timestamp"] <= time.time() * 1000
     assert [event["name"].rpartition(".")[2] for event in (rendezvous, assign, first, second)] == [
@@ -242,8 +240,8 @@ def test_record_of_a_round() -> None:
 
 def test_record_of_a_success() -> None:
     lines = Lines()
-    lines.recorder(spec()).run_ended(WorkerState.SUCCEEDED, PLACE, PIDS, seconds=3)
-    first, second, agent = map(unfolded, lines.events())
+    lines.recorder(spec()).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS, seconds=3)
+    first, second, agent = map(parsed, lines.events())
     for event in (first, second, agent):
         assert event["name"] == "torchelastic.worker.status.SUCCEEDED"
     assert second["source"] == "WORKER"
@@ -275,7 +273,7 @@ def test_record_of_a_success() -> None:
     assert agent["metadata"]["metadata"] == {"group_world_size": 2, "entry_point": "python3"}
 
 
-def test_record_of_an_agent_that_could_not_do_its_work() -> None:
+def test_record_of_an_agent_that_failed() -> None:
     lines = Lines()
     lines.recorder(spec()).run_ended(WorkerState.FAILED, None, {}, seconds=0, error="no store")
     (event,) = lines.events()
@@ -304,7 +302,7 @@ sys.exit(1)
 """
 
 
-def test_record_is_the_one_that_torchrun_makes(tmp_path: Path) -> None:
+def test_events_are_those_of_torchrun(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAIN)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--event-log-handler", "console", "--role", "trainer"]
     run = subprocess.run(
@@ -330,7 +328,7 @@ def test_record_is_the_one_that_torchrun_makes(tmp_path: Path) -> None:
         end["run_id"],
         end["rdzv_backend"],
         lines.text.append,
-        lines.said.append,
+        lines.logged.append,
     )
     recorder.round_started(assignment, pids, seconds=0.0, joining=0.0)
     recorder.run_ended(WorkerState.FAILED, assignment, pids, failures, seconds=end["total_run_time"])
@@ -339,7 +337,7 @@ def test_record_is_the_one_that_torchrun_makes(tmp_path: Path) -> None:
     for event in ours:
         assert event["timestamp"] > 0
         event["timestamp"] = 0  # torch's always is
-    for event in ours[:2]:  # torch does not know that yet
+    for event in ours[:2]:  # torch does not know these yet
         event["metadata"]["group_rank"] = None
         event["metadata"]["metadata"] = event["metadata"]["metadata"].replace('_size": 1', '_size": null')
     for event in theirs[:2]:
@@ -348,13 +346,13 @@ def test_record_is_the_one_that_torchrun_makes(tmp_path: Path) -> None:
     assert [json.dumps(event) for event in ours] == [json.dumps(event) for event in theirs]
 
 
-def test_error_of_a_worker_has_the_form_of_its_error_file() -> None:
+def test_error_of_a_worker_has_the_format_of_its_error_file() -> None:
     lines = Lines()
     failure = ProcessFailure(1, 101, 1, error="ValueError: boom", message="Traceback ...", timestamp=1.5, rank=5)
     killed = ProcessFailure(0, 100, -9, rank=4)
     elsewhere = ProcessFailure(0, 7, 1, rank=0)
-    lines.recorder(spec()).run_ended(WorkerState.FAILED, PLACE, PIDS, [failure, killed, elsewhere], seconds=1)
-    first, second, agent = map(unfolded, lines.events())
+    lines.recorder(spec()).run_ended(WorkerState.FAILED, ASSIGNMENT, PIDS, [failure, killed, elsewhere], seconds=1)
+    first, second, agent = map(parsed, lines.events())
     assert first["metadata"]["raw_error"] == {"message": "<NONE>"}
     assert first["metadata"]["metadata"]["exit_code"] == [-9]
     assert second["metadata"]["raw_error"] == {
@@ -367,16 +365,16 @@ def test_error_of_a_worker_has_the_form_of_its_error_file() -> None:
     assert agent["name"].endswith("SUCCEEDED")
 
 
-def test_no_record_costs_nothing() -> None:
+def test_without_a_destination_nothing_is_imported() -> None:
     code = (
         "import sys\n"
-        "from elastic_launch.core.agent.lifecycle import Finish, Life, Limits\n"
+        "from elastic_launch.core.agent.lifecycle import AgentState, Finish, Limits\n"
         "from elastic_launch.events import check_destination\n"
         "from elastic_launch.job import Policy\nfrom elastic_launch.worker_spec import WorkerSpec\n"
         "from elastic_launch.agent.telemetry import Telemetry\n"
         "check_destination('null'); check_destination('console')\n"
         "telemetry = Telemetry(WorkerSpec('r', 1, None, entrypoint='x'), 'run', print, print)\n"
-        "telemetry.end(Life(Limits(Policy(), 30)), Finish())\n"
+        "telemetry.end(AgentState(Limits(Policy(), 30)), Finish())\n"
         "print([name for name in ('logging', 'json', 'importlib.metadata', 'tempfile') if name in sys.modules])\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

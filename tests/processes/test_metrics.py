@@ -33,7 +33,7 @@ def _nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Kept(MetricHandler):
-    """Keeps what it gets."""
+    """Keeps what it receives."""
 
     def __init__(self) -> None:
         self.data: list[MetricData] = []
@@ -75,7 +75,7 @@ def test_console_prints_in_torchs_format(capsys: pytest.CaptureFixture[str]) -> 
     assert second.endswith("][group]: other=2.5")
 
 
-def test_group_with_a_handler_of_its_own(kept: Kept) -> None:
+def test_group_with_its_own_handler(kept: Kept) -> None:
     own = Kept()
     configure(own, "mine")
     put_metric("a", 1, "mine")
@@ -114,7 +114,7 @@ def test_prof_measures_a_call(kept: Kept) -> None:
     assert kept.values()[f"{name}.success"] == 1
 
 
-def test_prof_tells_of_a_failure_and_lets_it_pass(kept: Kept) -> None:
+def test_prof_counts_a_failure_and_lets_the_exception_pass(kept: Kept) -> None:
     with pytest.raises(KeyError, match="x"):
         Thing().method()
     assert [(data.group_name, data.name) for data in kept.data] == [
@@ -136,7 +136,7 @@ def test_function_that_configures_is_measured(kept: Kept) -> None:
     assert own.data[1].value >= 20
 
 
-def test_deprecated_names_work_and_say_so(kept: Kept) -> None:
+def test_deprecated_names_work_and_warn(kept: Kept) -> None:
     with pytest.warns(FutureWarning, match="use @prof"):
 
         @profile("group")
@@ -165,14 +165,14 @@ def test_small_names() -> None:
         MetricHandler()  # type: ignore[abstract]
 
 
-def test_what_the_agent_tells_of_a_round(kept: Kept) -> None:
+def test_the_agents_metrics_of_a_round(kept: Kept) -> None:
     put_round_metrics("trainer", "FAILED", 1, 3, silence)
     assert kept.values() == {"workers.trainer.remaining_restarts": 2, "workers.trainer.failed": 1}
 
 
 @pytest.mark.parametrize(
     ("succeeded", "restarts", "max_restarts", "flakiness", "outcome"),
-    [  # as torch's agent tells them
+    [  # as torch's agent puts them
         (True, 0, 0, 0, "run_success_no_retries"),
         (True, 1, 1, 50, "run_success_with_retries"),
         (True, 1, 3, 25, "run_success_with_retries"),
@@ -180,7 +180,7 @@ def test_what_the_agent_tells_of_a_round(kept: Kept) -> None:
         (False, 3, 3, 100, "run_failed_with_retries"),
     ],
 )
-def test_what_the_agent_tells_of_a_run(
+def test_the_agents_metrics_of_a_run(
     kept: Kept, succeeded: bool, restarts: int, max_restarts: int, flakiness: int, outcome: str
 ) -> None:
     put_run_metrics("default", succeeded, restarts, max_restarts, 1.5, silence)
@@ -195,13 +195,13 @@ def test_what_the_agent_tells_of_a_run(
     assert {name for name, value in values.items() if value} == {f"workers.default.{outcome}"}
 
 
-def test_handler_that_raises_ends_no_job() -> None:
+def test_handler_that_raises_does_not_end_the_job() -> None:
     class Broken(MetricHandler):
         def emit(self, metric_data: MetricData) -> None:
             raise OSError("disk")
 
     configure(Broken())
-    said: list[str] = []
-    put_round_metrics("default", "HEALTHY", 0, 0, said.append)
-    put_run_metrics("default", True, 0, 0, 1.0, said.append)
-    assert said == ["metrics are lost: OSError: disk"] * 2
+    logged: list[str] = []
+    put_round_metrics("default", "HEALTHY", 0, 0, logged.append)
+    put_run_metrics("default", True, 0, 0, 1.0, logged.append)
+    assert logged == ["metrics are lost: OSError: disk"] * 2

@@ -1,4 +1,4 @@
-"""A group of processes without rendezvous: ``start_processes``, its ``PContext`` and their results."""
+"""A group of processes without rendezvous: ``start_processes``, ``PContext`` and ``RunProcsResult``."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def unreadable() -> Unreadable:
     return Unreadable()
 
 
-# What the launcher makes of it.
+# What the launcher does with them.
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +110,7 @@ def test_functions_return_by_local_rank(method: str) -> None:
     result = ended(context)
     assert result == RunProcsResult({0: "hello 0", 1: "hello 1"}, {}, {0: "", 1: ""}, {0: "", 1: ""})
     assert not result.is_failed()
-    assert context.wait() is result, "whoever waits again gets the same"
+    assert context.wait() is result, "waiting again returns the same result"
     assert context.pids() == pids
     context.close()
     context.close()
@@ -121,7 +121,7 @@ def test_commands_return_none() -> None:
     assert ended(sh("exit 0")).return_values == {0: None, 1: None}
 
 
-def test_wait_looks_waits_some_time_and_waits_for_the_end(tmp_path: Path) -> None:
+def test_wait_returns_at_once_after_the_timeout_or_at_the_end(tmp_path: Path) -> None:
     context = start(wait_for, str(tmp_path / "go"), start_method="fork")
     before = time.monotonic()
     assert context.wait(timeout=0) is None
@@ -133,17 +133,17 @@ def test_wait_looks_waits_some_time_and_waits_for_the_end(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_failure_stops_the_others_and_is_told_with_its_exception(method: str) -> None:
+def test_failure_stops_the_others_and_carries_its_exception(method: str) -> None:
     context = start(boom, start_method=method)
     result = ended(context)
     assert result.is_failed()
     assert result.return_values == {}
-    assert list(result.failures) == [1], "the one that was stopped is no failure"
+    assert list(result.failures) == [1], "a process that was stopped has not failed"
     failure = result.failures[1]
     assert (failure.local_rank, failure.pid, failure.exitcode) == (1, context.pids()[1], 1)
     assert failure.error == "ValueError: boom"
-    told = json.loads(Path(failure.error_file).read_text())
-    assert told["message"]["message"] == "ValueError: boom"
+    written = json.loads(Path(failure.error_file).read_text())
+    assert written["message"]["message"] == "ValueError: boom"
     assert not any(is_alive(pid) for pid in context.pids().values())
 
 
@@ -165,14 +165,14 @@ def test_close_stops_and_then_kills(hung: PContext) -> None:
     hung.close()
 
 
-def test_close_with_a_signal_of_ones_own(hung: PContext) -> None:
+def test_close_with_another_signal(hung: PContext) -> None:
     before = time.monotonic()
     hung.close(signal.SIGKILL, timeout=30)
     assert time.monotonic() - before < 5
 
 
 @pytest.mark.parametrize(("death_sig", "timeout"), [(signal.SIGKILL, 30), (None, 1)])
-def test_close_hurries_the_end_that_a_failure_began(
+def test_close_hastens_a_stop_that_a_failure_began(
     death_sig: signal.Signals | None, timeout: int, tmp_path: Path
 ) -> None:
     context = start(fail_beside_one_that_ignores_sigterm, str(tmp_path), start_method="fork")
@@ -182,12 +182,12 @@ def test_close_hurries_the_end_that_a_failure_began(
         assert time.monotonic() < end
     before = time.monotonic()
     context.close(death_sig, timeout)
-    assert time.monotonic() - before < 5, "not the 30 seconds of a stop"
+    assert time.monotonic() - before < 5, "the 30 seconds of a stop do not apply"
     assert ended(context).failures[1].exitcode == 4
     assert not is_alive(context.pids()[0])
 
 
-def test_wait_after_close_says_what_close_stopped() -> None:
+def test_wait_after_close_returns_what_close_stopped() -> None:
     context = sh("exec sleep 1000")
     context.close()
     result = ended(context)
@@ -195,18 +195,18 @@ def test_wait_after_close_says_what_close_stopped() -> None:
     assert result.return_values == {}
 
 
-def test_close_of_what_was_never_started_and_start_twice() -> None:
+def test_close_before_the_start_and_start_twice() -> None:
     context = PContext("trainer", "true", {0: ()}, {0: {}}, DefaultLogsSpecs())
     assert context.pids() == {}
     assert context.wait(0) is None
     context.close()
     context.start()
-    with pytest.raises(UsageError, match="trainer: the processes were started already"):
+    with pytest.raises(UsageError, match="trainer: the processes were already started"):
         context.start()
     assert ended(context).return_values == {0: None}
 
 
-def test_interrupted_wait_goes_on(tmp_path: Path) -> None:
+def test_interrupted_wait_can_be_resumed(tmp_path: Path) -> None:
     context = start(wait_for, str(tmp_path / "go"), start_method="fork")
     interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
@@ -291,18 +291,16 @@ def test_filters_and_prefixes(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert "out 1" not in filtered.read_text()
 
 
-def test_variables_of_the_program_around_are_inherited_but_not_its_error_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_are_inherited_except_for_the_error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_THE_PROGRAM", "yes")
     mine = tmp_path / "mine.json"
     context = start(boom, start_method="spawn", envs=envs(TORCHELASTIC_ERROR_FILE=str(mine)))
     assert ended(context).failures[1].error == "ValueError: boom"
-    assert not mine.exists(), "that is for the worker that launches, not for what it launches"
+    assert not mine.exists(), "that file belongs to the worker that launches, not to the processes that it launches"
     assert ended(sh('[ "$FROM_THE_PROGRAM" = yes ]')).return_values == {0: None, 1: None}
 
 
-def test_specs_of_ones_own(tmp_path: Path) -> None:
+def test_other_logs_specs(tmp_path: Path) -> None:
     class Mine(LogsSpecs):
         @property
         def root_log_dir(self) -> str:
@@ -333,13 +331,13 @@ def test_usage_errors_start_nothing() -> None:
         start(lambda: 1)
 
 
-def test_value_that_cannot_be_read_names_rank_and_type() -> None:
+def test_error_of_an_unreadable_value_names_rank_and_type() -> None:
     context = start(unreadable, start_method="fork")
     with pytest.raises(LaunchError, match="local rank 0 returned a value of type Unreadable, which cannot be read"):
         context.wait()
 
 
-def test_program_that_ends_takes_its_processes_with_it(tmp_path: Path) -> None:
+def test_processes_end_with_the_program(tmp_path: Path) -> None:
     code = (
         "from elastic_launch import DefaultLogsSpecs, start_processes\n"
         "context = start_processes('x', 'sleep', {0: ('1000',), 1: ('1000',)}, {0: {}, 1: {}}, DefaultLogsSpecs())\n"
@@ -399,7 +397,7 @@ if __name__ == "__main__":
 """
 
 
-def test_results_have_the_shape_of_torchs(tmp_path: Path) -> None:
+def test_results_are_those_of_torch(tmp_path: Path) -> None:
     script = tmp_path / "same.py"
     script.write_text(SAME)
     shapes = []

@@ -295,7 +295,7 @@ def test_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     ("args", "words"),
     [
         (["--preload", "a b"], "--preload='a b': must be names of modules"),
-        (["--preload", "json", "--no-python"], "--preload together with --no-python"),
+        (["--preload", "json", "--no-python"], "--preload cannot be combined with --no-python"),
     ],
 )
 def test_wrong_use(job: Job, args: list[str], words: str) -> None:

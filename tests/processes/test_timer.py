@@ -1,4 +1,4 @@
-"""Timers: what workers tell, what the agent makes of it, and that both get on with torch's."""
+"""Timers: the requests of workers, the agent's watchdog, the servers, and that all of them work with torch's."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from elastic_launch.workers.watchdog import Overdue, Watchdog
 from tests.conftest import DEADLINE, wait_until
 
 WALL = 1_000_000.0
-"""What the wall clock of a test shows, in seconds since 1970."""
+"""Time of a test's wall clock, in seconds since 1970."""
 
 
 def line(pid: int = 7, scope: str = "s", expires_at: object = WALL, signum: int = 9) -> bytes:
-    """A request, as torch's client writes it."""
+    """Return a request as torch's client writes it."""
     fields = {"version": 1, "pid": pid, "scope_id": scope, "expiration_time": expires_at, "signal": signum}
     return json.dumps(fields).encode() + b"\n"
 
@@ -50,7 +50,7 @@ def is_readable(watchdog: Watchdog, seconds: float = 0) -> bool:
 
 
 def next_expired(watchdog: Watchdog) -> list[Overdue]:
-    """Wait as the agent does: for the pipe and the deadline, for nothing else."""
+    """Wait as the agent does, for the pipe and the deadline."""
     end = time.monotonic() + DEADLINE
     while time.monotonic() < end:
         deadline = watchdog.deadline()
@@ -91,7 +91,7 @@ def _no_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timer.client, "_client", None)
 
 
-# What is written
+# Requests
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def _no_client(monkeypatch: pytest.MonkeyPatch) -> None:
         b'{"pid":' * 500,
     ],
 )
-def test_garbage_is_no_request_and_hides_none(text: bytes) -> None:
+def test_garbage_is_not_a_request_and_hides_none(text: bytes) -> None:
     assert parse(text) is None
     buffer = bytearray(text + b"\n" + line(1) + text + line(2))
     assert [request.pid for request in take_requests(buffer)] == [1, 2]
     assert not buffer
 
 
-def test_requests_come_out_of_pieces() -> None:
+def test_requests_are_assembled_from_pieces() -> None:
     buffer = bytearray()
     found = []
     for byte in line(1, scope='a "{\\"version\\"') + line(2, "ü\n", expires_at=-1, signum=0):
@@ -138,7 +138,7 @@ def test_requests_come_out_of_pieces() -> None:
     assert found == [Request(1, 'a "{\\"version\\"', WALL, 9), Request(2, "ü\n", -1.0, 0)]
 
 
-def test_a_line_without_end_takes_no_memory() -> None:
+def test_a_line_without_end_takes_bounded_memory() -> None:
     buffer = bytearray()
     for _ in range(100):
         buffer += b'{"version", "pid" ' * 1000
@@ -167,15 +167,17 @@ def test_scope_that_is_not_left_expires_once(watchdog: Watchdog, pipe: Path) -> 
     assert watchdog.deadline() is None
 
 
-def test_agent_learns_who_is_to_be_killed_and_why(watchdog: Watchdog, pipe: Path) -> None:
-    nobody = 1 << 30  # a process that there is would be looked at
-    write(pipe, line(nobody, "slow", WALL - 1) + line(8, "only told", WALL - 1, 0) + line(9, "in time", WALL + 60))
+def test_event_names_the_process_to_kill_and_the_reason(watchdog: Watchdog, pipe: Path) -> None:
+    nobody = 1 << 30  # an existing process would be inspected
+    write(
+        pipe, line(nobody, "slow", WALL - 1) + line(8, "not to be killed", WALL - 1, 0) + line(9, "in time", WALL + 60)
+    )
     [event] = watchdog.take()
     assert event == TimerExpired(nobody, "was still in timer scope 'slow' when its time ran out")
     assert watchdog.take() == []
 
 
-def test_entering_a_scope_again_starts_it_anew(watchdog: Watchdog, pipe: Path) -> None:
+def test_entering_a_scope_again_restarts_its_timer(watchdog: Watchdog, pipe: Path) -> None:
     write(pipe, line(expires_at=WALL + 1) + line(expires_at=WALL + 9))
     assert watchdog.overdue(0.0) == []
     assert watchdog.deadline() == pytest.approx(9)
@@ -198,12 +200,12 @@ def test_later_jumps_of_the_wall_clock_change_nothing(watchdog: Watchdog, pipe: 
     assert [e.pid for e in watchdog.overdue(36.0)] == [3]
 
 
-def test_agent_that_was_held_up_blames_no_one_who_has_left(watchdog: Watchdog, pipe: Path) -> None:
+def test_delayed_agent_does_not_blame_a_process_that_has_left(watchdog: Watchdog, pipe: Path) -> None:
     write(pipe, line(1, expires_at=WALL - 5) + line(1, expires_at=-1) + line(2, expires_at=WALL - 5))
     assert watchdog.overdue(0.0) == [Overdue(2, "s", 5.0, signal.SIGKILL)]
 
 
-def test_end_of_a_process_or_round_cancels_what_it_has_written(watchdog: Watchdog, pipe: Path) -> None:
+def test_end_of_a_process_or_round_cancels_its_requests(watchdog: Watchdog, pipe: Path) -> None:
     write(pipe, line(1, "read") + line(2, "read"))
     assert watchdog.overdue(0.0) != []
     write(pipe, line(1, "read", WALL + 1) + line(2, "read", WALL + 1))
@@ -225,7 +227,7 @@ def test_pipe_is_quiet_when_writers_leave(watchdog: Watchdog, pipe: Path) -> Non
     assert not is_readable(watchdog, 0.05)
 
 
-def test_flood_does_not_hold_up_the_agent(watchdog: Watchdog, pipe: Path) -> None:
+def test_flood_does_not_block_the_agent(watchdog: Watchdog, pipe: Path) -> None:
     stop = threading.Event()
 
     def flood() -> None:
@@ -240,7 +242,7 @@ def test_flood_does_not_hold_up_the_agent(watchdog: Watchdog, pipe: Path) -> Non
     thread.start()
     try:
         for _ in range(20):
-            watchdog.overdue(0.0)  # ends
+            watchdog.overdue(0.0)  # returns
     finally:
         stop.set()
         while thread.is_alive():
@@ -258,7 +260,7 @@ def test_stale_pipe_is_replaced_and_closing_removes_it(pipe: Path) -> None:
     assert not pipe.exists()
 
 
-def test_what_is_not_ours_is_left_alone(tmp_path: Path, watchdog: Watchdog, pipe: Path) -> None:
+def test_files_and_pipes_of_others_are_left_alone(tmp_path: Path, watchdog: Watchdog, pipe: Path) -> None:
     with pytest.raises(UnavailableError, match="another agent reads"):
         Watchdog(str(pipe))
     write(pipe, line())
@@ -287,7 +289,7 @@ with timer.expires(after=60, scope="outer"):
 
 
 @pytest.mark.parametrize("module", ["elastic_launch.timer", "torch.distributed.elastic.timer"])
-def test_worker_that_is_too_slow_is_known(module: str, pipe: Path) -> None:
+def test_slow_worker_is_reported(module: str, pipe: Path) -> None:
     with contextlib.closing(Watchdog(str(pipe))) as watchdog:
         worker = subprocess.Popen([sys.executable, "-c", WORKER.format(module=module), str(pipe)])
         try:
@@ -302,7 +304,7 @@ def test_worker_that_is_too_slow_is_known(module: str, pipe: Path) -> None:
             worker.wait()
 
 
-def test_our_client_and_names_are_as_torchs_own(tmp_path: Path) -> None:
+def test_our_client_works_with_torchs_server_and_the_signatures_are_equal(tmp_path: Path) -> None:
     signatures = """
 import inspect
 def signatures(module):
@@ -318,7 +320,7 @@ def signatures(module):
             found[key] = [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
     return found
 """
-    # torch's server kills itself, too, with the signal that it sends: so one that it can bear.
+    # torch's server also signals itself, so the signal must be one that it survives.
     program = f"""{signatures}
 import os, signal, subprocess, sys
 import torch.distributed.elastic.timer as torchs
@@ -338,7 +340,7 @@ os._exit(0)
     assert run.stdout == f"{-signal.SIGUSR1} {{}}\n", run.stderr
 
 
-def test_scopes_without_a_name_are_told_apart(watchdog: Watchdog, pipe: Path) -> None:
+def test_scopes_without_a_name_are_distinct(watchdog: Watchdog, pipe: Path) -> None:
     assert inspect.signature(timer.expires).parameters.keys() == {"after", "scope", "client"}
     client = timer.FileTimerClient(str(pipe))
 
@@ -351,7 +353,7 @@ def test_scopes_without_a_name_are_told_apart(watchdog: Watchdog, pipe: Path) ->
     with contextlib.suppress(ZeroDivisionError), timer.expires(40, client=client):
         decorated()
         watchdog.overdue(0.0)
-        assert watchdog.deadline() is not None  # of four scopes one is left
+        assert watchdog.deadline() is not None  # one of the four scopes has not been left
         raise ZeroDivisionError
     watchdog.overdue(0.0)
     assert watchdog.deadline() is None
@@ -373,7 +375,7 @@ def test_no_client_is_an_error_on_entry() -> None:
         raise AssertionError("entered")
 
 
-def test_client_says_that_nobody_listens(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_reports_that_no_server_reads(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timer.client, "PATIENCE", 0.1)
     client = timer.FileTimerClient(str(pipe))
     with pytest.raises(BrokenPipeError, match="TORCHELASTIC_ENABLE_FILE_TIMER"):
@@ -382,12 +384,12 @@ def test_client_says_that_nobody_listens(tmp_path: Path, pipe: Path, monkeypatch
     with pytest.raises(BrokenPipeError):
         client.release("s")
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(BrokenPipeError, match="no named pipe"):
+    with pytest.raises(BrokenPipeError, match="not a named pipe"):
         timer.FileTimerClient(str(tmp_path / "file")).release("s")
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_client_waits_for_a_server_that_comes_and_for_room(pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_waits_for_a_server_and_for_room_in_the_pipe(pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = timer.FileTimerClient(str(pipe))
     monkeypatch.setattr(timer.client, "PATIENCE", DEADLINE)
     sent = threading.Event()
@@ -417,17 +419,17 @@ def test_client_waits_for_a_server_that_comes_and_for_room(pipe: Path, monkeypat
         assert sent.is_set()
 
 
-def test_scope_too_long_for_one_piece_is_refused(watchdog: Watchdog, pipe: Path) -> None:
+def test_scope_too_long_for_an_atomic_write_is_rejected(watchdog: Watchdog, pipe: Path) -> None:
     client = timer.FileTimerClient(str(pipe))
     with pytest.raises(RuntimeError, match="4096"):
         client.acquire("ü" * 1000, 1.0)
     assert not is_readable(watchdog)
 
 
-# Servers of library users
+# Servers
 
 
-def test_file_server_kills_who_is_too_slow(pipe: Path) -> None:
+def test_file_server_kills_a_slow_process(pipe: Path) -> None:
     events: list[tuple[str, int | None]] = []
 
     def note(name: str, request: timer.FileTimerRequest | None) -> None:
@@ -458,7 +460,7 @@ def test_file_server_without_a_thread(pipe: Path) -> None:
     worker = subprocess.Popen(["sleep", "600"])
     try:
         write(pipe, line(worker.pid, "a", 5.0, 0) + line(worker.pid, "b", time.time() + 600) + line(1, "b", -1))
-        server.run_once()  # signal 0: nothing is killed, and all timers of the process are done with
+        server.run_once()  # signal 0: nothing is killed, and all timers of the process are cancelled
         assert server.get_expired_timers(time.time() + 900) == {}
         requests = [timer.FileTimerRequest(worker.pid, scope, 5.0, signal.SIGTERM) for scope in "ab"]
         server.register_timers(requests)
@@ -478,7 +480,7 @@ def test_file_server_without_a_thread(pipe: Path) -> None:
         server.stop()
 
 
-def test_local_server_kills_who_is_too_slow(tmp_path: Path) -> None:
+def test_local_server_kills_a_slow_process(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         """
@@ -511,7 +513,7 @@ if __name__ == "__main__":
 
 
 class _Lists(timer.RequestQueue):
-    """A queue of one batch."""
+    """A queue that delivers one batch."""
 
     def __init__(self, requests: list[timer.TimerRequest]) -> None:
         self._requests = requests
@@ -527,7 +529,7 @@ class _Lists(timer.RequestQueue):
 
 
 class _Server(timer.LocalTimerServer):
-    """A server whose reaper refuses worker 2 at first, and raises over worker 3."""
+    """A server that fails to kill worker 2 twice, and raises for worker 3."""
 
     def __init__(self, queue: timer.RequestQueue) -> None:
         super().__init__(None, max_interval=0.01)  # type: ignore[arg-type]
@@ -541,7 +543,7 @@ class _Server(timer.LocalTimerServer):
         return worker_id == 1 or self.reaped.count(2) == 3
 
 
-def test_server_tries_again_whom_it_could_not_kill() -> None:
+def test_server_retries_a_worker_that_it_could_not_kill() -> None:
     server = _Server(_Lists([timer.TimerRequest(worker, "s", 5.0) for worker in (1, 2, 3)]))
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""What scripts import from torch's ``elastic.utils``: free ports, the sampler, the iterator over epochs."""
+"""Helpers for scripts: free ports, the sampler, and the iterator over epochs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from elastic_launch.utils import get_free_port, get_socket_with_port
 
 
-def test_socket_listens_at_a_free_port() -> None:
+def test_socket_listens_on_a_free_port() -> None:
     with get_socket_with_port() as sock:
         address = sock.getsockname()
         assert address[1] > 0
@@ -26,7 +26,7 @@ def test_free_port_can_be_bound() -> None:
         sock.bind(("127.0.0.1", get_free_port()))
 
 
-def test_data_is_read_as_by_torchs_own() -> None:
+def test_sampler_reads_the_same_as_torchs() -> None:
     from torch.distributed.elastic.utils.data import elastic_distributed_sampler as torchs
 
     from elastic_launch.utils.data import ElasticDistributedSampler
@@ -40,13 +40,13 @@ def test_data_is_read_as_by_torchs_own() -> None:
             ours.set_epoch(epoch)
             samples += ours
             assert len(ours) == len(list(ours))
-            if size - start >= replicas:  # else torch's raises an AssertionError
+            if size - start >= replicas:  # otherwise torch's raises an AssertionError
                 theirs.set_epoch(epoch)
                 assert (len(ours), list(ours)) == (len(theirs), list(theirs))
         assert set(samples) == set(range(start, size))
 
 
-def test_sampler_gives_every_rank_as_much_as_the_others() -> None:
+def test_sampler_gives_each_rank_the_same_number() -> None:
     from elastic_launch.utils.data import ElasticDistributedSampler
 
     dataset: Any = [0, 1]

@@ -725,7 +725,7 @@ def test_a_silent_server_and_one_that_works(etcd: str, agents: Callable[..., Age
         ("a:1", {"protocol": "ftp"}, "protocol=ftp: must be http or https"),
         ("a:1", {"user": "ann"}, "one of user and password"),
         ("a:1", {"cert": __file__}, "one of cert and key"),
-        ("a:1", {"read_timeout": "soon"}, "read_timeout=soon: must be a number"),
+        ("a:1", {"read_timeout": "soon"}, "read_timeout='soon': must be a number"),
         (" , ", {}, "no endpoint"),
     ],
 )

@@ -255,7 +255,7 @@ class Leader:
 
 def disagreement(host: str, pid: int, options: str, other: str, others: str) -> str:
     """Say that two nodes were started with different options."""
-    return f"{host} (pid {pid}) was started with {options}, {other} with {others}: all nodes of a job need the same options"
+    return f"{host} (pid {pid}) was started with {options}, {other} with {others}: give all nodes the same options"
 
 
 def listed(names: Iterable[str]) -> str:

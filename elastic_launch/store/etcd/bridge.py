@@ -14,6 +14,7 @@ from typing import Any
 
 from elastic_launch.errors import RendezvousConnectionError, UsageError, how_it_ended
 from elastic_launch.host.child import Child
+from elastic_launch.parsing import parse_seconds
 
 CLOSE_PATIENCE = 2.0
 """Seconds to wait for the bridge to do what was asked last, and to end; it is killed then."""
@@ -138,13 +139,7 @@ def _settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _seconds(name: str, text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"--rdzv-conf {name}={text}: must be a number of seconds above 0")
-    return seconds
+    return parse_seconds(text, f"--rdzv-conf {name}=", above_zero=True)
 
 
 def _file(name: str, path: str) -> bytes:

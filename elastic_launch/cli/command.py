@@ -1,0 +1,164 @@
+"""What a parsed command line stands for: the settings of a job, and the command of its workers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from elastic_launch.cli.options import OPTIONS
+from elastic_launch.config import LaunchConfig, LogsSpecs, Std
+from elastic_launch.env import environment
+from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.host.devices import local_world_size
+from elastic_launch.job import Level
+from elastic_launch.launch import elastic_launch
+from elastic_launch.logs.job_files import DefaultLogsSpecs
+from elastic_launch.parsing import parse_nnodes, parse_ranks, parse_rdzv_conf
+from elastic_launch.workers import BOOTSTRAP
+
+LOGS_SPECS = "torchrun.logs_specs"
+"""The entry point group of ``LogsSpecs`` plug-ins."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the job that a parsed command line describes.
+
+    Args:
+        args: as from ``parse_args``.
+
+    Raises:
+        ChildFailedError: workers failed; its text is the report.
+        SignalException: a signal ended the job.
+        UsageError: an option or a variable is wrong.
+        LaunchError: the launcher could not do its work.
+    """
+    config, command, command_args = config_from_args(args)
+    elastic_launch(config, command)(*command_args)
+
+
+def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[..., Any] | str, list[str]]:
+    """Return the settings, the workers' command and its arguments.
+
+    Args:
+        args: as from ``parse_args``.
+
+    >>> from elastic_launch.run import parse_args
+    >>> config, command, arguments = config_from_args(parse_args(["--max-restarts", "3", "--no-python", "echo", "hi"]))
+    >>> config.max_restarts, command, arguments
+    (3, 'echo', ['hi'])
+
+    Raises:
+        UsageError: options contradict each other, or the script cannot be run.
+        LaunchError: the ``LogsSpecs`` plug-in that ``--logs-specs`` names does not work.
+    """
+    environ = environment()
+    command = _command(args, environ)
+    min_nodes, max_nodes = parse_nnodes(args.nnodes)
+    if args.node_rank >= max_nodes:
+        raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
+    given = getattr(args, "given", {"master_addr"} | ({"node_rank"} if args.node_rank else set()))
+    if args.rdzv_backend == "static" and max_nodes > 1 and not (args.rdzv_endpoint or "master_addr" in given):
+        raise UsageError(
+            f"--nnodes={args.nnodes}: several nodes need a place to meet: pass --rdzv-backend c10d --rdzv-endpoint "
+            "HOST:PORT, where HOST is one of them; or --master-addr with the address of the node with --node-rank 0"
+        )
+    pinned = args.rdzv_backend == "static" or "node_rank" in given
+    fields = LaunchConfig.__dataclass_fields__
+    settings = {option.dest: getattr(args, option.dest) for option in OPTIONS if option.dest in fields}
+    settings |= {
+        "min_nodes": min_nodes,
+        "max_nodes": max_nodes,
+        "nproc_per_node": local_world_size(args.nproc_per_node, environ),
+        "logs_specs": _logs_specs(args),
+        "run_id": "" if args.standalone or args.rdzv_id == "none" else args.rdzv_id,
+        "rdzv_endpoint": "" if args.standalone else args.rdzv_endpoint or _static_endpoint(args),
+        "rdzv_backend": "c10d" if args.standalone else args.rdzv_backend,
+        "rdzv_configs": {**parse_rdzv_conf(args.rdzv_conf), **({"rank": args.node_rank} if pinned else {})},
+        "log_line_prefix_template": environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
+        "numa_options": args.numa_binding,
+        "verbosity": Level.WARNING if args.quiet else Level.DEBUG if args.verbose else Level.INFO,
+    }
+    return LaunchConfig(**settings), *command
+
+
+def _static_endpoint(args: argparse.Namespace) -> str:
+    if args.rdzv_backend != "static":
+        return ""
+    host = f"[{args.master_addr}]" if ":" in args.master_addr and "[" not in args.master_addr else args.master_addr
+    return f"{host}:{args.master_port or 0}"
+
+
+def _logs_specs(args: argparse.Namespace) -> LogsSpecs:
+    create = _logs_specs_class(args.logs_specs)
+    # torch's classes check that a value is torch's Std, and so may classes that derive from them. They have imported
+    # torch already.
+    torchs: Any = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
+    std = torchs.Std if torchs and isinstance(create, type) and issubclass(create, torchs.LogsSpecs) else Std
+    streams = {
+        name: {rank: std(int(each)) for rank, each in value.items()} if isinstance(value, dict) else std(int(value))
+        for name, value in (("redirects", Std.from_str(args.redirects)), ("tee", Std.from_str(args.tee)))
+    }
+    try:
+        return create(log_dir=args.log_dir, local_ranks_filter=parse_ranks(args.local_ranks_filter), **streams)
+    except Exception as error:
+        name = getattr(create, "__qualname__", repr(create))
+        raise LaunchError(f"--logs-specs={args.logs_specs}: {name}: {type(error).__name__}: {error}") from error
+
+
+def _logs_specs_class(name: str | None) -> Callable[..., LogsSpecs]:
+    if name in (None, "default"):  # torch's own entry point has this name
+        return DefaultLogsSpecs
+    from importlib.metadata import entry_points  # late: it takes 20 ms, and only plug-ins need it
+
+    for entry_point in entry_points(group=LOGS_SPECS, name=name):
+        try:
+            return entry_point.load()  # type: ignore[no-any-return]
+        except Exception as error:
+            raise LaunchError(
+                f"--logs-specs={name}: {entry_point.value} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+    known = ", ".join(sorted({"default", *entry_points(group=LOGS_SPECS).names}))
+    raise UsageError(f"--logs-specs={name}: no such entry point in the group {LOGS_SPECS}; available: {known}")
+
+
+def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Return the program that each worker executes, and its arguments."""
+    script, script_args = args.training_script, args.training_script_args
+    if args.module and (args.no_python or args.run_path):
+        raise UsageError("-m/--module cannot be combined with --no-python or --run-path")
+    if args.preload and (args.no_python or script == "-" or "PYTHON_EXEC" in environ):
+        other = "--no-python" if args.no_python else "PYTHON_EXEC" if "PYTHON_EXEC" in environ else "a script on stdin"
+        raise UsageError(f"--preload cannot be combined with {other}: workers are forked from the preloaded Python")
+    if args.no_python and not args.run_path:
+        _check_program("--no-python ", script)
+        return script, script_args
+    python = sys.executable
+    if "PYTHON_EXEC" in environ and not args.run_path:
+        python = environ["PYTHON_EXEC"]
+        _check_program("PYTHON_EXEC=", python)
+    if script == "-" and not args.module:
+        return python, ["-u", "-", *script_args]  # the bootstrap cannot find a program on standard input
+    if not args.module:
+        _check_script(script)
+    return python, ["-u", BOOTSTRAP, "module" if args.module else "script", script, *script_args]
+
+
+def _check_program(option: str, program: str) -> None:
+    import shutil  # late: it takes 3 ms
+
+    if shutil.which(program) is None:
+        raise UsageError(f"{option}{program}: no such program, or not executable")
+
+
+def _check_script(script: str) -> None:
+    """Report a script that cannot be run, once here rather than once per worker and restart."""
+    if not os.path.exists(script):
+        hint = "; for a module, pass -m" if not script.endswith(".py") and os.sep not in script else ""
+        raise UsageError(f"script {script}: no such file{hint}")
+    if os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
+        raise UsageError(f"script {script}: a directory without a __main__.py")
+    if not os.access(script, os.R_OK):
+        raise UsageError(f"script {script}: not readable by this user")
