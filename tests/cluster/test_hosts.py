@@ -214,7 +214,7 @@ def test_the_coordinator_is_cut_off(network: Make) -> None:
     assert net.formed(2, restart=1) - cut_at < PATIENCE
     net.end()
     assert ends(*programs[:2]) == [0, 0]
-    assert any("no sign of life from host-3" in program.said() for program in programs[:2])
+    assert any("no heartbeat from host-3" in program.said() for program in programs[:2])
 
 
 def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
@@ -233,7 +233,7 @@ def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
     net.formed(3, restart=2)
     net.end()
     assert ends(*programs) == [0, 0, 0]
-    assert any(f"no sign of life from host-{first}" in program.said() for program in others)
+    assert any(f"no heartbeat from host-{first}" in program.said() for program in others)
 
 
 def start_etcd(host: Host) -> None:

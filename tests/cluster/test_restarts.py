@@ -374,7 +374,7 @@ def test_a_bad_node_steps_aside_for_a_spare(job: Job) -> None:
     bad = nodes(1, *options, script=script, NODE="bad")
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, *options, script=script, NODE="spare")
-    wait_for_line(spare, "the job runs on 2 nodes already: waiting as a spare")
+    wait_for_line(spare, "the job already runs on 2 nodes; waiting as a spare")
     log(job, "go")
     results = finish(job, good, bad, spare)
     assert one_status(results) == 0
@@ -424,9 +424,7 @@ def test_an_agent_dies_while_the_job_pauses(job: Job) -> None:
     wait_for_line(processes[1], "restart 1 of 3 in 3 s")
     results = agent_dies(job, processes, 1)
     assert one_status(results) == 0
-    assert lines_with(results, "no sign of life from") == [
-        "no sign of life from " + os.uname().nodename + " for 1.5 s: given up"
-    ]
+    assert lines_with(results, "no heartbeat") == [f"lost {os.uname().nodename}: no heartbeat for 1.5 s"]
     assert sorted(mark for mark in job.marks() if ".1 " in mark) == ["0.1 of 2", "1.1 of 2"]
 
 
@@ -457,8 +455,8 @@ def test_an_agent_dies_after_it_has_told_that_its_worker_failed(job: Job) -> Non
     job.wait_for("0.0 stops", "3.0 stops")
     results = agent_dies(job, processes, 2)
     assert one_status(results) == 0
-    [lost] = lines_with(results, "no sign of life from")
-    assert lost.endswith("before it told what follows the failure")
+    [lost] = lines_with(results, "no heartbeat from")
+    assert lost.endswith("before it decided what follows its failure; deciding in its place")
     assert len(lines_with(results, "restart 1 of 3")) == 1
 
 
@@ -469,7 +467,7 @@ def test_two_agents_die_at_once(job: Job) -> None:
     results = agent_dies(job, processes, 1, 3)
     assert one_status(results) == 0
     assert sorted(mark for mark in job.marks() if ".1 " in mark) == ["0.1 of 2", "1.1 of 2"]
-    assert len(lines_with(results, "no sign of life from vm (2 nodes)")) == 1
+    assert len(lines_with(results, "no heartbeat from vm (2 nodes)")) == 1
 
 
 def test_two_agents_die_and_too_few_are_left(job: Job) -> None:
@@ -520,7 +518,7 @@ def test_the_others_wait_for_a_checkpoint(job: Job) -> None:
     assert [result.returncode for result in results] == [0, 0, 143]
     began = times(job, "begins")
     assert min(began["0.1"], began["1.1"]) >= times(job, "saved")["2.0"]
-    assert len(lines_with(results, "leaves (SIGTERM)")) == 1
+    assert len(lines_with(results, "is leaving (SIGTERM)")) == 1
     assert not lines_with(results, "restart ")
 
 
@@ -533,7 +531,7 @@ def test_too_few_are_left_when_a_node_is_preempted(victim: int, job: Job) -> Non
     results = finish(job, *processes)
     assert one_status(results) == 143
     assert {f"{r}.0 stops" for r in range(3)} <= set(job.marks())
-    assert len(lines_with(results, "leaves (SIGTERM), and the job cannot go on without it")) >= 3, "all know why"
+    assert len(lines_with(results, "is leaving (SIGTERM), and the job cannot go on without it")) >= 3, "all know why"
 
 
 def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
