@@ -6,7 +6,7 @@ import signal
 
 from elastic_launch.core.agent.lifecycle import Decided, Leave
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.messages import Answer, Close, KeyAppeared
+from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER, number
 from elastic_launch.core.rendezvous.records import Closed, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
@@ -137,17 +137,7 @@ def _confirm(node: NodeState, step: Step) -> None:
         step.get(questions.ConfirmWritten(), "all_left")
 
 
-def on_written(node: NodeState, step: Step, answer: Answer[questions.ConfirmWritten, list[bytes]]) -> None:
-    """The store has."""
-    disconnect(node, step)
-
-
-def on_all_left(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
-    """The last nodes know, too."""
-    disconnect(node, step)
-
-
-def disconnect(node: NodeState, step: Step) -> None:
-    """Nothing is left to tell the others."""
+def disconnect(node: NodeState, step: Step, given: object = None) -> None:
+    """Disconnect: the store has done all that this node sent, all nodes know, or there is no more time."""
     node.timers.clear()
     node.may_disconnect = True

@@ -21,11 +21,6 @@ def on_closed(node: NodeState, step: Step, answer: Answer[questions.CloseRound, 
     ask_for_assignment(node, step)
 
 
-def on_closed_appeared(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
-    """Ask for the node's place in the round that the leader has closed."""
-    ask_for_assignment(node, step)
-
-
 def on_closed_checked(node: NodeState, step: Step, answer: Answer[questions.CheckClosed, list[bytes]]) -> None:
     """Ask for the node's place, if the news of the round's closing has not come by the way that it should."""
     if answer.value[0]:
@@ -34,7 +29,7 @@ def on_closed_checked(node: NodeState, step: Step, answer: Answer[questions.Chec
         node.round.heartbeat.polled_at = answer.question.asked_at
 
 
-def ask_for_assignment(node: NodeState, step: Step) -> None:
+def ask_for_assignment(node: NodeState, step: Step, appeared: KeyAppeared | None = None) -> None:
     """Ask which place the leader has assigned to this node."""
     leader = node.round.closed.leader if node.round.closed else node.round.leaders
     step.get(questions.ReadAssignment(leader), "closed", f"assignment/{leader}/{node.round.ticket}", "end")

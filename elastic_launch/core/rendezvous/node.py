@@ -127,7 +127,7 @@ def ignore(node: NodeState, step: Step, given: object = None) -> None:
 
 def _on_key_while_waiting(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
     """The leader waits for the next node's record, the others for the round to close."""
-    handler = membership.on_closed_appeared if appeared.key == node.key("closed") else leading.on_arrival
+    handler = membership.ask_for_assignment if appeared.key == node.key("closed") else leading.on_arrival
     handler(node, step, appeared)
 
 
@@ -152,6 +152,8 @@ TIMERS: dict[Timer, Handler] = {
     Timer.SHUTDOWN: leaving.disconnect,
 }
 
+JOINED = (WAITING, MEMBER, BESIDE, ENDED)
+"""The phases in which a node has a ticket and has not left."""
 AFTER_WAITING = (MEMBER, BESIDE, ENDED, LEAVING)
 """The phases in which an answer to a question of ``WAITING`` may come."""
 
@@ -165,19 +167,11 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(Fence, heartbeats.fence, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(Leave, leaving.leave_membership, MEMBER),
     **_row(Leave, leaving.leave, OPENING, WAITING, BESIDE, ENDED, ignored=(IDLE, LEAVING)),
-    **_row(messages.Close, leaving.close, IDLE, OPENING, WAITING, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
+    **_row(messages.Close, leaving.close, IDLE, OPENING, *JOINED, ignored=(LEAVING,)),
     # The store comes and goes.
-    **_row(
-        messages.StoreReconnected,
-        reconnecting.on_reconnected,
-        WAITING,
-        MEMBER,
-        BESIDE,
-        ENDED,
-        ignored=(IDLE, OPENING, LEAVING),
-    ),
+    **_row(messages.StoreReconnected, reconnecting.on_reconnected, *JOINED, ignored=(IDLE, OPENING, LEAVING)),
     **_row(messages.StoreLost, reconnecting.on_lost, *Phase),
-    **_row(questions.ReadOwnRecord, reconnecting.on_own_record, WAITING, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
+    **_row(questions.ReadOwnRecord, reconnecting.on_own_record, *JOINED, ignored=(LEAVING,)),
     **_row(questions.Write, ignore, *Phase),
     # Joining.
     **_row(questions.LearnRound, joining.on_round, OPENING, ignored=(LEAVING,)),
@@ -197,7 +191,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.ReadAssignment, membership.on_assignment, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadMembers, membership.on_members, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
     # Heartbeats.
-    **_row(questions.SendHeartbeat, monitoring.on_heartbeat, WAITING, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
+    **_row(questions.SendHeartbeat, monitoring.on_heartbeat, *JOINED, ignored=(LEAVING,)),
     **_row(questions.ConfirmReset, heartbeats.on_reset, WAITING, MEMBER, ENDED, ignored=(BESIDE, LEAVING)),
     **_row(questions.PollMembers, monitoring.on_members_polled, MEMBER, ENDED, ignored=(BESIDE, LEAVING)),
     **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
@@ -214,6 +208,6 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     # Leaving.
     **_row(questions.CountLeft, leaving.on_left, ENDED, LEAVING),
     **_row(questions.CompareLeft, leaving.on_left_compared, ENDED, LEAVING),
-    **_row(questions.ConfirmWritten, leaving.on_written, LEAVING),
-    **_row(KeyAppeared, leaving.on_all_left, LEAVING),
+    **_row(questions.ConfirmWritten, leaving.disconnect, LEAVING),
+    **_row(KeyAppeared, leaving.disconnect, LEAVING),
 }

@@ -279,17 +279,9 @@ class Step:
     def ready(self) -> Ready:
         """What the step leads to."""
         node = self.node
-        return Ready(
-            self._requests,
-            self._events,
-            self._log,
-            self.lease_until,
-            self.wants_store,
-            node.awaited_key,
-            min(node.timers.values(), default=None),
-            node.is_over,
-            node.may_disconnect,
-        )
+        outputs = self._requests, self._events, self._log, self.lease_until, self.wants_store
+        wake_at = min(node.timers.values(), default=None)
+        return Ready(*outputs, node.awaited_key, wake_at, node.is_over, node.may_disconnect)
 
 
 def validate(node: NodeState) -> None:
