@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from elastic_launch.rendezvous.handler import RendezvousInfo as RendezvousInfo
     from elastic_launch.rendezvous.handler import RendezvousParameters as RendezvousParameters
     from elastic_launch.rendezvous.handler import RendezvousStoreInfo as RendezvousStoreInfo
-    from elastic_launch.rendezvous.handler import get_rendezvous_handler as get_rendezvous_handler
-    from elastic_launch.rendezvous.handler import rendezvous_handler_registry as rendezvous_handler_registry
+    from elastic_launch.rendezvous.registry import get_rendezvous_handler as get_rendezvous_handler
+    from elastic_launch.rendezvous.registry import rendezvous_handler_registry as rendezvous_handler_registry
     from elastic_launch.store.etcd.server import EtcdServer as EtcdServer
     from elastic_launch.worker_spec import RunResult as RunResult
     from elastic_launch.worker_spec import Worker as Worker
@@ -65,8 +65,8 @@ _HOMES = {
     "RendezvousHandler": "rendezvous.handler",
     "RendezvousInfo": "rendezvous.handler",
     "RendezvousStoreInfo": "rendezvous.handler",
-    "get_rendezvous_handler": "rendezvous.handler",
-    "rendezvous_handler_registry": "rendezvous.handler",
+    "get_rendezvous_handler": "rendezvous.registry",
+    "rendezvous_handler_registry": "rendezvous.registry",
     "EtcdServer": "store.etcd.server",
     "RendezvousError": "errors",
     "RendezvousTimeoutError": "errors",

@@ -19,7 +19,7 @@ import pytest
 
 from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
-from elastic_launch.rendezvous.factory import create_own
+from elastic_launch.rendezvous.factory import create_built_in
 from elastic_launch.store.etcd.member import claim
 from tests.cluster.test_nodes import listens, up
 from tests.conftest import Job, is_alive, wait_until
@@ -89,7 +89,7 @@ def caretaker_of(agent: subprocess.Popen[str]) -> int:
     """The pid of the process that looks after an agent's member, which it has when it has claimed an endpoint; or 0."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(agent.pid).children():
-            if "etcd_member_main" in " ".join(child.cmdline()):
+            if "member_main" in " ".join(child.cmdline()):
                 return child.pid
     return 0
 
@@ -402,24 +402,24 @@ def config(endpoint: str = "h:1,i:1,j:1", backend: str = "etcd", **conf: str) ->
     ("settings", "text"),
     [
         (lambda: config(embedded="perhaps"), "embedded=perhaps: must be true or false"),
-        (lambda: config("h:1", "c10d"), "embedded=true: only --rdzv-backend etcd"),
-        (lambda: config(cacert="x"), "cacert: members that agents run"),
-        (lambda: config(user="x", password="y"), "user: members that agents run"),
-        (lambda: config(protocol="https"), "protocol: members that agents run"),
-        (lambda: config("h:1,h:2,i:1"), "needs its port and the one above"),
-        (lambda: config("h:65535"), "65535 has none"),
+        (lambda: config("h:1", "c10d"), "embedded=true: needs --rdzv-backend etcd"),
+        (lambda: config(cacert="x"), "cacert: embedded etcd (embedded=true) supports neither TLS nor users"),
+        (lambda: config(user="x", password="y"), "user: embedded etcd"),
+        (lambda: config(protocol="https"), "protocol: embedded etcd (embedded=true) supports http only"),
+        (lambda: config("h:1,h:2,i:1"), "each member needs two ports of its own"),
+        (lambda: config("h:65535"), "PORT must be below 65535"),
         (lambda: config("h:x"), "port must be a number"),
     ],
 )
 def test_wrong_settings_are_named(settings: Callable[[], LaunchConfig], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
-        create_own(settings(), {}, lambda line: None)
+        create_built_in(settings(), {}, lambda line: None)
 
 
 @pytest.mark.parametrize(("endpoint", "text"), [("h:1", "with one member"), ("h:1,i:1", "with 2 members")])
 def test_numbers_of_members_that_gain_nothing_are_named(endpoint: str, text: str) -> None:
     told: list[str] = []
-    create_own(config(endpoint), {}, told.append)
+    create_built_in(config(endpoint), {}, told.append)
     assert any(text in line for line in told)
 
 

@@ -34,17 +34,20 @@ from elastic_launch.errors import (
 )
 from elastic_launch.host.console import write
 from elastic_launch.job import Decision
+from elastic_launch.rendezvous.factory import adapt
 from elastic_launch.rendezvous.handler import (
     RendezvousHandler,
-    RendezvousHandlerRegistry,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
+)
+from elastic_launch.rendezvous.registry import (
+    RendezvousHandlerRegistry,
     get_rendezvous_handler,
     rendezvous_handler_registry,
 )
 from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
-from elastic_launch.rendezvous.third_party import ForeignRendezvous, adapt
+from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
 from tests.conftest import DEADLINE, Job, wait_until
 
 # --- stores and handlers
@@ -216,7 +219,7 @@ class InFiles:
 
 def run_agent(handler: Any, command: str, *, workers: int = 1, restarts: int = 0, **settings: Any) -> RunResult:
     """Run a shell's command on a handler, with the quick eyes of a test."""
-    rendezvous = ForeignRendezvous(
+    rendezvous = ThirdPartyRendezvous(
         handler, role="trainer", local_world_size=workers, **{"poll": 0.05, "log": print, **settings}
     )
     spec = WorkerSpec("trainer", workers, rendezvous, entrypoint="sh", args=("-c", command), max_restarts=restarts)
@@ -367,7 +370,7 @@ def test_registry() -> None:
     registry.register("one-node", create)
     registry.register("one-node", create)
     assert registry.create_handler(parameters()) is handler
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         registry.register("one-node", lambda params: handler)
     with pytest.raises(ValueError, match="must name"):
         registry.register("", create)
@@ -375,17 +378,17 @@ def test_registry() -> None:
     with pytest.raises(LaunchError, match=r"'misnamed'.* a handler of 'one-node'"):
         registry.create_handler(parameters("misnamed"))
     registry.register("none", lambda params: None)
-    with pytest.raises(LaunchError, match="returned None, which is no handler"):
+    with pytest.raises(LaunchError, match="returned None, which is not a handler"):
         registry.create_handler(parameters("none"))
-    with pytest.raises(UsageError, match="'nowhere': unknown; there are misnamed, none, one-node"):
+    with pytest.raises(UsageError, match="'nowhere': unknown; choose one of misnamed, none, one-node"):
         registry.create_handler(parameters("nowhere"))
 
 
 def test_built_in_names_are_taken() -> None:
     for name in ("static", "c10d", "etcd", "etcd-v2"):
-        with pytest.raises(UsageError, match="registered already"):
+        with pytest.raises(UsageError, match="already registered"):
             rendezvous_handler_registry.register(name, lambda params: OneNode())
-    with pytest.raises(UsageError, match=r"'nowhere': unknown; there are .*c10d"):
+    with pytest.raises(UsageError, match=r"'nowhere': unknown; choose one of .*c10d"):
         get_rendezvous_handler(parameters("nowhere"))
 
 
@@ -413,15 +416,15 @@ def test_packages_offer_handlers(plugins: str) -> None:
     assert registry.known_backends() == ["broken", "missing", "one-node"]
     first, second = (registry.create_handler(parameters()) for _ in range(2))
     assert (first.get_backend(), type(first), type(second)) == ("one-node", OneNode, OneNode)
-    with pytest.raises(LaunchError, match="broken_plugin:get of plugins cannot be loaded: RuntimeError: boom"):
+    with pytest.raises(LaunchError, match="broken_plugin:get of plugins: RuntimeError: boom"):
         registry.create_handler(parameters("broken"))
-    with pytest.raises(LaunchError, match="no_such_module:get of plugins cannot be loaded: ModuleNotFoundError"):
+    with pytest.raises(LaunchError, match="no_such_module:get of plugins: ModuleNotFoundError"):
         registry.create_handler(parameters("missing"))
 
 
 def test_packages_are_looked_through_only_for_unknown_backends() -> None:
     code = (
-        "import sys; from elastic_launch.rendezvous.handler import *\n"
+        "import sys; from elastic_launch.rendezvous.registry import *\n"
         "rendezvous_handler_registry.register('x', lambda p: None)\n"
         "try: get_rendezvous_handler(RendezvousParameters('x', '', '', 1, 1))\n"
         "except Exception as error: print(type(error).__name__)\n"
@@ -501,15 +504,15 @@ class Foreign:
             "^rendezvous handler OneNode: .*TimeoutError: alone$",
         ),
         (Foreign.RendezvousTimeoutError("alone\nin line 2"), RendezvousTimeoutError, "TimeoutError: alone$"),
-        (RendezvousClosedError("over"), RendezvousError, "OneNode: .*: over; the job has ended already"),
+        (RendezvousClosedError("over"), RendezvousError, "OneNode: .*: over; the job has already ended"),
         (ConnectionRefusedError(111, "refused"), RendezvousConnectionError, "ConnectionRefusedError: .*refused$"),
         (Foreign.DistStoreError("wait timeout"), RendezvousConnectionError, "DistStoreError: wait timeout$"),
         (
             KeyError("x"),
             LaunchError,
-            "KeyError: 'x', which looks like a defect of the handler:\nTraceback",
+            "KeyError: 'x'; this looks like a bug in the handler:\nTraceback",
         ),
-        (SystemExit(3), LaunchError, "SystemExit: 3, which looks like a defect"),
+        (SystemExit(3), LaunchError, "SystemExit: 3; this looks like a bug"),
     ],
 )
 def test_handler_that_raises(error: BaseException, kind: type[LaunchError], match: str) -> None:
@@ -542,7 +545,7 @@ def test_handler_that_raises_while_workers_run() -> None:
 def test_impossible_rank() -> None:
     handler = OneNode()
     handler.info = lambda: RendezvousInfo(MemoryStore(), 2, 2, RendezvousStoreInfo("a", 1))
-    with pytest.raises(RendezvousStateError, match="gave rank 2 of 2"):
+    with pytest.raises(RendezvousStateError, match="returned rank 2 of 2"):
         run_agent(handler, "true")
 
 
@@ -553,32 +556,32 @@ def test_failing_goodbye_costs_a_line() -> None:
 
     said: list[str] = []
     assert not run_agent(Rude(), "true", log=said.append).is_failed()
-    assert said[-1:] == ["rendezvous handler Rude: OSError: no, at its shutdown()"]
+    assert said[-1:] == ["rendezvous handler Rude: OSError: no (in shutdown())"]
 
 
 def test_a_pause_before_the_next_round_is_kept() -> None:
-    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, RequestJoin
+    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, ReportRound, RequestJoin
 
-    rendezvous = ForeignRendezvous(OneNode(), role="trainer", local_world_size=1)
-    rendezvous._decision, rendezvous._settled_at = Decision(True, pause=0.3), time.monotonic()
+    rendezvous = ThirdPartyRendezvous(OneNode(), role="trainer", local_world_size=1)
     begin, events = time.monotonic(), list[AgentEvent]()
+    rendezvous.ask(ReportRound(Decision(True, pause=0.3)))
     rendezvous.ask(RequestJoin())
 
-    def has_come() -> bool:
+    def has_joined() -> bool:
         events.extend(rendezvous.take())
-        return bool(events)
+        return len(events) == 2
 
     try:
-        wait_until(has_come)
+        wait_until(has_joined)
     finally:
         rendezvous.close()
-    assert isinstance(events[0], Assigned)
+    assert [type(event) for event in events] == [Decided, Assigned]
     assert time.monotonic() - begin >= 0.3
 
 
 def test_adapt() -> None:
     spec = WorkerSpec("r", 1, OneNode(), entrypoint="true")
-    assert isinstance(adapt(OneNode(), spec, {}, print), ForeignRendezvous)
+    assert isinstance(adapt(OneNode(), spec, {}, print), ThirdPartyRendezvous)
     with pytest.raises(LaunchError, match="no next_rendezvous"):
         adapt(object(), spec, {}, print)
     own = get_rendezvous_handler(RendezvousParameters("c10d", "host-a:29400", "job", 2, 2))
@@ -679,7 +682,7 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
     # The same store twice: this is the other node's first word, and nothing follows.
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
-    silent = ForeignRendezvous(other, role="trainer", local_world_size=1)
+    silent = ThirdPartyRendezvous(other, role="trainer", local_world_size=1)
     from elastic_launch.core.agent.lifecycle import RequestJoin
 
     silent.ask(RequestJoin())
@@ -687,7 +690,7 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
         assert not run_agent(handler, "true", exit_barrier_timeout=0.2, log=said.append).is_failed()
     finally:
         silent.close()
-    assert said[1:-1] == ["this node's workers have ended well; the others' have not within 0.2 s"]
+    assert said[1:-1] == ["this node's workers succeeded; those of other nodes did not end within 0.2 s"]
 
 
 def read(job: Job) -> dict[str, Any]:

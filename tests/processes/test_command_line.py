@@ -99,7 +99,7 @@ WRONG = [
     (["--ma", "1"], "ambiguous option: --ma"),
     # Several nodes.
     (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
-    (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a rendezvous endpoint: pass --rdzv-backend c10d"),
     (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
     ([*C10D, "--rdzv-conf", "join_timeout=soon"], "join_timeout=soon: must be a number of seconds above 0"),
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
