@@ -16,14 +16,19 @@ if TYPE_CHECKING:
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
     from elastic_launch.rendezvous.backends.etcd import EtcdBackend
     from elastic_launch.rendezvous.handler import RendezvousParameters
-    from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
-    from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
+
+Conf = Mapping[str, Any]
+"""Settings of ``--rdzv-conf``."""
+Environ = Mapping[str, str]
+"""Variables of the processes that a backend starts."""
+Logger = Callable[[str], None]
+"""Prints a line on the console."""
 
 DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 """Ports for endpoints that name none, by backend; torch's defaults."""
 
 
-def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> Rendezvous:
+def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
     """Create the rendezvous of a job: that of a built-in backend, or a third-party handler.
 
     Args:
@@ -57,9 +62,7 @@ def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], log: Cal
     return cast(Rendezvous, get_rendezvous_handler(params))
 
 
-def adapt(
-    handler: Any, spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]
-) -> SingleNodeRendezvous | DynamicRendezvous | ThirdPartyRendezvous:
+def adapt(handler: Any, spec: WorkerSpec, environ: Environ, log: Logger) -> Rendezvous:
     """Create the rendezvous that the agent talks to, for a handler of torch's interface.
 
     Args:
@@ -76,14 +79,15 @@ def adapt(
 
     if isinstance(handler, BuiltInHandler):
         return create_built_in(_launch_config(handler.params, spec), environ, log)
-    from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
-
     # The handler comes from outside, and need not be a subclass of ours.
     if not hasattr(handler, "next_rendezvous"):
         raise LaunchError(f"rdzv_handler={handler!r}: must be a rendezvous handler; it has no next_rendezvous()")
-    return ThirdPartyRendezvous(
-        handler, role=spec.role, local_world_size=spec.local_world_size, local_addr=spec.local_addr, log=log
-    )
+    from elastic_launch.core.rendezvous.records import NodeRecord
+    from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
+    from elastic_launch.rendezvous.third_party_tasks import HandlerTasks
+
+    node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), spec.local_world_size, spec.role)
+    return ThirdPartyRendezvous(HandlerTasks(handler, node, spec.local_addr, log))
 
 
 def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConfig:
@@ -107,9 +111,7 @@ def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConf
     )
 
 
-def create_built_in(
-    config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]
-) -> SingleNodeRendezvous | DynamicRendezvous:
+def create_built_in(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
     """Create the rendezvous of a built-in backend. A job of one node needs no store; one of several nodes does.
 
     Raises:
@@ -124,9 +126,7 @@ def create_built_in(
     return SingleNodeRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
 
 
-def create_store_rendezvous(
-    config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]
-) -> DynamicRendezvous:
+def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
     """Create the rendezvous of a job of several nodes, which meet over a store.
 
     Raises:
@@ -139,13 +139,8 @@ def create_store_rendezvous(
 
     conf = _read_conf(config, log)
     rank = _rank(config)
-    settings = Settings(
-        run_id=config.run_id or "none",
-        min_nodes=config.min_nodes,
-        max_nodes=config.max_nodes,
-        policy=config.policy,
-        **{name: conf[name] for name in Settings._fields if name in conf},
-    )
+    given = {name: conf[name] for name in Settings._fields if name in conf}
+    settings = Settings(config.run_id or "none", config.min_nodes, config.max_nodes, policy=config.policy, **given)
     timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in Timeouts._fields if f"{name}_timeout" in conf})
     backend: C10dBackend | EtcdBackend
     if config.rdzv_backend.startswith("etcd"):
@@ -155,20 +150,14 @@ def create_store_rendezvous(
         if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
             settings = settings._replace(store_port=backend.port)
     host, pid = os.uname().nodename, os.getpid()
-    record = NodeRecord(
-        node=f"{host}-{pid}-{os.urandom(4).hex()}",
-        host=host,
-        pid=pid,
-        workers=config.nproc_per_node,
-        role=config.role,
-        rank=rank,
-        address=config.local_addr or "",
-        named=bool(config.local_addr),
-    )
+    node = f"{host}-{pid}-{os.urandom(4).hex()}"
+    record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
+    if config.local_addr:
+        record = record._replace(address=config.local_addr, named=True)
     return DynamicRendezvous(settings, record, backend, log, timeouts, config.verbosity)
 
 
-def _c10d_backend(config: LaunchConfig, conf: Mapping[str, Any], rank: int, environ: Mapping[str, str]) -> C10dBackend:
+def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ) -> C10dBackend:
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
 
     if conf.get("embedded"):
@@ -177,8 +166,7 @@ def _c10d_backend(config: LaunchConfig, conf: Mapping[str, Any], rank: int, envi
     if not endpoint:
         raise UsageError(
             f"{config.max_nodes} nodes need a rendezvous endpoint: pass --rdzv-backend c10d --rdzv-endpoint HOST:PORT, "
-            "where HOST is one of them, or --master-addr and --node-rank; pass the same --rdzv-id and --nnodes on all "
-            "nodes"
+            "where HOST is one of them, or --master-addr and --node-rank; the same --rdzv-id and --nnodes everywhere"
         )
     if any(character in endpoint for character in "/, "):
         raise UsageError(f"--rdzv-endpoint={endpoint}: must be HOST:PORT")
@@ -189,13 +177,7 @@ def _c10d_backend(config: LaunchConfig, conf: Mapping[str, Any], rank: int, envi
     return C10dBackend(host, port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"]), is_host, environ)
 
 
-def _etcd_backend(
-    config: LaunchConfig,
-    conf: Mapping[str, Any],
-    join_timeout: float,
-    environ: Mapping[str, str],
-    log: Callable[[str], None],
-) -> EtcdBackend:
+def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ: Environ, log: Logger) -> EtcdBackend:
     from elastic_launch.rendezvous.backends.etcd import EmbeddedEtcdBackend, EtcdBackend
 
     endpoint = config.rdzv_endpoint.strip()
@@ -215,7 +197,7 @@ def _etcd_backend(
     return EmbeddedEtcdBackend(members, config.run_id, texts, environ, log_dir, log)
 
 
-def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Callable[[str], None]) -> list[tuple[str, int]]:
+def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> list[tuple[str, int]]:
     """Return host and client port of each member of an embedded etcd; warn about numbers that gain nothing."""
     from elastic_launch.store.etcd.bridge import DEFAULT_PORT
 
@@ -231,12 +213,9 @@ def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Callable[[str
     if max(port for _, port in used) > 65535:
         raise UsageError(f"--rdzv-endpoint={endpoint}: each member needs PORT + 1, too, so PORT must be below 65535")
     if len(members) == 1:
-        log(f"embedded etcd with one member, {endpoint}: the job does not survive the loss of that host; use 3 members")
+        log(f"embedded etcd with one member, {endpoint}: the job does not survive the loss of that host; use 3")
     elif len(members) % 2 == 0:
-        log(
-            f"embedded etcd with {len(members)} members survives the loss of no more hosts than with "
-            f"{len(members) - 1}; use 3 or 5 members"
-        )
+        log(f"embedded etcd with {len(members)} members survives no more losses than {len(members) - 1}; use 3 or 5")
     return members
 
 
@@ -248,7 +227,7 @@ def _rank(config: LaunchConfig) -> int:
     return int(rank)
 
 
-def _seconds(conf: Mapping[str, Any], name: str) -> float:
+def _seconds(conf: Conf, name: str) -> float:
     try:
         value = float(conf[name])
     except (TypeError, ValueError):
@@ -258,28 +237,28 @@ def _seconds(conf: Mapping[str, Any], name: str) -> float:
     return value
 
 
-def _attempts(conf: Mapping[str, Any], name: str) -> int:
+def _attempts(conf: Conf, name: str) -> int:
     text = str(conf[name])
     if not text.isdigit() or int(text) < 2:
         raise UsageError(f"--rdzv-conf {name}={text}: must be a number of at least 2")
     return int(text)
 
 
-def _flag(conf: Mapping[str, Any], name: str) -> bool:
+def _flag(conf: Conf, name: str) -> bool:
     flag = read_flag(conf[name])
     if flag is None:
         raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be true or false")
     return flag
 
 
-def _as_given(conf: Mapping[str, Any], name: str) -> Any:
+def _as_given(conf: Conf, name: str) -> Any:
     return conf[name]
 
 
 ETCD_SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
 """Settings for an etcd cluster with TLS or users: files, and names. ``EtcdBridge`` reads them."""
 
-SETTINGS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
+SETTINGS: dict[str, Callable[[Conf, str], Any]] = {
     # Durations in seconds.
     "join_timeout": _seconds,  # a node waits so long for a round to form; default 600
     "timeout": _seconds,  # torch's name for join_timeout
@@ -299,7 +278,7 @@ SETTINGS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
 """Settings of ``--rdzv-conf`` that the built-in backends know, and the functions that read them."""
 
 
-def _read_conf(config: LaunchConfig, log: Callable[[str], None]) -> dict[str, Any]:
+def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:
     """Return the settings of ``--rdzv-conf`` that were given, as values. Log the unknown ones.
 
     Raises:

@@ -72,9 +72,9 @@ class RendezvousParameters:
             UsageError: the value is not one of these.
         """
         value = self.get(key, default)
-        if value is None or isinstance(value, bool):
-            return value
-        flag = read_flag(value) if isinstance(value, int | str) else None
+        if value is None:
+            return None
+        flag = read_flag(value)
         if flag is None:
             raise UsageError(f"{key}={value!r} in the rendezvous settings: must be true or false")
         return flag
@@ -100,7 +100,7 @@ def check_backend(name: str) -> None:
         raise UsageError("backend='': must name a rendezvous backend")
 
 
-class KeyValueStore(Protocol):
+class Store(Protocol):
     """The methods of torch's ``Store`` that the launcher calls on a handler's store."""
 
     def get(self, key: str, /) -> bytes:
@@ -134,9 +134,7 @@ class RendezvousStoreInfo:
     """TCP port."""
 
     @staticmethod
-    def build(
-        rank: int, store: KeyValueStore, local_addr: str | None, server_port: int | None = None
-    ) -> RendezvousStoreInfo:
+    def build(rank: int, store: Store, local_addr: str | None, server_port: int | None = None) -> RendezvousStoreInfo:
         """Agree on the address through the nodes' store: rank 0 writes it, the other nodes read it.
 
         Args:
@@ -173,7 +171,7 @@ def _own_name() -> str:
 class RendezvousInfo(NamedTuple):
     """Result of ``RendezvousHandler.next_rendezvous``: this node's part in a round."""
 
-    store: KeyValueStore
+    store: Store
     """Store that the nodes of the round share, with the methods of torch's ``Store``."""
     rank: int
     """Group rank of this node, from 0."""

@@ -7,12 +7,7 @@ from typing import Any
 
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.rendezvous import BUILT_IN
-from elastic_launch.rendezvous.handler import (
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    check_backend,
-)
+from elastic_launch.rendezvous.handler import RendezvousHandler, RendezvousInfo, RendezvousParameters, check_backend
 
 ENTRY_POINTS = "torchrun.handlers"
 """Entry point group of packages that offer handlers: a backend's name, and a function that returns the creator."""
@@ -60,16 +55,14 @@ class RendezvousHandlerRegistry:
         if backend not in self._creators:
             if (creator := _load_creator(backend)) is None:
                 raise UsageError(
-                    f"rendezvous backend {backend!r}: unknown; choose one of {', '.join(self.known_backends())}, "
-                    f"install a package that offers it (entry point group {ENTRY_POINTS}), or call register()"
+                    f"rendezvous backend {backend!r}: unknown; choose one of {', '.join(self.known_backends())}. "
+                    f"Others come with packages (entry point group {ENTRY_POINTS}) or by register()"
                 )
             self.register(backend, creator)
         handler = self._creators[backend](params)
         # The handler comes from outside, and need not be a subclass of ours.
         if not hasattr(handler, "next_rendezvous"):
-            raise LaunchError(
-                f"rendezvous backend {backend!r}: its creator returned {handler!r}, which is not a handler"
-            )
+            raise LaunchError(f"rendezvous backend {backend!r}: its creator returned {handler!r}, not a handler")
         if handler.get_backend() != backend:
             raise LaunchError(
                 f"rendezvous backend {backend!r}: its creator returned a handler of {handler.get_backend()!r}"

@@ -29,16 +29,10 @@ from elastic_launch.core.agent.lifecycle import (
     ReportSuccess,
     RequestJoin,
 )
-from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.errors import LaunchError, signal_name
-from elastic_launch.host.console import log as log_on_console
 from elastic_launch.job import End, EndKind
-from elastic_launch.rendezvous.third_party_tasks import Handler, HandlerTasks, Step
+from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Step
 
-POLL_INTERVAL = 5.0
-"""Seconds between two checks for nodes that wait and for the end of the round: the interface cannot notify."""
-EXIT_BARRIER_TIMEOUT = 300.0
-"""Seconds that a node whose workers have succeeded waits for the other nodes to succeed; torch's default."""
 CLOSE_TIMEOUT = 2.0
 """Seconds that the handler has for its ``shutdown``."""
 
@@ -47,29 +41,11 @@ class ThirdPartyRendezvous:
     """Turns the blocking calls of a handler into events. Serves one run of one agent.
 
     Args:
-        handler: the user's.
-        role: role of this node's workers.
-        local_world_size: number of this node's workers.
-        local_addr: address of this node, in case the handler does not say where the workers' store is; None: its name.
-        poll: seconds between two calls of ``num_nodes_waiting``.
-        exit_barrier_timeout: seconds to wait for the other nodes' success.
-        log: prints a line on the console; called in the thread.
+        tasks: the calls.
     """
 
-    def __init__(
-        self,
-        handler: Handler,
-        *,
-        role: str,
-        local_world_size: int,
-        local_addr: str | None = None,
-        poll: float = POLL_INTERVAL,
-        exit_barrier_timeout: float = EXIT_BARRIER_TIMEOUT,
-        log: Callable[[str], None] = log_on_console,
-    ) -> None:
-        self._handler = handler
-        self._node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), local_world_size, role)
-        self._tasks = HandlerTasks(handler, self._node, local_addr, poll, exit_barrier_timeout, log)
+    def __init__(self, tasks: HandlerTasks) -> None:
+        self._tasks = tasks
         self._thread: threading.Thread | None = None
         self._end: End | None = None
         """How the round ended, as the agent was told."""
@@ -81,7 +57,7 @@ class ThirdPartyRendezvous:
 
     def get_run_id(self) -> str:
         """Return the job's id, as the handler has it."""
-        return str(self._handler.get_run_id())
+        return str(self._tasks.handler.get_run_id())
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Hand an action to the thread. Only ``ReportFailure`` is answered at once."""
@@ -93,17 +69,16 @@ class ThirdPartyRendezvous:
             case RequestJoin():
                 self._end = None
                 self._queue.put(self._tasks.join)
-            case ReportFailure(failure):
-                if self._end is None:
-                    self._end = End(EndKind.FAILED, failure.headline(), self._node.node, mine=True)
-                    self._queue.put(self._tasks.stop_polling)
-                    return [Ended(self._end, time.time())]
+            case ReportFailure(failure) if self._end is None:
+                self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True)
+                self._queue.put(Step)  # an empty step: the thread stops polling
+                return [Ended(self._end, time.time())]
             case ReportSuccess():
                 self._queue.put(self._tasks.report_success)
             case ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
             case Leave(signum, error, status):
-                host = self._node.host
+                host = self._tasks.node.host
                 reason = f"{host}: {error}" if error else f"{host} leaves ({signal_name(signum)})"
                 self._queue.put(partial(self._tasks.leave, reason, status))
         return []
@@ -162,16 +137,14 @@ class ThirdPartyRendezvous:
                 task = step.then
             if task is None:
                 break
+            results: Sequence[AgentEvent | LaunchError]
             try:
                 step = task()
-                self._post(step.events)
+                results = step.events
             except BaseException as error:
-                step = Step()
-                self._post([self._tasks.explain(error)])
+                step, results = Step(), [self._tasks.explain(error)]
+            with self._lock:  # else the descriptor might be closed, and reused, before it is written to
+                if results and self._wake >= 0:
+                    self._results.extend(results)
+                    os.eventfd_write(self._wake, 1)
         self._tasks.release_port()
-
-    def _post(self, results: Sequence[AgentEvent | LaunchError]) -> None:
-        with self._lock:  # else the descriptor might be closed, and reused, before it is written to
-            if results and self._wake >= 0:
-                self._results.extend(results)
-                os.eventfd_write(self._wake, 1)

@@ -7,8 +7,7 @@ nodes have succeeded are agreed here, under keys below ``PREFIX``:
     assignment/RANK/TOKEN   rank 0's reply to it
     TOKEN/end               how the round ended; whoever writes it first decides
     TOKEN/done              number of nodes whose workers have succeeded
-    TOKEN/all               exists when all have
-    TOKEN/seen              number of nodes that know this
+    TOKEN/seen              number of nodes that know that all have
 
 All functions block, as the store does, and may raise whatever it raises. All nodes of a job must run this launcher.
 """
@@ -24,7 +23,7 @@ from elastic_launch.core.rendezvous.ranks import assign
 from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
 from elastic_launch.errors import RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, RestartHistory
-from elastic_launch.rendezvous.handler import KeyValueStore, RendezvousInfo, RendezvousStoreInfo
+from elastic_launch.rendezvous.handler import RendezvousInfo, RendezvousStoreInfo, Store
 
 PREFIX = "elastic-launch/"
 """Prefix of all keys in the handler's store."""
@@ -60,7 +59,7 @@ class Outcome(NamedTuple):
 class Round:
     """A round from this node's point of view."""
 
-    def __init__(self, store: KeyValueStore, assignment: Assignment, token: str) -> None:
+    def __init__(self, store: Store, assignment: Assignment, token: str) -> None:
         self.assignment = assignment
         self.size = assignment.group_world_size
         """Number of nodes."""
@@ -90,12 +89,12 @@ class Round:
 
     def report_success(self) -> None:
         """Count this node among those whose workers have succeeded."""
-        if self.size > 1 and self._store.add(f"{self._keys}done", 1) >= self.size:
-            self._store.set(f"{self._keys}all", "1")
+        if self.size > 1:
+            self._store.add(f"{self._keys}done", 1)
 
     def have_all_succeeded(self) -> bool:
         """Return whether the workers of all nodes have succeeded."""
-        return self.size == 1 or self._store.check([f"{self._keys}all"])
+        return self.size == 1 or self._store.add(f"{self._keys}done", 0) >= self.size
 
     def linger(self) -> None:
         """Wait until every node knows that all have succeeded: the store may end with this process."""
@@ -134,7 +133,8 @@ def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, lo
         store.delete_key(key)
         return Round(store, *reply)
     registrations = [own, *_read_registrations(store, size)]
-    first, *others = _assign(info, registrations, use_agent_store, local_addr)
+    nodes = [registration.node for registration in registrations]
+    first, *others = _assign(info, nodes, use_agent_store, local_addr)
     for registration, assignment in zip(registrations[1:], others, strict=True):
         reply = _Reply(assignment, own.token)
         store.set(_assignment_key(assignment.group_rank, registration), encode(reply).decode())
@@ -145,7 +145,7 @@ def _assignment_key(rank: int, registration: _Registration) -> str:
     return f"{PREFIX}assignment/{rank}/{registration.token}"
 
 
-def _read_registrations(store: KeyValueStore, size: int) -> list[_Registration]:
+def _read_registrations(store: Store, size: int) -> list[_Registration]:
     """Wait for the registrations of the other nodes; return them by rank."""
     keys = [f"{PREFIX}node/{rank}" for rank in range(1, size)]
     # torch's stores answer a request for many keys if they have the extended API. Other stores do not know the names.
@@ -156,23 +156,14 @@ def _read_registrations(store: KeyValueStore, size: int) -> list[_Registration]:
     return [decode(_Registration, data, key) for data, key in zip(found, keys, strict=True)]
 
 
-def _assign(
-    info: RendezvousInfo, registrations: list[_Registration], use_agent_store: bool, local_addr: str | None
-) -> list[Assignment]:
+def _assign(info: RendezvousInfo, nodes: list[NodeRecord], is_shared: bool, local_addr: str | None) -> list[Assignment]:
     """Return the assignments of all nodes, by group rank."""
-    nodes = [registration.node for registration in registrations]
     newest = max(nodes, key=lambda node: node.past)
-    rounds = newest.past + 1
+    rounds, history = newest.past + 1, newest.restart_history
     # In a store that served an earlier round, torch's process groups would find the keys of that one.
-    is_served = use_agent_store and rounds == 0
-    where = None if use_agent_store and not is_served else info.bootstrap_store_info
+    is_served = is_shared and rounds == 0
+    where = None if is_shared and not is_served else info.bootstrap_store_info
     where = where or RendezvousStoreInfo.build(0, info.store, local_addr)
-    assignments = assign(
-        nodes,
-        where.master_addr,
-        where.master_port,
-        restart_count=rounds,
-        restart_history=newest.restart_history,
-    )
+    assignments = assign(nodes, where.master_addr, where.master_port, restart_count=rounds, restart_history=history)
     # The handler may choose the same port in each round, so another round would not help if the port is taken.
     return [assignment._replace(port_picked=False, agent_store=is_served) for assignment in assignments]

@@ -9,8 +9,9 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
@@ -22,43 +23,17 @@ from elastic_launch.errors import (
     RendezvousConnectionError,
     RendezvousError,
     RendezvousGracefulExitError,
-    RendezvousStateError,
-    RendezvousTimeoutError,
     UnavailableError,
 )
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Decision, End, EndKind
-from elastic_launch.rendezvous.handler import RendezvousInfo
+from elastic_launch.rendezvous.handler import RendezvousHandler
 from elastic_launch.rendezvous.third_party_round import Outcome, Round, form_round
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
 """Seconds between two checks whether all nodes have succeeded: at first, and after a while."""
-
-_KINDS: tuple[type[RendezvousError], ...] = (
-    RendezvousTimeoutError,
-    RendezvousConnectionError,
-    RendezvousStateError,
-    RendezvousClosedError,
-    RendezvousGracefulExitError,
-    RendezvousError,
-)
-"""Errors that a handler may raise on purpose."""
-
-
-class Handler(Protocol):
-    """The methods of torch's ``RendezvousHandler`` that the launcher calls. Handlers need not have the others."""
-
-    def get_run_id(self) -> str:
-        """Return the job's id."""
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for the other nodes, and return this node's part in the new round."""
-
-    def num_nodes_waiting(self) -> int:
-        """Return how many nodes wait for the next round."""
-
-    def shutdown(self) -> bool:
-        """End the job for all nodes."""
+_INTENDED = (*RendezvousError.__subclasses__(), RendezvousError)
+"""Errors that a handler raises on purpose."""
 
 
 class Step(NamedTuple):
@@ -72,99 +47,93 @@ class Step(NamedTuple):
     """Seconds until then."""
 
 
+@dataclass(eq=False)
 class HandlerTasks:
-    """The tasks of one agent. All methods but ``__init__`` run in the thread that may block.
+    """The tasks of one agent. Their methods run in the thread that may block."""
 
-    Args:
-        handler: the user's.
-        node: this node.
-        local_addr: address of this node; None: its name.
-        poll_interval: seconds between two calls of ``num_nodes_waiting``.
-        exit_barrier_timeout: seconds to wait for the other nodes' success.
-        log: prints a line on the console.
-    """
-
-    def __init__(
-        self,
-        handler: Handler,
-        node: NodeRecord,
-        local_addr: str | None,
-        poll_interval: float,
-        exit_barrier_timeout: float,
-        log: Callable[[str], None],
-    ) -> None:
-        self.is_closing = False
-        """Whether the agent is gone; set by the agent's thread."""
-        self._handler = handler
-        self._node = node
-        self._local_addr = local_addr
-        self._poll_interval = poll_interval
-        self._exit_barrier_timeout = exit_barrier_timeout
-        self._log = log
-        self._round: Round | None = None
-        self._rounds = 0
-        """Number of rounds so far, in all nodes' count."""
-        self._has_left = False
-        """Whether the job goes on, or may do so, without this node."""
-        self._has_succeeded = False
-        self._decision = Decision(True)
-        """What followed the last round."""
-        self._decided_at = time.monotonic()
-        self._reserved: socket.socket | None = None
+    handler: RendezvousHandler
+    """The user's; any object with the methods that are called here."""
+    node: NodeRecord
+    """This node."""
+    local_addr: str | None
+    """Address of this node, in case the handler does not say where the workers' store is; None: its name."""
+    log: Callable[[str], None]
+    """Prints a line on the console."""
+    poll_interval: float = 5.0
+    """Seconds between two checks for nodes that wait and for the end of the round: the interface cannot notify."""
+    exit_barrier_timeout: float = 300.0
+    """Seconds that a node whose workers have succeeded waits for the other nodes to succeed; torch's default."""
+    is_closing: bool = False
+    """Whether the agent is gone; set by the agent's thread."""
+    round: Round | None = None
+    """The current round, or the last one; None: this node waits for a round."""
+    rounds: int = 0
+    """Number of rounds of the job so far, this node's or not."""
+    has_left: bool = False
+    """Whether the job goes on, or may do so, without this node."""
+    has_succeeded: bool = False
+    """Whether this node's workers have succeeded in the current round."""
+    decision: Decision = Decision(True)  # noqa: RUF009 - a value
+    """What followed the last round."""
+    decided_at: float = field(default_factory=time.monotonic)
+    """When that was decided, on ``time.monotonic``."""
+    reserved: socket.socket | None = None
+    """Reserves the port of the workers' store."""
 
     def join(self) -> Step:
         """Wait for the next round, after the pause that was decided on."""
-        waited = time.monotonic() - self._decided_at
-        if waited < self._decision.pause:
-            return Step(then=self.join, pause=self._decision.pause - waited)
-        self._round = None
+        waited = time.monotonic() - self.decided_at
+        if waited < self.decision.pause:
+            return Step(then=self.join, pause=self.decision.pause - waited)
+        self.round = None
         self.release_port()
         try:
-            info = self._handler.next_rendezvous()
+            info = self.handler.next_rendezvous()
         except Exception as error:
-            if _is_a(error, RendezvousGracefulExitError):
-                self._has_left = True
-                self._log(f"{self._describe(error)}; the job goes on without this node")
-                return Step([Decided(Decision(False))])
-            if not _is_a(error, RendezvousClosedError):
-                raise
-            if self._has_succeeded:
-                self._log("the job has ended; this node's workers had succeeded before")
-                return Step([Decided(Decision(False))])
-            text = f"{self._describe(error)}; the job has already ended: use another --rdzv-id for a new one"
-            # With the failures after which this node expected another round.
-            decision = self._decision._replace(restart=False, error=text, status=ExitCode.UNAVAILABLE)
-            return Step([Decided(decision)])
+            if decision := self._decision_without_round(error):
+                return Step([Decided(decision)])
+            raise
         if self.is_closing:
             return Step()
-        history = aged(self._decision.restart_history, time.monotonic() - self._decided_at)
-        node = self._node._replace(restart_history=history, past=self._rounds - 1)
+        history = aged(self.decision.restart_history, time.monotonic() - self.decided_at)
+        node = self.node._replace(restart_history=history, past=self.rounds - 1)
         # The handler comes from outside and need not be a subclass of ours, so it may lack the attribute.
-        use_agent_store = bool(getattr(self._handler, "use_agent_store", False))
-        self._round = form_round(info, node, use_agent_store, self._local_addr)
-        assignment = self._round.assignment
-        self._rounds = assignment.restart_count + 1
-        self._has_succeeded = False
+        use_agent_store = bool(getattr(self.handler, "use_agent_store", False))
+        self.round = form_round(info, node, use_agent_store, self.local_addr)
+        assignment = self.round.assignment
+        self.rounds = assignment.restart_count + 1
+        self.has_succeeded = False
         if assignment.group_rank == 0 and not assignment.agent_store:
             with contextlib.suppress(UnavailableError):  # a store is served there already, or the worker will fail
-                self._reserved = reserve_port(assignment.master_port)
-        return Step([Assigned(assignment)], partial(self._poll, self._round), self._poll_interval)
+                self.reserved = reserve_port(assignment.master_port)
+        return Step([Assigned(assignment)], partial(self._poll, self.round), self.poll_interval)
+
+    def _decision_without_round(self, error: Exception) -> Decision | None:
+        """Return what follows if the job has no further round for this node; None: the handler failed."""
+        if _is_a(error, RendezvousGracefulExitError):
+            self.has_left = True
+            self.log(f"{self._describe(error)}; the job goes on without this node")
+            return Decision(False)
+        if not _is_a(error, RendezvousClosedError):
+            return None
+        if self.has_succeeded:
+            self.log("the job has ended; this node's workers had succeeded before")
+            return Decision(False)
+        text = f"{self._describe(error)}; the job has already ended: use another --rdzv-id for a new one"
+        # With the failures after which this node expected another round.
+        return self.decision._replace(restart=False, error=text, status=ExitCode.UNAVAILABLE)
 
     def _poll(self, current: Round) -> Step:
         """Check whether the round is over, and end it if nodes wait for the next one."""
         outcome = current.read_outcome()
         if outcome is None:
-            waiting = self._handler.num_nodes_waiting()
+            waiting = self.handler.num_nodes_waiting()
             if waiting <= 0:
-                return Step(then=partial(self._poll, current), pause=self._poll_interval)
+                return Step(then=partial(self._poll, current), pause=self.poll_interval)
             reason = f"{waiting} more node{'s' if waiting > 1 else ''} can join"
-            end = End(EndKind.MEMBERSHIP_CHANGED, reason, self._node.node)
+            end = End(EndKind.MEMBERSHIP_CHANGED, reason, self.node.node)
             outcome = current.write_outcome(Outcome(end, Decision(True, current.restart_history())))
         return _ended(outcome.end)
-
-    def stop_polling(self) -> Step:
-        """Do nothing until the agent asks for something."""
-        return Step()
 
     def report_round(self, end: End | None, decision: Decision) -> Step:
         """Report how the round ended for this node, and learn what follows for all.
@@ -173,25 +142,25 @@ class HandlerTasks:
             end: as the agent was told; None: it was not.
             decision: this node's, which holds if no other node was first.
         """
-        if self._round and end is not None and end.kind is not EndKind.DONE:
+        if self.round and end is not None and end.kind is not EndKind.DONE:
             own = Outcome(end._replace(mine=False), decision)
             try:
-                outcome = self._round.write_outcome(own)
+                outcome = self.round.write_outcome(own)
             except Exception:
                 outcome = own  # the store is lost: the failure that is known explains more, and a new round will show
             if outcome is not own:
                 consequences = () if outcome.decision.restart else decision.failures
                 decision = outcome.decision._replace(failures=(*outcome.decision.failures, *consequences))
-        self._decision, self._decided_at = decision, time.monotonic()
+        self.decision, self.decided_at = decision, time.monotonic()
         return Step([Decided(decision)])
 
     def report_success(self) -> Step:
         """Report that this node's workers have succeeded, and wait for the other nodes."""
-        assert self._round is not None, "workers run in a round"
-        self._has_succeeded = True
+        assert self.round is not None, "workers run in a round"
+        self.has_succeeded = True
         with contextlib.suppress(Exception):  # if the store is lost, the next task will find out
-            self._round.report_success()
-        return self._await_success(self._round, time.monotonic() + self._exit_barrier_timeout, _FIRST_POLL)
+            self.round.report_success()
+        return self._await_success(self.round, time.monotonic() + self.exit_barrier_timeout, _FIRST_POLL)
 
     def _await_success(self, current: Round, deadline: float, pause: float) -> Step:
         done = _ended(End(EndKind.DONE, "all workers succeeded"))
@@ -203,13 +172,10 @@ class HandlerTasks:
             if outcome := current.read_outcome():
                 return _ended(outcome.end)
         except Exception as error:
-            self._log(f"{self._describe(error)}; this node's workers succeeded, those of other nodes may have failed")
+            self.log(f"{self._describe(error)}; this node's workers succeeded, those of other nodes may have failed")
             return done
         if time.monotonic() >= deadline:
-            self._log(
-                "this node's workers succeeded; those of other nodes did not end within "
-                f"{self._exit_barrier_timeout:g} s"
-            )
+            self.log(f"this node's workers succeeded; others did not end within {self.exit_barrier_timeout:g} s")
             return done
         return Step(then=partial(self._await_success, current, deadline, min(pause * 1.5, _LAST_POLL)), pause=pause)
 
@@ -220,37 +186,36 @@ class HandlerTasks:
             reason: for the other nodes' console.
             status: exit status with which the job ends; 0: the job goes on without this node.
         """
-        self._has_left = not status
-        if self._round and self._round.size > 1:
-            rank = self._round.assignment.group_rank
-            end = End(EndKind.MEMBERSHIP_CHANGED, reason, self._node.node, rank=rank)
-            decision = Decision(True, self._round.restart_history())
-            if status:
-                end = End(EndKind.ERROR, reason, self._node.node, status=status)
-                decision = decision._replace(restart=False, error=reason, status=status)
+        self.has_left = not status
+        if self.round and self.round.size > 1:
+            kind = EndKind.ERROR if status else EndKind.MEMBERSHIP_CHANGED
+            rank = -1 if status else self.round.assignment.group_rank
+            end = End(kind, reason, self.node.node, status=status, rank=rank)
+            error = reason if status else ""
+            decision = Decision(not status, self.round.restart_history(), error=error, status=status)
             with contextlib.suppress(Exception):  # if the store is lost, the others will notice
-                self._round.write_outcome(Outcome(end, decision))
+                self.round.write_outcome(Outcome(end, decision))
         return Step()
 
     def shut_down(self) -> Step:
         """End the job for all nodes, unless this node has left it or never was in it."""
-        if self._rounds and not self._has_left:
+        if self.rounds and not self.has_left:
             try:
-                self._handler.shutdown()
+                self.handler.shutdown()
             except Exception as error:
-                self._log(f"{self._describe(error)} (in shutdown())")
+                self.log(f"{self._describe(error)} (in shutdown())")
         return Step()
 
     def release_port(self) -> None:
         """End the reservation of the port for the workers' store."""
-        if self._reserved is not None:
-            self._reserved.close()
-            self._reserved = None
+        if self.reserved is not None:
+            self.reserved.close()
+            self.reserved = None
 
     def explain(self, error: BaseException) -> LaunchError:
         """Return an error that the handler raised as one of ours, with a traceback if it looks unintended."""
         explained: LaunchError
-        if kind := next((kind for kind in _KINDS if _is_a(error, kind)), None):
+        if kind := next((kind for kind in _INTENDED if _is_a(error, kind)), None):
             explained = kind(self._describe(error))
         elif isinstance(error, OSError) or type(error).__name__ in ("RuntimeError", "DistStoreError"):
             # torch's stores raise the latter two when a key does not come in time, or a connection is lost.
@@ -267,7 +232,7 @@ class HandlerTasks:
         """Return one line that names the handler and the error."""
         lines = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        return f"rendezvous handler {type(self._handler).__name__}: {what}"
+        return f"rendezvous handler {type(self.handler).__name__}: {what}"
 
 
 def _ended(end: End) -> Step:

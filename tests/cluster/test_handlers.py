@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LocalElasticAgent, RunResult, SignalException, WorkerSpec
+from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.errors import (
     ExitCode,
     RendezvousClosedError,
@@ -48,6 +49,7 @@ from elastic_launch.rendezvous.registry import (
 )
 from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
 from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
+from elastic_launch.rendezvous.third_party_tasks import HandlerTasks
 from tests.conftest import DEADLINE, Job, wait_until
 
 # --- stores and handlers
@@ -217,11 +219,16 @@ class InFiles:
 # --- agents
 
 
+def third_party(
+    handler: Any, workers: int = 1, local_addr: str | None = None, log: Callable[[str], None] = print, **settings: Any
+) -> ThirdPartyRendezvous:
+    node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), workers, "trainer")
+    return ThirdPartyRendezvous(HandlerTasks(handler, node, local_addr, log, **{"poll_interval": 0.05, **settings}))
+
+
 def run_agent(handler: Any, command: str, *, workers: int = 1, restarts: int = 0, **settings: Any) -> RunResult:
-    """Run a shell's command on a handler, with the quick eyes of a test."""
-    rendezvous = ThirdPartyRendezvous(
-        handler, role="trainer", local_world_size=workers, **{"poll": 0.05, "log": print, **settings}
-    )
+    """Run a shell command on a handler that is polled often, so that a test takes little time."""
+    rendezvous = third_party(handler, workers, **settings)
     spec = WorkerSpec("trainer", workers, rendezvous, entrypoint="sh", args=("-c", command), max_restarts=restarts)
     return LocalElasticAgent(spec, DefaultLogsSpecs(), log=settings.get("log", print)).run()
 
@@ -378,7 +385,7 @@ def test_registry() -> None:
     with pytest.raises(LaunchError, match=r"'misnamed'.* a handler of 'one-node'"):
         registry.create_handler(parameters("misnamed"))
     registry.register("none", lambda params: None)
-    with pytest.raises(LaunchError, match="returned None, which is not a handler"):
+    with pytest.raises(LaunchError, match="returned None, not a handler"):
         registry.create_handler(parameters("none"))
     with pytest.raises(UsageError, match="'nowhere': unknown; choose one of misnamed, none, one-node"):
         registry.create_handler(parameters("nowhere"))
@@ -562,7 +569,7 @@ def test_failing_goodbye_costs_a_line() -> None:
 def test_a_pause_before_the_next_round_is_kept() -> None:
     from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, ReportRound, RequestJoin
 
-    rendezvous = ThirdPartyRendezvous(OneNode(), role="trainer", local_world_size=1)
+    rendezvous = third_party(OneNode())
     begin, events = time.monotonic(), list[AgentEvent]()
     rendezvous.ask(ReportRound(Decision(True, pause=0.3)))
     rendezvous.ask(RequestJoin())
@@ -682,7 +689,7 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
     # The same store twice: this is the other node's first word, and nothing follows.
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
-    silent = ThirdPartyRendezvous(other, role="trainer", local_world_size=1)
+    silent = third_party(other)
     from elastic_launch.core.agent.lifecycle import RequestJoin
 
     silent.ask(RequestJoin())
@@ -690,7 +697,7 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
         assert not run_agent(handler, "true", exit_barrier_timeout=0.2, log=said.append).is_failed()
     finally:
         silent.close()
-    assert said[1:-1] == ["this node's workers succeeded; those of other nodes did not end within 0.2 s"]
+    assert said[1:-1] == ["this node's workers succeeded; others did not end within 0.2 s"]
 
 
 def read(job: Job) -> dict[str, Any]:

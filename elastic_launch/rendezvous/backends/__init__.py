@@ -17,9 +17,9 @@ class Backend(Protocol):
 
     where: str
     """Name of the store in messages, such as ``the store at host-a:29400``."""
-    serves: bool
+    serves: bool = False
     """Whether this node hosts the store."""
-    stays: bool
+    stays: bool = False
     """Whether the store ends with the nodes that host it. All of them then stay until all know how the job ended."""
 
     def open(self) -> None:
@@ -33,11 +33,12 @@ class Backend(Protocol):
         """Serve another, empty store for the workers of the next round.
 
         Returns:
-            Its port; 0: this node does not host the store.
+            Its port; 0, the default: this node does not host the store.
 
         Raises:
             UnavailableError: it cannot be served.
         """
+        return 0
 
     def connect(self) -> StoreClient:
         """Begin a connection; does not wait for the store.
@@ -55,7 +56,8 @@ class Backend(Protocol):
         """
 
     def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
-        """Return the error with what is known on this node about its cause."""
+        """Return the error with what is known on this node about its cause; by default, as it is."""
+        return error
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptors, with their poll masks, after whose events ``take`` is due."""

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
 from elastic_launch.host.ports import port_owner
+from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
 
 
-class C10dBackend:
+class C10dBackend(Backend):
     """torch's TCPStore at ``HOST:PORT``, hosted by the first agent that binds the port there.
 
     Args:
@@ -27,7 +28,6 @@ class C10dBackend:
 
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
         self.where = f"the store at {join_endpoint(host, port)}"
-        self.serves = self.stays = False
         self.port = port
         self._host = host
         self._is_host = is_host

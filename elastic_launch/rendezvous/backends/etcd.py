@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 from collections.abc import Callable, Mapping, Sequence
 
 from elastic_launch.config import split_endpoint
@@ -13,12 +12,13 @@ from elastic_launch.core.rendezvous.ranks import is_loopback
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.addresses import is_own, join_endpoint, own_address, resolve
 from elastic_launch.logs.job_files import as_file_name
+from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.member import EtcdMember, claim
 
 
-class EtcdBackend:
+class EtcdBackend(Backend):
     """An etcd v3 cluster, reached through a bridge process on this node.
 
     Args:
@@ -28,11 +28,8 @@ class EtcdBackend:
         environ: variables of the bridge process.
     """
 
-    serves = False
-
     def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
         self.where = f"etcd at {endpoints}"
-        self.stays = False
         self._endpoints, self._conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
         self._bridge: EtcdBridge | None = None
@@ -46,10 +43,6 @@ class EtcdBackend:
         """
         self._bridge = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
 
-    def fresh_store(self) -> int:
-        """Return 0: the workers host their store themselves."""
-        return 0
-
     def connect(self) -> StoreClient:
         """Connect to the bridge."""
         if self._bridge is None:
@@ -62,10 +55,6 @@ class EtcdBackend:
             with contextlib.suppress(OSError, RendezvousConnectionError):
                 return own_address(split_endpoint(endpoint)[0]), ""
         return "127.0.0.1", ""
-
-    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
-        """Return the error as it is: the bridge has explained it."""
-        return error
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptor of the bridge."""
@@ -111,8 +100,9 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self._run_id = run_id
         self._log_dir = log_dir
         self._log = log
-        self._claim: socket.socket | None = None
         self._member: EtcdMember | None = None
+        self._own = contextlib.ExitStack()
+        """Ends the member of this host, and the claim on its endpoint."""
 
     def open(self) -> None:
         """Start the bridge, and the member if an endpoint is this host's.
@@ -136,6 +126,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 temporary=not self._log_dir,
             )
             self._member = EtcdMember(plan, self._environ)
+            self._own.callback(self._member.close)
         super().open()
 
     def _folder(self, own: int) -> str:
@@ -167,12 +158,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self._end_member()
 
     def _end_member(self) -> None:
-        if self._member:
-            self._member.close()
-            self._member = None
-        if self._claim:
-            self._claim.close()
-            self._claim = None
+        self._member = None
+        self._own.close()
 
     def _claim_own(self) -> tuple[int, str] | None:
         """Claim the first endpoint of this host that no other agent of the job has claimed.
@@ -187,11 +174,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 continue  # a name that cannot be resolved yet is not this host's
             address = min(addresses, key=is_loopback, default=None)
             if address and (claimed := claim(self._names[index], self._run_id)):
-                self._claim = claimed
+                self._own.enter_context(claimed)
                 if is_loopback(address) and host not in (address, "localhost"):
-                    self._log(
-                        f"--rdzv-endpoint: {host} resolves to {address} on this host, where no other host can reach "
-                        "it; use an IP address of this host instead"
-                    )
+                    self._log(f"{host} is {address} on this host, where no other reaches it: use its IP address")
                 return index, address
         return None
