@@ -350,7 +350,7 @@ def test_handler_is_abstract() -> None:
     assert RendezvousHandler.use_agent_store.fget(OneNode()) is False  # type: ignore[attr-defined]
 
 
-def test_store_info_is_the_word_of_rank_0() -> None:
+def test_store_info_is_decided_by_rank_0() -> None:
     store = MemoryStore()
     found: list[RendezvousStoreInfo] = []
     other = threading.Thread(target=lambda: found.append(RendezvousStoreInfo.build(1, store, "10.9.9.9", 99)))
@@ -401,7 +401,7 @@ def test_built_in_names_are_taken() -> None:
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An installed package that offers handlers."""
+    """Install a package that offers handlers."""
     info = tmp_path / "site" / "plugins-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
@@ -429,7 +429,7 @@ def test_packages_offer_handlers(plugins: str) -> None:
         registry.create_handler(parameters("missing"))
 
 
-def test_packages_are_looked_through_only_for_unknown_backends() -> None:
+def test_packages_are_searched_only_for_unknown_backends() -> None:
     code = (
         "import sys; from elastic_launch.rendezvous.registry import *\n"
         "rendezvous_handler_registry.register('x', lambda p: None)\n"
@@ -460,7 +460,7 @@ def test_one_node(tmp_path: Path) -> None:
     assert handler.threads == {"elastic-launch-rendezvous"}
 
 
-def test_failure_is_another_round_until_there_is_none_left(tmp_path: Path) -> None:
+def test_failures_restart_the_job_until_no_restart_is_left(tmp_path: Path) -> None:
     handler = OneNode()
     said: list[str] = []
     command = f"echo $TORCHELASTIC_RESTART_COUNT >> {tmp_path}/rounds; exit 3"
@@ -471,7 +471,7 @@ def test_failure_is_another_round_until_there_is_none_left(tmp_path: Path) -> No
     assert [line for line in said if "restart 2 of 2" in line]
 
 
-def test_nodes_that_wait_end_the_round_without_charge(tmp_path: Path) -> None:
+def test_nodes_that_wait_end_the_round_uncharged(tmp_path: Path) -> None:
     handler = OneNode()
     handler.waiting = [0, 1]
     said: list[str] = []
@@ -481,7 +481,7 @@ def test_nodes_that_wait_end_the_round_without_charge(tmp_path: Path) -> None:
     assert "1 more node can join: stopping 1 worker" in said
 
 
-def test_place_of_the_store_is_found_where_the_handler_does_not_say(tmp_path: Path) -> None:
+def test_store_address_is_chosen_if_the_handler_names_none(tmp_path: Path) -> None:
     handler = OneNode()
     handler.info = lambda: RendezvousInfo(MemoryStore(), 0, 1, None)  # type: ignore[arg-type]
     command = f"echo $MASTER_ADDR $MASTER_PORT > {tmp_path}/env"
@@ -489,8 +489,8 @@ def test_place_of_the_store_is_found_where_the_handler_does_not_say(tmp_path: Pa
     assert re.fullmatch(r"10\.1\.2\.3 [1-9][0-9]*\n", (tmp_path / "env").read_text())
 
 
-class Foreign:
-    """Errors by torch's names that are not ours."""
+class Torchs:
+    """Errors with torch's names that are not ours."""
 
     class RendezvousTimeoutError(Exception):
         pass
@@ -510,10 +510,10 @@ class Foreign:
             RendezvousTimeoutError,
             "^rendezvous handler OneNode: .*TimeoutError: alone$",
         ),
-        (Foreign.RendezvousTimeoutError("alone\nin line 2"), RendezvousTimeoutError, "TimeoutError: alone$"),
+        (Torchs.RendezvousTimeoutError("alone\nin line 2"), RendezvousTimeoutError, "TimeoutError: alone$"),
         (RendezvousClosedError("over"), RendezvousError, "OneNode: .*: over; the job has already ended"),
         (ConnectionRefusedError(111, "refused"), RendezvousConnectionError, "ConnectionRefusedError: .*refused$"),
-        (Foreign.DistStoreError("wait timeout"), RendezvousConnectionError, "DistStoreError: wait timeout$"),
+        (Torchs.DistStoreError("wait timeout"), RendezvousConnectionError, "DistStoreError: wait timeout$"),
         (
             KeyError("x"),
             LaunchError,
@@ -530,11 +530,11 @@ def test_handler_that_raises(error: BaseException, kind: type[LaunchError], matc
         RendezvousTimeoutError: ExitCode.TIMEOUT,
         LaunchError: ExitCode.SOFTWARE,
     }.get(kind, ExitCode.UNAVAILABLE)
-    assert handler.calls == ["next"], "a node that was never in the job does not end it for the others"
+    assert handler.calls == ["next"], "a node that was never in the job must not end it for the others"
 
 
-@pytest.mark.parametrize("kind", [RendezvousGracefulExitError, Foreign.RendezvousGracefulExitError])
-def test_graceful_exit_is_none_of_failure(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [RendezvousGracefulExitError, Torchs.RendezvousGracefulExitError])
+def test_graceful_exit_is_not_a_failure(kind: type[Exception]) -> None:
     handler, said = OneNode(kind("not needed")), list[str]()
     assert run_agent(handler, "true", log=said.append).return_values == {}
     assert "not needed; the job goes on without this node" in said[0]
@@ -556,7 +556,7 @@ def test_impossible_rank() -> None:
         run_agent(handler, "true")
 
 
-def test_failing_goodbye_costs_a_line() -> None:
+def test_failing_shutdown_is_logged() -> None:
     class Rude(OneNode):
         def shutdown(self) -> bool:
             raise OSError("no")
@@ -631,7 +631,7 @@ def test_two_nodes_restart_as_one(job: Job) -> None:
     assert f"{text}: stopping 2 workers" in ends[0].stderr
 
 
-def test_final_failure_is_everybodys(job: Job) -> None:
+def test_final_failure_ends_all_nodes(job: Job) -> None:
     want(job, 2)
     command = "mark; if [ $RANK = 0 ]; then while [ ! -e go ]; do sleep 0.01; done; exit 7; fi; exec sleep 1000"
     agents = [start(job, command.replace("go", f"{job.path}/go")) for _ in range(2)]
@@ -681,12 +681,12 @@ def test_nodes_wait_for_each_others_success(job: Job) -> None:
     assert [job.finish(agent).returncode for agent in agents] == [0, 0]
 
 
-def test_success_does_not_wait_for_ever(job: Job) -> None:
-    """The other node never says anything again."""
+def test_success_does_not_wait_forever(job: Job) -> None:
+    """The other node never reports anything again."""
     store, said = MemoryStore(), list[str]()
     handler = OneNode()
     handler.info = lambda: RendezvousInfo(store, 0, 2, RendezvousStoreInfo("127.0.0.1", 29999))
-    # The same store twice: this is the other node's first word, and nothing follows.
+    # The same store: the other node registers in it, and does nothing else.
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
     silent = third_party(other)
@@ -706,7 +706,7 @@ def read(job: Job) -> dict[str, Any]:
 
 
 def test_torchs_own_handler(job: Job) -> None:
-    """Two agents on torch's dynamic rendezvous over its TCPStore: a failure, a second round, success."""
+    """Run two agents on torch's dynamic rendezvous over its TCPStore: a failure, a second round, success."""
     from elastic_launch.host.ports import reserve_port
 
     with reserve_port() as sock:
