@@ -259,23 +259,23 @@ ETCD_SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key",
 """Settings for an etcd cluster with TLS or users: files, and names. ``EtcdBridge`` reads them."""
 
 SETTINGS: dict[str, Callable[[Conf, str], Any]] = {
-    # Durations in seconds.
-    "join_timeout": _seconds,  # a node waits so long for a round to form; default 600
-    "timeout": _seconds,  # torch's name for join_timeout
-    "last_call_timeout": _seconds,  # a round with enough nodes waits so long, after the last arrival, for more; 30
-    "close_timeout": _seconds,  # at the end, the node that hosts the store waits so long for the others; 30
-    "store_timeout": _seconds,  # a store that was lost may take so long to come back; 60
-    "read_timeout": _seconds,  # the store may take so long to answer; 60
-    "keep_alive_interval": _seconds,  # a node sends heartbeats so far apart; 5
+    # Durations, in seconds.
+    "join_timeout": _seconds,  # for which a node waits for a round to form; default 600
+    "timeout": _seconds,  # another name for join_timeout
+    "last_call_timeout": _seconds,  # for which a round with min_nodes waits for more, from the last arrival; default 30
+    "close_timeout": _seconds,  # for which the node that hosts the store waits for the others at the end; default 30
+    "store_timeout": _seconds,  # for which a lost store is looked for; default 60
+    "read_timeout": _seconds,  # for which an answer of the store is waited for; default 60
+    "keep_alive_interval": _seconds,  # between two heartbeats of a node; default 5
     # Others.
-    "keep_alive_max_attempt": _attempts,  # a node is lost after so many intervals without a heartbeat, at least 2; 3
-    "rank": _as_given,  # the group rank that this node asks for, as --node-rank; any
-    "is_host": _flag,  # whether this node hosts the c10d store; yes if the endpoint is an address of its host
-    "embedded": _flag,  # whether the agents run etcd's members; false
-    "protocol": _as_given,  # http or https, for etcd; https if there are certificates
+    "keep_alive_max_attempt": _attempts,  # intervals without a heartbeat until a node is lost, at least 2; default 3
+    "rank": _as_given,  # group rank that this node asks for, as --node-rank; default: any
+    "is_host": _flag,  # whether this node hosts the c10d store; default: if the endpoint is an address of this host
+    "embedded": _flag,  # whether the agents run etcd's members; default false
+    "protocol": _as_given,  # of etcd, http or https; default http, or https with a certificate
     **dict.fromkeys(ETCD_SECURITY, _as_given),
 }
-"""Settings of ``--rdzv-conf`` that the built-in backends know, and the functions that read them."""
+"""Settings of ``--rdzv-conf`` that the built-in backends know, with the functions that read them."""
 
 
 def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:

@@ -20,8 +20,9 @@ class RendezvousHandlerRegistry:
     """Creators of handlers, by the name of the backend.
 
     >>> registry = RendezvousHandlerRegistry()
-    >>> registry.register("my-cluster", create_handler)  # doctest: +SKIP
-    >>> handler = registry.create_handler(RendezvousParameters("my-cluster", "", "job-1", 1, 2))  # doctest: +SKIP
+    >>> registry.register("my-cluster", BuiltInHandler)
+    >>> registry.create_handler(RendezvousParameters("my-cluster", "host-a", "job-1", 1, 2)).get_backend()
+    'my-cluster'
     """
 
     def __init__(self) -> None:
