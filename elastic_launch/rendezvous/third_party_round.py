@@ -162,7 +162,7 @@ def _assign(info: RendezvousInfo, nodes: list[NodeRecord], is_shared: bool, loca
     rounds, history = newest.past + 1, newest.restart_history
     # In a store that served an earlier round, torch's process groups would find the keys of that one.
     is_served = is_shared and rounds == 0
-    where = None if is_shared and not is_served else info.bootstrap_store_info
+    where = info.bootstrap_store_info if is_served or not is_shared else None
     where = where or RendezvousStoreInfo.build(0, info.store, local_addr)
     assignments = assign(nodes, where.master_addr, where.master_port, restart_count=rounds, restart_history=history)
     # The handler may choose the same port in each round, so another round would not help if the port is taken.

@@ -76,7 +76,10 @@ WRONG = [
     (["--nproc-per-node", "0"], "--nproc-per-node=0: must be a number from 1 to 65536, or auto"),
     (["--rdzv-conf", "abc"], "--rdzv-conf='abc': must be KEY=VALUE"),
     (["--rdzv-conf", "=1"], "--rdzv-conf='=1': must be KEY=VALUE"),
-    (["--rdzv-backend", "zookeeper"], "rendezvous backend 'zookeeper': unknown; choose one of c10d, etcd, etcd-v2, static"),
+    (
+        ["--rdzv-backend", "zookeeper"],
+        "rendezvous backend 'zookeeper': unknown; choose one of c10d, etcd, etcd-v2, static",
+    ),
     (["-m", "--no-python"], "-m/--module together with --no-python or --run-path"),
     (["--local-ranks-filter", "x"], "--local-ranks-filter='x': must be local ranks"),
     (["-r", "0:9"], "--redirects='0:9': must be 0 (none), 1 (stdout)"),
