@@ -141,7 +141,7 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     rank = _rank(config)
     given = {name: conf[name] for name in Settings._fields if name in conf}
     settings = Settings(config.run_id or "none", config.min_nodes, config.max_nodes, policy=config.policy, **given)
-    timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in Timeouts._fields if f"{name}_timeout" in conf})
+    timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in ("store", "read") if f"{name}_timeout" in conf})
     backend: C10dBackend | EtcdBackend
     if config.rdzv_backend.startswith("etcd"):
         backend = _etcd_backend(config, conf, settings.join_timeout, environ, log)
