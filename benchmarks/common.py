@@ -1,4 +1,4 @@
-"""What the benchmarks share: the two launchers, running them, and the table of results."""
+"""Shared by the benchmarks: the two launchers, how they are run, and the table of results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import IO, NoReturn
 import psutil
 
 OURS, PEER = "elastic-run", "torchrun"
-# Both are looked for beside the Python that runs the benchmark, so that they share its packages.
+# Both come from the directory of the Python that runs the benchmark, so that they share its packages.
 COMMANDS = {name: [str(Path(sys.executable).with_name(name))] for name in (OURS, PEER)}
 OPTIONS = ["--standalone", "--nproc-per-node", "2"]
 
@@ -35,19 +35,19 @@ def parse_runs(description: str, default: int) -> int:
 
 
 def environment(folder: str) -> dict[str, str]:
-    """What the launchers see. Temporary files, such as torchrun's log folders, go into the folder."""
-    # PET_ variables of the caller would overrule the options. PYTHONDONTWRITEBYTECODE would have an editable package
-    # compiled again in each launch, whereas pip compiles what it installs. OMP_NUM_THREADS: neither has to choose one.
+    """Return the launchers' environment. Temporary files, such as torchrun's log directories, go into ``folder``."""
+    # The caller's PET_ variables would override options. With PYTHONDONTWRITEBYTECODE, each launch would compile an
+    # editable package again, whereas pip compiles what it installs. With OMP_NUM_THREADS, neither launcher chooses one.
     dropped = ("PET_", "TORCHELASTIC_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return kept | {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
 
 
 def wall_time(command: Sequence[str], folder: str) -> float:
-    """Seconds that the command takes; ends the benchmark with the command's output if it fails."""
+    """Return how long a command takes, in seconds. If it fails, end the benchmark with its output."""
     with tempfile.TemporaryFile() as output:
         begin = time.monotonic()
-        # No timeout: with one, subprocess polls for the end and is up to 50 ms late.
+        # No timeout: with one, subprocess polls for the end, and notices it up to 50 ms late.
         status = subprocess.run(command, env=environment(folder), stdout=output, stderr=output).returncode
         seconds = time.monotonic() - begin
         if status != 0:
@@ -56,27 +56,27 @@ def wall_time(command: Sequence[str], folder: str) -> float:
 
 
 class Running:
-    """A launcher at work."""
+    """A running launcher."""
 
     def __init__(self, command: Sequence[str], folder: str, output: IO[bytes]) -> None:
         self.command = command
         self.output = output
         self.process = subprocess.Popen(command, env=environment(folder), stdout=output, stderr=output)
         self.left: list[psutil.Process] = []
-        """What a launcher that was killed may have left behind."""
+        """Processes that a killed launcher may have left behind."""
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        """Sleep until the condition holds; ends the benchmark if the launcher ends or the time is over."""
+        """Wait until the condition holds. If the launcher ends first or the time is up, end the benchmark."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
-                fail(f"ended too early, exit status {self.process.returncode}", self.command, self.output)
+                fail(f"ended too early with exit status {self.process.returncode}", self.command, self.output)
             if time.monotonic() > deadline:
-                fail(f"not there after {seconds:.0f} s", self.command, self.output)
+                fail(f"condition not met after {seconds:.0f} s", self.command, self.output)
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """SIGKILL to the launcher, and to nothing that it has started."""
+        """Send SIGKILL to the launcher, but to nothing that it has started."""
         self.left = self.family()
         self.process.kill()
 
@@ -115,7 +115,7 @@ def table(rows: Sequence[str]) -> str:
 
 
 def row(what: str, samples: Samples, digits: int, limit: float | None = None, ratio_limit: float | None = None) -> str:
-    """One line of the table. The target is a limit of our median, or of its ratio to the peer's."""
+    """Return a row of the table. The target is an upper limit of our median, or of its ratio to the peer's."""
     ours, peer = median(samples[OURS]), median(samples[PEER])
     ratio = ours / peer if peer else float("nan")
     target = ""
@@ -130,7 +130,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def machine(command: Sequence[str]) -> str:
-    """Where and how it was measured. The load tells whether somebody else was at work."""
+    """Describe where and how the figures were measured. The load shows whether other programs were running."""
     arguments = " ".join([Path(command[0]).name, *command[1:]])
     return (
         f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "

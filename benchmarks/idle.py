@@ -1,7 +1,7 @@
-"""What a launcher costs while its workers work: memory, threads and wake-ups.
+"""Measure what a launcher costs while its workers run: memory, threads and wake-ups.
 
-Counted are the launcher and all its descendants that are neither workers nor started by workers: with ours, the agent
-and its keeper.
+The launcher counts with all its descendants except the workers and what they start. For ours, these are the agent and
+its keeper.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import psutil
 from common import COMMANDS, OPTIONS, OURS, PEER, Running, Samples, machine, parse_runs, row, running, table
 
 WINDOW_S = 10.0
-SETTLE_S = 2.0  # after the last worker is up; what a launcher does at the start is not idling
+SETTLE_S = 2.0  # after the start of the last worker: what a launcher does at the start is not idling
 WORKER = """\
 import os, sys, time
 open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
@@ -65,7 +65,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def own_processes(launcher: Running, workers: set[int]) -> list[psutil.Process]:
-    """The launcher's own, the agent first."""
+    """Return the launcher's own processes, the agent first."""
     agent = psutil.Process(launcher.process.pid)
     theirs = set(workers)
     for worker in workers:
@@ -74,13 +74,13 @@ def own_processes(launcher: Running, workers: set[int]) -> list[psutil.Process]:
 
 
 def switches(pid: int) -> int:
-    """Context switches of all threads so far, voluntary and not: each wake-up ends in one."""
+    """Return the context switches of all threads so far, voluntary or not: each wake-up ends in one."""
     statuses = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
     return sum(int(count) for text in statuses for count in re.findall(r"voluntary_ctxt_switches:\s+(\d+)", text))
 
 
 def pss_mib(pid: int) -> float:
-    """Memory with each shared page divided among the processes that share it, the workers too."""
+    """Return the proportional set size in MiB: a shared page is divided among all that share it, workers included."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     match = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
     assert match, text

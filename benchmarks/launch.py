@@ -1,6 +1,6 @@
-"""How long a launch takes: two workers that import nothing, so all that is measured is the launcher.
+"""Measure how long a launch takes. Its two workers import nothing, so that only the launcher counts.
 
-Also where our agent's start goes: its costliest imports, and that torch is not among them.
+Also list the most expensive imports of our agent, and check that torch is not among them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from common import (
     wall_time,
 )
 
-IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)$")  # self and cumulative in µs, module
+IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)$")  # own and cumulative µs, module
 
-ENTRY = "from elastic_launch.cli.main import console; console()"  # what the script elastic-run does
+ENTRY = "from elastic_launch.cli.main import console; console()"  # as the script elastic-run does
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         script.write_text("import os\n")
         commands = {name: [*command, *OPTIONS, str(script)] for name, command in COMMANDS.items()}
         commands[bare_name] = [sys.executable, "-u", str(script)]
-        for command in commands.values():  # once unmeasured: compiles modules, fills the page cache
+        for command in commands.values():  # a first run compiles modules and fills the page cache
             wall_time(command, folder)
         samples: Samples = {name: [] for name in commands}
         for _ in range(runs):
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def print_imports(top: int = 10) -> None:
-    # Of several measurements the quickest: what disturbs can only add to what the imports cost.
+    # The quickest of several measurements: disturbances only ever add to the cost.
     imports = min((measure_imports() for _ in range(5)), key=lambda found: sum(own for own, _, _ in found))
     if any(name.split(".")[0] == "torch" for _, _, name in imports):
         raise SystemExit("the agent imports torch")
@@ -69,10 +69,12 @@ def print_imports(top: int = 10) -> None:
 
 
 def measure_imports() -> list[tuple[int, int, str]]:
-    """What a launch imports beyond a bare interpreter: (own µs, cumulative µs, module), in the order of completion.
+    """Return what a launch imports beyond a bare interpreter, in the order of completion.
 
-    A whole launch, because `import elastic_launch.cli.main` alone imports next to nothing. The workers' imports are not
-    among them: the option holds for the agent's interpreter only.
+    Each import is a tuple of own µs, cumulative µs and module.
+
+    Measures a whole launch, because ``import elastic_launch.cli.main`` alone imports next to nothing. The workers'
+    imports do not count, because the option applies to the agent's interpreter only.
     """
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "worker.py")
@@ -82,7 +84,7 @@ def measure_imports() -> list[tuple[int, int, str]]:
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}")
     found = [match.groups() for line in done.stderr.splitlines() if (match := IMPORT_LINE.match(line))]
-    # The interpreter's own start ends with the module site.
+    # The start of the interpreter itself ends with the module site.
     start = [name for _, _, name in found].index("site") + 1
     return [(int(own), int(cumulative), name) for own, cumulative, name in found[start:]]
 

@@ -1,7 +1,7 @@
-"""What output costs that goes to files and to the console at once (``-t 3``, 8 workers); the console is a file.
+"""Measure the cost of output that goes to files and the console at once: ``-t 3``, 8 workers, the console a file.
 
-Every line is looked for on the console: a launcher that is fast because it loses some would show. The time is that from
-the first line of the first worker to the launcher's end, the CPU time the launcher's own with all of its start.
+Every line is looked up on the console, so that a launcher which is fast because it loses lines is found out. Times are
+from the first line of the first worker to the launcher's end. The CPU time is that of the launcher, its start included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common import COMMANDS, OURS, PEER, Samples, environment, fail, machine, ro
 
 WORKERS = 8
 OPTIONS = ["--standalone", "--nproc-per-node", str(WORKERS), "-t", "3"]
-# Both launchers run scripts under `python -u`. The worker tells when it began, and its own CPU time at its end.
+# Both launchers run scripts with `python -u`. The worker notes when it began and, at its end, its own CPU time.
 WORKER = """\
 import os, resource, sys, time
 begin = time.monotonic()
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(name: str, mode: str, lines: int) -> tuple[float, float, int, int]:
-    """Seconds from the first line to the end, the launcher's CPU seconds, lines lost, lines torn."""
+    """Return seconds from the first line to the end, CPU seconds of the launcher, lines lost and lines torn."""
     with tempfile.TemporaryDirectory() as folder, Path(folder, "console").open("w+b") as console:
         script, marks = Path(folder, "worker.py"), Path(folder, "marks")
         script.write_text(WORKER)
@@ -81,12 +81,12 @@ def measure(name: str, mode: str, lines: int) -> tuple[float, float, int, int]:
             fail(f"exit status {process.returncode}", command, console)
         begins, workers_cpu = zip(*(map(float, line.split()) for line in marks.read_text().splitlines()), strict=True)
         lost, torn = check(Path(console.name), lines)
-        # What the launcher has waited for counts with it: the workers, and theirs is known.
+        # The usage of the launcher includes that of the workers it waited for, which is known.
         return end - min(begins), usage.ru_utime + usage.ru_stime - sum(workers_cpu), lost, torn
 
 
 def check(console: Path, lines: int) -> tuple[int, int]:
-    """How many lines never came whole, and how many there are that no worker wrote."""
+    """Return how many lines never arrived whole, and how many arrived that no worker wrote."""
     seen = [bytearray(lines) for _ in range(WORKERS)]
     torn = 0
     with console.open("rb") as file:

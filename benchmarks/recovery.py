@@ -1,17 +1,17 @@
-"""From a failure on one node to all others knowing of it, and from the death of an agent to the job going on.
+"""Measure the time from a failure on one node until all others know of it, and from an agent's death to the next round.
 
-All nodes are on this machine, and their workers note by CLOCK_MONOTONIC, which is one for all of them: a worker that
-fails, right before it ends; the others when SIGTERM comes; each new one in its first line. Only those of other nodes
-than the failing one count. The worker fails, and the agent is killed, at a random moment. Of the agents over c10d the
-first hosts the store, and is not the one that is killed.
+All nodes are on this machine. Their workers note times by CLOCK_MONOTONIC, which all of them share: a failing worker
+right before it ends, the others when they get SIGTERM, each new one in its first line. Workers of the failing node do
+not count. The worker fails, and the agent is killed, at a random moment. Over c10d the first agent hosts the store; it
+is not the one that is killed.
 
-Keep-alive: each node gives a sign of life once in a second, and is dead after three without one. That time is
-subtracted; a node that is killed right before its sign is due may be missed up to a second sooner.
+Keep-alive: each node sends a heartbeat every second, and is lost after three intervals without one. The figures exclude
+that time. A node that is killed right before its heartbeat is due may be found lost up to a second sooner.
 
-The agents that are simulated are those of rendezvous.py: what is measured is about the CPU time of all of them.
+The simulated agents are those of rendezvous.py, so the figures are close to the CPU time of all of them together.
 
-torchrun (two nodes, c10d) gets ``PATIENCE`` seconds; how often it did not get there is told. In its first run the node
-that fails hosts the store, in the second it does not.
+torchrun (two nodes, c10d) has ``PATIENCE`` seconds for each step; the table says how often these did not suffice. In
+its first run the failing node hosts the store, in the second it does not.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ from elastic_launch.host.ports import reserve_port
 STORES = ("c10d", "etcd")
 NODES = (2, 3)
 WORKERS = 2
-"""Of each node."""
+"""Workers of each node."""
 DEADLINE = 3.0
+"""Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 KEEP_ALIVE = "keep_alive_interval=1,keep_alive_max_attempt=3"
-"""``DEADLINE``, for the launchers."""
+"""``DEADLINE`` as settings of the launchers."""
 PEER_CONF = "last_call_timeout=1"
-"""For torchrun, which else would wait 30 s for the node that is dead."""
+"""Settings of torchrun, which would otherwise wait 30 s for the dead node."""
 PATIENCE = 20.0
+"""Seconds to wait for a step before it counts as never done."""
 PEER_RUNS = 2
-"""At most: most of them last for all of ``PATIENCE``."""
+"""Maximum number of torchrun's runs: most of them last as long as ``PATIENCE``."""
 AGENTS = 256
-"""That are simulated."""
+"""Number of simulated agents."""
 WORKER = f"""\
 #!{sys.executable} -SI
 import time
@@ -71,7 +73,7 @@ time.sleep(300)
 
 
 class Note(NamedTuple):
-    """What a worker has noted."""
+    """A worker's note."""
 
     what: str
     node: int
@@ -80,7 +82,7 @@ class Note(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What is to stay under a limit in ms."""
+    """A statistic of the figures, and its upper limit in ms."""
 
     of: Literal["median", "maximum"]
     limit: float
@@ -88,7 +90,7 @@ class Goal(NamedTuple):
 
 @dataclass
 class Job:
-    """A job of several nodes at work."""
+    """A running job of several nodes."""
 
     agents: list[Running]
     notes: Path
@@ -99,11 +101,14 @@ class Job:
         found = [Note(name, int(node), int(pid), float(at)) for name, node, pid, at in fields]
         return [note for note in found if note.what == what and note.time >= since]
 
-    def last(self, what: str, count: int, since: float, but: int | None = None) -> float:
-        """When the last of so many workers noted something; those of one node do not count. Infinite: not in time."""
+    def last(self, what: str, count: int, since: float, excluded: int | None = None) -> float:
+        """Wait until ``count`` workers have noted something, and return when the last did.
+
+        Workers of the node ``excluded`` do not count. The result is infinite if it takes longer than ``PATIENCE``.
+        """
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            found = [note for note in self.noted(what, since) if note.node != but]
+            found = [note for note in self.noted(what, since) if note.node != excluded]
             if len(found) >= count:
                 return max(note.time for note in found)
             time.sleep(0.01)
@@ -139,9 +144,9 @@ def main() -> None:
 
 
 def fail_once(name: str, store: str, port: int | None, nodes: int, run: int, restarts: int) -> float:
-    """Seconds from a worker's end to the last worker of another node that is told to stop."""
+    """Return the seconds from a worker's failure until the last worker of the other nodes gets SIGTERM."""
     with job_of(name, store, port, f"{nodes}", nodes, restarts) as job:
-        time.sleep(random.uniform(0.2, 0.4))  # torchrun looks every 0.1 s: in any phase of that
+        time.sleep(random.uniform(0.2, 0.4))  # torchrun polls every 0.1 s: hit any phase of that
         victim = next(note for note in job.noted("started") if note.node == run % nodes)
         os.kill(victim.pid, signal.SIGUSR1)
         failed = job.last("failed", 1, victim.time)
@@ -157,9 +162,9 @@ def fail_for_good(name: str, store: str, port: int | None, nodes: int, run: int)
 
 
 def lose_a_node(name: str, store: str, port: int | None, nodes: int, run: int) -> float:
-    """Seconds from an agent's death to the last worker of the round that the others form, less the deadline."""
+    """Return the seconds from an agent's death until the last worker of the next round runs, less the deadline."""
     with job_of(name, store, port, f"{nodes - 1}:{nodes}", nodes, 0) as job:
-        time.sleep(random.uniform(1, 2))  # signs of life are due every second
+        time.sleep(random.uniform(1, 2))  # heartbeats are due every second
         victim = run % nodes if store == "etcd" else 1 + run % (nodes - 1)
         killed = time.monotonic()
         job.agents[victim].kill()
@@ -178,7 +183,7 @@ numbers = itertools.count()
 
 @contextlib.contextmanager
 def job_of(name: str, store: str, port: int | None, span: str, nodes: int, restarts: int) -> Iterator[Job]:
-    """A job whose workers have all started. ``port`` None: its first agent hosts the store."""
+    """Run a job whose workers have all started. If ``port`` is None, its first agent hosts the store."""
     if port is None:
         with reserve_port() as reserved:
             at = int(reserved.getsockname()[1])
@@ -214,7 +219,7 @@ def job_of(name: str, store: str, port: int | None, span: str, nodes: int, resta
 
 
 def row(what: str, ours: Sequence[float], goal: Goal, peers: Sequence[float] = ()) -> str:
-    """One line of the table."""
+    """Return a row of the table."""
     reached = median(ours) if goal.of == "median" else max(ours)
     target = f"{goal.of} < {goal.limit:g}: {'met' if reached < goal.limit else 'MISSED'}"
     there = [value for value in peers if value < float("inf")]

@@ -1,9 +1,9 @@
-"""Many nodes meet: from "go" to the last agent holding its place, and the same once more after a failure.
+"""Measure how fast many nodes meet: from "go" until the last agent has its assignment, and again after a failure.
 
-Each simulated agent is the real ``StoreRendezvous`` with connections of its own; two processes run half of the agents
-each, in one loop. The store is real: torch's TCPStore in its own process, or an etcd, reached through one bridge
-process per process of agents, where a job has one per agent. All of it shares this machine's cores: what is measured is
-about the CPU time of all agents together, and a job, whose agents have cores of their own, is faster.
+Each simulated agent is the real ``StoreRendezvous`` with its own connections. Two processes run half of the agents
+each, in one loop. The store is real: torch's TCPStore in its own process, or an etcd. The agents of a process share one
+bridge to etcd, whereas in a job each agent has its own. Everything shares the cores of this machine, so the figures are
+close to the CPU time of all agents together. A job, whose agents have their own cores, is faster.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ from elastic_launch.store.etcd.server import EtcdServer
 from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
 
 FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001")
-"""What ends a round."""
+"""The failure that ends a round."""
 PROCESSES = 2
-"""That run agents; one more serves the store."""
+"""Number of processes that run agents; one more serves the store."""
 SIZES = {"c10d": (64, 256, 1024, 4096), "etcd": (64, 256, 1024)}
 PEER_SIZES = (64, 128)
 GOALS = {("c10d", 1024): 1.0, ("c10d", 4096): 4.0}
-"""Seconds, by store and agents."""
+"""Upper limits in seconds, by store and number of agents."""
 PATIENCE = 120.0
-"""Seconds for a meeting of ours."""
+"""Longest time, in seconds, for our agents to meet."""
 PEER_PATIENCE = 30.0
-"""Seconds for a meeting of torch's agents, together with what is left of the import of torch."""
+"""Longest time, in seconds, for torch's agents to meet; includes the rest of the import of torch."""
 INTERVALS = 2
-"""Keep-alive intervals that are counted."""
+"""Number of keep-alive intervals over which requests are counted."""
 
 Context = multiprocessing.get_context("fork")  # the parent has no threads, and imports no torch
 
 
 class Job(NamedTuple):
-    """What all agents of one run need to know."""
+    """Settings of one run, the same for all agents."""
 
     store: str
     """``c10d`` or ``etcd``."""
@@ -82,7 +82,7 @@ class Job(NamedTuple):
     agents: int
     run_id: str
     is_connected: bool
-    """Connections are made before "go", the greeting included."""
+    """Whether connections are made before "go", the handshake included."""
 
     @property
     def settings(self) -> Settings:
@@ -105,7 +105,7 @@ class Counting(StoreClient):
 
 
 class Backend:
-    """What an agent connects to: the one store that there is, or one bridge that all agents of a process share."""
+    """The store as an agent sees it: the store itself, or the bridge that all agents of a process share."""
 
     serves = stays = False
     where = "store"
@@ -122,7 +122,7 @@ class Backend:
         return 0
 
     def prepare(self) -> list[StoreClient]:
-        """Make an agent's two connections in advance."""
+        """Make the agent's two connections in advance."""
         self.prepared = [self.make(), self.make()]
         return self.prepared
 
@@ -155,7 +155,7 @@ class Backend:
         pass
 
     def traffic(self) -> tuple[int, int]:
-        """Requests and bytes so far, both ways. TCP counts the bytes; of a bridge's sockets nobody does."""
+        """Return the requests and bytes so far, in both directions. Bytes are known for TCP only, not for a bridge."""
         total = 0
         for client in [] if self._bridge else self.clients:
             with socket.socket(fileno=os.dup(client.fileno())) as sock:
@@ -169,14 +169,14 @@ class Agent:
     rendezvous: StoreRendezvous
     backend: Backend
     watched: list[tuple[int, int]] = field(default_factory=list)
-    """Descriptors as they are registered."""
+    """Descriptors and masks as they are registered."""
     due: float = float("inf")
-    """The earliest time for it in the loop's heap."""
+    """The agent's earliest time in the loop's heap."""
     rank: int = -1
 
 
 class Fleet:
-    """The agents of one process, in one loop. What one wake-up costs does not depend on how many there are."""
+    """The agents of one process, in one loop. The cost of a wake-up does not depend on their number."""
 
     def __init__(self, job: Job, count: int, first: int, control: Connection, bridge: EtcdBridge | None) -> None:
         self.job, self.control, self.bridge = job, control, bridge
@@ -186,7 +186,7 @@ class Fleet:
         self.heap: list[tuple[float, int, Agent]] = []
         self.placed = self.pushed = 0
         self.ended_at = float("nan")
-        """When the last agent so far learnt that its round is over."""
+        """When the most recent agent learned that its round is over."""
         self.agents = []
         for number in range(first, first + count):
             record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
@@ -213,7 +213,7 @@ class Fleet:
         epoll.close()
 
     def run(self) -> None:
-        """Serve the control connection, until it is closed."""
+        """Run the agents until the control connection is closed."""
         while True:
             timeout = max(0.0, self.heap[0][0] - time.monotonic()) if self.heap else -1
             ready = [fd for fd, _ in self.epoll.poll(timeout)]
@@ -248,7 +248,7 @@ class Fleet:
         self.follow(agent, agent.rendezvous.ask(action))
 
     def follow(self, agent: Agent, events: list[AgentEvent]) -> None:
-        """Do what the real agent does, but for the workers."""
+        """Do what the real agent does, without workers."""
         while events:
             event = events.pop(0)
             match event:
@@ -273,7 +273,7 @@ class Fleet:
         self.look_after(agent)
 
     def look_after(self, agent: Agent) -> None:
-        """Register what the agent waits for now."""
+        """Register the descriptors and the time that the agent waits for now."""
         watched = agent.rendezvous.descriptors()
         if watched != agent.watched:
             before = dict(agent.watched)
@@ -295,7 +295,7 @@ class Fleet:
 
 def run_agents(job: Job, count: int, first: int, control: Connection, inherited: list[Connection]) -> None:
     for other in inherited:
-        other.close()  # else the other end's closing would go unnoticed
+        other.close()  # otherwise this process would not notice that the other end is closed
     environ = dict(os.environ)
     with contextlib.ExitStack() as stack, patch.object(store_client, "StoreClient", Counting):
         bridge = None
@@ -307,7 +307,7 @@ def run_agents(job: Job, count: int, first: int, control: Connection, inherited:
             client.close()
         fleet = Fleet(job, count, first, control, bridge)
         gc.collect()
-        gc.freeze()  # an agent has one rendezvous to look through, not thousands
+        gc.freeze()  # a real agent has one rendezvous to traverse, not thousands
         control.send("ready")
         fleet.run()
 
@@ -316,21 +316,24 @@ def run_agents(job: Job, count: int, first: int, control: Connection, inherited:
 
 
 class Figures(NamedTuple):
-    """Of one run. Times in seconds."""
+    """Figures of one run. Times are in seconds."""
 
     join: float
+    """From "go" until all agents have an assignment."""
     known: float
     """From a failure until all agents know of it."""
     reform: float
+    """From a failure until all agents have their next assignment."""
     requests: list[int]
-    """Of each agent, until it had its first place."""
+    """Requests of each agent until it had its first assignment."""
     octets: list[int]
+    """Bytes of each agent until then."""
     again: list[int]
-    """Requests of the re-form."""
+    """Requests of each agent from the failure until it had its next assignment."""
     idle: list[float]
-    """Requests in a keep-alive interval afterwards; empty if not measured."""
+    """Requests of each agent in a keep-alive interval afterwards; empty: not measured."""
     cpu: list[float]
-    """Of the processes that run agents, of the bridges and of the store, for both meetings."""
+    """CPU time of the agents' processes, of the bridges and of the store, for both meetings."""
 
 
 def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
@@ -339,14 +342,14 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
         gather(controls)  # all are ready
 
         def traffic() -> tuple[list[tuple[int, int]], list[float]]:
-            """Of each agent so far: requests and bytes. And the CPU time of agents, of bridges, and of the store."""
+            """Return each agent's requests and bytes so far, and the CPU time of agents, bridges and store."""
             for control in controls:
                 control.send("traffic")
             counts, agents, bridges = zip(*gather(controls), strict=True)
             return [one for part in counts for one in part], [sum(agents), sum(bridges), cpu_time(store_pids)]
 
         def meet(orders: dict[Connection, str], round_: int) -> tuple[float, float]:
-            """Time until all are placed, and until all knew that the round before was over."""
+            """Return the seconds until all have an assignment, and until all knew that the last round was over."""
             begin = time.monotonic()
             for control, order in orders.items():
                 control.send(order)
@@ -365,7 +368,7 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
         idle: list[float] = []
         if intervals:
             interval = job.settings.keep_alive_interval
-            time.sleep(interval / 2)  # signs of life are due at whole intervals
+            time.sleep(interval / 2)  # heartbeats are due at whole intervals
             before, _ = traffic()
             time.sleep(intervals * interval)
             idle = [(b - a) / intervals for (a, _), (b, _) in zip(before, traffic()[0], strict=True)]
@@ -383,7 +386,7 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
 
 @contextlib.contextmanager
 def fleets(job: Job, shares: Sequence[int]) -> Iterator[list[Connection]]:
-    """Processes that run agents; ended by the end of their control connections."""
+    """Run the processes of agents. They end when their control connections are closed."""
     controls: list[Connection] = []
     processes = []
     try:
@@ -405,7 +408,7 @@ def fleets(job: Job, shares: Sequence[int]) -> Iterator[list[Connection]]:
 
 
 def gather(controls: Sequence[Connection]) -> list[Any]:
-    """A message from each; ends the benchmark if one ends, or takes too long."""
+    """Return a message from each process. If one ends or takes too long, end the benchmark."""
     found: dict[Connection, Any] = {}
     while len(found) < len(controls):
         ready = wait([control for control in controls if control not in found], PATIENCE)
@@ -426,7 +429,7 @@ def cpu_time(pids: Sequence[int]) -> float:
 
 @contextlib.contextmanager
 def serving(store: str) -> Iterator[tuple[int, int]]:
-    """A store. Yields its port and pid."""
+    """Serve a store. Yield its port and pid."""
     if store == "etcd":
         server = EtcdServer()
         server.start(stderr=subprocess.DEVNULL)
@@ -448,10 +451,10 @@ def serving(store: str) -> Iterator[tuple[int, int]]:
 
 
 def run_peers(job: Job, gate: Any, times: Any) -> None:
-    """Start torch's agents, a process each, as copies of this one, which has imported torch."""
-    os.setsid()  # to be killed together
+    """Start torch's agents, one process each, as forks of this one, which has imported torch."""
+    os.setsid()  # so that all can be killed together
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # torch has a line for each connection whose host has no name
+    os.dup2(nowhere, 2)  # torch prints a line for each connection from a host without a name
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -466,12 +469,12 @@ def run_peers(job: Job, gate: Any, times: Any) -> None:
             gate.wait()
             handler.next_rendezvous()
             times.put(time.monotonic())
-            time.sleep(PATIENCE)  # the others may still need its signs of life
+            time.sleep(PATIENCE)  # the others may still need its heartbeats
     time.sleep(PATIENCE)
 
 
 def measure_peer(job: Job) -> float:
-    """Seconds from "go" to the last agent with a place, connected before; infinite if that takes too long."""
+    """Return the seconds from "go", already connected, until the last agent has a rank; infinite: it took too long."""
     gate, times = Context.Barrier(job.agents + 1), Context.Queue()
     process = Context.Process(target=run_peers, args=(job, gate, times))
     process.start()
@@ -519,7 +522,7 @@ def main() -> None:
                 for run in range(options.runs):
                     job = Job(store, port, agents, f"{agents:04}-{run}", True)
                     found[agents].append(measure(job, [pid], INTERVALS if run == 0 else 0))
-                    # All connect at once here: the last waits for all others.
+                    # Here all connect at once, so the last one waits for all the others.
                     cold.append(
                         measure(job._replace(run_id=f"{agents:04}-{run}-cold", is_connected=False), [pid], 0).join
                     )

@@ -1,7 +1,7 @@
-"""From the death of a worker to all workers of the node running again, without torch in the workers.
+"""Measure the time from the death of a worker until all workers of the node run again, without torch in the workers.
 
-The end of a restart is when the last of the new workers runs its first line, by the worker's own clock: CLOCK_MONOTONIC
-is one for the whole machine, so it can be compared with the moment of the kill.
+A restart ends when the last new worker runs its first line, by that worker's own clock. All processes of a machine
+share CLOCK_MONOTONIC, so this time can be compared with the time of the kill.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(command: list[str]) -> list[float]:
         with running([*command, *OPTIONS, *RESTARTS, str(script), str(starts)], folder) as launcher:
             launcher.wait_for(partial(complete, starts, 0))
             for count in range(KILLS):
-                # A random moment: a launcher that polls would else always be met in the same phase of its interval.
+                # At a random moment, because a fixed one would hit a launcher that polls in the same phase each time.
                 time.sleep(random.uniform(0.2, 0.4))
                 pid, _ = attempt(starts, count)[count % 2]
                 killed = time.monotonic()
@@ -66,7 +66,7 @@ def complete(starts: Path, count: int) -> bool:
 
 
 def attempt(starts: Path, count: int) -> dict[int, tuple[int, float]]:
-    """The workers of one attempt that have started: rank -> (pid, start)."""
+    """Return the workers of one attempt that have started: pid and start time by rank."""
     fields = [line.split() for line in starts.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return {int(rank): (int(pid), float(start)) for rank, of, pid, start in fields if int(of) == count}
 

@@ -1,12 +1,12 @@
-"""Warm workers (``--preload torch``) beside cold ones and torchrun's: first collective, recovery, memory.
+"""Compare warm workers (``--preload torch``) with cold ones and with torchrun's: first collective, recovery, memory.
 
-The workers import torch, join a gloo group and sum a number; each notes when that was done, by CLOCK_MONOTONIC, which
-is one for the whole machine. A start lasts from the launcher's command to the last rank's note, a recovery from a
-SIGKILL of one rank to the last note of the next attempt. Memory is the sum of the proportional set sizes of the
-launcher and all below it. Pages that other processes have mapped, too, count less: no other torch should run meanwhile.
+The workers import torch, join a gloo group and sum a number. Each notes when that was done, by CLOCK_MONOTONIC, which
+all processes of a machine share. A start lasts from the launcher's command to the last rank's note, a recovery from
+the SIGKILL of one rank to the last note of the next attempt. Memory is the sum of the proportional set sizes of the
+launcher and its descendants. Run nothing else that uses torch meanwhile: pages that it shares would count less.
 
-torchrun recovers with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 here. Without it the next attempt meets the keys of the one
-before in the store, and often hangs; how often is told below the table.
+torchrun recovers with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 here. Without it, the next attempt finds the keys of the
+previous one in the store, and often hangs. The line below the table says how often it recovered.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from statistics import median
 import psutil
 from common import COMMANDS, OURS, PEER, Running, Samples, machine, running, spread
 
-KILLS = 2  # in each launch that is to recover
-PATIENCE = 45  # seconds that torchrun as it is has to recover
+KILLS = 2  # in each launch that measures recovery
+PATIENCE = 45  # seconds that torchrun has to recover without the variable
 OPTIONS = ["--standalone", "--max-restarts", "20"]
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 WARM = f"{OURS} --preload torch"
@@ -46,7 +46,7 @@ time.sleep(300)
 """
 
 Notes = dict[int, tuple[int, float]]
-"""What the ranks of one attempt have noted: rank -> (pid, time)."""
+"""What the ranks of one attempt have noted: pid and time, by rank."""
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.pop(OWN_STORE, None)
 
-    print(f"{args.runs} launches of each, {KILLS} kills in each launch that is to recover\n")
+    print(f"{args.runs} launches of each, {KILLS} kills in each launch that measures recovery\n")
     print(f"| median (min–max) | {' | '.join(LAUNCHERS)} | {PEER} / warm | target |\n|---|---|---|---|---|---|")
     recovered = []
     for ranks in args.ranks:
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure_all(ranks: int, runs: int) -> tuple[Samples, Samples, Samples, int]:
-    """Seconds to start, seconds to recover, MiB; how often torchrun recovered as it is."""
+    """Return seconds to start, seconds to recover and MiB, and how often torchrun recovered without the variable."""
     starts, recoveries, sizes = ({name: list[float]() for name in LAUNCHERS} for _ in range(3))
     came_back = 0
     for run in range(runs):
@@ -81,7 +81,7 @@ def measure_all(ranks: int, runs: int) -> tuple[Samples, Samples, Samples, int]:
                 with running(job.command, folder) as launcher:
                     job.wait(launcher, 0)
                     starts[name].append(job.last(0) - job.begin)
-                    time.sleep(0.5)  # the launcher and the workers have come to rest
+                    time.sleep(0.5)  # until the launcher and the workers are idle
                     sizes[name].append(memory(launcher.process.pid))
                     if name == PEER:
                         came_back += recovers(launcher, job, run % ranks)
@@ -96,7 +96,7 @@ def measure_all(ranks: int, runs: int) -> tuple[Samples, Samples, Samples, int]:
 
 
 class Job:
-    """The command of a launch, and what its workers have noted."""
+    """A launch: its command, and what its workers have noted."""
 
     def __init__(self, launcher: Sequence[str], ranks: int, folder: str) -> None:
         script, self.notes = Path(folder, "worker.py"), Path(folder, "notes")
@@ -121,7 +121,7 @@ class Job:
         launcher.wait_for(partial(self.complete, count), 120)
 
     def kill(self, count: int, rank: int) -> float:
-        """Kill a rank of an attempt; returns when."""
+        """Kill a rank of an attempt. Return the time."""
         pid, _ = self.attempt(count)[rank]
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
@@ -129,10 +129,10 @@ class Job:
 
 
 def recover(launcher: Running, job: Job, run: int) -> list[float]:
-    """Seconds of each recovery."""
+    """Kill some ranks in turn. Return how long each recovery took, in seconds."""
     found = []
     for count in range(KILLS):
-        # A random moment: a launcher that polls would else always be met in the same phase of its interval.
+        # At a random moment, because a fixed one would hit a launcher that polls in the same phase each time.
         time.sleep(random.uniform(0.2, 0.4))
         killed = job.kill(count, (run * KILLS + count) % job.ranks)
         job.wait(launcher, count + 1)
@@ -141,7 +141,7 @@ def recover(launcher: Running, job: Job, run: int) -> list[float]:
 
 
 def recovers(launcher: Running, job: Job, rank: int) -> bool:
-    """Whether the job is back in time after the loss of a rank."""
+    """Return whether the job recovers in time from the loss of a rank."""
     deadline = job.kill(0, rank) + PATIENCE
 
     def is_over() -> bool:
@@ -152,24 +152,24 @@ def recovers(launcher: Running, job: Job, rank: int) -> bool:
 
 
 def memory(launcher: int) -> float:
-    """MiB of the launcher and all below it."""
+    """Return the memory of the launcher and its descendants in MiB."""
     top = psutil.Process(launcher)
     return float(sum(process.memory_full_info().pss for process in [top, *top.children(recursive=True)])) / 2**20
 
 
 def row(what: str, samples: Samples, digits: int, times: float | None, limit: float | None = None) -> str:
-    """One line of the table: how many times better than torchrun warm workers are to be, and their highest median."""
+    """Return a row of the table. Targets: how many times better than torchrun's warm workers are, and their median."""
     warm, peer = median(samples[WARM]), median(samples[PEER])
     targets = []
     if times is not None:
-        targets.append(f"≥ {times:g} times: {decision(peer / warm >= times)}")
+        targets.append(f"≥ {times:g} times: {met_or_missed(peer / warm >= times)}")
     if limit is not None:
-        targets.append(f"≤ {limit:g}: {decision(warm <= limit)}")
+        targets.append(f"≤ {limit:g}: {met_or_missed(warm <= limit)}")
     cells = [spread(samples[name], digits) for name in LAUNCHERS]
     return f"| {what} | {' | '.join(cells)} | {peer / warm:.1f} | {', '.join(targets)} |"
 
 
-def decision(is_met: bool) -> str:
+def met_or_missed(is_met: bool) -> str:
     return "met" if is_met else "MISSED"
 
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from elastic_launch.rendezvous.handler import RendezvousInfo as RendezvousInfo
     from elastic_launch.rendezvous.handler import RendezvousParameters as RendezvousParameters
     from elastic_launch.rendezvous.handler import RendezvousStoreInfo as RendezvousStoreInfo
-    from elastic_launch.rendezvous.handler import get_rendezvous_handler as get_rendezvous_handler
-    from elastic_launch.rendezvous.handler import rendezvous_handler_registry as rendezvous_handler_registry
+    from elastic_launch.rendezvous.registry import get_rendezvous_handler as get_rendezvous_handler
+    from elastic_launch.rendezvous.registry import rendezvous_handler_registry as rendezvous_handler_registry
     from elastic_launch.store.etcd.server import EtcdServer as EtcdServer
     from elastic_launch.worker_spec import RunResult as RunResult
     from elastic_launch.worker_spec import Worker as Worker
@@ -58,8 +58,8 @@ _NAMES = {
     "launch": "elastic_launch launch_agent",
     "logs.job_files": "DefaultLogsSpecs",
     "multiprocessing": "PContext RunProcsResult start_processes",
-    "rendezvous.handler": "RendezvousHandler RendezvousInfo RendezvousParameters RendezvousStoreInfo "
-    "get_rendezvous_handler rendezvous_handler_registry",
+    "rendezvous.handler": "RendezvousHandler RendezvousInfo RendezvousParameters RendezvousStoreInfo",
+    "rendezvous.registry": "get_rendezvous_handler rendezvous_handler_registry",
     "store.etcd.server": "EtcdServer",
     "worker_spec": "RunResult Worker WorkerGroup WorkerSpec WorkerState",
     "workers.error_handler": "ErrorHandler get_error_handler record",

@@ -312,6 +312,6 @@ def _adapted(spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], 
     """The spec's rendezvous; a handler of torch's interface gets a wrapping."""
     if hasattr(spec.rdzv_handler, "ask"):
         return cast(AgentRendezvous, spec.rdzv_handler)
-    from elastic_launch.rendezvous.third_party import adapt  # late: most jobs do not need it
+    from elastic_launch.rendezvous.factory import adapt  # late: most jobs do not need it
 
     return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, log))

@@ -1,4 +1,4 @@
-"""Layer 3: which rendezvous a job gets: from its settings to what the agent talks to."""
+"""Create the rendezvous of a job: from its settings to the object that the agent talks to."""
 
 from __future__ import annotations
 
@@ -7,41 +7,50 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from elastic_launch.config import LaunchConfig
-from elastic_launch.errors import UsageError
+from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
-from elastic_launch.rendezvous.single_node import LocalRendezvous
-from elastic_launch.worker_spec import Rendezvous
+from elastic_launch.rendezvous import BUILT_IN
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
+from elastic_launch.worker_spec import Rendezvous, WorkerSpec
 
 if TYPE_CHECKING:
-    from elastic_launch.rendezvous.backends import Backend
-    from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
+    from elastic_launch.rendezvous.backends.c10d import C10dBackend
+    from elastic_launch.rendezvous.backends.etcd import EtcdBackend
+    from elastic_launch.rendezvous.handler import RendezvousParameters
+
+Conf = Mapping[str, Any]
+"""Settings of ``--rdzv-conf``."""
+Environ = Mapping[str, str]
+"""Variables of the processes that a backend starts."""
+Logger = Callable[[str], None]
+"""Prints a line on the console."""
 
 DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
-"""torch's."""
-TIMES = ("join_timeout", "last_call_timeout", "close_timeout", "keep_alive_interval", "store_timeout", "read_timeout")
-"""Settings of ``--rdzv-conf`` that are seconds."""
-OTHERS = ("keep_alive_max_attempt", "is_host", "timeout", "rank")
-SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
-"""Settings for an etcd that has TLS or users."""
-ETCD = ("protocol", "embedded", *SECURITY)
+"""Ports for endpoints that name none, by backend; torch's defaults."""
 
 
-BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
-"""The backends of the launcher's own; ``etcd`` and ``etcd-v2`` both mean etcd v3."""
+def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
+    """Create the rendezvous of a job: that of a built-in backend, or a third-party handler.
 
-
-def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> Rendezvous:
-    """What the agent gets: a backend of the launcher's own, or the handler of a plug-in.
+    Args:
+        config: the job's settings.
+        environ: variables of the processes that a backend starts.
+        log: prints a line on the console.
 
     Raises:
-        UsageError: a setting is missing or wrong, or there is no such backend.
+        UsageError: a setting is missing or wrong, or the backend is unknown.
+        LaunchError: the backend's package is broken.
     """
     if config.rdzv_backend in BUILT_IN or not config.rdzv_backend:
-        return create_own(config, environ, log)
-    from elastic_launch.rendezvous.handler import RendezvousParameters, get_rendezvous_handler
+        return create_built_in(config, environ, log)
+    # Late, because only third-party backends need them.
+    from elastic_launch.rendezvous.handler import RendezvousParameters
+    from elastic_launch.rendezvous.registry import get_rendezvous_handler
 
     own = {"backend", "endpoint", "run_id", "min_nodes", "max_nodes", "local_addr"}
-    timeout = config.rdzv_timeout if config.rdzv_timeout != -1 else config.rdzv_configs.get("timeout", 900)
+    settings = {name: value for name, value in config.rdzv_configs.items() if name not in own}
+    if config.rdzv_timeout != -1:
+        settings["timeout"] = config.rdzv_timeout
     params = RendezvousParameters(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -49,163 +58,234 @@ def create_rendezvous(config: LaunchConfig, environ: Mapping[str, str], log: Cal
         config.min_nodes,
         config.max_nodes,
         config.local_addr,
-        **{name: value for name, value in config.rdzv_configs.items() if name not in own} | {"timeout": timeout},
+        **{"timeout": 900, **settings},
     )
     return cast(Rendezvous, get_rendezvous_handler(params))
 
 
-def create_own(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> Rendezvous:
-    """One node meets nobody; several need a store. Raises UsageError where a setting is missing or wrong."""
-    if config.max_nodes > 1:
-        return create_dynamic(config, environ, log)
-    host, port = "127.0.0.1", 0  # of the workers' store; 0: a free one for each round
-    if config.rdzv_backend == "static" and config.rdzv_endpoint:
-        host, port = split_endpoint(config.rdzv_endpoint)
-    run_id = config.run_id or os.urandom(8).hex()
-    return LocalRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
+def adapt(handler: Any, spec: WorkerSpec, environ: Environ, log: Logger) -> Rendezvous:
+    """Create the rendezvous that the agent talks to, for a handler of torch's interface.
+
+    Args:
+        handler: from ``get_rendezvous_handler``, or the user's own.
+        spec: the agent's workers.
+        environ: variables of the processes that a backend starts.
+        log: prints a line on the console.
+
+    Raises:
+        LaunchError: it is not a handler.
+        UsageError: a parameter of the built-in backend is missing or wrong.
+    """
+    from elastic_launch.rendezvous.registry import BuiltInHandler
+
+    if isinstance(handler, BuiltInHandler):
+        return create_built_in(_launch_config(handler.params, spec), environ, log)
+    # The handler comes from outside, and need not be a subclass of ours.
+    if not hasattr(handler, "next_rendezvous"):
+        raise LaunchError(f"rdzv_handler={handler!r}: must be a rendezvous handler; it has no next_rendezvous()")
+    from elastic_launch.core.rendezvous.records import NodeRecord
+    from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
+    from elastic_launch.rendezvous.third_party_tasks import HandlerTasks
+
+    node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), spec.local_world_size, spec.role)
+    return ThirdPartyRendezvous(HandlerTasks(handler, node, spec.local_addr, log))
 
 
-def create_dynamic(config: LaunchConfig, environ: Mapping[str, str], log: Callable[[str], None]) -> StoreRendezvous:
-    """The rendezvous of a job of several nodes.
+def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConfig:
+    """Return the settings of a job that was described by parameters of torch's interface."""
+    policy = spec.get_policy()
+    return LaunchConfig(
+        min_nodes=params.min_nodes,
+        max_nodes=params.max_nodes,
+        nproc_per_node=spec.local_world_size,
+        run_id=params.run_id,
+        role=spec.role,
+        rdzv_endpoint=params.endpoint,
+        rdzv_backend=params.backend,
+        rdzv_configs=params.config,
+        max_restarts=policy.max_restarts,
+        restart_window=policy.window,
+        restart_backoff=f"{policy.backoff}:{policy.backoff_limit}",
+        fatal_exit_codes=",".join(map(str, policy.fatal_exit_codes)),
+        node_failure_limit=policy.node_failure_limit,
+        local_addr=params.local_addr or spec.local_addr,
+    )
+
+
+def create_built_in(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
+    """Create the rendezvous of a built-in backend. A job of one node needs no store; one of several nodes does.
 
     Raises:
         UsageError: a setting is missing or wrong.
     """
+    if config.max_nodes > 1:
+        return create_store_rendezvous(config, environ, log)
+    host, port = "127.0.0.1", 0  # of the workers' store; 0: a free port for each round
+    if config.rdzv_backend == "static" and config.rdzv_endpoint:
+        host, port = split_endpoint(config.rdzv_endpoint)
+    run_id = config.run_id or os.urandom(8).hex()
+    return SingleNodeRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
+
+
+def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
+    """Create the rendezvous of a job of several nodes, which meet over a store.
+
+    Raises:
+        UsageError: a setting is missing or wrong.
+    """
+    # Late: they take 10 ms, which a job of one node saves.
     from elastic_launch.core.rendezvous.messages import Settings
-    from elastic_launch.core.rendezvous.records import NodeRecord  # late: 10 ms that a job of one node does not need
+    from elastic_launch.core.rendezvous.records import NodeRecord
     from elastic_launch.rendezvous.store_link import Timeouts
     from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
-    conf = config.rdzv_configs
-    seconds = {name: _seconds(conf, name) for name in TIMES if conf.get(name) is not None}
-    limit = config.rdzv_timeout if config.rdzv_timeout != -1 else conf.get("timeout")
-    if limit is not None and "join_timeout" not in seconds:
-        seconds["join_timeout"] = _seconds({"timeout": limit}, "timeout")
-    if unknown := sorted(set(conf) - {*TIMES, *OTHERS, *ETCD}):
-        log(f"--rdzv-conf: {', '.join(unknown)}: not known here, and ignored")
-    timeouts = {name: seconds.pop(f"{name}_timeout") for name in ("store", "read") if f"{name}_timeout" in seconds}
+    conf = _read_conf(config, log)
     rank = _rank(config)
-    run_id = config.run_id or "none"
-    backend, port = _backend(config, run_id, rank, environ, seconds.get("join_timeout", 600.0), log)
-    settings = Settings(
-        run_id=run_id,
-        min_nodes=config.min_nodes,
-        max_nodes=config.max_nodes,
-        keep_alive_max_attempt=_attempts(conf),
-        policy=config.policy,
-        store_port=0 if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1" else port,
-        **cast("dict[str, Any]", seconds),
-    )
+    given = {name: conf[name] for name in Settings._fields if name in conf}
+    settings = Settings(config.run_id or "none", config.min_nodes, config.max_nodes, policy=config.policy, **given)
+    timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in ("store", "read") if f"{name}_timeout" in conf})
+    backend: C10dBackend | EtcdBackend
+    if config.rdzv_backend.startswith("etcd"):
+        backend = _etcd_backend(config, conf, settings.join_timeout, environ, log)
+    else:
+        backend = _c10d_backend(config, conf, rank, environ)
+        if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+            settings = settings._replace(store_port=backend.port)
     host, pid = os.uname().nodename, os.getpid()
-    record = NodeRecord(
-        node=f"{host}-{pid}-{os.urandom(4).hex()}",
-        host=host,
-        pid=pid,
-        workers=config.nproc_per_node,
-        role=config.role,
-        rank=rank,
-        address=config.local_addr or "",
-        named=bool(config.local_addr),
-    )
-    return StoreRendezvous(settings, record, backend, log, Timeouts(**timeouts), config.verbosity)
+    node = f"{host}-{pid}-{os.urandom(4).hex()}"
+    record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
+    if config.local_addr:
+        record = record._replace(address=config.local_addr, named=True)
+    return StoreRendezvous(settings, record, backend, log, timeouts, config.verbosity)
 
 
-def _backend(
-    config: LaunchConfig,
-    run_id: str,
-    rank: int,
-    environ: Mapping[str, str],
-    join_timeout: float,
-    log: Callable[[str], None],
-) -> tuple[Backend, int]:
-    """The store, and the port on which it serves workers, too (0: it does not)."""
-    from elastic_launch.rendezvous.backends import C10dBackend, EtcdBackend
+def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ) -> C10dBackend:
+    from elastic_launch.rendezvous.backends.c10d import C10dBackend
 
+    if conf.get("embedded"):
+        raise UsageError("--rdzv-conf embedded=true: needs --rdzv-backend etcd")
     endpoint = config.rdzv_endpoint.strip()
-    if not endpoint and config.rdzv_backend.startswith("etcd"):
-        raise UsageError("--rdzv-backend etcd needs --rdzv-endpoint HOST:PORT, or several with commas in between")
     if not endpoint:
         raise UsageError(
-            f"{config.max_nodes} nodes need a place to meet: pass --rdzv-backend c10d --rdzv-endpoint HOST:PORT, where "
-            "HOST is one of them, or --master-addr with --node-rank, the same --rdzv-id and --nnodes everywhere"
+            f"{config.max_nodes} nodes need a rendezvous endpoint: pass --rdzv-backend c10d --rdzv-endpoint HOST:PORT, "
+            "where HOST is one of them, or --master-addr and --node-rank; the same --rdzv-id and --nnodes everywhere"
         )
-    if config.rdzv_backend.startswith("etcd"):
-        if not config.run_id:
-            raise UsageError(
-                "--rdzv-backend etcd needs --rdzv-id: the cluster keeps a job's outcome under it for a day"
-            )
-        conf = {name: str(value) for name, value in config.rdzv_configs.items()}
-        conf["read_timeout"] = str(conf.get("store_timeout", conf.get("read_timeout", 60)))  # all attempts together
-        if _flag(config.rdzv_configs, "embedded"):
-            # The members come with the nodes. A little less: who is missing the bridge knows best.
-            conf["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
-            return _embedded(config, endpoint, conf, environ, log), 0
-        return EtcdBackend(endpoint, run_id, conf, environ), 0
-    if _flag(config.rdzv_configs, "embedded"):
-        raise UsageError("--rdzv-conf embedded=true: only --rdzv-backend etcd has members that agents can run")
     if any(character in endpoint for character in "/, "):
         raise UsageError(f"--rdzv-endpoint={endpoint}: must be HOST:PORT")
     host, port = split_endpoint(endpoint)
-    port = port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"])
-    is_host = _flag(config.rdzv_configs, "is_host")
+    is_host = conf.get("is_host")
     if is_host is None and config.rdzv_backend == "static":
         is_host = rank == 0
-    return C10dBackend(host, port, is_host, environ), port
+    return C10dBackend(host, port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"]), is_host, environ)
 
 
-def _embedded(
-    config: LaunchConfig, text: str, conf: Mapping[str, str], environ: Mapping[str, str], log: Callable[[str], None]
-) -> Backend:
-    """etcd, with members that the agents run."""
-    from elastic_launch.rendezvous.backends import EmbeddedEtcdBackend
+def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ: Environ, log: Logger) -> EtcdBackend:
+    from elastic_launch.rendezvous.backends.etcd import EmbeddedEtcdBackend, EtcdBackend
+
+    endpoint = config.rdzv_endpoint.strip()
+    if not endpoint:
+        raise UsageError("--rdzv-backend etcd needs --rdzv-endpoint HOST:PORT, or several, separated by commas")
+    if not config.run_id:
+        raise UsageError("--rdzv-backend etcd needs --rdzv-id: the cluster keeps a job's outcome under it for a day")
+    texts = {name: str(value) for name, value in config.rdzv_configs.items() if value is not None}
+    if "store_timeout" in conf:
+        texts["read_timeout"] = str(conf["store_timeout"])  # the bridge has one limit for all attempts together
+    if not conf.get("embedded"):
+        return EtcdBackend(endpoint, config.run_id, texts, environ)
+    # The members start with the nodes. A little less than join_timeout, because the bridge knows best what is missing.
+    texts["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
+    members = _embedded_members(endpoint, texts, log)
+    log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
+    return EmbeddedEtcdBackend(members, config.run_id, texts, environ, log_dir, log)
+
+
+def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> list[tuple[str, int]]:
+    """Return host and client port of each member of an embedded etcd; warn about numbers that gain nothing."""
     from elastic_launch.store.etcd.bridge import DEFAULT_PORT
 
-    if named := [name for name in SECURITY if conf.get(name)]:
-        raise UsageError(f"--rdzv-conf {named[0]}: members that agents run (embedded=true) have neither TLS nor users")
+    if security := [name for name in ETCD_SECURITY if conf.get(name)]:
+        raise UsageError(f"--rdzv-conf {security[0]}: embedded etcd (embedded=true) supports neither TLS nor users")
     if conf.get("protocol", "http").strip().lower() != "http":
-        raise UsageError("--rdzv-conf protocol: members that agents run (embedded=true) speak http")
-    members = [split_endpoint(entry) for entry in text.split(",") if entry.strip()]
-    members = [(host, port or DEFAULT_PORT) for host, port in members]
-    taken = [(host, used) for host, port in members for used in (port, port + 1)]
-    if len(set(taken)) < len(taken):
-        raise UsageError(f"--rdzv-endpoint={text}: each member needs its port and the one above for itself")
-    if max(port for _, port in members) == 65535:
-        raise UsageError(f"--rdzv-endpoint={text}: a member needs the port above its own, too; 65535 has none")
+        raise UsageError("--rdzv-conf protocol: embedded etcd (embedded=true) supports http only")
+    parts = [split_endpoint(entry) for entry in endpoint.split(",") if entry.strip()]
+    members = [(host, port or DEFAULT_PORT) for host, port in parts]
+    used = [(host, port + above) for host, port in members for above in (0, 1)]
+    if len(set(used)) < len(used):
+        raise UsageError(f"--rdzv-endpoint={endpoint}: each member needs two ports of its own, PORT and PORT + 1")
+    if max(port for _, port in used) > 65535:
+        raise UsageError(f"--rdzv-endpoint={endpoint}: each member needs PORT + 1, too, so PORT must be below 65535")
     if len(members) == 1:
-        log(f"embedded etcd with one member, {text}: the job does not survive the loss of that host; name 3 endpoints")
+        log(f"embedded etcd with one member, {endpoint}: the job does not survive the loss of that host; use 3")
     elif len(members) % 2 == 0:
-        log(
-            f"embedded etcd with {len(members)} members: a majority of them must live, so that {len(members) - 1} "
-            "would survive as much; name 3 or 5 endpoints"
-        )
-    log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
-    return EmbeddedEtcdBackend(members, config.run_id or "none", conf, environ, log_dir, log)
+        log(f"embedded etcd with {len(members)} members survives no more losses than {len(members) - 1}; use 3 or 5")
+    return members
 
 
 def _rank(config: LaunchConfig) -> int:
-    """The group rank that this node asks for; -1: none."""
+    """Return the group rank that this node asks for; -1: any."""
     rank = str(config.rdzv_configs.get("rank", 0 if config.rdzv_backend == "static" else -1))
     if rank != "-1" and not (is_number(rank) and int(rank) < config.max_nodes):
         raise UsageError(f"--node-rank={rank}: must be a number below the number of nodes, {config.max_nodes}")
     return int(rank)
 
 
-def _seconds(conf: Mapping[str, Any], name: str) -> float:
+def _seconds(conf: Conf, name: str) -> float:
     return parse_seconds(str(conf[name]), f"--rdzv-conf {name}=", above_zero=True)
 
 
-def _attempts(conf: Mapping[str, Any]) -> int:
-    text = str(conf.get("keep_alive_max_attempt", 3))
+def _attempts(conf: Conf, name: str) -> int:
+    text = str(conf[name])
     if not text.isdigit() or int(text) < 2:
-        raise UsageError(f"--rdzv-conf keep_alive_max_attempt={text}: must be a number of at least 2")
+        raise UsageError(f"--rdzv-conf {name}={text}: must be a number of at least 2")
     return int(text)
 
 
-def _flag(conf: Mapping[str, Any], name: str) -> bool | None:
-    """A setting that is yes or no; None: it is not set."""
-    if conf.get(name) is None:
-        return None
+def _flag(conf: Conf, name: str) -> bool:
     flag = read_flag(conf[name])
     if flag is None:
         raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be true or false")
     return flag
+
+
+def _as_given(conf: Conf, name: str) -> Any:
+    return conf[name]
+
+
+ETCD_SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+"""Settings for an etcd cluster with TLS or users: files, and names. ``EtcdBridge`` reads them."""
+
+SETTINGS: dict[str, Callable[[Conf, str], Any]] = {
+    # Durations, in seconds.
+    "join_timeout": _seconds,  # for which a node waits for a round to form; default 600
+    "timeout": _seconds,  # another name for join_timeout
+    "last_call_timeout": _seconds,  # for which a round with min_nodes waits for more, from the last arrival; default 30
+    "close_timeout": _seconds,  # for which the node that hosts the store waits for the others at the end; default 30
+    "store_timeout": _seconds,  # for which a lost store is looked for; default 60
+    "read_timeout": _seconds,  # for which an answer of the store is waited for; default 60
+    "keep_alive_interval": _seconds,  # between two heartbeats of a node; default 5
+    # Others.
+    "keep_alive_max_attempt": _attempts,  # intervals without a heartbeat until a node is lost, at least 2; default 3
+    "rank": _as_given,  # group rank that this node asks for, as --node-rank; default: any
+    "is_host": _flag,  # whether this node hosts the c10d store; default: if the endpoint is an address of this host
+    "embedded": _flag,  # whether the agents run etcd's members; default false
+    "protocol": _as_given,  # of etcd, http or https; default http, or https with a certificate
+    **dict.fromkeys(ETCD_SECURITY, _as_given),
+}
+"""Settings of ``--rdzv-conf`` that the built-in backends know, with the functions that read them."""
+
+
+def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:
+    """Return the settings of ``--rdzv-conf`` that were given, as values. Log the unknown ones.
+
+    Raises:
+        UsageError: a value is wrong.
+    """
+    given = {name: value for name, value in config.rdzv_configs.items() if value is not None}
+    if unknown := sorted(given.keys() - SETTINGS.keys()):
+        log(f"--rdzv-conf: ignoring unknown settings: {', '.join(unknown)}")
+    if config.rdzv_timeout != -1:
+        given["timeout"] = config.rdzv_timeout
+    values = {name: read(given, name) for name, read in SETTINGS.items() if name in given}
+    if "timeout" in values:
+        values.setdefault("join_timeout", values["timeout"])
+    return values

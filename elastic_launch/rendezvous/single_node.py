@@ -1,6 +1,6 @@
-"""Layer 3: the rendezvous of a job on one node: no store, nobody to wait for, every answer at once.
+"""The rendezvous of a job on one node: it needs no store and answers every action at once.
 
-The worker of rank 0 hosts the process group's store, each round on a fresh port unless the user named one.
+The worker of rank 0 hosts the process group's store: on a new free port in each round, unless the user chose the port.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from elastic_launch.job import Assignment, Decision, End, EndKind
 
 
 def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:
-    """What a rendezvous answers where there is one node: its own word counts; ``next_round`` gives its place."""
+    """Answer an action of the agent for a job of one node: what the node reports is what holds.
+
+    Args:
+        action: the agent's.
+        next_round: begins a round and returns the node's assignment in it.
+    """
     match action:
         case RequestJoin():
             return [Assigned(next_round())]
@@ -35,19 +40,25 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
         case ReportSuccess():
-            return [Ended(End(EndKind.DONE, "all workers have ended well"), time.time())]
+            return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):
             return [Decided(decision)]
     return []
 
 
-class LocalRendezvous:
-    """Gives one node its place in each round."""
+class SingleNodeRendezvous:
+    """Gives one node its assignment in each round.
+
+    Args:
+        run_id: the job's id.
+        local_world_size: number of workers.
+        master_addr: address of the workers' store.
+        master_port: its port; 0: a free port, chosen for each round.
+    """
 
     def __init__(
         self, run_id: str, local_world_size: int, master_addr: str = "127.0.0.1", master_port: int = 0
     ) -> None:
-        """Take the job's id, the node's workers and the address of their store; port 0: a free one for each round."""
         self._run_id = run_id
         self._workers = local_world_size
         self._addr = master_addr
@@ -55,36 +66,36 @@ class LocalRendezvous:
         self._reserved: socket.socket | None = None
         self._rounds = 0
         self._last = Decision(restart=True)
-        self._settled_at = time.monotonic()
+        self._decided_at = time.monotonic()
 
     def get_run_id(self) -> str:
-        """The job's id."""
+        """Return the job's id."""
         return self._run_id
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
-        """Answer what the agent asks.
+        """Answer an action of the agent.
 
         Raises:
-            UnavailableError: the port that the user named is in use.
+            UnavailableError: the port that the user chose is in use.
         """
         if isinstance(action, ReportRound):
-            self._last, self._settled_at = action.decision, time.monotonic()
+            self._last, self._decided_at = action.decision, time.monotonic()
         return answer_alone(action, self._next_round)
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """Nothing to wait for."""
+        """Return no descriptors: no event comes unasked."""
         return []
 
     def deadline(self) -> float | None:
-        """No time to keep."""
+        """Return None: there is no timer."""
         return None
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """Nothing comes by itself."""
+        """Return no events: all are returned by ``ask``."""
         return []
 
     def close(self) -> None:
-        """End the reservation of the port."""
+        """Release the reserved port."""
         if self._reserved is not None:
             self._reserved.close()
             self._reserved = None
@@ -106,5 +117,5 @@ class LocalRendezvous:
             host=os.uname().nodename,
             port_picked=self._port == 0,
             restart_count=self._rounds - 1,
-            restart_history=aged(self._last.restart_history, time.monotonic() - self._settled_at),
+            restart_history=aged(self._last.restart_history, time.monotonic() - self._decided_at),
         )

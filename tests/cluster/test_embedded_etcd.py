@@ -1,4 +1,4 @@
-"""Jobs whose agents run etcd themselves: three on this host, each with an address of its own."""
+"""Jobs whose agents run etcd themselves: three agents on this host, each with its own address."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ import pytest
 
 from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
-from elastic_launch.rendezvous.factory import create_own
+from elastic_launch.rendezvous.factory import create_built_in
 from elastic_launch.store.etcd.member import claim
 from tests.cluster.test_nodes import listens, up
 from tests.conftest import Job, is_alive, wait_until
 from tests.stores.test_etcd import post
 
 DEADLINE = 5.0
-"""Seconds of silence after which a node counts as dead."""
+"""Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 LAST_CALL = 1.5
 ELECTION = 2.0
-"""Seconds until etcd has another leader, if it has lost that."""
+"""Seconds in which etcd elects a new leader after the loss of one."""
 CONF = f"embedded=true,last_call_timeout={LAST_CALL},keep_alive_interval=1,keep_alive_max_attempt=5"
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
@@ -37,7 +37,7 @@ ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"
 
 
 def free_pair() -> int:
-    """A port that is free on all the addresses, as is the one above."""
+    """Return a port that is free on all addresses, together with the one above it."""
     while True:
         with contextlib.ExitStack() as stack:
             first = stack.enter_context(socket.socket())
@@ -51,7 +51,7 @@ def free_pair() -> int:
 
 
 class Agents:
-    """The agents of one job."""
+    """Starts the agents of one job."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -66,15 +66,15 @@ class Agents:
         return self.job.start(*words, *args, script, **env)
 
     def in_order(self, script: str, *args: str, count: int = 3, **more: Any) -> list[subprocess.Popen[str]]:
-        """Start agents; the first runs the first endpoint's member, and so on."""
+        """Start agents one after another: the first runs the member of the first endpoint, and so on."""
         found = []
         for _ in range(count):
             found.append(self(script, *args, **more))
-            wait_until(lambda agent=found[-1]: caretaker_of(agent))  # type: ignore[misc]
+            wait_until(lambda agent=found[-1]: supervisor_of(agent))  # type: ignore[misc]
         return found
 
     def ids(self, index: int) -> dict[str, str]:
-        """The members as one of them has them: ids by peer URL."""
+        """Return the cluster's members as one of them knows them: ids by peer URL."""
         try:
             members = post(self.endpoints[index], "cluster/member/list").get("members", ())
         except OSError:
@@ -85,17 +85,17 @@ class Agents:
         return f"http://{HOSTS[index]}:{self.port + 1}"
 
 
-def caretaker_of(agent: subprocess.Popen[str]) -> int:
-    """The pid of the process that looks after an agent's member, which it has when it has claimed an endpoint; or 0."""
+def supervisor_of(agent: subprocess.Popen[str]) -> int:
+    """Return the pid of the process that runs an agent's member; 0: the agent has not claimed an endpoint."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(agent.pid).children():
-            if "etcd_member_main" in " ".join(child.cmdline()):
+            if "member_main" in " ".join(child.cmdline()):
                 return child.pid
     return 0
 
 
 def etcd_of(agent: subprocess.Popen[str]) -> int:
-    """The pid of an agent's etcd; 0: there is none."""
+    """Return the pid of an agent's etcd; 0: there is none."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(agent.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -111,7 +111,7 @@ def agents(job: Job) -> Iterator[Agents]:
         if process.poll() is None:
             process.kill()
             process.wait()
-    # What they leave behind goes by itself, a moment later.
+    # Their children end by themselves a moment later.
     wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
 
 
@@ -124,7 +124,7 @@ def all_are_up(agents: Agents, restart: int, count: int) -> None:
 
 
 def go(job: Job) -> None:
-    """Let the workers end."""
+    """Tell the workers to end."""
     with (job.path / "marks").open("a") as file:
         file.write("go\n")
 
@@ -139,14 +139,14 @@ def go(job: Job) -> None:
         ("mark('up')\nif rank == 1: wait_for('0.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
         (RUN, "one", 143),
         (RUN, "all", 143),
-        # One that takes its time to stop must not wait for those that were faster.
+        # A slow worker: its node must not wait for nodes that were faster.
         ("mark('up')\nsignal.signal(15, lambda *_: (time.sleep(rank / 2), os._exit(0)))\n"
          "if rank == 0: wait_for('1.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
     ],
     ids=["success", "failure", "one-signalled", "all-signalled", "slow"],
 )  # fmt: skip
 def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agents: Agents) -> None:
-    """Four agents: one of them is a client only."""
+    """Run four agents, one of which has no member."""
     processes = [agents(agents.job.script(script), nnodes="4") for _ in range(4)]
     all_are_up(agents, 0, 4)
     for process in processes[: {"one": 1, "all": 4, None: 0}[stop]]:
@@ -155,10 +155,10 @@ def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agen
     first = time.monotonic()
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [status] * 4, results
-    assert time.monotonic() - first < DEADLINE - 1, "some waited for what nobody could tell them any more"
+    assert time.monotonic() - first < DEADLINE - 1, "some waited for an answer that could not come"
 
 
-def test_a_node_that_leaves_takes_its_member_along_and_the_others_go_on(agents: Agents) -> None:
+def test_a_node_that_leaves_ends_its_member_and_the_others_go_on(agents: Agents) -> None:
     first, second, third = agents.in_order(agents.job.script(ONCE), conf=",keep_alive_interval=3")
     all_are_up(agents, 0, 3)
     first.send_signal(signal.SIGTERM)
@@ -244,7 +244,7 @@ def test_a_member_without_data_waits_for_a_majority_to_replace_it(agents: Agents
     assert f"127.0.0.2:{agents.port} does not (connection refused)" in line
     assert f"127.0.0.3:{agents.port} answers" in line
     back = agents(script, *args)
-    # The two with data are enough for another round; the third comes in time for that, or for one of its own.
+    # The two with data suffice for a new round. The third is in time for that one, or causes another.
     wait_until(lambda: len(agents.ids(2)) == 3)
     wait_until(lambda: all(listens(endpoint) for endpoint in agents.endpoints))
     for process in (blank, back, processes[2]):
@@ -268,12 +268,12 @@ def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
     assert not [mark for mark in agents.job.marks() if ".1" in mark]
 
 
-def test_a_member_whose_caretaker_is_killed_ends_with_it(agents: Agents) -> None:
+def test_a_member_whose_supervisor_is_killed_ends_with_it(agents: Agents) -> None:
     processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"))
     all_are_up(agents, 0, 3)
     wait_until(lambda: len(agents.ids(0)) == 3)
     etcd = etcd_of(processes[0])
-    os.kill(caretaker_of(processes[0]), signal.SIGKILL)
+    os.kill(supervisor_of(processes[0]), signal.SIGKILL)
     wait_until(lambda: not is_alive(etcd))
     go(agents.job)
     results = finish(agents, processes)
@@ -284,7 +284,7 @@ def test_a_member_whose_caretaker_is_killed_ends_with_it(agents: Agents) -> None
 # --- a member that cannot run
 
 
-def test_a_port_that_a_stranger_has_costs_that_member(agents: Agents) -> None:
+def test_a_port_in_use_by_a_stranger_costs_only_that_member(agents: Agents) -> None:
     with socket.create_server((HOSTS[2], agents.port + 1)):
         processes = [agents(agents.job.script("mark()\nwait_for('go')\n"), nnodes="3") for _ in range(3)]
         all_are_up(agents, 0, 3)
@@ -297,7 +297,7 @@ def test_a_port_that_a_stranger_has_costs_that_member(agents: Agents) -> None:
 
 
 class Reader:
-    """Reads what a process says, without waiting for more."""
+    """Reads the stderr of a process without waiting for more."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr
@@ -318,7 +318,7 @@ class Reader:
 
 
 def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path) -> None:
-    """Neither by its clients nor by a member in the place of one that is gone."""
+    """Neither do clients use them, nor does a member that replaces a lost one."""
     script = agents.job.script(RUN)
     first = agents.in_order(script)
     all_are_up(agents, 0, 3)
@@ -349,7 +349,7 @@ def test_without_a_binary_the_agent_says_so(agents: Agents) -> None:
     assert "TORCHELASTIC_ETCD_BINARY_PATH=/nowhere/etcd: there is no program that can be executed" in result.stderr
 
 
-def test_what_etcd_says_last_is_told(agents: Agents, tmp_path: Path) -> None:
+def test_the_last_error_of_etcd_is_shown(agents: Agents, tmp_path: Path) -> None:
     binary = tmp_path / "etcd"
     binary.write_text('#!/bin/sh\necho \'{"level":"fatal","msg":"no luck","error":"disk full"}\' >&2\nexit 3\n')
     binary.chmod(0o755)
@@ -402,24 +402,24 @@ def config(endpoint: str = "h:1,i:1,j:1", backend: str = "etcd", **conf: str) ->
     ("settings", "text"),
     [
         (lambda: config(embedded="perhaps"), "embedded=perhaps: must be true or false"),
-        (lambda: config("h:1", "c10d"), "embedded=true: only --rdzv-backend etcd"),
-        (lambda: config(cacert="x"), "cacert: members that agents run"),
-        (lambda: config(user="x", password="y"), "user: members that agents run"),
-        (lambda: config(protocol="https"), "protocol: members that agents run"),
-        (lambda: config("h:1,h:2,i:1"), "needs its port and the one above"),
-        (lambda: config("h:65535"), "65535 has none"),
+        (lambda: config("h:1", "c10d"), "embedded=true: needs --rdzv-backend etcd"),
+        (lambda: config(cacert="x"), "cacert: embedded etcd (embedded=true) supports neither TLS nor users"),
+        (lambda: config(user="x", password="y"), "user: embedded etcd"),
+        (lambda: config(protocol="https"), "protocol: embedded etcd (embedded=true) supports http only"),
+        (lambda: config("h:1,h:2,i:1"), "each member needs two ports of its own"),
+        (lambda: config("h:65535"), "PORT must be below 65535"),
         (lambda: config("h:x"), "port must be a number"),
     ],
 )
 def test_wrong_settings_are_named(settings: Callable[[], LaunchConfig], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
-        create_own(settings(), {}, lambda line: None)
+        create_built_in(settings(), {}, lambda line: None)
 
 
 @pytest.mark.parametrize(("endpoint", "text"), [("h:1", "with one member"), ("h:1,i:1", "with 2 members")])
-def test_numbers_of_members_that_gain_nothing_are_named(endpoint: str, text: str) -> None:
+def test_numbers_of_members_that_gain_nothing_are_warned_about(endpoint: str, text: str) -> None:
     told: list[str] = []
-    create_own(config(endpoint), {}, told.append)
+    create_built_in(config(endpoint), {}, told.append)
     assert any(text in line for line in told)
 
 

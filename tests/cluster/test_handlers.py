@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LocalElasticAgent, RunResult, SignalException, WorkerSpec
+from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.errors import (
     ExitCode,
     RendezvousClosedError,
@@ -34,17 +35,21 @@ from elastic_launch.errors import (
 )
 from elastic_launch.host.console import write
 from elastic_launch.job import Decision
+from elastic_launch.rendezvous.factory import adapt
 from elastic_launch.rendezvous.handler import (
     RendezvousHandler,
-    RendezvousHandlerRegistry,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
+)
+from elastic_launch.rendezvous.registry import (
+    RendezvousHandlerRegistry,
     get_rendezvous_handler,
     rendezvous_handler_registry,
 )
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
-from elastic_launch.rendezvous.third_party import ForeignRendezvous, adapt
+from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
+from elastic_launch.rendezvous.third_party_tasks import HandlerTasks
 from tests.conftest import DEADLINE, Job, wait_until
 
 # --- stores and handlers
@@ -214,11 +219,16 @@ class InFiles:
 # --- agents
 
 
+def third_party(
+    handler: Any, workers: int = 1, local_addr: str | None = None, log: Callable[[str], None] = print, **settings: Any
+) -> ThirdPartyRendezvous:
+    node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), workers, "trainer")
+    return ThirdPartyRendezvous(HandlerTasks(handler, node, local_addr, log, **{"poll_interval": 0.05, **settings}))
+
+
 def run_agent(handler: Any, command: str, *, workers: int = 1, restarts: int = 0, **settings: Any) -> RunResult:
-    """Run a shell's command on a handler, with the quick eyes of a test."""
-    rendezvous = ForeignRendezvous(
-        handler, role="trainer", local_world_size=workers, **{"poll": 0.05, "log": print, **settings}
-    )
+    """Run a shell command on a handler that is polled often, so that a test takes little time."""
+    rendezvous = third_party(handler, workers, **settings)
     spec = WorkerSpec("trainer", workers, rendezvous, entrypoint="sh", args=("-c", command), max_restarts=restarts)
     return LocalElasticAgent(spec, DefaultLogsSpecs(), log=settings.get("log", print)).run()
 
@@ -340,7 +350,7 @@ def test_handler_is_abstract() -> None:
     assert RendezvousHandler.use_agent_store.fget(OneNode()) is False  # type: ignore[attr-defined]
 
 
-def test_store_info_is_the_word_of_rank_0() -> None:
+def test_store_info_is_decided_by_rank_0() -> None:
     store = MemoryStore()
     found: list[RendezvousStoreInfo] = []
     other = threading.Thread(target=lambda: found.append(RendezvousStoreInfo.build(1, store, "10.9.9.9", 99)))
@@ -367,7 +377,7 @@ def test_registry() -> None:
     registry.register("one-node", create)
     registry.register("one-node", create)
     assert registry.create_handler(parameters()) is handler
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         registry.register("one-node", lambda params: handler)
     with pytest.raises(ValueError, match="must name"):
         registry.register("", create)
@@ -375,23 +385,23 @@ def test_registry() -> None:
     with pytest.raises(LaunchError, match=r"'misnamed'.* a handler of 'one-node'"):
         registry.create_handler(parameters("misnamed"))
     registry.register("none", lambda params: None)
-    with pytest.raises(LaunchError, match="returned None, which is no handler"):
+    with pytest.raises(LaunchError, match="returned None, not a handler"):
         registry.create_handler(parameters("none"))
-    with pytest.raises(UsageError, match="'nowhere': unknown; there are misnamed, none, one-node"):
+    with pytest.raises(UsageError, match="'nowhere': unknown; choose one of misnamed, none, one-node"):
         registry.create_handler(parameters("nowhere"))
 
 
 def test_built_in_names_are_taken() -> None:
     for name in ("static", "c10d", "etcd", "etcd-v2"):
-        with pytest.raises(UsageError, match="registered already"):
+        with pytest.raises(UsageError, match="already registered"):
             rendezvous_handler_registry.register(name, lambda params: OneNode())
-    with pytest.raises(UsageError, match=r"'nowhere': unknown; there are .*c10d"):
+    with pytest.raises(UsageError, match=r"'nowhere': unknown; choose one of .*c10d"):
         get_rendezvous_handler(parameters("nowhere"))
 
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An installed package that offers handlers."""
+    """Install a package that offers handlers."""
     info = tmp_path / "site" / "plugins-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
@@ -413,15 +423,15 @@ def test_packages_offer_handlers(plugins: str) -> None:
     assert registry.known_backends() == ["broken", "missing", "one-node"]
     first, second = (registry.create_handler(parameters()) for _ in range(2))
     assert (first.get_backend(), type(first), type(second)) == ("one-node", OneNode, OneNode)
-    with pytest.raises(LaunchError, match="broken_plugin:get of plugins cannot be loaded: RuntimeError: boom"):
+    with pytest.raises(LaunchError, match="broken_plugin:get of plugins: RuntimeError: boom"):
         registry.create_handler(parameters("broken"))
-    with pytest.raises(LaunchError, match="no_such_module:get of plugins cannot be loaded: ModuleNotFoundError"):
+    with pytest.raises(LaunchError, match="no_such_module:get of plugins: ModuleNotFoundError"):
         registry.create_handler(parameters("missing"))
 
 
-def test_packages_are_looked_through_only_for_unknown_backends() -> None:
+def test_packages_are_searched_only_for_unknown_backends() -> None:
     code = (
-        "import sys; from elastic_launch.rendezvous.handler import *\n"
+        "import sys; from elastic_launch.rendezvous.registry import *\n"
         "rendezvous_handler_registry.register('x', lambda p: None)\n"
         "try: get_rendezvous_handler(RendezvousParameters('x', '', '', 1, 1))\n"
         "except Exception as error: print(type(error).__name__)\n"
@@ -450,7 +460,7 @@ def test_one_node(tmp_path: Path) -> None:
     assert handler.threads == {"elastic-launch-rendezvous"}
 
 
-def test_failure_is_another_round_until_there_is_none_left(tmp_path: Path) -> None:
+def test_failures_restart_the_job_until_no_restart_is_left(tmp_path: Path) -> None:
     handler = OneNode()
     said: list[str] = []
     command = f"echo $TORCHELASTIC_RESTART_COUNT >> {tmp_path}/rounds; exit 3"
@@ -461,7 +471,7 @@ def test_failure_is_another_round_until_there_is_none_left(tmp_path: Path) -> No
     assert [line for line in said if "restart 2 of 2" in line]
 
 
-def test_nodes_that_wait_end_the_round_without_charge(tmp_path: Path) -> None:
+def test_nodes_that_wait_end_the_round_uncharged(tmp_path: Path) -> None:
     handler = OneNode()
     handler.waiting = [0, 1]
     said: list[str] = []
@@ -471,7 +481,7 @@ def test_nodes_that_wait_end_the_round_without_charge(tmp_path: Path) -> None:
     assert "1 more node can join: stopping 1 worker" in said
 
 
-def test_place_of_the_store_is_found_where_the_handler_does_not_say(tmp_path: Path) -> None:
+def test_store_address_is_chosen_if_the_handler_names_none(tmp_path: Path) -> None:
     handler = OneNode()
     handler.info = lambda: RendezvousInfo(MemoryStore(), 0, 1, None)  # type: ignore[arg-type]
     command = f"echo $MASTER_ADDR $MASTER_PORT > {tmp_path}/env"
@@ -479,8 +489,8 @@ def test_place_of_the_store_is_found_where_the_handler_does_not_say(tmp_path: Pa
     assert re.fullmatch(r"10\.1\.2\.3 [1-9][0-9]*\n", (tmp_path / "env").read_text())
 
 
-class Foreign:
-    """Errors by torch's names that are not ours."""
+class Torchs:
+    """Errors with torch's names that are not ours."""
 
     class RendezvousTimeoutError(Exception):
         pass
@@ -500,16 +510,16 @@ class Foreign:
             RendezvousTimeoutError,
             "^rendezvous handler OneNode: .*TimeoutError: alone$",
         ),
-        (Foreign.RendezvousTimeoutError("alone\nin line 2"), RendezvousTimeoutError, "TimeoutError: alone$"),
-        (RendezvousClosedError("over"), RendezvousError, "OneNode: .*: over; the job has ended already"),
+        (Torchs.RendezvousTimeoutError("alone\nin line 2"), RendezvousTimeoutError, "TimeoutError: alone$"),
+        (RendezvousClosedError("over"), RendezvousError, "OneNode: .*: over; the job has already ended"),
         (ConnectionRefusedError(111, "refused"), RendezvousConnectionError, "ConnectionRefusedError: .*refused$"),
-        (Foreign.DistStoreError("wait timeout"), RendezvousConnectionError, "DistStoreError: wait timeout$"),
+        (Torchs.DistStoreError("wait timeout"), RendezvousConnectionError, "DistStoreError: wait timeout$"),
         (
             KeyError("x"),
             LaunchError,
-            "KeyError: 'x', which looks like a defect of the handler:\nTraceback",
+            "KeyError: 'x'; this looks like a bug in the handler:\nTraceback",
         ),
-        (SystemExit(3), LaunchError, "SystemExit: 3, which looks like a defect"),
+        (SystemExit(3), LaunchError, "SystemExit: 3; this looks like a bug"),
     ],
 )
 def test_handler_that_raises(error: BaseException, kind: type[LaunchError], match: str) -> None:
@@ -520,11 +530,11 @@ def test_handler_that_raises(error: BaseException, kind: type[LaunchError], matc
         RendezvousTimeoutError: ExitCode.TIMEOUT,
         LaunchError: ExitCode.SOFTWARE,
     }.get(kind, ExitCode.UNAVAILABLE)
-    assert handler.calls == ["next"], "a node that was never in the job does not end it for the others"
+    assert handler.calls == ["next"], "a node that was never in the job must not end it for the others"
 
 
-@pytest.mark.parametrize("kind", [RendezvousGracefulExitError, Foreign.RendezvousGracefulExitError])
-def test_graceful_exit_is_none_of_failure(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [RendezvousGracefulExitError, Torchs.RendezvousGracefulExitError])
+def test_graceful_exit_is_not_a_failure(kind: type[Exception]) -> None:
     handler, said = OneNode(kind("not needed")), list[str]()
     assert run_agent(handler, "true", log=said.append).return_values == {}
     assert "not needed; the job goes on without this node" in said[0]
@@ -542,43 +552,43 @@ def test_handler_that_raises_while_workers_run() -> None:
 def test_impossible_rank() -> None:
     handler = OneNode()
     handler.info = lambda: RendezvousInfo(MemoryStore(), 2, 2, RendezvousStoreInfo("a", 1))
-    with pytest.raises(RendezvousStateError, match="gave rank 2 of 2"):
+    with pytest.raises(RendezvousStateError, match="returned rank 2 of 2"):
         run_agent(handler, "true")
 
 
-def test_failing_goodbye_costs_a_line() -> None:
+def test_failing_shutdown_is_logged() -> None:
     class Rude(OneNode):
         def shutdown(self) -> bool:
             raise OSError("no")
 
     said: list[str] = []
     assert not run_agent(Rude(), "true", log=said.append).is_failed()
-    assert said[-1:] == ["rendezvous handler Rude: OSError: no, at its shutdown()"]
+    assert said[-1:] == ["rendezvous handler Rude: OSError: no (in shutdown())"]
 
 
 def test_a_pause_before_the_next_round_is_kept() -> None:
-    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, RequestJoin
+    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, ReportRound, RequestJoin
 
-    rendezvous = ForeignRendezvous(OneNode(), role="trainer", local_world_size=1)
-    rendezvous._decision, rendezvous._settled_at = Decision(True, pause=0.3), time.monotonic()
+    rendezvous = third_party(OneNode())
     begin, events = time.monotonic(), list[AgentEvent]()
+    rendezvous.ask(ReportRound(Decision(True, pause=0.3)))
     rendezvous.ask(RequestJoin())
 
-    def has_come() -> bool:
+    def has_joined() -> bool:
         events.extend(rendezvous.take())
-        return bool(events)
+        return len(events) == 2
 
     try:
-        wait_until(has_come)
+        wait_until(has_joined)
     finally:
         rendezvous.close()
-    assert isinstance(events[0], Assigned)
+    assert [type(event) for event in events] == [Decided, Assigned]
     assert time.monotonic() - begin >= 0.3
 
 
 def test_adapt() -> None:
     spec = WorkerSpec("r", 1, OneNode(), entrypoint="true")
-    assert isinstance(adapt(OneNode(), spec, {}, print), ForeignRendezvous)
+    assert isinstance(adapt(OneNode(), spec, {}, print), ThirdPartyRendezvous)
     with pytest.raises(LaunchError, match="no next_rendezvous"):
         adapt(object(), spec, {}, print)
     own = get_rendezvous_handler(RendezvousParameters("c10d", "host-a:29400", "job", 2, 2))
@@ -621,7 +631,7 @@ def test_two_nodes_restart_as_one(job: Job) -> None:
     assert f"{text}: stopping 2 workers" in ends[0].stderr
 
 
-def test_final_failure_is_everybodys(job: Job) -> None:
+def test_final_failure_ends_all_nodes(job: Job) -> None:
     want(job, 2)
     command = "mark; if [ $RANK = 0 ]; then while [ ! -e go ]; do sleep 0.01; done; exit 7; fi; exec sleep 1000"
     agents = [start(job, command.replace("go", f"{job.path}/go")) for _ in range(2)]
@@ -671,15 +681,15 @@ def test_nodes_wait_for_each_others_success(job: Job) -> None:
     assert [job.finish(agent).returncode for agent in agents] == [0, 0]
 
 
-def test_success_does_not_wait_for_ever(job: Job) -> None:
-    """The other node never says anything again."""
+def test_success_does_not_wait_forever(job: Job) -> None:
+    """The other node never reports anything again."""
     store, said = MemoryStore(), list[str]()
     handler = OneNode()
     handler.info = lambda: RendezvousInfo(store, 0, 2, RendezvousStoreInfo("127.0.0.1", 29999))
-    # The same store twice: this is the other node's first word, and nothing follows.
+    # The same store: the other node registers in it, and does nothing else.
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
-    silent = ForeignRendezvous(other, role="trainer", local_world_size=1)
+    silent = third_party(other)
     from elastic_launch.core.agent.lifecycle import RequestJoin
 
     silent.ask(RequestJoin())
@@ -687,7 +697,7 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
         assert not run_agent(handler, "true", exit_barrier_timeout=0.2, log=said.append).is_failed()
     finally:
         silent.close()
-    assert said[1:-1] == ["this node's workers have ended well; the others' have not within 0.2 s"]
+    assert said[1:-1] == ["this node's workers succeeded; others did not end within 0.2 s"]
 
 
 def read(job: Job) -> dict[str, Any]:
@@ -696,7 +706,7 @@ def read(job: Job) -> dict[str, Any]:
 
 
 def test_torchs_own_handler(job: Job) -> None:
-    """Two agents on torch's dynamic rendezvous over its TCPStore: a failure, a second round, success."""
+    """Run two agents on torch's dynamic rendezvous over its TCPStore: a failure, a second round, success."""
     from elastic_launch.host.ports import reserve_port
 
     with reserve_port() as sock:

@@ -1,7 +1,7 @@
-"""Jobs on several hosts that are cut off, lost, slow or frozen: each goes on or ends as documented.
+"""Jobs on several hosts that are cut off, lost, slow or frozen: each job goes on or ends as documented.
 
-The hosts are network namespaces, see ``tests.support.hosts``. The agents are real, and so are their stores. Whatever
-happens, no worker of an old generation is alive beside a new one: all workers send heartbeats, which each test checks.
+The hosts are network namespaces; see ``tests.support.hosts``. Agents and stores are real. All workers write heartbeats,
+and each test checks by them that no worker of an old round was alive beside one of a newer round.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from tests.support.hosts import Host, Hosts, Program
 
 INTERVAL, ATTEMPTS = 0.7, 3
 DEADLINE = INTERVAL * ATTEMPTS
-"""Seconds of silence after which a node counts as dead."""
+"""Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 PATIENCE = DEADLINE + 2
-"""Seconds within which the others must have gone on, or ended."""
+"""Seconds within which the other nodes must have gone on or ended."""
 CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=0.5"
 ENDPOINT = "host-1:29400"
 
 WORKER = """
 import threading
-def beat():
+def write_heartbeats():
     begin = time.monotonic()  # one clock for all hosts
-    file = os.open(f"{BEATS}/{restart}.{rank}.{os.uname().nodename}.{os.getpid()}", os.O_CREAT | os.O_WRONLY)
+    file = os.open(f"{HEARTBEATS}/{restart}.{rank}.{os.uname().nodename}.{os.getpid()}", os.O_CREAT | os.O_WRONLY)
     while True:
         os.pwrite(file, b"%018.6f %018.6f" % (begin, time.monotonic()), 0)
         time.sleep(0.005)
-threading.Thread(target=beat, daemon=True).start()
+threading.Thread(target=write_heartbeats, daemon=True).start()
 host, world = os.uname().nodename, int(os.environ["WORLD_SIZE"])
 mark(f"{host} of {world}")
 """
-"""What every worker begins with: signs of life in a file of its own; the mark ``RANK.RESTART HOST of WORLD_SIZE``."""
+"""How every worker begins: it writes heartbeats to its own file, and the mark ``RANK.RESTART HOST of WORLD_SIZE``."""
 UNTIL_END = "wait_for('end')\n"
 
 
-class AgentState:
-    """When a worker lived: from its first sign of life to its last, in seconds on the clock that all hosts share."""
+class Lifetime:
+    """Times of a worker's first and last heartbeat, in seconds on the clock that all hosts share."""
 
     def __init__(self, file: Path) -> None:
         restart, _, self.host, _ = file.name.split(".")
@@ -58,56 +58,57 @@ class Network:
 
     def __init__(self, job: Job, hosts: Hosts) -> None:
         self.job, self.hosts = job, hosts
-        self._beats = job.path / "beats"
-        self._beats.mkdir()
+        self._heartbeats = job.path / "heartbeats"
+        self._heartbeats.mkdir()
 
     def script(self, text: str = UNTIL_END) -> str:
-        """A worker's script that gives signs of life and then does what ``text`` says."""
-        return self.job.script(f"BEATS = {str(self._beats)!r}\n{WORKER}{text}")
+        """Write a worker's script that writes heartbeats while it runs ``text``. Return its path."""
+        return self.job.script(f"HEARTBEATS = {str(self._heartbeats)!r}\n{WORKER}{text}")
 
     def start(self, host: Host, script: str, *args: str, nnodes: str, conf: str = CONF, **env: str) -> Program:
-        """Start an agent of the c10d job whose store is on host 1; ``args`` come last, and win."""
+        """Start an agent of the c10d job whose store is on host 1. ``args`` come last, so they override the options."""
         words = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", ENDPOINT, "--rdzv-id", "job-1"]
         return host.start(*words, "--rdzv-conf", conf, *args, script, **env)
 
     def end(self) -> None:
-        """Let the workers end well."""
+        """Let the workers end with success."""
         with (self.job.path / "marks").open("a") as file:
             file.write("end\n")
 
-    def lives(self) -> list[AgentState]:
-        """The workers that have been there so far."""
-        return [AgentState(file) for file in self._beats.iterdir() if file.stat().st_size]
+    def lifetimes(self) -> list[Lifetime]:
+        """Return the lifetimes of all workers so far."""
+        return [Lifetime(file) for file in self._heartbeats.iterdir() if file.stat().st_size]
 
     def formed(self, world: int, restart: int) -> float:
-        """Wait until the newest round, this one or a later one, runs on so many hosts.
+        """Wait until the newest round runs on ``world`` hosts. It must be the round ``restart`` or a later one.
 
         Returns:
-            When its first worker began, on the clock of ``time.monotonic``.
+            The time when its first worker began, on ``time.monotonic``.
         """
-        newest: list[AgentState] = []
+        newest: list[Lifetime] = []
 
         def is_there() -> bool:
-            lives = self.lives()
-            last = max((state.restart for state in lives), default=-1)
-            newest[:] = [state for state in lives if state.restart == last >= restart]
+            lifetimes = self.lifetimes()
+            last = max((life.restart for life in lifetimes), default=-1)
+            newest[:] = [life for life in lifetimes if life.restart == last >= restart]
             return len(newest) == world == self._world(last)
 
         wait_until(is_there, f"a round of {world}")
-        return min(state.first for state in newest)
+        return min(life.first for life in newest)
 
     def _world(self, restart: int) -> int:
-        """The size of a round, as all its workers have been told."""
-        sizes = {mark.split()[-1] for mark in self.job.marks() if re.match(rf"\d+\.{restart} ", mark)}
-        return int(sizes.pop()) if len(sizes) == 1 else 0
+        """Return the size of a round when all its workers have noted it; 0: they have not."""
+        pattern = rf"\d+\.{restart} .* of (\d+)"
+        sizes = [found[1] for mark in self.job.marks() if (found := re.fullmatch(pattern, mark))]
+        return len(sizes) if {*sizes} == {str(len(sizes))} else 0
 
     def check_generations(self) -> None:
-        """No worker of an older generation was alive when one of a newer one began."""
-        lives = self.lives()
+        """Check that no worker of an older round was alive when one of a newer round began."""
+        lifetimes = self.lifetimes()
         beside = [
             f"{old.host} in round {old.restart} until {old.last - new.first:.3f} s after {new.host} began {new.restart}"
-            for new in lives
-            for old in lives
+            for new in lifetimes
+            for old in lifetimes
             if old.restart < new.restart and old.last > new.first
         ]
         assert not beside
@@ -118,7 +119,7 @@ Make = Callable[[int], Network]
 
 @pytest.fixture
 def network(job: Job, tmp_path: Path) -> Iterator[Make]:
-    """Makes a job on so many hosts; they are gone at the end of the test, and all that ran there."""
+    """Make jobs on a given number of hosts. The hosts, and all that runs there, are removed at the end of the test."""
     with contextlib.ExitStack() as stack:
         networks: list[Network] = []
 
@@ -133,7 +134,7 @@ def network(job: Job, tmp_path: Path) -> Iterator[Make]:
 
 
 def ends(*programs: Program) -> list[int]:
-    """How they end; what they said is shown where a test fails."""
+    """Wait for programs to end. Return their statuses; pytest shows their output if the test fails."""
     statuses = [program.wait() for program in programs]
     for program in programs:
         print(program.said())
@@ -141,20 +142,20 @@ def ends(*programs: Program) -> list[int]:
 
 
 def start_three(
-    net: Network, script: str, *args: str, nnodes: str = "2:3", conf: str = CONF, coordinator: int = 1
+    net: Network, script: str, *args: str, nnodes: str = "2:3", conf: str = CONF, monitor: int = 1
 ) -> list[Program]:
-    """Start an agent on each of three hosts, and wait until they run; the coordinator is the one with rank 0."""
+    """Start an agent on each of three hosts, and wait until all run. The monitor is the host with rank 0."""
     programs = [
-        net.start(net.hosts[n], script, "--node-rank", str((n - coordinator) % 3), *args, nnodes=nnodes, conf=conf)
+        net.start(net.hosts[n], script, "--node-rank", str((n - monitor) % 3), *args, nnodes=nnodes, conf=conf)
         for n in (1, 2, 3)
     ]
     net.formed(3, restart=0)
-    assert f"0.0 host-{coordinator} of 3" in net.job.marks()
+    assert f"0.0 host-{monitor} of 3" in net.job.marks()
     return programs
 
 
 STUBBORN = "if host == 'host-3': signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-"""A worker that does not end in peace on the host that the test is about."""
+"""A worker that ignores SIGTERM on the host under test."""
 
 
 SERVER = "import socket, time; server = socket.create_server(('', 29400)); time.sleep(600)"
@@ -167,7 +168,7 @@ print(os.uname().nodename, how, time.monotonic() - begin)
 """
 
 
-def test_the_hosts_are_what_the_tests_below_take_them_for(network: Make) -> None:
+def test_hosts_behave_as_the_other_tests_assume(network: Make) -> None:
     hosts = network(3).hosts
 
     def connect(host: Host) -> tuple[str, str, float]:
@@ -206,9 +207,9 @@ def test_a_host_that_is_cut_off_and_healed(network: Make) -> None:
     assert ends(*programs) == [0, 0, 0]
 
 
-def test_the_coordinator_is_cut_off(network: Make) -> None:
+def test_the_monitor_is_cut_off(network: Make) -> None:
     net = network(3)
-    programs = start_three(net, net.script(), coordinator=3)
+    programs = start_three(net, net.script(), monitor=3)
     cut_at = time.monotonic()
     net.hosts.cut(net.hosts[3])
     assert net.formed(2, restart=1) - cut_at < PATIENCE
@@ -217,7 +218,7 @@ def test_the_coordinator_is_cut_off(network: Make) -> None:
     assert any("no heartbeat from host-3" in program.said() for program in programs[:2])
 
 
-def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
+def test_the_monitor_is_cut_off_from_etcd(network: Make) -> None:
     net = network(4)
     start_etcd(net.hosts[4])
     script = net.script()
@@ -237,7 +238,7 @@ def test_the_coordinator_is_cut_off_from_etcd(network: Make) -> None:
 
 
 def start_etcd(host: Host) -> None:
-    """Start a cluster of one member."""
+    """Start an etcd cluster of one member."""
     client, peer = f"http://{host.address}:2379", f"http://{host.address}:2380"
     host.run(
         *(etcd_binary(), "--data-dir", "etcd", "--log-level", "error", "--initial-cluster", f"default={peer}"),
@@ -260,14 +261,14 @@ def test_packets_are_lost_one_way(network: Make, source: int, to: int) -> None:
     assert "this process was stopped" not in programs[2].said()
 
 
-@pytest.mark.parametrize("coordinator", [1, 3])
-def test_the_host_of_the_store_is_cut_off_and_healed(network: Make, coordinator: int) -> None:
+@pytest.mark.parametrize("monitor", [1, 3])
+def test_the_host_of_the_store_is_cut_off_and_healed(network: Make, monitor: int) -> None:
     net = network(3)
-    programs = start_three(net, net.script(), nnodes="1:3", coordinator=coordinator)
+    programs = start_three(net, net.script(), nnodes="1:3", monitor=monitor)
     cut_at = time.monotonic()
     net.hosts.cut(net.hosts[1])
-    # Where the coordinator is lost together with others, it is missed first, and they by who takes over.
-    assert net.formed(1, restart=1) - cut_at < PATIENCE + DEADLINE * (coordinator == 3)
+    # If the monitor is lost together with others, its loss is detected first; its successor detects the others.
+    assert net.formed(1, restart=1) - cut_at < PATIENCE + DEADLINE * (monitor == 3)
     net.hosts.heal()
     net.formed(3, restart=2)
     net.end()
@@ -285,7 +286,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
     net.formed(3, restart=1)
     net.end()
     assert ends(*programs) == [0, 0, 0]
-    assert {state.restart for state in net.lives()} == {0, 1}
+    assert {life.restart for life in net.lifetimes()} == {0, 1}
     for program in programs:
         assert "no sign of life" not in program.said()
         assert "has not answered" not in program.said()
@@ -300,7 +301,7 @@ def test_the_host_of_the_store_is_powered_off(network: Make) -> None:
     off_at = time.monotonic()
     net.hosts[1].power_off()
     assert ends(*programs[1:]) == [69, 69]
-    assert max(state.last for state in net.lives()) - off_at < PATIENCE
+    assert max(life.last for life in net.lifetimes()) - off_at < PATIENCE
     for program in programs[1:]:
         assert f"the store at {ENDPOINT} is lost" in program.said()
 
@@ -325,14 +326,14 @@ def test_the_host_of_the_store_comes_back(network: Make) -> None:
         assert "restarts  : 1 of 1 used" in program.said()
 
 
-@pytest.mark.parametrize("number", [1, 3], ids=["which hosts the store", "of another host"])
+@pytest.mark.parametrize("number", [1, 3], ids=["on the host of the store", "on another host"])
 def test_a_frozen_agent_is_replaced_and_comes_back_as_a_newcomer(network: Make, number: int) -> None:
     net = network(3)
     programs = start_three(net, net.script(STUBBORN.replace("host-3", f"host-{number}") + UNTIL_END))
     frozen_at = time.monotonic()
     programs[number - 1].freeze()
     assert net.formed(2, restart=1) - frozen_at < PATIENCE
-    programs[number - 1].thaw()
+    programs[number - 1].resume()
     net.formed(3, restart=2)
     net.end()
     assert ends(*programs) == [0, 0, 0]
@@ -354,7 +355,7 @@ def test_a_broken_connection_is_no_cause_where_a_peer_was_killed(network: Make) 
     script = net.script(
         "if rank == 0: wait_for('1.0 deaf'); raise ConnectionResetError(104, 'Connection reset by peer')\n"
         "if rank == 1:\n"
-        "    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"  # its end is seen later
+        "    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"  # it is noticed later
         "    mark('deaf'); wait()\n" + UNTIL_END
     )
     programs = [net.start(net.hosts[n], script, "--node-rank", str(n - 1), nnodes="3") for n in (1, 2, 3)]
@@ -397,8 +398,8 @@ def test_a_host_with_a_member_of_embedded_etcd_is_powered_off(network: Make) -> 
     programs = [net.start(net.hosts[n + 1], script, *etcd, *ranks[n], nnodes="2:3", conf=conf) for n in range(3)]
     net.formed(3, restart=0)
     off_at = time.monotonic()
-    net.hosts[1].power_off()  # with the coordinator, and the member that comes first
-    # Twice the deadline: to leave that member takes the others so long that they may count as cut off themselves.
+    net.hosts[1].power_off()  # with the monitor, and the first member
+    # Twice the deadline: the others need so long to switch to another member that they may seem lost themselves.
     assert net.formed(2, restart=1) - off_at < 2 * 4.5 + 2
     replacement = net.start(net.hosts[4], script, *etcd, *ranks[0], nnodes="2:3", conf=conf)
     net.formed(3, restart=2)

@@ -1,4 +1,4 @@
-"""When a job starts again and when it ends, as its user sees it: real agents, on one node and on several."""
+"""When a job restarts and when it ends, as its user sees it: real agents, on one node and on several."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NOTE_TIME = "mark(f'begins {time.monotonic()}')\n"
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """The launcher's own lines, without its name and without the report."""
+    """Return the lines that the launcher itself printed, without its name and without the report."""
     lines = done.stderr.partition("=" * 80)[0].splitlines()
     return [line.removeprefix("elastic-run: ") for line in lines if line.startswith("elastic-run: ")]
 
 
 def report(done: subprocess.CompletedProcess[str]) -> str:
-    """The report at the end; nothing else comes after it."""
+    """Return the report at the end, and check that nothing follows it."""
     assert done.stderr.count("=" * 80) == 2, done.stderr
     before, _, text = done.stderr.partition("=" * 80)
     text, _, after = text.rpartition("=" * 80)
@@ -41,24 +41,24 @@ def report(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def restarts(job: Job) -> list[int]:
-    """The numbers of the rounds in which rank 0 began."""
+    """Return the numbers of the rounds in which rank 0 began."""
     return [int(mark.split()[0].split(".")[1]) for mark in job.marks() if mark.startswith("0.")]
 
 
 def times(job: Job, word: str) -> dict[str, float]:
-    """When workers were so far, on the clock of this host: by RANK.RESTART."""
+    """Return the times that workers have noted with a word, on ``time.monotonic``, by RANK.RESTART."""
     marks = [mark.split() for mark in job.marks()]
     return {mark[0]: float(mark[2]) for mark in marks if mark[1] == word}
 
 
-def log(job: Job, word: str) -> None:
-    """Tell the workers something, as if one of them had marked it."""
+def add_mark(job: Job, word: str) -> None:
+    """Add a mark for which workers wait."""
     with (job.path / "marks").open("a") as file:
         file.write(f"{word}\n")
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
-    """Wait until a launcher has said something; the lines up to it are read, and gone."""
+    """Read a launcher's stderr until a line contains a text."""
     stream = process.stderr
     assert stream
     wait_until(lambda: text in stream.readline(), text)
@@ -91,7 +91,7 @@ def test_some_statuses_are_fatal(end: str, status: int, is_fatal: bool, job: Job
         assert "restarts  : 1 of 1 used\n" in report(done)
 
 
-def test_failures_are_forgotten(job: Job) -> None:
+def test_failures_older_than_the_window_do_not_count(job: Job) -> None:
     script = job.script("mark()\nif restart == 4: sys.exit()\ntime.sleep(0.4)\nsys.exit(10 + restart)\n")
     done = job.run("--max-restarts", "1", "--restart-window", "0.3", script)
     print(done.stderr)
@@ -100,7 +100,7 @@ def test_failures_are_forgotten(job: Job) -> None:
     assert len([line for line in said(done) if line.endswith(": restart 1 of 1")]) == 4
 
 
-def test_failures_in_quick_succession_use_the_window_up(job: Job) -> None:
+def test_failures_within_the_window_use_up_the_restarts(job: Job) -> None:
     script = job.script("mark()\nsys.exit(10 + restart)\n")
     done = job.run("--max-restarts", "2", "--restart-window", "60", script)
     print(done.stderr)
@@ -109,7 +109,7 @@ def test_failures_in_quick_succession_use_the_window_up(job: Job) -> None:
     assert "restarts  : 2 of 2 used\n" in report(done)
 
 
-def test_a_restart_waits_twice_as_long_each_time(job: Job) -> None:
+def test_the_pause_before_a_restart_doubles_each_time(job: Job) -> None:
     script = job.script(f"{NOTE_TIME}if restart == 3: sys.exit()\nsys.exit(10 + restart)\n")
     done = job.run("--max-restarts", "3", "--restart-backoff", "0.3:0.6", script)
     print(done.stderr)
@@ -201,7 +201,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
-def test_wrong_values_are_told_in_one_line(how: str, job: Job) -> None:
+def test_wrong_values_are_reported_in_one_line(how: str, job: Job) -> None:
     script = job.script("mark()")
     for name, value in WRONG if how == "option" else WRONG[::5]:
         variable = f"PET_{name[2:].replace('-', '_').upper()}"
@@ -273,7 +273,7 @@ def test_quiet_normal_and_verbose(job: Job) -> None:
 def start(
     job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = QUICK
 ) -> list[subprocess.Popen[str]]:
-    """As many nodes as the job needs; node n asks for rank n, and node 0 hosts the store."""
+    """Start as many nodes as the job needs. Node n asks for rank n, and node 0 hosts the store."""
     nodes = c10d(job, nnodes, conf)
     first = nodes(0, "--node-rank", "0", *args, script=script)
     wait_until(lambda: listens(nodes.endpoint))
@@ -282,7 +282,7 @@ def start(
 
 
 def finish(job: Job, *processes: subprocess.Popen[str]) -> list[subprocess.CompletedProcess[str]]:
-    """How nodes ended; what they said is shown if the test fails."""
+    """Wait for nodes to end. Return the results; pytest shows the output if the test fails."""
     results = [job.finish(process) for process in processes]
     for number, result in enumerate(results):
         print(f"--- node {number}: {result.returncode}\n{result.stderr}")
@@ -290,7 +290,7 @@ def finish(job: Job, *processes: subprocess.Popen[str]) -> list[subprocess.Compl
 
 
 def one_report(results: list[subprocess.CompletedProcess[str]]) -> str:
-    """The report that all nodes print, but for the directories of their files."""
+    """Return the report, after checking that all nodes print the same, except for the directories of their files."""
     [text] = {re.sub(r"logs      : .*\n", "", report(result)) for result in results}
     return text
 
@@ -301,14 +301,14 @@ def one_status(results: list[subprocess.CompletedProcess[str]]) -> int:
 
 
 def lines_with(results: list[subprocess.CompletedProcess[str]], text: str) -> list[str]:
-    """What all nodes together said with this text in it."""
+    """Return the lines of all nodes that contain a text."""
     return [line for result in results for line in said(result) if text in line]
 
 
 FAILURES = {
     "an exception": ("if rank == 1: raise ValueError('boom')\nwait()\n", 1, "ValueError: boom"),
     "a kill": ("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait()\n", 137, "killed by SIGKILL"),
-    "a consequence": (  # which is known before its cause
+    "a consequence": (  # which is noticed before its cause
         "if rank == 1: signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL)); mark('ready')\n"
         "if rank == 0: wait_for('1.0 ready'); raise ConnectionResetError('Connection reset by peer')\n"
         "wait()\n",
@@ -333,7 +333,7 @@ OPTIONS_FOR = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_all_nodes_tell_the_same(kind: str, job: Job) -> None:
+def test_all_nodes_print_the_same_report(kind: str, job: Job) -> None:
     text, status, words = FAILURES[kind]
     nnodes = 3 if kind == "a consequence" else 2
     script = job.script(f"mark()\nwait_for(*(f'{{r}}.{{restart}}' for r in range({nnodes})))\n{text}")
@@ -346,7 +346,7 @@ def test_all_nodes_tell_the_same(kind: str, job: Job) -> None:
     assert ("rank 0 on" in consequences and "ConnectionResetError" in consequences) == (kind == "a consequence")
 
 
-def test_a_spare_tells_the_same(job: Job) -> None:
+def test_a_spare_prints_the_same_report(job: Job) -> None:
     script = job.script("mark()\nif rank == 1: wait_for('go'); sys.exit(10 + restart)\nwait()\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--max-restarts", "1", script=script)
@@ -355,13 +355,13 @@ def test_a_spare_tells_the_same(job: Job) -> None:
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, "--max-restarts", "1", script=script)
     wait_for_line(spare, "waiting as a spare")
-    log(job, "go")
+    add_mark(job, "go")
     results = finish(job, first, second, spare)
     assert one_status(results) == 11
     assert "restarts  : 1 of 1 used" in one_report(results)
 
 
-def test_a_bad_node_steps_aside_for_a_spare(job: Job) -> None:
+def test_a_spare_replaces_a_node_that_keeps_failing(job: Job) -> None:
     script = job.script(
         "node = os.environ['NODE']\nmark(node)\n"
         "if node == 'bad': wait_for('go', f'{1 - rank}.{restart} good'); sys.exit(3 + restart)\n"
@@ -375,7 +375,7 @@ def test_a_bad_node_steps_aside_for_a_spare(job: Job) -> None:
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, *options, script=script, NODE="spare")
     wait_for_line(spare, "the job already runs on 2 nodes; waiting as a spare")
-    log(job, "go")
+    add_mark(job, "go")
     results = finish(job, good, bad, spare)
     assert one_status(results) == 0
     assert {mark.split()[1] for mark in job.marks() if ".1 " in mark} == {"good", "bad"}
@@ -404,7 +404,7 @@ def test_different_options_are_refused(job: Job) -> None:
 def agent_dies(
     job: Job, processes: list[subprocess.Popen[str]], *victims: int
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Kill agents; how the others end."""
+    """Kill agents. Return the results of the others."""
     for victim in victims:
         processes[victim].send_signal(signal.SIGKILL)
     results = finish(job, *processes)
@@ -436,11 +436,11 @@ def test_an_agent_dies_right_after_its_worker(job: Job) -> None:
     [worker] = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 pid")]
     os.kill(worker, signal.SIGKILL)
     results = agent_dies(job, processes, 2)
-    # What the agent could tell before it died decides; but all others do the same.
+    # The outcome depends on what the agent reported before it died, but all others agree on it.
     assert one_status(results) in (0, 137)
 
 
-def test_an_agent_dies_after_it_has_told_that_its_worker_failed(job: Job) -> None:
+def test_an_agent_dies_after_it_reported_a_failure(job: Job) -> None:
     script = job.script(
         f"{OF}signal.signal(signal.SIGTERM, lambda *_: (mark('stops'), time.sleep(0.3), os._exit(0)))\n"
         f"wait_for(*(f'{{r}}.0 of 4' for r in range(4)))\n"
@@ -531,7 +531,9 @@ def test_too_few_are_left_when_a_node_is_preempted(victim: int, job: Job) -> Non
     results = finish(job, *processes)
     assert one_status(results) == 143
     assert {f"{r}.0 stops" for r in range(3)} <= set(job.marks())
-    assert len(lines_with(results, "is leaving (SIGTERM), and the job cannot go on without it")) >= 3, "all know why"
+    assert len(lines_with(results, "is leaving (SIGTERM), and the job cannot go on without it")) >= 3, (
+        "all print the reason"
+    )
 
 
 def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
@@ -543,7 +545,7 @@ def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
     job.wait_for("0.0 up", "1.0 up")
     processes[1].send_signal(signal.SIGUSR1)
     job.wait_for("1.0 usr1")
-    log(job, "go")
+    add_mark(job, "go")
     assert one_status(finish(job, *processes)) == 0
     assert "0.0 usr1" not in job.marks()
 
@@ -576,7 +578,7 @@ def test_the_keeper_of_a_node_is_killed(job: Job) -> None:
 
 
 def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
-    """Its workers cannot be ended any more: the others go on without that node."""
+    """Its workers cannot be ended any more, so the others go on without that node."""
     script = job.script(
         f"mark(f'keeper {{os.getppid()}}')\n{OF}"
         "if restart == 0 and rank == 1: wait_for('go'); sys.exit(3)\nif restart == 0: wait()\n"
@@ -585,7 +587,7 @@ def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
     job.wait_for("0.0 of 3", "1.0 of 3", "2.0 of 3")
     [keeper] = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 keeper")]
     os.kill(keeper, signal.SIGSTOP)
-    log(job, "go")
+    add_mark(job, "go")
     results = finish(job, *processes)
     assert [result.returncode for result in results] == [0, 0, 69]
     assert lines_with(results[2:], "cannot be killed, so this node does not take part in another round")
@@ -593,7 +595,7 @@ def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
 
 @pytest.mark.parametrize("least", ["1", "2"])
 def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
-    """As is found out when the others' workers run already."""
+    """The node notices when the workers of the others already run."""
     script = job.script("mark()\nif restart == 0: wait()\n")
     module = f"import os, time\nwhile not os.path.exists('{job.path}/marks'): time.sleep(0.01)\nimport no_such_module\n"
     (job.path / "slow.py").write_text(module)
@@ -607,19 +609,19 @@ def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
     assert all("No module named 'no_such_module'" in result.stderr for result in results)
     [line] = lines_with(results[:1], "no_such_module")
     assert line.endswith(": stopping 1 worker")
-    assert results[0].stderr.count("Traceback") == (least == "2"), "what ends the job is told in full"
+    assert results[0].stderr.count("Traceback") == (least == "2"), "the error that ends the job is shown in full"
 
 
 def wait_for_key(nodes: Nodes, key: str) -> None:
-    """Wait until the nodes have written something to their store."""
+    """Wait until a key exists in the nodes' store."""
     host, port = nodes.endpoint.rsplit(":", 1)
     with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as client:
         client.call(Wait((f"elastic/job-1/{key}",)), 30)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-def test_a_node_that_is_done_may_go(signum: signal.Signals, job: Job) -> None:
-    """The others run on, for longer than it takes to see that it is silent."""
+def test_a_node_whose_workers_succeeded_may_end(signum: signal.Signals, job: Job) -> None:
+    """The others run on for longer than the keep-alive deadline."""
     script = job.script("mark('up')\nif rank == 0: wait_for('go'); time.sleep(2.5)\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--node-rank", "0", script=script)
@@ -628,13 +630,13 @@ def test_a_node_that_is_done_may_go(signum: signal.Signals, job: Job) -> None:
     wait_for_key(nodes, "0/done")
     second.send_signal(signum)
     job.finish(second)
-    log(job, "go")
+    add_mark(job, "go")
     [result] = finish(job, first)
     assert result.returncode == 0
     assert sorted(job.marks()) == ["0.0 up", "1.0 up", "go"]
 
 
-def test_a_node_that_is_done_waits_for_the_others(job: Job) -> None:
+def test_a_node_whose_workers_succeeded_waits_for_the_others(job: Job) -> None:
     script = job.script("mark('up')\nif rank == 0: wait_for('go')\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--node-rank", "0", script=script)
@@ -642,7 +644,7 @@ def test_a_node_that_is_done_waits_for_the_others(job: Job) -> None:
     second = nodes(1, "--node-rank", "1", script=script)
     wait_for_key(nodes, "0/done")
     assert second.poll() is None
-    log(job, "go")
+    add_mark(job, "go")
     assert one_status(finish(job, first, second)) == 0
 
 
@@ -668,7 +670,7 @@ def test_the_host_of_the_store_comes_back_and_the_count_is_kept(job: Job) -> Non
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_too_few_are_left_while_the_job_pauses(signum: signal.Signals, job: Job) -> None:
-    """That is known at once, or within the deadline: nobody waits for the end of the pause."""
+    """The others know at once, or within the keep-alive deadline. They do not wait for the end of the pause."""
     script = job.script("mark()\nif rank == 1: wait_for('0.0'); sys.exit(3)\nwait()\n")
     processes = start(job, script, "2", "--max-restarts", "3", "--restart-backoff", "600:600")
     wait_for_line(processes[1], "restart 1 of 3 in 600 s")

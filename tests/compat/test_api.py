@@ -30,7 +30,7 @@ from elastic_launch import (
     launch_agent,
 )
 from elastic_launch.agent.loop import Driver
-from elastic_launch.rendezvous.single_node import LocalRendezvous
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.run import main
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
 from tests.conftest import Job, is_alive, wait_until
@@ -82,7 +82,7 @@ def test_main_raises_the_error_that_the_program_prints(job: Job) -> None:
 
 def test_agent_without_launch() -> None:
     spec = WorkerSpec(
-        "trainer", 2, LocalRendezvous("job-7", 2), entrypoint="sh", args=("-c", "exit $RANK"), max_restarts=0
+        "trainer", 2, SingleNodeRendezvous("job-7", 2), entrypoint="sh", args=("-c", "exit $RANK"), max_restarts=0
     )
     result = LocalElasticAgent(spec, DefaultLogsSpecs()).run()
     assert result.state is WorkerState.FAILED

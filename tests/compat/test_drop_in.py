@@ -18,7 +18,7 @@ import pytest
 
 import elastic_launch
 from elastic_launch import DefaultLogsSpecs, LocalElasticAgent, RunResult, WorkerSpec, WorkerState
-from elastic_launch.rendezvous.single_node import LocalRendezvous
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from tests.conftest import wait_until
 
 ELASTIC = "torch.distributed.elastic"
@@ -191,7 +191,7 @@ class HealthCheckServer:
 
 
 def test_agent_accepts_torchs_arguments_by_position(capfd: pytest.CaptureFixture[str]) -> None:
-    spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), greet, None, ("hi",), 0)
+    spec = WorkerSpec("trainer", 2, SingleNodeRendezvous("job-7", 2), greet, None, ("hi",), 0)
     health = HealthCheckServer()
     logs = DefaultLogsSpecs(None, elastic_launch.Std.NONE, elastic_launch.Std.NONE, None)
     agent = LocalElasticAgent(spec, logs, "fork", 300, "[${rank}] ", 5, health, 10.0)
@@ -203,7 +203,7 @@ def test_agent_accepts_torchs_arguments_by_position(capfd: pytest.CaptureFixture
 @pytest.mark.parametrize("fails", [False, True])
 def test_worker_group_follows_the_run(fails: bool) -> None:
     text = f"read line < $0; exit {int(fails)}"
-    spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), entrypoint="sh", max_restarts=0)
+    spec = WorkerSpec("trainer", 2, SingleNodeRendezvous("job-7", 2), entrypoint="sh", max_restarts=0)
     assert spec.get_entrypoint_name() == "sh"
     with subprocess.Popen(["sleep", "1000"], stdin=subprocess.PIPE) as gate:  # its stdin stays open while it runs
         spec.args = ("-c", text, f"/proc/{gate.pid}/fd/0")
@@ -237,7 +237,9 @@ def test_worker_group_follows_the_run(fails: bool) -> None:
 
 def test_entrypoint_comes_before_fn_and_a_function_has_a_name() -> None:
     def name(fn: Any = None, entrypoint: Any = None) -> str:
-        return WorkerSpec("trainer", 1, LocalRendezvous("x", 1), fn=fn, entrypoint=entrypoint).get_entrypoint_name()
+        return WorkerSpec(
+            "trainer", 1, SingleNodeRendezvous("x", 1), fn=fn, entrypoint=entrypoint
+        ).get_entrypoint_name()
 
     assert name(fn=greet) == name(entrypoint=greet) == "greet"
     assert name(fn=greet, entrypoint="train.py") == "train.py"

@@ -43,7 +43,7 @@ from elastic_launch.core.agent.lifecycle import (
 from elastic_launch.core.agent.restart_policy import FREE_RESTARTS
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.job import Assignment, Decision, Level, Policy
-from elastic_launch.rendezvous.single_node import LocalRendezvous
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 
 PIDS = {0: 100, 1: 101}
 ALL = frozenset(PIDS)
@@ -58,7 +58,7 @@ class Agent:
     def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
         self.state, self.last = lifecycle.begin(Limits(Policy(max_restarts), shutdown_timeout))
         self.now = 1000.0
-        self.rendezvous = LocalRendezvous("job", 2)
+        self.rendezvous = SingleNodeRendezvous("job", 2)
         self.rounds = 0
         self.decision = Decision(restart=True)
 

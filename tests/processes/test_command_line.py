@@ -76,7 +76,10 @@ WRONG = [
     (["--nproc-per-node", "0"], "--nproc-per-node=0: must be a number from 1 to 65536, or auto"),
     (["--rdzv-conf", "abc"], "--rdzv-conf='abc': must be KEY=VALUE"),
     (["--rdzv-conf", "=1"], "--rdzv-conf='=1': must be KEY=VALUE"),
-    (["--rdzv-backend", "zookeeper"], "rendezvous backend 'zookeeper': unknown; there are c10d, etcd, etcd-v2, static"),
+    (
+        ["--rdzv-backend", "zookeeper"],
+        "rendezvous backend 'zookeeper': unknown; choose one of c10d, etcd, etcd-v2, static",
+    ),
     (["-m", "--no-python"], "-m/--module cannot be combined with --no-python"),
     (["--local-ranks-filter", "x"], "--local-ranks-filter='x': must be local ranks"),
     (["-r", "0:9"], "--redirects='0:9': must be 0 (none), 1 (stdout)"),
@@ -99,7 +102,7 @@ WRONG = [
     (["--ma", "1"], "ambiguous option: --ma"),
     # Several nodes.
     (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
-    (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a rendezvous endpoint: pass --rdzv-backend c10d"),
     (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
     ([*C10D, "--rdzv-conf", "join_timeout=soon"], "--rdzv-conf join_timeout='soon': must be a number of seconds"),
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),

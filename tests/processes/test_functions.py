@@ -34,7 +34,7 @@ from elastic_launch import (
     elastic_launch,
 )
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.rendezvous.single_node import LocalRendezvous
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import callable_name
 from tests.conftest import Job, is_alive, wait_until
 
@@ -432,7 +432,7 @@ def test_works_twice_in_a_thread_and_under_a_running_event_loop() -> None:
 
 
 def test_agent_by_itself_runs_a_function() -> None:
-    spec = WorkerSpec("trainer", 2, LocalRendezvous("job-7", 2), entrypoint=who, args=("hi",), max_restarts=0)
+    spec = WorkerSpec("trainer", 2, SingleNodeRendezvous("job-7", 2), entrypoint=who, args=("hi",), max_restarts=0)
     result = LocalElasticAgent(spec, DefaultLogsSpecs(), "fork").run()
     assert not result.is_failed()
     assert [value[0] for value in result.return_values.values()] == ["hi 0", "hi 1"]

@@ -12,7 +12,7 @@ from elastic_launch.core.agent.lifecycle import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment
-from elastic_launch.rendezvous.single_node import LocalRendezvous
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from tests.conftest import Job
 
 ALL_REDUCE = """
@@ -26,7 +26,7 @@ os._exit(0)  # torch 2.13 now and then aborts in gloo's thread when the interpre
 """
 
 
-def next_place(rendezvous: LocalRendezvous) -> Assignment:
+def next_place(rendezvous: SingleNodeRendezvous) -> Assignment:
     [event] = rendezvous.ask(RequestJoin())
     assert isinstance(event, Assigned)
     return event.assignment
@@ -63,12 +63,12 @@ def test_port_in_use_names_the_process() -> None:
 
 
 def test_rounds_have_fresh_ports_unless_one_is_named() -> None:
-    rendezvous = LocalRendezvous("job", 2)
+    rendezvous = SingleNodeRendezvous("job", 2)
     assignments = [next_place(rendezvous) for _ in range(5)]
     assert all(assignment.port_picked for assignment in assignments)
     assert all(first.master_port != second.master_port for first, second in itertools.pairwise(assignments))
     rendezvous.close()
-    rendezvous = LocalRendezvous("job", 2, "host", assignments[0].master_port)
+    rendezvous = SingleNodeRendezvous("job", 2, "host", assignments[0].master_port)
     assignment = next_place(rendezvous)
     assert (assignment.master_addr, assignment.master_port, assignment.port_picked) == (
         "host",

@@ -1,4 +1,4 @@
-"""Several hosts on this machine, with cables between them that can be cut; see ``tests.support.switch``. Needs root."""
+"""Several hosts on this machine, with connections that can be cut; see ``tests.support.switch``. Needs root."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support import switch
 
 
 class Program:
-    """Something that runs on a host; what it writes goes to a file, so that a test can read it meanwhile."""
+    """A program that runs on a host. Its output goes to a file, which a test can read while the program runs."""
 
     def __init__(self, command: list[str], path: Path, env: dict[str, str]) -> None:
         self._path = path
@@ -26,32 +26,32 @@ class Program:
             )
 
     def said(self) -> str:
-        """What it has written so far, to its standard output and error."""
+        """Return its output so far, stdout and stderr."""
         return self._path.read_text(errors="replace")
 
     def wait_for(self, text: str) -> None:
-        """Wait until it has written something."""
+        """Wait until its output contains a text."""
         wait_until(lambda: text in self.said() or self.process.poll() is not None, text)
         assert text in self.said(), self.said()
 
     def wait(self) -> int:
-        """Wait for its end. Returns the status."""
+        """Wait for its end. Return its exit status."""
         try:
             return self.process.wait(DEADLINE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self._path.name} has not ended; it said:\n{self.said()}") from None
 
     def freeze(self) -> None:
-        """Stop it; what it has started goes on."""
+        """Stop it with SIGSTOP. What it has started runs on."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        """Let it go on."""
+    def resume(self) -> None:
+        """Resume it with SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
 
 class Host:
-    """One of the hosts. All see the same files and processes, but each has its own name, address and loopback."""
+    """One of the hosts. All share files and processes, but each has its own name, address and loopback interface."""
 
     def __init__(self, hosts: Hosts, number: int, spaces: list[str]) -> None:
         self.number = number
@@ -60,14 +60,14 @@ class Host:
         self._hosts = hosts
         self._net, self._uts, self._mount = spaces
         self._path = hosts.path / self.name
-        """The working directory of what runs here."""
+        """Working directory of the programs on this host."""
         self._path.mkdir()
         self._temp = Path(os.environ["TMPDIR"]) / self.name
         self._temp.mkdir()
 
     def run(self, *command: str, **env: str) -> Program:
-        """Start a program here."""
-        # Entering the mount namespace loses the working directory.
+        """Start a program on this host, with some changes to the environment."""
+        # Entering the mount namespace resets the working directory.
         enter = ["nsenter", f"--net={self._net}", f"--uts={self._uts}", f"--mount={self._mount}"]
         there = ["env", f"--chdir={self._path}", f"TMPDIR={self._temp}"]
         output = self._hosts.path / f"{self.name}.output.{len(self.programs)}"
@@ -75,20 +75,20 @@ class Host:
         return self.programs[-1]
 
     def start(self, *args: str, **env: str) -> Program:
-        """Start ``elastic-run`` here, with these arguments and these changes to the environment."""
+        """Start ``elastic-run`` on this host, with some changes to the environment."""
         return self.run(sys.executable, "-m", "elastic_launch", *args, **env)
 
     def power_off(self) -> None:
-        """Everything here ends in the midst of what it does, and nobody outside is told. The host may start anew.
+        """Kill everything on this host, without any packet to the others. Its temporary files are lost.
 
-        It stays cut off until then, and its temporary files are lost.
+        The host is cut off until ``Hosts.heal``. Programs can be started on it again.
         """
         self._hosts.cut(self)
         self._hosts.order("power_off", self.number)
         self.wait()
 
     def wait(self) -> None:
-        """Wait for what was killed here, which could not remove its temporary files."""
+        """Wait for the programs to end. Remove the temporary files of those that were killed."""
         for program in self.programs:
             program.process.wait(DEADLINE)
         if any(program.process.returncode == -signal.SIGKILL for program in self.programs):
@@ -97,7 +97,7 @@ class Host:
 
 
 class Hosts:
-    """Hosts 1 to ``count``: ``hosts[1]``. What was cut stays so until ``heal``."""
+    """Hosts 1 to ``count``, as ``hosts[1]`` and so on. All cuts, losses and delays last until ``heal``."""
 
     def __init__(self, count: int, path: Path) -> None:
         self.path = path
@@ -121,23 +121,23 @@ class Hosts:
         return len(self._hosts)
 
     def cut(self, host: Host, *others: Host) -> None:
-        """Lose all packets between a host and some others, or all of them, both ways."""
+        """Drop all packets between a host and some others, in both directions; without others: between it and all."""
         for other in others or self._hosts:
             self._rules[host.number, other.number] = self._rules[other.number, host.number] = None
         self._apply()
 
     def lose(self, source: Host, to: Host) -> None:
-        """Lose the packets from one host to another, but not those that come back."""
+        """Drop the packets from one host to another, but not those in the other direction."""
         self._rules[source.number, to.number] = None
         self._apply()
 
     def delay(self, seconds: float) -> None:
-        """Have every packet take so long."""
+        """Delay every packet by some seconds."""
         self._rules = {(a.number, b.number): seconds for a in self._hosts for b in self._hosts}
         self._apply()
 
     def heal(self) -> None:
-        """All packets arrive again, at once."""
+        """Deliver all packets again, without delay."""
         self._rules = {}
         self._apply()
 
@@ -145,19 +145,19 @@ class Hosts:
         self.order("rules", *((source, to, late) for (source, to), late in self._rules.items()))
 
     def order(self, *order: object) -> None:
-        """Have the switch do something, and wait until it is done."""
+        """Send an order to the switch, and wait until it is done."""
         _pipe(self._switch.stdin).write(json.dumps(order) + "\n")
         _pipe(self._switch.stdin).flush()
         self._answer()
 
     def _answer(self) -> Any:
         line = _pipe(self._switch.stdout).readline()
-        assert line, "the switch has ended; it says why on standard error"
+        assert line, "the switch has ended; see its standard error"
         return json.loads(line)
 
     def close(self) -> None:
-        """Kill what runs on the hosts, and remove them."""
-        with self._switch:  # whose end waits for it
+        """Kill the programs on the hosts, and remove the hosts."""
+        with self._switch:  # leaving the block waits for its end
             _pipe(self._switch.stdin).close()
             for host in self._hosts:
                 host.wait()

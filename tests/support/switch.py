@@ -1,12 +1,12 @@
-"""Hosts made of namespaces, and the switch between them: a program of its own, for ``tests.support.hosts``. Needs root.
+"""Hosts made of namespaces, and the switch between them: the program that ``tests.support.hosts`` starts. Needs root.
 
-``switch.py COUNT HOSTS_FILE`` makes the hosts 1 to COUNT. Each has a network namespace with one cable (a TUN device,
-whose other end is a descriptor of this process), a name, and /etc/hosts with everybody's name. No host reaches anything
-but the others, and all packets pass through this process, which loses or delays them as it is told; the hosts' kernels
-notice nothing of that: no link goes down, nobody answers with an error.
+``switch.py COUNT HOSTS_FILE`` creates the hosts 1 to COUNT. Each has a name, an /etc/hosts with the names of all, and a
+network namespace with one cable: a TUN device, its other end a descriptor of this process. Hosts reach one another and
+nothing else. All packets pass through this process, which drops or delays them as ordered. The hosts' kernels do not
+notice: no link goes down, and no error comes back.
 
-It answers each line of JSON on its standard input with one on its standard output. When its input ends, it kills
-whatever runs on the hosts and ends; the namespaces and cables are gone with it, since nothing else holds them.
+The program answers each line of JSON on its standard input with one on its standard output. When its input ends, it
+kills whatever runs on the hosts, and ends. The namespaces and cables end with it, because nothing else holds them.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ NEWNS, NEWUTS, NEWNET = 0x00020000, 0x04000000, 0x40000000
 MS_BIND, MS_PRIVATE, MS_REC = 0x1000, 1 << 18, 0x4000
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PACKET = 1 << 16
-"""Above the size of any packet."""
+"""Buffer size in bytes, above that of any packet."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def address(number: int) -> str:
-    """The address of a host. The namespaces keep hosts of several runs apart, so that theirs may be the same."""
+    """Return the address of a host. Several runs can use the same ones: namespaces separate them."""
     return f"10.77.0.{number}"
 
 
 def name(number: int) -> str:
-    """The name of a host."""
+    """Return the name of a host."""
     return f"host-{number}"
 
 
 class Host:
-    """One host, and this process's end of its cable. Making one leaves this process in the host's namespaces."""
+    """A host, and this process's end of its cable. Creating one moves this process into the host's namespaces."""
 
     def __init__(self, number: int, hosts_file: str) -> None:
         _call(_libc.unshare, NEWNET | NEWUTS | NEWNS)
@@ -59,17 +59,17 @@ class Host:
         self._network = os.fstat(self.spaces[0]).st_ino
 
     def power_off(self) -> None:
-        """Kill whatever runs here, until nothing does."""
+        """Kill whatever runs on this host, until nothing does."""
         while pids := self._processes():
             for pid in pids:
-                try:  # noqa: SIM105 - an import less
+                try:  # noqa: SIM105 - saves an import
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
             time.sleep(0.001)
 
     def _processes(self) -> list[int]:
-        """Those that run here; zombies have left their namespaces."""
+        """Return the pids of the processes on this host. Zombies have left their namespaces."""
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
@@ -81,18 +81,18 @@ class Host:
 
 
 class Switch:
-    """Carries packets between the hosts, as the rules have it."""
+    """Carries packets between the hosts according to rules."""
 
     def __init__(self, hosts: dict[int, Host]) -> None:
         self.hosts = hosts
         self.rules: dict[tuple[int, int], float | None] = {}
-        """What becomes of packets from one host to another: lost (None), or so many seconds late."""
+        """By source and destination: seconds by which packets are delayed; None: they are dropped."""
         self._late: list[tuple[float, int, int, bytes]] = []
-        """Packets to be delivered: when, in which order, to whom."""
+        """Heap of delayed packets: time of delivery, sequence number, destination, packet."""
         self._count = 0
 
     def run(self) -> None:
-        """Carry packets and take orders until the input ends."""
+        """Carry packets and obey orders until the input ends."""
         by_cable = {host.cable: number for number, host in self.hosts.items()}
         poller = select.poll()
         for fd in (0, *by_cable):
@@ -112,7 +112,7 @@ class Switch:
                 os.write(self.hosts[to].cable, packet)
 
     def _obey(self, order: str, *arguments: object) -> None:
-        """Do what a line asks for, and answer."""
+        """Obey an order, and answer."""
         if order == "rules":
             self.rules = {(source, to): late for source, to, late in arguments}  # type: ignore[misc, has-type]
         elif order == "power_off":
@@ -120,7 +120,7 @@ class Switch:
         print("[]", flush=True)
 
     def _carry_from(self, source: int) -> None:
-        """Take the packets that a host has sent."""
+        """Deliver, delay or drop the packets that a host has sent."""
         while True:
             try:
                 packet = os.read(self.hosts[source].cable, PACKET)
@@ -144,12 +144,12 @@ def _call(function: ctypes._NamedFuncPointer, *arguments: object) -> None:
 
 
 def main(count: int, hosts_file: str) -> None:
-    """Be the switch of so many hosts."""
+    """Create the hosts, and be the switch between them."""
     with open(hosts_file, "w", encoding="utf-8") as file:
         file.write("127.0.0.1 localhost\n")
         file.writelines(f"{address(number)} {name(number)}\n" for number in range(1, count + 1))
     hosts = {number: Host(number, hosts_file) for number in range(1, count + 1)}
-    _call(_libc.unshare, NEWNET)  # out of the last one's
+    _call(_libc.unshare, NEWNET)  # leave that of the last host
     print(json.dumps({number: host.spaces for number, host in hosts.items()}), flush=True)
     try:
         Switch(hosts).run()

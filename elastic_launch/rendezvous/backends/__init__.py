@@ -1,0 +1,73 @@
+"""The stores over which the nodes of a job meet, each as one node sees it.
+
+A backend starts what its store needs on this node: the process that hosts the store, or the bridge to etcd. It makes
+connections that do not block. It does not retry: that is left to its user, the rendezvous.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.store.client import StoreClient
+
+
+class Backend(Protocol):
+    """A store, as seen from one node."""
+
+    where: str
+    """Name of the store in messages, such as ``the store at host-a:29400``."""
+    serves: bool = False
+    """Whether this node hosts the store."""
+    stays: bool = False
+    """Whether the store ends with the nodes that host it. All of them then stay until all know how the job ended."""
+
+    def open(self) -> None:
+        """Start what the store needs on this node.
+
+        Raises:
+            LaunchError: it cannot be started.
+        """
+
+    def fresh_store(self) -> int:
+        """Serve another, empty store for the workers of the next round.
+
+        Returns:
+            Its port; 0, the default: this node does not host the store.
+
+        Raises:
+            UnavailableError: it cannot be served.
+        """
+        return 0
+
+    def connect(self) -> StoreClient:
+        """Begin a connection; does not wait for the store.
+
+        Raises:
+            RendezvousConnectionError: the connection cannot be begun.
+        """
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        """Return the IP addresses of both ends of a connection that is ready.
+
+        Returns:
+            The address by which this node reaches the store, and the store's; the latter is empty if the store does
+            not serve workers.
+        """
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        """Return the error with what is known on this node about its cause; by default, as it is."""
+        return error
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Return the descriptors, with their poll masks, after whose events ``take`` is due."""
+
+    def take(self) -> None:
+        """Check that the processes which this backend started still run; does not block.
+
+        Raises:
+            RendezvousConnectionError: one that the store needs has ended; the message says why.
+        """
+
+    def close(self) -> None:
+        """End the processes that this backend started."""

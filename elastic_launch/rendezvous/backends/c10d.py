@@ -1,0 +1,108 @@
+"""The c10d backend: torch's TCPStore, hosted by one of the job's agents."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Mapping
+
+from elastic_launch.errors import RendezvousConnectionError, UnavailableError
+from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
+from elastic_launch.host.ports import port_owner
+from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.store.client import StoreClient, connect
+from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+
+
+class C10dBackend(Backend):
+    """torch's TCPStore at ``HOST:PORT``, hosted by the first agent that binds the port there.
+
+    Args:
+        host: name or IP address of the endpoint.
+        port: port of the endpoint.
+        is_host: whether this node hosts the store; None: it does if ``host`` is an address of this host.
+        environ: variables of the process that hosts the store.
+    """
+
+    def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
+        self.where = f"the store at {join_endpoint(host, port)}"
+        self.port = port
+        self._host = host
+        self._is_host = is_host
+        self._environ = environ
+        self._process: StoreHost | None = None
+        self._addresses: list[Address] = []
+        """Addresses of the endpoint that are still to be tried."""
+
+    def open(self) -> None:
+        """Host the store if this node is to do so, and no other agent of this host was first.
+
+        Raises:
+            UnavailableError: the port cannot be bound, or the process cannot be started.
+        """
+        if self._is_host is None:
+            try:
+                self._is_host = any(map(is_own, resolve(self._host, self.port)))
+            except RendezvousConnectionError:
+                return  # a name that cannot be resolved yet is not this host's
+        if not self._is_host:
+            return
+        try:
+            listening = bind_endpoint(self.port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return  # by another agent, which hosts the store, or by a stranger: the connection will show
+            raise UnavailableError(f"cannot host {self.where}: {error.strerror}") from error
+        self._process = StoreHost(listening, self._environ)
+        self.serves = True
+
+    def fresh_store(self) -> int:
+        """Serve an empty store on a free port; see ``Backend``."""
+        if self._process is None:
+            return 0
+        try:
+            listening = bind_endpoint(0)
+            port: int = listening.getsockname()[1]
+            self._process.serve(listening)
+        except OSError as error:
+            raise UnavailableError(f"cannot serve a store for the workers of the next round: {error}") from error
+        return port
+
+    def connect(self) -> StoreClient:
+        """Connect to the endpoint; each call tries the next one of its addresses."""
+        if self._is_host is None:
+            self.open()  # the name may resolve by now
+        if not self._addresses:
+            self._addresses = resolve(self._host, self.port)
+        family, address = self._addresses.pop(0)
+        return connect(address, family, self.where)
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        """Return the addresses of both ends of the connection."""
+        try:
+            with socket.socket(fileno=os.dup(client.fileno())) as sock:
+                return sock.getsockname()[0], sock.getpeername()[0]
+        except OSError as error:
+            raise RendezvousConnectionError(f"{self.where}: connection lost: {error.strerror}") from error
+
+    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
+        """Name the process that listens on the port, if it is a stranger on this host."""
+        owner = port_owner(self.port) if self._is_host and not self.serves else None
+        return RendezvousConnectionError(f"{error} (port {self.port} is in use by {owner})") if owner else error
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Return the descriptor of the process that hosts the store."""
+        return [(self._process.fileno(), select.POLLIN)] if self._process else []
+
+    def take(self) -> None:
+        """Check that the process that hosts the store still runs."""
+        if self._process:
+            self._process.take()
+
+    def close(self) -> None:
+        """End the process that hosts the store, and the store with it."""
+        if self._process:
+            self._process.close()
+            self._process = None

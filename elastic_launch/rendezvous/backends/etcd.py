@@ -1,0 +1,181 @@
+"""The etcd backend: an etcd v3 cluster, the user's own or one whose members the job's agents run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Callable, Mapping, Sequence
+
+from elastic_launch.core.rendezvous.ranks import is_loopback
+from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.host.addresses import is_own, join_endpoint, own_address, resolve
+from elastic_launch.logs.job_files import as_file_name
+from elastic_launch.parsing import split_endpoint
+from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.store.client import StoreClient
+from elastic_launch.store.etcd.bridge import EtcdBridge
+from elastic_launch.store.etcd.member import EtcdMember, claim
+
+
+class EtcdBackend(Backend):
+    """An etcd v3 cluster, reached through a bridge process on this node.
+
+    Args:
+        endpoints: ``HOST:PORT`` of the cluster's members, separated by commas.
+        run_id: the job's id; its keys are below it.
+        conf: settings of the connection, as for ``EtcdBridge``.
+        environ: variables of the bridge process.
+    """
+
+    def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
+        self.where = f"etcd at {endpoints}"
+        self._endpoints, self._conf, self._environ = endpoints, conf, environ
+        self._prefix = f"elastic-launch/{run_id}/"
+        self._bridge: EtcdBridge | None = None
+
+    def open(self) -> None:
+        """Start the bridge.
+
+        Raises:
+            UsageError: a setting is wrong, or the file that it names cannot be read.
+            RendezvousConnectionError: the process cannot be started.
+        """
+        self._bridge = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
+
+    def connect(self) -> StoreClient:
+        """Connect to the bridge."""
+        if self._bridge is None:
+            raise RendezvousConnectionError(f"{self.where}: not open")
+        return StoreClient(self._bridge.connect(), self.where)
+
+    def addresses(self, client: StoreClient) -> tuple[str, str]:
+        """Return the address by which this node reaches an endpoint, and an empty one: etcd does not serve workers."""
+        for endpoint in self._endpoints.split(","):
+            with contextlib.suppress(OSError, RendezvousConnectionError):
+                return own_address(split_endpoint(endpoint)[0]), ""
+        return "127.0.0.1", ""
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Return the descriptor of the bridge."""
+        return [(self._bridge.fileno(), select.POLLIN)] if self._bridge else []
+
+    def take(self) -> None:
+        """Check that the bridge still runs."""
+        if self._bridge:
+            self._bridge.take()
+
+    def close(self) -> None:
+        """End the bridge."""
+        if self._bridge:
+            self._bridge.close()
+            self._bridge = None
+
+
+class EmbeddedEtcdBackend(EtcdBackend):
+    """An etcd v3 cluster whose members are run by the job's agents, on the hosts that the endpoints name.
+
+    Args:
+        endpoints: host and client port of each member. The port above it is for the other members.
+        run_id: the job's id.
+        conf: settings of the connection, as for ``EtcdBridge``.
+        environ: variables of the bridge and of the member's process.
+        log_dir: directory of the job's files and the members' data; None: a temporary directory.
+        log: prints a line on the console.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[tuple[str, int]],
+        run_id: str,
+        conf: Mapping[str, str],
+        environ: Mapping[str, str],
+        log_dir: str | None,
+        log: Callable[[str], None],
+    ) -> None:
+        self._members = tuple(sorted(endpoints))  # all nodes need the same order, whatever their users wrote
+        self._names = [join_endpoint(host, port) for host, port in self._members]
+        super().__init__(",".join(self._names), run_id, conf, environ)
+        self.stays = True
+        self._run_id = run_id
+        self._log_dir = log_dir
+        self._log = log
+        self._member: EtcdMember | None = None
+        self._own = contextlib.ExitStack()
+        """Ends the member of this host, and the claim on its endpoint."""
+
+    def open(self) -> None:
+        """Start the bridge, and the member if an endpoint is this host's.
+
+        Raises:
+            UnavailableError: there is no etcd binary to start.
+        """
+        # Late, because few jobs need them.
+        from elastic_launch.store.etcd.member_main import Plan
+        from elastic_launch.store.etcd.server import etcd_binary
+
+        plan = Plan(endpoints=self._members, token=f"elastic-launch/{as_file_name(self._run_id)}")
+        self._conf = {**self._conf, "cluster_id": str(plan.cluster)}
+        if claimed := self._claim_own():
+            own, address = claimed
+            plan = plan._replace(
+                binary=os.path.abspath(etcd_binary()),
+                own=own,
+                address=address,
+                folder=self._folder(own),
+                temporary=not self._log_dir,
+            )
+            self._member = EtcdMember(plan, self._environ)
+            self._own.callback(self._member.close)
+        super().open()
+
+    def _folder(self, own: int) -> str:
+        """Return the directory for the data of a member."""
+        if self._log_dir:
+            name = self._names[own].replace(":", "_").strip("[]")
+            return os.path.abspath(os.path.join(self._log_dir, as_file_name(self._run_id), "etcd", name))
+        temp = self._environ.get("TMPDIR") or "/tmp"
+        return os.path.abspath(os.path.join(temp, f"elastic_launch_etcd_{os.urandom(6).hex()}"))
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Return the descriptors of the bridge and the member."""
+        return super().descriptors() + ([(self._member.fileno(), select.POLLIN)] if self._member else [])
+
+    def take(self) -> None:
+        """Log what the member reports, and check that the bridge still runs. The member may end: others may serve."""
+        if self._member:
+            try:
+                for line in self._member.take():
+                    self._log(line)
+            except RendezvousConnectionError as error:
+                self._log(f"{error}; this agent continues without it, as long as a majority of the others is up")
+                self._end_member()
+        super().take()
+
+    def close(self) -> None:
+        """End the bridge and the member."""
+        super().close()
+        self._end_member()
+
+    def _end_member(self) -> None:
+        self._member = None
+        self._own.close()
+
+    def _claim_own(self) -> tuple[int, str] | None:
+        """Claim the first endpoint of this host that no other agent of the job has claimed.
+
+        Returns:
+            Its index, and the IP address to listen on; None: this node runs no member.
+        """
+        for index, (host, port) in enumerate(self._members):
+            try:
+                addresses = [str(address[1][0]) for address in resolve(host, port) if is_own(address)]
+            except RendezvousConnectionError:
+                continue  # a name that cannot be resolved yet is not this host's
+            address = min(addresses, key=is_loopback, default=None)
+            if address and (claimed := claim(self._names[index], self._run_id)):
+                self._own.enter_context(claimed)
+                if is_loopback(address) and host not in (address, "localhost"):
+                    self._log(f"{host} is {address} on this host, where no other reaches it: use its IP address")
+                return index, address
+        return None

@@ -1,0 +1,154 @@
+"""The registry that finds rendezvous handlers by the name of their backend: built-in, registered or installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.rendezvous import BUILT_IN
+from elastic_launch.rendezvous.handler import RendezvousHandler, RendezvousInfo, RendezvousParameters, check_backend
+
+ENTRY_POINTS = "torchrun.handlers"
+"""Entry point group of packages that offer handlers: a backend's name, and a function that returns the creator."""
+
+Creator = Callable[[RendezvousParameters], Any]
+"""Creates a handler: an object with the methods of ``RendezvousHandler``, of whatever class."""
+
+
+class RendezvousHandlerRegistry:
+    """Creators of handlers, by the name of the backend.
+
+    >>> registry = RendezvousHandlerRegistry()
+    >>> registry.register("my-cluster", BuiltInHandler)
+    >>> registry.create_handler(RendezvousParameters("my-cluster", "host-a", "job-1", 1, 2)).get_backend()
+    'my-cluster'
+    """
+
+    def __init__(self) -> None:
+        self._creators: dict[str, Creator] = {}
+
+    def register(self, backend: str, creator: Creator) -> None:
+        """Add a backend. Adding the same creator again has no effect.
+
+        Args:
+            backend: the name for ``--rdzv-backend``.
+            creator: called with the ``RendezvousParameters`` of a job; returns its handler.
+
+        Raises:
+            UsageError: the name is empty, or another creator is registered under it.
+        """
+        check_backend(backend)
+        if self._creators.setdefault(backend, creator) != creator:
+            raise UsageError(
+                f"rendezvous backend {backend!r}: {self._creators[backend]!r} is already registered; "
+                f"choose another name for {creator!r}"
+            )
+
+    def create_handler(self, params: RendezvousParameters) -> Any:
+        """Create the handler of ``params.backend``. A backend that is not registered is loaded from its package.
+
+        Raises:
+            UsageError: the backend is unknown; the message lists those that are known.
+            LaunchError: its package cannot be loaded, or its creator returned something other than its handler.
+        """
+        backend = params.backend
+        if backend not in self._creators:
+            if (creator := _load_creator(backend)) is None:
+                raise UsageError(
+                    f"rendezvous backend {backend!r}: unknown; choose one of {', '.join(self.known_backends())}. "
+                    f"Others come with packages (entry point group {ENTRY_POINTS}) or by register()"
+                )
+            self.register(backend, creator)
+        handler = self._creators[backend](params)
+        # The handler comes from outside, and need not be a subclass of ours.
+        if not hasattr(handler, "next_rendezvous"):
+            raise LaunchError(f"rendezvous backend {backend!r}: its creator returned {handler!r}, not a handler")
+        if handler.get_backend() != backend:
+            raise LaunchError(
+                f"rendezvous backend {backend!r}: its creator returned a handler of {handler.get_backend()!r}"
+            )
+        return handler
+
+    def known_backends(self) -> list[str]:
+        """Return the names of all backends, registered or installed. Takes some milliseconds."""
+        from importlib.metadata import entry_points
+
+        return sorted(self._creators.keys() | entry_points(group=ENTRY_POINTS).names)
+
+
+def _load_creator(backend: str) -> Creator | None:
+    """Import the creator of a backend from the package that offers it; None: no package does."""
+    from importlib.metadata import entry_points  # late: takes 20 ms, and only third-party backends need it
+
+    for entry_point in entry_points(group=ENTRY_POINTS, name=backend):
+        try:
+            creator = entry_point.load()()
+        except Exception as error:
+            package = f" of {entry_point.dist.name}" if entry_point.dist else ""
+            raise LaunchError(
+                f"rendezvous backend {backend!r}: cannot load entry point {entry_point.value}{package}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return creator  # type: ignore[no-any-return]
+    return None
+
+
+class BuiltInHandler(RendezvousHandler):
+    """A built-in backend, as a value for ``WorkerSpec.rdzv_handler``.
+
+    It only carries its parameters: ``factory.adapt`` creates the rendezvous that the agent talks to from them. Programs
+    cannot meet over it without an agent, so ``next_rendezvous`` raises UsageError.
+    """
+
+    def __init__(self, params: RendezvousParameters) -> None:
+        self.params = params
+
+    def get_backend(self) -> str:
+        """Return the backend's name."""
+        return self.params.backend
+
+    def get_run_id(self) -> str:
+        """Return the job's id."""
+        return self.params.run_id
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Raise UsageError: only agents meet over a built-in backend."""
+        raise UsageError(f"rendezvous backend {self.params.backend!r}: needs an agent; use LocalElasticAgent")
+
+    def is_closed(self) -> bool:
+        """Return False: only the agents know whether the job has ended."""
+        return False
+
+    def set_closed(self) -> None:
+        """Do nothing: the agents end the job."""
+
+    def num_nodes_waiting(self) -> int:
+        """Return 0: only the agents know which nodes wait."""
+        return 0
+
+    def shutdown(self) -> bool:
+        """Return True: nothing is open."""
+        return True
+
+
+rendezvous_handler_registry = RendezvousHandlerRegistry()
+"""The registry of ``get_rendezvous_handler`` and ``--rdzv-backend``. It has the built-in backends from the start."""
+for _backend in BUILT_IN:
+    rendezvous_handler_registry.register(_backend, BuiltInHandler)
+
+
+def get_rendezvous_handler(params: RendezvousParameters) -> Any:
+    """Create the handler of ``params.backend`` from ``rendezvous_handler_registry``.
+
+    Returns:
+        The handler, for ``WorkerSpec.rdzv_handler``.
+
+    Raises:
+        UsageError: the backend is unknown.
+        LaunchError: the backend's package is broken; see ``RendezvousHandlerRegistry.create_handler``.
+
+    >>> get_rendezvous_handler(RendezvousParameters("c10d", "host-a:29400", "job-1", 2, 4)).get_run_id()
+    'job-1'
+    """
+    return rendezvous_handler_registry.create_handler(params)

@@ -1,0 +1,169 @@
+"""One round on a third-party handler: what its nodes agree on through the store that the handler gave them.
+
+torch's interface says who is in a round, and no more. Ranks of workers, how the round ended, what follows, and that all
+nodes have succeeded are agreed here, under keys below ``PREFIX``:
+
+    node/RANK               the node's registration, for the node of rank 0
+    assignment/RANK/TOKEN   rank 0's reply to it
+    TOKEN/end               how the round ended; whoever writes it first decides
+    TOKEN/done              number of nodes whose workers have succeeded
+    TOKEN/seen              number of nodes that know that all have
+
+All functions block, as the store does, and may raise whatever it raises. All nodes of a job must run this launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple, cast
+
+from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.rendezvous.ranks import assign
+from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
+from elastic_launch.errors import RendezvousStateError
+from elastic_launch.job import Assignment, Decision, End, RestartHistory
+from elastic_launch.rendezvous.handler import RendezvousInfo, RendezvousStoreInfo, Store
+
+PREFIX = "elastic-launch/"
+"""Prefix of all keys in the handler's store."""
+LINGER = 2.0
+"""Longest time, in seconds, that a node waits until all others know that all have succeeded."""
+_LINGER_POLL = 0.025
+"""Seconds between two checks whether they know."""
+
+
+class _Registration(NamedTuple):
+    """What a node sends to the node of rank 0."""
+
+    node: NodeRecord
+    token: str
+    """Random in each round, so that the reply of an earlier round is not taken for this one's."""
+
+
+class _Reply(NamedTuple):
+    """What the node of rank 0 replies."""
+
+    assignment: Assignment
+    token: str
+    """Identifies the round, in the names of its keys."""
+
+
+class Outcome(NamedTuple):
+    """How a round ended, and what follows. Written once."""
+
+    end: End
+    decision: Decision
+
+
+class Round:
+    """A round from this node's point of view."""
+
+    def __init__(self, store: Store, assignment: Assignment, token: str) -> None:
+        self.assignment = assignment
+        self.size = assignment.group_world_size
+        """Number of nodes."""
+        self._store = store
+        self._keys = f"{PREFIX}{token}/"
+        self._began_at = time.monotonic()
+        self._outcome: Outcome | None = None
+
+    def restart_history(self) -> RestartHistory:
+        """Return the job's restart history as of now."""
+        return aged(self.assignment.restart_history, time.monotonic() - self._began_at)
+
+    def read_outcome(self) -> Outcome | None:
+        """Return how the round ended; None: it has not."""
+        key = f"{self._keys}end"
+        if self._outcome is None and self._store.check([key]):
+            self._outcome = decode(Outcome, self._store.get(key), key)
+        return self._outcome
+
+    def write_outcome(self, outcome: Outcome) -> Outcome:
+        """Write how the round ended, unless another node has. Return the outcome that counts."""
+        if (first := self.read_outcome()) is not None:
+            return first
+        self._store.set(f"{self._keys}end", encode(outcome).decode())
+        self._outcome = outcome
+        return outcome
+
+    def report_success(self) -> None:
+        """Count this node among those whose workers have succeeded."""
+        if self.size > 1:
+            self._store.add(f"{self._keys}done", 1)
+
+    def have_all_succeeded(self) -> bool:
+        """Return whether the workers of all nodes have succeeded."""
+        return self.size == 1 or self._store.add(f"{self._keys}done", 0) >= self.size
+
+    def linger(self) -> None:
+        """Wait until every node knows that all have succeeded: the store may end with this process."""
+        if self.size == 1:
+            return
+        end = time.monotonic() + LINGER
+        seen = self._store.add(f"{self._keys}seen", 1)
+        while seen < self.size and time.monotonic() < end:
+            time.sleep(_LINGER_POLL)
+            seen = self._store.add(f"{self._keys}seen", 0)
+
+
+def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, local_addr: str | None) -> Round:
+    """Register this node with the node of rank 0, and learn its assignment.
+
+    Each node writes and reads one key, and rank 0 one for each node. Keys that were read are deleted, because some
+    handlers give the same store for every round.
+
+    Args:
+        info: what the handler's ``next_rendezvous`` returned.
+        node: this node; ``past`` is the number of its last round.
+        use_agent_store: the handler's.
+        local_addr: address of this node, in case the handler does not say where the workers' store is.
+
+    Raises:
+        RendezvousStateError: the handler's rank is impossible, or the store holds something else.
+    """
+    store, rank, size = info.store, info.rank, info.world_size
+    if not (isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
+        raise RendezvousStateError(f"next_rendezvous() returned rank {rank!r} of {size!r}")
+    own = _Registration(node, os.urandom(8).hex())
+    if rank:
+        store.set(f"{PREFIX}node/{rank}", encode(own).decode())
+        key = _assignment_key(rank, own)
+        reply = decode(_Reply, store.get(key), key)
+        store.delete_key(key)
+        return Round(store, *reply)
+    registrations = [own, *_read_registrations(store, size)]
+    nodes = [registration.node for registration in registrations]
+    first, *others = _assign(info, nodes, use_agent_store, local_addr)
+    for registration, assignment in zip(registrations[1:], others, strict=True):
+        reply = _Reply(assignment, own.token)
+        store.set(_assignment_key(assignment.group_rank, registration), encode(reply).decode())
+    return Round(store, first, own.token)
+
+
+def _assignment_key(rank: int, registration: _Registration) -> str:
+    return f"{PREFIX}assignment/{rank}/{registration.token}"
+
+
+def _read_registrations(store: Store, size: int) -> list[_Registration]:
+    """Wait for the registrations of the other nodes; return them by rank."""
+    keys = [f"{PREFIX}node/{rank}" for rank in range(1, size)]
+    # torch's stores answer a request for many keys if they have the extended API. Other stores do not know the names.
+    many = len(keys) > 1 and getattr(store, "has_extended_api", bool)()
+    found = cast(list[bytes], store.multi_get(keys) if many else [store.get(key) for key in keys])  # type: ignore[attr-defined]
+    for key in keys:
+        store.delete_key(key)
+    return [decode(_Registration, data, key) for data, key in zip(found, keys, strict=True)]
+
+
+def _assign(info: RendezvousInfo, nodes: list[NodeRecord], is_shared: bool, local_addr: str | None) -> list[Assignment]:
+    """Return the assignments of all nodes, by group rank."""
+    newest = max(nodes, key=lambda node: node.known_round)
+    rounds, history = newest.known_round + 1, newest.restart_history
+    # In a store that served an earlier round, torch's process groups would find the keys of that one.
+    is_served = is_shared and rounds == 0
+    where = info.bootstrap_store_info if is_served or not is_shared else None
+    where = where or RendezvousStoreInfo.build(0, info.store, local_addr)
+    assignments = assign(nodes, where.master_addr, where.master_port, restart_count=rounds, restart_history=history)
+    # The handler may choose the same port in each round, so another round would not help if the port is taken.
+    return [assignment._replace(port_picked=False, agent_store=is_served) for assignment in assignments]
