@@ -155,6 +155,8 @@ class LaunchConfig:
     """Exit statuses after which there is no restart: ``2,64-78``."""
     node_failure_limit: int = 0
     """A node that has caused so many failures in a row lets a spare take its place; 0: none does."""
+    crash_loop: int = 3
+    """Identical failures in a row, each within 10 s of the last, that end the job; at least 2, or 0 for never."""
     verbosity: int = Level.INFO
     """What people are told at most, a ``Level``: 0 trouble, 1 the job's events, 2 what each node does."""
 
@@ -163,7 +165,9 @@ class LaunchConfig:
         """When the job restarts."""
         first, most = parse_backoff(str(self.restart_backoff))  # a program may well write 5 for "5"
         codes = parse_exit_codes(str(self.fatal_exit_codes))
-        return Policy(self.max_restarts, self.restart_window, first, most, codes, self.node_failure_limit)
+        return Policy(
+            self.max_restarts, self.restart_window, first, most, codes, self.node_failure_limit, self.crash_loop
+        )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -179,6 +183,8 @@ class LaunchConfig:
             raise UsageError(f"restart_window={self.restart_window}: must be a number of seconds, at least 0")
         if self.node_failure_limit < 0:
             raise UsageError(f"node_failure_limit={self.node_failure_limit}: must be at least 0")
+        if self.crash_loop < 0 or self.crash_loop == 1:
+            raise UsageError(f"crash_loop={self.crash_loop}: must be at least 2, or 0 to turn this off")
         parse_signals(self.signals_to_handle)
         _ = self.policy
 

@@ -12,17 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elastic_launch.agent.loop import Driver
-from elastic_launch.agent.worker_group import Workers
+from elastic_launch.agent.loop import AgentLoop
+from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
-from elastic_launch.core.agent.lifecycle import (
-    AgentPhase,
-    AgentState,
-    Finish,
-    Limits,
-    Signalled,
-)
-from elastic_launch.core.agent.root_cause import NOTHING, failure_of
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
+from elastic_launch.core.agent.messages import Finish, Limits, Signalled
+from elastic_launch.core.agent.root_cause import failure_of
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
 from elastic_launch.host.console import log, spoken_by, standard_streams
@@ -143,22 +138,21 @@ class PContext:
         }
         self._start_method = start_method
         self._numa_options = numa_options
-        self._cpus: dict[int, frozenset[int]] = {}
         workers = len(args)
         self._assignment = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
-        self._driver: Driver | None = None
+        self._loop: AgentLoop | None = None
         self._dest = LogsDest()
         self._result: RunProcsResult | None = None
 
     def start(self) -> None:
         """Start the processes."""
-        if self._driver:
+        if self._loop:
             raise UsageError(f"{self.name}: the processes were started already")
         try:
             self._start_all(self._stack)
         except BaseException:
-            self._driver = None
+            self._loop = None
             self._stack.close()
             raise
 
@@ -178,30 +172,20 @@ class PContext:
         self._dest = files.prepare(named)
         for rank, path in self._dest.error_files.items():
             self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
+        cpus: dict[int, frozenset[int]] = {}
         if self._numa_options is not None:
             from elastic_launch.host.numa import bind  # late: few need it
 
-            self._cpus = bind(self._numa_options, len(self._args), environ, log)
-        self._workers = Workers(
-            self.name,
-            self._entrypoint,
-            self._args,
-            run_id=self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}"),
-            environ=environ,
-            start_method=self._start_method,
-            log=log,
-        )
+            cpus = bind(self._numa_options, len(self._args), environ, log)
+        run_id = self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}")
+        options = WorkerOptions(self.name, self._entrypoint, self._args, run_id, environ, self._start_method)
+        self._workers = LocalWorkers(options._replace(filters=self._filters, cpus=cpus), log)
         stack.callback(self._workers.close)
         limits = Limits(Policy(), shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT)
-        self._driver = Driver(
-            limits,
-            self._workers,
-            self._start,
-            lambda action: answer_alone(action, lambda: self._assignment),
-            (),
-            lambda text: None,
+        self._loop = AgentLoop(
+            limits, self._workers, self._start, lambda action: answer_alone(action, lambda: self._assignment)
         )
-        self._run(lambda driver: driver.run(enough=lambda state: "running:Started" in state.history))
+        self._run(lambda loop: loop.run(enough=lambda state: "running:Started" in state.history))
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait for the end of all processes; when one fails, the others are stopped.
@@ -213,51 +197,47 @@ class PContext:
         Returns:
             None while they run. After ``close``, those that it stopped are among the failures, as in torch's.
         """
-        if self._driver and self._driver.finish is None:
-            self._run(lambda driver: driver.run(None if timeout < 0 else time.monotonic() + timeout))
+        if self._loop and self._loop.finish is None:
+            self._run(lambda loop: loop.run(None if timeout < 0 else time.monotonic() + timeout))
         return self._result
 
     def pids(self) -> dict[int, int]:
         """The processes' ids, by local rank."""
-        return dict(self._driver.state.pids) if self._driver else {}
+        return dict(self._loop.state.pids) if self._loop else {}
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         """Stop what runs, with a signal (SIGTERM) and after ``timeout`` seconds SIGKILL; let go of everything."""
         with self._stack:
-            if self._driver and self._driver.finish is None:
-                state = replace(self._driver.state, limits=Limits(Policy(), shutdown_timeout=timeout))
+            if self._loop and self._loop.finish is None:
+                state = replace(self._loop.state, limits=Limits(Policy(), shutdown_timeout=timeout))
                 if state.phase is AgentPhase.STOPPING:  # since one has failed; the others had SIGTERM then
                     now = time.monotonic()
                     state = replace(state, deadline=min(state.deadline or now, now + timeout))
                     if death_sig:
-                        self._workers.tell(death_sig, state.running, stop=True)
-                self._driver.state = state
-                self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
-                self._run(lambda driver: driver.run())
+                        self._workers.send_signal(death_sig, state.running, stop=True)
+                self._loop.state = state
+                self._loop.add_event(Signalled(death_sig or signal.SIGTERM, time.time()))
+                self._run(lambda loop: loop.run())
 
-    def _run(self, what: Callable[[Driver], Finish | None]) -> None:
-        """Let the driver run; then the result, if this was its end."""
-        driver = self._driver
-        if driver is None:
+    def _run(self, what: Callable[[AgentLoop], Finish | None]) -> None:
+        """Let the loop run; then the result, if this was its end."""
+        loop = self._loop
+        if loop is None:
             return
         with spoken_by(self._workers.log):
-            finish = what(driver)
+            finish = what(loop)
         if finish is None:
             return
         with self._stack:
-            failed = finish.failures if finish.signum is None else self._stopped(driver.state)
+            failed = finish.failures if finish.signum is None else self._stopped(loop.state)
             failures = {failure.local_rank: failure for failure in failed}
             values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
             self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
 
     def _stopped(self, state: AgentState) -> list[ProcessFailure]:
         """How those ended that ``close`` stopped, or that had failed when nobody waited."""
-        pid = state.pids.get
-        return [
-            failure_of(exit_, NOTHING, pid(exit_.local_rank, -1), self._assignment)
-            for exit_ in state.exits
-            if exit_.exitcode != 0
-        ]
+        exits = [exit_ for exit_ in state.exits if exit_.exitcode != 0]
+        return [failure_of(exit_, {}, state.pids, self._assignment) for exit_ in exits]
 
     def _start(self, assignment: Assignment) -> None:
-        self._workers.start(self._envs, self._dest, self._prefixes, self._filters, self._cpus)
+        self._workers.start(self._envs, self._dest, self._prefixes)

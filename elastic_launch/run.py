@@ -100,6 +100,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         restart_backoff=args.restart_backoff,
         fatal_exit_codes=args.fatal_exit_codes,
         node_failure_limit=args.node_failure_limit,
+        crash_loop=args.crash_loop,
         verbosity=Level.WARNING if args.quiet else Level.DEBUG if args.verbose else Level.INFO,
     )
     return config, *command

@@ -49,6 +49,13 @@ def _count(least: int) -> Read:
     return read
 
 
+def _crash_loop(text: str) -> int:
+    count: int = _count(0)(text)
+    if count == 1:
+        raise UsageError(f"{text!r}: must be at least 2, or 0 to turn this off")
+    return count
+
+
 def _port(text: str) -> int:
     if not is_number(text) or int(text) > 65535:
         raise UsageError(f"{text!r}: must be a port, a number from 0 to 65535")
@@ -130,6 +137,7 @@ OPTIONS = (
     Option("restart-backoff", "0", _checked(parse_backoff), "seconds before a restart, doubling: FIRST[:MOST]"),
     Option("fatal-exit-codes", "", _checked(parse_exit_codes), "exit statuses without a restart, as in 2,64-78"),
     Option("node-failure-limit", 0, _count(0), "failures in a row after which a node lets a spare take over; 0: none"),
+    Option("crash-loop", 3, _crash_loop, "identical failures in quick succession that end the job; 0: never"),
     Option("monitor-interval", 0.1, _seconds, "accepted for torchrun's sake: nothing here polls"),
     Option("start-method", "spawn", _one_of("spawn", "fork", "forkserver"), "how workers that are functions start"),
     Option("preload", [], parse_modules, "modules to import once, for workers that are forked, as in torch,numpy"),

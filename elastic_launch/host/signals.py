@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_launch.core.agent.lifecycle import AgentEvent
+    from elastic_launch.core.agent.messages import AgentEvent
 
 PASSED_ON = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 """Signals that are the workers' own business, unless the user has the agent stop at them."""
@@ -78,10 +78,8 @@ class SignalQueue:
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """The signals that have come, in their order."""
-        from elastic_launch.core.agent.lifecycle import (  # late: the command line imports this file first
-            Signalled,
-            UserSignalled,
-        )
+        # late: the command line imports this file first
+        from elastic_launch.core.agent.messages import Signalled, UserSignalled
 
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)  # before the queue is read: what comes now is announced again

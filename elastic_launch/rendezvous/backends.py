@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from elastic_launch.config import split_endpoint
-from elastic_launch.core.rendezvous.ranks import is_loopback
+from elastic_launch.core.text import as_file_name, is_loopback
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.ports import port_owner
-from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.member import EtcdMember, claim

@@ -273,6 +273,7 @@ class BuiltInHandler(RendezvousHandler):
             restart_backoff=f"{policy.backoff}:{policy.backoff_limit}",
             fatal_exit_codes=",".join(map(str, policy.fatal_exit_codes)),
             node_failure_limit=policy.node_failure_limit,
+            crash_loop=policy.crash_loop,
             local_addr=params.local_addr or spec.local_addr,
         )
         return create_own(config, environ, log)

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Collection
 
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
     Decided,
@@ -48,6 +48,7 @@ class LocalRendezvous:
         self, run_id: str, local_world_size: int, master_addr: str = "127.0.0.1", master_port: int = 0
     ) -> None:
         """Take the job's id, the node's workers and the address of their store; port 0: a free one for each round."""
+        self.lease: Callable[[float], None] = lambda until: None  # not used: nobody takes the place of the only node
         self._run_id = run_id
         self._workers = local_world_size
         self._addr = master_addr

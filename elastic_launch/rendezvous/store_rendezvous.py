@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
     Decided,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
     Decided,
@@ -132,6 +132,7 @@ class ForeignRendezvous:
             exit_barrier_timeout: seconds to wait for the others' success.
             say: takes each line for people, from the thread.
         """
+        self.lease: Callable[[float], None] = lambda until: None  # not used: the handler decides who is there
         self._handler = handler
         self._node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), local_world_size, role)
         self._local_addr = local_addr

@@ -12,7 +12,8 @@ import re
 import stat
 from typing import Any, BinaryIO
 
-from elastic_launch.core.agent.root_cause import ErrorRecord, shortened
+from elastic_launch.core.agent.root_cause import ErrorRecord
+from elastic_launch.core.text import shortened
 
 _MAX_ERROR, _MAX_TRACEBACK = 10_000, 1_000_000
 """Characters of what is read that are kept: the ends tell more than the middle."""

@@ -14,6 +14,8 @@ import functools
 import os
 import sys
 
+from elastic_launch.core.text import shortened
+
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,8 +166,8 @@ def _described(error: BaseException) -> dict[str, Any]:
     stack = "".join(traceback.format_exception(type(error), error, tb))
     if isinstance(error, SystemExit):
         stack = line  # all that Python shows of it
-    extra = {"py_callstack": _shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
-    return {"message": {"message": _shortened(line), "extraInfo": extra}}
+    extra = {"py_callstack": shortened(stack, _MAX), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
+    return {"message": {"message": shortened(line, _MAX), "extraInfo": extra}}
 
 
 def _users_part(tb: TracebackType | None) -> TracebackType | None:
@@ -185,7 +187,7 @@ def _read(path: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not an error file: it has no message")
     message = content["message"]
     if isinstance(message, dict) and isinstance(extra := message.get("extraInfo"), dict):
-        extra["py_callstack"] = _shortened(str(extra.get("py_callstack", "")))
+        extra["py_callstack"] = shortened(str(extra.get("py_callstack", "")), _MAX)
         extra["session"] = os.getsid(0)
     return content
 
@@ -203,9 +205,3 @@ def _write(content: dict[str, Any], path: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _MAX:
-        return text
-    return f"{text[: _MAX // 2]}\n... {len(text) - _MAX} characters left out ...\n{text[-_MAX // 2 :]}"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
+from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers.keeper import (

@@ -557,7 +557,7 @@ def test_failing_goodbye_costs_a_line() -> None:
 
 
 def test_a_pause_before_the_next_round_is_kept() -> None:
-    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, RequestJoin
+    from elastic_launch.core.agent.messages import AgentEvent, Assigned, RequestJoin
 
     rendezvous = ForeignRendezvous(OneNode(), role="trainer", local_world_size=1)
     rendezvous._decision, rendezvous._settled_at = Decision(True, pause=0.3), time.monotonic()
@@ -680,7 +680,7 @@ def test_success_does_not_wait_for_ever(job: Job) -> None:
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
     silent = ForeignRendezvous(other, role="trainer", local_world_size=1)
-    from elastic_launch.core.agent.lifecycle import RequestJoin
+    from elastic_launch.core.agent.messages import RequestJoin
 
     silent.ask(RequestJoin())
     try:

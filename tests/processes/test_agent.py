@@ -16,7 +16,7 @@ from signal import SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2
 import psutil
 import pytest
 
-from elastic_launch.core.agent.lifecycle import DOUBLE
+from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
 from tests.conftest import DEADLINE, Job, is_alive, wait_until
 
 TWO = ("--standalone", "--nproc-per-node", "2")
@@ -327,7 +327,7 @@ def test_second_signal_kills_at_once(job: Job, second: signal.Signals) -> None:
     job.wait_for("0.0 up", "1.0 up")
     process.send_signal(SIGTERM)
     job.wait_for("0.0 deaf", "1.0 deaf")
-    select.select([], [], [], 2 * DOUBLE)  # sooner, it would count as the first one
+    select.select([], [], [], 2 * SAME_SIGNAL)  # sooner, it would count as the first one
     process.send_signal(second)
     assert job.finish(process).returncode == 143
 

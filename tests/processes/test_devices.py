@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from elastic_launch.host import devices
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError
+from elastic_launch.host import devices
 from elastic_launch.host.devices import cpu_count, local_world_size
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import Assigned, RequestJoin
+from elastic_launch.core.agent.messages import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment

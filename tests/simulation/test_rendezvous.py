@@ -10,11 +10,11 @@ from typing import NamedTuple
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
-from elastic_launch.core.rendezvous.chief import listed
 from elastic_launch.core.rendezvous.protocol import Phase, Settings
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, decode, encode
 from elastic_launch.core.rendezvous.watch import LEFT, Watch
+from elastic_launch.core.text import listed
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, EndKind, Policy, RestartHistory
 from tests.support.simulation import Agent, World

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from signal import SIGTERM
 
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import (
-    AgentPhase,
+from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.messages import (
+    Action,
+    AgentEvent,
     Assigned,
     DeadlineReached,
     Decided,
@@ -27,11 +29,13 @@ from elastic_launch.core.agent.lifecycle import (
     LeaseExpired,
     Leave,
     Limits,
+    Log,
     ReapLeftovers,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    SendSignal,
     Signalled,
     Start,
     Started,
@@ -256,7 +260,7 @@ class Agent:
 
         self.world.after(seconds, when_thawed)
 
-    def _live(self, event: lifecycle.AgentEvent) -> None:
+    def _live(self, event: AgentEvent) -> None:
         if self.dead or self.finish is not None:
             return
         self.state, actions = lifecycle.step(self.state, event, self.world.now)
@@ -265,7 +269,7 @@ class Agent:
             paused, seconds = self.state, self.state.deadline - self.world.now
             self._soon(lambda: self._live(DeadlineReached()) if self.state is paused else None, seconds)
 
-    def _carry_out(self, actions: list[lifecycle.Action]) -> None:
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case RequestJoin():
@@ -279,7 +283,7 @@ class Agent:
                     self._begin(assignment)
                     pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
                     self._soon(lambda pids=pids: self._live(Started(pids)), 0.01)  # type: ignore[misc]
-                case lifecycle.SendSignal(signum, ranks, True):
+                case SendSignal(signum, ranks, True):
                     for rank in ranks:
                         seconds = self.world.random.uniform(0.005, 1) * self.stop_time
                         self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
@@ -289,7 +293,7 @@ class Agent:
                 case Finish():
                     self.finish = action
                     self._step(Closing())
-                case lifecycle.Log(text, level):
+                case Log(text, level):
                     self.told.append((level, text))
 
     def _stop_soon(self, exit_: Exit, seconds: float) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from elastic_launch.core.agent.restart_policy import aged, stands_aside
-from elastic_launch.core.rendezvous.chief import SHOWN, Chief, Close, Later, Refuse, listed
+from elastic_launch.core.agent.restart_policy import aged, is_deprioritized
+from elastic_launch.core.rendezvous.chief import Chief, Close, Later, Refuse
 from elastic_launch.core.rendezvous.protocol import Opening, Phase, Renew
 from elastic_launch.core.rendezvous.ranks import assign
 from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, Status, decode, encode
 from elastic_launch.core.rendezvous.rounds import BATCH, Round
 from elastic_launch.core.rendezvous.watch import number
 from elastic_launch.core.store_requests import Add, Get, Swap
+from elastic_launch.core.text import MAX_LISTED, listed
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import Decision, End, EndKind, Level
 
@@ -36,7 +37,7 @@ class Gathering(Round):
         """Find out which round comes next."""
         if self.decision and (self.assignment or (self.end and self.end.kind is EndKind.FAILED)):
             restart_history = aged(self.decision.restart_history, self._now - self._decided_at)
-            aside = self.me.aside or stands_aside(self.settings.policy, restart_history, self.me.node)
+            aside = self.me.aside or is_deprioritized(self.settings.policy, restart_history, self.me.node)
             self.me = self.me._replace(restart_history=restart_history, past=self.round, aside=aside)
         self.me = self.me._replace(previous=self.assignment.group_rank if self.assignment else -1)
         self.phase = Phase.OPENING
@@ -137,7 +138,7 @@ class Gathering(Round):
         for ticket, node in nodes:
             chief.note_nodes([(ticket, node)], self._now)
             is_new = ticket in chief.joined and ticket != self.ticket and chief.is_new(node)
-            if is_new and self.settings.max_nodes <= SHOWN:  # not of those that the chief before has told of
+            if is_new and self.settings.max_nodes <= MAX_LISTED:  # not of those that the chief before has told of
                 self._log(f"{node.host} has joined: {self._count(len(chief.joined))}", Level.INFO)
         self._read_nodes([ticket for ticket in chief.missing if ticket > read[-1]])
         self._consider()

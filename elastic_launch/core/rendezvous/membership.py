@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from elastic_launch.core.agent.lifecycle import Assigned, Ended, Fence, counted
+from elastic_launch.core.agent.messages import Assigned, Ended, Fence
 from elastic_launch.core.agent.restart_policy import follow
-from elastic_launch.core.rendezvous.chief import disagreement, listed
+from elastic_launch.core.rendezvous.chief import disagreement
 from elastic_launch.core.rendezvous.gathering import Gathering
 from elastic_launch.core.rendezvous.protocol import LATENESS, Lease, Notify, Phase
 from elastic_launch.core.rendezvous.records import Closed, Roster, decode, encode
 from elastic_launch.core.rendezvous.rounds import TAKE_OVER
 from elastic_launch.core.rendezvous.watch import Watch, number
 from elastic_launch.core.store_requests import Add
+from elastic_launch.core.text import counted, listed
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import Assignment, Decision, End, EndKind, Level
 

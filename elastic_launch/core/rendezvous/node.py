@@ -38,10 +38,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Ended, Fence, Leave, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import Ended, Fence, Leave, ReportFailure, ReportRound, ReportSuccess
 from elastic_launch.core.agent.restart_policy import follow
-from elastic_launch.core.agent.root_cause import is_consequence, shortened
-from elastic_launch.core.rendezvous.chief import SHOWN
+from elastic_launch.core.agent.root_cause import is_consequence
 from elastic_launch.core.rendezvous.membership import Membership
 from elastic_launch.core.rendezvous.protocol import (
     Answered,
@@ -60,6 +59,7 @@ from elastic_launch.core.rendezvous.records import Closed, decode, encode
 from elastic_launch.core.rendezvous.rounds import TAKE_OVER
 from elastic_launch.core.rendezvous.watch import number
 from elastic_launch.core.store_requests import Add, Append
+from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError, signal_name
 from elastic_launch.job import Decision, End, EndKind
 
@@ -211,7 +211,7 @@ class Node(Membership):
 
     def _tell_failures(self, failures: Iterable[ProcessFailure]) -> None:
         """To the node that says what follows: they are consequences, or the cause if its own is one."""
-        new = [failure for failure in failures if failure.rank not in self._told][:SHOWN]
+        new = [failure for failure in failures if failure.rank not in self._told][:MAX_LISTED]
         self._told |= {failure.rank for failure in new}
         lines = b"".join(encode(_Failure(_brief(failure), self.me.node)) + b"\n" for failure in new)
         if lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Assigned, Decided, Ended, RendezvousAction
+from elastic_launch.core.agent.messages import Assigned, Decided, Ended, RendezvousAction
 from elastic_launch.core.store_requests import Request
 from elastic_launch.job import Level, Policy
 
@@ -46,6 +46,7 @@ class Settings(NamedTuple):
         codes = ",".join(map(str, sorted(policy.fatal_exit_codes)))
         words += [f"--fatal-exit-codes={codes}"] if codes else []
         words += [f"--node-failure-limit={policy.node_failure_limit}"] if policy.node_failure_limit else []
+        words += [f"--crash-loop={policy.crash_loop}"] if policy.crash_loop != Policy().crash_loop else []
         return " ".join(words)
 
     @property

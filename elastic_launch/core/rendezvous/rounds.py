@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from elastic_launch.core.agent.lifecycle import Decided, ReportRound
+from elastic_launch.core.agent.messages import Decided, ReportRound
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.chief import Chief
 from elastic_launch.core.rendezvous.protocol import Ask, Log, Notify, Output, Phase, Settings
