@@ -118,7 +118,7 @@ class AgentLoop:
         if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
             event = self._workers.with_error(event, self.state.pids)
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
-            # Only now, because no worker writes any more, or nobody waits for the ones that do.
+            # Not before: by now no worker writes any more, or the agent has given up on the ones that do.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
         self.state, actions = lifecycle.step(self.state, event, time.monotonic())
         self._observe(event, self.state)

@@ -1,4 +1,4 @@
-"""Record the events and metrics of one node's part of a job. This costs nothing unless somebody asked for them."""
+"""Record the events and metrics of one node's part of a job, at no cost unless a handler is configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a node's workers: their processes together with their output, and what both tell about how a worker failed."""
+"""Run a node's workers: start their processes, carry their output, and collect evidence of failures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCAL_RANK = "${local_rank}"
 FAULTHANDLER = b"(most recent call first):"
 """Part of every stack that Python's faulthandler writes."""
 CONSOLE_PATIENCE = 10.0
-"""Seconds without progress after which a console that nobody reads is given up at the end."""
+"""Seconds without progress after which a console that is not read is given up at the end."""
 
 
 class WorkerOptions(NamedTuple):

@@ -289,7 +289,7 @@ def test_what_a_successful_job_leaves_behind_is_killed_soon() -> None:
     agent(exited(0), exited(1))
     assert agent.state.deadline == agent.now + LEFTOVER_GRACE
     assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
-    assert agent.warnings() == "", "there may be nothing left: GroupReaped will tell"
+    assert agent.warnings() == "", "there may be nothing left until GroupReaped names it"
     assert agent(GroupReaped({}, ("sleep (pid 7)",))) == [Finish()]
     assert agent.warnings() == "killed processes that the workers left behind: sleep (pid 7)"
 

@@ -157,4 +157,4 @@ def test_a_node_is_deprioritized_after_so_many_failures_in_a_row() -> None:
     assert not is_deprioritized(policy, job.history, "b")
     job(100, node="b")
     assert not is_deprioritized(policy, job.history, "a")
-    assert not is_deprioritized(Policy(99), job.history, "b"), "nobody asked for it"
+    assert not is_deprioritized(Policy(99), job.history, "b"), "the policy has no limit"

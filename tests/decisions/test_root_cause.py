@@ -34,10 +34,14 @@ def ranks(exits: list[Exit], errors: dict[int, Evidence] | None = None) -> list[
         (Exit(0, 0, 99.0), {}, False),
         (Exit(0, 1, 99.0), {}, True),
         (Exit(0, -SIGSEGV, 99.0), {}, True),
-        (Exit(0, -SIGTERM, 99.0), {}, True),  # a SIGTERM from somebody else
+        (Exit(0, -SIGTERM, 99.0), {}, True),  # a SIGTERM that the agent did not send
         (Exit(0, -SIGTERM, 101.0, STOPPED), {}, False),
         (Exit(0, -SIGKILL, 101.0, (*STOPPED, SIGKILL)), {}, False),
-        (Exit(0, -SIGKILL, 101.0, STOPPED), {}, True),  # a SIGKILL from somebody else, such as the OOM killer
+        (
+            Exit(0, -SIGKILL, 101.0, STOPPED),
+            {},
+            True,
+        ),  # a SIGKILL that the agent did not send, such as the OOM killer's
         (Exit(0, 0, 101.0, STOPPED), {}, False),
         (Exit(0, 1, 101.0, STOPPED), {}, False),
         (Exit(0, 1, 101.0, STOPPED), {0: error("KeyboardInterrupt", 100.5)}, False),  # raised because of the signal

@@ -120,4 +120,4 @@ def test_port_that_a_stranger_took_is_replaced_without_charge(job: Job) -> None:
     done = job.run("--nproc-per-node", "2", "--max-restarts", "0", job.script(steal + ALL_REDUCE))
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.2 sum 2", "1.2 sum 2"]
-    assert done.stderr.count("starting again with another port, without charge") == 2
+    assert done.stderr.count("restarting on another port, without using up a restart") == 2

@@ -315,7 +315,7 @@ def _stop_deadline_reached(state: AgentState, event: DeadlineReached, now: float
     # Even SIGKILL does not help. The job ends here: a new round beside such a process could train twice at once.
     log = Log(
         f"{_remaining(state)} cannot be killed (stuck in state D on a hung device or file system, or owned by another "
-        "user); giving up on it"
+        "user); giving up"
     )
     return _finish_round(replace(state, may_restart=False), event.evidence, now, [log])
 
@@ -333,7 +333,7 @@ def _ended_while_stopping(state: AgentState, event: Ended, now: float) -> Step:
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
         return state, [Log(_headline(event.end))]
     if not (event.end.mine and state.failure_reported and state.running):
-        return state, _log_membership_change(state)  # another node logs the rest, or the next line or the report has it
+        return state, _log_membership_change(state)  # anything else is in the next line, or logged by another node
     return state, [Log(f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}")]
 
 
@@ -413,7 +413,7 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
 
 
 def _finish(state: AgentState, decision: Decision) -> Step:
-    restarts = decision.restart_history.used if decision.failures else 0
+    restarts = decision.restart_history.used if decision.failures else 0  # a spare knows it from the decision only
     finish = Finish(decision.failures, decision.signum or None, decision.error, decision.status, decision.why, restarts)
     return _enter(state, AgentPhase.DONE), [finish]
 

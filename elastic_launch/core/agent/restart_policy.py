@@ -21,7 +21,7 @@ BACK_TO_BACK = 10.0
 _MAX_SIGNATURE = 200
 """Characters by which a failure is recognized."""
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
-"""Signals that a program brings upon itself. Any other one was probably sent by somebody else."""
+"""Signals that a program causes itself. Any other signal was probably sent from outside."""
 
 
 def follow(
@@ -37,7 +37,7 @@ def follow(
     Args:
         policy: the job's restart policy.
         history: the job's restart history, aged up to now.
-        failures: of all nodes, the cause first; none if all workers succeeded.
+        failures: the failed workers of all nodes, the cause first; empty if there are none.
         node: the id of the node on which the cause failed.
         port: the port of the workers' store if the launcher can pick another one; otherwise 0.
         may_restart: False if a node cannot take part in another round.

@@ -96,7 +96,7 @@ def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bo
         return False
     if not exit_.stop_signals or (error is not None and error.time < stopped_at):
         return True
-    # A stopped worker may exit with any status. But a signal that the agent did not send is a failure, SIGSEGV say.
+    # A stopped worker may exit with any status. But SIGSEGV, say, is a failure: the agent did not send it.
     return exit_.exitcode < 0 and -exit_.exitcode not in exit_.stop_signals
 
 
