@@ -14,7 +14,6 @@ from elastic_launch.core.rendezvous.protocol import Phase, Settings
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, NodeRecord, Roster, decode, encode
 from elastic_launch.core.rendezvous.watch import LEFT, Watch
-from elastic_launch.core.text import listed
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, EndKind, Policy, RestartHistory
 from tests.support.simulation import Agent, World
@@ -462,11 +461,6 @@ def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
     watch = Watch(deadline=15, tick=1, now=0)
     watch.greet([1], 0)
     assert watch.look([(1, b"")], 100, 100) == set()
-
-
-def test_many_names_are_told_in_few_words() -> None:
-    assert listed(["a", "b", "a"]) == "a (2 nodes), b"
-    assert listed(f"h{n}" for n in range(20)) == "h0, h1, h2, h3, h4, h5, h6, h7 and 12 more"
 
 
 def test_states_of_the_simulation_are_those_of_the_agent() -> None:
