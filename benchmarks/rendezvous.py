@@ -33,7 +33,7 @@ from unittest.mock import patch
 import psutil
 from common import machine, spread
 
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
     Decided,

@@ -206,6 +206,8 @@ class LaunchConfig:
     """Exit statuses that end the job without a restart, as in ``2,64-78``."""
     node_failure_limit: int = 0
     """Number of failures in a row after which a node gives way to a spare; 0 for no limit."""
+    crash_loop: int = 3
+    """Number of identical failures in a row, each within 10 s of the last, that end the job; 0 for no limit."""
     verbosity: int = Level.INFO
     """The least important messages that are shown: 0 warnings, 1 events of the job, 2 events of each node."""
 
@@ -214,14 +216,17 @@ class LaunchConfig:
         """When the job restarts."""
         first, limit = parse_backoff(str(self.restart_backoff))  # a program may well write 5 for "5"
         codes = parse_exit_codes(str(self.fatal_exit_codes))
-        return Policy(self.max_restarts, self.restart_window, first, limit, codes, self.node_failure_limit)
+        limits = self.node_failure_limit, self.crash_loop
+        return Policy(self.max_restarts, self.restart_window, first, limit, codes, *limits)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_nodes <= self.max_nodes:
             raise UsageError(f"min_nodes={self.min_nodes}, max_nodes={self.max_nodes}: must be 1 <= min <= max")
-        for name, least in (("nproc_per_node", 1), ("max_restarts", 0), ("node_failure_limit", 0)):
+        for name, least in (("nproc_per_node", 1), ("max_restarts", 0), ("node_failure_limit", 0), ("crash_loop", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.crash_loop == 1:
+            raise UsageError("crash_loop=1: must be at least 2, or 0 to turn this off")
         if self.shutdown_timeout is not None and self.shutdown_timeout < 0:
             raise UsageError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0 seconds")
         if not 0 <= self.restart_window < float("inf"):

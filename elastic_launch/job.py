@@ -1,7 +1,4 @@
-"""Layer 0: what the nodes of a job tell each other: places in a round, how it ends, what follows, what is remembered.
-
-Values only: no I/O, no clock, no environment.
-"""
+"""Define what the nodes of a job exchange: assignments, how a round ends, what follows, and the restart history."""
 
 from __future__ import annotations
 
@@ -12,109 +9,118 @@ from elastic_launch.errors import ProcessFailure
 
 
 class Policy(NamedTuple):
-    """When the job restarts its workers; the same on all of its nodes. Times in seconds."""
+    """When the job restarts its workers. All nodes of a job must have the same policy."""
 
     max_restarts: int = 0
     window: float = 0.0
-    """A failure that is older does not count any more; 0: all of them count."""
+    """Seconds after which a failure no longer counts against ``max_restarts``; 0: all failures count."""
     backoff: float = 0.0
-    """Before the first restart; twice as long before each further one,"""
+    """Seconds before the first restart. The pause doubles with each further restart."""
     backoff_limit: float = 0.0
-    """but not longer than this."""
+    """Maximum seconds before a restart."""
     fatal_exit_codes: frozenset[int] = frozenset()
-    """Exit statuses, as a shell shows them, after which there is no restart."""
+    """Exit statuses, as a shell shows them, after which the job does not restart."""
     node_failure_limit: int = 0
-    """A node that has caused so many failures in a row leaves its place to a spare; 0: never."""
+    """Failures in a row after which a spare replaces the node that caused them; 0: never."""
+    crash_loop: int = 3
+    """Identical failures in a row, each shortly after the last, after which the job does not restart; 0: never."""
 
 
 class RestartHistory(NamedTuple):
-    """What the job remembers of its failures."""
+    """What the job remembers about its failures."""
 
     used: int = 0
     """Restarts that count against ``max_restarts``."""
     uncharged: int = 0
-    """Restarts for a port that was taken, which do not."""
+    """Restarts that do not count, because another process had taken a port."""
     ages: tuple[float, ...] = ()
-    """Seconds since the failures that still count; without a window only since the last one."""
+    """Seconds since each failure within the window; without a window, since the latest one only."""
     failure: str = ""
-    """By which the last one is known again."""
+    """Signature of the latest failure; empty if it was not the program's own."""
     repeats: int = 0
-    """So many times in a row it came, with no time in between."""
+    """How often in a row that failure has occurred, each time shortly after the last."""
     node: str = ""
-    """The id of the node whose worker caused it,"""
+    """Id of the node that caused the latest failure."""
     in_a_row: int = 0
-    """and of so many in a row."""
+    """How many failures in a row that node has caused."""
 
 
 class Level(IntEnum):
-    """How much a line matters. What is shown are the levels up to the chosen one."""
+    """The importance of a log line. Lines up to the chosen level are shown."""
 
     WARNING = 0
-    """Each node speaks for itself."""
+    """Warnings and errors, from each node."""
     INFO = 1
-    """One for each event of the job's life: one node speaks for all. The default."""
+    """The job's events, one line each for all nodes. This is the default."""
     DEBUG = 2
+    """What each node does."""
 
 
 class Assignment(NamedTuple):
-    """One node's place in one round of the job, as the rendezvous gave it."""
+    """One node's ranks in one round of the job."""
 
     group_rank: int
     """Rank of the node."""
     group_world_size: int
     """Number of nodes."""
     base_rank: int
-    """Global rank of the node's worker with local rank 0; the others follow."""
+    """Global rank of the node's worker with local rank 0; those of the others follow."""
     world_size: int
+    """Number of workers of all nodes."""
     local_world_size: int
+    """Number of workers of this node."""
     base_role_rank: int
+    """Rank of the node's first worker among the workers with the same role."""
     role_world_size: int
+    """Number of workers with that role."""
     master_addr: str
+    """Address of the workers' store."""
     master_port: int
+    """Port of the workers' store."""
     host: str
-    """The node's name, for people."""
+    """The node's name in log lines and reports."""
     port_picked: bool
-    """The launcher chose ``master_port``, so that it may choose another when a stranger takes it."""
+    """True if the launcher chose ``master_port``, so that it may choose another one if that is taken."""
     agent_store: bool = False
-    """The workers' store is served already, by the launcher; else the worker of rank 0 serves it."""
+    """True if the launcher serves the workers' store; otherwise the worker with rank 0 does."""
     restart_count: int = 0
-    """Rounds before this one; it grows whatever ended them, so that no two rounds share a key space in the store."""
+    """Number of earlier rounds, whatever ended them, so that no two rounds share a key space in the store."""
     restart_history: RestartHistory = RestartHistory()
-    """As the round began."""
+    """The job's history at the start of the round."""
 
     @property
     def picked_port(self) -> int:
-        """``master_port`` if another could be picked in its place; else 0."""
+        """``master_port`` if the launcher may choose another one; otherwise 0."""
         return self.master_port if self.port_picked else 0
 
     def rank(self, local_rank: int) -> int:
-        """The global rank of a worker of this node."""
+        """Return the global rank of one of this node's workers."""
         return self.base_rank + local_rank
 
 
 class EndKind(StrEnum):
-    """Why a round ends, and so what follows."""
+    """Why a round ends, which determines what follows."""
 
     FAILED = "failed"
-    """A worker failed: its node decides, in a ``Decision``, whether there is another round."""
-    MEMBERSHIP_CHANGED = "reform"
-    """Nodes come or go: another round, without charge."""
+    """A worker failed. Its node decides whether another round follows."""
+    MEMBERSHIP_CHANGED = "membership_changed"
+    """Nodes join or leave. Another round follows without using up a restart."""
     STOP = "stop"
     """A signal stops the whole job."""
     DONE = "done"
-    """All workers of all nodes have ended well."""
+    """All workers of all nodes succeeded."""
     ERROR = "error"
     """The nodes cannot work together, or did not meet in time."""
 
 
 class End(NamedTuple):
-    """The first reason to end a round: every node acts on the same one."""
+    """The first reason to end a round. All nodes act on the same one."""
 
     kind: EndKind
     reason: str
-    """For people, in one line."""
+    """One line for the user."""
     node: str = ""
-    """The id of the node that said so."""
+    """Id of the node that ended the round."""
     gone: tuple[str, ...] = ()
     """Ids of the nodes that will not be in the next round."""
     signum: int = 0
@@ -122,31 +128,32 @@ class End(NamedTuple):
     status: int = 0
     """The exit status, for ``ERROR``."""
     failures: tuple[ProcessFailure, ...] = ()
-    """For ``FAILED``: what is known of it so far."""
+    """What is known so far, for ``FAILED``."""
     rank: int = -1
-    """The group rank of the node that leaves."""
+    """Group rank of the node that leaves."""
     mine: bool = False
-    """It was this node that said so."""
+    """Whether this node ended the round."""
 
 
 class Decision(NamedTuple):
-    """What follows a round, for every node alike."""
+    """What follows a round. It is the same for all nodes."""
 
     restart: bool
     restart_history: RestartHistory = RestartHistory()
-    """As in ``Assignment``, for the next round."""
+    """The job's history at the end of the round."""
     failures: tuple[ProcessFailure, ...] = ()
-    """The cause first."""
+    """Failed workers, the cause first."""
     signum: int = 0
-    """The signal that stopped the job, if one did."""
+    """The signal that stopped the job; 0: none did."""
     error: str = ""
-    """What the nodes cannot agree on, if that ends the job, and with which exit status."""
+    """The error that ends the job, if it is not a failure of workers."""
     status: int = 0
+    """Exit status for ``error``."""
     why: str = ""
-    """Why there is no restart though some were left."""
+    """Why the job does not restart although restarts are left."""
     pause: float = 0.0
-    """Seconds until the next round."""
+    """Seconds before the next round."""
     gone: tuple[str, ...] = ()
-    """Ids of the nodes that will not be in it."""
+    """Ids of the nodes that will not be in the next round."""
     node: str = ""
-    """The id of the node that said so."""
+    """Id of the node that decided."""

@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elastic_launch.agent.loop import Driver
-from elastic_launch.agent.worker_group import Workers
+from elastic_launch.agent.loop import AgentLoop
+from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Limits, Signalled
-from elastic_launch.core.agent.root_cause import NOTHING, failure_of
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
+from elastic_launch.core.agent.messages import Limits, Signalled
+from elastic_launch.core.agent.root_cause import failure_of
 from elastic_launch.env import environment
 from elastic_launch.errors import ProcessFailure, SignalException, UsageError
 from elastic_launch.host.console import log, log_through, standard_streams
@@ -139,11 +140,10 @@ class PContext:
         self._filters = {1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []}
         self._start_method = start_method
         self._numa_options = numa_options
-        self._cpus: dict[int, frozenset[int]] = {}
         workers = len(args)
         self._assignment = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
-        self._driver: Driver | None = None
+        self._loop: AgentLoop | None = None
         self._dest = LogsDest()
         self._result: RunProcsResult | None = None
 
@@ -155,12 +155,12 @@ class PContext:
             UnavailableError: the system cannot start such processes.
             LaunchError: ``logs_specs`` does not work.
         """
-        if self._driver:
+        if self._loop:
             raise UsageError(f"{self.name}: the processes were already started")
         try:
             self._start_all(self._stack)
         except BaseException:
-            self._driver = None
+            self._loop = None
             self._stack.close()
             raise
 
@@ -180,27 +180,18 @@ class PContext:
         self._dest = files.prepare(named)
         for rank, path in self._dest.error_files.items():
             self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
+        cpus: dict[int, frozenset[int]] = {}
         if self._numa_options is not None:
             from elastic_launch.host.numa import bind  # late: few programs need it
 
-            self._cpus = bind(self._numa_options, len(self._args), environ, log)
-        self._workers = Workers(
-            self.name,
-            self._entrypoint,
-            self._args,
-            run_id=self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}"),
-            environ=environ,
-            start_method=self._start_method,
-            log=log,
-        )
+            cpus = bind(self._numa_options, len(self._args), environ, log)
+        run_id = self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}")
+        options = WorkerOptions(self.name, self._entrypoint, self._args, run_id, environ, self._start_method)
+        self._workers = LocalWorkers(options._replace(filters=self._filters, cpus=cpus), log)
         stack.callback(self._workers.close)
-        self._driver = Driver(
-            Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT),
-            self._workers,
-            self._start,
-            lambda action: answer_alone(action, lambda: self._assignment),
-            (),
-            lambda text: None,
+        limits = Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT)
+        self._loop = AgentLoop(
+            limits, self._workers, self._start, lambda action: answer_alone(action, lambda: self._assignment)
         )
         self._run(enough=lambda state: "running:Started" in state.history)
 
@@ -222,7 +213,7 @@ class PContext:
 
     def pids(self) -> dict[int, int]:
         """Return the process ids by local rank; empty before the start."""
-        return dict(self._driver.state.pids) if self._driver else {}
+        return dict(self._loop.state.pids) if self._loop else {}
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
         """Stop the processes that still run, and release what the group holds.
@@ -232,40 +223,36 @@ class PContext:
             timeout: seconds after which SIGKILL follows.
         """
         with self._stack:
-            if self._driver and self._driver.finish is None:
-                state = replace(self._driver.state, limits=Limits(Policy(), timeout))
+            if self._loop and self._loop.finish is None:
+                state = replace(self._loop.state, limits=Limits(Policy(), timeout))
                 if state.phase is AgentPhase.STOPPING:  # one has failed, and the others have received SIGTERM
                     now = time.monotonic()
                     state = replace(state, deadline=min(state.deadline or now, now + timeout))
                     if death_sig:
-                        self._workers.tell(death_sig, state.running, stop=True)
-                self._driver.state = state
-                self._driver.tell(Signalled(death_sig or signal.SIGTERM, time.time()))
+                        self._workers.send_signal(death_sig, state.running, stop=True)
+                self._loop.state = state
+                self._loop.add_event(Signalled(death_sig or signal.SIGTERM, time.time()))
                 self._run()
 
     def _run(self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False) -> None:
-        """Run the driver, if processes run, and set the result when all have ended."""
-        driver = self._driver
-        if driver is None or driver.finish:
+        """Run the loop, if processes run, and set the result when all have ended."""
+        loop = self._loop
+        if loop is None or loop.finish:
             return
         with log_through(self._workers.log):
-            finish = driver.run(until, enough)
+            finish = loop.run(until, enough)
         if finish is None:
             return
         with self._stack:
-            failed = finish.failures if finish.signum is None else self._stopped(driver.state)
+            failed = finish.failures if finish.signum is None else self._stopped(loop.state)
             failures = {failure.local_rank: failure for failure in failed}
             values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
             self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
 
     def _stopped(self, state: AgentState) -> list[ProcessFailure]:
         """Return the failures of processes that ``close`` stopped, or that failed before it."""
-        pid = state.pids.get
-        return [
-            failure_of(exit_, NOTHING, pid(exit_.local_rank, -1), self._assignment)
-            for exit_ in state.exits
-            if exit_.exitcode != 0
-        ]
+        exits = [exit_ for exit_ in state.exits if exit_.exitcode != 0]
+        return [failure_of(exit_, {}, state.pids, self._assignment) for exit_ in exits]
 
     def _start(self, assignment: Assignment) -> None:
-        self._workers.start(self._envs, self._dest, self._prefixes, self._filters, self._cpus)
+        self._workers.start(self._envs, self._dest, self._prefixes)

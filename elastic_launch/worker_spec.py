@@ -1,7 +1,4 @@
-"""Layer 0: what the workers of a node run, and how they ended, by torch's names.
-
-Values only: no I/O, no clock, no environment.
-"""
+"""Define what the workers of a node run, and how they ended, with torch's names."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from elastic_launch.job import Policy
 
 
 class WorkerState(StrEnum):
-    """The state of a group of workers, by torch's names."""
+    """The state of a group of workers; the names are torch's."""
 
     UNKNOWN = "UNKNOWN"
     INIT = "INIT"
@@ -26,34 +23,31 @@ class WorkerState(StrEnum):
     FAILED = "FAILED"
 
     def is_running(self) -> bool:
-        """Whether there are worker processes, in good order or not."""
+        """Return whether the workers run, healthy or not."""
         return self in (WorkerState.HEALTHY, WorkerState.UNHEALTHY)
 
 
 class Rendezvous(Protocol):
-    """What a ``WorkerSpec`` needs of its rendezvous; the agent asks more of it (``agent.AgentRendezvous``).
-
-    A ``RendezvousHandler`` of torch's interface does as well.
-    """
+    """What ``WorkerSpec`` accepts as its rendezvous: one of the launcher's, or a handler with torch's interface."""
 
     def get_run_id(self) -> str:
-        """The job's id."""
+        """Return the job's id."""
 
 
 @dataclass
 class WorkerSpec:
-    """What the workers of one node run. Fields, order and defaults are those of torch's ``WorkerSpec``."""
+    """What the workers of one node run. Fields, their order and their defaults are those of torch's ``WorkerSpec``."""
 
     role: str
     local_world_size: int
     rdzv_handler: Rendezvous
     fn: Callable[..., Any] | None = None
     entrypoint: Callable[..., Any] | str | None = None
-    """The command to execute; ``args`` are its arguments."""
+    """A command or a function; ``args`` are its arguments. ``fn`` is torch's older name for it."""
     args: tuple[Any, ...] = ()
     max_restarts: int = 3
     monitor_interval: float = 0.1
-    """Accepted for torch's sake: nothing here polls."""
+    """Ignored, because nothing here polls; accepted for compatibility with torch."""
     master_port: int | None = None
     master_addr: str | None = None
     local_addr: str | None = None
@@ -63,22 +57,22 @@ class WorkerSpec:
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
     policy: Policy | None = None
-    """All that restarts depend on, ``max_restarts`` included; None: only that. Not torch's."""
+    """When the job restarts; None: as often as ``max_restarts`` says. torch's has no such field."""
 
     def get_policy(self) -> Policy:
-        """When the job restarts."""
+        """Return when the job restarts."""
         return self.policy or Policy(self.max_restarts)
 
     def get_entrypoint_name(self) -> str:
-        """The function's name, or the command."""
+        """Return the function's name, or the command."""
         entrypoint = self.entrypoint or self.fn
         return callable_name(entrypoint) if callable(entrypoint) else str(entrypoint)
 
 
 def callable_name(fn: Callable[..., Any]) -> str:
-    """The name of something that can be called: the function's, that of a partial's function, or the class's.
+    """Return the name of a function, of a partial's function, or of an object's class.
 
-    Not its ``repr``: that of a partial shows all its arguments, and an object's may be any text.
+    A ``repr`` would show all arguments of a partial, and may be any text for an object.
     """
     name = getattr(fn, "__qualname__", None) or getattr(getattr(fn, "func", None), "__qualname__", None)
     return str(name or type(fn).__qualname__)
@@ -86,7 +80,7 @@ def callable_name(fn: Callable[..., Any]) -> str:
 
 @dataclass(eq=False)
 class Worker:
-    """One worker of a group, by torch's names; -1: not known yet."""
+    """One worker of a group; the names are torch's, and -1 stands for a rank that is not known yet."""
 
     local_rank: int
     global_rank: int = -1
@@ -94,12 +88,12 @@ class Worker:
     world_size: int = -1
     role_world_size: int = -1
     id: Any = field(default=None, init=False)
-    """Its pid."""
+    """The process id; None until the worker has started."""
 
 
 @dataclass(eq=False)
 class WorkerGroup:
-    """The workers of one node in one round, by torch's names."""
+    """The workers of one node in the current round; the names are torch's, and None means not known yet."""
 
     spec: WorkerSpec
     workers: list[Worker] = field(init=False)
@@ -116,16 +110,16 @@ class WorkerGroup:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How the run of an agent ended."""
+    """The result of an agent's run."""
 
     state: WorkerState
     return_values: dict[int, Any] = field(default_factory=dict)
-    """Return value by global rank; None for commands."""
+    """What the workers' functions returned, by global rank; None for each worker of a command."""
     failures: dict[int, ProcessFailure] = field(default_factory=dict)
-    """Failure by global rank, the cause first."""
+    """Failures by global rank, the cause first."""
     report: str = ""
-    """The failure report, for people."""
+    """The failure report as text; empty on success."""
 
     def is_failed(self) -> bool:
-        """Whether workers failed."""
+        """Return whether workers failed."""
         return self.state is WorkerState.FAILED

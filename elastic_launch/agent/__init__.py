@@ -1,1 +1,1 @@
-"""The agent: one node's part of a job, its loop, its workers, and what it reports."""
+"""The agent: runs one node's part of a job."""

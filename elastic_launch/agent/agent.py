@@ -1,34 +1,26 @@
-"""Layer 3: the agent: one node's part of a job. Puts together what the driver's loop needs for it."""
+"""Run one node's part of a job: set up what a run needs, run the loop, and return the result."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
-from elastic_launch.agent.loop import Driver, Source
+from elastic_launch.agent.loop import AgentLoop, EventSource
 from elastic_launch.agent.telemetry import Telemetry
-from elastic_launch.agent.worker_group import Workers, name_of, prefix
+from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
-from elastic_launch.core.agent.lifecycle import (
-    AgentEvent,
-    AgentPhase,
-    AgentState,
-    Exited,
-    Finish,
-    GroupReaped,
-    Leave,
-    Limits,
-    RendezvousAction,
-)
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
+from elastic_launch.core.agent.messages import AgentEvent, Exited, Finish, GroupReaped, Leave, Limits, RendezvousAction
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
 from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
-from elastic_launch.host.console import log as say_on_stderr
+from elastic_launch.host.console import log as log_to_stderr
 from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
@@ -41,21 +33,35 @@ if TYPE_CHECKING:
     from elastic_launch.workers.watchdog import Watchdog
 
 
-class AgentRendezvous(Source, Protocol):
-    """What the agent asks of a rendezvous: an answer to its actions, at once or by events of its own."""
+@runtime_checkable
+class AgentRendezvous(EventSource, Protocol):
+    """The agent's view of a rendezvous: it carries out actions, and answers with events."""
+
+    lease: Callable[[float], None]
+    """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
 
     def get_run_id(self) -> str:
-        """The job's id."""
+        """Return the job's id."""
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
-        """Take an action; the events that answer it come at once or from ``take``."""
+        """Accept an action. Events that answer it are returned here, or later by ``take``."""
 
     def close(self) -> None:
-        """Say goodbye to the other nodes, in bounded time, and let go of everything."""
+        """Tell the other nodes that this one is done, and release everything, in bounded time."""
+
+
+class _Run(NamedTuple):
+    """What a run holds until it is over."""
+
+    files: JobFiles
+    workers: LocalWorkers
+    watchdog: Watchdog | None
+    telemetry: Telemetry
+    sources: list[EventSource]
 
 
 class LocalElasticAgent:
-    """Runs the workers of one node through all their rounds. An agent runs once."""
+    """Runs the workers of one node through all rounds of a job. An agent runs once."""
 
     def __init__(
         self,
@@ -72,224 +78,200 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
-        log: Callable[[str], None] = say_on_stderr,
+        log: Callable[[str], None] = log_to_stderr,
     ) -> None:
-        """Prepare a run; nothing is started yet. The positional arguments are those of torch's agent.
+        """Prepare a run without starting anything. The positional arguments are those of torch's agent.
 
         Args:
             spec: what to run; its ``entrypoint`` is a command or a function.
-            logs_specs: where the workers' files lie, and what becomes of their output.
+            logs_specs: where the workers' files go; None: to a temporary directory, with all output on the console.
             start_method: how the processes of a function start: spawn, fork or forkserver.
-            exit_barrier_timeout: seconds that this node waits, when its workers have ended well, for the others'. The
-                node that hosts the job's store waits as long as they live.
-            log_line_prefix_template: what stands before lines on the console, with ``${role_name}``,
-                ``${local_rank}``, ``${rank}`` and ``${host}``; None: role and local rank, or host and rank where the
-                job has several nodes.
+            exit_barrier_timeout: seconds to wait, once this node's workers have succeeded, for those of other nodes.
+                The node that hosts the job's store waits as long as they run.
+            log_line_prefix_template: what lines on the console begin with, with ``${role_name}``, ``${local_rank}``,
+                ``${rank}`` and ``${host}``; None: role and local rank, or host and global rank if there are several
+                nodes.
             shutdown_timeout: seconds between a worker's stop signal and SIGKILL.
-            health_check_server: something with ``start()`` and ``stop()``, called around the run.
-            uninterruptible_state_timeout: accepted for torch's sake: a process that SIGKILL does not end is given up
-                after ``lifecycle.KILL_PATIENCE``.
-            signals_to_handle: the signals that stop the job.
-            environ: what the workers inherit; None: this process's environment.
-            preload: modules that are imported once, in a process from which workers are forked.
-            verbosity: a ``Level``; what people are told at most.
-            say: takes each line for them.
+            health_check_server: an object with ``start()`` and ``stop()``, which are called around the run.
+            uninterruptible_state_timeout: ignored; a process that survives SIGKILL is given up after
+                ``lifecycle.KILL_PATIENCE``. Accepted for compatibility with torch.
+            signals_to_handle: names of the signals that stop the job, separated by commas.
+            environ: the environment that the workers inherit; None: this process's.
+            preload: modules to import once, in a process from which the workers are forked.
+            verbosity: a ``Level``; lines up to this level are logged.
+            log: writes a line for the user.
 
         Raises:
-            UsageError: the spec says nothing to run, or a signal's name is none.
+            UsageError: the spec has nothing to run, or a signal's name is unknown.
         """
+        entrypoint = spec.entrypoint or spec.fn
+        if not entrypoint:
+            raise UsageError("entrypoint=None: there is nothing to run; pass a command or a function")
+        self.name = program_name(entrypoint, spec.args)
         self._spec = spec
-        self._entrypoint = spec.entrypoint or spec.fn
         self._logs_specs = logs_specs or DefaultLogsSpecs()
-        self._filters = {1: spec.duplicate_stdout_filters or [], 2: spec.duplicate_stderr_filters or []}
-        self._start_method = start_method
-        self._preload = preload
         self._prefix_template = log_line_prefix_template
-        self._shutdown_timeout = shutdown_timeout
         self._health_check_server = health_check_server
         self._stop_signals = parse_signals(signals_to_handle)
+        self._limits = Limits(spec.get_policy(), shutdown_timeout, exit_barrier_timeout)
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._log = log
-        self._exit_barrier_timeout = exit_barrier_timeout
-        self.name = name_of(self._entrypoint, spec.args)
-        self._rendezvous = _adapted(spec, self._environ, log)
-        self._run_id = str(self._rendezvous.get_run_id())
+        self._rendezvous = _rendezvous_of(spec, self._environ, log)
+        self._options = WorkerOptions(
+            self.name,
+            entrypoint,
+            dict.fromkeys(range(spec.local_world_size), spec.args),
+            str(self._rendezvous.get_run_id()),
+            self._environ,
+            start_method,
+            preload,
+            {1: spec.duplicate_stdout_filters or [], 2: spec.duplicate_stderr_filters or []},
+        )
         self._has_run = self._has_failed = False
         self._group = WorkerGroup(spec)
 
     def get_worker_group(self, role: str = "default") -> WorkerGroup:
-        """The workers as they are now, or as they were at the end; ``role`` is for torch's sake: there is one group."""
+        """Return the workers' current or final state. There is one group; ``role`` is for compatibility with torch."""
         return self._group
 
     def run(self, role: str = "default") -> RunResult:
-        """Run the job to its end on this node. Signals are handled where this is the program's main thread.
+        """Run this node's part of the job. Only the main thread of a program handles signals.
 
         Raises:
-            SignalException: a signal ended the job; the workers are stopped.
-            UsageError: the function cannot be sent to the workers; or the agent has run before.
-            LaunchError: the launcher could not do its work; no worker is left.
+            SignalException: a signal ended the job, and the workers are stopped.
+            UsageError: the function cannot be sent to the workers, or this agent has run before.
+            LaunchError: the launcher could not do its work, and no worker is left.
         """
         if self._has_run:
-            raise UsageError("this agent has run already: make another one")
+            raise UsageError("this agent has already run: create another one")
         self._has_run = True
+        values: dict[int, Any] = {}
         with ExitStack() as stack:
-            stack.enter_context(standard_streams())
-            self._files = JobFiles(
-                self._logs_specs, self._run_id, self._temp_dir, has_filters=any(self._filters.values())
-            )
-            stack.callback(lambda: self._files.close(keep=self._has_failed))
-            signals = stack.enter_context(SignalQueue(self._stop_signals))
-            if not stack.enter_context(subreaper()):
-                self._log("this system has no subreapers: daemons that workers start may outlive a killed launcher")
-            self._cpus = self._bindings()
-            if self._health_check_server:
-                stack.callback(self._health_check_server.stop)
-                self._health_check_server.start()
-            stack.callback(self._rendezvous.close)
-            self._workers = Workers(
-                self.name,
-                cast("Callable[..., Any] | str", self._entrypoint),
-                dict.fromkeys(range(self._spec.local_world_size), self._spec.args),
-                run_id=self._run_id,
-                environ=self._environ,
-                start_method=self._start_method,
-                log=self._log,
-                interrupt=signals.fileno(),
-                preload=self._preload,
-            )
-            stack.callback(self._workers.close)
-            stack.enter_context(log_through(self._workers.log))
-            # After the keeper: it then knows that this process has no other children.
-            self._watchdog, watches = self._watches(stack)
-            self._telemetry = Telemetry(self._spec, self._run_id, self._workers.show, self._log)
-            if hasattr(self._rendezvous, "lease"):
-                self._rendezvous.lease = self._workers.lease
-            limits = Limits(self._spec.get_policy(), self._shutdown_timeout, self._exit_barrier_timeout)
-            sources = [signals, self._rendezvous, *watches]
-            ask = self._rendezvous.ask
-            driver = Driver(limits, self._workers, self._start, ask, sources, self._log, self._verbosity, self._observe)
-            try:
-                finish, state = cast(Finish, driver.run()), driver.state
-            except Exception as error:
-                self._telemetry.fail(str(error))
-                with suppress(LaunchError):  # it may be the rendezvous' own
-                    status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
-                    ask(Leave(error=str(error) or type(error).__name__, status=status))
-                raise
-            if state.asked_at is not None and state.killed:
-                self._workers.console_patience = 0.0  # told twice to end: now
-            self._telemetry.end(state, finish)
+            run = self._set_up(stack)
+            finish, state = self._run_loop(run)
+            if state.stop_requested_at is not None and state.killed:
+                run.workers.console_patience = 0.0  # the user asked twice: do not wait
+            run.telemetry.end(state, finish)
             self._has_failed = bool(finish.failures)
-            if not finish.failures and not finish.error and finish.signum is None:
-                return RunResult(WorkerState.SUCCEEDED, return_values=self._return_values(state))
+            has_succeeded = not finish.failures and not finish.error and finish.signum is None
+            if has_succeeded and state.assignment:
+                local_ranks = sorted(exit_.local_rank for exit_ in state.exits)
+                values = {state.assignment.rank(local): run.workers.value(local) for local in local_ranks}
+        if has_succeeded:
+            return RunResult(WorkerState.SUCCEEDED, return_values=values)
         if finish.failures:
-            return self._failed(finish)
+            return self._failure_result(finish, run.files)
         if finish.error:
             raise RendezvousError(finish.error, finish.status)
         signum = signal.Signals(cast(int, finish.signum))
         why = f": {state.end.reason}" if state.end and state.end.kind is EndKind.STOP and not state.end.mine else ""
         raise SignalException(f"stopped by {signal_name(signum)}{why}", signum)
 
-    def _observe(self, event: AgentEvent, state: AgentState) -> None:
-        """Tell the parts that only look on."""
-        self._telemetry.note(event, state)
-        _update(self._group, state)
-        match event:
-            case Exited(exit_) if self._watchdog:
-                self._watchdog.forget(state.pids.get(exit_.local_rank, -1))
-            case GroupReaped() if self._watchdog:
-                self._watchdog.clear()
+    def _set_up(self, stack: ExitStack) -> _Run:
+        """Acquire everything that the run needs, to be released by ``stack``."""
+        stack.enter_context(standard_streams())
+        has_filters = any(self._options.filters.values())
+        files = JobFiles(self._logs_specs, self._options.run_id, self._temp_dir, has_filters=has_filters)
+        stack.callback(lambda: files.close(keep=self._has_failed))
+        signals = stack.enter_context(SignalQueue(self._stop_signals))
+        if not stack.enter_context(subreaper()):
+            self._log("this system has no subreapers: daemons of workers may survive if the launcher is killed")
+        options = self._options._replace(cpus=self._bindings())
+        if self._health_check_server:
+            stack.callback(self._health_check_server.stop)
+            self._health_check_server.start()
+        stack.callback(self._rendezvous.close)
+        workers = stack.enter_context(closing(LocalWorkers(options, self._log, signals.fileno())))
+        stack.enter_context(log_through(workers.log))
+        # After the keeper has started, which finds out that this process has no other children.
+        watchdog, watches = self._watches(stack)
+        telemetry = Telemetry(self._spec, options.run_id, workers.show, self._log)
+        self._rendezvous.lease = workers.lease
+        return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
 
-    def _start(self, assignment: Assignment) -> None:
+    def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
+        loop = AgentLoop(
+            self._limits,
+            run.workers,
+            partial(self._start, run),
+            self._rendezvous.ask,
+            run.sources,
+            lambda text, level: self._log(text) if level <= self._verbosity else None,
+            partial(self._observe, run),
+        )
+        try:
+            return cast(Finish, loop.run()), loop.state
+        except Exception as error:
+            run.telemetry.fail(str(error))
+            with suppress(LaunchError):  # the rendezvous may be what failed
+                status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
+                self._rendezvous.ask(Leave(error=str(error) or type(error).__name__, status=status))
+            raise
+
+    def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
+        run.telemetry.observe(event, state)
+        _update_group(self._group, state)
+        match event:
+            case Exited(exit_) if run.watchdog:
+                run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
+            case GroupReaped() if run.watchdog:
+                run.watchdog.clear()
+
+    def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
         envs = {
             local_rank: worker_environment(
-                self._spec, assignment, local_rank, run_id=self._run_id, inherited=self._environ
+                self._spec, assignment, local_rank, run_id=self._options.run_id, inherited=self._environ
             )
             | (virtual_device(local_rank, self._environ) if self._spec.virtual_local_rank else {})
-            | ({"TORCHELASTIC_TIMER_FILE": self._watchdog.path} if self._watchdog else {})
+            | ({"TORCHELASTIC_TIMER_FILE": run.watchdog.path} if run.watchdog else {})
             for local_rank in range(assignment.local_world_size)
         }
-        dest = self._files.prepare(envs)
+        dest = run.files.prepare(envs)
         for local_rank, environ in envs.items():
             if path := dest.error_files.get(local_rank):
                 environ["TORCHELASTIC_ERROR_FILE"] = path
-        has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._filters.values())
-        self._workers.start(envs, dest, self._prefixes(assignment) if has_prefixes else {}, self._filters, self._cpus)
+        has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
+        prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
+        run.workers.start(envs, dest, prefixes)
 
-    def _prefixes(self, assignment: Assignment) -> dict[int, str]:
-        """What stands before each worker's lines on the console."""
-        default = (
-            "[${role_name}${local_rank}]:" if assignment.group_world_size == 1 else "[${host} ${role_name}${rank}]:"
-        )
-        template = default if self._prefix_template is None else self._prefix_template
-        return {
-            local_rank: prefix(
-                template,
-                role_name=self._spec.role,
-                local_rank=local_rank,
-                rank=assignment.rank(local_rank),
-                host=assignment.host,
-            )
-            for local_rank in range(assignment.local_world_size)
-        }
-
-    def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[Source]]:
-        """What looks after the workers, and after this process, where the environment asks for it."""
-        watchdog, sources = None, list[Source]()
-        # A worker that launches a job has these variables from the agent above it, whose they are.
+    def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[EventSource]]:
+        """Start the watchdog of the workers and the health server, if the environment asks for them."""
+        watchdog, sources = None, list[EventSource]()
+        # A worker that launches a job has these variables from its own agent, to which they belong.
         is_worker = "TORCHELASTIC_RUN_ID" in self._environ
         if read_flag(self._environ.get("TORCHELASTIC_ENABLE_FILE_TIMER", "0")):
-            from elastic_launch.workers.watchdog import Watchdog  # late, as the others here: few jobs need it
+            from elastic_launch.workers.watchdog import Watchdog  # late, like the other imports here: few jobs need it
 
             default = os.path.join(self._temp_dir, f"watchdog_timer_{os.urandom(8).hex()}")
             given = "" if is_worker else self._environ.get("TORCHELASTIC_TIMER_FILE")
-            watchdog = Watchdog(given or default)
-            stack.callback(watchdog.close)
+            watchdog = stack.enter_context(closing(Watchdog(given or default)))
             sources.append(watchdog)
         if (port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT")) and not is_worker:
             from elastic_launch.health.server import HealthServer
 
             if not is_number(port) or int(port) > 65535:
                 raise UsageError(f"TORCHELASTIC_HEALTH_CHECK_PORT={port!r}: must be a port, a number from 0 to 65535")
-            health = HealthServer(int(port), self._environ)
-            stack.callback(health.close)
-            sources.append(health)
+            sources.append(stack.enter_context(closing(HealthServer(int(port), self._environ))))
         return watchdog, sources
 
     def _bindings(self) -> dict[int, frozenset[int]]:
-        """Where each worker is bound to, where the user wants that."""
+        """Return the CPUs that each worker is bound to, by local rank."""
         if self._spec.numa_options is None:
             return {}
-        from elastic_launch.host.numa import bind  # late: few need it
+        from elastic_launch.host.numa import bind
 
         return bind(self._spec.numa_options, self._spec.local_world_size, self._environ, self._log)
 
-    def _return_values(self, state: AgentState) -> dict[int, Any]:
-        """What the functions returned, by global rank."""
-        ranks = sorted(exit_.local_rank for exit_ in state.exits)
-        return (
-            {state.assignment.rank(local_rank): self._workers.value(local_rank) for local_rank in ranks}
-            if state.assignment
-            else {}
-        )
-
-    def _failed(self, finish: Finish) -> RunResult:
-        report = format_report(
-            self.name,
-            finish.failures,
-            restarts=finish.restarts,
-            max_restarts=self._spec.get_policy().max_restarts,
-            why=finish.why,
-            log_dir=self._files.root if self._files.kept else None,
-        )
+    def _failure_result(self, finish: Finish, files: JobFiles) -> RunResult:
+        report = format_report(self.name, finish, self._limits.policy.max_restarts, files.root if files.kept else None)
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)
 
 
-def _update(group: WorkerGroup, state: AgentState) -> None:
-    """Have torch's view of the workers follow the agent's life."""
+def _update_group(group: WorkerGroup, state: AgentState) -> None:
+    """Make torch's view of the workers match the agent's state."""
     if (assignment := state.assignment) is None:
         return
     group.group_rank, group.group_world_size = assignment.group_rank, assignment.group_world_size
@@ -300,18 +282,16 @@ def _update(group: WorkerGroup, state: AgentState) -> None:
         AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
     }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:
-        worker.global_rank, worker.world_size = assignment.rank(worker.local_rank), assignment.world_size
-        worker.role_rank, worker.role_world_size = (
-            assignment.base_role_rank + worker.local_rank,
-            assignment.role_world_size,
-        )
         worker.id = state.pids.get(worker.local_rank)
+        worker.global_rank, worker.world_size = assignment.rank(worker.local_rank), assignment.world_size
+        worker.role_rank = assignment.base_role_rank + worker.local_rank
+        worker.role_world_size = assignment.role_world_size
 
 
-def _adapted(spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]) -> AgentRendezvous:
-    """The spec's rendezvous; a handler of torch's interface gets a wrapping."""
-    if hasattr(spec.rdzv_handler, "ask"):
-        return cast(AgentRendezvous, spec.rdzv_handler)
-    from elastic_launch.rendezvous.factory import adapt  # late: most jobs do not need it
+def _rendezvous_of(spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]) -> AgentRendezvous:
+    """Return the spec's rendezvous; a handler with torch's interface gets an adapter."""
+    if isinstance(spec.rdzv_handler, AgentRendezvous):
+        return spec.rdzv_handler
+    from elastic_launch.rendezvous.factory import adapt  # late: few jobs need it
 
     return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, log))

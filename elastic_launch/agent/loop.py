@@ -1,6 +1,6 @@
-"""Layer 3: carries out what ``core.lifecycle`` decides, and tells it what happened: the loop of an agent.
+"""Run the agent's event loop: tell ``core.agent.lifecycle`` what happened, and carry out what it decides.
 
-It waits in one place: for workers and their output, for signals, for the other nodes, for the deadline of the moment.
+The loop waits in one place for everything: workers and their output, signals, other nodes, and deadlines.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from elastic_launch.agent.worker_group import Workers
+from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.lifecycle import AgentState
+from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
-    AgentState,
     DeadlineReached,
     DumpStacks,
     Exited,
@@ -31,55 +31,59 @@ from elastic_launch.core.agent.lifecycle import (
 )
 from elastic_launch.job import Assignment, Level
 
-_LONGEST_POLL = 86400.0
-"""Seconds; poll(2) takes no more than 24 days, and a deadline may be further away."""
+_MAX_POLL = 86400.0
+"""Seconds. poll(2) cannot wait for more than 24 days, but a deadline may be further away."""
 
 
-class Source(Protocol):
-    """Where events come from."""
+class EventSource(Protocol):
+    """Something that the loop waits for."""
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for: descriptors and poll masks."""
+        """Return the descriptors to wait for, with their poll masks."""
 
     def deadline(self) -> float | None:
-        """When ``take`` is due, on ``time.monotonic``, if no descriptor is ready before."""
+        """Return when to call ``take`` even if no descriptor is ready, on ``time.monotonic``; None: never."""
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """What has happened; never blocks. ``ready`` are descriptors, also of others. Raises LaunchError."""
+        """Return what has happened, without blocking.
+
+        Args:
+            ready: the descriptors that are ready, other sources' included.
+
+        Raises:
+            LaunchError: the source cannot go on.
+        """
 
 
-class Driver:
-    """One life of an agent. ``state`` is where it stands."""
+class AgentLoop:
+    """One run of an agent; ``state`` is its current state, ``finish`` its result once it is over."""
 
     def __init__(
         self,
         limits: Limits,
-        workers: Workers,
+        workers: LocalWorkers,
         start: Callable[[Assignment], None],
         ask: Callable[[RendezvousAction], list[AgentEvent]],
-        sources: Sequence[Source],
-        log: Callable[[str], None],
-        verbosity: int = Level.INFO,
+        sources: Sequence[EventSource] = (),
+        log: Callable[[str, Level], None] = lambda text, level: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
     ) -> None:
-        """Begin.
+        """Ask the rendezvous for the first round.
 
         Args:
-            limits: what decisions depend on.
-            workers: the processes to be run.
-            start: starts a round of them.
-            ask: the rendezvous' answer to an action.
-            sources: where events come from, besides the workers.
-            say: takes each line for people,
-            verbosity: of this level at most.
-            observe: is told of each event, and of the life after it.
+            limits: the settings that decisions depend on.
+            workers: the worker processes, the first source of events.
+            start: starts the workers of a round.
+            ask: carries out an action of the rendezvous, and returns the events that it leads to at once.
+            sources: the other sources of events.
+            log: writes a line for the user.
+            observe: called with each event and the state after it.
         """
         self._workers = workers
         self._start = start
         self._ask = ask
-        self._sources: list[Source] = [workers, *sources]
+        self._sources: list[EventSource] = [workers, *sources]
         self._log = log
-        self._verbosity = verbosity
         self._observe = observe
         self._events: deque[AgentEvent] = deque()
         self.state, actions = lifecycle.begin(limits)
@@ -88,11 +92,14 @@ class Driver:
     def run(
         self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False
     ) -> Finish | None:
-        """Events in, actions out, to the end.
+        """Handle events until the run is over.
 
         Args:
-            until: a time on ``time.monotonic`` when to return all the same.
-            enough: tells whether to return already.
+            until: when to return early, on ``time.monotonic``; None: never.
+            enough: whether to return early in this state.
+
+        Returns:
+            The result of the run; None if it is not over.
         """
         while self.finish is None and not enough(self.state):
             if self._events:
@@ -103,15 +110,15 @@ class Driver:
                     break
         return self.finish
 
-    def tell(self, event: AgentEvent) -> None:
-        """Have an event dealt with by the next ``run``."""
+    def add_event(self, event: AgentEvent) -> None:
+        """Queue an event for the next ``run``."""
         self._events.append(event)
 
     def _step(self, event: AgentEvent) -> Finish | None:
         if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
             event = self._workers.with_error(event, self.state.pids)
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
-            # Nobody writes any more, or nobody waits for those that do.
+            # Not before: by now no worker writes any more, or the agent has given up on the ones that do.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
         self.state, actions = lifecycle.step(self.state, event, time.monotonic())
         self._observe(event, self.state)
@@ -122,15 +129,14 @@ class Driver:
             match action:
                 case Start(assignment):
                     self._start(assignment)
-                case SendSignal(signum, local_ranks, stop):
-                    self._workers.tell(signum, local_ranks, stop)
+                case SendSignal():
+                    self._workers.send_signal(*action)
                 case DumpStacks(local_ranks):
-                    self._workers.dump(local_ranks)
+                    self._workers.dump_stacks(local_ranks)
                 case ReapLeftovers(kill):
-                    self._workers.sweep(kill)
+                    self._workers.reap_leftovers(kill)
                 case Log(text, level):
-                    if level <= self._verbosity:
-                        self._log(text)
+                    self._log(text, level)
                 case Finish():
                     return action
                 case asking:
@@ -138,19 +144,19 @@ class Driver:
         return None
 
     def _wait(self, until: float | None) -> list[AgentEvent]:
-        """Sleep until something happens: the one place where the agent waits."""
+        """Sleep until something happens. The agent waits nowhere else."""
         waits = [(source, source.descriptors(), source.deadline()) for source in self._sources]
         poller = select.poll()
         for _, descriptors, _ in waits:
             for fd, mask in descriptors:
                 poller.register(fd, mask)
-        dues = (self.state.deadline, until, *(due for _, _, due in waits))
-        first = min((due for due in dues if due is not None), default=None)
-        left = None if first is None else min(max(0.0, first - time.monotonic()), _LONGEST_POLL)
-        ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
+        deadlines = (self.state.deadline, until, *(deadline for _, _, deadline in waits))
+        first = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        seconds = None if first is None else min(max(0.0, first - time.monotonic()), _MAX_POLL)
+        ready = {fd for fd, _ in poller.poll(None if seconds is None else seconds * 1000)}
         events: list[AgentEvent] = []
-        for source, descriptors, due in waits:
-            if not ready.isdisjoint(fd for fd, _ in descriptors) or _is_over(due):
+        for source, descriptors, deadline in waits:
+            if not ready.isdisjoint(fd for fd, _ in descriptors) or _is_over(deadline):
                 events += source.take(ready)
         return events or ([DeadlineReached()] if _is_over(self.state.deadline) else [])
 

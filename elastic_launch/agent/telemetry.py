@@ -1,4 +1,4 @@
-"""Layer 3: the events and metrics of one job on this node, as they come about. It costs nothing where nobody asked."""
+"""Record the events and metrics of one node's part of a job, at no cost unless a handler is configured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, AgentState, Assigned, Finish, GroupReaped, Started
+from elastic_launch.core.agent.lifecycle import AgentState
+from elastic_launch.core.agent.messages import AgentEvent, Assigned, Finish, GroupReaped, Started
 from elastic_launch.errors import signal_name
 from elastic_launch.worker_spec import WorkerSpec, WorkerState
 
@@ -16,52 +17,54 @@ if TYPE_CHECKING:
 
 
 class Telemetry:
-    """Sees what the driver sees, and hands it to the recorder of events and to the metrics' handlers."""
+    """Passes what the agent's loop observes to the event recorder and to the handlers of metrics."""
 
     def __init__(self, spec: WorkerSpec, run_id: str, show: Callable[[str], None], log: Callable[[str], None]) -> None:
-        """Take what events tell of.
+        """Start the clock of the run.
 
         Args:
-            spec: what is run, and in ``event_log_handler`` where events go.
+            spec: what the workers run, and in ``event_log_handler`` where events go.
             run_id: the job's id.
-            show: takes whole lines for standard error.
-            say: takes a line for people.
+            show: writes whole lines to standard error.
+            log: writes a line for the user.
 
         Raises:
             UsageError: there is no such event handler.
         """
         self._spec = spec
         self._log = log
-        self._began = self._asked = self._met = time.monotonic()
+        self._run_started_at = self._join_requested_at = self._joined_at = time.monotonic()
         self._recorder: Recorder | None = None
         if spec.event_log_handler != "null":
-            from elastic_launch.events import Recorder, check_destination  # late: few jobs want it
+            from elastic_launch.events import Recorder, check_destination  # late: few jobs record events
 
             check_destination(spec.event_log_handler)
             get_backend = getattr(spec.rdzv_handler, "get_backend", lambda: "static")
             self._recorder = Recorder(spec, run_id, get_backend(), show, log)
 
-    def note(self, event: AgentEvent, state: AgentState) -> None:
-        """An event has happened; ``state`` is the one after it."""
+    def observe(self, event: AgentEvent, state: AgentState) -> None:
+        """Record an event; ``state`` is the state after it."""
         now = time.monotonic()
         match event:
             case Assigned():
-                self._met = now
+                self._joined_at = now
             case Started() if state.assignment:
                 if self._recorder:
-                    joining = self._met - self._asked
                     self._recorder.round_started(
-                        state.assignment, state.pids, seconds=now - self._began, joining=joining
+                        state.assignment,
+                        state.pids,
+                        seconds=now - self._run_started_at,
+                        joining=self._joined_at - self._join_requested_at,
                     )
                 self._put_round("HEALTHY", state)
             case GroupReaped():
-                self._asked = now
+                self._join_requested_at = now
                 stopped = state.stopped_at != float("inf") and any(exit_.stop_signals for exit_ in state.exits)
                 self._put_round("FAILED" if state.has_failed else "UNHEALTHY" if stopped else "SUCCEEDED", state)
 
     def end(self, state: AgentState, finish: Finish) -> None:
-        """The run is over."""
-        seconds = time.monotonic() - self._began
+        """Record the end of the run."""
+        seconds = time.monotonic() - self._run_started_at
         error = finish.error or (f"stopped by {signal_name(finish.signum)}" if finish.signum else "")
         if self._recorder:
             outcome = WorkerState.FAILED if finish.failures else WorkerState.SUCCEEDED
@@ -79,13 +82,13 @@ class Telemetry:
             )
 
     def fail(self, error: str) -> None:
-        """The launcher could not do its work."""
+        """Record that the launcher itself failed."""
         if self._recorder:
-            seconds = time.monotonic() - self._began
+            seconds = time.monotonic() - self._run_started_at
             self._recorder.run_ended(WorkerState.FAILED, None, {}, seconds=seconds, error=error)
 
     def _put_round(self, outcome: str, state: AgentState) -> None:
-        # Who configures a handler has imported the module.
+        # A program that has configured a metrics handler has imported the module.
         if (metrics := sys.modules.get("elastic_launch.metrics")) and state.assignment:
             used = state.assignment.restart_history.used
             metrics.put_round_metrics(self._spec.role, outcome, used, self._spec.max_restarts, self._log)

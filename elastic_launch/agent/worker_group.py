@@ -1,4 +1,4 @@
-"""Layer 3: a node's workers: their processes together with their output, and what both tell of how they ended."""
+"""Run a node's workers: start their processes, carry their output, and collect evidence of failures."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import os
 import select
 import signal
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from elastic_launch.config import INHERIT, LogsDest
-from elastic_launch.core.agent.lifecycle import AgentEvent, DeadlineReached, Exited, GroupReaped
+from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
 from elastic_launch.errors import UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line, unblocked
+from elastic_launch.job import Assignment
 from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs.job_files import STACKS
+from elastic_launch.logs.source import STDERR, STDOUT
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.error_files import read_error_file
@@ -26,95 +29,95 @@ if TYPE_CHECKING:
     from elastic_launch.workers.functions import Functions
 
 LOCAL_RANK = "${local_rank}"
-"""Stands for the local rank in arguments that are texts, as torch's ``macros.local_rank`` does."""
-STDOUT, STDERR = 1, 2
+"""Placeholder for the local rank in the workers' arguments, as torch's ``macros.local_rank``."""
 FAULTHANDLER = b"(most recent call first):"
-"""What stands in the stacks that Python writes."""
+"""Part of every stack that Python's faulthandler writes."""
 CONSOLE_PATIENCE = 10.0
+"""Seconds without progress after which a console that is not read is given up at the end."""
 
 
-class Workers:
-    """The workers of one node, round after round. Events come from ``take`` when ``descriptors`` are ready."""
+class WorkerOptions(NamedTuple):
+    """What a node's workers run, and how. It is the same in every round."""
 
-    def __init__(
-        self,
-        name: str,
-        entrypoint: Callable[..., Any] | str,
-        args: Mapping[int, tuple[Any, ...]],
-        *,
-        run_id: str,
-        environ: Mapping[str, str],
-        start_method: str,
-        log: Callable[[str], None],
-        interrupt: int | None = None,
-        preload: Sequence[str] = (),
-    ) -> None:
-        """Prepare; the keeper is started.
+    name: str
+    """Name of the processes that run a function."""
+    entrypoint: Callable[..., Any] | str
+    """A function, or a program."""
+    args: Mapping[int, tuple[Any, ...]]
+    """Its arguments, by local rank."""
+    run_id: str
+    """The job's id, which marks the workers and all processes that they start."""
+    environ: Mapping[str, str]
+    """The environment that the workers inherit."""
+    start_method: str = "spawn"
+    """How processes that run a function start: spawn, fork or forkserver."""
+    preload: Sequence[str] = ()
+    """Modules that the keeper imports before it forks the workers."""
+    filters: Mapping[int, Sequence[str]] = {}
+    """Texts by stream (1, 2); lines with one of them are copied to one file for all workers."""
+    cpus: Mapping[int, frozenset[int]] = {}
+    """The CPUs that a worker is bound to, by local rank; missing: it is not bound."""
+
+
+class LocalWorkers:
+    """The workers of one node, in one round after the other. A source of the loop's events."""
+
+    def __init__(self, options: WorkerOptions, log: Callable[[str], None], interrupt: int | None = None) -> None:
+        """Start the keeper.
 
         Args:
-            name: of processes that run a function.
-            entrypoint: what each worker runs: a program, or a function.
-            args: its arguments, by local rank.
-            run_id: marks the workers and all that they start.
-            environ: what they inherit.
-            start_method: how those are started that run a function.
-            say: takes a line for people.
-            preload: modules that the keeper imports, for workers to be forked from it.
-            interrupt: a descriptor; once it is readable, ``close`` does not wait for the console's readers.
+            options: what the workers run, and how.
+            log: writes a line for the user.
+            interrupt: a descriptor; once it is readable, ``close`` no longer waits for the console's reader.
 
         Raises:
             UsageError: the function cannot be sent to the workers.
-            UnavailableError: the system cannot have such processes.
+            UnavailableError: the system cannot run such processes.
         """
         self._interrupt = interrupt
-        self._args = {rank: tuple(_with_local_rank(each, rank) for each in args[rank]) for rank in args}
-        self._program = entrypoint if isinstance(entrypoint, str) else ""
+        self._options = options = options._replace(
+            args={rank: tuple(_with_local_rank(arg, rank) for arg in args) for rank, args in options.args.items()}
+        )
         self.console_patience = CONSOLE_PATIENCE
         """Seconds without progress after which ``close`` gives up a console's reader."""
         self._functions: Functions | None = None
         with contextlib.ExitStack() as stack:
-            if callable(entrypoint):
+            if callable(options.entrypoint):
                 from elastic_launch.workers.functions import Functions  # late: multiprocessing takes 20 ms
 
-                self._functions = Functions(name, entrypoint, self._args, start_method, preload)
+                self._functions = Functions(
+                    options.name, options.entrypoint, options.args, options.start_method, options.preload
+                )
                 stack.callback(self._functions.close)
             self._pump = LogPump(log, unblocked)
             stack.callback(self._end_output)
-            start_keeper = self._functions.keeper_starter() if self._functions else self._keeper_starter(preload)
-            self._processes = KeeperClient(run_id, environ, start_keeper, log)
+            start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
+            self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)
             stack.callback(self._processes.close)
             self._stack = stack.pop_all()
         self._oom = OomCounter()
         self._dest = LogsDest()
         self._dumped: set[int] = set()
-        """The workers that were asked for their stacks."""
-        self.tell = self._processes.send_signal
-        self.sweep = self._processes.reap_leftovers
+        """Local ranks of the workers that were asked for their stacks."""
+        self.send_signal = self._processes.send_signal
+        self.reap_leftovers = self._processes.reap_leftovers
         self.lease = self._processes.lease
         self.log, self.show = self._pump.log, self._pump.show
 
-    def start(
-        self,
-        envs: Mapping[int, dict[str, str]],
-        dest: LogsDest,
-        prefixes: Mapping[int, str],
-        filters: Mapping[int, Sequence[str]],
-        cpus: Mapping[int, frozenset[int]],
-    ) -> None:
-        """Start a round.
+    def start(self, envs: Mapping[int, dict[str, str]], dest: LogsDest, prefixes: Mapping[int, str]) -> None:
+        """Start the workers of a round.
 
         Args:
             envs: changes to the inherited environment, by local rank.
-            dest: where output goes.
-            prefixes: what stands before lines on the console, by local rank.
-            filters: texts of the lines that go to a file of their own as well, by stream (1, 2).
-            cpus: where workers are bound to, by local rank.
+            dest: where their output goes.
+            prefixes: what their lines on the console begin with, by local rank.
         """
         self._dest = dest
         self._dumped.clear()
         self._oom = OomCounter()
+        filters, cpus = self._options.filters, self._options.cpus
         ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
-        nowhere = -1
+        null = -1
         try:
             commands = []
             for rank, environ in envs.items():
@@ -123,55 +126,55 @@ class Workers:
                     if (rank, stream) in ends:
                         descriptors.append((ends[rank, stream], stream))
                     elif files.get(rank) == os.devnull:
-                        nowhere = os.open(os.devnull, os.O_WRONLY) if nowhere < 0 else nowhere
-                        descriptors.append((nowhere, stream))
+                        null = os.open(os.devnull, os.O_WRONLY) if null < 0 else null
+                        descriptors.append((null, stream))
                 commands.append(Command(rank, argv, environ, tuple(descriptors), cpus.get(rank, frozenset())))
             self._processes.start(commands)
         finally:
             self._pump.close_workers_ends()
-            if nowhere >= 0:
-                os.close(nowhere)
+            if null >= 0:
+                os.close(null)
 
-    def dump(self, local_ranks: Collection[int]) -> None:
-        """Have workers write the stacks of their threads, to be found in ``stacks.log``."""
+    def dump_stacks(self, local_ranks: Collection[int]) -> None:
+        """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""
         for rank in local_ranks:
             self._pump.mark(rank)
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for: descriptors and poll masks."""
+        """See ``EventSource``."""
         return [(self._processes.fileno(), select.POLLIN), *self._pump.descriptors()]
 
     def deadline(self) -> float | None:
-        """When ``take`` is due at the latest, on ``time.monotonic``."""
+        """See ``EventSource``."""
         return self._pump.deadline()
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """Move output, and read what has happened."""
+        """See ``EventSource``; moves the workers' output, too."""
         self._pump.take(ready)
         return self._processes.take() if self._processes.fileno() in ready else []
 
     def with_evidence(
         self, event: GroupReaped | DeadlineReached, exits: Iterable[Exit], pids: Mapping[int, int]
     ) -> GroupReaped | DeadlineReached:
-        """Add to an event what is known of workers that ended, and not with 0."""
+        """Return the event with what is known about the workers that did not exit with 0."""
         self._pump.drain()
         evidence = {exit_.local_rank: self._evidence(exit_, pids) for exit_ in exits if exit_.exitcode != 0}
         return event._replace(evidence={**evidence, **event.evidence})
 
     def with_error(self, event: Exited, pids: Mapping[int, int]) -> Exited:
-        """Add to the end of a worker the exception that it has written, if it has."""
+        """Return the event with the exception that the worker wrote, if it wrote one."""
         rank = event.exit.local_rank
         path = self._dest.error_files.get(rank)
         return event._replace(evidence=Evidence(read_error_file(path, pids.get(rank, -1)))) if path else event
 
     def value(self, local_rank: int) -> Any:
-        """What the function returned; None for a command."""
+        """Return what a worker's function returned; None for a command."""
         return self._functions.value(local_rank) if self._functions else None
 
     def close(self) -> None:
-        """End whatever is left, and give the console's readers some time for what is still to be shown."""
+        """Kill whatever is left, and wait up to ``console_patience`` for the console's reader."""
         self._stack.close()
 
     def _end_output(self) -> None:
@@ -180,19 +183,9 @@ class Workers:
         begin_with_new_line(not self._pump.is_at_line_start)
         self._pump.close()
 
-    def _keeper_starter(self, preload: Sequence[str]) -> StartKeeper:
-        """What starts the keeper of commands."""
-        if not preload:
-            return execute_keeper
-        words = [self._program, *map(str, self._args[0])]
-        if words[1:3] != ["-u", BOOTSTRAP]:
-            raise UsageError("preload: is for Python scripts, modules and functions; a command imports for itself")
-        return preload_keeper(words[:2], preload, words[3], words[4])
-
     def _command(self, rank: int) -> tuple[list[str], list[tuple[int, int]]]:
-        if self._functions:
-            return self._functions.command(rank)
-        return [self._program, *map(str, self._args[rank])], []
+        """Return a worker's argument vector, and the descriptors that it inherits with their numbers there."""
+        return self._functions.command(rank) if self._functions else (_argv(self._options, rank), [])
 
     def _evidence(self, exit_: Exit, pids: Mapping[int, int]) -> Evidence:
         rank = exit_.local_rank
@@ -204,10 +197,10 @@ class Workers:
         return Evidence(error, self._pump.tail(rank), note)
 
     def _stacks(self, rank: int, error_file: str | None) -> str:
-        """Keep the stacks that a worker wrote to its stderr before it was killed; say where they are."""
+        """Save the stacks that a worker wrote to stderr, and return a note that says where they are."""
         stacks = self._pump.since_mark(rank)
         if FAULTHANDLER not in stacks or not error_file:
-            return ""  # it is not Python's, or it wrote something else
+            return ""  # it does not run Python, or wrote something else
         path = os.path.join(os.path.dirname(error_file), STACKS)
         try:
             with open(path, "wb") as file:
@@ -217,30 +210,60 @@ class Workers:
         return f"the stacks of its threads are in {path}"
 
 
-def prefix(template: str, **names: object) -> str:
-    """What stands before a worker's lines on the console: ``${role_name}``, ``${rank}`` and so on filled in.
+def line_prefixes(template: str | None, role: str, assignment: Assignment) -> dict[int, str]:
+    """Return what each worker's lines on the console begin with, by local rank.
 
-    What is no known name stays as it is.
+    Args:
+        template: text with ``${role_name}``, ``${local_rank}``, ``${rank}`` and ``${host}``; other names stay as they
+            are. None: role and local rank, or host, role and global rank if there are several nodes.
+        role: the workers' role.
+        assignment: the node's ranks in the round.
     """
-    from string import Template  # late: only some jobs need it
+    from string import Template  # late: few jobs need it
 
-    return Template(template).safe_substitute({name: str(value) for name, value in names.items()})
+    if template is None:
+        is_alone = assignment.group_world_size == 1
+        template = "[${role_name}${local_rank}]:" if is_alone else "[${host} ${role_name}${rank}]:"
+    fill = partial(Template(template).safe_substitute, role_name=role, host=assignment.host)
+    ranks = range(assignment.local_world_size)
+    return {local_rank: fill(local_rank=local_rank, rank=assignment.rank(local_rank)) for local_rank in ranks}
+
+
+def program_name(entrypoint: Callable[..., Any] | str, args: Sequence[Any] = ()) -> str:
+    """Return the name of a function, of a command, or of the script or module that the bootstrap runs."""
+    if callable(entrypoint):
+        return callable_name(entrypoint)
+    return str(args[args.index(BOOTSTRAP) + 2]) if BOOTSTRAP in args else entrypoint
+
+
+def _argv(options: WorkerOptions, rank: int) -> list[str]:
+    return [str(options.entrypoint), *map(str, options.args[rank])]
+
+
+def _command_keeper(options: WorkerOptions) -> StartKeeper:
+    """Return what starts the keeper of workers that run a command."""
+    if not options.preload:
+        return execute_keeper
+    words = _argv(options, 0)
+    if words[1:3] != ["-u", BOOTSTRAP]:
+        raise UsageError("preload: only works for Python scripts, modules and functions, not for commands")
+    return preload_keeper(words[:2], options.preload, words[3], words[4])
 
 
 def _routes(
     dest: LogsDest, ranks: Iterable[int], prefixes: Mapping[int, str], filters: Mapping[int, Sequence[str]]
 ) -> list[Route]:
-    """What becomes of which stream. stderr always comes by: its last lines may be all that tells of a failure."""
+    """Return the streams that pass through the pump. stderr always does: its last lines may explain a failure."""
     routes = []
     for rank in ranks:
-        before = prefixes.get(rank, "").encode(errors="surrogateescape")
+        prefix = prefixes.get(rank, "").encode(errors="surrogateescape")
         for stream, files, shown in (
             (STDOUT, dest.stdouts, dest.tee_stdouts),
             (STDERR, dest.stderrs, dest.tee_stderrs),
         ):
             path = files.get(rank, INHERIT)
             if path not in (INHERIT, os.devnull):
-                routes.append(Route(rank, stream, path, rank in shown, before))
+                routes.append(Route(rank, stream, path, rank in shown, prefix))
             elif stream == STDERR or filters.get(stream):
                 routes.append(Route(rank, stream, "", path == INHERIT, None))
     return routes
@@ -255,18 +278,5 @@ def _duplicates(dest: LogsDest, filters: Mapping[int, Sequence[str]]) -> dict[in
     }
 
 
-def _with_local_rank(value: Any, rank: int) -> Any:
-    return value.replace(LOCAL_RANK, str(rank)) if isinstance(value, str) else value
-
-
-def name_of(entrypoint: Callable[..., Any] | str | None, args: Sequence[Any] = ()) -> str:
-    """The name of what workers run, for people: the script or module under the bootstrap, else command or function.
-
-    Raises:
-        UsageError: there is nothing.
-    """
-    if not entrypoint:
-        raise UsageError("entrypoint=None: there is nothing to run; pass a command or a function")
-    if callable(entrypoint):
-        return callable_name(entrypoint)
-    return str(args[args.index(BOOTSTRAP) + 2]) if BOOTSTRAP in args else entrypoint
+def _with_local_rank(arg: Any, rank: int) -> Any:
+    return arg.replace(LOCAL_RANK, str(rank)) if isinstance(arg, str) else arg

@@ -61,6 +61,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _crash_loop(text: str) -> int:
+    if (number := _count(text)) == 1:
+        raise UsageError(f"{text!r}: must be at least 2, or 0 to turn this off")
+    return number
+
+
 def _one_of(*allowed: str) -> Read:
     def read(text: str) -> str:
         if text not in allowed:
@@ -147,6 +153,7 @@ GROUPS = {
         Option("restart-backoff", "0", _checked(parse_backoff), "FIRST[:MAX]", "seconds before a restart, doubling"),
         Option("fatal-exit-codes", "", _checked(parse_exit_codes), "CODES", "end the job on these statuses: 2,64-78"),
         Option("node-failure-limit", 0, _count, "N", "replace a node by a spare after N failures in a row; 0: never"),
+        Option("crash-loop", 3, _crash_loop, "N", "end the job after N identical failures in a row; 0: never"),
         Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "SIGNALS", "signals that stop the job"),
         Option("shutdown-timeout", None, _count, "SECONDS", "time from a stop signal to SIGKILL (default: 30)"),
         Option("monitor-interval", 0.1, parse_seconds, "SECONDS", "ignored: the agent does not poll"),

@@ -1,1 +1,1 @@
-"""Layer 1: decisions. Pure functions of events and ``now``; no process, socket, clock, file or environment."""
+"""Decisions: pure functions of events and the time, without processes, sockets, clocks, files or environment."""

@@ -1,6 +1,6 @@
-"""Layer 1: lines of output, as bytes: redraws, matches, the end of a stream as text. Pure.
+"""Process lines of output as bytes: redrawn lines, lines that match, and the end of a stream as text.
 
-A line that was redrawn (progress bars write carriage returns) counts as what it showed last.
+Progress bars redraw a line after a carriage return. Such a line counts as what it showed last.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable
 
 _REDRAWN = re.compile(rb"^[^\n]*\r(?=[^\r\n])", re.MULTILINE)
-# Carriage returns at the end of a line are part of its end. Anchored: else a long line costs its length squared.
+# Carriage returns at the end of a line belong to its end. Without the anchor, a long line would take quadratic time.
 
 _ESCAPES = re.compile(
-    rb"\x1b\[[0-?]*[ -/]*[@-~]"  # colours and movements
+    rb"\x1b\[[0-?]*[ -/]*[@-~]"  # colors and cursor movements
     rb"|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?"  # titles and links
     rb"|\x1b[ -/]*[0-Z\\`-~]?"
 )
@@ -20,31 +20,31 @@ _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r")) + b"\x7f"
 
 
 def last_states(lines: bytes) -> bytes:
-    """Lines as they look once they are ended: of each what followed the last redraw."""
+    """Return complete lines without what was overwritten in them."""
     return _REDRAWN.sub(b"", lines) if b"\r" in lines else lines
 
 
 def last_state(line: bytearray) -> None:
-    """Cut from an unfinished line what was redrawn since."""
+    """Remove from an unfinished line what was overwritten in it."""
     del line[: line.rfind(b"\r", 0, len(line.rstrip(b"\r"))) + 1]
 
 
 def matching(lines: bytes, texts: Iterable[bytes]) -> bytes:
-    """Those lines that contain one of the texts; all are ended."""
-    texts = [text for text in texts if text in lines]  # in most blocks none is
+    """Return those of the complete lines that contain one of the texts."""
+    texts = [text for text in texts if text in lines]  # for speed: most blocks contain none
     if not texts:
         return b""
     return b"".join(line + b"\n" for line in lines[:-1].split(b"\n") if any(text in line for text in texts))
 
 
 def end_as_text(data: bytes, is_whole: bool, lines: int, size: int) -> str:
-    """The end of a stream, for people: without control sequences.
+    """Return the last lines of a stream as text without control sequences.
 
     Args:
-        data: the stream, or its end.
-        is_whole: whether ``data`` begins where the stream began; else it may begin within a line.
-        lines: of these at most so many,
-        size: and at most so many bytes; of a longer last line its end.
+        data: the stream, or its last bytes.
+        is_whole: True if ``data`` is the whole stream. False if it may begin in the middle of a line.
+        lines: maximum number of lines.
+        size: maximum number of bytes; a longer last line loses its beginning.
     """
     shown = last_states(_ESCAPES.sub(b"", data).translate(None, _CONTROLS)).replace(b"\r", b"")
     found = shown.rstrip().split(b"\n")

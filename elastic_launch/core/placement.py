@@ -1,4 +1,4 @@
-"""Layer 1: which devices and which CPUs a worker gets: rules about numbers and names. Pure."""
+"""Decide which devices and which CPUs a worker gets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from elastic_launch.errors import UsageError
 
 
 def visible_cuda_devices(value: str | None, uuids: Sequence[str]) -> list[int] | None:
-    """Which of the GPUs with these UUIDs CUDA shows a process whose ``CUDA_VISIBLE_DEVICES`` is ``value``, in order.
+    """Return the indices of the GPUs that CUDA shows to a process, in CUDA's order.
 
-    None where ``value`` names MIG devices: only CUDA knows. The rules are the CUDA runtime's (CUDA programming guide,
-    "CUDA environment variables"), and where that is silent, what torch counts: the list ends before its first invalid
-    entry; an entry given twice hides all; the first entry decides between numbers and UUIDs; a number may be followed
-    by anything.
+    The rules are those of the CUDA programming guide ("CUDA environment variables") and, where it does not say, of
+    torch: the list ends before its first invalid entry, an entry given twice hides all devices, the first entry decides
+    between indices and UUIDs, and anything may follow the digits of an index.
+
+    Args:
+        value: the process's ``CUDA_VISIBLE_DEVICES``; None if it is not set.
+        uuids: the UUIDs of the host's GPUs, by index.
+
+    Returns:
+        None if ``value`` names MIG devices, which only CUDA can resolve.
     """
     if value is None:
         return list(range(len(uuids)))
@@ -36,13 +42,18 @@ def visible_cuda_devices(value: str | None, uuids: Sequence[str]) -> list[int] |
 
 
 def virtual_device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """What ``--virtual-local-rank`` changes in a worker's environment: its device, and no other, is number 0.
+    """Return the variables with which a worker sees its own device, and no other, as device 0.
 
-    The device is the local rank's entry of the inherited ``CUDA_VISIBLE_DEVICES``, be it a number, a UUID or a MIG
-    device; the one with the local rank's number where that is not set. ``LOCAL_WORLD_SIZE`` stays what it is, as in
-    torch. Where the variable hides all devices, it goes on doing so.
+    Its device is the local rank's entry in the inherited ``CUDA_VISIBLE_DEVICES``: an index, a UUID or a MIG device. If
+    that is not set, it is the device whose index is the local rank. If that hides all devices, they stay hidden. As in
+    torch, ``LOCAL_WORLD_SIZE`` does not change.
 
-    Raises UsageError: the variable shows some devices, and fewer than this worker needs.
+    Args:
+        local_rank: the worker's.
+        environ: the environment that it inherits.
+
+    Raises:
+        UsageError: ``CUDA_VISIBLE_DEVICES`` shows fewer devices than there are workers.
     """
     value = environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
@@ -50,18 +61,18 @@ def virtual_device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str
     shown: list[str] = []
     for entry in map(str.strip, value.split(",")):
         if not re.match(r"\+?\d|GPU-|MIG-", entry, re.ASCII):
-            break  # here CUDA ends the list, too
+            break  # CUDA ends the list here, too
         shown.append(entry)
     if shown and local_rank >= len(shown):
         raise UsageError(
-            f"--virtual-local-rank: local rank {local_rank} needs a device of its own, and CUDA_VISIBLE_DEVICES="
-            f"{value!r} shows only {len(shown)}; name more devices there, or start fewer workers (--nproc-per-node)"
+            f"--virtual-local-rank: local rank {local_rank} needs its own device, but CUDA_VISIBLE_DEVICES={value!r} "
+            f"shows only {len(shown)}; list more devices there, or start fewer workers (--nproc-per-node)"
         )
     return {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": shown[local_rank] if shown else value}
 
 
 def parse_list(text: str) -> frozenset[int]:
-    """The numbers of a list as the kernel writes it: ``0-2,8`` is 0, 1, 2 and 8; an empty text is none."""
+    """Parse a list in the kernel's format: ``0-2,8`` is 0, 1, 2 and 8."""
     numbers: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
@@ -71,7 +82,7 @@ def parse_list(text: str) -> frozenset[int]:
 
 
 def format_list(numbers: frozenset[int]) -> str:
-    """The numbers as the kernel writes them: ``0-2,8``."""
+    """Format a list as the kernel does: ``0-2,8`` for 0, 1, 2 and 8."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -81,11 +92,11 @@ def format_list(numbers: frozenset[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
-def share(groups: Sequence[frozenset[int]], place: int, places: int) -> frozenset[int]:
-    """The part of one among so many that divide the groups evenly, in order; the first get the groups that are over.
+def share(groups: Sequence[frozenset[int]], index: int, count: int) -> frozenset[int]:
+    """Return the union of the groups that one of ``count`` workers gets when they are shared out evenly, in order.
 
-    Empty where there are fewer groups than places before it.
+    If they do not divide evenly, the first workers get one more. The last ones get nothing if there are too few.
     """
-    each, over = divmod(len(groups), places)
-    start = place * each + min(place, over)
-    return frozenset().union(*groups[start : start + each + (place < over)])
+    each, extra = divmod(len(groups), count)
+    start = index * each + min(index, extra)
+    return frozenset().union(*groups[start : start + each + (index < extra)])

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 
-from elastic_launch.core.agent.lifecycle import AgentEvent
+from elastic_launch.core.agent.messages import AgentEvent
 from elastic_launch.env import as_part
 from elastic_launch.errors import UnavailableError
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_launch.core.agent.lifecycle import AgentEvent
+    from elastic_launch.core.agent.messages import AgentEvent
 
 FORWARDED = frozenset({signal.SIGUSR1, signal.SIGUSR2})
 """Signals that are passed on to the workers, unless the user has chosen them to stop the job."""
@@ -83,7 +83,7 @@ class SignalQueue:
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """The signals that have arrived, in order."""
         # late: the command line imports this file first
-        from elastic_launch.core.agent.lifecycle import Signalled, UserSignalled
+        from elastic_launch.core.agent.messages import Signalled, UserSignalled
 
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)  # before the queue is read: what arrives from now on writes again

@@ -108,6 +108,7 @@ def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConf
         restart_backoff=f"{policy.backoff}:{policy.backoff_limit}",
         fatal_exit_codes=",".join(map(str, policy.fatal_exit_codes)),
         node_failure_limit=policy.node_failure_limit,
+        crash_loop=policy.crash_loop,
         local_addr=params.local_addr or spec.local_addr,
     )
 

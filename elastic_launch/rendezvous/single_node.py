@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Collection
 
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
     Decided,
@@ -59,6 +59,7 @@ class SingleNodeRendezvous:
     def __init__(
         self, run_id: str, local_world_size: int, master_addr: str = "127.0.0.1", master_port: int = 0
     ) -> None:
+        self.lease: Callable[[float], None] = lambda until: None  # unused: nobody takes the place of the only node
         self._run_id = run_id
         self._workers = local_world_size
         self._addr = master_addr

@@ -22,8 +22,8 @@ from elastic_launch.core.rendezvous.messages import (
     StoreLost,
     StoreReconnected,
 )
-from elastic_launch.core.rendezvous.ranks import is_loopback
 from elastic_launch.core.store_requests import Append, Cancel, Set, Wait
+from elastic_launch.core.text import is_loopback
 from elastic_launch.errors import ExitCode, RendezvousConnectionError
 from elastic_launch.host.ports import outward_address
 from elastic_launch.rendezvous.backends import Backend

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Collection
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, Ended, RendezvousAction, RequestJoin
+from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended, RendezvousAction, RequestJoin
 from elastic_launch.core.rendezvous import node
 from elastic_launch.core.rendezvous.messages import Close, HostFacts, Input, Join, Ready, Settings, Tick
 from elastic_launch.core.rendezvous.records import NodeRecord

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.messages import (
     AgentEvent,
     Ended,
     Leave,
@@ -45,6 +45,7 @@ class ThirdPartyRendezvous:
     """
 
     def __init__(self, tasks: HandlerTasks) -> None:
+        self.lease: Callable[[float], None] = lambda until: None  # unused: the handler decides who is there
         self._tasks = tasks
         self._thread: threading.Thread | None = None
         self._end: End | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, Ended
+from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.errors import (

@@ -13,7 +13,8 @@ import re
 import stat
 from typing import Any, BinaryIO
 
-from elastic_launch.core.agent.root_cause import ErrorRecord, shortened
+from elastic_launch.core.agent.root_cause import ErrorRecord
+from elastic_launch.core.text import shortened
 
 _MAX_ERROR, _MAX_TRACEBACK = 10_000, 1_000_000
 """Characters of the exception's line and of its traceback that are kept. Their ends are worth more than the middle."""

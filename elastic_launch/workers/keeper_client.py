@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
+from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers import keeper_main

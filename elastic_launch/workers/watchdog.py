@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, TimerExpired
+from elastic_launch.core.agent.messages import AgentEvent, TimerExpired
 from elastic_launch.core.timer_requests import take_requests
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers.keeper_main import read_stat

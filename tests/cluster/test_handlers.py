@@ -567,7 +567,7 @@ def test_failing_shutdown_is_logged() -> None:
 
 
 def test_a_pause_before_the_next_round_is_kept() -> None:
-    from elastic_launch.core.agent.lifecycle import AgentEvent, Assigned, Decided, ReportRound, RequestJoin
+    from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, ReportRound, RequestJoin
 
     rendezvous = third_party(OneNode())
     begin, events = time.monotonic(), list[AgentEvent]()
@@ -690,7 +690,7 @@ def test_success_does_not_wait_forever(job: Job) -> None:
     other = OneNode()
     other.info = lambda: RendezvousInfo(store, 1, 2, RendezvousStoreInfo("127.0.0.1", 29999))
     silent = third_party(other)
-    from elastic_launch.core.agent.lifecycle import RequestJoin
+    from elastic_launch.core.agent.messages import RequestJoin
 
     silent.ask(RequestJoin())
     try:

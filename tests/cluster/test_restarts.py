@@ -144,9 +144,24 @@ def test_a_crash_loop_ends_the_job(job: Job) -> None:
     print(done.stderr)
     assert done.returncode == 1
     assert restarts(job) == [0, 1, 2]
-    why = "crash loop: rank 1 failed 3 times in a row in the same way, with no time in between"
-    assert f"restarts  : 2 of 100 used; {why}\n" in report(done)
+    why = "crash loop: rank 1 failed 3 times in a row in the same way within 10 s of each other"
+    assert f"restarts  : 2 of 100 used; {why} (--crash-loop=3; 0 turns this off)\n" in report(done)
     assert "KeyError: 'lr'" in report(done)
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [("2", 2), ("0", 5)])
+def test_the_user_decides_what_a_crash_loop_is(limit: str, rounds: int, job: Job) -> None:
+    done = job.run("--max-restarts", "4", "--crash-loop", limit, job.script("mark()\nraise KeyError('lr')\n"))
+    assert done.returncode == 1, done.stderr
+    assert restarts(job) == list(range(rounds))
+    assert ("(--crash-loop=2; 0 turns this off)" in report(done)) is (limit == "2")
+
+
+def test_a_worker_killed_from_outside_is_no_crash_loop(job: Job) -> None:
+    script = job.script("mark()\nif restart < 4: os.kill(os.getpid(), signal.SIGKILL)\n")
+    done = job.run("--max-restarts", "6", script)
+    assert done.returncode == 0, done.stderr
+    assert restarts(job) == [0, 1, 2, 3, 4]
 
 
 def test_different_failures_are_no_crash_loop(job: Job) -> None:
@@ -197,6 +212,8 @@ WRONG = [
     ("--fatal-exit-codes", "-9"),
     ("--node-failure-limit", "-1"),
     ("--node-failure-limit", "few"),
+    ("--crash-loop", "1"),
+    ("--crash-loop", "-1"),
 ]
 
 
@@ -224,6 +241,8 @@ def test_wrong_values_are_reported_in_one_line(how: str, job: Job) -> None:
         {"fatal_exit_codes": "0"},
         {"fatal_exit_codes": "2,,x"},
         {"node_failure_limit": -1},
+        {"crash_loop": 1},
+        {"crash_loop": -1},
     ],
 )
 def test_wrong_settings_from_python(settings: dict[str, object]) -> None:
@@ -263,7 +282,7 @@ def test_quiet_normal_and_verbose(job: Job) -> None:
     [only] = told["-q"]
     assert only.endswith(": restart 1 of 1")
     assert told[""][0] == "formed: 1 node, 1 worker"
-    assert told[""][-1] == "done: 1 worker ended well"
+    assert told[""][-1] == "done: 1 worker succeeded"
     assert [line for line in told["-v"] if line in told[""]] == told[""]
 
 
@@ -390,13 +409,13 @@ def test_different_options_are_refused(job: Job) -> None:
     script = job.script("mark()")
     first = nodes(0, "--restart-window", "60", "--fatal-exit-codes", "2,64-66", script=script)
     wait_until(lambda: listens(nodes.endpoint))
-    second = nodes(1, "--restart-backoff", "1:30", "--node-failure-limit", "2", script=script)
+    second = nodes(1, "--restart-backoff", "1:30", "--crash-loop", "5", script=script)
     results = finish(job, first, second)
     assert one_status(results) == 2
     for result in results:
         [line] = result.stderr.splitlines()[-1:]
         assert "--restart-window=60 --fatal-exit-codes=2,64,65,66" in line
-        assert "--restart-backoff=1:30 --node-failure-limit=2" in line
+        assert "--restart-backoff=1:30 --crash-loop=5" in line
         assert all(f"(pid {process.pid})" in line for process in (first, second))
     assert job.marks() == []
 

@@ -29,7 +29,7 @@ from elastic_launch import (
     elastic_launch,
     launch_agent,
 )
-from elastic_launch.agent.loop import Driver
+from elastic_launch.agent.loop import AgentLoop
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.run import main
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
@@ -242,7 +242,7 @@ def test_exception_in_the_loop_leaves_no_worker(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object) -> None:
         raise RuntimeError("a defect of the launcher")
 
-    monkeypatch.setattr(Driver, "_wait", fail)
+    monkeypatch.setattr(AgentLoop, "_wait", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         sh("exec sleep 1000")
     assert not [child for child in psutil.Process().children() if is_alive(child.pid)]

@@ -1,4 +1,4 @@
-"""The agent's decisions, fed with events: by hand for what is promised, in thousands of orders for what may happen."""
+"""The agent's decisions: promises checked one by one, and invariants checked in thousands of random event orders."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import pytest
 
 from elastic_launch.core.agent import lifecycle
 from elastic_launch.core.agent.lifecycle import (
-    DOUBLE,
     DUMP_TIME,
     KILL_PATIENCE,
     LEFTOVER_GRACE,
-    Action,
-    AgentEvent,
+    SAME_SIGNAL,
     AgentPhase,
     AgentState,
+)
+from elastic_launch.core.agent.messages import (
+    Action,
+    AgentEvent,
     Assigned,
     DeadlineReached,
     Decided,
@@ -40,7 +42,7 @@ from elastic_launch.core.agent.lifecycle import (
     TimerExpired,
     UserSignalled,
 )
-from elastic_launch.core.agent.restart_policy import FREE_RESTARTS
+from elastic_launch.core.agent.restart_policy import UNCHARGED_RESTARTS
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.job import Assignment, Decision, Level, Policy
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
@@ -49,11 +51,11 @@ PIDS = {0: 100, 1: 101}
 ALL = frozenset(PIDS)
 
 
-PLACE = Assignment(0, 1, 0, 2, 2, 0, 2, "127.0.0.1", 29500, "host-a", port_picked=True)
+ASSIGNMENT = Assignment(0, 1, 0, 2, 2, 0, 2, "127.0.0.1", 29500, "host-a", port_picked=True)
 
 
 class Agent:
-    """A life on a single node, with a virtual clock, and all actions that the last event has led to."""
+    """An agent on a single node with a virtual clock; ``last`` has all actions that the last event led to."""
 
     def __init__(self, max_restarts: int = 0, shutdown_timeout: float = 30) -> None:
         self.state, self.last = lifecycle.begin(Limits(Policy(max_restarts), shutdown_timeout))
@@ -63,7 +65,7 @@ class Agent:
         self.decision = Decision(restart=True)
 
     def __call__(self, *events: AgentEvent) -> list[Action]:
-        """Feed events; return the actions of the last, without what is said and what the rendezvous answered."""
+        """Feed events; return the last one's actions, except log lines and what goes to the rendezvous."""
         for event in events:
             queue, self.last = [event], []
             while queue:
@@ -72,17 +74,17 @@ class Agent:
                     self.decision = event.decision
                 self.state, actions = lifecycle.step(self.state, event, self.now)
                 self.last += actions
-                queue += [e for a in actions if isinstance(a, ASKING) for e in self.rendezvous.ask(a)]
-        return [action for action in self.last if not isinstance(action, NOT_SHOWN)]
+                queue += [e for a in actions if isinstance(a, TO_RENDEZVOUS) for e in self.rendezvous.ask(a)]
+        return [action for action in self.last if not isinstance(action, LEFT_OUT)]
 
-    def said(self) -> str:
-        """The trouble that people are told of."""
+    def warnings(self) -> str:
+        """The warnings that the last event led to."""
         return "\n".join(a.text for a in self.last if isinstance(a, Log) and a.level is Level.WARNING)
 
     def assignment(self, port: int = 29500, *, picked: bool = True) -> Assignment:
-        """The place in the next round."""
+        """The assignment in the next round."""
         self.rounds += 1
-        return PLACE._replace(
+        return ASSIGNMENT._replace(
             master_port=port,
             port_picked=picked,
             restart_count=self.rounds - 1,
@@ -95,18 +97,18 @@ class Agent:
         return self
 
 
-ASKING = (ReportFailure, ReportSuccess, ReportRound, Leave)
-NOT_SHOWN = (Log, *ASKING)
+TO_RENDEZVOUS = (ReportFailure, ReportSuccess, ReportRound, Leave)
+LEFT_OUT = (Log, *TO_RENDEZVOUS)
 
 
-def exited(rank: int, code: int = 0, told: tuple[int, ...] = (), time: float = 50.0) -> Exited:
-    return Exited(Exit(rank, code, time, told))
+def exited(rank: int, code: int = 0, stop_signals: tuple[int, ...] = (), time: float = 50.0) -> Exited:
+    return Exited(Exit(rank, code, time, stop_signals))
 
 
 def test_good_job() -> None:
     agent = Agent()
     assert agent.last == [RequestJoin()]
-    assert agent(Assigned(PLACE)) == [Start(PLACE)]
+    assert agent(Assigned(ASSIGNMENT)) == [Start(ASSIGNMENT)]
     assert agent(Started(PIDS), exited(1)) == []
     assert agent(exited(0)) == [ReapLeftovers(kill=False)]
     assert agent(GroupReaped({})) == [Finish()]
@@ -122,11 +124,11 @@ def test_failure_stops_the_others_and_fails_the_job() -> None:
     assert [(f.rank, f.exitcode, f.pid, f.host) for f in finish.failures] == [(1, 42, 101, "host-a")]
 
 
-def test_restart_has_a_new_number_and_is_charged() -> None:
+def test_a_restart_has_a_new_number_and_is_counted() -> None:
     agent = Agent(max_restarts=1).running()
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     assert agent(GroupReaped({})) == [RequestJoin()]
-    assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.said()
+    assert "rank 0 failed (exit code 1): restart 1 of 1" in agent.warnings()
     assignment = agent.assignment(29501)
     assert assignment.restart_history.used == 1
     assert agent(Assigned(assignment)) == [Start(assignment)]
@@ -136,14 +138,14 @@ def test_restart_has_a_new_number_and_is_charged() -> None:
     assert finish.failures[0].exitcode == 1
 
 
-def test_last_worker_that_fails_leaves_nobody_to_stop() -> None:
+def test_the_last_worker_to_fail_leaves_no_other_to_stop() -> None:
     agent = Agent().running()
     agent(exited(0))
     assert agent(exited(1, 3)) == [ReapLeftovers(kill=False)]
 
 
 @pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP])
-def test_signal_is_handed_to_the_workers_and_ends_the_job(signum: signal.Signals) -> None:
+def test_a_signal_is_forwarded_to_the_workers_and_ends_the_job(signum: signal.Signals) -> None:
     agent = Agent(max_restarts=3).running()
     assert agent(Signalled(signum, 50)) == [SendSignal(signum, ALL, stop=True)]
     agent(exited(0, -signum, (signum,)))
@@ -151,17 +153,17 @@ def test_signal_is_handed_to_the_workers_and_ends_the_job(signum: signal.Signals
     assert agent(GroupReaped({})) == [Finish(signum=signum)]
 
 
-def test_worker_that_crashes_on_the_signal_does_not_hide_it() -> None:
+def test_a_worker_that_crashes_on_the_signal_does_not_hide_it() -> None:
     agent = Agent().running()
     agent(Signalled(SIGTERM, 50), exited(0, -signal.SIGSEGV, (SIGTERM,)), exited(1, 0, (SIGTERM,)))
     assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
 @pytest.mark.parametrize("second", [SIGTERM, SIGINT])
-def test_second_signal_kills_at_once(second: signal.Signals) -> None:
+def test_a_second_signal_kills_at_once(second: signal.Signals) -> None:
     agent = Agent().running()
     agent(Signalled(SIGTERM, 50))
-    agent.now += 2 * DOUBLE
+    agent.now += 2 * SAME_SIGNAL
     assert agent(Signalled(second, 51)) == [ReapLeftovers(kill=True)]
     assert agent(Signalled(second, 52)) == []
     assert agent(exited(0, -SIGKILL, (SIGTERM, SIGKILL)), exited(1, -SIGKILL, (SIGTERM, SIGKILL))) == []
@@ -169,7 +171,7 @@ def test_second_signal_kills_at_once(second: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(SIGHUP, SIGHUP), (SIGTERM, SIGHUP), (SIGHUP, SIGTERM)])
-def test_a_hangup_is_no_request_to_kill(first: signal.Signals, second: signal.Signals) -> None:
+def test_a_hangup_does_not_kill(first: signal.Signals, second: signal.Signals) -> None:
     agent = Agent().running()
     agent(Signalled(first, 50))
     agent.now += 1
@@ -178,27 +180,27 @@ def test_a_hangup_is_no_request_to_kill(first: signal.Signals, second: signal.Si
     assert agent(Signalled(SIGINT, 52)) == ([ReapLeftovers(kill=True)] if SIGTERM in (first, second) else [])
 
 
-def test_one_signal_delivered_twice_is_one() -> None:
+def test_a_signal_delivered_twice_counts_once() -> None:
     agent = Agent().running()
     agent(Signalled(SIGTERM, 50))
-    agent.now += 10  # it was busy meanwhile: what counts is when they came
-    assert agent(Signalled(SIGTERM, 50 + DOUBLE / 2)) == []
+    agent.now += 10  # the agent was busy: what counts is when the signals arrived
+    assert agent(Signalled(SIGTERM, 50 + SAME_SIGNAL / 2)) == []
 
 
-def test_second_signal_after_a_failure_kills_too() -> None:
+def test_a_second_signal_after_a_failure_kills_too() -> None:
     agent = Agent(max_restarts=3).running()
     agent(exited(0, 1), Signalled(SIGTERM, 51))
     agent.now += 1
     assert agent(Signalled(SIGTERM, 52)) == [ReapLeftovers(kill=True)]
 
 
-def test_signal_when_all_workers_have_ended_well_changes_nothing() -> None:
+def test_a_signal_after_all_workers_have_succeeded_changes_nothing() -> None:
     agent = Agent().running()
     agent(exited(0), exited(1), Signalled(SIGTERM, 51))
     assert agent(GroupReaped({})) == [Finish()]
 
 
-def test_signal_passed_on_makes_no_failure_a_stop() -> None:
+def test_a_forwarded_signal_does_not_turn_a_failure_into_a_stop() -> None:
     agent = Agent().running()
     agent(UserSignalled(SIGUSR1), exited(0, -SIGUSR1), exited(1, -SIGTERM, (SIGTERM,)))
     [finish] = agent(GroupReaped({}))
@@ -206,7 +208,7 @@ def test_signal_passed_on_makes_no_failure_a_stop() -> None:
     assert finish.failures[0].exitcode == -SIGUSR1
 
 
-def test_signal_while_a_failure_is_dealt_with_ends_the_job_instead_of_restarting() -> None:
+def test_a_signal_after_a_failure_prevents_the_restart() -> None:
     agent = Agent(max_restarts=3).running()
     agent(exited(0, 1))
     assert agent(Signalled(SIGTERM, 51)) == []
@@ -214,7 +216,7 @@ def test_signal_while_a_failure_is_dealt_with_ends_the_job_instead_of_restarting
     assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
-def test_signal_does_not_hide_the_failure_that_ended_the_job_before() -> None:
+def test_a_signal_does_not_hide_the_failure_that_ended_the_job_before() -> None:
     agent = Agent(max_restarts=0).running()
     agent(exited(0, 5), Signalled(SIGTERM, 51), exited(1, -SIGTERM, (SIGTERM,)))
     [finish] = agent(GroupReaped({}))
@@ -222,11 +224,11 @@ def test_signal_does_not_hide_the_failure_that_ended_the_job_before() -> None:
     assert finish.failures[0].exitcode == 5
 
 
-def test_signal_before_the_first_round() -> None:
+def test_a_signal_before_the_first_round_ends_the_job() -> None:
     assert Agent()(Signalled(SIGINT, 1)) == [Finish(signum=SIGINT)]
 
 
-def test_stop_sequence_keeps_its_deadlines() -> None:
+def test_the_stop_sequence_keeps_its_deadlines() -> None:
     agent = Agent(shutdown_timeout=7).running()
     assert agent.state.deadline is None
     agent(Signalled(SIGTERM, 50))
@@ -237,13 +239,13 @@ def test_stop_sequence_keeps_its_deadlines() -> None:
     agent.now += DUMP_TIME
     assert agent.state.deadline == agent.now
     assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
-    assert "worker rank 1 (pid 101)" in agent.said()
+    assert "worker rank 1 (pid 101)" in agent.warnings()
     assert agent.state.deadline == agent.now + KILL_PATIENCE
     agent(exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
     assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
 
 
-def test_no_time_to_stop_is_no_time_for_stacks_either() -> None:
+def test_without_time_to_stop_there_is_no_time_for_stacks() -> None:
     agent = Agent(shutdown_timeout=0).running()
     agent(Signalled(SIGTERM, 50))
     assert agent(DeadlineReached()) == [DumpStacks(ALL)]
@@ -251,26 +253,26 @@ def test_no_time_to_stop_is_no_time_for_stacks_either() -> None:
     assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
 
 
-def test_worker_that_hung_is_told_of_where_something_failed() -> None:
+def test_a_hung_worker_is_reported_only_beside_a_failure() -> None:
     stacks = {1: Evidence(note="the stacks of its threads are in 1/stacks.log")}
     agent = Agent().running()
     agent(exited(0, 1), DeadlineReached(), DeadlineReached(), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
     [finish] = agent(GroupReaped(stacks))
-    assert "rank 1 (pid 101) did not stop in time; the stacks of its threads are in 1/stacks.log" in agent.said()
+    assert "rank 1 (pid 101) did not stop in time; the stacks of its threads are in 1/stacks.log" in agent.warnings()
     assert isinstance(finish, Finish)
     assert [(failure.rank, failure.note) for failure in finish.failures] == [(0, ""), (1, stacks[1].note)]
     agent = Agent().running()
     agent(Signalled(SIGTERM, 50), DeadlineReached(), DeadlineReached())
     agent(*(exited(rank, -SIGKILL, (SIGTERM, SIGKILL)) for rank in ALL))
-    assert agent(GroupReaped(stacks)) == [Finish(signum=SIGTERM)], "a worker that hangs is no failure by itself"
-    assert "stacks.log" in agent.said()
+    assert agent(GroupReaped(stacks)) == [Finish(signum=SIGTERM)], "a hung worker alone is not a failure"
+    assert "stacks.log" in agent.warnings()
 
 
-def test_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
+def test_a_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
     agent = Agent().running()
     assert agent(TimerExpired(PIDS[1], "its timer 'step' expired")) == [DumpStacks(frozenset({1}))]
     assert agent.state.phase is AgentPhase.RUNNING
-    assert agent(TimerExpired(PIDS[1], "once more"), TimerExpired(999, "no worker")) == []
+    assert agent(TimerExpired(PIDS[1], "again"), TimerExpired(999, "not a worker")) == []
     assert agent.state.deadline == agent.now + DUMP_TIME
     assert agent(DeadlineReached()) == [SendSignal(SIGKILL, frozenset({1}), stop=False)]
     assert agent.state.deadline is None
@@ -282,17 +284,17 @@ def test_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
     ]
 
 
-def test_what_a_good_job_left_is_killed_soon() -> None:
+def test_what_a_successful_job_leaves_behind_is_killed_soon() -> None:
     agent = Agent(shutdown_timeout=30).running()
     agent(exited(0), exited(1))
     assert agent.state.deadline == agent.now + LEFTOVER_GRACE
     assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
-    assert agent.said() == "", "there may be nothing left: Gone will tell"
+    assert agent.warnings() == "", "there may be nothing left until GroupReaped names it"
     assert agent(GroupReaped({}, ("sleep (pid 7)",))) == [Finish()]
-    assert agent.said() == "killed what the workers had left running: sleep (pid 7)"
+    assert agent.warnings() == "killed processes that the workers left behind: sleep (pid 7)"
 
 
-def test_what_a_stopped_worker_left_has_its_grace_too() -> None:
+def test_what_a_stopped_worker_leaves_behind_gets_its_grace_too() -> None:
     agent = Agent(shutdown_timeout=30).running()
     agent(Signalled(SIGTERM, 50))
     agent.now += 10
@@ -305,17 +307,17 @@ def test_what_a_stopped_worker_left_has_its_grace_too() -> None:
     assert agent.state.deadline == agent.now + LEFTOVER_GRACE
 
 
-def test_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
+def test_an_unkillable_worker_is_named_and_no_round_starts_beside_it() -> None:
     agent = Agent(max_restarts=3).running()
     agent(exited(0, 1), DeadlineReached(), DeadlineReached())
     [finish] = agent(DeadlineReached(clash(1)))
-    assert "worker rank 1 (pid 101) cannot be killed" in agent.said()
+    assert "worker rank 1 (pid 101) cannot be killed" in agent.warnings()
     assert isinstance(finish, Finish)
     assert [f.rank for f in finish.failures] == [0]
-    assert finish.failures[0].error.startswith("DistNetworkError"), "what is known of the cause is told all the same"
+    assert finish.failures[0].error.startswith("DistNetworkError"), "the report still has what is known about the cause"
 
 
-def test_passed_signal_reaches_the_leading_processes_that_still_run() -> None:
+def test_a_forwarded_signal_reaches_the_workers_that_still_run() -> None:
     agent = Agent()
     assert agent(UserSignalled(SIGUSR1)) == []
     agent.running()
@@ -325,11 +327,11 @@ def test_passed_signal_reaches_the_leading_processes_that_still_run() -> None:
     assert agent.state.phase is AgentPhase.RUNNING
 
 
-def test_restart_is_told_in_one_line() -> None:
+def test_a_restart_is_logged_in_one_line() -> None:
     agent = Agent(max_restarts=1).running()
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
     agent(GroupReaped({0: Evidence(ErrorRecord("RuntimeError: first\nsecond\nthird", "", 49.0, "error.json"))}))
-    assert agent.said() == "rank 0 failed (exit code 1, RuntimeError: first): restart 1 of 1"
+    assert agent.warnings() == "rank 0 failed (exit code 1, RuntimeError: first): restart 1 of 1"
 
 
 def clash(port: int) -> dict[int, Evidence]:
@@ -337,13 +339,13 @@ def clash(port: int) -> dict[int, Evidence]:
     return {0: Evidence(ErrorRecord(text, text, 49.0, "error.json"))}
 
 
-def test_taken_port_is_free_of_charge_a_few_times() -> None:
+def test_a_taken_port_uses_up_no_restart_a_few_times() -> None:
     agent = Agent(max_restarts=0)
-    for attempt in range(FREE_RESTARTS):
+    for attempt in range(UNCHARGED_RESTARTS):
         agent.running(port=29500 + attempt)
         agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
         assert agent(GroupReaped(clash(29500 + attempt))) == [RequestJoin()]
-        assert "without charge" in agent.said()
+        assert "without using up a restart" in agent.warnings()
         assert agent.decision.restart
         assert (agent.decision.restart_history.used, agent.decision.restart_history.uncharged) == (0, attempt + 1)
     agent.running(port=29509)
@@ -362,21 +364,20 @@ def test_other_port_clashes_are_failures(clashes_with: int, picked: bool) -> Non
     assert finish.failures
 
 
-def test_what_is_not_in_the_table_raises_with_the_history() -> None:
+def test_an_event_missing_in_the_table_raises_with_the_history() -> None:
     agent = Agent().running()
-    with pytest.raises(lifecycle.UnexpectedEventError, match=r"Gone while running; history: joining:Assigned"):
+    with pytest.raises(lifecycle.UnexpectedEventError, match=r"GroupReaped while running; history: joining:Assigned"):
         agent(GroupReaped({}))
 
 
-def test_every_state_deals_with_every_signal() -> None:
-    for state in set(AgentPhase) - {AgentPhase.DONE}:
-        assert (state, Signalled) in lifecycle.TABLE
-        assert (state, UserSignalled) in lifecycle.TABLE
-        assert (state, TimerExpired) in lifecycle.TABLE
+def test_every_phase_handles_every_signal() -> None:
+    for phase in set(AgentPhase) - {AgentPhase.DONE}:
+        for event in (Signalled, UserSignalled, TimerExpired):
+            assert (phase, event) in lifecycle.TABLE
 
 
 class World:
-    """A node whose workers, stragglers, keeper, clock and users do anything that they can do, in any order."""
+    """A node on which workers, their leftovers, the keeper, the clock and users do anything possible, in any order."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -384,10 +385,10 @@ class World:
         self.agent = Agent(self.max_restarts, self.random.choice([0, 5]))
         self.alive: set[int] = set()
         self.codes: list[int] = []
-        self.stragglers = self.started = self.swept = self.killed = self.hopeless = False
-        self.told: dict[int, tuple[int, ...]] = {}
-        self.shot: set[int] = set()
-        """Workers that were killed while the others ran."""
+        self.leftovers = self.started = self.reaping = self.killed = self.unkillable = False
+        self.stop_signals: dict[int, tuple[int, ...]] = {}
+        self.timed_out: set[int] = set()
+        """Workers that the agent killed because their timer expired."""
         self.rounds: list[int] = []
         self.signals_left = self.random.randrange(5)
         self.signalled = False
@@ -401,29 +402,29 @@ class World:
                     assert not self.signalled, "another round after a signal to stop"
                 case Start(assignment):
                     assert not self.alive, "a round beside another's workers"
-                    assert not self.stragglers, "a round beside what another left"
+                    assert not self.leftovers, "a round beside the leftovers of another"
                     self.rounds.append(assignment.restart_count)
-                    self.alive, self.codes, self.told, self.shot = {0, 1}, [], {}, set()
-                    self.stragglers = self.random.random() < 0.3
-                    self.hopeless = self.random.random() < 0.1
-                    self.started = self.swept = self.killed = False
+                    self.alive, self.codes, self.stop_signals, self.timed_out = {0, 1}, [], {}, set()
+                    self.leftovers = self.random.random() < 0.3
+                    self.unkillable = self.random.random() < 0.1
+                    self.started = self.reaping = self.killed = False
                 case SendSignal(signum, ranks, stop):
                     assert ranks <= self.alive, "a signal to a worker that has ended"
-                    self.shot |= ranks if signum == SIGKILL else set()
+                    self.timed_out |= ranks if signum == SIGKILL else set()
                     if stop:
-                        self.told |= {rank: (*self.told.get(rank, ()), signum) for rank in ranks}
+                        self.stop_signals |= {rank: (*self.stop_signals.get(rank, ()), signum) for rank in ranks}
                 case DumpStacks(ranks):
                     assert ranks <= self.alive, "stacks of a worker that has ended"
                 case ReapLeftovers(kill):
-                    assert kill or not self.alive, "a sweep while workers have their grace"
-                    self.swept, self.killed = True, self.killed or kill
+                    assert kill or not self.alive, "leftovers reaped while workers have their grace"
+                    self.reaping, self.killed = True, self.killed or kill
                     if kill:
-                        self.told |= {rank: (*self.told.get(rank, ()), SIGKILL) for rank in self.alive}
+                        self.stop_signals |= {rank: (*self.stop_signals.get(rank, ()), SIGKILL) for rank in self.alive}
                 case Finish():
                     self.finish = action
 
     def next_events(self) -> list[AgentEvent]:
-        """What can come now; a lost keeper brings several events at once."""
+        """Choose what happens next; a lost keeper leads to several events at once."""
         state, can = self.agent.state, list[list[AgentEvent]]()
         if self.signals_left:
             can += [
@@ -434,14 +435,14 @@ class World:
             self.agent.rounds = len(self.rounds)
             return self.random.choice([*can, [Assigned(self.agent.assignment(29500 + len(self.rounds)))]])
         lost: list[AgentEvent] = [exited(rank, -SIGKILL, (), 50 + len(self.rounds)) for rank in sorted(self.alive)]
-        if self.random.random() < 0.02 and (lost or self.swept):
-            return [*lost, GroupReaped({})] if self.swept else lost
+        if self.random.random() < 0.02 and (lost or self.reaping):
+            return [*lost, GroupReaped({})] if self.reaping else lost
         if not self.started:
             return self.random.choice([*can, [Started(PIDS)]])
-        stuck = self.hopeless and self.killed
+        stuck = self.unkillable and self.killed
         if not stuck:
-            can += [[exited(rank, self.exit_code(rank), self.told.get(rank, ()), 50.0)] for rank in self.alive]
-        if self.swept and not self.alive and not stuck:
+            can += [[exited(rank, self.exit_code(rank), self.stop_signals.get(rank, ()), 50.0)] for rank in self.alive]
+        if self.reaping and not self.alive and not stuck:
             can.append([GroupReaped(clash(29499 + len(self.rounds)) if self.random.random() < 0.2 else {})])
         if self.random.random() < 0.1:
             can.append([TimerExpired(self.random.choice([*PIDS.values()]), "its timer expired")])
@@ -452,8 +453,8 @@ class World:
     def exit_code(self, rank: int) -> int:
         return self.random.choice(
             [-SIGKILL]
-            if rank in self.shot
-            else [0, 0, 1, 42, -signal.SIGSEGV, -SIGUSR1, *(-told for told in self.told.get(rank, ()))]
+            if rank in self.timed_out
+            else [0, 0, 1, 42, -signal.SIGSEGV, -SIGUSR1, *(-signum for signum in self.stop_signals.get(rank, ()))]
         )
 
     def run(self) -> None:
@@ -471,33 +472,33 @@ class World:
                     case UserSignalled():
                         self.signals_left -= 1
                     case GroupReaped():
-                        self.stragglers = False
-                self.agent.now += self.random.choice([0.0, DOUBLE, 3.0])
+                        self.leftovers = False
+                self.agent.now += self.random.choice([0.0, SAME_SIGNAL, 3.0])
                 self.agent(event)
                 self.carry_out(self.agent.last)
                 state = self.agent.state
-                if state.phase is not AgentPhase.RUNNING or not state.expired:
+                if state.phase is not AgentPhase.RUNNING or not state.expired_timers:
                     assert (state.deadline is not None) == (state.phase is AgentPhase.STOPPING), (
                         "a deadline is for stopping"
                     )
             if self.finish is not None:
                 return
-        raise AssertionError("the agent came to no end")
+        raise AssertionError("the run does not end")
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
-    ends: set[str] = set()
+def test_any_order_of_events_ends_properly(block: int) -> None:
+    outcomes: set[str] = set()
     for seed in range(block * 1000, (block + 1) * 1000):
         world = World(seed)
         world.run()
         state, finish = world.agent.state, world.finish
         assert finish is not None
         assert state.phase is AgentPhase.DONE
-        assert not world.alive or (world.hopeless and world.killed), f"seed {seed}: workers live on"
-        assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number was used twice"
+        assert not world.alive or (world.unkillable and world.killed), f"seed {seed}: workers survive"
+        assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number is used twice"
         assert world.agent.decision.restart_history.used <= world.max_restarts
-        assert world.agent.decision.restart_history.uncharged <= FREE_RESTARTS
+        assert world.agent.decision.restart_history.uncharged <= UNCHARGED_RESTARTS
         assert (
             len(world.rounds)
             <= 1 + world.agent.decision.restart_history.used + world.agent.decision.restart_history.uncharged
@@ -506,12 +507,12 @@ def test_any_order_of_events_comes_to_a_proper_end(block: int) -> None:
             assert finish.signum is None
             assert finish.failures[0].exitcode != 0
         elif finish.signum is None:
-            assert world.codes == [0, 0], f"seed {seed}: a failure passed for success"
-        ends.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")
-    assert ends == {"failed", "signalled", "succeeded"}, "the orders tried do not reach every end"
+            assert world.codes == [0, 0], f"seed {seed}: a failure counts as success"
+        outcomes.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")
+    assert outcomes == {"failed", "signalled", "succeeded"}, "the random orders do not reach every outcome"
 
 
-def test_life_is_a_value() -> None:
+def test_the_state_is_a_value() -> None:
     agent = Agent().running()
     before = agent.state
     agent(exited(0, 1))

@@ -1,4 +1,4 @@
-"""Which worker failed, and which failure was the cause."""
+"""Which workers failed, and which failure was the cause."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from signal import SIGKILL, SIGSEGV, SIGTERM
 
 import pytest
 
+from elastic_launch.core.agent.messages import Finish
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit, is_consequence, is_port_clash, judge
 from elastic_launch.errors import ChildFailedError, ProcessFailure
 from elastic_launch.job import Assignment
 
 # The second of two nodes: global ranks 4 to 7.
-PLACE = Assignment(1, 2, 4, 8, 4, 4, 8, "10.0.0.1", 29500, "host-b", port_picked=True)
+ASSIGNMENT = Assignment(1, 2, 4, 8, 4, 4, 8, "10.0.0.1", 29500, "host-b", port_picked=True)
 PIDS = {0: 200, 1: 201, 2: 202, 3: 203}
 STOPPED_AT = 100.0
-TOLD = (SIGTERM,)
+STOPPED = (SIGTERM,)
 
 
 def error(text: str, time: float) -> Evidence:
@@ -24,7 +25,7 @@ def error(text: str, time: float) -> Evidence:
 
 
 def ranks(exits: list[Exit], errors: dict[int, Evidence] | None = None) -> list[int]:
-    return [failure.rank for failure in judge(exits, errors or {}, PIDS, PLACE, STOPPED_AT)]
+    return [failure.rank for failure in judge(exits, errors or {}, PIDS, ASSIGNMENT, STOPPED_AT)]
 
 
 @pytest.mark.parametrize(
@@ -33,26 +34,30 @@ def ranks(exits: list[Exit], errors: dict[int, Evidence] | None = None) -> list[
         (Exit(0, 0, 99.0), {}, False),
         (Exit(0, 1, 99.0), {}, True),
         (Exit(0, -SIGSEGV, 99.0), {}, True),
-        (Exit(0, -SIGTERM, 99.0), {}, True),  # somebody else's SIGTERM
-        (Exit(0, -SIGTERM, 101.0, TOLD), {}, False),
-        (Exit(0, -SIGKILL, 101.0, (*TOLD, SIGKILL)), {}, False),
-        (Exit(0, -SIGKILL, 101.0, TOLD), {}, True),  # the kernel's, short of memory, say
-        (Exit(0, 0, 101.0, TOLD), {}, False),
-        (Exit(0, 1, 101.0, TOLD), {}, False),
-        (Exit(0, 1, 101.0, TOLD), {0: error("KeyboardInterrupt", 100.5)}, False),  # an answer to the signal
-        (Exit(0, 1, 101.0, TOLD), {0: error("ValueError: boom", 99.5)}, True),  # on its way down already
-        (Exit(0, -SIGTERM, 101.0, TOLD), {0: error("ValueError: boom", 99.5)}, True),
+        (Exit(0, -SIGTERM, 99.0), {}, True),  # a SIGTERM that the agent did not send
+        (Exit(0, -SIGTERM, 101.0, STOPPED), {}, False),
+        (Exit(0, -SIGKILL, 101.0, (*STOPPED, SIGKILL)), {}, False),
+        (
+            Exit(0, -SIGKILL, 101.0, STOPPED),
+            {},
+            True,
+        ),  # a SIGKILL that the agent did not send, such as the OOM killer's
+        (Exit(0, 0, 101.0, STOPPED), {}, False),
+        (Exit(0, 1, 101.0, STOPPED), {}, False),
+        (Exit(0, 1, 101.0, STOPPED), {0: error("KeyboardInterrupt", 100.5)}, False),  # raised because of the signal
+        (Exit(0, 1, 101.0, STOPPED), {0: error("ValueError: boom", 99.5)}, True),  # failed already before the signal
+        (Exit(0, -SIGTERM, 101.0, STOPPED), {0: error("ValueError: boom", 99.5)}, True),
     ],
 )
-def test_stopped_workers_did_not_fail(exit_: Exit, errors: dict[int, Evidence], failed: bool) -> None:
+def test_a_stopped_worker_did_not_fail(exit_: Exit, errors: dict[int, Evidence], failed: bool) -> None:
     assert bool(ranks([exit_], errors)) is failed
 
 
-def test_earliest_failure_is_the_cause() -> None:
+def test_the_earliest_failure_is_the_cause() -> None:
     assert ranks([Exit(2, 1, 99.3), Exit(0, 1, 99.1), Exit(1, 1, 99.2)]) == [4, 5, 6]
 
 
-def test_an_exception_counts_from_when_it_was_raised() -> None:
+def test_an_exception_counts_from_the_moment_it_was_raised() -> None:
     exits = [Exit(0, 1, 99.0), Exit(1, 1, 99.9)]
     assert ranks(exits, {0: error("RuntimeError: late", 98.9), 1: error("ValueError: early", 98.0)}) == [5, 4]
 
@@ -71,8 +76,8 @@ def test_plain_consequences_come_after_causes(text: str) -> None:
     assert ranks(exits, {0: error(text, 97.9)}) == [5, 4]
 
 
-def test_failure_tells_what_is_known() -> None:
-    [failure] = judge([Exit(3, 1, 99.0)], {3: error("ValueError: boom", 98.5)}, PIDS, PLACE, STOPPED_AT)
+def test_a_failure_has_everything_that_is_known() -> None:
+    [failure] = judge([Exit(3, 1, 99.0)], {3: error("ValueError: boom", 98.5)}, PIDS, ASSIGNMENT, STOPPED_AT)
     assert failure == ProcessFailure(
         local_rank=3,
         pid=203,
@@ -84,21 +89,21 @@ def test_failure_tells_what_is_known() -> None:
         rank=7,
         host="host-b",
     )
-    [failure] = judge([Exit(3, -SIGKILL, 99.0)], {}, PIDS, PLACE, STOPPED_AT)
+    [failure] = judge([Exit(3, -SIGKILL, 99.0)], {}, PIDS, ASSIGNMENT, STOPPED_AT)
     assert failure.message == "The process (pid 203) ended: killed by SIGKILL."
     assert failure.signal_name() == "SIGKILL"
 
 
-def test_what_a_worker_wrote_last_stands_in_for_an_exception() -> None:
+def test_the_last_lines_of_stderr_replace_a_missing_exception() -> None:
     known = Evidence(stderr="Segmentation fault", note="out of memory, perhaps")
-    [failure] = judge([Exit(3, -SIGSEGV, 99.0)], {3: known}, PIDS, PLACE, STOPPED_AT)
+    [failure] = judge([Exit(3, -SIGSEGV, 99.0)], {3: known}, PIDS, ASSIGNMENT, STOPPED_AT)
     assert (failure.stderr, failure.note) == ("Segmentation fault", "out of memory, perhaps")
-    report = format_report("x", [failure], restarts=0, max_restarts=0, log_dir=None)
+    report = format_report("x", Finish((failure,)), 0, None)
     assert "  note    : out of memory, perhaps\n" in report
     assert "  stderr  : its last lines\n    Segmentation fault\n" in report
-    told = error("ValueError: boom", 98.0)._replace(stderr="Traceback, once more")
-    [failure] = judge([Exit(3, 1, 99.0)], {3: told}, PIDS, PLACE, STOPPED_AT)
-    assert failure.stderr == "", "the exception says it all"
+    raised = error("ValueError: boom", 98.0)._replace(stderr="Traceback, once more")
+    [failure] = judge([Exit(3, 1, 99.0)], {3: raised}, PIDS, ASSIGNMENT, STOPPED_AT)
+    assert failure.stderr == "", "the exception says more"
 
 
 @pytest.mark.parametrize(
@@ -111,24 +116,24 @@ def test_what_a_worker_wrote_last_stands_in_for_an_exception() -> None:
         ("ValueError: 29500", False),
     ],
 )
-def test_port_clash(text: str, clash: bool) -> None:
+def test_a_port_clash_is_recognized(text: str, clash: bool) -> None:
     assert is_port_clash(ProcessFailure(0, 1, 1, error=text), 29500) is clash
 
 
-def test_exit_status_is_the_causes() -> None:
+def test_the_exit_status_is_that_of_the_cause() -> None:
     assert ChildFailedError("x", {1: ProcessFailure(1, 9, 42), 0: ProcessFailure(0, 8, 1)}).exit_code == 42
     assert ChildFailedError("x", {1: ProcessFailure(1, 9, -9)}).exit_code == 137
 
 
-def test_report_tells_the_cause_first() -> None:
+def test_the_report_has_the_cause_first() -> None:
     failures = judge(
         [Exit(0, 1, 99.0), Exit(1, -SIGKILL, 98.0)],
         {0: error("RuntimeError: Connection closed by peer", 98.9)},
         PIDS,
-        PLACE,
+        ASSIGNMENT,
         STOPPED_AT,
     )
-    report = format_report("train.py", failures, restarts=1, max_restarts=3, log_dir="/logs/job")
+    report = format_report("train.py", Finish(failures, restarts=1), 3, "/logs/job")
     lines = report.splitlines()
     assert lines[1] == "train.py FAILED"
     cause, then = report.index("Cause"), report.index("Then")
@@ -139,10 +144,10 @@ def test_report_tells_the_cause_first() -> None:
     assert "logs      : /logs/job" in lines
 
 
-def test_report_shows_the_traceback_and_shortens_an_endless_one() -> None:
+def test_the_report_shows_the_traceback_and_shortens_a_long_one() -> None:
     def report(message: str) -> str:
         failure = ProcessFailure(0, 1, 1, error="ValueError: boom", message=message, rank=0, host="h")
-        return format_report("x", [failure], restarts=0, max_restarts=0, log_dir=None)
+        return format_report("x", Finish((failure,)), 0, None)
 
     assert '    File "x.py", line 1\n    ValueError: boom\n' in report('File "x.py", line 1\nValueError: boom\n')
     long = report("\n".join(f"line {i}" for i in range(100_000)))
@@ -150,6 +155,9 @@ def test_report_shows_the_traceback_and_shortens_an_endless_one() -> None:
     assert "line 99999\n" in long
     assert "99800 lines left out" in long
     assert "logs" not in long
+    wide = report("x" * 5000)
+    assert "    ... 3000 characters left out ...\n" in wide
+    assert max(map(len, wide.splitlines())) < 1100
 
 
 @pytest.mark.parametrize(
@@ -164,10 +172,12 @@ def test_report_shows_the_traceback_and_shortens_an_endless_one() -> None:
         "BrokenPipeError: [Errno 32] Broken pipe",
     ],
 )
-def test_what_a_lost_peer_leads_to_is_a_consequence(text: str) -> None:
+def test_the_loss_of_a_peer_is_a_consequence(text: str) -> None:
     assert is_consequence(ProcessFailure(0, 1, 1, error=text))
     assert is_consequence(ProcessFailure(0, 1, -signal.SIGABRT, stderr=f"terminate called\n  what(): {text}"))
-    assert not is_consequence(ProcessFailure(0, 1, -signal.SIGSEGV, stderr=text)), "it may have said that long before"
+    assert not is_consequence(ProcessFailure(0, 1, -signal.SIGSEGV, stderr=text)), (
+        "it may have written that long before"
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from signal import SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2
 import psutil
 import pytest
 
-from elastic_launch.core.agent.lifecycle import DOUBLE
+from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
 from tests.conftest import DEADLINE, Job, is_alive, wait_until
 
 TWO = ("--standalone", "--nproc-per-node", "2")
@@ -39,7 +39,7 @@ def test_the_events_of_a_job_s_life_are_told(job: Job) -> None:
         "rank 1 failed (exit code 3): stopping 1 worker",
         "rank 1 failed (exit code 3): restart 1 of 2",
         "re-formed: 1 node, 2 workers",
-        "done: 2 workers ended well",
+        "done: 2 workers succeeded",
     ]
 
 
@@ -327,7 +327,7 @@ def test_second_signal_kills_at_once(job: Job, second: signal.Signals) -> None:
     job.wait_for("0.0 up", "1.0 up")
     process.send_signal(SIGTERM)
     job.wait_for("0.0 deaf", "1.0 deaf")
-    select.select([], [], [], 2 * DOUBLE)  # sooner, it would count as the first one
+    select.select([], [], [], 2 * SAME_SIGNAL)  # sooner, it would count as the first one
     process.send_signal(second)
     assert job.finish(process).returncode == 143
 
@@ -625,7 +625,7 @@ def test_killed_leftovers_are_named(job: Job) -> None:
     script = job.script("subprocess.Popen(['sh', '-c', \"trap '' TERM; while :; do sleep 1; done\"])")
     done = job.run("--nproc-per-node", "1", script)
     assert done.returncode == 0
-    assert re.search(r"killed what the workers had left running: .*sh \(pid \d+\)", done.stderr)
+    assert re.search(r"killed processes that the workers left behind: .*sh \(pid \d+\)", done.stderr)
 
 
 def test_agent_that_cannot_write_its_log_directory(job: Job) -> None:

@@ -164,6 +164,7 @@ OURS = {
     "restart_backoff": "0",
     "fatal_exit_codes": "",
     "node_failure_limit": 0,
+    "crash_loop": 3,
     "quiet": False,
     "verbose": False,
 }

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from elastic_launch import ChildFailedError, DefaultLogsSpecs, LaunchConfig, elastic_launch
-from elastic_launch.core.agent.lifecycle import DOUBLE
+from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
 from tests.conftest import Job, is_alive, wait_until
 from tests.processes.test_cgroup import cgroup as memory_cgroup  # noqa: F401 - a fixture
 from tests.processes.test_logs import small_disk as disk  # noqa: F401 - a fixture
@@ -206,7 +206,7 @@ def test_a_second_sigterm_kills_at_once_what_hangs(job: Job) -> None:
     assert process.stderr
     while "SIGTERM received: stopping 2 workers" not in process.stderr.readline():
         pass
-    time.sleep(2 * DOUBLE)  # closer together they count as one
+    time.sleep(2 * SAME_SIGNAL)  # closer together they count as one
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     done = job.finish(process)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
+from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.workers.keeper_client import Command, KeeperClient
 from tests.cluster.test_nodes import QUICK, start_three, up
 from tests.conftest import DEADLINE, Job, is_alive, wait_until

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from elastic_launch.config import LogsDest
-from elastic_launch.core.agent.lifecycle import DOUBLE
+from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.logs.pump import BLOCK
 from tests.conftest import DEADLINE, Job, wait_until
@@ -485,8 +485,8 @@ def test_a_second_signal_ends_the_wait_for_a_reader(job: Job) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.stderr
     assert b"SIGTERM received: stopping" in process.stderr.readline()
-    while time.monotonic() - begin < 2 * DOUBLE:
-        select.select([], [], [], DOUBLE)  # sooner, the second would count as the first one, delivered twice
+    while time.monotonic() - begin < 2 * SAME_SIGNAL:
+        select.select([], [], [], SAME_SIGNAL)  # sooner, the second would count as the first one, delivered twice
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE) == 143
     assert time.monotonic() - begin < 5

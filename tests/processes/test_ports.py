@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import Assigned, RequestJoin
+from elastic_launch.core.agent.messages import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment
@@ -120,4 +120,4 @@ def test_port_that_a_stranger_took_is_replaced_without_charge(job: Job) -> None:
     done = job.run("--nproc-per-node", "2", "--max-restarts", "0", job.script(steal + ALL_REDUCE))
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.2 sum 2", "1.2 sum 2"]
-    assert done.stderr.count("starting again with another port, without charge") == 2
+    assert done.stderr.count("restarting on another port, without using up a restart") == 2

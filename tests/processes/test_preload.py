@@ -287,7 +287,7 @@ def test_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     config.start_method = "fork"
     with pytest.raises(UsageError, match="preload with start_method='fork'"):
         elastic_launch(config, value)()
-    with pytest.raises(UsageError, match="preload: is for Python scripts, modules and functions"):
+    with pytest.raises(UsageError, match="preload: only works for Python scripts, modules and functions"):
         elastic_launch(LaunchConfig(1, 1, 2, preload=["wave"]), "true")()
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from elastic_launch import timer
-from elastic_launch.core.agent.lifecycle import TimerExpired
-from elastic_launch.core.timer_requests import LONGEST, Request, parse, take_requests
+from elastic_launch.core.agent.messages import TimerExpired
+from elastic_launch.core.timer_requests import LONGEST, ScopeRequest, parse, take_requests
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers.watchdog import Overdue, Watchdog
 from tests.conftest import DEADLINE, wait_until
@@ -135,7 +135,7 @@ def test_requests_are_assembled_from_pieces() -> None:
     for byte in line(1, scope='a "{\\"version\\"') + line(2, "ü\n", expires_at=-1, signum=0):
         buffer.append(byte)
         found += take_requests(buffer)
-    assert found == [Request(1, 'a "{\\"version\\"', WALL, 9), Request(2, "ü\n", -1.0, 0)]
+    assert found == [ScopeRequest(1, 'a "{\\"version\\"', WALL, 9), ScopeRequest(2, "ü\n", -1.0, 0)]
 
 
 def test_a_line_without_end_takes_bounded_memory() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from elastic_launch.core.agent.lifecycle import Finish, Leave
+from elastic_launch.core.agent.messages import Finish, Leave
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Level, Policy
 from tests.simulation.test_rendezvous import RESET, all_end, form, running, world

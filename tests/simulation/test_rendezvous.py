@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
-from elastic_launch.core.rendezvous.leader import listed
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.monitor import LEFT, Monitor
 from elastic_launch.core.rendezvous.ranks import assign, choose
@@ -466,11 +465,6 @@ def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
     watch = Monitor(deadline=15, tick=1, now=0)
     watch.register([1], 0)
     assert watch.poll([(1, b"")], 100, 100) == set()
-
-
-def test_many_names_are_told_in_few_words() -> None:
-    assert listed(["a", "b", "a"]) == "a (2 nodes), b"
-    assert listed(f"h{n}" for n in range(20)) == "h0, h1, h2, h3, h4, h5, h6, h7 and 12 more"
 
 
 def test_states_of_the_simulation_are_those_of_the_agent() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from elastic_launch.core.agent.lifecycle import AgentPhase, Decided, Ended
+from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.state import NodeState, validate
 from elastic_launch.job import Assignment
 

@@ -17,9 +17,10 @@ from signal import SIGTERM
 from typing import Any
 
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import (
+from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.messages import (
+    Action,
     AgentEvent,
-    AgentPhase,
     Assigned,
     DeadlineReached,
     Decided,
@@ -455,7 +456,7 @@ class Agent:
             paused, seconds = self.state, self.state.deadline - self.world.now
             self._soon(lambda: self._live(DeadlineReached()) if self.state is paused else None, seconds)
 
-    def _carry_out(self, actions: list[lifecycle.Action]) -> None:
+    def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case RequestJoin() | ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():

@@ -1,103 +1,109 @@
-"""Layer 1: what follows a failure: another round, or the end of the job; and what the job remembers of it. Pure.
+"""Decide what follows a failure: another round or the end of the job.
 
-Whoever decides, decides for the job: a ``RestartHistory`` travels from round to round with the assignments. It holds
-ages, not times: no clock is compared with that of another host.
+One node decides for the whole job. What it must remember is in a ``RestartHistory``, which travels from round to round
+with the assignments. The history holds ages instead of times, because the clocks of two hosts cannot be compared.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 
-from elastic_launch.core.agent.root_cause import is_port_clash, shortened
+from elastic_launch.core.agent.root_cause import is_port_clash
+from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure, shell_status
 from elastic_launch.job import Decision, Policy, RestartHistory
 
-FREE_RESTARTS = 3
-"""How often a port that was taken is replaced without charge to ``max_restarts``."""
-NO_TIME = 10.0
-"""Seconds between two failures that count as no time."""
-CRASH_LOOP = 3
-"""So many times the same failure, with no time in between, are a crash loop."""
-_SIGNATURE = 200
-"""Characters by which a failure is known again."""
+UNCHARGED_RESTARTS = 3
+"""How often a taken port is replaced without using up a restart."""
+BACK_TO_BACK = 10.0
+"""Failures this close together, in seconds, count as back-to-back."""
+_MAX_SIGNATURE = 200
+"""Characters by which a failure is recognized."""
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+"""Signals that a program causes itself. Any other signal was probably sent from outside."""
 
 
 def follow(
     policy: Policy,
-    restart_history: RestartHistory,
+    history: RestartHistory,
     failures: tuple[ProcessFailure, ...],
     node: str,
     port: int = 0,
     may_restart: bool = True,
 ) -> Decision:
-    """What follows a round that ended with failures, or without.
+    """Decide what follows a round.
 
     Args:
-        policy: the job's.
-        ledger: the job's.
-        failures: the cause first.
-        node: the id of the node whose worker was the cause.
-        port: of the workers' store, if the launcher has picked it and can pick another.
-        may_restart: False: some node cannot take part in another round.
+        policy: the job's restart policy.
+        history: the job's restart history, aged up to now.
+        failures: the failed workers of all nodes, the cause first; empty if there are none.
+        node: the id of the node on which the cause failed.
+        port: the port of the workers' store if the launcher can pick another one; otherwise 0.
+        may_restart: False if a node cannot take part in another round.
     """
     if not failures:
-        return Decision(False, restart_history)
-    if restart_history.uncharged < FREE_RESTARTS and any(
-        failure.rank == 0 and is_port_clash(failure, port) for failure in failures
-    ):
-        return Decision(may_restart, restart_history._replace(uncharged=restart_history.uncharged + 1), failures)
+        return Decision(False, history)
+    is_clash = any(failure.rank == 0 and is_port_clash(failure, port) for failure in failures)
+    if is_clash and history.uncharged < UNCHARGED_RESTARTS:
+        return Decision(may_restart, history._replace(uncharged=history.uncharged + 1), failures)
     cause = failures[0]
-    still, used = _remembered(policy, restart_history)
-    repeats = restart_history.repeats + 1 if _is_same(restart_history, cause) else 1
-    status = shell_status(cause.exitcode)
+    ages, used = _counted_failures(policy, history)
+    signature, status = _signature(cause), shell_status(cause.exitcode)
+    repeats = _repeats(history, signature)
     if used >= policy.max_restarts or not may_restart:
         why = ""
     elif status in policy.fatal_exit_codes:
         why = f"exit status {status} is fatal (--fatal-exit-codes)"
-    elif repeats >= CRASH_LOOP:
-        why = f"crash loop: rank {cause.rank} failed {repeats} times in a row in the same way, with no time in between"
+    elif 0 < policy.crash_loop <= repeats:
+        why = (
+            f"crash loop: rank {cause.rank} failed {repeats} times in a row in the same way within {BACK_TO_BACK:g} s "
+            f"of each other (--crash-loop={policy.crash_loop}; 0 turns this off)"
+        )
     else:
         pause = min(policy.backoff_limit, policy.backoff * 2.0 ** min(used, 1000))
         after = RestartHistory(
             used + 1,
-            restart_history.uncharged,
-            (*still, 0.0) if policy.window else (0.0,),
-            _signature(cause),
+            history.uncharged,
+            (*ages, 0.0) if policy.window else (0.0,),
+            signature,
             repeats,
             node,
-            restart_history.in_a_row + 1 if node == restart_history.node else 1,
+            history.in_a_row + 1 if node == history.node else 1,
         )
         return Decision(True, after, failures, pause=pause)
-    return Decision(False, restart_history._replace(used=used, ages=still), failures, why=why)
+    return Decision(False, history._replace(used=used, ages=ages), failures, why=why)
 
 
-def aged(restart_history: RestartHistory, seconds: float) -> RestartHistory:
-    """The ledger, so many seconds later."""
-    return restart_history._replace(ages=tuple(round(age + seconds, 3) for age in restart_history.ages))
+def aged(history: RestartHistory, seconds: float) -> RestartHistory:
+    """Return the history as it is after so many more seconds."""
+    return history._replace(ages=tuple(round(age + seconds, 3) for age in history.ages))
 
 
-def stands_aside(policy: Policy, restart_history: RestartHistory, node: str) -> bool:
-    """Whether a node has caused so many failures in a row that another should have its place."""
-    return 0 < policy.node_failure_limit <= restart_history.in_a_row and node == restart_history.node
+def is_deprioritized(policy: Policy, history: RestartHistory, node: str) -> bool:
+    """Return whether a node has caused so many failures in a row that a spare should replace it."""
+    return 0 < policy.node_failure_limit <= history.in_a_row and node == history.node
 
 
-def _remembered(policy: Policy, restart_history: RestartHistory) -> tuple[tuple[float, ...], int]:
-    """The failures that are not forgotten yet: their ages, as far as they are kept, and how many there are."""
+def _counted_failures(policy: Policy, history: RestartHistory) -> tuple[tuple[float, ...], int]:
+    """Return the ages of the failures within the policy's window, and how many failures count."""
     if not policy.window:
-        return restart_history.ages, restart_history.used
-    ages = tuple(age for age in restart_history.ages if age <= policy.window)
+        return history.ages, history.used
+    ages = tuple(age for age in history.ages if age <= policy.window)
     return ages, len(ages)
 
 
-def _is_same(restart_history: RestartHistory, cause: ProcessFailure) -> bool:
-    return (
-        bool(restart_history.ages)
-        and restart_history.ages[-1] <= NO_TIME
-        and restart_history.failure == _signature(cause)
-    )
+def _repeats(history: RestartHistory, signature: str) -> int:
+    """Return how often in a row the program has failed in this way; 0 if it did not fail by itself."""
+    if not signature:
+        return 0
+    is_repeat = history.failure == signature and bool(history.ages) and history.ages[-1] <= BACK_TO_BACK
+    return history.repeats + 1 if is_repeat else 1
 
 
 def _signature(cause: ProcessFailure) -> str:
-    """Rank and error; numbers that differ from process to process (addresses, pids, ports) are left out."""
+    """Return rank, status and error without numbers that vary between runs; empty if the worker was killed."""
+    if cause.exitcode < 0 and -cause.exitcode not in _CRASHES:
+        return ""
     error = re.sub(r"0x[0-9a-f]+|\d{4,}", "#", cause.error_line())
-    return shortened(f"{cause.rank} {cause.exitcode} {error}", _SIGNATURE)
+    return shortened(f"{cause.rank} {cause.exitcode} {error}", _MAX_SIGNATURE)

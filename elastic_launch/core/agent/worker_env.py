@@ -1,4 +1,4 @@
-"""Layer 1: what a worker learns of its place: its environment. Pure."""
+"""Build the environment variables from which a worker learns its rank and its peers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from elastic_launch.worker_spec import WorkerSpec
 
 
 def worker_environment(
-    spec: WorkerSpec,
-    assignment: Assignment,
-    local_rank: int,
-    *,
-    run_id: str,
-    inherited: Mapping[str, str],
+    spec: WorkerSpec, assignment: Assignment, local_rank: int, *, run_id: str, inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables that a worker gets beside those that it inherits, by torch's names and with torch's meanings."""
+    """Return the variables that a worker gets in addition to those it inherits, with torch's names and meanings."""
     return {
         "RANK": str(assignment.rank(local_rank)),
         "LOCAL_RANK": str(local_rank),
@@ -38,5 +33,5 @@ def worker_environment(
 
 
 def omp_num_threads(cpus: int, local_world_size: int) -> int:
-    """OpenMP threads for each worker when the user says nothing: the node's CPUs shared out, at least 1."""
+    """Return the default number of OpenMP threads per worker: the node's CPUs shared out, at least 1."""
     return max(1, cpus // local_world_size)

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from elastic_launch.core.agent.lifecycle import Ended, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess
 from elastic_launch.core.agent.restart_policy import follow
-from elastic_launch.core.agent.root_cause import is_consequence, shortened
+from elastic_launch.core.agent.root_cause import is_consequence
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.leader import SHOWN
 from elastic_launch.core.rendezvous.leaving import acknowledge, decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
@@ -19,6 +18,7 @@ from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.records import decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Append
+from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
 from elastic_launch.job import Decision, End, EndKind, Level
 
@@ -190,7 +190,7 @@ def _report(node: NodeState, step: Step) -> None:
 def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailure]) -> None:
     """Tell the node that decides of failures here: consequences, or the cause if its own is a consequence."""
     told = node.round.report.told
-    new = [failure for failure in failures if failure.rank not in told][:SHOWN]
+    new = [failure for failure in failures if failure.rank not in told][:MAX_LISTED]
     told |= {failure.rank for failure in new}
     if new:
         lines = b"".join(encode(Consequence(_brief(failure), node.record.node)) + b"\n" for failure in new)

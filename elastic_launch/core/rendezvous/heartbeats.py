@@ -6,7 +6,7 @@ counts from the last heartbeat that was answered; the workers are killed a margi
 
 from __future__ import annotations
 
-from elastic_launch.core.agent.lifecycle import Ended, Fence
+from elastic_launch.core.agent.messages import Ended, Fence
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
 from elastic_launch.core.rendezvous.records import encode

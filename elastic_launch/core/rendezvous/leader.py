@@ -10,11 +10,9 @@ from elastic_launch.core.rendezvous.messages import LATENESS, Settings
 from elastic_launch.core.rendezvous.monitor import Monitor
 from elastic_launch.core.rendezvous.ranks import choose
 from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status
+from elastic_launch.core.text import listed
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import RestartHistory
-
-SHOWN = 8
-"""Number of hosts that a line names."""
 
 
 class Form(NamedTuple):
@@ -256,13 +254,3 @@ class Leader:
 def disagreement(host: str, pid: int, options: str, other: str, others: str) -> str:
     """Say that two nodes were started with different options."""
     return f"{host} (pid {pid}) was started with {options}, {other} with {others}: give all nodes the same options"
-
-
-def listed(names: Iterable[str]) -> str:
-    """``host-a, host-b (2 nodes), host-c and 12 more``."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    shown = [name if count == 1 else f"{name} ({count} nodes)" for name, count in list(counts.items())[:SHOWN]]
-    more = len(counts) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")

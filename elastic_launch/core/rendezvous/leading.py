@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.heartbeats import reset
-from elastic_launch.core.rendezvous.leader import SHOWN, Form, Later, Leader, Refuse
+from elastic_launch.core.rendezvous.leader import Form, Later, Leader, Refuse
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
@@ -13,6 +13,7 @@ from elastic_launch.core.rendezvous.ranks import assign
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import BATCH, NodeState, Step, Timer
 from elastic_launch.core.store_requests import Get
+from elastic_launch.core.text import MAX_LISTED
 from elastic_launch.job import Decision, End, EndKind, Level
 
 
@@ -87,7 +88,7 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords
     for ticket, record in [(ticket, decode(NodeRecord, data, node.key(f"node/{ticket}"))) for ticket, data in found]:
         leader.note_nodes([(ticket, record)], step.now)
         is_new = ticket in leader.joined and ticket != node.round.ticket and leader.is_new(record)
-        if is_new and node.settings.max_nodes <= SHOWN:  # not those that the leader before has logged
+        if is_new and node.settings.max_nodes <= MAX_LISTED:  # not those that the leader before has logged
             step.log(f"{record.host} has joined: {joined_of(node, len(leader.joined))}", Level.INFO)
     _read_records(node, step, leader, [ticket for ticket in leader.missing if ticket > read[-1]])
     consider(node, step)

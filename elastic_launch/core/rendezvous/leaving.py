@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from elastic_launch.core.agent.lifecycle import Decided, Leave
+from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER, number

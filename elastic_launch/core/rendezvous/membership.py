@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_launch.core.agent.lifecycle import Assigned, counted
+from elastic_launch.core.agent.messages import Assigned
 from elastic_launch.core.rendezvous import heartbeats, questions
 from elastic_launch.core.rendezvous.ending import end_round, read_finished
 from elastic_launch.core.rendezvous.leader import disagreement
@@ -11,6 +11,7 @@ from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitoring import start_monitoring
 from elastic_launch.core.rendezvous.records import Closed, Members, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
+from elastic_launch.core.text import counted
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import Assignment, Decision, End, EndKind
 

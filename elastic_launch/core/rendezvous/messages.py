@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
-from elastic_launch.core.agent.lifecycle import Assigned, Decided, Ended, Log, RendezvousAction
+from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, RendezvousAction
 from elastic_launch.core.rendezvous.questions import Question
 from elastic_launch.core.store_requests import Answer as Reply
 from elastic_launch.core.store_requests import Request as StoreRequest
@@ -49,6 +49,7 @@ class Settings(NamedTuple):
         codes = ",".join(map(str, sorted(policy.fatal_exit_codes)))
         words += [f"--fatal-exit-codes={codes}"] if codes else []
         words += [f"--node-failure-limit={policy.node_failure_limit}"] if policy.node_failure_limit else []
+        words += [f"--crash-loop={policy.crash_loop}"] if policy.crash_loop != Policy().crash_loop else []
         return " ".join(words)
 
     @property

@@ -5,12 +5,12 @@ from __future__ import annotations
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.ending import lose_members
 from elastic_launch.core.rendezvous.heartbeats import renew_lease, reset
-from elastic_launch.core.rendezvous.leader import listed
 from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
 from elastic_launch.core.rendezvous.monitor import TAKE_OVER, Monitor, number
 from elastic_launch.core.rendezvous.records import Members
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+from elastic_launch.core.text import listed
 
 
 def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeartbeat, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_launch.core.agent.restart_policy import aged, stands_aside
+from elastic_launch.core.agent.restart_policy import aged, is_deprioritized
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Join
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Round, Step, Timer, enter
@@ -27,7 +27,7 @@ def look_for_round(node: NodeState, step: Step) -> None:
     past = node.round
     if past.decision and (past.assignment or (past.end and past.end.kind is EndKind.FAILED)):
         history = aged(past.decision.restart_history, step.now - node.decided_at)
-        aside = node.record.deprioritized or stands_aside(node.settings.policy, history, node.record.node)
+        aside = node.record.deprioritized or is_deprioritized(node.settings.policy, history, node.record.node)
         node.record = node.record._replace(restart_history=history, known_round=past.number, deprioritized=aside)
     node.record = node.record._replace(previous_rank=past.assignment.group_rank if past.assignment else -1)
     enter(node, Phase.OPENING)

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from elastic_launch.core.agent.lifecycle import Fence, Leave, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import Fence, Leave, ReportFailure, ReportRound, ReportSuccess
 from elastic_launch.core.rendezvous import (
     ending,
     heartbeats,

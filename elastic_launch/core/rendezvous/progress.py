@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.leader import Leader, listed
+from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.records import Status, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+from elastic_launch.core.text import listed
 from elastic_launch.job import Level
 
 FIRST_LINE, NEXT_LINE = 5.0, 10.0

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic_launch.core.rendezvous.records import NodeRecord
+from elastic_launch.core.text import is_loopback
 from elastic_launch.job import Assignment
 
 
@@ -88,8 +89,3 @@ def assign(members: Sequence[NodeRecord], master_addr: str, master_port: int, **
         )
         base += node.workers
     return assignments
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this host reaches itself by it."""
-    return address.startswith("127.") or address == "::1"

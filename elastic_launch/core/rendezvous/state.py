@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from elastic_launch.core.agent.lifecycle import Assigned, Decided, Ended, Log, ReportRound
+from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, ReportRound
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader

@@ -1,0 +1,47 @@
+"""Format short texts for log lines, reports and file names.
+
+Workers import this module, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MAX_LISTED = 8
+"""Names that ``listed`` writes out before it counts the rest."""
+_IN_FILE_NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 node`` or ``2 nodes``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as a list, as in ``host-a, host-b (2 nodes), host-c and 12 more``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    shown = [name if count == 1 else f"{name} ({count} nodes)" for name, count in list(counts.items())[:MAX_LISTED]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text without its middle if it exceeds ``limit`` characters; a line says how many are missing."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+def as_file_name(text: str) -> str:
+    """Percent-encode what a file name should not contain, as in ``a%2Fb`` for ``a/b``."""
+    data = text.encode(errors="surrogateescape")
+    name = "".join(chr(byte) if byte in _IN_FILE_NAMES else f"%{byte:02X}" for byte in data)
+    return name if name.strip(".") else f"_{name}"
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether a numeric IP address reaches only this host."""
+    return address.startswith("127.") or address == "::1"

@@ -1,0 +1,39 @@
+"""Short texts for log lines, reports and file names."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import quote
+
+import pytest
+
+from elastic_launch.core.text import as_file_name, counted, is_loopback, listed, shortened
+
+
+def test_numbers_have_their_plural() -> None:
+    assert [counted(number, "node") for number in (0, 1, 2)] == ["0 nodes", "1 node", "2 nodes"]
+
+
+def test_a_list_counts_repeated_names_and_the_rest() -> None:
+    assert listed(["a", "b", "a"]) == "a (2 nodes), b"
+    assert listed(f"h{n}" for n in range(20)) == "h0, h1, h2, h3, h4, h5, h6, h7 and 12 more"
+
+
+@pytest.mark.parametrize("limit", [10, 11])
+def test_a_long_text_keeps_its_ends(limit: int) -> None:
+    assert shortened("a" * limit, limit) == "a" * limit
+    assert shortened("start" + "-" * 90 + "final", limit) == "start\n... 90 characters left out ...\nfinal"
+
+
+@pytest.mark.parametrize("text", ["job-1", "a/b", "ü x%", "\udcff", "~_.", "a\nb", "".join(map(chr, range(128)))])
+def test_a_file_name_is_percent_encoded(text: str) -> None:
+    assert as_file_name(text) == quote(os.fsencode(text), safe="")
+
+
+def test_no_file_name_is_empty_or_a_directory() -> None:
+    assert [as_file_name(text) for text in ("", ".", "..")] == ["_", "_.", "_.."]
+
+
+def test_loopback_addresses() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1")))
+    assert not any(map(is_loopback, ("10.0.0.1", "128.0.0.1", "::", "fe80::1")))
