@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from elastic_launch.config import split_endpoint
 from elastic_launch.core.rendezvous.ranks import is_loopback
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
-from elastic_launch.host.ports import port_owner
+from elastic_launch.host.ports import listen, port_owner
 from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.member import EtcdMember, claim
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 
 Address = tuple[int, tuple[Any, ...]]
 """Family, and what ``connect`` takes."""
@@ -73,7 +73,7 @@ class C10dBackend:
         self._host, self._port = host, port
         self._is_host = is_host
         self._environ = environ
-        self._process: StoreHost | None = None
+        self._process: TCPStoreServer | None = None
         self._addresses: list[Address] = []
         self._attempts = 0
 
@@ -87,12 +87,12 @@ class C10dBackend:
         if not self._is_host:
             return
         try:
-            listening = bind_endpoint(self._port)
+            listening = listen(self._port)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return  # another agent hosts the store, or a stranger is there: the connection will show
             raise UnavailableError(f"cannot host {self.where}: {error.strerror}") from error
-        self._process = StoreHost(listening, self._environ)
+        self._process = TCPStoreServer(listening, self._environ)
         self.serves = True
 
     def fresh_store(self) -> int:
@@ -100,7 +100,7 @@ class C10dBackend:
         if self._process is None:
             return 0
         try:
-            listening = bind_endpoint(0)
+            listening = listen(0)
             port: int = listening.getsockname()[1]
             self._process.serve(listening)
         except OSError as error:

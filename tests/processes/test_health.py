@@ -19,8 +19,9 @@ import pytest
 from elastic_launch.agent.loop import Source
 from elastic_launch.errors import UnavailableError
 from elastic_launch.health import server as health
-from elastic_launch.health import server_main as health_main
 from elastic_launch.health.server import HealthServer
+from elastic_launch.health.server_main import MAX_CLIENTS
+from elastic_launch.host import child
 from tests.conftest import DEADLINE, is_alive, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -50,12 +51,17 @@ def response(sock: socket.socket) -> bytes:
 
 
 def turn(server: HealthServer) -> None:
-    """What the agent's loop does, once."""
-    assert is_readable(server), "the server asks nothing"
-    server.answer()
+    """Do what the agent's loop does, once."""
+    assert asks(server), "the server asks nothing"
+    server.take([fd for fd, _ in server.descriptors()])
 
 
-def is_readable(source: socket.socket | HealthServer, seconds: float = DEADLINE) -> bool:
+def asks(server: HealthServer, seconds: float = DEADLINE) -> bool:
+    """Whether the server's process asks the agent something within some seconds."""
+    return any(is_readable(fd, seconds) for fd, _ in server.descriptors())
+
+
+def is_readable(source: socket.socket | int, seconds: float) -> bool:
     poller = select.poll()
     poller.register(source, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
@@ -63,11 +69,12 @@ def is_readable(source: socket.socket | HealthServer, seconds: float = DEADLINE)
 
 def answered(server: HealthServer, sock: socket.socket) -> bytes:
     """The response to a request, from an agent whose loop turns as often as it is asked to."""
+    ((fd, mask),) = server.descriptors()
     poller = select.poll()
-    for source in (server, sock):
-        poller.register(source, select.POLLIN)
+    poller.register(fd, mask)
+    poller.register(sock, select.POLLIN)
     while sock.fileno() not in [fd for fd, _ in poller.poll(DEADLINE * 1000)]:
-        server.answer()
+        server.take([fd])
     return response(sock)
 
 
@@ -149,14 +156,14 @@ def test_request_in_pieces_and_a_client_that_closes_its_end(server: HealthServer
 )
 def test_what_is_no_request_is_refused_without_the_agent(server: HealthServer, request_: bytes, status: int) -> None:
     assert response(ask(server, request_)).startswith(b"HTTP/1.1 %d " % status)
-    assert not is_readable(server, 0)
+    assert not asks(server, 0)
 
 
 def hurried(monkeypatch: pytest.MonkeyPatch, constant: str, seconds: float) -> Iterator[HealthServer]:
     """A server with less patience."""
-    start = "health_main.main("
-    program = health._PROGRAM.replace(start, f"health_main.{constant} = {seconds}; {start}")
-    monkeypatch.setattr(health, "_PROGRAM", program)
+    setting = f"from elastic_launch.health import server_main; server_main.{constant} = {seconds}; "
+    program = child._PROGRAM.replace("child_main.run(", f"{setting}child_main.run(")
+    monkeypatch.setattr(child, "_PROGRAM", program)
     server = HealthServer(0, os.environ)
     yield server
     server.close()
@@ -164,7 +171,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch, constant: str, seconds: float) -> I
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
-    yield from hurried(monkeypatch, "ANSWER_PATIENCE", 0.2)
+    yield from hurried(monkeypatch, "AGENT_PATIENCE", 0.2)
 
 
 @pytest.fixture
@@ -174,7 +181,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
 
 def test_agent_whose_loop_hangs_is_not_healthy_until_it_goes_on(impatient: HealthServer) -> None:
     first = ask(impatient)
-    assert is_readable(impatient)
+    assert asks(impatient)
     second = ask(impatient)
     for sock in (first, second):
         head, _, body = response(sock).partition(b"\r\n\r\n")
@@ -187,19 +194,20 @@ def test_agent_whose_loop_hangs_is_not_healthy_until_it_goes_on(impatient: Healt
 
 def test_one_answer_serves_all_who_wait_for_it(server: HealthServer) -> None:
     first = ask(server)
-    assert is_readable(server)
+    assert asks(server)
     # The server takes connections in their order: with the answer to the last, it has the others, too.
     others = [ask(server) for _ in range(50)]
     assert response(ask(server, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
-    assert server._sock.recv(64, socket.MSG_PEEK) == b"?"
+    assert server._child
+    assert server._child.control.recv(64, socket.MSG_PEEK) == b"?"
     turn(server)
     for sock in (first, *others):
         assert response(sock).startswith(b"HTTP/1.1 200 ")
-    assert not is_readable(server, 0)
+    assert not asks(server, 0)
 
 
 def test_silent_clients_hold_up_nobody(server: HealthServer) -> None:
-    silent = [connect(server) for _ in range(health_main.MOST_CLIENTS + 20)]
+    silent = [connect(server) for _ in range(MAX_CLIENTS + 20)]
     sock = ask(server)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
@@ -221,7 +229,7 @@ def test_clients_that_never_come_to_the_point_are_let_go(strict: HealthServer) -
 
 def test_those_who_have_asked_keep_their_place(server: HealthServer) -> None:
     asked = [ask(server) for _ in range(10)]
-    silent = [connect(server) for _ in range(health_main.MOST_CLIENTS + 10)]
+    silent = [connect(server) for _ in range(MAX_CLIENTS + 10)]
     assert response(ask(server, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
     turn(server)
     for sock in asked:
@@ -232,12 +240,12 @@ def test_those_who_have_asked_keep_their_place(server: HealthServer) -> None:
 
 def test_client_that_gives_up_waiting_costs_nothing(server: HealthServer) -> None:
     sock = ask(server)
-    assert is_readable(server)
+    assert asks(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close with a reset
     sock.close()
-    child = only_child()
-    wait_until(lambda: not [c for c in child.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED])
-    server.answer()
+    process = only_child()
+    wait_until(lambda: not [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED])
+    server.take([fd for fd, _ in server.descriptors()])
     again = ask(server)
     turn(server)
     assert response(again).startswith(b"HTTP/1.1 200 ")
@@ -263,18 +271,18 @@ def test_process_that_is_killed_is_started_again(server: HealthServer) -> None:
 
 
 def test_process_that_dies_time_and_again_is_given_up(server: HealthServer) -> None:
-    for _ in range(health.MOST_SHORT_LIVES):
+    for _ in range(health.MAX_SHORT_LIVES):
         only_child().kill()
         turn(server)
     assert psutil.Process().children() == []
-    assert not is_readable(server, 0)
+    assert server.descriptors() == []
     with pytest.raises(ConnectionRefusedError):
         connect(server)
 
 
 def test_lives_that_were_long_are_not_counted(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "SHORT_LIFE", 0.0)
-    for _ in range(health.MOST_SHORT_LIVES + 1):
+    for _ in range(health.MAX_SHORT_LIVES + 1):
         only_child().kill()
         turn(server)
     assert is_alive(only_child().pid)
@@ -282,21 +290,21 @@ def test_lives_that_were_long_are_not_counted(server: HealthServer, monkeypatch:
 
 def test_close_ends_a_process_that_is_stopped() -> None:
     server = HealthServer(0, os.environ)
-    child = only_child()
-    child.suspend()
+    process = only_child()
+    process.suspend()
     server.close()
-    assert not is_alive(child.pid)
+    assert not is_alive(process.pid)
 
 
 def test_is_out_of_reach_of_signals_that_are_meant_for_all(server: HealthServer) -> None:
-    child = only_child()
-    assert os.getsid(child.pid) == os.getpgid(child.pid) == child.pid
+    process = only_child()
+    assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        child.send_signal(signum)
+        process.send_signal(signum)
     sock = ask(server)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
-    assert only_child() == child
+    assert only_child() == process
 
 
 def test_holds_nothing_of_the_program_around_it(server: HealthServer) -> None:
@@ -322,10 +330,11 @@ if (copy := os.fork()) == 0:  # a program around the agent may do so: the copy h
     signal.pause()
 print(server.port, copy, flush=True)
 while True:
+    ((fd, mask),) = server.descriptors()
     poller = select.poll()
-    poller.register(server, select.POLLIN)
+    poller.register(fd, mask)
     poller.poll()
-    server.answer()
+    server.take([fd])
 """
 
 

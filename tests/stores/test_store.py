@@ -18,10 +18,11 @@ import pytest
 
 from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.memory import MemoryStore
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 from elastic_launch.store.wire import U32, Op
 from tests.conftest import DEADLINE, wait_until
 from tests.support.store_contract import (
@@ -36,21 +37,21 @@ from tests.support.store_contract import (
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[StoreHost]:
+def host() -> Iterator[TCPStoreServer]:
     """A store that the tests share."""
-    with contextlib.closing(StoreHost(bind_endpoint(0), dict(os.environ))) as host:
+    with contextlib.closing(TCPStoreServer(listen(0), dict(os.environ))) as host:
         while not host.take():
             assert select.select([host], [], [], DEADLINE)[0]
         yield host
 
 
 @pytest.fixture(autouse=True)
-def _shared(host: StoreHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def _shared(host: TCPStoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_alone(monkeypatch, host.pid)
 
 
 @pytest.fixture
-def to_host(host: StoreHost) -> Iterator[Callable[[], StoreClient]]:
+def to_host(host: TCPStoreServer) -> Iterator[Callable[[], StoreClient]]:
     """Makes connections to it."""
     with contextlib.ExitStack() as stack:
         yield lambda: stack.enter_context(
@@ -64,7 +65,7 @@ class TestC10d(ServedStoreContract):
         return to_host
 
     @pytest.fixture
-    def freeze(self, host: StoreHost) -> Callable[[], AbstractContextManager[None]]:
+    def freeze(self, host: TCPStoreServer) -> Callable[[], AbstractContextManager[None]]:
         return lambda: frozen(host.pid)
 
 
@@ -131,7 +132,7 @@ store.delete_key("ours")
 """
 
 
-def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], StoreClient], host: StoreHost) -> None:
+def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], StoreClient], host: TCPStoreServer) -> None:
     client, waiter = to_host(), to_host()
     items = (("ours", b"one"), ("clé", b"\0"), ("ours/appended", b"a"), ("p/ours", b"inner"))
     client.call(Set(items), DEADLINE)

@@ -21,48 +21,49 @@ import pytest
 
 from elastic_launch.core.store_requests import Add, Get
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
+from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import connect
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 from tests.conftest import DEADLINE, is_alive, wait_until
 
 
-def wait_for(host: StoreHost) -> bool:
+def wait_for(host: TCPStoreServer) -> bool:
     """Wait for the first word of the process."""
     assert select.select([host], [], [], DEADLINE)[0]
     return host.take()
 
 
 @contextlib.contextmanager
-def hosting(**env: str) -> Iterator[StoreHost]:
-    with contextlib.closing(StoreHost(bind_endpoint(0), {**os.environ, **env})) as host:
+def hosting(**env: str) -> Iterator[TCPStoreServer]:
+    with contextlib.closing(TCPStoreServer(listen(0), {**os.environ, **env})) as host:
         yield host
 
 
 def test_endpoint_is_bound_once() -> None:
-    with bind_endpoint(0) as listening:
+    with listen(0) as listening:
         port = listening.getsockname()[1]
         with pytest.raises(OSError, match="in use") as caught:
-            bind_endpoint(port)
+            listen(port)
         assert caught.value.errno == errno.EADDRINUSE
 
 
 def test_endpoint_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    with bind_endpoint(0) as listening:
+    monkeypatch.setattr(socket, "AF_INET6", 9999)
+    with listen(0) as listening:
         assert listening.family == socket.AF_INET
 
 
 def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
     """One process, since each takes a second to start."""
-    listening = bind_endpoint(0)
+    listening = listen(0)
     port = listening.getsockname()[1]
     with contextlib.ExitStack() as stack:
         early = [
             stack.enter_context(contextlib.closing(connect((address, port), family, "store")))
             for address, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6))
         ]
-        host = stack.enter_context(contextlib.closing(StoreHost(listening, os.environ)))
+        host = stack.enter_context(contextlib.closing(TCPStoreServer(listening, os.environ)))
         assert listening.fileno() == -1
         assert (host.ready, host.take()) == (False, False)
         # Clients that came before the store are served.
@@ -80,7 +81,7 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
         # Further stores are empty, and replace each other.
         ports: list[int] = []
         for _ in range(2):
-            further = bind_endpoint(0)
+            further = listen(0)
             ports.append(further.getsockname()[1])
             host.serve(further)
             with contextlib.closing(connect(("127.0.0.1", ports[-1]), socket.AF_INET, "store")) as client:
@@ -117,8 +118,9 @@ def test_close_ends_it_at_once() -> None:
 
 AGENT = """
 import os, select, sys
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
-host = StoreHost(bind_endpoint(0), os.environ)
+from elastic_launch.host.ports import listen
+from elastic_launch.store.tcpstore_server import TCPStoreServer
+host = TCPStoreServer(listen(0), os.environ)
 if sys.argv[1] == "ready":
     select.select([host], [], [])
     assert host.take()
@@ -149,7 +151,7 @@ def test_it_ends_with_its_agent(when: str) -> None:
     [
         (
             "raise ModuleNotFoundError(\"No module named 'torch'\")",
-            r"needs torch, 2\.5 or later, .*'torch'\); install torch",
+            r"needs torch 2\.5 or later, .*'torch'\); install torch",
         ),
         ("__version__ = '2.4.1+cpu'", r"torch 2\.4\.1\+cpu is too old\); install torch, or use --rdzv-backend etcd"),
         ("__version__ = '2.5.0a0+git1'", r"could not start it \(exit code 1\): RuntimeError: no socket$"),
@@ -175,14 +177,15 @@ def test_torch_that_does_not_serve(tmp_path: Path, torch: str, message: str) -> 
 
 def test_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(UnavailableError, match=r"cannot start the process that hosts the store: .*No such file"):
-        StoreHost(bind_endpoint(0), os.environ)
+    with pytest.raises(UnavailableError, match=r"cannot start the process that serves the store: .*No such file"):
+        TCPStoreServer(listen(0), os.environ)
 
 
 FAILING_DNS = """
 import contextlib, json, os, resource, select, socket, sys, threading, time
 from elastic_launch.core.store_requests import Add
-from elastic_launch.store import tcpstore_server as host
+from elastic_launch.host.ports import listen
+from elastic_launch.store import tcpstore_server
 from elastic_launch.store.client import connect
 
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -201,9 +204,9 @@ sock.bind(("127.0.0.1", 53))
 as_torch_does_it = sys.argv[1] == "as torch does it"
 threading.Thread(target=name_server, args=(sock, as_torch_does_it), daemon=True).start()
 if as_torch_does_it:
-    host._environment = dict
+    tcpstore_server._environment = dict
 with contextlib.ExitStack() as stack:
-    server = stack.enter_context(contextlib.closing(host.StoreHost(host.bind_endpoint(0), os.environ)))
+    server = stack.enter_context(contextlib.closing(tcpstore_server.TCPStoreServer(listen(0), os.environ)))
     select.select([server], [], [], 60)
     start = time.monotonic()
     clients = [

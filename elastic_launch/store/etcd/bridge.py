@@ -70,12 +70,12 @@ class EtcdBridge(Child):
         try:
             ours, theirs = socket.socketpair()
             with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._control.settimeout(CLOSE_PATIENCE)  # a few hundred fit, while the bridge starts
-                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+                self.control.settimeout(CLOSE_PATIENCE)  # a few hundred fit, while the bridge starts
+                socket.send_fds(self.control, [b"+"], [theirs.fileno()])
         except OSError as error:
             raise RendezvousConnectionError(f"cannot connect to the bridge to etcd: {error}") from error
         finally:
-            self._control.setblocking(False)
+            self.control.setblocking(False)
         ours.setblocking(False)
         return ours
 
@@ -86,7 +86,7 @@ class EtcdBridge(Child):
             RendezvousConnectionError: it has ended; the message says why. ``close()`` is still due.
         """
         try:
-            text = self._control.recv(1 << 16)
+            text = self.control.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError:
