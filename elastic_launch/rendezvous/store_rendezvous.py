@@ -339,10 +339,10 @@ class DynamicRendezvous:
     def _check_patience(self) -> None:
         now = time.monotonic()
         if self._calls and not self._calls.ready and now - self._connected_at >= self._timeouts.read:
-            raise self._calls.silence(self._timeouts.read)
+            raise self._calls.timeout_error(self._timeouts.read)
         since = self._asked_at() if self._calls and self._calls.ready else None
         if self._calls and since is not None and now - since >= self._silence_limit:
-            raise self._calls.silence(self._silence_limit)
+            raise self._calls.timeout_error(self._silence_limit)
         if self._calls and self._calls.ready and self._why is None:
             if since is not None and now - max(since, self._said_at) >= SAY_UNREACHABLE:
                 self._said_at = now
@@ -369,7 +369,7 @@ class DynamicRendezvous:
     def _silence(self, seconds: float) -> RendezvousConnectionError:
         """What to say of a store that has not said anything."""
         if self._calls:
-            return self._calls.silence(round(seconds))
+            return self._calls.timeout_error(round(seconds))
         return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
 
     def _give_up(self, text: str) -> None:

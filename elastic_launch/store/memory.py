@@ -1,105 +1,106 @@
-"""Layer 2: a store in memory, with the meaning of the others, for tests and for simulations with a virtual clock.
+"""A store in memory, for tests and for simulations with a virtual clock.
 
-No socket, no clock, no thread: a request is executed when it is made, and the same requests give the same answers.
+It means the same as the other stores. It uses no socket, clock or thread: a request is executed when it is made, and the
+same requests always give the same replies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
-from elastic_launch.store.client import check
+from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
+from elastic_launch.store.codec import check
 
-_Answerer = Callable[[Answer], None]
+_OnReply = Callable[[Reply], None]
 
 
 class MemoryStore:
-    """A store for many connections; a connection is whatever the user names it by."""
+    """A store with many connections. The caller names a connection by any hashable value."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
-        self._waits: dict[Hashable, tuple[set[str], _Answerer]] = {}
-        """By connection: the keys that are missing, and whom to tell."""
+        self._waits: dict[Hashable, tuple[set[str], _OnReply]] = {}
+        """By connection: the keys that are missing, and the callback."""
         self._waiting: dict[str, dict[Hashable, None]] = {}
         """By key: the connections that wait for it, in order."""
 
-    def apply(self, request: Request, answer: _Answerer, connection: Hashable = None) -> None:
-        """Execute a request and answer it; waits that this ends are answered after it, before ``apply`` returns.
+    def apply(self, request: Request, on_reply: _OnReply, connection: Hashable = None) -> None:
+        """Execute a request, and reply to it. Then reply to each ``Wait`` that it ends.
 
         Args:
-            request: any; what a ``Cancel`` ends is the wait of the same connection.
-            answer: called with the answer; it may make further requests. A ``Cancel`` has none.
-            connection: whose request it is.
+            request: The request; ``Cancel`` ends the wait of the same connection.
+            on_reply: Called with the reply, except for ``Cancel``. It may make further requests.
+            connection: The connection that makes the request.
 
         Raises:
-            UsageError: a key or value is beyond TCPStore's limits.
-            RuntimeError: the connection waits.
-            ValueError: ``Add`` to what is no number; TCPStore ends the connection then.
+            UsageError: A key or value exceeds TCPStore's limits.
+            RuntimeError: The connection is waiting.
+            ValueError: ``Add`` to a value that is not a number; TCPStore closes the connection then.
         """
         if isinstance(request, Cancel):
-            if wait := self._forget(connection):
-                wait(False)
+            if end_wait := self._forget(connection):
+                end_wait(False)
             return
         if connection in self._waits:
             raise RuntimeError(f"a connection that waits was asked for {request}")
         check(request)
         values = self.values
         written: tuple[str, ...] = ()
-        result: Answer = None
+        reply: Reply = None
         match request:
             case Get(keys):
-                result = [values.get(key, b"") for key in keys]
+                reply = [values.get(key, b"") for key in keys]
             case Set(items):
                 values.update(items)
                 written = tuple(key for key, _ in items)
             case Swap(key, expected, desired):
-                result = values.get(key, b"")
-                if result == expected:
-                    values[key] = result = desired
+                reply = values.get(key, b"")
+                if reply == expected:
+                    values[key] = reply = desired
                     written = (key,)
             case Add(key, amount):
-                result = int(values.get(key, b"0")) + amount
-                values[key] = str(result).encode()
+                reply = int(values.get(key, b"0")) + amount
+                values[key] = str(reply).encode()
                 written = (key,)
             case Append(key, value):
                 values[key] = values.get(key, b"") + value
                 written = (key,)
             case Delete(key):
-                result = values.pop(key, None) is not None
+                reply = values.pop(key, None) is not None
             case Wait(keys):
                 missing = {key for key in keys if key not in values}
                 if missing:
-                    self._waits[connection] = missing, answer
+                    self._waits[connection] = missing, on_reply
                     for key in missing:
                         self._waiting.setdefault(key, {})[connection] = None
                     return
-                result = True
-        ended = self._arrived(written) if self._waiting else []
-        answer(result)
-        for wait in ended:
-            wait(True)
+                reply = True
+        ended = self._end_waits(written) if self._waiting else []
+        on_reply(reply)
+        for end_wait in ended:
+            end_wait(True)
 
     def drop(self, connection: Hashable) -> None:
-        """Forget a connection that was lost: what it waits for is not answered."""
+        """Forget a connection that was lost, and its wait."""
         self._forget(connection)
 
-    def _arrived(self, keys: tuple[str, ...]) -> list[_Answerer]:
-        """Note that keys exist. Returns whose waits that ends."""
-        ended: list[_Answerer] = []
+    def _end_waits(self, keys: tuple[str, ...]) -> list[_OnReply]:
+        """Remove the waits that end because these keys exist now. Returns their callbacks."""
+        ended: list[_OnReply] = []
         for key in keys:
             for connection in self._waiting.pop(key, ()):
-                missing, answer = self._waits[connection]
+                missing, on_reply = self._waits[connection]
                 missing.discard(key)
                 if not missing:
                     del self._waits[connection]
-                    ended.append(answer)
+                    ended.append(on_reply)
         return ended
 
-    def _forget(self, connection: Hashable) -> _Answerer | None:
-        """End a connection's wait, if it has one. Returns whom to tell."""
-        missing, answer = self._waits.pop(connection, ((), None))
+    def _forget(self, connection: Hashable) -> _OnReply | None:
+        """Remove a connection's wait. Returns its callback; None if there is no wait."""
+        missing, on_reply = self._waits.pop(connection, ((), None))
         for key in missing:
             self._waiting[key].pop(connection)
             if not self._waiting[key]:
                 del self._waiting[key]
-        return answer
+        return on_reply

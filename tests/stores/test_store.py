@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
@@ -74,7 +74,7 @@ class MemoryConnection:
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
-        self.answers: list[tuple[Any, Answer]] = []
+        self.answers: list[tuple[Any, Reply]] = []
 
     def submit(self, request: Request, tag: Any = None) -> None:
         self.store.apply(request, lambda answer: self.answers.append((tag, answer)), self)
@@ -82,11 +82,11 @@ class MemoryConnection:
     def flush(self) -> None:
         pass
 
-    def take(self) -> list[tuple[Any, Answer]]:
+    def take(self) -> list[tuple[Any, Reply]]:
         answers, self.answers = self.answers, []
         return answers
 
-    def call(self, request: Request, timeout: float) -> Answer:
+    def call(self, request: Request, timeout: float) -> Reply:
         self.submit(request)
         return self.answers.pop()[1]
 
@@ -103,7 +103,7 @@ class TestMemory(StoreContract):
 
 def test_answer_in_memory_may_ask_again() -> None:
     store = MemoryStore()
-    log: list[Answer] = []
+    log: list[Reply] = []
     store.apply(Wait(("a",)), lambda _: store.apply(Set((("b", b"x"),)), log.append, "one"), "one")
     store.apply(Wait(("b",)), log.append, "other")
     store.apply(Set((("a", b"x"),)), log.append)
@@ -152,7 +152,7 @@ def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], Store
     assert client.call(Delete("ours"), DEADLINE) is False
 
 
-def step(client: StoreClient) -> list[tuple[Any, Answer]]:
+def step(client: StoreClient) -> list[tuple[Any, Reply]]:
     """What a loop does when something has happened."""
     client.flush()
     return client.take()
@@ -208,12 +208,12 @@ def http(connection: socket.socket) -> None:
     [
         (lambda connection: None, "closes the connection instead of answering.* torch before 2.5", False),
         (lambda connection: connection.recv(1), "closes the connection instead of answering", False),  # a reset
-        (read_to_end, r"accepts connections but does not answer as a TCPStore, for 0\.1 s", False),
+        (read_to_end, r"accepts connections, but has not answered as a TCPStore for 0\.1 s", False),
         (http, "not as a TCPStore does .*HTTP/1.1 400", True),
         (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "SSH-2.0", True),
         (lambda connection: connection.sendall(connection.recv(10)), "not as a TCPStore does", True),  # an echo
         (lambda connection: connection.sendall(b"\0\0"), "closes the connection", False),
-        (greeted(b"\xff" * 8), "a value of .* bytes", True),
+        (greeted(b"\xff" * 8), r"not as a TCPStore does .*\\xff", True),
     ],
     ids=["closes", "resets", "silent", "http", "ssh", "echo", "two bytes", "nonsense"],
 )
@@ -291,7 +291,7 @@ def test_segments_may_be_cut_anywhere(seed: int) -> None:
     store, received, reply = MemoryStore(), bytearray(), bytearray()
     waiting = [False]
 
-    def tell_waiter(done: Answer) -> None:
+    def tell_waiter(done: Reply) -> None:
         waiting[0] = False
         reply.append(wire.DONE if done else wire.STOPPED)
 
@@ -347,8 +347,8 @@ def test_segments_may_be_cut_anywhere(seed: int) -> None:
         )
 
     model = MemoryStore()
-    expected: list[tuple[Any, Answer]] = []
-    found: list[tuple[Any, Answer]] = []
+    expected: list[tuple[Any, Reply]] = []
+    found: list[tuple[Any, Reply]] = []
     with contextlib.closing(StoreClient(ours, "store at here")) as client, theirs:
         for number in range(400):
             request = some_request()
@@ -375,17 +375,6 @@ def test_servers_side_refuses_what_is_no_request() -> None:
     for data in (b"\xff", bytes([Op.SET]) + wire.U64.pack(8193), bytes([Op.WAIT]) + wire.U64.pack(1 << 40)):
         with pytest.raises(wire.ProtocolError):
             wire.take_request(bytearray(data))
-
-
-def test_wire_can_be_imported_alone() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import wire; print([m for m in sys.modules if 'elastic' in m])"
-    run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, os.path.dirname(wire.__file__)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout == "[]\n"
 
 
 def _a_client_is_a_connection(client: StoreClient) -> Connection:

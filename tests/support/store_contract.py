@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from tests import conftest
 from tests.conftest import DEADLINE, is_alive, wait_until
@@ -27,8 +27,8 @@ class Connection(Protocol):
 
     def submit(self, request: Request, tag: Any = None) -> None: ...
     def flush(self) -> None: ...
-    def take(self) -> list[tuple[Any, Answer]]: ...
-    def call(self, request: Request, timeout: float) -> Answer: ...
+    def take(self) -> list[tuple[Any, Reply]]: ...
+    def call(self, request: Request, timeout: float) -> Reply: ...
     def close(self) -> None: ...
 
 
@@ -55,9 +55,9 @@ def frozen(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def answers(connection: Connection, count: int) -> list[tuple[Any, Answer]]:
+def answers(connection: Connection, count: int) -> list[tuple[Any, Reply]]:
     """Wait for answers to what was submitted."""
-    found: list[tuple[Any, Answer]] = []
+    found: list[tuple[Any, Reply]] = []
 
     def look() -> bool:
         connection.flush()
@@ -258,7 +258,7 @@ class StoreContract:
 
     def test_answers_come_in_order(self, connect: Connect, prefix: str) -> None:
         connection = connect()
-        expected: list[tuple[int, Answer]] = []
+        expected: list[tuple[int, Reply]] = []
         for number in range(100):
             key = f"{prefix}{number % 7}"
             sofar = number // 7
@@ -268,7 +268,7 @@ class StoreContract:
             connection.submit(Append(prefix + "a", b"."), 5 * number + 3)
             connection.submit(Delete(prefix + "d"), 5 * number + 4)
             count, text = sofar + 1, b"%d" % number
-            results: list[Answer] = [count, None, [text, b"%d" % count], None, False]
+            results: list[Reply] = [count, None, [text, b"%d" % count], None, False]
             expected += enumerate(results, 5 * number)
         assert answers(connection, 500) == expected
         assert connection.call(Get((prefix + "a",)), DEADLINE) == [b"." * 100]
@@ -311,10 +311,10 @@ class StoreContract:
             (Swap("empty", b"x", b""), "'empty': a value of 0 bytes"),
             (Set((("empty", b""),)), "'empty'"),
             (Append("empty", b""), "'empty'"),
-            (Get(("fine", "k" * 8192)), "'kkk.* has 8192 bytes; 8191 at most"),
+            (Get(("fine", "k" * 8192)), "'kkk.* has 8192 bytes; 8191 are allowed"),
             (Delete("ü" * 4096), "'üüü.* has 8192 bytes"),
             (Wait(("\ud800",)), "UTF-8"),
-            (Get(("k",) * 131073), "'k' and 131072 more: 131072 keys at most"),
+            (Get(("k",) * 131073), "'k' and 131072 more: a request may have 131072 keys at most"),
             (Add("number", 2**63), "'number'.* 64 bits"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, tuple) else value.replace("'", "")[:20],
