@@ -1,9 +1,9 @@
 """Requests to the job's store, as values. Pure.
 
-All stores share this vocabulary. The client of torch's TCPStore sends it over a socket, the etcd bridge translates it to
-etcd v3, and the memory store of tests and simulations serves it from a dict. Keys are text of at most 8 KiB in UTF-8.
-Values are bytes, not empty, of at most 8 MiB. These are the limits of torch's TCPStore. An empty value in a reply means
-that the key does not exist.
+All stores share this vocabulary. The client of torch's TCPStore sends it over a socket, the etcd bridge translates it
+to etcd v3, and the memory store of tests and simulations serves it from a dict. Keys are text of at most 8 KiB in
+UTF-8. Values are bytes, not empty, of at most 8 MiB. These are the limits of torch's TCPStore. An empty value in a
+reply means that the key does not exist.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class HealthServer:
         except OSError as error:
             what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
             raise UnavailableError(
-                f"{VARIABLE}={port}: port {port} {what}; choose another one (each launcher on this host needs its own), "
+                f"{VARIABLE}={port}: port {port} {what}; choose another one (each launcher on a host needs its own), "
                 "or unset the variable"
             ) from error
         self.port: int = self._listening.getsockname()[1]

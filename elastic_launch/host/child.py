@@ -9,12 +9,14 @@ pidfd of it. ``child_main`` is the side of the helper process.
 from __future__ import annotations
 
 import contextlib
+import marshal
 import os
 import select
 import signal
 import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from elastic_launch.env import as_part
 from elastic_launch.errors import how_it_ended
@@ -31,7 +33,7 @@ _PROGRAM = (
 
 
 def spawn(
-    argv: Sequence[str],
+    argv: list[str],
     environ: Mapping[str, str],
     inherited: Mapping[int, int],
     unblocked: Collection[int] = (),
@@ -73,6 +75,7 @@ class Child:
         flags: Sequence[str] = ("-I", "-S"),
         inherited: Sequence[int] = (),
         output: int | None = None,
+        message: Any = None,
     ) -> None:
         """Start the process.
 
@@ -83,6 +86,7 @@ class Child:
             flags: Options of its Python interpreter.
             inherited: Further descriptors, which it inherits under the same numbers.
             output: Descriptor for its standard output and error; None discards them.
+            message: The first message to the process, a value that ``marshal`` supports; None sends nothing.
 
         Raises:
             OSError: The system cannot start the process.
@@ -100,6 +104,9 @@ class Child:
                     {0: null.fileno(), 1: out, 2: out, **{number: number for number in numbers}},
                 )
             self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - end() closes it
+            if message is not None:
+                with contextlib.suppress(BrokenPipeError):  # the socket reports that the process has ended
+                    self.control.send(marshal.dumps(message))
         except OSError:
             self.control.close()
             raise

@@ -1,4 +1,4 @@
-"""Runs in a helper process that ``child.Child`` has started: what each of them does first, and how it watches its agent.
+"""Runs in a helper process that ``child.Child`` has started: its first steps, and how it watches its agent.
 
 It imports next to nothing, because some helper processes stay for the whole job and are meant to be small.
 """

@@ -14,7 +14,7 @@ import socket
 from elastic_launch.errors import UnavailableError
 
 BACKLOG = 4096
-"""Connections that the kernel queues before they are accepted; its own default limit (net.core.somaxconn) is the same."""
+"""Connections to queue until they are accepted; also the default of the kernel's limit, net.core.somaxconn."""
 
 
 def listen(port: int) -> socket.socket:

@@ -21,7 +21,7 @@ from elastic_launch.host.ports import listen, port_owner
 from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.etcd.bridge import EtcdBridge
-from elastic_launch.store.etcd.member import EtcdMember, claim
+from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 
 Address = tuple[int, tuple[Any, ...]]
@@ -242,12 +242,12 @@ class EmbeddedEtcdBackend(EtcdBackend):
         Raises:
             UnavailableError: there is no etcd to start.
         """
-        from elastic_launch.store.etcd.member_main import Plan
-        from elastic_launch.store.etcd.server import etcd_binary  # late, as what follows: few jobs need it
+        from elastic_launch.store.etcd.plan import MemberPlan
+        from elastic_launch.store.etcd.server import etcd_binary  # late: few jobs need it
 
         token = f"elastic-launch/{as_file_name(self._run_id)}"
-        plan = Plan(endpoints=self._members, token=token)
-        self._conf = {**self._conf, "cluster_id": str(plan.cluster)}
+        plan = MemberPlan(endpoints=self._members, token=token)
+        self._conf = {**self._conf, "cluster_id": str(plan.cluster_id)}
         if found := self._find_own():
             own, address = found
             name = self._names[own].replace(":", "_").strip("[]")
@@ -259,7 +259,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
             self._member = EtcdMember(
                 plan._replace(
                     binary=os.path.abspath(etcd_binary()),
-                    own=own,
+                    own_index=own,
                     address=address,
                     folder=os.path.abspath(folder),
                     temporary=not self._log_dir,
@@ -279,7 +279,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 for line in self._member.take():
                     self._log(line)
             except RendezvousConnectionError as error:
-                self._log(f"{error}; this agent goes on without it, as long as a majority of the others serves")
+                self._log(f"{error}; this agent continues without it, as long as a majority of the others serves")
                 self._end_member()
         super().take()
 
@@ -308,7 +308,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
             except RendezvousConnectionError:
                 continue  # a name that is not known yet is not this host's
             address = min(addresses, key=is_loopback, default=None)
-            if address and (claimed := claim(self._names[index], self._run_id)):
+            if address and (claimed := claim_endpoint(self._names[index], self._run_id)):
                 self._claim = claimed
                 if is_loopback(address) and host not in (address, "localhost"):
                     self._log(f"{host} is {address} on this host, where no other can reach it: name it by its address")

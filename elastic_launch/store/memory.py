@@ -1,6 +1,6 @@
 """A store in memory, for tests and for simulations with a virtual clock.
 
-It means the same as the other stores. It uses no socket, clock or thread: a request is executed when it is made, and the
+It behaves like the other stores. It uses no socket, clock or thread: a request is executed when it is made, and the
 same requests always give the same replies.
 """
 

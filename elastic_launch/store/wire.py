@@ -15,7 +15,7 @@ from enum import IntEnum
 class Op(IntEnum):
     """The code that begins a request, with the fields that follow and the reply.
 
-    Operations for queues, for listing keys and for barriers are left out.
+    Operations that our client does not use are left out.
     """
 
     VALIDATE = 0
@@ -23,17 +23,11 @@ class Op(IntEnum):
     SET = 1
     """Key, value; no reply."""
     COMPARE_SET = 2
-    """Key, expected, desired; the value that is stored afterwards, or a non-empty ``expected`` if the key is missing."""
-    GET = 3
-    """Key; its value, empty if it is missing."""
+    """Key, expected, desired; the value that is stored afterwards. If the key is missing and stays so, ``expected``."""
     ADD = 4
     """Key, i64; the sum as i64."""
-    CHECK = 5
-    """Count, keys; u8, DONE if all exist, otherwise STOPPED."""
     WAIT = 6
     """Count, keys; u8 DONE when all exist."""
-    GETNUMKEYS = 7
-    """Nothing; i64."""
     DELETE_KEY = 8
     """Key; i64, 1 if it existed."""
     APPEND = 9
@@ -68,11 +62,8 @@ _FIELDS: dict[Op, tuple[struct.Struct | str | int, ...]] = {
     Op.VALIDATE: (U32,),
     Op.SET: (KEY_LIMIT, VALUE_LIMIT),
     Op.COMPARE_SET: (KEY_LIMIT, VALUE_LIMIT, VALUE_LIMIT),
-    Op.GET: (KEY_LIMIT,),
     Op.ADD: (KEY_LIMIT, I64),
-    Op.CHECK: (_KEYS,),
     Op.WAIT: (_KEYS,),
-    Op.GETNUMKEYS: (),
     Op.DELETE_KEY: (KEY_LIMIT,),
     Op.APPEND: (KEY_LIMIT, VALUE_LIMIT),
     Op.MULTI_GET: (_KEYS,),
@@ -80,7 +71,7 @@ _FIELDS: dict[Op, tuple[struct.Struct | str | int, ...]] = {
     Op.CANCEL_WAIT: (),
     Op.PING: (U32,),
 }
-"""The fields of each request: an integer's format, the limit of a key or value, keys, or alternating keys and values."""
+"""The fields of each request: an integer's format, a limit of a key or value, keys, or alternating keys and values."""
 
 
 def pack_blob(data: bytes) -> bytes:
@@ -95,12 +86,12 @@ def pack_blobs(blobs: Sequence[bytes]) -> bytes:
 
 
 def pack(op: Op, *blobs: bytes) -> bytes:
-    """Pack a request of a fixed number of keys and values: SET, COMPARE_SET, GET, DELETE_KEY, APPEND, CANCEL_WAIT."""
+    """Pack a request of a fixed number of keys and values: SET, COMPARE_SET, DELETE_KEY, APPEND, CANCEL_WAIT."""
     return _OPS[op] + pack_blobs(blobs)
 
 
 def pack_many(op: Op, count: int, blobs: Sequence[bytes]) -> bytes:
-    """Pack CHECK, WAIT, MULTI_GET of keys; or MULTI_SET of alternating keys and values, which counts pairs."""
+    """Pack WAIT, MULTI_GET of keys; or MULTI_SET of alternating keys and values, which counts pairs."""
     return _OPS[op] + U64.pack(count) + pack_blobs(blobs)
 
 

@@ -547,7 +547,9 @@ def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> Non
         with pytest.raises(RendezvousConnectionError):
             agent(Add("n", 1))
         text = why(agent)
-        assert text.startswith(f"etcd at {server.get_endpoint()} lost for 1 s (read_timeout of --rdzv-conf): ")
+        assert text.startswith(
+            f"etcd at {server.get_endpoint()} has not answered for 1 s (read_timeout of --rdzv-conf): "
+        )
     finally:
         server.stop()
 
@@ -605,13 +607,13 @@ def test_tls_that_does_not_fit_says_so(secured: str, certificates: Path, agents:
     path = {name: str(certificates / name) for name in ("ca.pem", "another-ca.pem", "client.pem", "client.key")}
     client = {"cert": path["client.pem"], "key": path["client.key"]}
     text = why(agents(secured, cacert=path["another-ca.pem"], **client))
-    assert f"etcd at {secured} is of no use: its certificate is not one of the authority in cacert" in text
+    assert f"etcd at {secured} cannot be used: its certificate is not signed by the authority in cacert" in text
     text = why(agents(secured, cacert=path["ca.pem"], read_timeout="1"))
     assert secured in text
     assert "cert and key of --rdzv-conf" in text
     text = why(agents(secured, read_timeout="1"))
     assert f"etcd at {secured} cannot be reached" in text
-    assert "it may want protocol=https in --rdzv-conf" in text
+    assert "it may need protocol=https in --rdzv-conf" in text
 
 
 @pytest.fixture(scope="module")
@@ -666,9 +668,9 @@ def test_users_who_may_not_are_told(guarded: str, agents: Callable[..., Agent]) 
     text = why(agents(guarded, user="ann", password="wrong"))
     assert f"etcd at {guarded} does not accept user=ann with this password" in text
     text = why(agents(guarded))
-    assert f"etcd at {guarded} wants a user: pass user=NAME,password=... in --rdzv-conf" in text
+    assert f"etcd at {guarded} requires a user: pass user=NAME,password=... in --rdzv-conf" in text
     text = why(agents(guarded, "/elsewhere/", user="ann", password="pass"))
-    assert "denies user=ann the job's keys" in text
+    assert "denies user=ann access to the job's keys" in text
 
 
 def test_user_and_password_where_nobody_asks_for_them(etcd: str, agents: Callable[..., Agent]) -> None:
@@ -702,7 +704,7 @@ def test_an_http_server(agents: Callable[..., Agent]) -> None:
             server.shutdown()
             thread.join()
     assert endpoint in text
-    assert "is of no use: it is no etcd, but perhaps another HTTP server" in text
+    assert "cannot be used: it is not etcd, but perhaps another HTTP server" in text
 
 
 def test_an_etcd_that_speaks_no_tls(etcd: str, agents: Callable[..., Agent]) -> None:

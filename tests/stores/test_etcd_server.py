@@ -52,7 +52,9 @@ def test_it_ends_with_its_parent() -> None:
 def test_the_variable_names_the_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = tmp_path / "my-etcd"
     monkeypatch.setenv("TORCHELASTIC_ETCD_BINARY_PATH", str(binary))
-    with pytest.raises(UnavailableError, match=r"TORCHELASTIC_ETCD_BINARY_PATH=.*my-etcd: there is no program"):
+    with pytest.raises(
+        UnavailableError, match=r"TORCHELASTIC_ETCD_BINARY_PATH=.*my-etcd: this is not an executable program"
+    ):
         EtcdServer().start()
     binary.write_text("#!/bin/sh\nexit 3\n")
     binary.chmod(0o755)
