@@ -36,6 +36,7 @@ def spawn(
     argv: list[str],
     environ: Mapping[str, str],
     inherited: Mapping[int, int],
+    closed: Collection[int] = (),
     unblocked: Collection[int] = (),
 ) -> int:
     """Start a program in a session of its own, with signals blocked.
@@ -44,7 +45,8 @@ def spawn(
         argv: Path of the program, and its arguments.
         environ: All of its environment variables.
         inherited: Descriptors of this process by their numbers in the new one. The standard streams are inherited
-            unless they are among them; everything else only if it is marked as inheritable.
+            as they are, unless their numbers are among these.
+        closed: Descriptors that are not inherited, even if they are marked as inheritable.
         unblocked: Signals that are not blocked in the new process.
 
     Returns:
@@ -57,8 +59,11 @@ def spawn(
         argv[0],
         argv,
         environ,
-        # A descriptor that is duplicated onto itself loses close-on-exec, in the new process only.
-        file_actions=[(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in inherited.items()],
+        file_actions=[
+            *((os.POSIX_SPAWN_CLOSE, fd) for fd in closed),
+            # A descriptor that is duplicated onto itself loses close-on-exec, in the new process only.
+            *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in inherited.items()),
+        ],
         setsid=True,
         setsigmask=signal.valid_signals() - set(unblocked),
     )
@@ -102,6 +107,7 @@ class Child:
                     [sys.executable, *flags, "-c", _PROGRAM, _ROOT, name, module, *map(str, numbers)],
                     as_part(environ),
                     {0: null.fileno(), 1: out, 2: out, **{number: number for number in numbers}},
+                    closed=_inheritable({*numbers, out}),
                 )
             self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - end() closes it
             if message is not None:
@@ -148,3 +154,13 @@ class Child:
                 signal.pidfd_send_signal(self._process.fileno(), signal.SIGKILL)
             self.has_ended(KILL_PATIENCE)
         self._process.close()
+
+
+def _inheritable(kept: Collection[int]) -> list[int]:
+    """Descriptors of the surrounding program that a new process would inherit."""
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+            if fd > 2 and fd not in kept and os.get_inheritable(fd):
+                found.append(fd)
+    return found

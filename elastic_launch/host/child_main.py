@@ -21,7 +21,7 @@ _DIE_WITH_PARENT = (
 
 
 def run(name: str, module: str, *inherited: str) -> None:
-    """Close everything that is not meant for this process, take a name, and run a module.
+    """Take a name, and run a module.
 
     Args:
         name: The name that ``ps`` shows.
@@ -29,15 +29,9 @@ def run(name: str, module: str, *inherited: str) -> None:
             further inherited descriptors.
         inherited: The numbers of these descriptors.
     """
-    control, agent, *others = kept = [int(number) for number in inherited]
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd in kept:
-            os.set_inheritable(fd, False)
-        elif fd > 2:
-            try:  # noqa: SIM105 - contextlib is an import that the smallest process does without
-                os.close(fd)
-            except OSError:
-                pass  # the descriptor of the listing itself
+    control, agent, *others = numbers = [int(number) for number in inherited]
+    for fd in numbers:
+        os.set_inheritable(fd, False)
     with open("/proc/self/comm", "w") as file:
         file.write(name)
     __import__(module)

@@ -1,4 +1,4 @@
-"""The health server: real requests to the real process, and agents that hang, freeze, die."""
+"""The health server: real requests to the real process, and agents that hang, are stopped, or die."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def ask(server: HealthServer, request: bytes = GET) -> socket.socket:
 
 
 def response(sock: socket.socket) -> bytes:
-    """All that the server has to say, to the end of the connection."""
+    """Everything that the server sends before it closes the connection."""
     with sock, sock.makefile("rb") as file:
         return file.read()
 
 
 def turn(server: HealthServer) -> None:
     """Do what the agent's loop does, once."""
-    assert asks(server), "the server asks nothing"
+    assert asks(server), "the server does not ask"
     server.take([fd for fd, _ in server.descriptors()])
 
 
@@ -68,7 +68,7 @@ def is_readable(source: socket.socket | int, seconds: float) -> bool:
 
 
 def answered(server: HealthServer, sock: socket.socket) -> bytes:
-    """The response to a request, from an agent whose loop turns as often as it is asked to."""
+    """The response to a request, while the agent answers each question."""
     ((fd, mask),) = server.descriptors()
     poller = select.poll()
     poller.register(fd, mask)
@@ -83,7 +83,7 @@ def only_child() -> psutil.Process:
     return child
 
 
-def test_agent_whose_loop_turns_is_healthy(server: HealthServer) -> None:
+def test_agent_whose_loop_runs_is_healthy(server: HealthServer) -> None:
     sock = ask(server)
     turn(server)
     head, _, body = response(sock).partition(b"\r\n\r\n")
@@ -115,13 +115,13 @@ def test_is_a_source_of_the_agents_loop(server: HealthServer) -> None:
         b"GET / HTTP/1.1\r\n\r\nand a body that nobody asked for" * 500,
     ],
 )
-def test_all_that_probes_send_is_understood(server: HealthServer, request_: bytes) -> None:
+def test_requests_of_all_kinds_of_probes_are_understood(server: HealthServer, request_: bytes) -> None:
     sock = ask(server, request_)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
 
 
-def test_answers_the_clients_of_http_and_of_both_families(server: HealthServer) -> None:
+def test_serves_http_clients_over_ipv4_and_ipv6(server: HealthServer) -> None:
     hosts = ["127.0.0.1"] + (["::1"] if socket.has_dualstack_ipv6() else [])
     for host in hosts:
         for method, body in (("GET", b'{"status": "healthy"}\n'), ("HEAD", b"")):
@@ -134,7 +134,7 @@ def test_answers_the_clients_of_http_and_of_both_families(server: HealthServer) 
             client.close()
 
 
-def test_request_in_pieces_and_a_client_that_closes_its_end(server: HealthServer) -> None:
+def test_request_in_pieces_from_a_client_that_closes_its_end(server: HealthServer) -> None:
     sock = connect(server)
     for i in range(len(GET)):
         sock.sendall(GET[i : i + 1])
@@ -154,7 +154,7 @@ def test_request_in_pieces_and_a_client_that_closes_its_end(server: HealthServer
         (b"x" * 100_000, 431),
     ],
 )
-def test_what_is_no_request_is_refused_without_the_agent(server: HealthServer, request_: bytes, status: int) -> None:
+def test_bad_requests_are_refused_without_asking_the_agent(server: HealthServer, request_: bytes, status: int) -> None:
     assert response(ask(server, request_)).startswith(b"HTTP/1.1 %d " % status)
     assert not asks(server, 0)
 
@@ -179,7 +179,7 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
     yield from hurried(monkeypatch, "REQUEST_PATIENCE", 0.3)
 
 
-def test_agent_whose_loop_hangs_is_not_healthy_until_it_goes_on(impatient: HealthServer) -> None:
+def test_agent_whose_loop_hangs_is_unhealthy_until_it_continues(impatient: HealthServer) -> None:
     first = ask(impatient)
     assert asks(impatient)
     second = ask(impatient)
@@ -188,14 +188,14 @@ def test_agent_whose_loop_hangs_is_not_healthy_until_it_goes_on(impatient: Healt
         assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
         assert body == b'{"status": "the launcher does not answer"}\n'
     assert answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 ")
-    assert response(ask(impatient)).startswith(b"HTTP/1.1 503 ")  # what it has answered before counts no more
+    assert response(ask(impatient)).startswith(b"HTTP/1.1 503 ")  # earlier replies do not count any more
     assert answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 ")
 
 
-def test_one_answer_serves_all_who_wait_for_it(server: HealthServer) -> None:
+def test_one_reply_serves_all_waiting_clients(server: HealthServer) -> None:
     first = ask(server)
     assert asks(server)
-    # The server takes connections in their order: with the answer to the last, it has the others, too.
+    # The server accepts connections in their order, so when it answers the last, it has read the others.
     others = [ask(server) for _ in range(50)]
     assert response(ask(server, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
     assert server._child
@@ -206,7 +206,7 @@ def test_one_answer_serves_all_who_wait_for_it(server: HealthServer) -> None:
     assert not asks(server, 0)
 
 
-def test_silent_clients_hold_up_nobody(server: HealthServer) -> None:
+def test_silent_clients_do_not_block_others(server: HealthServer) -> None:
     silent = [connect(server) for _ in range(MAX_CLIENTS + 20)]
     sock = ask(server)
     turn(server)
@@ -219,15 +219,15 @@ def test_silent_clients_hold_up_nobody(server: HealthServer) -> None:
     silent[20].close()
 
 
-def test_clients_that_never_come_to_the_point_are_let_go(strict: HealthServer) -> None:
+def test_clients_that_never_complete_a_request_are_dropped(strict: HealthServer) -> None:
     mute, slow = connect(strict), connect(strict)
     slow.sendall(b"GET / HTT")
     assert response(ask(strict, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
     for sock in (mute, slow):
-        assert response(sock) == b""  # comes when their time is over
+        assert response(sock) == b""  # when their time is over
 
 
-def test_those_who_have_asked_keep_their_place(server: HealthServer) -> None:
+def test_clients_that_have_asked_are_not_replaced(server: HealthServer) -> None:
     asked = [ask(server) for _ in range(10)]
     silent = [connect(server) for _ in range(MAX_CLIENTS + 10)]
     assert response(ask(server, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
@@ -238,7 +238,7 @@ def test_those_who_have_asked_keep_their_place(server: HealthServer) -> None:
         sock.close()
 
 
-def test_client_that_gives_up_waiting_costs_nothing(server: HealthServer) -> None:
+def test_client_that_disconnects_while_it_waits_does_no_harm(server: HealthServer) -> None:
     sock = ask(server)
     assert asks(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close with a reset
@@ -270,7 +270,7 @@ def test_process_that_is_killed_is_started_again(server: HealthServer) -> None:
     assert response(sock).startswith(b"HTTP/1.1 200 ")
 
 
-def test_process_that_dies_time_and_again_is_given_up(server: HealthServer) -> None:
+def test_process_that_keeps_dying_is_given_up(server: HealthServer) -> None:
     for _ in range(health.MAX_SHORT_LIVES):
         only_child().kill()
         turn(server)
@@ -280,7 +280,7 @@ def test_process_that_dies_time_and_again_is_given_up(server: HealthServer) -> N
         connect(server)
 
 
-def test_lives_that_were_long_are_not_counted(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lives_are_not_counted(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "SHORT_LIFE", 0.0)
     for _ in range(health.MAX_SHORT_LIVES + 1):
         only_child().kill()
@@ -296,7 +296,7 @@ def test_close_ends_a_process_that_is_stopped() -> None:
     assert not is_alive(process.pid)
 
 
-def test_is_out_of_reach_of_signals_that_are_meant_for_all(server: HealthServer) -> None:
+def test_ignores_signals_to_all_processes_of_a_job(server: HealthServer) -> None:
     process = only_child()
     assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -307,12 +307,12 @@ def test_is_out_of_reach_of_signals_that_are_meant_for_all(server: HealthServer)
     assert only_child() == process
 
 
-def test_holds_nothing_of_the_program_around_it(server: HealthServer) -> None:
+def test_inherits_nothing_of_the_surrounding_program(server: HealthServer) -> None:
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     second = HealthServer(0, os.environ)
     os.close(writing)
-    wait_until(lambda: select.select([reading], [], [], 0)[0], "somebody holds the other end of the pipe")
+    wait_until(lambda: select.select([reading], [], [], 0)[0], "the end of the pipe: a process holds its other end")
     assert os.read(reading, 1) == b""
     os.close(reading)
     second.close()
@@ -325,7 +325,7 @@ AGENT = """
 import os, select, signal
 from elastic_launch.health.server import HealthServer
 server = HealthServer(0, os.environ)
-if (copy := os.fork()) == 0:  # a program around the agent may do so: the copy holds all that the agent holds
+if (copy := os.fork()) == 0:  # as a surrounding program may do: the copy has all descriptors of the agent
     server._listening.close()
     signal.pause()
 print(server.port, copy, flush=True)
@@ -342,12 +342,12 @@ class Agent(NamedTuple):
     process: subprocess.Popen[str]
     port: int
     copy: int
-    """A process that was forked from it."""
+    """The pid of a process that was forked from it."""
 
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    """An agent of which nothing is left but its loop."""
+    """An agent reduced to its loop."""
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True, cwd=root)
     assert process.stdout
@@ -369,7 +369,7 @@ def status(port: int) -> int:
     return answer.status
 
 
-def test_agent_that_is_stopped_is_not_healthy(agent: Agent) -> None:
+def test_stopped_agent_is_unhealthy(agent: Agent) -> None:
     assert status(agent.port) == 200
     agent.process.send_signal(signal.SIGSTOP)
     assert status(agent.port) == 503

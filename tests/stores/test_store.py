@@ -1,4 +1,4 @@
-"""The job's store: what every store must do, in memory and on torch's own TCPStore; and our client among strangers."""
+"""The job's store: the contract of all stores, in memory and on torch's TCPStore; and other servers than a store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.store_contract import (
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[TCPStoreServer]:
-    """A store that the tests share."""
+    """A store that the tests of this file share."""
     with contextlib.closing(TCPStoreServer(listen(0), dict(os.environ))) as host:
         while not host.take():
             assert select.select([host], [], [], DEADLINE)[0]
@@ -52,7 +52,7 @@ def _shared(host: TCPStoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def to_host(host: TCPStoreServer) -> Iterator[Callable[[], StoreClient]]:
-    """Makes connections to it."""
+    """Make connections to the store."""
     with contextlib.ExitStack() as stack:
         yield lambda: stack.enter_context(
             contextlib.closing(connect(("127.0.0.1", host.port), socket.AF_INET, "store at here"))
@@ -70,14 +70,14 @@ class TestC10d(ServedStoreContract):
 
 
 class MemoryConnection:
-    """A connection to a store in memory, which looks like a client."""
+    """A connection to a store in memory, with the interface of a client."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
         self.answers: list[tuple[Any, Reply]] = []
 
     def submit(self, request: Request, tag: Any = None) -> None:
-        self.store.apply(request, lambda answer: self.answers.append((tag, answer)), self)
+        self.store.apply(request, lambda reply: self.answers.append((tag, reply)), self)
 
     def flush(self) -> None:
         pass
@@ -101,7 +101,7 @@ class TestMemory(StoreContract):
         return lambda: MemoryConnection(store)
 
 
-def test_answer_in_memory_may_ask_again() -> None:
+def test_callback_of_the_memory_store_may_make_requests() -> None:
     store = MemoryStore()
     log: list[Reply] = []
     store.apply(Wait(("a",)), lambda _: store.apply(Set((("b", b"x"),)), log.append, "one"), "one")
@@ -132,7 +132,7 @@ store.delete_key("ours")
 """
 
 
-def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], StoreClient], host: TCPStoreServer) -> None:
+def test_client_of_torch_and_ours_see_the_same_keys(to_host: Callable[[], StoreClient], host: TCPStoreServer) -> None:
     client, waiter = to_host(), to_host()
     items = (("ours", b"one"), ("clé", b"\0"), ("ours/appended", b"a"), ("p/ours", b"inner"))
     client.call(Set(items), DEADLINE)
@@ -153,13 +153,13 @@ def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], Store
 
 
 def step(client: StoreClient) -> list[tuple[Any, Reply]]:
-    """What a loop does when something has happened."""
+    """What a loop does when the socket is ready."""
     client.flush()
     return client.take()
 
 
 class Server:
-    """Accepts connections and does with them what a test says, in a thread."""
+    """Accepts a connection, and handles it as a test says, in a thread."""
 
     def __init__(self, serve: Callable[[socket.socket], None]) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -186,8 +186,8 @@ def read_to_end(connection: socket.socket) -> None:
         pass
 
 
-def greeted(answer: bytes) -> Callable[[socket.socket], None]:
-    """A server that greets as it should, and then answers with these bytes, and nothing more."""
+def validated(answer: bytes) -> Callable[[socket.socket], None]:
+    """A server that completes the handshake, and then sends these bytes and nothing else."""
 
     def serve(connection: socket.socket) -> None:
         data = connection.recv(1 << 16, socket.MSG_PEEK)
@@ -213,11 +213,11 @@ def http(connection: socket.socket) -> None:
         (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "SSH-2.0", True),
         (lambda connection: connection.sendall(connection.recv(10)), "not as a TCPStore does", True),  # an echo
         (lambda connection: connection.sendall(b"\0\0"), "closes the connection", False),
-        (greeted(b"\xff" * 8), r"not as a TCPStore does .*\\xff", True),
+        (validated(b"\xff" * 8), r"not as a TCPStore does .*\\xff", True),
     ],
     ids=["closes", "resets", "silent", "http", "ssh", "echo", "two bytes", "nonsense"],
 )
-def test_strangers(serve: Callable[[socket.socket], None], message: str, certain: bool) -> None:
+def test_servers_that_are_not_a_store(serve: Callable[[socket.socket], None], message: str, certain: bool) -> None:
     with Server(serve) as client, pytest.raises(NotAStoreError, match=f"^store at here:1 .*{message}") as caught:
         client.call(Get(("k",)), 0.1 if serve is read_to_end else DEADLINE)
     assert caught.value.certain is certain
@@ -229,8 +229,8 @@ def test_strangers(serve: Callable[[socket.socket], None], message: str, certain
     [(Wait(("k",)), b"\1"), (Wait(("k",)), b"\7"), (Add("k", 1), b"\0" * 9)],
     ids=["stopped wait", "wait", "too much"],
 )
-def test_nonsense_after_the_greeting(request_: Request, answer: bytes) -> None:
-    with Server(greeted(answer)) as client:
+def test_nonsense_after_the_handshake(request_: Request, answer: bytes) -> None:
+    with Server(validated(answer)) as client:
         client.submit(request_)
         with pytest.raises(NotAStoreError, match="not as a TCPStore does"):
             wait_until(lambda: step(client) and False)
@@ -255,7 +255,7 @@ def test_address_without_a_route() -> None:
 
 
 def test_connection_that_is_not_accepted() -> None:
-    """A full queue: the system drops what comes, as a firewall does."""
+    """The queue is full: the system drops packets, as a firewall does."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(contextlib.closing(connect(listening.getsockname(), socket.AF_INET, "store at here:1")))
@@ -265,7 +265,7 @@ def test_connection_that_is_not_accepted() -> None:
             clients[-1].call(Get(()), 0.1)
 
 
-def test_answers_before_a_loss_are_handed_out() -> None:
+def test_replies_before_a_loss_are_returned() -> None:
     def serve(connection: socket.socket) -> None:
         connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:] + wire.I64.pack(5) + b"\0\0")
 
@@ -276,15 +276,15 @@ def test_answers_before_a_loss_are_handed_out() -> None:
         with pytest.raises(RendezvousConnectionError, match="connection lost") as caught:
             wait_until(lambda: client.take() and False)
         assert not isinstance(caught.value, NotAStoreError)
-        client.submit(Add("k", 5))  # a connection that is lost takes requests, and says again that it is
+        client.submit(Add("k", 5))  # a lost connection accepts requests, and reports the loss again
         assert not client.wants_write()
         with pytest.raises(RendezvousConnectionError, match="connection lost"):
             client.take()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_segments_may_be_cut_anywhere(seed: int) -> None:
-    """The same answers come of the bytes of a server however they are cut; likewise the server's side."""
+def test_messages_may_be_cut_anywhere(seed: int) -> None:
+    """The client gets the same replies however the bytes are cut, and so does the server with requests."""
     chance = random.Random(seed)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -371,7 +371,7 @@ def test_segments_may_be_cut_anywhere(seed: int) -> None:
     assert store.values == model.values
 
 
-def test_servers_side_refuses_what_is_no_request() -> None:
+def test_server_side_refuses_bad_requests() -> None:
     for data in (b"\xff", bytes([Op.SET]) + wire.U64.pack(8193), bytes([Op.WAIT]) + wire.U64.pack(1 << 40)):
         with pytest.raises(wire.ProtocolError):
             wire.take_request(bytearray(data))

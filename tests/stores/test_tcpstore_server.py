@@ -1,4 +1,4 @@
-"""The process that hosts the job's store: how it starts, fails and ends, and what it does where DNS does not answer."""
+"""The process that serves the c10d store: how it starts, fails and ends, and what it does if DNS does not answer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.conftest import DEADLINE, is_alive, wait_until
 
 
 def wait_for(host: TCPStoreServer) -> bool:
-    """Wait for the first word of the process."""
+    """Wait for the first report of the process."""
     assert select.select([host], [], [], DEADLINE)[0]
     return host.take()
 
@@ -54,8 +54,8 @@ def test_endpoint_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
         assert listening.family == socket.AF_INET
 
 
-def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
-    """One process, since each takes a second to start."""
+def test_life_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    """One test, because each process takes a second to start."""
     listening = listen(0)
     port = listening.getsockname()[1]
     with contextlib.ExitStack() as stack:
@@ -66,19 +66,19 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
         host = stack.enter_context(contextlib.closing(TCPStoreServer(listening, os.environ)))
         assert listening.fileno() == -1
         assert (host.ready, host.take()) == (False, False)
-        # Clients that came before the store are served.
+        # Clients that connected before the store are served.
         assert [client.call(Add("n", 1), DEADLINE) for client in early] == [1, 2]
         assert wait_for(host)
         assert (host.ready, host.take()) == (True, True)
 
-        # It is out of reach of signals that are for others.
+        # Signals to the job's other processes do not end it.
         assert os.getsid(host.pid) == host.pid
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(host.pid, signum)
         soft, hard = psutil.Process(host.pid).rlimit(psutil.RLIMIT_NOFILE)
         assert soft == hard
 
-        # Further stores are empty, and replace each other.
+        # Additional stores are empty, and replace each other.
         ports: list[int] = []
         for _ in range(2):
             further = listen(0)
@@ -89,7 +89,7 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
         with socket.socket() as sock:
             assert sock.connect_ex(("127.0.0.1", ports[0])) == errno.ECONNREFUSED
 
-        # A bad client is turned away, without a page on the terminal.
+        # A bad client is refused, without a page of errors on the terminal.
         with socket.create_connection(("127.0.0.1", port)) as bad:
             bad.sendall(wire.pack_hello(1) + wire.pack(wire.Op.SET, b"k" * 9000, b"x"))
             with contextlib.suppress(ConnectionError):
@@ -108,7 +108,7 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
             late.call(Get(("n",)), DEADLINE)
 
 
-def test_close_ends_it_at_once() -> None:
+def test_close_ends_the_process_at_once() -> None:
     with hosting() as host:
         before = time.monotonic()
         host.close()
@@ -124,7 +124,7 @@ host = TCPStoreServer(listen(0), os.environ)
 if sys.argv[1] == "ready":
     select.select([host], [], [])
     assert host.take()
-child = os.fork()  # a program that forks keeps the stream open
+child = os.fork()  # a program that forks keeps the socket open
 if child == 0:
     sys.stdin.read()
     os._exit(0)
@@ -134,14 +134,14 @@ select.select([], [], [])
 
 
 @pytest.mark.parametrize("when", ["early", "ready"])
-def test_it_ends_with_its_agent(when: str) -> None:
+def test_process_ends_with_its_agent(when: str) -> None:
     command = [sys.executable, "-c", AGENT, when]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout
         host, child = map(int, agent.stdout.readline().split())
         assert is_alive(host)
         agent.kill()
-        wait_until(lambda: not is_alive(host), "the host's end")
+        wait_until(lambda: not is_alive(host), "the end of the store's process")
         assert is_alive(child)
     wait_until(lambda: not is_alive(child), "the end of the child, whose input has ended")
 
@@ -163,7 +163,7 @@ def test_it_ends_with_its_agent(when: str) -> None:
     ],
     ids=["missing", "too old", "error", "abort", "silent"],
 )
-def test_torch_that_does_not_serve(tmp_path: Path, torch: str, message: str) -> None:
+def test_torch_that_cannot_serve(tmp_path: Path, torch: str, message: str) -> None:
     (tmp_path / "torch" / "distributed").mkdir(parents=True)
     (tmp_path / "torch" / "__init__.py").write_text(torch)
     (tmp_path / "torch" / "distributed" / "__init__.py").write_text(
@@ -228,11 +228,11 @@ mount --bind "$1/resolv.conf" /etc/resolv.conf
 mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf
 exec "$2" -c "$3" "$4" "$5"
 """
-"""A network of its own with one address that stands in no hosts file."""
+"""Makes a network namespace with one address that no hosts file lists."""
 
 
 def where_dns_fails(tmp_path: Path, how: str, clients: int) -> dict[str, Any]:
-    """Have clients connect to a host whose name server fails. Needs root, or the right to make namespaces."""
+    """Connect clients to a host whose name server fails. Needs the permission to create namespaces."""
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
     command = ["unshare", "--net", "--mount", "sh", "-c", WORLD, "sh", str(tmp_path), sys.executable, FAILING_DNS, how]
@@ -248,17 +248,17 @@ def where_dns_fails(tmp_path: Path, how: str, clients: int) -> dict[str, Any]:
     return result
 
 
-def test_a_thousand_clients_where_dns_is_silent(tmp_path: Path) -> None:
+def test_thousand_clients_without_answers_from_dns(tmp_path: Path) -> None:
     result = where_dns_fails(tmp_path, "as we do it", 1000)
     assert result["answered"] == 1000
     assert result["seconds"] < 5
     assert result["questions"] == []  # no name server was asked
 
 
-def test_lost_answers_of_dns_would_stop_torchs_server(tmp_path: Path) -> None:
-    """The trap that the test above is about: for each client the whole server waits until it asks DNS again.
+def test_lost_dns_answers_would_block_the_server_of_torch(tmp_path: Path) -> None:
+    """The problem that the test above covers: for each client the whole server waits until it asks DNS again.
 
-    Of a server that never answers, torch 2.13 gives up after the first client.
+    If a name server never answers, torch 2.13 stops asking after the first client.
     """
     result = where_dns_fails(tmp_path, "as torch does it", 3)
     assert result["answered"] == 3
