@@ -47,9 +47,9 @@ class HealthServer:
         self._short_lives = 0
         try:
             self._child: Child | None = self._start()
-        except OSError as error:
+        except UnavailableError:
             self._listening.close()
-            raise UnavailableError(f"cannot start the process that serves {VARIABLE}={port}: {error}") from error
+            raise
 
     def descriptors(self) -> list[tuple[int, int]]:
         """The descriptor to wait for, with its poll mask; it changes when another process is started."""
@@ -74,8 +74,13 @@ class HealthServer:
 
     def _start(self) -> Child:
         self._started_at = time.monotonic()
-        module = "elastic_launch.health.server_main"
-        return Child("elastic-health", module, self._environ, inherited=[self._listening.fileno()])
+        return Child(
+            f"the process that serves {VARIABLE}={self.port}",
+            "elastic-health",
+            "elastic_launch.health.server_main",
+            self._environ,
+            inherited=[self._listening.fileno()],
+        )
 
     def _restart(self, lost: Child) -> None:
         """Start another process, unless the last ones ended too soon: then refuse clients from now on."""
@@ -83,7 +88,7 @@ class HealthServer:
         self._child = None
         self._short_lives = self._short_lives + 1 if time.monotonic() - self._started_at < SHORT_LIFE else 0
         if self._short_lives < MAX_SHORT_LIVES:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(UnavailableError):
                 self._child = self._start()
                 return
         self._listening.close()

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from elastic_launch.env import as_part
-from elastic_launch.errors import how_it_ended
+from elastic_launch.errors import UnavailableError, how_it_ended
 
 KILL_PATIENCE = 2.0
 """Seconds to wait for the end of a process that was killed."""
@@ -74,48 +74,54 @@ class Child:
 
     def __init__(
         self,
+        what: str,
         name: str,
         module: str,
         environ: Mapping[str, str],
         flags: Sequence[str] = ("-I", "-S"),
         inherited: Sequence[int] = (),
-        output: int | None = None,
+        keeps_output: bool = False,
         message: Any = None,
     ) -> None:
         """Start the process.
 
         Args:
+            what: The process in the words of an error message: ``the bridge to etcd``.
             name: The name that ``ps`` shows, up to 15 characters.
             module: The module of this package that it runs; ``child_main.run`` tells how.
             environ: Its environment variables.
             flags: Options of its Python interpreter.
             inherited: Further descriptors, which it inherits under the same numbers.
-            output: Descriptor for its standard output and error; None discards them.
+            keeps_output: Keep its standard output and error for ``last_line``; otherwise they are discarded.
             message: The first message to the process, a value that ``marshal`` supports; None sends nothing.
 
         Raises:
-            OSError: The system cannot start the process.
+            UnavailableError: The system cannot start the process (no pidfd before Linux 5.3, no more processes).
         """
         self._exitcode: int | None = None
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control.setblocking(False)
         try:
-            with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent, open(os.devnull, "r+b", 0) as null:
-                numbers = (theirs.fileno(), agent.fileno(), *inherited)
-                out = null.fileno() if output is None else output
-                self.pid = spawn(
-                    [sys.executable, *flags, "-c", _PROGRAM, _ROOT, name, module, *map(str, numbers)],
-                    as_part(environ),
-                    {0: null.fileno(), 1: out, 2: out, **{number: number for number in numbers}},
-                    closed=_inheritable({*numbers, out}),
-                )
-            self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - end() closes it
-            if message is not None:
-                with contextlib.suppress(BrokenPipeError):  # the socket reports that the process has ended
-                    self.control.send(marshal.dumps(message))
-        except OSError:
-            self.control.close()
-            raise
+            with contextlib.ExitStack() as on_error:
+                self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                on_error.callback(self.control.close)
+                self.control.setblocking(False)
+                output = os.memfd_create(name) if keeps_output else os.devnull
+                self._output = on_error.enter_context(open(output, "r+b", 0))
+                out = self._output.fileno()
+                with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent, open(os.devnull, "rb") as null:
+                    numbers = (theirs.fileno(), agent.fileno(), *inherited)
+                    self.pid = spawn(
+                        [sys.executable, *flags, "-c", _PROGRAM, _ROOT, name, module, *map(str, numbers)],
+                        as_part(environ),
+                        {0: null.fileno(), 1: out, 2: out, **{number: number for number in numbers}},
+                        closed=_inheritable(numbers),
+                    )
+                self._process = on_error.enter_context(open(os.pidfd_open(self.pid), "rb"))
+                if message is not None:
+                    with contextlib.suppress(BrokenPipeError):  # the socket reports that the process has ended
+                        self.control.send(marshal.dumps(message))
+                on_error.pop_all()
+        except OSError as error:
+            raise UnavailableError(f"cannot start {what}: {error}") from error
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 when it is closed."""
@@ -138,6 +144,11 @@ class Child:
         self.has_ended(KILL_PATIENCE)
         return "exit code unknown" if self._exitcode is None else how_it_ended(self._exitcode)
 
+    def last_line(self) -> str:
+        """The last line of the process's output."""
+        self._output.seek(0)  # the process has moved the shared offset
+        return self._output.read().decode(errors="replace").strip().rpartition("\n")[2]
+
     def end(self, patience: float = 0.0) -> None:
         """End the process, and reap it. Does nothing the second time.
 
@@ -154,6 +165,7 @@ class Child:
                 signal.pidfd_send_signal(self._process.fileno(), signal.SIGKILL)
             self.has_ended(KILL_PATIENCE)
         self._process.close()
+        self._output.close()
 
 
 def _inheritable(kept: Collection[int]) -> list[int]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 from collections.abc import Mapping
 
-from elastic_launch.errors import RendezvousConnectionError, UnavailableError
+from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.child import Child
 
 
@@ -29,20 +28,16 @@ class TCPStoreServer(Child):
         self.ready = False
         """Whether the store serves."""
         self.port: int = listening.getsockname()[1]
-        with contextlib.ExitStack() as on_error, listening:
-            try:
-                self._output = on_error.enter_context(open(os.memfd_create("tcpstore-output"), "rb"))
-                super().__init__(
-                    "elastic-store",
-                    "elastic_launch.store.tcpstore_server_main",
-                    _environment(environ),
-                    flags=["-P"],  # the working directory may hold a torch.py
-                    inherited=[listening.fileno()],
-                    output=self._output.fileno(),
-                )
-            except OSError as error:
-                raise UnavailableError(f"cannot start the process that serves the store: {error}") from error
-            on_error.pop_all()
+        with listening:
+            super().__init__(
+                "the process that serves the store",
+                "elastic-store",
+                "elastic_launch.store.tcpstore_server_main",
+                _environment(environ),
+                flags=["-P"],  # the working directory may hold a torch.py
+                inherited=[listening.fileno()],
+                keeps_output=True,
+            )
 
     def take(self) -> bool:
         """Read what the process reports.
@@ -76,7 +71,6 @@ class TCPStoreServer(Child):
     def close(self) -> None:
         """End the process, and the store with it. There is nothing to save."""
         self.end()
-        self._output.close()
 
     def _why(self) -> str:
         """Why the process has ended, in a sentence."""
@@ -86,8 +80,7 @@ class TCPStoreServer(Child):
                 f"the process that served the store on port {self.port} is gone ({how}), and the store with it; unless "
                 "somebody killed it, check whether this node has run out of memory"
             )
-        self._output.seek(0)  # the process moved the shared offset
-        last = self._output.read().decode(errors="replace").strip().rpartition("\n")[2]
+        last = self.last_line()
         if last.startswith(("ImportError", "ModuleNotFoundError")):
             return (
                 f"the c10d store needs torch 2.5 or later, which {sys.executable} cannot import ({last}); "

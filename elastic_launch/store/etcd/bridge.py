@@ -51,16 +51,13 @@ class EtcdBridge(Child):
 
         Raises:
             UsageError: A setting is wrong, or its file cannot be read.
-            RendezvousConnectionError: The system cannot start a process.
+            UnavailableError: The system cannot start the process.
         """
         self.where = f"etcd at {endpoints}"
         """The name of the store in messages."""
         message = {"prefix": prefix, "path": list(map(str, sys.path)), **_parse_settings(endpoints, conf)}
         module = "elastic_launch.store.etcd.bridge_main"
-        try:
-            super().__init__("elastic-etcd", module, environ, flags=["-I"], message=message)
-        except OSError as error:
-            raise RendezvousConnectionError(f"cannot start the bridge to etcd: {error}") from error
+        super().__init__("the bridge to etcd", "elastic-etcd", module, environ, flags=["-I"], message=message)
 
     def connect(self) -> socket.socket:
         """Make a connection that speaks TCPStore's protocol, and never blocks. Its requests wait for the bridge.

@@ -51,15 +51,12 @@ class EtcdMember(Child):
             environ: Environment variables of the process and of etcd. Those for proxies or another etcd are left out.
 
         Raises:
-            RendezvousConnectionError: The system cannot start a process.
+            UnavailableError: The system cannot start the process.
         """
         kept = {name: value for name, value in etcd_environment(environ).items() if name.lower() not in _PROXIES}
         self._temporary = plan.folder if plan.temporary else ""
         module = "elastic_launch.store.etcd.member_main"
-        try:
-            super().__init__("elastic-member", module, kept, message=tuple(plan))
-        except OSError as error:
-            raise RendezvousConnectionError(f"cannot start the process for an etcd member: {error}") from error
+        super().__init__("the process for an etcd member", "elastic-member", module, kept, message=tuple(plan))
 
     def take(self) -> list[str]:
         """Read the lines that the process has for the console.
