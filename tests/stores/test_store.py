@@ -21,10 +21,10 @@ from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
-from elastic_launch.store.memory import MemoryStore
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 from elastic_launch.store.wire import U32, Op
 from tests.conftest import DEADLINE, wait_until
+from tests.support.memory_store import MemoryStore
 from tests.support.store_contract import (
     Connect,
     Connection,

@@ -43,7 +43,7 @@ from elastic_launch.core.rendezvous.protocol import Answered, Appeared, Ask, Clo
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Cancel, Wait
 from elastic_launch.job import Assignment, Level
-from elastic_launch.store.memory import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 
 class World:
