@@ -1,9 +1,9 @@
 """Starts helper processes of the agent, and ends them.
 
-A helper process does what the agent's own process must not: it imports torch or gRPC, starts threads, waits in system
-calls. The bridge to etcd, an embedded etcd member, torch's TCPStore and the health server are such processes. Each has
-a session of its own, all signals blocked, and a socket to the agent. It ends with the agent, because it also holds a
-pidfd of it. ``child_main`` is the side of the helper process.
+A helper process does what the agent's own process must not: it imports torch or gRPC, starts threads, or blocks. The
+bridge to etcd, an embedded etcd member, torch's TCPStore and the health server are such processes. Each has a session
+of its own, all signals blocked, and a socket to the agent. It also holds a pidfd of the agent, and ends with it.
+``child_main`` is the helper process's side.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def encode_handshake() -> tuple[bytes, Reader]:
             raise ProtocolError
         return None
 
-    return wire.pack_hello(U32.unpack(nonce)[0]), read()
+    return wire.pack_handshake(nonce), read()
 
 
 def _read_values(count: int) -> Generator[int, bytes, list[bytes]]:

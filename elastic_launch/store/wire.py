@@ -100,13 +100,13 @@ def pack_add(key: bytes, amount: int) -> bytes:
     return _OPS[Op.ADD] + pack_blob(key) + I64.pack(amount)
 
 
-def pack_hello(nonce: int) -> bytes:
-    """Pack the beginning of a connection, VALIDATE and PING. The reply is the nonce, packed with ``U32``."""
-    return _OPS[Op.VALIDATE] + U32.pack(MAGIC) + _OPS[Op.PING] + U32.pack(nonce)
+def pack_handshake(nonce: bytes) -> bytes:
+    """Pack the beginning of a connection, VALIDATE and PING. The reply is the nonce, four bytes."""
+    return _OPS[Op.VALIDATE] + U32.pack(MAGIC) + _OPS[Op.PING] + nonce
 
 
 class ProtocolError(Exception):
-    """The bytes are not a message of this protocol; the connection is of no use any more."""
+    """The bytes are not a message of this protocol; the connection cannot be used any more."""
 
 
 Field = int | bytes | list[bytes]

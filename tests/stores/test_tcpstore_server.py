@@ -91,7 +91,7 @@ def test_life_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:
 
         # A bad client is refused, without a page of errors on the terminal.
         with socket.create_connection(("127.0.0.1", port)) as bad:
-            bad.sendall(wire.pack_hello(1) + wire.pack(wire.Op.SET, b"k" * 9000, b"x"))
+            bad.sendall(wire.pack_handshake(b"1234") + wire.pack(wire.Op.SET, b"k" * 9000, b"x"))
             with contextlib.suppress(ConnectionError):
                 while bad.recv(100):
                     pass

