@@ -47,13 +47,14 @@ from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Get, Request
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
+from elastic_launch.host.ports import listen
 from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 
 FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001")
 """The failure that ends a round."""
@@ -438,7 +439,7 @@ def serving(store: str) -> Iterator[tuple[int, int]]:
         finally:
             server.stop()
         return
-    host = StoreHost(bind_endpoint(0), dict(os.environ))
+    host = TCPStoreServer(listen(0), dict(os.environ))
     try:
         while not host.take():
             select.select([host], [], [], 60)

@@ -1,8 +1,9 @@
-"""Layer 1: what can be asked of the job's store, as values. Pure.
+"""Requests to the job's store, as values. Pure.
 
-One vocabulary for every store: the client of torch's TCPStore speaks it on a socket, the etcd bridge answers it from
-etcd v3, the memory store of tests and simulations from a dict. Keys are text of at most 8 KiB in UTF-8, values are
-bytes, not empty, of at most 8 MiB: the limits of torch's TCPStore. An empty value in an answer means: no such key.
+All stores share this vocabulary. The client of torch's TCPStore sends it over a socket, the etcd bridge translates it
+to etcd v3, and the memory store of tests and simulations serves it from a dict. Keys are text of at most 8 KiB in
+UTF-8. Values are bytes, not empty, of at most 8 MiB. These are the limits of torch's TCPStore. An empty value in a
+reply means that the key does not exist.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from typing import NamedTuple
 
 
 class Get(NamedTuple):
-    """Read keys; the answer is a list of their values, ``b""`` for each that does not exist."""
+    """Read keys. The reply is a list of their values, ``b""`` for each key that does not exist."""
 
     keys: tuple[str, ...]
 
 
 class Set(NamedTuple):
-    """Write keys; the answer is None, and says only that the request is on its way."""
+    """Write keys. The reply is None, and says only that the request has been sent."""
 
     items: tuple[tuple[str, bytes], ...]
 
 
 class Swap(NamedTuple):
-    """Compare and set: write ``desired`` where the key holds ``expected``, or does not exist and ``expected`` is empty.
+    """Compare and set: write ``desired`` if the key holds ``expected``, or if it is missing and ``expected`` is empty.
 
-    The answer is the value that the key holds then, ``b""`` if it does not exist. It is ``desired`` on success.
+    The reply is the value that the key holds afterwards: ``desired`` on success, ``b""`` if it does not exist.
     """
 
     key: str
@@ -34,37 +35,40 @@ class Swap(NamedTuple):
 
 
 class Add(NamedTuple):
-    """Add to a number, which begins at 0; the answer is the sum. It is stored as decimal text."""
+    """Add to a number, which begins at 0. The reply is the sum. It is stored as decimal text."""
 
     key: str
     amount: int
 
 
 class Append(NamedTuple):
-    """Add bytes at a value's end; the answer is None, as for ``Set``."""
+    """Append bytes to a value. The reply is None, as for ``Set``."""
 
     key: str
     value: bytes
 
 
 class Delete(NamedTuple):
-    """Remove a key; the answer is whether it was there."""
+    """Remove a key. The reply is whether it existed."""
 
     key: str
 
 
 class Wait(NamedTuple):
-    """Wait until every one of the keys exists; the answer is True.
+    """Wait until all the keys exist. The reply is True.
 
-    A connection that waits can be asked for nothing else until then, but ``Cancel``.
+    Until then, the connection accepts no other request than ``Cancel``.
     """
 
     keys: tuple[str, ...]
 
 
 class Cancel(NamedTuple):
-    """End the connection's ``Wait``, whose answer is False then (True if it was answered already). None of its own."""
+    """End the connection's ``Wait``, which is answered with False (True if its keys had just appeared).
+
+    ``Cancel`` itself has no reply.
+    """
 
 
 Request = Get | Set | Swap | Add | Append | Delete | Wait | Cancel
-Answer = list[bytes] | bytes | int | bool | None
+Reply = list[bytes] | bytes | int | bool | None

@@ -1,31 +1,58 @@
-"""Layer 2: how a process that ``child.Child`` has started begins: with nothing but what is meant for it."""
+"""Runs in a helper process that ``child.Child`` has started: its first steps, and how it watches its agent.
+
+It imports next to nothing, because some helper processes stay for the whole job and are meant to be small.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
+import select
 import socket
+import sys
 
-_PR_SET_NAME = 15
+TYPE_CHECKING = False  # mypy knows the name; importing typing would cost memory
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_DIE_WITH_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9);"  # PR_SET_PDEATHSIG, SIGKILL
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 
-def begin(control: int, agent: int, name: str) -> socket.socket:
-    """Close what the agent left open, and take a name.
+def run(name: str, module: str, *inherited: str) -> None:
+    """Take a name, and run a module.
 
     Args:
-        control: the inherited descriptor of the socket to the agent.
-        agent: that of a pidfd of the agent.
-        name: of the process, as ``ps`` shows it.
-
-    Returns:
-        The socket.
+        name: The name that ``ps`` shows.
+        module: A module with ``main(control, agent, *others)``: the socket to the agent, a pidfd of the agent, and
+            further inherited descriptors.
+        inherited: The numbers of these descriptors.
     """
-    for fd in (control, agent):
+    control, agent, *others = numbers = [int(number) for number in inherited]
+    for fd in numbers:
         os.set_inheritable(fd, False)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in (control, agent):
-            with contextlib.suppress(OSError):  # the descriptor of the listing itself
-                os.close(fd)
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
-    return socket.socket(fileno=control)
+    with open("/proc/self/comm", "w") as file:
+        file.write(name)
+    __import__(module)
+    sys.modules[module].main(socket.socket(fileno=control), agent, *others)
+
+
+def wait_for_agent(control: socket.socket, agent: int) -> bool:
+    """Wait until the agent sends a message, closes the socket, or ends. Returns False if its process has ended.
+
+    The socket alone would not do: a program that forks may keep a copy of its other end.
+    """
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    poller.register(agent, select.POLLIN)
+    return agent not in dict(poller.poll())
+
+
+def dying_with_parent(argv: Sequence[str]) -> list[str]:
+    """Wrap a command so that the kernel kills its process when the thread that starts it ends.
+
+    A small Python program sets that up and then executes the command. Code that runs between fork and exec would be
+    shorter, but may hang in a program full of threads.
+    """
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *argv]

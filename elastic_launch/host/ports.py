@@ -1,8 +1,8 @@
-"""Layer 2: this host's ports and addresses, above all the port on which rank 0 serves the process group's store.
+"""Ports and addresses of this host: listening, reserving a port, finding its owner.
 
-A port that is looked up and let go can be taken before the worker binds it. So the agent keeps its socket bound, but
-never listens on it: the kernel then gives the port to nobody who asks for any port, and a worker that asks for this
-one, with SO_REUSEADDR as torch's store does, gets it.
+A port that is looked up and released can be taken before the worker of rank 0 binds it. So the agent keeps its socket
+bound, but never listens on it. The kernel then gives that port to nobody who asks for any port, and a worker can still
+bind it with SO_REUSEADDR, as torch's store does.
 """
 
 from __future__ import annotations
@@ -13,28 +13,53 @@ import socket
 
 from elastic_launch.errors import UnavailableError
 
+BACKLOG = 4096
+"""Connections to queue until they are accepted; also the default of the kernel's limit, net.core.somaxconn."""
 
-def reserve_port(port: int = 0) -> socket.socket:
-    """Bind a port on all addresses, IPv6 and IPv4 where there is IPv6. Closing the socket ends the reservation.
+
+def listen(port: int) -> socket.socket:
+    """Listen on a TCP port on every address of this host, IPv6 and IPv4. Clients are queued from then on.
 
     Args:
-        port: the port; 0 picks a free one.
+        port: The port; 0 picks a free one.
 
     Raises:
-        UnavailableError: the port is in use; the message names the process where that can be known.
+        OSError: EADDRINUSE if another process listens there, even if it began at the same moment; or another error.
+    """
+    sock = _bind(port)
+    try:
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def reserve_port(port: int = 0) -> socket.socket:
+    """Bind a TCP port on every address of this host, IPv6 and IPv4. Closing the socket ends the reservation.
+
+    Args:
+        port: The port; 0 picks a free one.
+
+    Raises:
+        UnavailableError: The port is in use; the message names the process if it can be found.
     """
     try:
-        return _bind(socket.AF_INET6, "::", port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UnavailableError(_in_use(port)) from error
-    try:
-        return _bind(socket.AF_INET, "0.0.0.0", port)  # no IPv6 on this host
+        return _bind(port)
     except OSError as error:
         raise UnavailableError(_in_use(port) if error.errno == errno.EADDRINUSE else f"port {port}: {error}") from error
 
 
-def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+def _bind(port: int) -> socket.socket:
+    try:
+        return _bind_family(socket.AF_INET6, "::", port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise
+    return _bind_family(socket.AF_INET, "0.0.0.0", port)  # this host has no IPv6
+
+
+def _bind_family(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -51,13 +76,13 @@ def _in_use(port: int) -> str:
     owner = port_owner(port)
     by = f" by {owner}" if owner else ""
     return (
-        f"port {port} is in use{by}: choose another (--master-port, PET_MASTER_PORT, or the endpoint's), "
-        "or none to have a free one picked"
+        f"port {port} is in use{by}: choose another one (--master-port, PET_MASTER_PORT, or the port of the endpoint), "
+        "or leave it out to have a free port picked"
     )
 
 
 def outward_address() -> str:
-    """The address of this host on its way out, for other hosts; empty where there is none. Nothing is sent."""
+    """The address of this host as other hosts see it; empty if it has no route to them. Nothing is sent."""
     for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):  # reserved for documentation
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect((far, 9))
@@ -66,8 +91,8 @@ def outward_address() -> str:
 
 
 def port_owner(port: int) -> str | None:
-    """The process that listens on a TCP port, ``python (pid 812)``; None where that cannot be known."""
-    import psutil  # late: 20 ms, and only needed to explain a failure
+    """The process that listens on a TCP port, ``python (pid 812)``; None if it cannot be found."""
+    import psutil  # late: takes 20 ms, and is only needed to explain a failure
 
     try:
         for connection in psutil.net_connections("tcp"):

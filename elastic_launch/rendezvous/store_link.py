@@ -253,16 +253,16 @@ class StoreLink:
 
     def _silence(self, seconds: float) -> RendezvousConnectionError:
         if self._requests:
-            return self._requests.silence(round(seconds))
+            return self._requests.timeout_error(round(seconds))
         return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
 
     def _check_patience(self) -> None:
         now = self._clock()
         if self._requests and self.state is LinkState.GREETING and now >= self._connected_at + self._timeouts.read:
-            raise self._requests.silence(self._timeouts.read)
+            raise self._requests.timeout_error(self._timeouts.read)
         since = self._asked_at() if self.state is LinkState.READY else None
         if self._requests and since is not None and now >= since + self._timeouts.silence:
-            raise self._requests.silence(self._timeouts.silence)
+            raise self._requests.timeout_error(self._timeouts.silence)
         if self.state is LinkState.READY and self._error is None:
             if since is not None and now >= max(since, self._logged_at) + LOG_INTERVAL:
                 self._logged_at = now

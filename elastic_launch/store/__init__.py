@@ -1,1 +1,1 @@
-"""Layer 2: the job's store: clients, and the processes that serve it."""
+"""The job's store: clients, and the processes that serve it."""

@@ -1,7 +1,7 @@
-"""Layer 2: the client of a store that speaks TCPStore's wire protocol: torch's own, or the etcd bridge.
+"""A client of the job's store: a connection that never blocks, for use in an event loop.
 
-One connection that never blocks and is made to sit in an event loop. It knows sockets, resolves no names, decides
-nothing: when to give up and whether to try again is its user's business.
+It speaks the protocol of torch's TCPStore, which the etcd bridge serves as well. It resolves no names, and it neither
+gives up nor tries again: that is left to its caller.
 """
 
 from __future__ import annotations
@@ -13,29 +13,25 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
-from enum import Enum
 from typing import Any, Final
 
-from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
-from elastic_launch.errors import RendezvousConnectionError, UsageError
-from elastic_launch.store import wire
-from elastic_launch.store.wire import I64, U32, U64, Op
+from elastic_launch.core.store_requests import Cancel, Reply, Request, Wait
+from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.store.codec import Reader, describe, encode, encode_handshake
+from elastic_launch.store.wire import ProtocolError
 
 DEAD_HOST_PATIENCE = 20
-"""Seconds after which a host that acknowledges nothing counts as gone, and the connection as lost."""
+"""Seconds without an acknowledgement after which a host is presumed dead, and the connection lost."""
 
 _CHUNK: Final = 1 << 16
-_ANSWER_LIMIT: Final = 1 << 30
-"""Bytes of a value in an answer; beyond is nonsense. Values that were appended to may exceed ``wire.VALUE_LIMIT``."""
 
 
 class NotAStoreError(RendezvousConnectionError):
-    """What answers there is no TCPStore that we can talk to: to try again does not help.
+    """The server is not a TCPStore that we can talk to, so trying again does not help.
 
-    ``certain`` is False where the server only closed the connection before its first answer. That is what a server does
-    that is none, or is of torch before 2.5; but so does one that ends with this connection still in its queue.
-    Believe it when it happens again.
+    ``certain`` is False if the server closed the connection before its first reply. Other servers do that, and so does
+    the TCPStore of torch before 2.5. But a TCPStore that ends while this connection is queued does it, too. Believe the
+    error when it is repeated.
     """
 
     def __init__(self, message: str, certain: bool) -> None:
@@ -43,33 +39,35 @@ class NotAStoreError(RendezvousConnectionError):
         self.certain = certain
 
 
-class _Reply(Enum):
-    """What the server answers a request with."""
-
-    NONCE = 0
-    NOTHING = 1
-    NUMBER = 2
-    FLAG = 3
-    BLOB = 4
-    BLOBS = 5
-    WAITED = 6
-    CANCELLED = 7
+class _CallTag:
+    """The tag of a request that ``StoreClient.call`` makes."""
 
 
-class _Call:
-    """The tag of a request made by ``call``."""
+class _Pending:
+    """A request that has no reply yet."""
+
+    def __init__(self, request: Request | None, tag: Any, reader: Reader | None, end: int) -> None:
+        self.request = request
+        """None for the handshake."""
+        self.tag = tag
+        self.reader = reader
+        """Reads the reply; None if the server sends no reply."""
+        self.needed = next(reader) if reader else 0
+        """The number of bytes that the reader needs next."""
+        self.end = end
+        """The number of bytes to be sent on the connection, up to and including this request."""
 
 
 def connect(address: tuple[Any, ...] | str, family: int, where: str) -> StoreClient:
-    """Begin to connect. Whether that worked shows at the client's ``take``.
+    """Begin to connect. The client's ``take`` raises an error if that fails.
 
     Args:
-        address: where to, as the family has it; a numeric IP address and a port.
-        family: of the address, as ``getaddrinfo`` gives it.
-        where: what messages call the server: ``store at host-a:29400``.
+        address: The address in the form of its family; for IP a numeric address and a port.
+        family: The address family, as returned by ``getaddrinfo``.
+        where: The name of the server in messages: ``store at host-a:29400``.
 
     Raises:
-        RendezvousConnectionError: this system has no such sockets, or no more.
+        RendezvousConnectionError: The system cannot create such a socket, or no further one.
     """
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -95,81 +93,54 @@ def connect(address: tuple[Any, ...] | str, family: int, where: str) -> StoreCli
 class StoreClient:
     """A connection to a store.
 
-    In a loop: wait for ``fileno()`` to be readable, and writable while ``wants_write()``; then ``flush()`` and
-    ``take()``. ``submit`` and ``flush`` raise nothing when the connection is lost: that, and only that, shows at
-    ``take``, once it has handed out all the answers that came before.
+    In a loop, wait until ``fileno()`` is readable, or writable while ``wants_write()``. Then call ``flush()`` and
+    ``take()``. When the connection is lost, ``submit`` and ``flush`` raise nothing. ``take`` raises the error after it
+    has returned all replies that came before.
     """
 
     def __init__(self, sock: socket.socket, where: str) -> None:
-        """Take over a non-blocking stream socket, connected or still connecting, and queue the greeting."""
+        """Use a non-blocking stream socket that is connected or connecting, and queue the handshake."""
         self.where = where
         self.ready = False
-        """Whether the server has shown that it is a TCPStore."""
+        """Whether the server has completed the handshake."""
         self._sock = sock
         self._out = bytearray()
-        self._queued = self._sent = 0
-        """Bytes so far."""
         self._in = bytearray()
-        self._expected: deque[tuple[_Reply, Any, Any]] = deque()
-        """What the server still has to answer, with the request's tag and what is needed to understand the answer."""
-        self._blobs: list[bytes] = []
-        """The values of an answer that has come in part."""
-        self._kept: list[tuple[Any, Answer]] = []
-        """Answers that ``call`` came across."""
+        self._queued = self._sent = 0
+        """Bytes on this connection so far."""
+        self._pending: deque[_Pending] = deque()
+        """Requests without a reply, in order."""
+        self._kept: list[tuple[Any, Reply]] = []
+        """Replies that ``call`` has read, and that ``take`` will return."""
         self._failure: RendezvousConnectionError | None = None
-        nonce = U32.unpack(os.urandom(U32.size))[0]
-        self._queue(wire.pack_hello(nonce), _Reply.NONCE, None, nonce)
+        self._queue(None, None, *encode_handshake())
 
     def fileno(self) -> int:
-        """The descriptor to wait on; -1 when closed."""
+        """The descriptor to wait for; -1 when the connection is closed."""
         return self._sock.fileno()
 
     def wants_write(self) -> bool:
-        """Whether ``flush`` has work to do as soon as the socket is writable."""
+        """Whether ``flush`` should be called when the socket is writable."""
         return bool(self._out)
 
     def submit(self, request: Request, tag: Any = None) -> None:
-        """Queue a request; ``take`` gives its answer with the tag. Answers come in the order of the requests.
+        """Queue a request. ``take`` returns its reply with the tag. Replies come in the order of the requests.
 
-        ``Set`` and ``Append`` are answered when they have left for the server. ``Cancel`` has no answer, and does
-        nothing where no ``Wait`` is unanswered.
+        ``Set`` and ``Append`` are answered when they have been sent. ``Cancel`` has no reply, and does nothing if no
+        ``Wait`` is pending.
 
         Raises:
-            UsageError: a key or value is beyond the protocol's limits; nothing was queued.
-            RuntimeError: the connection waits.
+            UsageError: A key or value exceeds the limits of the protocol. Nothing was queued.
+            RuntimeError: The connection is waiting.
         """
-        waits = bool(self._expected) and self._expected[-1][0] is _Reply.WAITED
-        if isinstance(request, Cancel):
-            if waits:
-                self._queue(wire.pack(Op.CANCEL_WAIT), _Reply.CANCELLED, None, None)
-            return
-        if waits:
+        waits = bool(self._pending) and isinstance(self._pending[-1].request, Wait)
+        if waits and not isinstance(request, Cancel):
             raise RuntimeError(f"a connection that waits was asked for {describe(request)}")
-        check(request)
-        match request:
-            case Get(keys):
-                self._queue(wire.pack_many(Op.MULTI_GET, len(keys), _names(keys)), _Reply.BLOBS, tag, len(keys))
-            case Set(((key, value),)):
-                self._queue(wire.pack(Op.SET, _name(key), value), _Reply.NOTHING, tag, None)
-            case Set(items):
-                pairs = [blob for key, value in items for blob in (_name(key), value)]
-                self._queue(wire.pack_many(Op.MULTI_SET, len(items), pairs), _Reply.NOTHING, tag, None)
-            case Swap(key, expected, desired) if expected == desired:
-                # It changes nothing whatever the key holds, and TCPStore's answer would be the same without a key.
-                self._queue(wire.pack_many(Op.MULTI_GET, 1, [_name(key)]), _Reply.BLOB, tag, b"")
-            case Swap(key, expected, desired):
-                self._queue(wire.pack(Op.COMPARE_SET, _name(key), expected, desired), _Reply.BLOB, tag, expected)
-            case Add(key, amount):
-                self._queue(wire.pack_add(_name(key), amount), _Reply.NUMBER, tag, None)
-            case Append(key, value):
-                self._queue(wire.pack(Op.APPEND, _name(key), value), _Reply.NOTHING, tag, None)
-            case Delete(key):
-                self._queue(wire.pack(Op.DELETE_KEY, _name(key)), _Reply.FLAG, tag, None)
-            case Wait(keys):
-                self._queue(wire.pack_many(Op.WAIT, len(keys), _names(keys)), _Reply.WAITED, tag, None)
+        if waits or not isinstance(request, Cancel):
+            self._queue(request, tag, *encode(request))
 
     def flush(self) -> None:
-        """Send what the system takes at once."""
+        """Send as much as the socket accepts without blocking."""
         try:
             while self._out:
                 sent = self._sock.send(self._out, socket.MSG_NOSIGNAL)
@@ -180,88 +151,92 @@ class StoreClient:
         except OSError as error:
             self.fail(error)
 
-    def take(self) -> list[tuple[Any, Answer]]:
-        """Read what has come.
+    def take(self) -> list[tuple[Any, Reply]]:
+        """Read replies without blocking.
 
         Returns:
-            The requests' tags and answers, in order.
+            The tag and the reply of each request that was answered, in order.
 
         Raises:
-            NotAStoreError: the server is no TCPStore, or too old.
-            RendezvousConnectionError: the server cannot be reached, or the connection is lost.
+            NotAStoreError: The server is not a TCPStore, or too old.
+            RendezvousConnectionError: The server cannot be reached, or the connection is lost.
         """
-        answers = self._kept + self._collect()
+        replies = self._kept + self._collect()
         self._kept.clear()
-        if not answers and self._failure:
+        if not replies and self._failure:
             raise self._failure
-        return answers
+        return replies
 
-    def call(self, request: Request, timeout: float) -> Answer:
-        """Submit a request and wait for its answer, for tests and tools; ``take`` still gives what others submitted.
+    def call(self, request: Request, timeout: float) -> Reply:
+        """Submit a request and wait for its reply, for tests and tools. Other replies are kept for ``take``.
 
-        A ``Wait`` that is not answered in time goes on until it is cancelled.
+        A ``Wait`` that times out goes on until it is cancelled.
 
         Args:
-            request: anything but ``Cancel``, which has no answer.
-            timeout: in seconds.
+            request: Any request but ``Cancel``, which has no reply.
+            timeout: The time to wait, in seconds.
 
         Raises:
-            UsageError: see ``submit``.
-            RendezvousConnectionError: see ``take``; or there is no answer in time.
+            UsageError: A key or value exceeds the limits of the protocol.
+            RendezvousConnectionError: As for ``take``; or there is no reply in time.
         """
-        mine = _Call()
+        mine = _CallTag()
         self.submit(request, mine)
         end = time.monotonic() + timeout
         poller = select.poll()
         while True:
             self.flush()
-            found: list[Answer] = []
-            for tag, answer in self._collect():
+            found: list[Reply] = []
+            for tag, reply in self._collect():
                 if tag is mine:
-                    found.append(answer)
-                elif not isinstance(tag, _Call):
-                    self._kept.append((tag, answer))
+                    found.append(reply)
+                elif not isinstance(tag, _CallTag):
+                    self._kept.append((tag, reply))
             if found:
                 return found[0]
             if self._failure:
                 raise self._failure
             left = end - time.monotonic()
             if left <= 0:
-                raise self.silence(timeout, describe(request))
+                raise self.timeout_error(timeout, describe(request))
             poller.register(self._sock, select.POLLIN | select.POLLOUT if self._out else select.POLLIN)
             poller.poll(left * 1000 + 1)
 
-    def silence(self, seconds: float, request: str = "") -> RendezvousConnectionError:
-        """The error to raise when this connection has said nothing for too long: it names what was missing.
+    def timeout_error(self, seconds: float, request: str = "a request") -> RendezvousConnectionError:
+        """The error to raise if nothing has come over this connection for too long; it says what was missing.
 
         Args:
-            seconds: how long it was waited for.
-            request: what was asked, as ``describe`` puts it.
+            seconds: How long the caller has waited.
+            request: What the caller has asked for, as put by ``describe``.
         """
         if self.ready:
             return RendezvousConnectionError(
-                f"{self.where} has not answered {request or 'a request'} for {seconds:g} s; "
-                "see whether the process that serves it is stopped, or its node overloaded"
+                f"{self.where} has not answered {request} for {seconds:g} s; "
+                "check whether the process that serves it is stopped, or its node overloaded"
             )
         try:
             self._sock.getpeername()
         except OSError:
             return RendezvousConnectionError(
                 f"{self.where}: no connection after {seconds:g} s; "
-                "see whether that node is up, and whether a firewall drops packets to that port"
+                "check whether that node is up, and whether a firewall drops packets to that port"
             )
         return NotAStoreError(
-            f"{self.where} accepts connections but does not answer as a TCPStore, for {seconds:g} s; "
-            "see which program listens there, or pass another port in --rdzv-endpoint",
+            f"{self.where} accepts connections, but has not answered as a TCPStore for {seconds:g} s; "
+            "check which program listens there, or pass another port in --rdzv-endpoint",
             certain=False,
         )
 
     def close(self) -> None:
-        """Close the connection; what has not been sent is lost."""
+        """Close the connection. What has not been sent is discarded."""
         self._sock.close()
 
     def fail(self, error: OSError | None) -> None:
-        """Note that the connection is lost: by an error, or closed by the server (None). The first one counts."""
+        """Record that the connection is lost. Only the first cause counts.
+
+        Args:
+            error: The cause; None if the server has closed the connection.
+        """
         self._out.clear()
         if self._failure:
             return
@@ -269,35 +244,35 @@ class StoreClient:
         how = error.strerror if error else "closed by the server"
         if self.ready:
             self._failure = RendezvousConnectionError(
-                f"{self.where}: connection lost: {how}; see whether the node and the process that serve it still run"
+                f"{self.where}: connection lost: {how}; "
+                "check whether the node and the process that serve it are still running"
             )
         elif code in (None, errno.ECONNRESET, errno.EPIPE):
             self._failure = NotAStoreError(
-                f"{self.where} closes the connection instead of answering: it is not a TCPStore, or one of torch "
-                "before 2.5, or it has just ended; see which program listens there, or pass another port in "
+                f"{self.where} closes the connection instead of answering: it is not a TCPStore, belongs to torch "
+                "before 2.5, or has just ended; check which program listens there, or pass another port in "
                 "--rdzv-endpoint",
                 certain=False,
             )
         elif code in (errno.ECONNREFUSED, errno.ENOENT):
             self._failure = RendezvousConnectionError(
                 f"{self.where}: connection refused: nothing listens there; "
-                "see whether the node that hosts it has started, and check --rdzv-endpoint"
+                "check whether the node that hosts it has started, and check --rdzv-endpoint"
             )
         else:
             self._failure = RendezvousConnectionError(
                 f"{self.where}: cannot connect: {how}; check --rdzv-endpoint and the network between the nodes"
             )
 
-    def _queue(self, data: bytes, reply: _Reply, tag: Any, detail: Any) -> None:
-        """Append to what is sent, and note what the server will answer."""
+    def _queue(self, request: Request | None, tag: Any, data: bytes, reader: Reader | None) -> None:
         if self._failure:
-            return  # nobody will answer
+            return  # nobody will reply
         self._out += data
         self._queued += len(data)
-        self._expected.append((reply, tag, self._queued if reply is _Reply.NOTHING else detail))
+        self._pending.append(_Pending(request, tag, reader, self._queued))
 
-    def _collect(self) -> list[tuple[Any, Answer]]:
-        """Read until nothing is there; note a failure."""
+    def _collect(self) -> list[tuple[Any, Reply]]:
+        """Read everything that has come, and record a failure."""
         try:
             while True:
                 data = self._sock.recv(_CHUNK)
@@ -311,145 +286,52 @@ class StoreClient:
         except OSError as error:
             self.fail(error)
         with memoryview(self._in) as view:
-            answers, end = self._parse(view)
+            replies, end = self._parse(view)
         del self._in[:end]
-        if self._in and not self._expected and not self._failure:
-            self._nonsense("bytes that nobody asked for")
-        return answers
+        if self._in and not self._pending:
+            self._refuse(bytes(self._in))
+        return replies
 
-    def _parse(self, view: memoryview) -> tuple[list[tuple[Any, Answer]], int]:
-        """Understand what has come. Returns the answers, and how many bytes are done with."""
-        answers: list[tuple[Any, Answer]] = []
-        at, size = 0, len(view)
-        while self._expected:
-            reply, tag, detail = self._expected[0]
-            answer: Answer = None
-            if reply is _Reply.NOTHING:
-                if self._sent < detail:
+    def _parse(self, view: memoryview) -> tuple[list[tuple[Any, Reply]], int]:
+        """Read replies from the input. Returns them, and the number of bytes that they took."""
+        replies: list[tuple[Any, Reply]] = []
+        at = 0
+        while self._pending:
+            pending = self._pending[0]
+            reader, reply = pending.reader, None
+            if reader is None and self._sent < pending.end:
+                break
+            while reader:
+                data = bytes(view[at : at + pending.needed])
+                if len(data) < pending.needed:
+                    return replies, at
+                try:
+                    pending.needed = reader.send(data)
+                except StopIteration as stop:
+                    reply, reader = stop.value, None
+                except ProtocolError:
+                    self._refuse(bytes(view[at:]))
+                    return replies, at
+                at += len(data)
+            if isinstance(pending.request, Wait) and not reply:
+                if len(self._pending) < 2:
+                    self._refuse(bytes(view[at - 1 :]))
                     break
-            elif reply is _Reply.BLOBS or reply is _Reply.BLOB:
-                count = detail if reply is _Reply.BLOBS else 1
-                blobs = self._blobs
-                while len(blobs) < count and at + U64.size <= size:
-                    end = at + U64.size + U64.unpack_from(view, at)[0]
-                    if end > size:
-                        if end - at > _ANSWER_LIMIT:
-                            self._nonsense(f"a value of {end - at} bytes")
-                        break
-                    blobs.append(bytes(view[at + U64.size : end]))
-                    at = end
-                if len(blobs) < count:
-                    break
-                self._blobs = []
-                # Of a swap's key that is missing, TCPStore says that it holds what was expected.
-                answer = blobs if reply is _Reply.BLOBS else b"" if blobs[0] == detail else blobs[0]
-            elif reply is _Reply.NUMBER or reply is _Reply.FLAG:
-                if at + I64.size > size:
-                    break
-                (number,) = I64.unpack_from(view, at)
-                at += I64.size
-                answer = number if reply is _Reply.NUMBER else number > 0
-            elif reply is _Reply.NONCE:
-                if at + U32.size > size:
-                    break
-                if U32.unpack_from(view, at)[0] != detail:
-                    self._nonsense(repr(bytes(view[at : at + 40])))
-                    break
-                at += U32.size
+                del self._pending[1]  # the request to cancel has no reply of its own then
+            self._pending.popleft()
+            if pending.request is None:
                 self.ready = True
-            else:  # a wait, or the end of one
-                if at == size:
-                    break
-                state = view[at]
-                if state != wire.STOPPED and (reply is _Reply.CANCELLED or state != wire.DONE):
-                    self._nonsense(f"{state} to a wait")
-                    break
-                at += 1
-                answer = state == wire.DONE
-                if state == wire.STOPPED and reply is _Reply.WAITED:
-                    if len(self._expected) < 2:
-                        self._nonsense("the end of a wait that nobody cancelled")
-                        break
-                    del self._expected[1]  # this was the answer to its cancellation
-            self._expected.popleft()
-            if reply is not _Reply.NONCE and reply is not _Reply.CANCELLED:
-                answers.append((tag, answer))
-        return answers, at
+            elif not isinstance(pending.request, Cancel):
+                replies.append((pending.tag, reply))
+        return replies, at
 
-    def _nonsense(self, what: str) -> None:
-        """Note that the server has sent what is no answer."""
+    def _refuse(self, data: bytes) -> None:
+        """Record that the server has sent something that is not a reply."""
         self._failure = self._failure or NotAStoreError(
-            f"{self.where} answers, but not as a TCPStore does (it sent {what}); "
-            "see which program listens there, or pass another port in --rdzv-endpoint",
+            f"{self.where} answers, but not as a TCPStore does (it sent {data[:40]!r}); "
+            "check which program listens there, or pass another port in --rdzv-endpoint",
             certain=True,
         )
         self._out.clear()
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # a loop that waits for the socket hears of it
-
-
-def check(request: Request) -> None:
-    """Refuse what TCPStore would reset the connection for.
-
-    Raises:
-        UsageError: a key or value is beyond the protocol's limits; the message names the key.
-    """
-    keys = _keys_of(request)
-    if len(keys) > wire.COUNT_LIMIT:
-        raise UsageError(f"store: {describe(request)}: {wire.COUNT_LIMIT} keys at most in one request")
-    for key in keys:
-        if len(key) >= wire.KEY_LIMIT or not key.isascii():
-            try:
-                size = len(key.encode())
-            except UnicodeEncodeError:
-                raise UsageError(f"store key {_short(key)} is not text that UTF-8 can hold") from None
-            if size >= wire.KEY_LIMIT:
-                raise UsageError(f"store key {_short(key)} has {size} bytes; {wire.KEY_LIMIT - 1} at most")
-    match request:
-        case Set(items):
-            for key, value in items:
-                _check_value(key, value)
-        case Append(key, value):
-            _check_value(key, value)
-        case Swap(key, expected, desired):
-            _check_value(key, desired)
-            if expected:
-                _check_value(key, expected)
-        case Add(key, amount) if not -(1 << 63) <= amount < 1 << 63:
-            raise UsageError(f"store key {_short(key)}: cannot add {amount}: a number has 64 bits")
-
-
-def describe(request: Request) -> str:
-    """A request in a few words: ``get 'a' and 2 more``."""
-    keys = _keys_of(request)
-    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return " ".join([type(request).__name__.lower(), *map(_short, keys[:1])]) + more
-
-
-def _keys_of(request: Request) -> Sequence[str]:
-    match request:
-        case Get(keys) | Wait(keys):
-            return keys
-        case Set(items):
-            return [key for key, _ in items]
-        case Cancel():
-            return ()
-    return (request.key,)
-
-
-def _short(key: str) -> str:
-    return repr(key if len(key) <= 80 else f"{key[:80]}...")
-
-
-def _name(key: str) -> bytes:
-    """A key as it goes over the wire; torch's client puts the slash before each, too."""
-    return b"/" + key.encode()
-
-
-def _names(keys: Sequence[str]) -> list[bytes]:
-    return [b"/" + key.encode() for key in keys]
-
-
-def _check_value(key: str, value: bytes) -> None:
-    if not 0 < len(value) <= wire.VALUE_LIMIT:
-        raise UsageError(f"store key {_short(key)}: a value of {len(value)} bytes; 1 to {wire.VALUE_LIMIT} are allowed")
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a loop that waits for the socket

@@ -1,9 +1,8 @@
-"""Layer 2: the wire protocol of torch's TCPStore (2.5 and later): codes, limits, requests to bytes and back.
+"""The wire protocol of torch's TCPStore, 2.5 and later: codes, limits, and how requests are packed and read.
 
-Knows bytes only: no socket, and nothing of elastic_launch, so a child process can import this file alone.
-
-One connection, request after request: an operation's code, then its fields. Integers are little-endian; a key or
-value is its length in 64 bits and its bytes; keys begin with ``/``. ``Set``, ``Append`` and their like have no reply.
+A connection carries one request after the other. A request is the code of an operation and its fields. Integers are
+little-endian. A key or value is its length in 64 bits and its bytes; keys begin with ``/``. Operations that only write
+have no reply.
 """
 
 from __future__ import annotations
@@ -14,46 +13,43 @@ from enum import IntEnum
 
 
 class Op(IntEnum):
-    """The code that begins a request. Left out are the queues, the listing of keys and the barrier."""
+    """The code that begins a request, with the fields that follow and the reply.
+
+    Operations that our client does not use are left out.
+    """
 
     VALIDATE = 0
-    """u32 MAGIC; no reply. Anything else as a connection's first request makes the server close it."""
+    """u32 MAGIC; no reply. The server closes a connection that begins with anything else."""
     SET = 1
     """Key, value; no reply."""
     COMPARE_SET = 2
-    """Key, expected, desired; the value that is stored then. ``expected`` if the key is missing and it is not empty."""
-    GET = 3
-    """Key; its value, empty if missing."""
+    """Key, expected, desired; the value that is stored afterwards. If the key is missing and stays so, ``expected``."""
     ADD = 4
-    """Key, i64; the sum in i64."""
-    CHECK = 5
-    """Count, keys; u8, DONE if all are there, else STOPPED."""
+    """Key, i64; the sum as i64."""
     WAIT = 6
-    """Count, keys; u8 DONE when all are there."""
-    GETNUMKEYS = 7
-    """Nothing; i64."""
+    """Count, keys; u8 DONE when all exist."""
     DELETE_KEY = 8
-    """Key; i64, 1 if it was there."""
+    """Key; i64, 1 if it existed."""
     APPEND = 9
     """Key, value; no reply."""
     MULTI_GET = 10
-    """Count, keys; the values, empty for each that is missing."""
+    """Count, keys; the values, empty for each key that is missing."""
     MULTI_SET = 11
-    """Count, keys and values in turn; no reply."""
+    """Count, alternating keys and values; no reply."""
     CANCEL_WAIT = 12
-    """Nothing; u8 STOPPED, with the wait's DONE before it if that was answered just then."""
+    """Nothing; u8 STOPPED, after the DONE of the wait if its keys had just appeared."""
     PING = 13
     """u32 nonce; the nonce."""
 
 
 MAGIC = 0x3C85F7CE
 DONE, STOPPED = 0, 1
-"""What a wait is answered with: all keys are there; it was cancelled."""
+"""Replies to a wait: all keys exist; it was cancelled."""
 
 KEY_LIMIT = 8 << 10
-"""Bytes of a key, its ``/`` included. Beyond this and the next two, the server resets the connection."""
+"""Bytes of a key, including its ``/``. The server resets the connection when a limit is exceeded."""
 VALUE_LIMIT = 8 << 20
-"""Bytes of a value that is sent; one that was appended to may be longer."""
+"""Bytes of a value in a request. A value that was appended to may be longer."""
 COUNT_LIMIT = 128 << 10
 """Keys in one request."""
 
@@ -66,11 +62,8 @@ _FIELDS: dict[Op, tuple[struct.Struct | str | int, ...]] = {
     Op.VALIDATE: (U32,),
     Op.SET: (KEY_LIMIT, VALUE_LIMIT),
     Op.COMPARE_SET: (KEY_LIMIT, VALUE_LIMIT, VALUE_LIMIT),
-    Op.GET: (KEY_LIMIT,),
     Op.ADD: (KEY_LIMIT, I64),
-    Op.CHECK: (_KEYS,),
     Op.WAIT: (_KEYS,),
-    Op.GETNUMKEYS: (),
     Op.DELETE_KEY: (KEY_LIMIT,),
     Op.APPEND: (KEY_LIMIT, VALUE_LIMIT),
     Op.MULTI_GET: (_KEYS,),
@@ -78,57 +71,59 @@ _FIELDS: dict[Op, tuple[struct.Struct | str | int, ...]] = {
     Op.CANCEL_WAIT: (),
     Op.PING: (U32,),
 }
-"""The fields of each request: a number, a key or value by its limit, keys, or keys and values in turn."""
+"""The fields of each request: an integer's format, a limit of a key or value, keys, or alternating keys and values."""
 
 
 def pack_blob(data: bytes) -> bytes:
-    """A key or a value: its length and its bytes."""
+    """Pack a key or a value: its length and its bytes."""
     return U64.pack(len(data)) + data
 
 
 def pack_blobs(blobs: Sequence[bytes]) -> bytes:
-    """Keys or values one after the other, without their count: the reply to MULTI_GET."""
+    """Pack several keys or values without their count, like the reply to MULTI_GET."""
     pack = U64.pack
     return b"".join([part for blob in blobs for part in (pack(len(blob)), blob)])
 
 
 def pack(op: Op, *blobs: bytes) -> bytes:
-    """A request of single keys and values: SET, COMPARE_SET, GET, DELETE_KEY, APPEND; or of nothing: CANCEL_WAIT."""
+    """Pack a request of a fixed number of keys and values: SET, COMPARE_SET, DELETE_KEY, APPEND, CANCEL_WAIT."""
     return _OPS[op] + pack_blobs(blobs)
 
 
 def pack_many(op: Op, count: int, blobs: Sequence[bytes]) -> bytes:
-    """CHECK, WAIT, MULTI_GET of keys; MULTI_SET of keys and values in turn (the count is of pairs)."""
+    """Pack WAIT, MULTI_GET of keys; or MULTI_SET of alternating keys and values, which counts pairs."""
     return _OPS[op] + U64.pack(count) + pack_blobs(blobs)
 
 
 def pack_add(key: bytes, amount: int) -> bytes:
-    """ADD."""
+    """Pack ADD."""
     return _OPS[Op.ADD] + pack_blob(key) + I64.pack(amount)
 
 
-def pack_hello(nonce: int) -> bytes:
-    """VALIDATE and PING, what a connection begins with; the answer is the nonce, packed with ``U32``."""
-    return _OPS[Op.VALIDATE] + U32.pack(MAGIC) + _OPS[Op.PING] + U32.pack(nonce)
+def pack_handshake(nonce: bytes) -> bytes:
+    """Pack the beginning of a connection, VALIDATE and PING. The reply is the nonce, four bytes."""
+    return _OPS[Op.VALIDATE] + U32.pack(MAGIC) + _OPS[Op.PING] + nonce
 
 
 class ProtocolError(Exception):
-    """What came is no request of this protocol; there is no way to go on with the connection."""
+    """The bytes are not a message of this protocol; the connection cannot be used any more."""
 
 
 Field = int | bytes | list[bytes]
 
 
 def take_request(buffer: bytearray) -> tuple[Op, list[Field]] | None:
-    """Take one request off the front of what a client has sent. The server's side.
+    """Remove one request from the front of a server's input.
+
+    Args:
+        buffer: The bytes that a client has sent. They stay as they are until they hold a whole request.
 
     Returns:
-        The operation and its fields as ``Op`` lists them: numbers as int, a key or value as bytes, ``count, keys`` as
-        one list of keys, ``count, keys and values in turn`` as one list of both. Keys have their ``/``.
-        None while the request is not complete; the buffer stays as it is then.
+        The operation and its fields, as listed for ``Op``: int for an integer, bytes for a key or value, one list for a
+        count with keys, or with alternating keys and values. Keys keep their ``/``. None if the request is incomplete.
 
     Raises:
-        ProtocolError: an unknown operation, or a limit is exceeded.
+        ProtocolError: The operation is unknown, or a limit is exceeded.
     """
     if not buffer:
         return None
@@ -159,16 +154,16 @@ def take_request(buffer: bytearray) -> tuple[Op, list[Field]] | None:
                         blobs.append(blob)
                 fields.append(blobs)
     except struct.error:
-        return None  # the rest is on its way
+        return None  # incomplete
     del buffer[:at]
     return op, fields
 
 
 def _blob(buffer: bytearray, at: int, limit: int) -> tuple[bytes, int]:
-    """Read a key or value. Returns it and where it ends. Raises struct.error when it is not complete."""
+    """Read a key or value. Returns it, and the offset of its end. Raises struct.error if it is incomplete."""
     (length,) = U64.unpack_from(buffer, at)
     if length > limit:
-        raise ProtocolError(f"a key or value of {length} bytes, more than {limit}")
+        raise ProtocolError(f"a key or value of {length} bytes; {limit} are allowed")
     start, end = at + U64.size, at + U64.size + length
     if end > len(buffer):
         raise struct.error

@@ -20,7 +20,7 @@ import pytest
 from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
 from elastic_launch.rendezvous.factory import create_built_in
-from elastic_launch.store.etcd.member import claim
+from elastic_launch.store.etcd.member import claim_endpoint
 from tests.cluster.test_nodes import listens, up
 from tests.conftest import Job, is_alive, wait_until
 from tests.stores.test_etcd import post
@@ -241,7 +241,7 @@ def test_a_member_without_data_waits_for_a_majority_to_replace_it(agents: Agents
     assert lines
     line = next(line for line in lines if "has lost its data" in line)
     assert "must be replaced, which takes a majority of the others" in line
-    assert f"127.0.0.2:{agents.port} does not (connection refused)" in line
+    assert f"127.0.0.2:{agents.port} does not answer (connection refused)" in line
     assert f"127.0.0.3:{agents.port} answers" in line
     back = agents(script, *args)
     # The two with data suffice for a new round. The third is in time for that one, or causes another.
@@ -328,7 +328,7 @@ def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path)
     before = agents.ids(0)
     with contextlib.ExitStack() as stack:
         for endpoint in agents.endpoints[:2]:
-            claimed = claim(endpoint, "job-2")
+            claimed = claim_endpoint(endpoint, "job-2")
             assert claimed
             stack.enter_context(claimed)
         second = agents(script, "--rdzv-id", "job-2", "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=12")
@@ -336,7 +336,7 @@ def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path)
         result = agents.job.finish(second)
     assert result.returncode == 69
     for endpoint in agents.endpoints[:2]:
-        assert f"{endpoint}: it is a member of another cluster: does another job" in result.stderr
+        assert f"{endpoint}: it is a member of another cluster; does another job" in result.stderr
     assert agents.ids(0) == before
     for process in first:
         process.send_signal(signal.SIGTERM)
@@ -346,7 +346,7 @@ def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path)
 def test_without_a_binary_the_agent_says_so(agents: Agents) -> None:
     result = agents.job.finish(agents(agents.job.script(RUN), TORCHELASTIC_ETCD_BINARY_PATH="/nowhere/etcd"))
     assert result.returncode == 69
-    assert "TORCHELASTIC_ETCD_BINARY_PATH=/nowhere/etcd: there is no program that can be executed" in result.stderr
+    assert "TORCHELASTIC_ETCD_BINARY_PATH=/nowhere/etcd: this is not an executable program" in result.stderr
 
 
 def test_the_last_error_of_etcd_is_shown(agents: Agents, tmp_path: Path) -> None:
@@ -424,13 +424,13 @@ def test_numbers_of_members_that_gain_nothing_are_warned_about(endpoint: str, te
 
 
 def test_an_endpoint_is_claimed_once() -> None:
-    first = claim("h:1", "j")
+    first = claim_endpoint("h:1", "j")
     assert first
-    assert claim("h:1", "j") is None
-    other = claim("h:1", "another job")
+    assert claim_endpoint("h:1", "j") is None
+    other = claim_endpoint("h:1", "another job")
     assert other
     other.close()
     first.close()
-    again = claim("h:1", "j")
+    again = claim_endpoint("h:1", "j")
     assert again
     again.close()

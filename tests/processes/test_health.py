@@ -1,4 +1,4 @@
-"""The health server: real requests to the real process, and agents that hang, freeze, die."""
+"""The health server: real requests to the real process, and agents that hang, are stopped, or die."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import pytest
 from elastic_launch.agent.loop import EventSource
 from elastic_launch.errors import UnavailableError
 from elastic_launch.health import server as health
-from elastic_launch.health import server_main as health_main
 from elastic_launch.health.server import HealthServer
+from elastic_launch.health.server_main import MAX_CLIENTS
+from elastic_launch.host import child
 from tests.conftest import DEADLINE, is_alive, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -44,30 +45,36 @@ def ask(server: HealthServer, request: bytes = GET) -> socket.socket:
 
 
 def response(sock: socket.socket) -> bytes:
-    """All that the server has to say, to the end of the connection."""
+    """Everything that the server sends before it closes the connection."""
     with sock, sock.makefile("rb") as file:
         return file.read()
 
 
 def turn(server: HealthServer) -> None:
-    """What the agent's loop does, once."""
-    assert is_readable(server), "the server asks nothing"
-    server.answer()
+    """Do what the agent's loop does, once."""
+    assert asks(server), "the server does not ask"
+    server.take([fd for fd, _ in server.descriptors()])
 
 
-def is_readable(source: socket.socket | HealthServer, seconds: float = DEADLINE) -> bool:
+def asks(server: HealthServer, seconds: float = DEADLINE) -> bool:
+    """Whether the server's process asks the agent something within some seconds."""
+    return any(is_readable(fd, seconds) for fd, _ in server.descriptors())
+
+
+def is_readable(source: socket.socket | int, seconds: float) -> bool:
     poller = select.poll()
     poller.register(source, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
 
 
 def answered(server: HealthServer, sock: socket.socket) -> bytes:
-    """The response to a request, from an agent whose loop turns as often as it is asked to."""
+    """The response to a request, while the agent answers each question."""
+    ((fd, mask),) = server.descriptors()
     poller = select.poll()
-    for source in (server, sock):
-        poller.register(source, select.POLLIN)
+    poller.register(fd, mask)
+    poller.register(sock, select.POLLIN)
     while sock.fileno() not in [fd for fd, _ in poller.poll(DEADLINE * 1000)]:
-        server.answer()
+        server.take([fd])
     return response(sock)
 
 
@@ -76,7 +83,7 @@ def only_child() -> psutil.Process:
     return child
 
 
-def test_agent_whose_loop_turns_is_healthy(server: HealthServer) -> None:
+def test_agent_whose_loop_runs_is_healthy(server: HealthServer) -> None:
     sock = ask(server)
     turn(server)
     head, _, body = response(sock).partition(b"\r\n\r\n")
@@ -108,13 +115,13 @@ def test_is_a_source_of_the_agents_loop(server: HealthServer) -> None:
         b"GET / HTTP/1.1\r\n\r\nand a body that nobody asked for" * 500,
     ],
 )
-def test_all_that_probes_send_is_understood(server: HealthServer, request_: bytes) -> None:
+def test_requests_of_all_kinds_of_probes_are_understood(server: HealthServer, request_: bytes) -> None:
     sock = ask(server, request_)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
 
 
-def test_answers_the_clients_of_http_and_of_both_families(server: HealthServer) -> None:
+def test_serves_http_clients_over_ipv4_and_ipv6(server: HealthServer) -> None:
     hosts = ["127.0.0.1"] + (["::1"] if socket.has_dualstack_ipv6() else [])
     for host in hosts:
         for method, body in (("GET", b'{"status": "healthy"}\n'), ("HEAD", b"")):
@@ -127,7 +134,7 @@ def test_answers_the_clients_of_http_and_of_both_families(server: HealthServer) 
             client.close()
 
 
-def test_request_in_pieces_and_a_client_that_closes_its_end(server: HealthServer) -> None:
+def test_request_in_pieces_from_a_client_that_closes_its_end(server: HealthServer) -> None:
     sock = connect(server)
     for i in range(len(GET)):
         sock.sendall(GET[i : i + 1])
@@ -147,16 +154,16 @@ def test_request_in_pieces_and_a_client_that_closes_its_end(server: HealthServer
         (b"x" * 100_000, 431),
     ],
 )
-def test_what_is_no_request_is_refused_without_the_agent(server: HealthServer, request_: bytes, status: int) -> None:
+def test_bad_requests_are_refused_without_asking_the_agent(server: HealthServer, request_: bytes, status: int) -> None:
     assert response(ask(server, request_)).startswith(b"HTTP/1.1 %d " % status)
-    assert not is_readable(server, 0)
+    assert not asks(server, 0)
 
 
 def hurried(monkeypatch: pytest.MonkeyPatch, constant: str, seconds: float) -> Iterator[HealthServer]:
     """A server with less patience."""
-    start = "health_main.main("
-    program = health._PROGRAM.replace(start, f"health_main.{constant} = {seconds}; {start}")
-    monkeypatch.setattr(health, "_PROGRAM", program)
+    setting = f"from elastic_launch.health import server_main; server_main.{constant} = {seconds}; "
+    program = child._PROGRAM.replace("child_main.run(", f"{setting}child_main.run(")
+    monkeypatch.setattr(child, "_PROGRAM", program)
     server = HealthServer(0, os.environ)
     yield server
     server.close()
@@ -164,7 +171,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch, constant: str, seconds: float) -> I
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
-    yield from hurried(monkeypatch, "ANSWER_PATIENCE", 0.2)
+    yield from hurried(monkeypatch, "AGENT_PATIENCE", 0.2)
 
 
 @pytest.fixture
@@ -172,34 +179,35 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
     yield from hurried(monkeypatch, "REQUEST_PATIENCE", 0.3)
 
 
-def test_agent_whose_loop_hangs_is_not_healthy_until_it_goes_on(impatient: HealthServer) -> None:
+def test_agent_whose_loop_hangs_is_unhealthy_until_it_continues(impatient: HealthServer) -> None:
     first = ask(impatient)
-    assert is_readable(impatient)
+    assert asks(impatient)
     second = ask(impatient)
     for sock in (first, second):
         head, _, body = response(sock).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
         assert body == b'{"status": "the launcher does not answer"}\n'
     assert answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 ")
-    assert response(ask(impatient)).startswith(b"HTTP/1.1 503 ")  # what it has answered before counts no more
+    assert response(ask(impatient)).startswith(b"HTTP/1.1 503 ")  # earlier replies do not count any more
     assert answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 ")
 
 
-def test_one_answer_serves_all_who_wait_for_it(server: HealthServer) -> None:
+def test_one_reply_serves_all_waiting_clients(server: HealthServer) -> None:
     first = ask(server)
-    assert is_readable(server)
-    # The server takes connections in their order: with the answer to the last, it has the others, too.
+    assert asks(server)
+    # The server accepts connections in their order, so when it answers the last, it has read the others.
     others = [ask(server) for _ in range(50)]
     assert response(ask(server, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
-    assert server._sock.recv(64, socket.MSG_PEEK) == b"?"
+    assert server._child
+    assert server._child.control.recv(64, socket.MSG_PEEK) == b"?"
     turn(server)
     for sock in (first, *others):
         assert response(sock).startswith(b"HTTP/1.1 200 ")
-    assert not is_readable(server, 0)
+    assert not asks(server, 0)
 
 
-def test_silent_clients_hold_up_nobody(server: HealthServer) -> None:
-    silent = [connect(server) for _ in range(health_main.MOST_CLIENTS + 20)]
+def test_silent_clients_do_not_block_others(server: HealthServer) -> None:
+    silent = [connect(server) for _ in range(MAX_CLIENTS + 20)]
     sock = ask(server)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
@@ -211,17 +219,17 @@ def test_silent_clients_hold_up_nobody(server: HealthServer) -> None:
     silent[20].close()
 
 
-def test_clients_that_never_come_to_the_point_are_let_go(strict: HealthServer) -> None:
+def test_clients_that_never_complete_a_request_are_dropped(strict: HealthServer) -> None:
     mute, slow = connect(strict), connect(strict)
     slow.sendall(b"GET / HTT")
     assert response(ask(strict, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
     for sock in (mute, slow):
-        assert response(sock) == b""  # comes when their time is over
+        assert response(sock) == b""  # when their time is over
 
 
-def test_those_who_have_asked_keep_their_place(server: HealthServer) -> None:
+def test_clients_that_have_asked_are_not_replaced(server: HealthServer) -> None:
     asked = [ask(server) for _ in range(10)]
-    silent = [connect(server) for _ in range(health_main.MOST_CLIENTS + 10)]
+    silent = [connect(server) for _ in range(MAX_CLIENTS + 10)]
     assert response(ask(server, b"no\n\n")).startswith(b"HTTP/1.1 400 ")
     turn(server)
     for sock in asked:
@@ -230,14 +238,14 @@ def test_those_who_have_asked_keep_their_place(server: HealthServer) -> None:
         sock.close()
 
 
-def test_client_that_gives_up_waiting_costs_nothing(server: HealthServer) -> None:
+def test_client_that_disconnects_while_it_waits_does_no_harm(server: HealthServer) -> None:
     sock = ask(server)
-    assert is_readable(server)
+    assert asks(server)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close with a reset
     sock.close()
-    child = only_child()
-    wait_until(lambda: not [c for c in child.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED])
-    server.answer()
+    process = only_child()
+    wait_until(lambda: not [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED])
+    server.take([fd for fd, _ in server.descriptors()])
     again = ask(server)
     turn(server)
     assert response(again).startswith(b"HTTP/1.1 200 ")
@@ -262,19 +270,19 @@ def test_process_that_is_killed_is_started_again(server: HealthServer) -> None:
     assert response(sock).startswith(b"HTTP/1.1 200 ")
 
 
-def test_process_that_dies_time_and_again_is_given_up(server: HealthServer) -> None:
-    for _ in range(health.MOST_SHORT_LIVES):
+def test_process_that_keeps_dying_is_given_up(server: HealthServer) -> None:
+    for _ in range(health.MAX_SHORT_LIVES):
         only_child().kill()
         turn(server)
     assert psutil.Process().children() == []
-    assert not is_readable(server, 0)
+    assert server.descriptors() == []
     with pytest.raises(ConnectionRefusedError):
         connect(server)
 
 
-def test_lives_that_were_long_are_not_counted(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lives_are_not_counted(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "SHORT_LIFE", 0.0)
-    for _ in range(health.MOST_SHORT_LIVES + 1):
+    for _ in range(health.MAX_SHORT_LIVES + 1):
         only_child().kill()
         turn(server)
     assert is_alive(only_child().pid)
@@ -282,29 +290,29 @@ def test_lives_that_were_long_are_not_counted(server: HealthServer, monkeypatch:
 
 def test_close_ends_a_process_that_is_stopped() -> None:
     server = HealthServer(0, os.environ)
-    child = only_child()
-    child.suspend()
+    process = only_child()
+    process.suspend()
     server.close()
-    assert not is_alive(child.pid)
+    assert not is_alive(process.pid)
 
 
-def test_is_out_of_reach_of_signals_that_are_meant_for_all(server: HealthServer) -> None:
-    child = only_child()
-    assert os.getsid(child.pid) == os.getpgid(child.pid) == child.pid
+def test_ignores_signals_to_all_processes_of_a_job(server: HealthServer) -> None:
+    process = only_child()
+    assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        child.send_signal(signum)
+        process.send_signal(signum)
     sock = ask(server)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
-    assert only_child() == child
+    assert only_child() == process
 
 
-def test_holds_nothing_of_the_program_around_it(server: HealthServer) -> None:
+def test_inherits_nothing_of_the_surrounding_program(server: HealthServer) -> None:
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
     second = HealthServer(0, os.environ)
     os.close(writing)
-    wait_until(lambda: select.select([reading], [], [], 0)[0], "somebody holds the other end of the pipe")
+    wait_until(lambda: select.select([reading], [], [], 0)[0], "the end of the pipe: a process holds its other end")
     assert os.read(reading, 1) == b""
     os.close(reading)
     second.close()
@@ -317,15 +325,16 @@ AGENT = """
 import os, select, signal
 from elastic_launch.health.server import HealthServer
 server = HealthServer(0, os.environ)
-if (copy := os.fork()) == 0:  # a program around the agent may do so: the copy holds all that the agent holds
+if (copy := os.fork()) == 0:  # as a surrounding program may do: the copy has all descriptors of the agent
     server._listening.close()
     signal.pause()
 print(server.port, copy, flush=True)
 while True:
+    ((fd, mask),) = server.descriptors()
     poller = select.poll()
-    poller.register(server, select.POLLIN)
+    poller.register(fd, mask)
     poller.poll()
-    server.answer()
+    server.take([fd])
 """
 
 
@@ -333,12 +342,12 @@ class Agent(NamedTuple):
     process: subprocess.Popen[str]
     port: int
     copy: int
-    """A process that was forked from it."""
+    """The pid of a process that was forked from it."""
 
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    """An agent of which nothing is left but its loop."""
+    """An agent reduced to its loop."""
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True, cwd=root)
     assert process.stdout
@@ -360,7 +369,7 @@ def status(port: int) -> int:
     return answer.status
 
 
-def test_agent_that_is_stopped_is_not_healthy(agent: Agent) -> None:
+def test_stopped_agent_is_unhealthy(agent: Agent) -> None:
     assert status(agent.port) == 200
     agent.process.send_signal(signal.SIGSTOP)
     assert status(agent.port) == 503

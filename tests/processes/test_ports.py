@@ -1,4 +1,4 @@
-"""The port of the workers' store: held for the worker of rank 0, and replaced when a stranger takes it."""
+"""The port of the workers' store: reserved for the worker of rank 0, and replaced if another program takes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def next_place(rendezvous: SingleNodeRendezvous) -> Assignment:
     return event.assignment
 
 
-def test_reserved_port_is_given_to_nobody_who_asks_for_any() -> None:
+def test_reserved_port_is_not_picked_for_other_sockets() -> None:
     with reserve_port() as reserved:
         port = reserved.getsockname()[1]
         others = [socket.socket() for _ in range(200)]
@@ -45,7 +45,7 @@ def test_reserved_port_is_given_to_nobody_who_asks_for_any() -> None:
                 other.close()
 
 
-def test_reserved_port_serves_who_asks_for_it() -> None:
+def test_reserved_port_can_be_bound_by_number() -> None:
     with reserve_port() as reserved, socket.socket() as server, socket.socket() as client:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(("0.0.0.0", reserved.getsockname()[1]))
@@ -62,7 +62,7 @@ def test_port_in_use_names_the_process() -> None:
     assert port_owner(port) is None
 
 
-def test_rounds_have_fresh_ports_unless_one_is_named() -> None:
+def test_each_round_has_a_fresh_port_unless_one_is_named() -> None:
     rendezvous = SingleNodeRendezvous("job", 2)
     assignments = [next_place(rendezvous) for _ in range(5)]
     assert all(assignment.port_picked for assignment in assignments)
@@ -110,7 +110,7 @@ def test_torch_meets_again_after_a_restart(job: Job) -> None:
     assert sorted(job.marks()) == ["0.1 sum 2", "1.1 sum 2"]
 
 
-def test_port_that_a_stranger_took_is_replaced_without_charge(job: Job) -> None:
+def test_stolen_port_is_replaced_without_using_up_a_restart(job: Job) -> None:
     steal = (
         "import socket\n"
         "if rank == 0 and restart < 2:\n"

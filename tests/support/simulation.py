@@ -53,8 +53,8 @@ from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.store_link import Timeouts
 from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
-from elastic_launch.store.memory import MemoryStore
 from tests.support.checks import Checks
+from tests.support.memory_store import MemoryStore
 
 
 class World:
@@ -192,7 +192,7 @@ class SimulatedClient:
             self._failure = RendezvousConnectionError("the store: connection lost")
             self._agent.wake()
 
-    def silence(self, seconds: float) -> RendezvousConnectionError:
+    def timeout_error(self, seconds: float) -> RendezvousConnectionError:
         return RendezvousConnectionError(f"the store: no answer for {seconds:.0f} s")
 
     def _travel(self, not_before: float) -> float:

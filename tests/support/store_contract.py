@@ -1,4 +1,4 @@
-"""What every store must do. Subclassed where there is one to test; not collected by itself."""
+"""The contract of all stores. A test file subclasses it for a store; it is not collected by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from elastic_launch.core.store_requests import Add, Answer, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from tests import conftest
 from tests.conftest import DEADLINE, is_alive, wait_until
@@ -23,12 +23,12 @@ MIB = 1 << 20
 
 
 class Connection(Protocol):
-    """What is tested: ``StoreClient``, or what looks like it."""
+    """What is tested: ``StoreClient``, or another class with its interface."""
 
     def submit(self, request: Request, tag: Any = None) -> None: ...
     def flush(self) -> None: ...
-    def take(self) -> list[tuple[Any, Answer]]: ...
-    def call(self, request: Request, timeout: float) -> Answer: ...
+    def take(self) -> list[tuple[Any, Reply]]: ...
+    def call(self, request: Request, timeout: float) -> Reply: ...
     def close(self) -> None: ...
 
 
@@ -42,44 +42,44 @@ def leave_alone(monkeypatch: pytest.MonkeyPatch, *pids: int) -> None:
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """A context in which a process is stopped: all of its threads, which takes a moment."""
+    """A context in which a process is stopped. It begins when all threads are, which takes a moment."""
 
     def states() -> set[str]:
         return {stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
 
     os.kill(pid, signal.SIGSTOP)
     try:
-        wait_until(lambda: states() == {"T"}, "the stop of a process")
+        wait_until(lambda: states() == {"T"}, "the process to stop")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-def answers(connection: Connection, count: int) -> list[tuple[Any, Answer]]:
-    """Wait for answers to what was submitted."""
-    found: list[tuple[Any, Answer]] = []
+def answers(connection: Connection, count: int) -> list[tuple[Any, Reply]]:
+    """Wait for the replies to requests that were submitted."""
+    found: list[tuple[Any, Reply]] = []
 
     def look() -> bool:
         connection.flush()
         found.extend(connection.take())
         return len(found) >= count
 
-    wait_until(look, f"{count} answers")
+    wait_until(look, f"{count} replies")
     assert len(found) == count
     return found
 
 
 class StoreContract:
-    """A subclass has the fixture ``connect``, which makes connections to the one store, and closes them."""
+    """A subclass has a fixture ``connect``, which makes connections to one store, and closes them."""
 
     @pytest.fixture
     def prefix(self) -> str:
-        """What begins all keys of a test: the store may be shared."""
+        """The beginning of all keys of a test, because tests may share the store."""
         return f"{uuid.uuid4().hex}/"
 
     @pytest.fixture
     def call(self, connect: Connect) -> Callable[[Request], Any]:
-        """Ask the store."""
+        """Make a request, and wait for the reply."""
         connection = connect()
         return lambda request: connection.call(request, DEADLINE)
 
@@ -92,7 +92,7 @@ class StoreContract:
         call(Set(((a, b"9"),)))
         assert call(Get((a,))) == [b"9"]
 
-    def test_nothing_at_all(self, call: Callable[[Request], Any]) -> None:
+    def test_requests_without_keys(self, call: Callable[[Request], Any]) -> None:
         assert call(Get(())) == []
         assert call(Set(())) is None
         assert call(Wait(())) is True
@@ -103,7 +103,7 @@ class StoreContract:
         assert other.call(Get((prefix,)), DEADLINE) == [b"x"]
 
     def test_swap(self, call: Callable[[Request], Any], prefix: str) -> None:
-        assert call(Swap(prefix, b"a", b"b")) == b""  # missing, and stays so
+        assert call(Swap(prefix, b"a", b"b")) == b""  # still missing
         assert call(Swap(prefix, b"a", b"a")) == b""
         assert call(Get((prefix,))) == [b""]
         assert call(Swap(prefix, b"", b"a")) == b"a"  # create if absent
@@ -155,7 +155,7 @@ class StoreContract:
         assert call(Get((prefix,))) == [b""]
         assert call(Swap(prefix, b"", b"y")) == b"y"
 
-    def test_wait_for_what_is_there(self, call: Callable[[Request], Any], prefix: str) -> None:
+    def test_wait_for_existing_keys(self, call: Callable[[Request], Any], prefix: str) -> None:
         call(Set(((prefix + "a", b"x"), (prefix + "b", b"y"))))
         assert call(Wait((prefix + "a",))) is True
         assert call(Wait((prefix + "a", prefix + "b", prefix + "a"))) is True
@@ -171,7 +171,9 @@ class StoreContract:
         ],
         ids=["set", "set many", "swap", "add", "append"],
     )
-    def test_wait_for_what_is_written(self, connect: Connect, prefix: str, write: Callable[[str], Request]) -> None:
+    def test_wait_for_a_key_that_is_written(
+        self, connect: Connect, prefix: str, write: Callable[[str], Request]
+    ) -> None:
         waiter, writer = connect(), connect()
         waiter.submit(Wait((prefix,)), "wait")
         waiter.flush()
@@ -179,7 +181,7 @@ class StoreContract:
         assert waiter.take() == []
         writer.call(write(prefix), DEADLINE)
         assert answers(waiter, 1) == [("wait", True)]
-        assert isinstance(waiter.call(Get((prefix,)), DEADLINE), list)  # the connection is free again
+        assert isinstance(waiter.call(Get((prefix,)), DEADLINE), list)  # the connection accepts requests again
 
     def test_wait_for_several_keys(self, connect: Connect, prefix: str) -> None:
         waiters, writer = [connect() for _ in range(3)], connect()
@@ -206,7 +208,7 @@ class StoreContract:
         assert waiter.call(Get((prefix,)), DEADLINE) == [b"x"]
         assert waiter.take() == []
 
-    def test_cancellation_of_nothing(self, connect: Connect, prefix: str) -> None:
+    def test_cancel_without_a_wait(self, connect: Connect, prefix: str) -> None:
         waiter = connect()
         waiter.submit(Cancel())
         waiter.submit(Add(prefix, 1), "add")
@@ -230,7 +232,7 @@ class StoreContract:
             assert tag == number
             seen.add(answer)
             answers(writer, 1)
-            assert waiter.call(Get((key,)), DEADLINE) == [b"x"]  # answers and requests still belong together
+            assert waiter.call(Get((key,)), DEADLINE) == [b"x"]  # replies still match requests
         assert seen <= {True, False}
 
     def test_requests_after_a_cancelled_wait(self, connect: Connect, prefix: str) -> None:
@@ -240,13 +242,13 @@ class StoreContract:
         waiter.submit(Add(prefix, 3), "add")
         assert answers(waiter, 2) == [("wait", False), ("add", 3)]
 
-    def test_connection_that_waits_does_nothing_else(self, connect: Connect, prefix: str) -> None:
+    def test_waiting_connection_accepts_no_other_request(self, connect: Connect, prefix: str) -> None:
         waiter = connect()
         waiter.submit(Wait((prefix,)))
         with pytest.raises(RuntimeError, match="waits"):
             waiter.submit(Get((prefix,)))
 
-    def test_lost_waiter_harms_nobody(self, connect: Connect, prefix: str) -> None:
+    def test_lost_waiter_does_no_harm(self, connect: Connect, prefix: str) -> None:
         lost, waiter, writer = connect(), connect(), connect()
         for connection in (lost, waiter):
             connection.submit(Wait((prefix,)), "wait")
@@ -256,9 +258,9 @@ class StoreContract:
         writer.call(Set(((prefix, b"x"),)), DEADLINE)
         assert answers(waiter, 1) == [("wait", True)]
 
-    def test_answers_come_in_order(self, connect: Connect, prefix: str) -> None:
+    def test_replies_come_in_order(self, connect: Connect, prefix: str) -> None:
         connection = connect()
-        expected: list[tuple[int, Answer]] = []
+        expected: list[tuple[int, Reply]] = []
         for number in range(100):
             key = f"{prefix}{number % 7}"
             sofar = number // 7
@@ -268,7 +270,7 @@ class StoreContract:
             connection.submit(Append(prefix + "a", b"."), 5 * number + 3)
             connection.submit(Delete(prefix + "d"), 5 * number + 4)
             count, text = sofar + 1, b"%d" % number
-            results: list[Answer] = [count, None, [text, b"%d" % count], None, False]
+            results: list[Reply] = [count, None, [text, b"%d" % count], None, False]
             expected += enumerate(results, 5 * number)
         assert answers(connection, 500) == expected
         assert connection.call(Get((prefix + "a",)), DEADLINE) == [b"." * 100]
@@ -311,10 +313,10 @@ class StoreContract:
             (Swap("empty", b"x", b""), "'empty': a value of 0 bytes"),
             (Set((("empty", b""),)), "'empty'"),
             (Append("empty", b""), "'empty'"),
-            (Get(("fine", "k" * 8192)), "'kkk.* has 8192 bytes; 8191 at most"),
+            (Get(("fine", "k" * 8192)), "'kkk.* has 8192 bytes; 8191 are allowed"),
             (Delete("ü" * 4096), "'üüü.* has 8192 bytes"),
             (Wait(("\ud800",)), "UTF-8"),
-            (Get(("k",) * 131073), "'k' and 131072 more: 131072 keys at most"),
+            (Get(("k",) * 131073), "'k' and 131072 more: a request may have 131072 keys at most"),
             (Add("number", 2**63), "'number'.* 64 bits"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, tuple) else value.replace("'", "")[:20],
@@ -327,17 +329,17 @@ class StoreContract:
 
 
 class ServedStoreContract(StoreContract):
-    """For stores in a process: its ``freeze`` makes a context in which the server is stopped."""
+    """For stores that a process serves. A subclass has a fixture ``freeze``, which makes a context that stops it."""
 
     def test_swap_races(self, connect: Connect, prefix: str) -> None:
-        """Four threads count by compare-and-set; none is lost."""
+        """Four threads count by compare-and-set, and no increment is lost."""
         connections = [connect() for _ in range(4)]
 
         def count(connection: Connection, name: bytes) -> None:
             for turn in range(25):
                 before: Any = b""
                 while True:
-                    # No two swaps write the same: the answer would not tell whose it was.
+                    # No two swaps write the same value, or the reply would not tell which one succeeded.
                     mine = b"%d %s %d" % (int(before.split()[0] if before else b"0") + 1, name, turn)
                     after = connection.call(Swap(prefix, before, mine), DEADLINE)
                     if after == mine:
@@ -369,7 +371,7 @@ class ServedStoreContract(StoreContract):
             connection.call(request_, 0.05)
         connection.close()
 
-    def test_answers_after_a_freeze(self, connect: Connect, freeze: Callable[[], AbstractContextManager[None]]) -> None:
+    def test_replies_after_a_freeze(self, connect: Connect, freeze: Callable[[], AbstractContextManager[None]]) -> None:
         connection = connect()
         connection.call(Get(()), DEADLINE)
         with freeze():

@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, RendezvousAction
 from elastic_launch.core.rendezvous.questions import Question
-from elastic_launch.core.store_requests import Answer as Reply
+from elastic_launch.core.store_requests import Reply
 from elastic_launch.core.store_requests import Request as StoreRequest
 from elastic_launch.job import Policy
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_launch.core.store_requests import Answer as Reply
+from elastic_launch.core.store_requests import Reply
 
 
 class Question:

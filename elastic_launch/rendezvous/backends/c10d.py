@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
-from elastic_launch.host.ports import port_owner
+from elastic_launch.host.ports import listen, port_owner
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient, connect
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 
 
 class C10dBackend(Backend):
@@ -32,7 +32,7 @@ class C10dBackend(Backend):
         self._host = host
         self._is_host = is_host
         self._environ = environ
-        self._process: StoreHost | None = None
+        self._process: TCPStoreServer | None = None
         self._addresses: list[Address] = []
         """Addresses of the endpoint that are still to be tried."""
 
@@ -50,12 +50,12 @@ class C10dBackend(Backend):
         if not self._is_host:
             return
         try:
-            listening = bind_endpoint(self.port)
+            listening = listen(self.port)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return  # by another agent, which hosts the store, or by a stranger: the connection will show
             raise UnavailableError(f"cannot host {self.where}: {error.strerror}") from error
-        self._process = StoreHost(listening, self._environ)
+        self._process = TCPStoreServer(listening, self._environ)
         self.serves = True
 
     def fresh_store(self) -> int:
@@ -63,7 +63,7 @@ class C10dBackend(Backend):
         if self._process is None:
             return 0
         try:
-            listening = bind_endpoint(0)
+            listening = listen(0)
             port: int = listening.getsockname()[1]
             self._process.serve(listening)
         except OSError as error:

@@ -14,7 +14,7 @@ from elastic_launch.parsing import split_endpoint
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
-from elastic_launch.store.etcd.member import EtcdMember, claim
+from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 
 
 class EtcdBackend(Backend):
@@ -110,16 +110,16 @@ class EmbeddedEtcdBackend(EtcdBackend):
             UnavailableError: there is no etcd binary to start.
         """
         # Late, because few jobs need them.
-        from elastic_launch.store.etcd.member_main import Plan
+        from elastic_launch.store.etcd.plan import MemberPlan
         from elastic_launch.store.etcd.server import etcd_binary
 
-        plan = Plan(endpoints=self._members, token=f"elastic-launch/{as_file_name(self._run_id)}")
-        self._conf = {**self._conf, "cluster_id": str(plan.cluster)}
+        plan = MemberPlan(endpoints=self._members, token=f"elastic-launch/{as_file_name(self._run_id)}")
+        self._conf = {**self._conf, "cluster_id": str(plan.cluster_id)}
         if claimed := self._claim_own():
             own, address = claimed
             plan = plan._replace(
                 binary=os.path.abspath(etcd_binary()),
-                own=own,
+                own_index=own,
                 address=address,
                 folder=self._folder(own),
                 temporary=not self._log_dir,
@@ -172,7 +172,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
             except RendezvousConnectionError:
                 continue  # a name that cannot be resolved yet is not this host's
             address = min(addresses, key=is_loopback, default=None)
-            if address and (claimed := claim(self._names[index], self._run_id)):
+            if address and (claimed := claim_endpoint(self._names[index], self._run_id)):
                 self._own.enter_context(claimed)
                 if is_loopback(address) and host not in (address, "localhost"):
                     self._log(f"{host} is {address} on this host, where no other reaches it: use its IP address")

@@ -1,14 +1,12 @@
-"""Layer 2: the bridge to etcd, a child process of an agent: TCPStore's protocol on one side, etcd v3 on the other.
+"""Runs in the bridge to etcd, a child process of an agent: serves TCPStore's protocol to the agent from etcd v3.
 
-It runs as a program of its own, ``main(CONTROL, AGENT)``: gRPC starts threads, and a process that has some cannot be
-forked safely, which the agent may be. CONTROL is a socket of whole messages to the agent, AGENT a pidfd of it. It has
-all signals blocked and a session of its own, and nothing that gRPC prints gets anywhere.
+It is a process of its own because gRPC starts threads. A process with threads cannot be forked safely, and the program
+around the agent may want to fork. What gRPC prints is discarded.
 
-To the bridge: first marshalled ``{"prefix", "path", settings}``; then a byte with a descriptor for each connection that
-the agent wants served. Nobody else can connect. From the bridge: one line of text when it has to give up; then it ends,
-and with it the connections.
+The agent first sends ``{"prefix", "path", settings}``, and then a byte with a descriptor for each connection to be
+served. Nobody else can connect. If the bridge has to give up, it sends the reason in one line, and ends.
 
-It ends with its agent. What the agent has sent until then is done first, as a TCPStore server would.
+The bridge ends with its agent, but first completes the requests that the agent has sent, as a TCPStore would.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ import sys
 from typing import Any, NoReturn, cast
 
 from elastic_launch.errors import UnavailableError
-from elastic_launch.host.child_main import begin
 from elastic_launch.store import wire
 from elastic_launch.store.etcd import protobuf
-from elastic_launch.store.etcd.cluster import Cluster, EtcdError, Settings
-from elastic_launch.store.etcd.keys import Connection, Keys, RefusalError
+from elastic_launch.store.etcd.cluster import Cluster, EtcdError, EtcdSettings
+from elastic_launch.store.etcd.keys import FencedWriter, Keyspace, RefusalError
 from elastic_launch.store.wire import I64, U32, Op
 
-LAST_WORDS = 1.0
-"""Seconds for what an agent had asked for when it ended."""
+SHUTDOWN_PATIENCE = 1.0
+"""Seconds to complete the requests of an agent that has ended."""
 
 _CHUNK = 1 << 16
 
@@ -38,37 +35,36 @@ _CHUNK = 1 << 16
 class Bridge:
     """The connections of one agent."""
 
-    def __init__(self, keys: Keys, control: socket.socket, agent: int) -> None:
+    def __init__(self, keys: Keyspace, control: socket.socket, agent: int) -> None:
         self._keys = keys
         self._control = control
         self._agent = agent
         self._connections: dict[asyncio.Task[None], socket.socket] = {}
         self._started = asyncio.Event()
-        self._left = asyncio.Event()
-        """Set when the agent is gone."""
+        self._agent_is_gone = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until the agent is gone. Raises EtcdError."""
         loop = asyncio.get_running_loop()
         self._control.setblocking(False)
         loop.add_reader(self._control, self._accept)
-        loop.add_reader(self._agent, self._left.set)
-        work = [
-            asyncio.create_task(self._start()),
+        loop.add_reader(self._agent, self._agent_is_gone.set)
+        # The first two of these tasks end only by an error.
+        tasks = [
+            asyncio.create_task(self._keep_lease()),
             asyncio.create_task(self._keys.watch.run()),
+            asyncio.create_task(self._agent_is_gone.wait()),
         ]
-        leaving = asyncio.create_task(self._left.wait())
-        # None of these ends but the last, except by an error.
-        done, _ = await asyncio.wait((*work, leaving), return_when="FIRST_COMPLETED")
+        done, _ = await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
         for task in done:
             task.result()
         for sock in self._connections.values():
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RD)  # what has come can still be read
+                sock.shutdown(socket.SHUT_RD)  # what has arrived can still be read
         if self._connections:
-            await asyncio.wait(self._connections, timeout=LAST_WORDS)
+            await asyncio.wait(self._connections, timeout=SHUTDOWN_PATIENCE)
 
-    async def _start(self) -> None:
+    async def _keep_lease(self) -> None:
         await self._keys.start()
         self._started.set()
         await self._keys.keep()
@@ -82,25 +78,25 @@ class Bridge:
             data, fds = b"", []
         if not data:
             asyncio.get_running_loop().remove_reader(self._control)
-            self._left.set()
+            self._agent_is_gone.set()
         for fd in fds:
             sock = socket.socket(fileno=fd)
             sock.setblocking(False)
             task = asyncio.create_task(self._serve(sock))
             self._connections[task] = sock
-            task.add_done_callback(self._served)
+            task.add_done_callback(self._close)
 
-    def _served(self, task: asyncio.Task[None]) -> None:
+    def _close(self, task: asyncio.Task[None]) -> None:
         self._connections.pop(task).close()
         if not task.cancelled() and (error := task.exception()):
             if isinstance(error, (wire.ProtocolError, RefusalError, OSError)):
-                return  # the connection's own fault: TCPStore, too, closes it
+                return  # a fault of this connection; TCPStore closes it, too
             give_up(self._control, error)
 
     async def _serve(self, sock: socket.socket) -> None:
-        connection = self._keys.connection()
+        writer = self._keys.writer()
         buffer = bytearray()
-        greeted = False
+        is_validated = False
         while True:
             request = wire.take_request(buffer)
             if request is None:
@@ -109,39 +105,39 @@ class Bridge:
                 buffer += data
                 continue
             op, fields = request[0], cast("list[Any]", request[1])
-            if not greeted:
+            if not is_validated:
                 if (op, fields) != (Op.VALIDATE, [wire.MAGIC]):
                     return
-                greeted = True
+                is_validated = True
             elif op is Op.PING:
-                await _reply(sock, U32.pack(fields[0]))
+                await _send(sock, U32.pack(fields[0]))
             else:
                 await self._started.wait()
                 if op is Op.WAIT:
-                    answer = await self._wait(sock, buffer, fields[0])
-                    if answer is None:
+                    reply = await self._wait(sock, buffer, fields[0])
+                    if reply is None:
                         return
                 else:
-                    answer = await self._answer(connection, op, fields)
-                await _reply(sock, answer)
+                    reply = await self._execute(writer, op, fields)
+                await _send(sock, reply)
 
-    async def _answer(self, connection: Connection, op: Op, fields: list[Any]) -> bytes:
-        """Do what is asked. Returns the answer's bytes."""
+    async def _execute(self, writer: FencedWriter, op: Op, fields: list[Any]) -> bytes:
+        """Execute a request. Returns the bytes of the reply."""
         match op, fields:
             case Op.SET, [key, value]:
-                await connection.set({key: value})
+                await writer.set({key: value})
             case Op.MULTI_SET, [blobs]:
-                await connection.set(dict(zip(blobs[::2], blobs[1::2], strict=True)))
+                await writer.set(dict(zip(blobs[::2], blobs[1::2], strict=True)))
             case Op.MULTI_GET, [names]:
                 return wire.pack_blobs(await self._keys.get(names))
             case Op.COMPARE_SET, [key, expected, desired]:
-                return wire.pack_blob(await connection.swap(key, expected, desired))
+                return wire.pack_blob(await writer.swap(key, expected, desired))
             case Op.ADD, [key, amount]:
-                return I64.pack(await connection.add(key, amount))
+                return I64.pack(await writer.add(key, amount))
             case Op.APPEND, [key, value]:
-                await connection.append(key, value)
+                await writer.append(key, value)
             case Op.DELETE_KEY, [key]:
-                return I64.pack(await connection.delete(key))
+                return I64.pack(await writer.delete(key))
             case Op.CANCEL_WAIT, []:
                 return bytes([wire.STOPPED])
             case _:
@@ -149,7 +145,7 @@ class Bridge:
         return b""
 
     async def _wait(self, sock: socket.socket, buffer: bytearray, names: list[bytes]) -> bytes | None:
-        """Wait for keys, or for the end of the wait. Returns the answer; None when the client is gone."""
+        """Wait for keys, or for a request to cancel. Returns the reply; None if the client is gone."""
         waiting = asyncio.ensure_future(self._keys.wait(names))
         listening = asyncio.ensure_future(self._cancellation(sock, buffer))
         try:
@@ -164,13 +160,13 @@ class Bridge:
             await asyncio.wait((waiting, listening))
 
     async def _cancellation(self, sock: socket.socket, buffer: bytearray) -> bool:
-        """Return True when CANCEL_WAIT has come, False when the client is gone."""
+        """Return True when the client cancels its wait, False when it is gone."""
         while (request := wire.take_request(buffer)) is None:
             if not (data := await _receive(sock)):
                 return False
             buffer += data
         if request[0] is not Op.CANCEL_WAIT:
-            raise wire.ProtocolError("a connection that waits can be asked for nothing else")
+            raise wire.ProtocolError("a connection that waits accepts no other request")
         return True
 
 
@@ -180,7 +176,7 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 async def _receive(sock: socket.socket) -> bytes:
-    """Wait for what a client sends. Where this is cancelled nothing is lost, as it can be with asyncio's sock_recv."""
+    """Wait for input. Nothing is lost if this is cancelled, as it can be with asyncio's ``sock_recv``."""
     loop = asyncio.get_running_loop()
     while True:
         try:
@@ -195,15 +191,15 @@ async def _receive(sock: socket.socket) -> bytes:
             loop.remove_reader(sock)
 
 
-async def _reply(sock: socket.socket, answer: bytes) -> None:
-    """Send an answer. A client that is gone may have asked for more before it went, which is still to be done."""
+async def _send(sock: socket.socket, reply: bytes) -> None:
+    """Send a reply. A client that is gone is ignored: requests that it sent before are still to be executed."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        if answer:
-            await asyncio.get_running_loop().sock_sendall(sock, answer)
+        if reply:
+            await asyncio.get_running_loop().sock_sendall(sock, reply)
 
 
 def give_up(control: socket.socket, error: BaseException) -> NoReturn:
-    """Tell the agent why, and end."""
+    """Tell the agent the reason, and end."""
     text = str(error) if isinstance(error, (EtcdError, UnavailableError)) else f"bug: {error!r}"
     try:
         control.send(text.encode(errors="replace")[:4000], socket.MSG_DONTWAIT)
@@ -211,18 +207,22 @@ def give_up(control: socket.socket, error: BaseException) -> NoReturn:
         os._exit(1)
 
 
-def main(control_fd: int, agent: int) -> NoReturn:
-    """Run the bridge; both are inherited descriptors."""
-    control = begin(control_fd, agent, "elastic-etcd")
+def main(control: socket.socket, agent: int) -> NoReturn:
+    """Run the bridge.
+
+    Args:
+        control: The socket to the agent.
+        agent: A pidfd of the agent.
+    """
     try:
-        told = marshal.loads(control.recv(1 << 20))
-        sys.path += [folder for folder in told.pop("path") if folder not in sys.path]
-        prefix = told.pop("prefix")
+        settings = marshal.loads(control.recv(1 << 20))
+        sys.path += [folder for folder in settings.pop("path") if folder not in sys.path]
+        prefix = settings.pop("prefix")
         grpc, etcdrpc = protobuf.load()
 
         async def serve() -> None:
-            cluster = Cluster(grpc, etcdrpc, Settings(**told))
-            await Bridge(Keys(cluster, prefix), control, agent).run()
+            cluster = Cluster(grpc, etcdrpc, EtcdSettings(**settings))
+            await Bridge(Keyspace(cluster, prefix), control, agent).run()
 
         asyncio.run(serve())
     except BaseException as error:

@@ -1,9 +1,9 @@
-"""Layer 2: calls to the members of an etcd cluster: one at a time, another when that one fails, until a deadline.
+"""Calls to an etcd cluster: one member is asked at a time, and the next one when it fails, until a deadline.
 
-Runs in the bridge's process only, in its asyncio loop. gRPC and etcd3's stubs are handed in (``store.etcd.protobuf``).
+Runs in the bridge's process only, in its asyncio loop. gRPC and etcd3's stubs are passed in, from ``etcd.protobuf``.
 
-A call that failed may have been done all the same, and may even be done later, when a member that was frozen wakes up.
-So what changes something must take effect once, however often it is sent: ``store.etcd.keys`` sees to that.
+A call that failed may have taken effect. It may even take effect later, when a frozen member resumes. So every change
+must take effect once, no matter how often it is sent. ``etcd.keys`` makes sure of that.
 """
 
 from __future__ import annotations
@@ -12,57 +12,59 @@ import asyncio
 import random
 from typing import Any, NamedTuple
 
-FIRST_PATIENCE, LONGEST_PATIENCE = 2.0, 16.0
-"""Seconds for an attempt at a call, which double: a member that is frozen, or cut off, costs the first. A cluster that
-is merely slow gets more."""
+FIRST_ATTEMPT, LONGEST_ATTEMPT = 2.0, 16.0
+"""Seconds for the first attempt at a call, and at most. The time doubles once all members have failed. So a member that
+is frozen or cut off costs two seconds, and a cluster that is merely slow gets more time."""
 
 PING_INTERVAL = 6.0
-"""Seconds between pings on a connection without traffic. etcd takes offence below 5."""
+"""Seconds between pings on an idle connection. etcd closes connections that send pings more often than every 5 s."""
 
 _LONGEST_PAUSE = 1.0
-_SIGN_IN = "pass user=NAME,password=... in --rdzv-conf"
+_CREDENTIALS = "pass user=NAME,password=... in --rdzv-conf"
 
 
 class EtcdError(Exception):
-    """There is no way to go on. The message is one line: what, where, and what to do next."""
+    """The bridge cannot go on. The message is one line: what happened, where, and what to do next."""
 
 
-class Settings(NamedTuple):
-    """How to reach a cluster; plain values, since they come from another process."""
+class EtcdSettings(NamedTuple):
+    """How to reach a cluster. Plain values, because they come from another process."""
 
     endpoints: tuple[str, ...]
     """``HOST:PORT`` of members."""
     secure: bool
+    """Whether to use TLS."""
     cacert: bytes | None
-    """PEM; None: the authorities that gRPC knows."""
+    """Certificates of the authorities to trust, as PEM; None trusts those that gRPC knows."""
     cert: bytes | None
+    """The client's certificate, as PEM; None if there is none."""
     key: bytes | None
+    """The client's private key, as PEM; None if there is none."""
     user: str | None
     password: str | None
     read_timeout: float
-    """Seconds for a call, all attempts together."""
+    """Seconds for a call, including all attempts."""
     start_timeout: float
-    """The same as long as no call was answered."""
+    """Seconds for a call, as long as no call has been answered."""
     cluster_id: int = 0
-    """Members of another cluster are not to be used; 0: there is no knowing."""
+    """Members of other clusters are not used; 0 accepts any."""
 
 
-class Member:
-    """A connection to one member, made when it is first used."""
+class MemberChannel:
+    """A gRPC channel to one member, which connects when it is first used."""
 
-    def __init__(self, grpc: Any, etcdrpc: Any, endpoint: str, settings: Settings) -> None:
+    def __init__(self, grpc: Any, etcdrpc: Any, endpoint: str, settings: EtcdSettings) -> None:
         self.endpoint = endpoint
-        self.trouble = ""
-        """Why it failed last."""
-        self.hopeless = False
-        """Whether that will be so again: it is no etcd, or its certificate does not fit."""
+        self.last_error = ""
+        self.is_unusable = False
+        """Whether the last error is permanent: it is not etcd, or its certificate is wrong."""
         options = [
             ("grpc.keepalive_time_ms", int(PING_INTERVAL * 1000)),
-            ("grpc.keepalive_timeout_ms", int(FIRST_PATIENCE * 1000)),
-            ("grpc.http2.ping_timeout_ms", int(FIRST_PATIENCE * 1000)),
+            ("grpc.keepalive_timeout_ms", int(FIRST_ATTEMPT * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(FIRST_ATTEMPT * 1000)),
             ("grpc.keepalive_permit_without_calls", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", int(FIRST_PATIENCE * 1000)),  # it is also the time to connect
+            ("grpc.min_reconnect_backoff_ms", int(FIRST_ATTEMPT * 1000)),  # also limits the time to connect
             ("grpc.max_reconnect_backoff_ms", int(_LONGEST_PAUSE * 1000)),
             ("grpc.max_receive_message_length", -1),
             ("grpc.enable_http_proxy", 0),
@@ -85,93 +87,92 @@ class Member:
 
 
 class Cluster:
-    """The members, of which one is current."""
+    """The members of a cluster, one of which is current."""
 
-    def __init__(self, grpc: Any, etcdrpc: Any, settings: Settings) -> None:
+    def __init__(self, grpc: Any, etcdrpc: Any, settings: EtcdSettings) -> None:
         self.etcdrpc = etcdrpc
         self.settings = settings
         self.rpc_error: type[Exception] = grpc.aio.AioRpcError
         self.end_of_stream: Any = grpc.aio.EOF
         self._code = grpc.StatusCode
         try:
-            self._members = [Member(grpc, etcdrpc, endpoint, settings) for endpoint in settings.endpoints]
-        except ValueError as error:  # OpenSSL's words about a key
+            self._members = [MemberChannel(grpc, etcdrpc, endpoint, settings) for endpoint in settings.endpoints]
+        except ValueError as error:  # OpenSSL does not accept a key
             raise EtcdError(f"cannot use cacert, cert and key of --rdzv-conf: {error}") from error
-        random.shuffle(self._members)  # the agents of a job spread over the members
+        random.shuffle(self._members)  # spreads the agents of a job over the members
         self._current = 0
-        self.moved = asyncio.Event()
-        """Set, and replaced, when the current member is another."""
-        self._met = False
+        self.switched = asyncio.Event()
+        """Set, and replaced, when another member becomes current."""
+        self._has_answered = False
         self._token: str | None = None
         self._signing_in = asyncio.Lock()
 
     @property
-    def member(self) -> Member:
+    def member(self) -> MemberChannel:
         """The current member."""
         return self._members[self._current]
 
     @property
     def where(self) -> str:
-        """What messages call the cluster."""
+        """The name of the cluster in messages."""
         return f"etcd at {','.join(self.settings.endpoints)}"
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with each call."""
+        """The gRPC metadata of each call."""
         return (("token", self._token),) if self._token else ()
 
     async def call(self, name: str, request: Any) -> Any:
-        """Have a request answered by a member; it may be sent several times.
+        """Have a member answer a request, which may be sent several times.
 
         Raises:
-            EtcdError: it is refused, or no member answered within ``read_timeout``.
+            EtcdError: The request is refused, or no member has answered within ``call_timeout``.
         """
         attempts = Attempts(self)
         while True:
             member, metadata = self.member, self.metadata()
             try:
-                response = await member.calls[name](request, timeout=attempts.patience(), metadata=metadata)
+                response = await member.calls[name](request, timeout=attempts.timeout(), metadata=metadata)
             except self.rpc_error as error:
                 await attempts.failed(member, metadata, error)
             else:
                 if self.settings.cluster_id in (0, response.header.cluster_id):
-                    self._met = True
+                    self._has_answered = True
                     return response
-                member.hopeless = not self._met
-                self.leave(member, "it is a member of another cluster: does another job use the same endpoints?")
-                if all(other.hopeless for other in self._members):
-                    raise EtcdError(f"{self.where} is of no use: {self._troubles()}")
+                member.is_unusable = not self._has_answered
+                self.switch_from(member, "it is a member of another cluster; does another job use the same endpoints?")
+                self._check_members()
                 await attempts.pause()
 
     async def keep_alive(self, lease: int) -> int:
-        """Renew a lease. Returns the seconds that it has, 0 if there is none. Raises as ``call``."""
+        """Renew a lease. Returns the seconds that it has left, 0 if it does not exist. Raises EtcdError."""
         attempts = Attempts(self)
         while True:
             member, metadata = self.member, self.metadata()
             request = self.etcdrpc.LeaseKeepAliveRequest(ID=lease)
-            stream = member.keep_alive(iter((request,)), timeout=attempts.patience(), metadata=metadata)
+            stream = member.keep_alive(iter((request,)), timeout=attempts.timeout(), metadata=metadata)
             try:
                 async for response in stream:
                     return int(response.TTL)
-                self.leave(member, "it ended the stream")
+                self.switch_from(member, "it ended the stream")
                 await attempts.pause()
             except self.rpc_error as error:
                 await attempts.failed(member, metadata, error)
             finally:
                 stream.cancel()
 
-    def leave(self, member: Member, why: str) -> None:
-        """Go on with the next member, unless others have left this one already."""
-        member.trouble = why
+    def switch_from(self, member: MemberChannel, why: str) -> None:
+        """Make the next member the current one, unless that has happened already."""
+        member.last_error = why
         if member is self.member:
             self._current = (self._current + 1) % len(self._members)
-            self.moved.set()
-            self.moved = asyncio.Event()
+            self.switched.set()
+            self.switched = asyncio.Event()
 
-    async def judge(self, member: Member, metadata: tuple[tuple[str, str], ...], error: Any) -> None:
-        """Do what helps against an error: sign in again, or go to the next member.
+    async def recover(self, member: MemberChannel, metadata: tuple[tuple[str, str], ...], error: Any) -> None:
+        """Prepare another attempt after an error: sign in again, or switch to the next member.
 
         Raises:
-            EtcdError: nothing does.
+            EtcdError: Another attempt would not help.
         """
         code, why = error.code(), " ".join((error.details() or "").split()) or error.code().name
         if code is self._code.UNAUTHENTICATED or "revision in header is old" in why or "invalid auth token" in why:
@@ -179,18 +180,18 @@ class Cluster:
                 await self.sign_in(stale=metadata)
             return
         if "user name is empty" in why:
-            raise EtcdError(f"etcd at {member.endpoint} wants a user: {_SIGN_IN}")
+            raise EtcdError(f"etcd at {member.endpoint} requires a user: {_CREDENTIALS}")
         if code is self._code.PERMISSION_DENIED:
             raise EtcdError(
-                f"etcd at {member.endpoint} denies user={self.settings.user} the job's keys ({why}): "
-                "grant the user's role reading and writing below the job's prefix"
+                f"etcd at {member.endpoint} denies user={self.settings.user} access to the job's keys ({why}): "
+                "grant the user's role permission to read and write below the job's prefix"
             )
         if "requested lease not found" in why:
-            raise EtcdError(f"the job's keys in {self.where} are gone: expired with their lease")
-        member.hopeless = not self._met and (
+            raise EtcdError(f"the job's keys in {self.where} are gone: their lease has expired")
+        member.is_unusable = not self._has_answered and (
             code is self._code.UNIMPLEMENTED or (code is self._code.UNAVAILABLE and _is_mismatch(why))
         )
-        passing = (
+        transient = (
             self._code.UNAVAILABLE,
             self._code.DEADLINE_EXCEEDED,
             self._code.INTERNAL,
@@ -198,55 +199,59 @@ class Cluster:
             self._code.UNKNOWN,
             self._code.ABORTED,
         )
-        if code not in passing and "too many requests" not in why and not member.hopeless:
-            raise EtcdError(f"etcd at {member.endpoint} refuses: {why} ({code.name})")
-        self.leave(member, _cause(why, self.settings))
-        if all(other.hopeless for other in self._members):
-            raise EtcdError(f"{self.where} is of no use: {self._troubles()}")
+        if code not in transient and "too many requests" not in why and not member.is_unusable:
+            raise EtcdError(f"etcd at {member.endpoint} refuses the request: {why} ({code.name})")
+        self.switch_from(member, _explain(why, self.settings))
+        self._check_members()
+
+    def _check_members(self) -> None:
+        """Raise EtcdError if no member can be used."""
+        if all(member.is_unusable for member in self._members):
+            raise EtcdError(f"{self.where} cannot be used: {self._errors()}")
 
     @property
-    def patience(self) -> float:
-        """Seconds for a call that begins now."""
-        return self.settings.read_timeout if self._met else self.settings.start_timeout
+    def call_timeout(self) -> float:
+        """Seconds for a call that begins now, including all attempts."""
+        return self.settings.read_timeout if self._has_answered else self.settings.start_timeout
 
     def unreachable(self) -> EtcdError:
-        """The error for the case that no member answers."""
-        again = "lost for" if self._met else "cannot be reached within"
-        name = " (read_timeout of --rdzv-conf)" if self.patience == self.settings.read_timeout else ""
-        return EtcdError(f"{self.where} {again} {self.patience:g} s{name}: {self._troubles()}")
+        """The error to raise if no member has answered in time."""
+        what = "has not answered for" if self._has_answered else "cannot be reached within"
+        setting = " (read_timeout of --rdzv-conf)" if self.call_timeout == self.settings.read_timeout else ""
+        return EtcdError(f"{self.where} {what} {self.call_timeout:g} s{setting}: {self._errors()}")
 
-    def _troubles(self) -> str:
-        told = [member for member in self._members if member.trouble]
-        if len(self._members) == 1 and told:
-            return told[0].trouble
-        return "; ".join(f"{member.endpoint}: {member.trouble}" for member in told)
+    def _errors(self) -> str:
+        failed = [member for member in self._members if member.last_error]
+        if len(self._members) == 1 and failed:
+            return failed[0].last_error
+        return "; ".join(f"{member.endpoint}: {member.last_error}" for member in failed)
 
     async def sign_in(self, stale: tuple[tuple[str, str], ...] = ()) -> None:
-        """Get a token for user and password, where there are some.
+        """Get a token for user and password. Does nothing if another task has just replaced the ``stale`` one.
 
         Raises:
-            EtcdError: they are wrong.
+            EtcdError: User and password are missing or wrong.
         """
         settings = self.settings
         async with self._signing_in:
             if self.metadata() != stale:
-                return  # somebody else just did
+                return
             if settings.user is None:
-                raise EtcdError(f"{self.where} wants a user: {_SIGN_IN}")
+                raise EtcdError(f"{self.where} requires a user: {_CREDENTIALS}")
             request = self.etcdrpc.AuthenticateRequest(name=settings.user, password=settings.password or "")
             attempts = Attempts(self)
             while True:
                 member = self.member
                 try:
-                    response = await member.calls["Authenticate"](request, timeout=attempts.patience())
+                    response = await member.calls["Authenticate"](request, timeout=attempts.timeout())
                 except self.rpc_error as error:
                     why = str(error.details())  # type: ignore[attr-defined]
                     if "authentication is not enabled" in why:
-                        return  # then nobody needs a token
+                        return  # no token is needed
                     if "authentication failed" in why:
                         raise EtcdError(
                             f"etcd at {member.endpoint} does not accept user={settings.user} with this password: "
-                            f"{_SIGN_IN}"
+                            f"{_CREDENTIALS}"
                         ) from None
                     await attempts.failed(member, self.metadata(), error)
                 else:
@@ -255,27 +260,27 @@ class Cluster:
 
 
 class Attempts:
-    """The attempts at one call: how long each may take, and the pauses in between."""
+    """The attempts at one call: how long each may take, and the pauses between them."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._loop = asyncio.get_running_loop()
-        self._end = self._loop.time() + cluster.patience
+        self._end = self._loop.time() + cluster.call_timeout
         self._count = 0
 
-    def patience(self) -> float:
+    def timeout(self) -> float:
         """Seconds for the next attempt."""
         rounds = self._count // len(self._cluster.settings.endpoints)
-        seconds = min(LONGEST_PATIENCE, FIRST_PATIENCE * (1 << min(rounds, 10)))
+        seconds = min(LONGEST_ATTEMPT, FIRST_ATTEMPT * (1 << min(rounds, 10)))
         return max(0.05, min(seconds, self._end - self._loop.time()))
 
-    async def failed(self, member: Member, metadata: tuple[tuple[str, str], ...], error: Any) -> None:
-        """Judge an error and make a pause. Raises EtcdError when it is final, or the time is up."""
-        await self._cluster.judge(member, metadata, error)
+    async def failed(self, member: MemberChannel, metadata: tuple[tuple[str, str], ...], error: Any) -> None:
+        """Prepare the next attempt. Raises EtcdError if the error is permanent, or if the time is up."""
+        await self._cluster.recover(member, metadata, error)
         await self.pause()
 
     async def pause(self) -> None:
-        """Wait before the next attempt, once every member has failed. Raises EtcdError when the time is up."""
+        """Pause before the next attempt, once all members have failed. Raises EtcdError if the time is up."""
         self._count += 1
         now = self._loop.time()
         if now >= self._end:
@@ -287,24 +292,20 @@ class Attempts:
 
 
 def _is_mismatch(why: str) -> bool:
-    """Whether an endpoint's failure says that it speaks something else, or is not who it should be."""
+    """Whether a failure shows that the endpoint speaks another protocol, or has a wrong certificate."""
     lowered = why.lower()
     return any(word in lowered for word in ("ssl", "tls", "certificate", "http1", "http/1", "http/2"))
 
 
-def _cause(why: str, settings: Settings) -> str:
-    """gRPC's words about a failed connection, with what to do about it."""
-    lowered = why.lower()
+def _explain(why: str, settings: EtcdSettings) -> str:
+    """gRPC's error message about a failed connection, with a hint at what to do."""
+    lowered, short = why.lower(), why if len(why) <= 300 else f"{why[:300]} ..."
     if "certificate" in lowered and "verify" in lowered:
-        return f"its certificate is not one of the authority in cacert of --rdzv-conf ({_short(why)})"
+        return f"its certificate is not signed by the authority in cacert of --rdzv-conf ({short})"
     if any(word in lowered for word in ("ssl", "tls", "handshake")) or (settings.secure and "socket closed" in lowered):
-        return f"no TLS connection: check protocol, cacert, cert and key of --rdzv-conf ({_short(why)})"
+        return f"no TLS connection: check protocol, cacert, cert and key of --rdzv-conf ({short})"
     if any(word in lowered for word in ("http1", "http/1", "http/2")):
-        return f"it is no etcd, but perhaps another HTTP server ({_short(why)})"
+        return f"it is not etcd, but perhaps another HTTP server ({short})"
     if "socket closed" in lowered:
-        return f"it closes the connection: it may want protocol=https in --rdzv-conf ({_short(why)})"
-    return _short(why)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+        return f"it closes the connection: it may need protocol=https in --rdzv-conf ({short})"
+    return short

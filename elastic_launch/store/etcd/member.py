@@ -1,6 +1,6 @@
-"""Layer 2: the agent's hand on the process that runs this host's member of an embedded etcd (``member_main``).
+"""The agent's side of the process that runs this host's member of an embedded etcd (``member_main``).
 
-Claims an endpoint, starts one process, hears what it has to say. Asks no member anything: that takes time.
+It claims an endpoint, starts the process, and reads what that reports. It never asks a member itself, which takes time.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Mapping
 
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.child import Child
-from elastic_launch.store.etcd.member_main import Plan
+from elastic_launch.store.etcd.plan import MemberPlan, etcd_environment
 
 CLOSE_PATIENCE = 5.0
-"""Seconds to wait for the end of the process; it is killed then."""
+"""Seconds that the process has to end; then it is killed."""
 LINGER = 0.5
-"""Seconds that a member serves on when its agent is through with the job: the others' members, which may have no
-majority afterwards, learn within a heartbeat (0.1 s) what the last thing was that a majority agreed to."""
+"""Seconds that a member keeps serving after its agent has finished the job. Without it the others may have no majority.
+Within a heartbeat of etcd (0.1 s) they learn what a majority agreed on last."""
 
-_STRANGE = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-"""Variables of which the members' connections would make use, and must not."""
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+"""Environment variables that connections between members must not obey."""
 
 
-def claim(endpoint: str, run_id: str) -> socket.socket | None:
-    """Claim an endpoint for this agent, among those of the job that share its network.
+def claim_endpoint(endpoint: str, run_id: str) -> socket.socket | None:
+    """Claim an endpoint for this agent, among the agents of the job in the same network namespace.
 
     Returns:
-        What holds the claim until it is closed, or the process ends; None: another agent has it.
+        A socket that holds the claim until it is closed or the process ends; None if another agent has the endpoint.
     """
     holder = socket.socket(socket.AF_UNIX)
     try:
-        # An abstract name: it is gone with the process, however that ends.
+        # An abstract name, which vanishes with the process.
         holder.bind("\0elastic-launch/" + hashlib.sha256(f"{endpoint}/{run_id}".encode()).hexdigest())
     except OSError:
         holder.close()
@@ -41,36 +41,33 @@ def claim(endpoint: str, run_id: str) -> socket.socket | None:
 
 
 class EtcdMember(Child):
-    """The process. ``fileno()`` is readable when ``take()`` has something to say."""
+    """The process. ``fileno()`` is readable when ``take()`` has something to report."""
 
-    def __init__(self, plan: Plan, environ: Mapping[str, str]) -> None:
+    def __init__(self, plan: MemberPlan, environ: Mapping[str, str]) -> None:
         """Start the process.
 
         Args:
-            plan: which member it runs, and how.
-            environ: the variables of the process and of etcd; those that configure another etcd are left out.
+            plan: The member to run, and how.
+            environ: Environment variables of the process and of etcd. Those for proxies or another etcd are left out.
 
         Raises:
-            RendezvousConnectionError: the system cannot start a process.
+            UnavailableError: The system cannot start the process.
         """
-        kept = {
-            name: value
-            for name, value in environ.items()
-            if name.lower() not in _STRANGE and (not name.startswith("ETCD_") or name == "ETCD_UNSUPPORTED_ARCH")
-        }
+        kept = {name: value for name, value in etcd_environment(environ).items() if name.lower() not in _PROXIES}
         self._temporary = plan.folder if plan.temporary else ""
-        super().__init__("member_main", ("-I", "-S"), kept, tuple(plan), "the process for a member of etcd")
+        module = "elastic_launch.store.etcd.member_main"
+        super().__init__("the process for an etcd member", "elastic-member", module, kept, message=tuple(plan))
 
     def take(self) -> list[str]:
-        """What there is to tell people.
+        """Read the lines that the process has for the console.
 
         Raises:
-            RendezvousConnectionError: the process has ended, and the member with it. ``close()`` is still due.
+            RendezvousConnectionError: The process has ended, and the member with it. ``close()`` is still necessary.
         """
         lines: list[str] = []
         while True:
             try:
-                text = self._control.recv(1 << 16)
+                text = self.control.recv(1 << 16)
             except BlockingIOError:
                 return lines
             except OSError:
@@ -87,7 +84,7 @@ class EtcdMember(Child):
             return
         self.has_ended(linger)
         self.end(CLOSE_PATIENCE)
-        if os.path.exists(self._temporary):  # it was killed itself
+        if os.path.exists(self._temporary):  # the process was killed before it could remove the folder
             import shutil  # late: hardly ever needed
 
             shutil.rmtree(self._temporary, ignore_errors=True)

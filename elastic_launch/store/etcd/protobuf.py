@@ -1,11 +1,11 @@
-"""Layer 2: loads the package etcd3 with a protobuf that is newer than its generated code.
+"""Loads the package etcd3 with a protobuf that is newer than its generated code.
 
-etcd3 0.12.0 carries modules that protobuf's compiler wrote in 2019; protobuf 4 and later refuse them, and pinning an
-old protobuf would hold back whatever else a job uses it for. But each of those modules carries the description of its
-messages as one literal, from which the installed protobuf makes today's classes. These are registered under the
-modules' names before etcd3 is imported. The literals are read, their files never executed.
+etcd3 0.12.0 contains modules that protobuf's compiler generated in 2019. protobuf 4 and later refuse them. Pinning an
+older protobuf would affect everything else that a job uses it for. But each of these modules describes its messages in
+one literal, from which the installed protobuf can build classes. These are registered under the names of the modules
+before etcd3 is imported. The literals are only read; their files are never executed.
 
-Runs in the bridge's process only: it imports gRPC, which starts threads.
+Runs in the bridge's process only, because gRPC starts threads.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from elastic_launch.errors import UnavailableError
 
 _LITERAL = re.compile(r"^ *serialized_pb=_b\((?P<literal>['\"].*['\"])\)", re.MULTILINE)
 _MODULES = ("kv_pb2", "auth_pb2", "rpc_pb2")
-"""In the order in which they need each other."""
+"""In the order of their dependencies."""
 
 
 def load() -> tuple[Any, Any]:
     """Import gRPC and etcd3.
 
     Returns:
-        The modules ``grpc`` and ``etcd3.etcdrpc``: the latter has etcd's messages and stubs.
+        The modules ``grpc`` and ``etcd3.etcdrpc``. The latter contains etcd's messages and stubs.
 
     Raises:
-        UnavailableError: one is not installed, or etcd3 is not the release that this was written for.
+        UnavailableError: A package is not installed, or this is not the supported release of etcd3.
     """
     try:
         spec = importlib.util.find_spec("etcd3")
@@ -49,17 +49,17 @@ def load() -> tuple[Any, Any]:
         ) from None
     except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UnavailableError(
-            "the installed etcd3 and protobuf do not fit together: pip install 'elastic-launch[etcd]' "
+            "the installed versions of etcd3 and protobuf are incompatible: pip install 'elastic-launch[etcd]' "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
 def _register(folder: str) -> None:
-    """Make etcd3's message modules from the descriptions in the files of this folder."""
+    """Build etcd3's message modules from the descriptions in the files of this folder."""
     builder = importlib.import_module("google.protobuf.internal.builder")
     descriptor_pool = importlib.import_module("google.protobuf.descriptor_pool")
     descriptor_pb2 = importlib.import_module("google.protobuf.descriptor_pb2")
-    pool = descriptor_pool.DescriptorPool()  # of its own: another package's kv.proto may be in the default one
+    pool = descriptor_pool.DescriptorPool()  # the default pool may contain another package's kv.proto
     for name in _MODULES:
         with open(os.path.join(folder, f"{name}.py"), encoding="utf-8") as file:
             found = _LITERAL.search(file.read())

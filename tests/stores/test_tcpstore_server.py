@@ -1,4 +1,4 @@
-"""The process that hosts the job's store: how it starts, fails and ends, and what it does where DNS does not answer."""
+"""The process that serves the c10d store: how it starts, fails and ends, and what it does if DNS does not answer."""
 
 from __future__ import annotations
 
@@ -21,66 +21,67 @@ import pytest
 
 from elastic_launch.core.store_requests import Add, Get
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
+from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import connect
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import TCPStoreServer
 from tests.conftest import DEADLINE, is_alive, wait_until
 
 
-def wait_for(host: StoreHost) -> bool:
-    """Wait for the first word of the process."""
+def wait_for(host: TCPStoreServer) -> bool:
+    """Wait for the first report of the process."""
     assert select.select([host], [], [], DEADLINE)[0]
     return host.take()
 
 
 @contextlib.contextmanager
-def hosting(**env: str) -> Iterator[StoreHost]:
-    with contextlib.closing(StoreHost(bind_endpoint(0), {**os.environ, **env})) as host:
+def hosting(**env: str) -> Iterator[TCPStoreServer]:
+    with contextlib.closing(TCPStoreServer(listen(0), {**os.environ, **env})) as host:
         yield host
 
 
 def test_endpoint_is_bound_once() -> None:
-    with bind_endpoint(0) as listening:
+    with listen(0) as listening:
         port = listening.getsockname()[1]
         with pytest.raises(OSError, match="in use") as caught:
-            bind_endpoint(port)
+            listen(port)
         assert caught.value.errno == errno.EADDRINUSE
 
 
 def test_endpoint_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
-    with bind_endpoint(0) as listening:
+    monkeypatch.setattr(socket, "AF_INET6", 9999)
+    with listen(0) as listening:
         assert listening.family == socket.AF_INET
 
 
-def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
-    """One process, since each takes a second to start."""
-    listening = bind_endpoint(0)
+def test_life_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    """One test, because each process takes a second to start."""
+    listening = listen(0)
     port = listening.getsockname()[1]
     with contextlib.ExitStack() as stack:
         early = [
             stack.enter_context(contextlib.closing(connect((address, port), family, "store")))
             for address, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6))
         ]
-        host = stack.enter_context(contextlib.closing(StoreHost(listening, os.environ)))
+        host = stack.enter_context(contextlib.closing(TCPStoreServer(listening, os.environ)))
         assert listening.fileno() == -1
         assert (host.ready, host.take()) == (False, False)
-        # Clients that came before the store are served.
+        # Clients that connected before the store are served.
         assert [client.call(Add("n", 1), DEADLINE) for client in early] == [1, 2]
         assert wait_for(host)
         assert (host.ready, host.take()) == (True, True)
 
-        # It is out of reach of signals that are for others.
+        # Signals to the job's other processes do not end it.
         assert os.getsid(host.pid) == host.pid
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(host.pid, signum)
         soft, hard = psutil.Process(host.pid).rlimit(psutil.RLIMIT_NOFILE)
         assert soft == hard
 
-        # Further stores are empty, and replace each other.
+        # Additional stores are empty, and replace each other.
         ports: list[int] = []
         for _ in range(2):
-            further = bind_endpoint(0)
+            further = listen(0)
             ports.append(further.getsockname()[1])
             host.serve(further)
             with contextlib.closing(connect(("127.0.0.1", ports[-1]), socket.AF_INET, "store")) as client:
@@ -88,9 +89,9 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
         with socket.socket() as sock:
             assert sock.connect_ex(("127.0.0.1", ports[0])) == errno.ECONNREFUSED
 
-        # A bad client is turned away, without a page on the terminal.
+        # A bad client is refused, without a page of errors on the terminal.
         with socket.create_connection(("127.0.0.1", port)) as bad:
-            bad.sendall(wire.pack_hello(1) + wire.pack(wire.Op.SET, b"k" * 9000, b"x"))
+            bad.sendall(wire.pack_handshake(b"1234") + wire.pack(wire.Op.SET, b"k" * 9000, b"x"))
             with contextlib.suppress(ConnectionError):
                 while bad.recv(100):
                     pass
@@ -107,7 +108,7 @@ def test_life_of_a_host(capfd: pytest.CaptureFixture[str]) -> None:
             late.call(Get(("n",)), DEADLINE)
 
 
-def test_close_ends_it_at_once() -> None:
+def test_close_ends_the_process_at_once() -> None:
     with hosting() as host:
         before = time.monotonic()
         host.close()
@@ -117,12 +118,13 @@ def test_close_ends_it_at_once() -> None:
 
 AGENT = """
 import os, select, sys
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
-host = StoreHost(bind_endpoint(0), os.environ)
+from elastic_launch.host.ports import listen
+from elastic_launch.store.tcpstore_server import TCPStoreServer
+host = TCPStoreServer(listen(0), os.environ)
 if sys.argv[1] == "ready":
     select.select([host], [], [])
     assert host.take()
-child = os.fork()  # a program that forks keeps the stream open
+child = os.fork()  # a program that forks keeps the socket open
 if child == 0:
     sys.stdin.read()
     os._exit(0)
@@ -132,14 +134,14 @@ select.select([], [], [])
 
 
 @pytest.mark.parametrize("when", ["early", "ready"])
-def test_it_ends_with_its_agent(when: str) -> None:
+def test_process_ends_with_its_agent(when: str) -> None:
     command = [sys.executable, "-c", AGENT, when]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout
         host, child = map(int, agent.stdout.readline().split())
         assert is_alive(host)
         agent.kill()
-        wait_until(lambda: not is_alive(host), "the host's end")
+        wait_until(lambda: not is_alive(host), "the end of the store's process")
         assert is_alive(child)
     wait_until(lambda: not is_alive(child), "the end of the child, whose input has ended")
 
@@ -149,7 +151,7 @@ def test_it_ends_with_its_agent(when: str) -> None:
     [
         (
             "raise ModuleNotFoundError(\"No module named 'torch'\")",
-            r"needs torch, 2\.5 or later, .*'torch'\); install torch",
+            r"needs torch 2\.5 or later, .*'torch'\); install torch",
         ),
         ("__version__ = '2.4.1+cpu'", r"torch 2\.4\.1\+cpu is too old\); install torch, or use --rdzv-backend etcd"),
         ("__version__ = '2.5.0a0+git1'", r"could not start it \(exit code 1\): RuntimeError: no socket$"),
@@ -161,7 +163,7 @@ def test_it_ends_with_its_agent(when: str) -> None:
     ],
     ids=["missing", "too old", "error", "abort", "silent"],
 )
-def test_torch_that_does_not_serve(tmp_path: Path, torch: str, message: str) -> None:
+def test_torch_that_cannot_serve(tmp_path: Path, torch: str, message: str) -> None:
     (tmp_path / "torch" / "distributed").mkdir(parents=True)
     (tmp_path / "torch" / "__init__.py").write_text(torch)
     (tmp_path / "torch" / "distributed" / "__init__.py").write_text(
@@ -175,14 +177,15 @@ def test_torch_that_does_not_serve(tmp_path: Path, torch: str, message: str) -> 
 
 def test_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(UnavailableError, match=r"cannot start the process that hosts the store: .*No such file"):
-        StoreHost(bind_endpoint(0), os.environ)
+    with pytest.raises(UnavailableError, match=r"cannot start the process that serves the store: .*No such file"):
+        TCPStoreServer(listen(0), os.environ)
 
 
 FAILING_DNS = """
 import contextlib, json, os, resource, select, socket, sys, threading, time
 from elastic_launch.core.store_requests import Add
-from elastic_launch.store import tcpstore_server as host
+from elastic_launch.host.ports import listen
+from elastic_launch.store import tcpstore_server
 from elastic_launch.store.client import connect
 
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -201,9 +204,9 @@ sock.bind(("127.0.0.1", 53))
 as_torch_does_it = sys.argv[1] == "as torch does it"
 threading.Thread(target=name_server, args=(sock, as_torch_does_it), daemon=True).start()
 if as_torch_does_it:
-    host._environment = dict
+    tcpstore_server._environment = dict
 with contextlib.ExitStack() as stack:
-    server = stack.enter_context(contextlib.closing(host.StoreHost(host.bind_endpoint(0), os.environ)))
+    server = stack.enter_context(contextlib.closing(tcpstore_server.TCPStoreServer(listen(0), os.environ)))
     select.select([server], [], [], 60)
     start = time.monotonic()
     clients = [
@@ -225,11 +228,11 @@ mount --bind "$1/resolv.conf" /etc/resolv.conf
 mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf
 exec "$2" -c "$3" "$4" "$5"
 """
-"""A network of its own with one address that stands in no hosts file."""
+"""Makes a network namespace with one address that no hosts file lists."""
 
 
 def where_dns_fails(tmp_path: Path, how: str, clients: int) -> dict[str, Any]:
-    """Have clients connect to a host whose name server fails. Needs root, or the right to make namespaces."""
+    """Connect clients to a host whose name server fails. Needs the permission to create namespaces."""
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: files dns\n")
     command = ["unshare", "--net", "--mount", "sh", "-c", WORLD, "sh", str(tmp_path), sys.executable, FAILING_DNS, how]
@@ -245,17 +248,17 @@ def where_dns_fails(tmp_path: Path, how: str, clients: int) -> dict[str, Any]:
     return result
 
 
-def test_a_thousand_clients_where_dns_is_silent(tmp_path: Path) -> None:
+def test_thousand_clients_without_answers_from_dns(tmp_path: Path) -> None:
     result = where_dns_fails(tmp_path, "as we do it", 1000)
     assert result["answered"] == 1000
     assert result["seconds"] < 5
     assert result["questions"] == []  # no name server was asked
 
 
-def test_lost_answers_of_dns_would_stop_torchs_server(tmp_path: Path) -> None:
-    """The trap that the test above is about: for each client the whole server waits until it asks DNS again.
+def test_lost_dns_answers_would_block_the_server_of_torch(tmp_path: Path) -> None:
+    """The problem that the test above covers: for each client the whole server waits until it asks DNS again.
 
-    Of a server that never answers, torch 2.13 gives up after the first client.
+    If a name server never answers, torch 2.13 stops asking after the first client.
     """
     result = where_dns_fails(tmp_path, "as torch does it", 3)
     assert result["answered"] == 3
