@@ -31,7 +31,7 @@ NOTE = 1000
 
 
 class Consequence(NamedTuple):
-    """A line of the list of the other nodes' failures."""
+    """A failure on a node that does not decide what follows."""
 
     failure: ProcessFailure
     node: str
@@ -62,7 +62,7 @@ def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:
 
 
 def on_finished(node: NodeState, step: Step, answer: Answer[questions.CountFinished, int]) -> None:
-    """See whether all members have, if it may be so."""
+    """Find out whether all members have succeeded, if enough nodes say so."""
     if node.round.closed and answer.value >= node.round.closed.nodes:
         if node.round.members is None:
             step.read_members()
@@ -77,7 +77,7 @@ def read_finished(node: NodeState, step: Step) -> None:
 
 
 def on_all_finished(node: NodeState, step: Step, answer: Answer[questions.ReadFinished, list[bytes]]) -> None:
-    """End the round if they have."""
+    """End the round if all workers of all members have succeeded."""
     if all(answer.value):
         step.create(
             questions.LearnEnd(), "end", encode(End(EndKind.DONE, "all workers have ended well", node.record.node))
@@ -85,7 +85,7 @@ def on_all_finished(node: NodeState, step: Step, answer: Answer[questions.ReadFi
 
 
 def stop_waiting(node: NodeState, step: Step) -> None:
-    """Leave, because this node's workers have succeeded long ago, and others still run."""
+    """Leave: this node's workers succeeded long ago, and others still run."""
     if not node.record.serves:
         step.log("this node's workers have succeeded; no longer waiting for the other nodes (exit_barrier_timeout)")
         decide(node, step, Decision(False, node.restart_history(step.now)))
@@ -106,7 +106,7 @@ def on_end_appeared(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
 
 
 def on_end(node: NodeState, step: Step, answer: Answer[questions.LearnEnd, list[bytes] | bytes]) -> None:
-    """End the round here, too, for the reason that came first."""
+    """End the round on this node, for the reason that came first."""
     end_round(node, step, questions.held(answer.value))
 
 
@@ -133,7 +133,7 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
             if round_.report.failure and not end.mine:
                 _tell_failures(node, step, [round_.report.failure])
             elif end.mine and end.failures and is_consequence(end.failures[0]):
-                step.read_members()  # to see whether a node's end was the cause
+                step.read_members()  # to find out whether the loss of a node was the cause
         case EndKind.MEMBERSHIP_CHANGED:
             round_.decision = Decision(True, history, gone=end.gone)
         case EndKind.STOP:
@@ -145,7 +145,7 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
             round_.decision = Decision(again, history, error="" if again else end.reason, status=end.status)
     node.decided_at = step.now
     if round_.assignment and not round_.heartbeat.is_fenced:
-        round_.report.round = None  # a node whose workers have succeeded reports this end, too
+        round_.report.round = None  # a node whose workers have succeeded reports this round again
         step.notify(Ended(end, 0.0))
     _report(node, step)
 
@@ -177,7 +177,7 @@ def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> N
 
 
 def _report(node: NodeState, step: Step) -> None:
-    """After a failure, tell the node that decides of this node's part; then go on if it has decided."""
+    """After a failure, report this node's part to the node that decides; go on if it has decided."""
     round_ = node.round
     own, end = round_.report.round, round_.end
     if own and end and end.kind is EndKind.FAILED and round_.decision is None:
@@ -188,7 +188,7 @@ def _report(node: NodeState, step: Step) -> None:
 
 
 def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailure]) -> None:
-    """Tell the node that decides of failures here: consequences, or the cause if its own is a consequence."""
+    """Report failures to the node that decides: consequences, or the cause if its own failure is a consequence."""
     told = node.round.report.told
     new = [failure for failure in failures if failure.rank not in told][:MAX_LISTED]
     told |= {failure.rank for failure in new}
@@ -198,7 +198,7 @@ def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailur
 
 
 def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountReported, int]) -> None:
-    """Tell everybody if all nodes have reported; see what they have, if this node decides."""
+    """Tell all nodes if all have reported; read the reports if this node decides."""
     if node.round.closed and answer.value >= node.round.closed.nodes:
         step.write([("all_reported", b"1")])
     if node.round.end and node.round.end.mine:
@@ -206,7 +206,7 @@ def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountRepor
 
 
 def read_consequences(node: NodeState, step: Step) -> None:
-    """Read which failures the others had, how many nodes have reported, and which are lost."""
+    """Read the other nodes' failures, how many nodes have reported, and which are lost."""
     step.get(questions.ReadConsequences(), "consequences", "reported", "lost")
 
 
@@ -251,7 +251,7 @@ def _wait_for_cause(node: NodeState, step: Step) -> None:
 
 
 def _has_heard_of_all(node: NodeState, step: Step, reported: int) -> bool:
-    """Whether each member has reported, or has had its time and then sent a heartbeat."""
+    """Whether each member has reported, or had time to and has sent a heartbeat since."""
     round_, ends = node.round, node.round.report.grace_ends
     if round_.closed is None or reported >= round_.closed.nodes:
         return True
@@ -266,7 +266,7 @@ def _has_heard_of_all(node: NodeState, step: Step, reported: int) -> bool:
 
 
 def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
-    """Read the decision, or what it depends on; or note that all nodes know of the job's end."""
+    """Read the decision or what it depends on, or note that all nodes know that the job has ended."""
     match appeared.key.rpartition("/")[2]:
         case "decision":
             step.get(questions.LearnDecision(), "decision")
@@ -300,7 +300,7 @@ def conclude(node: NodeState, step: Step) -> None:
 
 
 def _as_latecomer(node: NodeState, step: Step, decision: Decision) -> Decision:
-    """What the end of a job means to a node that came when it was over."""
+    """Return what the end of a job means to a node that came when it was over."""
     end, job = node.round.end, f"job {node.settings.run_id}"
     if end and end.kind is EndKind.DONE:
         step.log(f"{job} has already ended successfully; nothing to do (use another --rdzv-id for a new job)")
@@ -313,12 +313,14 @@ def _as_latecomer(node: NodeState, step: Step, decision: Decision) -> Decision:
 
 
 def _brief(failure: ProcessFailure) -> ProcessFailure:
-    """A failure without its traceback, for a list of many."""
-    stderr = failure.stderr[-NOTE:] if failure.exitcode == -signal.SIGABRT else ""  # it tells a consequence
+    """Return a failure without its traceback, for a list of many."""
+    stderr = (
+        failure.stderr[-NOTE:] if failure.exitcode == -signal.SIGABRT else ""
+    )  # it may show that this is a consequence
     return replace(failure, error=failure.error_line(), message="", stderr=stderr, note=failure.note[:NOTE])
 
 
 def _cut(failure: ProcessFailure) -> ProcessFailure:
-    """A failure of moderate size: every node reads it."""
+    """Return a failure of moderate size, because every node reads it."""
     message = shortened(failure.message, MESSAGE)
     return replace(failure, error=failure.error_line(), message=message, note=failure.note[:NOTE])

@@ -16,7 +16,7 @@ from elastic_launch.job import Assignment, End, EndKind
 
 
 def send(node: NodeState, step: Step) -> None:
-    """Send a heartbeat, unless one is not answered yet; while joining, see whether the round has closed."""
+    """Send a heartbeat, unless the last one is unanswered; while waiting, check whether the round has closed."""
     heartbeat = node.round.heartbeat
     step.set_timer(Timer.HEARTBEAT, node.heartbeat_period)
     if not heartbeat.in_flight:
@@ -28,10 +28,10 @@ def send(node: NodeState, step: Step) -> None:
 
 
 def lease_ends(node: NodeState, assignment: Assignment) -> float:
-    """When another node can take this one's place at the earliest.
+    """Return the earliest time at which the others can have gone on without this node.
 
-    The others have heard of this node when its last heartbeat was on its way, or later. They hear of the monitor by its
-    polls, and count from the round's closing.
+    They noticed the last answered heartbeat when it was on its way, or later. They notice the monitor by its polls, and
+    count from the closing of the round.
     """
     heartbeat = node.round.heartbeat
     since = heartbeat.answered_at
@@ -54,7 +54,7 @@ def renew_lease(node: NodeState, step: Step) -> None:
 
 
 def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
-    """Stop the workers: the others may go on without this node, which has not heard from the store for too long."""
+    """Stop the workers: the store has not answered for so long that the others may go on without this node."""
     heartbeat = node.round.heartbeat
     if heartbeat.is_fenced:
         return
@@ -66,7 +66,7 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
     end = End(EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} was cut off: {reason}", node.record.node)
     step.create(
         questions.LearnEnd(), "end", encode(end)
-    )  # when the store is there again; or it tells how the round has ended
+    )  # carried out when the store answers again; the reply says why the round ended
     step.notify(Ended(end._replace(reason=reason, mine=True), 0.0))
 
 
@@ -74,11 +74,11 @@ def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
     """Reset the counters of other nodes, which shows them that they are monitored."""
     if tickets:
         step.write((f"heartbeat/{ticket}", b"0") for ticket in tickets)
-        step.get(questions.ConfirmReset(tickets), "closed")  # any key does
+        step.get(questions.ConfirmReset(tickets), "closed")  # the reply matters, not the key
 
 
 def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset, list[bytes]]) -> None:
-    """Do not count the silence that the reset itself may have caused."""
+    """Do not count silence that the reset itself may have caused."""
     leader = node.round.leader
     for monitor in (node.round.monitor, leader and leader.monitor):
         if monitor:

@@ -29,7 +29,7 @@ def become_leader(node: NodeState, step: Step) -> None:
 
 
 def stand_down(node: NodeState, step: Step) -> None:
-    """Leave the lead to a node that took over while this one slept: two leaders would confuse each other."""
+    """Stop leading, because another node took over while this one slept."""
     node.round.leaders += 1
     node.round.leader = None
     node.round.heartbeat.monitored_at = step.now
@@ -42,7 +42,7 @@ def stand_down(node: NodeState, step: Step) -> None:
 
 
 def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPastRound, list[bytes]]) -> None:
-    """Learn how it ended; ask who was in it."""
+    """Learn how the round before ended, and ask which nodes were in it."""
     count, end, following, closed = answer.value
     gone = decode(End, end, node.key("end", past=True)).gone if end else ()
     history = decode(Closed, closed, node.key("closed", past=True)).restart_history if closed else None
@@ -56,7 +56,7 @@ def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPast
 
 
 def on_past_nodes(node: NodeState, step: Step, answer: Answer[questions.ReadPastNodes, list[bytes]]) -> None:
-    """Expect those that were in it."""
+    """Expect the nodes that were in the round before."""
     if leader := node.round.leader:
         keys, gone = answer.question.keys, answer.question.gone
         nodes = [(t, decode(NodeRecord, data, keys[t - 1])) for t, data in enumerate(answer.value, 1) if data]
@@ -68,19 +68,19 @@ def on_past_nodes(node: NodeState, step: Step, answer: Answer[questions.ReadPast
 
 
 def on_arrival(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
-    """See how many have come: the record that the leader waited for is there."""
+    """Count the tickets: the record that the leader waited for is there."""
     step.get(questions.CountTickets(), "ticket")
 
 
 def on_tickets(node: NodeState, step: Step, answer: Answer[questions.CountTickets, list[bytes]]) -> None:
-    """Read the records of those that have come."""
+    """Read the records of the nodes that have come."""
     if leader := node.round.leader:
         leader.note_tickets(number(answer.value[0]), step.now)
         _read_records(node, step, leader, leader.missing)
 
 
 def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords, list[bytes]]) -> None:
-    """Take in the nodes that have come, and see whether the round can be closed."""
+    """Note the nodes that have come, and close the round if that is possible."""
     leader, read = node.round.leader, answer.question.tickets
     if leader is None or leader.is_closing:
         return
@@ -88,7 +88,7 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords
     for ticket, record in [(ticket, decode(NodeRecord, data, node.key(f"node/{ticket}"))) for ticket, data in found]:
         leader.note_nodes([(ticket, record)], step.now)
         is_new = ticket in leader.joined and ticket != node.round.ticket and leader.is_new(record)
-        if is_new and node.settings.max_nodes <= MAX_LISTED:  # not those that the leader before has logged
+        if is_new and node.settings.max_nodes <= MAX_LISTED:  # not those that the previous leader has logged
             step.log(f"{record.host} has joined: {joined_of(node, len(leader.joined))}", Level.INFO)
     _read_records(node, step, leader, [ticket for ticket in leader.missing if ticket > read[-1]])
     consider(node, step)
@@ -105,7 +105,7 @@ def _read_records(node: NodeState, step: Step, leader: Leader, tickets: list[int
 
 
 def poll(node: NodeState, step: Step) -> None:
-    """Poll heartbeats, tickets whose record is late, and the work of another leader."""
+    """Poll the heartbeats, the tickets, and whether another node has taken over."""
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
     if leader := node.round.leader:
         joined = [*leader.joined, *leader.unconfirmed]
@@ -119,14 +119,14 @@ def poll(node: NodeState, step: Step) -> None:
 
 
 def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining, list[bytes]]) -> None:
-    """Give up nodes that are silent, or the lead."""
+    """Drop nodes that are silent; stop leading if another node has taken over."""
     leader = node.round.leader
     if leader is None or leader.is_closing:
         return
     current, closed, successor, count, *counters = answer.value
     joined, past, asked_at = answer.question.joined, answer.question.past, answer.question.asked_at
     if number(current) > node.round.number:
-        rejoin(node, step)  # the store had forgotten the number, and nodes that remembered it are ahead
+        rejoin(node, step)  # the store had forgotten the number; nodes that remembered it are ahead
     elif closed or successor:
         stand_down(node, step)
     else:
@@ -143,7 +143,7 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
 
 
 def consider(node: NodeState, step: Step) -> None:
-    """Close the round, if the leader can."""
+    """Close the round if the leader can."""
     leader = node.round.leader
     if leader is None or leader.is_closing:
         return

@@ -56,7 +56,7 @@ def _why(node: NodeState, request: Leave) -> str:
 
 
 def _final(node: NodeState, request: Leave, why_final: str) -> End:
-    """The end of the job, because this node cannot be replaced."""
+    """Return the end of the job: it cannot go on without this node."""
     id_ = node.record.node
     if request.error:
         return End(EndKind.ERROR, _why(node, request), id_, status=request.status)
@@ -67,7 +67,7 @@ def _final(node: NodeState, request: Leave, why_final: str) -> End:
 
 
 def decide(node: NodeState, step: Step, decision: Decision) -> None:
-    """Tell the agent what follows the round; if that is nothing, take leave of the others."""
+    """Tell the agent what follows the round; if the job ends, shut down."""
     node.round.decision, node.decided_at = decision, step.now
     step.notify(Decided(decision))
     if not decision.restart:
@@ -75,23 +75,23 @@ def decide(node: NodeState, step: Step, decision: Decision) -> None:
 
 
 def acknowledge(node: NodeState, step: Step) -> None:
-    """Count this node among those that know how the job has ended: the store's host waits for all of them."""
+    """Count this node among those that know how the job has ended. The store's host waits for all of them."""
     round_, shutdown = node.round, node.round.shutdown
     if not shutdown.has_acknowledged and round_.ticket:
         shutdown.has_acknowledged = True
-        dead = round_.finished - (round_.monitor.left if round_.monitor else set())  # they cannot do so themselves
+        dead = round_.finished - (round_.monitor.left if round_.monitor else set())  # these cannot count themselves
         step.ask(questions.CountLeft(), Add(node.key("left"), 1 + len(dead)))
         if node.stays:
             step.await_key("all_left")  # from now on: later there may be no majority to answer
 
 
 def on_left(node: NodeState, step: Step, answer: Answer[questions.CountLeft, int]) -> None:
-    """See whether all nodes know."""
+    """Find out whether all nodes know that the job has ended."""
     step.get(questions.CompareLeft(answer.value), "ticket")
 
 
 def on_left_compared(node: NodeState, step: Step, answer: Answer[questions.CompareLeft, list[bytes]]) -> None:
-    """Tell everybody if they do."""
+    """If all nodes know that the job has ended, tell them so."""
     if answer.question.left >= number(answer.value[0]):
         step.write([("all_left", b"1")])
     node.round.shutdown.has_counted = True
@@ -99,7 +99,7 @@ def on_left_compared(node: NodeState, step: Step, answer: Answer[questions.Compa
 
 
 def close(node: NodeState, step: Step, request: Close) -> None:
-    """Take leave; an agent that has neither left nor ended was interrupted."""
+    """Shut down. A node that has neither left nor reached the end of the job leaves it first."""
     if not node.has_left and node.phase is Phase.MEMBER:
         leave_membership(node, step, Leave(signal.SIGTERM))
     elif not node.has_left:
@@ -108,7 +108,7 @@ def close(node: NodeState, step: Step, request: Close) -> None:
 
 
 def shut_down(node: NodeState, step: Step) -> None:
-    """Take leave of the others: this node is done with the job."""
+    """Tell the others that this node is done, and wait for them if the store ends with it."""
     if node.phase is Phase.LEAVING:
         return
     round_, shutdown = node.round, node.round.shutdown
@@ -131,13 +131,13 @@ def shut_down(node: NodeState, step: Step) -> None:
 
 
 def _confirm(node: NodeState, step: Step) -> None:
-    """A node that need not stay may disconnect when the store has done all that it was asked for."""
+    """Let a node that need not stay disconnect once the store has carried out all its requests."""
     shutdown = node.round.shutdown
     if node.phase is Phase.LEAVING and shutdown.has_counted and not shutdown.is_last:
         step.get(questions.ConfirmWritten(), "all_left")
 
 
 def disconnect(node: NodeState, step: Step, given: object = None) -> None:
-    """Disconnect: the store has done all that this node sent, all nodes know, or there is no more time."""
+    """Disconnect: nothing is left to tell the others, or there is no more time."""
     node.timers.clear()
     node.may_disconnect = True

@@ -1,4 +1,4 @@
-"""A round has closed: the node takes its place in it, or waits beside it."""
+"""A round has closed: the node becomes a member, or stays outside."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def on_closed(node: NodeState, step: Step, answer: Answer[questions.CloseRound, 
 
 
 def on_closed_checked(node: NodeState, step: Step, answer: Answer[questions.CheckClosed, list[bytes]]) -> None:
-    """Ask for the node's place, if the news of the round's closing has not come by the way that it should."""
+    """Ask for the node's place if the round has closed and the awaited key has not shown it yet."""
     if answer.value[0]:
         ask_for_assignment(node, step)
     else:
@@ -37,11 +37,11 @@ def ask_for_assignment(node: NodeState, step: Step, appeared: KeyAppeared | None
 
 
 def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssignment, list[bytes]]) -> None:
-    """Become a member, stand by, or learn that the round has ended meanwhile."""
+    """Become a member, stay outside, or learn that the round has ended."""
     round_ = node.round
     closed, place, end = answer.value
     if not closed:
-        return  # the store was started anew; the node's record is missing, too
+        return  # the store was restarted empty; the node's record is missing, too
     round_.closed = decode(Closed, closed, node.key("closed"))
     if round_.closed.leader != answer.question.leader and round_.closed.leader >= 0:
         ask_for_assignment(node, step)
@@ -52,7 +52,7 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
         return
     round_.leader = None
     round_.heartbeat.monitored_at = step.now
-    enter(node, Phase.MEMBER if assignment else Phase.BESIDE)
+    enter(node, Phase.MEMBER if assignment else Phase.OUTSIDE)
     if end:
         end_round(node, step, end)
         return
@@ -71,7 +71,7 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
 
 
 def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> None:
-    """This node slept since it was last heard of: the others have gone on without it, or wait for it to monitor."""
+    """The node slept after its last heartbeat: the others have gone on without it, or wait for it to monitor them."""
     if assignment.group_rank == 0:
         reason = f"{node.record.host} was too late to take its place"
         step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, node.record.node)))
@@ -81,18 +81,18 @@ def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> 
 
 
 def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers, list[bytes]]) -> None:
-    """Do what the node wanted to know the members for."""
+    """Do what the members were read for: report who has the node's rank, monitor them, or see who has succeeded."""
     round_, phase = node.round, node.phase
     if not answer.value[0]:
-        return  # the store was started anew; the node's record is missing, too
+        return  # the store was restarted empty; the node's record is missing, too
     if round_.members is None:
         round_.members = decode(Members, answer.value[0], node.key("members"))
     members, rank = round_.members, node.record.rank
-    if phase is Phase.BESIDE and round_.closed and rank in members.ranks:
+    if phase is Phase.OUTSIDE and round_.closed and rank in members.ranks:
         host = members.hosts[members.ranks.index(rank)]
         step.log(f"--node-rank={rank} is already taken by {host}; waiting as a spare")
-    elif phase is Phase.BESIDE and round_.closed and rank >= 0:
-        _wait_beside(node, step, round_.closed)
+    elif phase is Phase.OUTSIDE and round_.closed and rank >= 0:
+        _wait_outside(node, step, round_.closed)
     decides = round_.end is not None and round_.end.mine and round_.end.kind is EndKind.FAILED
     monitors = round_.assignment and (round_.assignment.group_rank == 0 or decides)
     if monitors and Timer.MONITOR_POLL not in node.timers:
@@ -102,7 +102,7 @@ def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers
 
 
 def _stand_by(node: NodeState, step: Step, closed: Closed) -> None:
-    """Wait for the round's end as a spare, or bring it about if there is room for this node."""
+    """Wait as a spare for the round to end, or end it if there is room for this node."""
     record = node.record
     if closed.options != record.options:
         text = disagreement(record.host, record.pid, record.options, "the nodes of the running job", closed.options)
@@ -110,12 +110,12 @@ def _stand_by(node: NodeState, step: Step, closed: Closed) -> None:
         return
     node.round.stood_by = True
     if record.rank >= 0:
-        step.read_members()  # to see who has that rank
+        step.read_members()  # to find out who has that rank
     else:
-        _wait_beside(node, step, closed)
+        _wait_outside(node, step, closed)
 
 
-def _wait_beside(node: NodeState, step: Step, closed: Closed) -> None:
+def _wait_outside(node: NodeState, step: Step, closed: Closed) -> None:
     room = node.settings.max_nodes - closed.nodes
     is_spare = node.round.ticket in closed.spares
     if is_spare and node.record.deprioritized:

@@ -120,7 +120,7 @@ class Tick(NamedTuple):
 
 
 class Close(NamedTuple):
-    """The agent is done, and no worker is left: take leave of the other nodes."""
+    """The agent is done, and no worker is left: shut down."""
 
 
 class StoreReconnected(NamedTuple):
@@ -159,7 +159,7 @@ class Request(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Everything that a step asks its caller to do, and where the node stands after it."""
+    """Everything that the caller has to do after a step, and where the node stands."""
 
     requests: list[Request]
     """To be sent in order."""
@@ -175,6 +175,6 @@ class Ready(NamedTuple):
     wake_at: float | None
     """When a ``Tick`` is due; None: never."""
     is_over: bool
-    """The job is over for this node, whatever becomes of the store."""
+    """Whether the job is over for this node, whatever becomes of the store."""
     may_disconnect: bool
-    """Nothing is left to tell the other nodes."""
+    """Whether nothing is left to tell the other nodes."""

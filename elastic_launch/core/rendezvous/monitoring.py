@@ -1,4 +1,4 @@
-"""Who watches over a running round: the monitor, and the nodes that notice when it is lost."""
+"""A running round is monitored: by the monitor, and by the nodes that notice when it is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elastic_launch.core.text import listed
 
 
 def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeartbeat, int]) -> None:
-    """Renew the lease; a counter that has not been reset for too long tells that nobody monitors the node."""
+    """Renew the lease. A counter that has not been reset for too long shows that nobody monitors this node."""
     round_, heartbeat, count = node.round, node.round.heartbeat, answer.value
     heartbeat.in_flight = False
     slept = heartbeat.sent_at - heartbeat.answered_at > 2 * node.heartbeat_period + LATENESS
@@ -31,12 +31,12 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         elif node.phase is not Phase.WAITING and not (round_.assignment and round_.assignment.group_rank == 0):
             _on_silent_monitor(node, step)
     elif step.now < due and Timer.HEARTBEAT in node.timers:
-        on_time = max(step.now, heartbeat.sent_at + node.heartbeat_period)  # it may have waited for this answer
+        on_time = max(step.now, heartbeat.sent_at + node.heartbeat_period)  # the timer may have waited for this answer
         node.timers[Timer.HEARTBEAT] = min(node.timers[Timer.HEARTBEAT], on_time, due)
 
 
 def on_leading(node: NodeState, step: Step, answer: Answer[questions.TakeOverLeading, bytes]) -> None:
-    """Lead, if this node was the first to take over."""
+    """Lead if this node was the first to take over."""
     node.round.leaders += 1
     if answer.value == b"%d" % node.round.ticket:
         become_leader(node, step)
@@ -51,12 +51,12 @@ def _on_silent_monitor(node: NodeState, step: Step) -> None:
     elif round_.end is None and round_.members.tickets[0] not in round_.finished:
         _check(node, step, [round_.members.tickets[0]])
     elif Timer.MONITOR_POLL not in node.timers:
-        # Somebody must watch over the other members, and over the one that is to decide what follows.
+        # Somebody must monitor the other members, and the one that has to decide what follows.
         step.create(questions.TakeOverMonitoring(), f"monitor/{round_.monitors + 1}", b"%d" % round_.ticket)
 
 
 def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOverMonitoring, bytes]) -> None:
-    """Monitor the members, if this node was the first to take over."""
+    """Monitor the members if this node was the first to take over."""
     node.round.monitors += 1
     node.round.heartbeat.monitored_at = step.now
     if answer.value == b"%d" % node.round.ticket and node.round.members:
@@ -72,7 +72,7 @@ def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
 
 
 def poll(node: NodeState, step: Step) -> None:
-    """Poll the members' heartbeats, and those of the other nodes, which see by the reset that the monitor lives."""
+    """Poll the heartbeats of the members, and of outsiders, to which the resets show that the monitor is alive."""
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
     if members := node.round.members:
         tickets = [*members.tickets, *node.round.outsiders]
@@ -97,7 +97,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
 
 
 def _check(node: NodeState, step: Step, tickets: list[int]) -> None:
-    """Suspect members; those whose workers had all succeeded need not be there any more."""
+    """Suspect members. Those whose workers have all succeeded need not be there any more."""
     if tickets:
         step.get(questions.CheckFinished(tickets), *(f"succeeded/{ticket}" for ticket in tickets))
 

@@ -30,7 +30,7 @@ def look_for_round(node: NodeState, step: Step) -> None:
         aside = node.record.deprioritized or is_deprioritized(node.settings.policy, history, node.record.node)
         node.record = node.record._replace(restart_history=history, known_round=past.number, deprioritized=aside)
     node.record = node.record._replace(previous_rank=past.assignment.group_rank if past.assignment else -1)
-    enter(node, Phase.OPENING)
+    enter(node, Phase.JOINING)
     pause_ends = node.decided_at + past.decision.pause if past.decision else node.began_at
     node.began_at = max(step.now, pause_ends)
     node.timers = {Timer.JOIN_TIMEOUT: node.began_at + node.settings.join_timeout}

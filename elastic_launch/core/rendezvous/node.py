@@ -56,7 +56,7 @@ from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.errors import LaunchError
 
-IDLE, OPENING, WAITING, MEMBER, BESIDE, ENDED, LEAVING = Phase
+IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
 Handler = Callable[..., None]
 
 
@@ -152,9 +152,9 @@ TIMERS: dict[Timer, Handler] = {
     Timer.SHUTDOWN: leaving.disconnect,
 }
 
-JOINED = (WAITING, MEMBER, BESIDE, ENDED)
+JOINED = (WAITING, MEMBER, OUTSIDE, ENDED)
 """The phases in which a node has a ticket and has not left."""
-AFTER_WAITING = (MEMBER, BESIDE, ENDED, LEAVING)
+AFTER_WAITING = (MEMBER, OUTSIDE, ENDED, LEAVING)
 """The phases in which an answer to a question of ``WAITING`` may come."""
 
 TABLE: dict[tuple[Phase, type | Timer], Handler] = {
@@ -166,16 +166,16 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(ReportRound, ending.report_round, MEMBER, ENDED),
     **_row(Fence, heartbeats.fence, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(Leave, leaving.leave_membership, MEMBER),
-    **_row(Leave, leaving.leave, OPENING, WAITING, BESIDE, ENDED, ignored=(IDLE, LEAVING)),
-    **_row(messages.Close, leaving.close, IDLE, OPENING, *JOINED, ignored=(LEAVING,)),
+    **_row(Leave, leaving.leave, JOINING, WAITING, OUTSIDE, ENDED, ignored=(IDLE, LEAVING)),
+    **_row(messages.Close, leaving.close, IDLE, JOINING, *JOINED, ignored=(LEAVING,)),
     # The store comes and goes.
-    **_row(messages.StoreReconnected, reconnecting.on_reconnected, *JOINED, ignored=(IDLE, OPENING, LEAVING)),
+    **_row(messages.StoreReconnected, reconnecting.on_reconnected, *JOINED, ignored=(IDLE, JOINING, LEAVING)),
     **_row(messages.StoreLost, reconnecting.on_lost, *Phase),
     **_row(questions.ReadOwnRecord, reconnecting.on_own_record, *JOINED, ignored=(LEAVING,)),
     **_row(questions.Write, ignore, *Phase),
     # Joining.
-    **_row(questions.LearnRound, joining.on_round, OPENING, ignored=(LEAVING,)),
-    **_row(questions.DrawTicket, joining.on_ticket, OPENING, ignored=(LEAVING,)),
+    **_row(questions.LearnRound, joining.on_round, JOINING, ignored=(LEAVING,)),
+    **_row(questions.DrawTicket, joining.on_ticket, JOINING, ignored=(LEAVING,)),
     **_row(questions.ReadStatus, progress.on_status, WAITING, ignored=AFTER_WAITING),
     # Leading.
     **_row(KeyAppeared, _on_key_while_waiting, WAITING),
@@ -189,18 +189,18 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.CloseRound, membership.on_closed, WAITING, ignored=AFTER_WAITING),
     **_row(questions.CheckClosed, membership.on_closed_checked, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadAssignment, membership.on_assignment, WAITING, ignored=AFTER_WAITING),
-    **_row(questions.ReadMembers, membership.on_members, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
+    **_row(questions.ReadMembers, membership.on_members, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     # Heartbeats.
     **_row(questions.SendHeartbeat, monitoring.on_heartbeat, *JOINED, ignored=(LEAVING,)),
-    **_row(questions.ConfirmReset, heartbeats.on_reset, WAITING, MEMBER, ENDED, ignored=(BESIDE, LEAVING)),
-    **_row(questions.PollMembers, monitoring.on_members_polled, MEMBER, ENDED, ignored=(BESIDE, LEAVING)),
-    **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
-    **_row(questions.CheckFinished, monitoring.on_finished_checked, MEMBER, BESIDE, ENDED, ignored=(LEAVING,)),
+    **_row(questions.ConfirmReset, heartbeats.on_reset, WAITING, MEMBER, ENDED, ignored=(OUTSIDE, LEAVING)),
+    **_row(questions.PollMembers, monitoring.on_members_polled, MEMBER, ENDED, ignored=(OUTSIDE, LEAVING)),
+    **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
+    **_row(questions.CheckFinished, monitoring.on_finished_checked, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     # The round ends.
     **_row(questions.CountFinished, ending.on_finished, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(questions.ReadFinished, ending.on_all_finished, MEMBER, ignored=(ENDED, LEAVING)),
-    **_row(questions.LearnEnd, ending.on_end, WAITING, MEMBER, BESIDE, ignored=(ENDED, LEAVING)),
-    **_row(KeyAppeared, ending.on_end_appeared, MEMBER, BESIDE),
+    **_row(questions.LearnEnd, ending.on_end, WAITING, MEMBER, OUTSIDE, ignored=(ENDED, LEAVING)),
+    **_row(KeyAppeared, ending.on_end_appeared, MEMBER, OUTSIDE),
     **_row(questions.CountReported, ending.on_reported, ENDED, LEAVING),
     **_row(questions.ReadConsequences, ending.on_consequences, ENDED, ignored=(LEAVING,)),
     **_row(questions.LearnDecision, ending.on_decision, ENDED, ignored=(LEAVING,)),

@@ -1,6 +1,6 @@
-"""What a node asks the store, as values: ``Answer`` brings the question back with the reply.
+"""What a node asks the store, as values. ``Answer`` brings the question back with the reply.
 
-So no string names an answer, and a handler gets what it needs along with it.
+So no string names an answer, and the handler of an answer gets everything that it needs.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from elastic_launch.job import Decision, End, EndKind
 
 
 def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
-    """See whether it is the same store."""
+    """Find out whether it is the same store."""
     if not node.is_over:
         step.get(questions.ReadOwnRecord(), f"node/{node.round.ticket}")
 
 
 def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnRecord, list[bytes]]) -> None:
-    """Without this node's record it is another store, or the same one started anew: meet there again."""
+    """If this node's record is missing, the store was restarted empty: meet there again."""
     round_ = node.round
     if answer.value[0]:
         return
@@ -34,7 +34,7 @@ def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnR
 
 
 def on_lost(node: NodeState, step: Step, lost: StoreLost) -> None:
-    """End the job on this node, unless it is over already."""
+    """End the job on this node, unless it is already over."""
     round_ = node.round
     if node.phase is Phase.LEAVING:
         disconnect(node, step)

@@ -33,13 +33,13 @@ class Phase(Enum):
 
     IDLE = "idle"
     """Before the first round."""
-    OPENING = "opening"
+    JOINING = "joining"
     """It has asked for the round's number and a ticket."""
     WAITING = "waiting"
     """It waits for the round to close; the leader closes it."""
     MEMBER = "member"
-    BESIDE = "beside"
-    """The round goes on without it: it came late, or there were enough nodes."""
+    OUTSIDE = "outside"
+    """The round runs without it: it came late, or there were enough nodes."""
     ENDED = "ended"
     """The round is over; what follows may not be known yet."""
     LEAVING = "leaving"
@@ -49,17 +49,17 @@ class Phase(Enum):
 class Timer(Enum):
     """What a node waits for besides the store, and the phases that own the timer."""
 
-    JOIN_TIMEOUT = "join timeout", Phase.OPENING, Phase.WAITING
+    JOIN_TIMEOUT = "join timeout", Phase.JOINING, Phase.WAITING
     PROGRESS = "progress", Phase.WAITING
     """Log who has joined."""
     LEADER_POLL = "leader poll", Phase.WAITING
     LAST_CALL = "last call", Phase.WAITING
     RETRY_ASSIGNMENT = "retry assignment", Phase.WAITING
-    HEARTBEAT = "heartbeat", Phase.WAITING, Phase.MEMBER, Phase.BESIDE, Phase.ENDED
-    MONITOR_POLL = "monitor poll", Phase.MEMBER, Phase.BESIDE, Phase.ENDED
+    HEARTBEAT = "heartbeat", Phase.WAITING, Phase.MEMBER, Phase.OUTSIDE, Phase.ENDED
+    MONITOR_POLL = "monitor poll", Phase.MEMBER, Phase.OUTSIDE, Phase.ENDED
     FENCE = "fence", Phase.MEMBER
     EXIT_BARRIER = "exit barrier", Phase.MEMBER
-    JOIN_RUNNING = "join running", Phase.BESIDE
+    JOIN_RUNNING = "join running", Phase.OUTSIDE
     """End the running round, so that this node can join."""
     CAUSE_GRACE = "cause grace", Phase.ENDED
     SHUTDOWN = "shutdown", Phase.LEAVING
@@ -102,18 +102,18 @@ class Report:
 
 @dataclass
 class Shutdown:
-    """How far the node's leave-taking from the job has come."""
+    """How far the node has come in shutting down."""
 
     stops_job: bool = False
-    """The node leaves, and has told the others to stop."""
+    """Whether the node is leaving and has told the others to stop."""
     has_acknowledged: bool = False
-    """It has counted itself among those that know the job has ended."""
+    """Whether it has counted itself among the nodes that know the job has ended."""
     has_counted: bool = False
-    """That was answered."""
+    """Whether the store has answered that."""
     is_last: bool = False
-    """It stays until all nodes know that the job has ended: the store ends with it."""
+    """Whether it stays until all nodes know that the job has ended, because the store ends with it."""
     is_empty: bool = False
-    """All nodes know."""
+    """Whether all nodes know."""
 
 
 @dataclass
@@ -135,18 +135,18 @@ class Round:
     assignment: Assignment | None = None
     assigned_at: float = 0.0
     stood_by: bool = False
-    """The node was beside the members before the round ended."""
+    """Whether the node was outside the round while it ran."""
     members: Members | None = None
     outsiders: list[int] = field(default_factory=list)
-    """Tickets of nodes that are no members, if this node is the monitor."""
+    """Tickets of nodes that are not members, if this node is the monitor."""
     monitor: Monitor | None = None
-    """The members' heartbeats, if this node watches over them."""
+    """The members' heartbeats, if this node polls them."""
     monitors: int = 0
     """Number of failover monitors there have been."""
     lost: set[int] = field(default_factory=set)
     """Tickets of members that were lost after the round had ended."""
     finished: set[int] = field(default_factory=set)
-    """Tickets of members that may be lost: their workers had all succeeded before."""
+    """Tickets of lost members that are not needed: all their workers had succeeded."""
     # When it ends.
     end: End | None = None
     decision: Decision | None = None
@@ -155,7 +155,7 @@ class Round:
 
     @property
     def is_late(self) -> bool:
-        """The node came when the round was over."""
+        """Whether the node came when the round was over."""
         return self.closed is not None and self.ticket > self.closed.tickets and not self.stood_by
 
 
@@ -164,16 +164,16 @@ class NodeState:
     """One node of a job."""
 
     record: NodeRecord
-    """What it says of itself."""
+    """How it describes itself to the others."""
     settings: Settings
     stays: bool = False
-    """The store ends with the nodes that host it, so all stay until all know how the job has ended."""
+    """Whether the store ends with the nodes that host it, so that all stay until all know how the job has ended."""
     phase: Phase = Phase.IDLE
     round: Round = field(default_factory=lambda: Round(-1))
     timers: dict[Timer, float] = field(default_factory=dict)
     awaited_key: str | None = None
     began_at: float = 0.0
-    """When the node began to join the round, or the pause before it ends."""
+    """When the node began to join the round, or when the pause before the round ends."""
     decided_at: float = 0.0
     """When the node learned what follows the round before."""
     progress_lines: int = 0
@@ -209,7 +209,7 @@ class NodeState:
         return self.settings.tick if is_standby else self.settings.keep_alive_interval
 
     def restart_history(self, now: float) -> RestartHistory:
-        """What the job remembers, if the end of the round adds nothing to it."""
+        """Return the job's restart history, if the end of the round adds nothing to it."""
         if assignment := self.round.assignment:
             return aged(assignment.restart_history, now - self.round.assigned_at)
         return self.round.closed.restart_history if self.round.closed else self.record.restart_history
@@ -222,7 +222,7 @@ def enter(node: NodeState, phase: Phase) -> None:
 
 
 class Step:
-    """One step of a node: the time, and what it asks the caller to do."""
+    """One step of a node: the time, and what the caller has to do."""
 
     def __init__(self, node: NodeState, now: float) -> None:
         self.node = node
@@ -277,7 +277,7 @@ class Step:
             self.get(questions.ReadMembers(), f"members/{closed.leader}")
 
     def ready(self) -> Ready:
-        """What the step leads to."""
+        """Return what the step leads to."""
         node = self.node
         outputs = self._requests, self._events, self._log, self.lease_until, self.wants_store
         wake_at = min(node.timers.values(), default=None)
@@ -285,7 +285,7 @@ class Step:
 
 
 def validate(node: NodeState) -> None:
-    """Check what must hold between any two steps; the simulation does after each.
+    """Check what must hold between any two steps. The simulation does so after each.
 
     Raises:
         AssertionError: something does not hold.
@@ -297,6 +297,6 @@ def validate(node: NodeState) -> None:
     assert (round_.assignment is not None) or phase is not Phase.MEMBER, "a member without an assignment"
     assert (round_.end is not None) or phase is not Phase.ENDED or round_.decision, "ended without a reason"
     assert (round_.monitor is None) or round_.members is not None, "monitors members that it does not know"
-    assert round_.ticket or phase in (Phase.IDLE, Phase.OPENING, Phase.ENDED, Phase.LEAVING), f"{phase}: no ticket"
-    assert Timer.HEARTBEAT in node.timers or phase not in (Phase.WAITING, Phase.MEMBER, Phase.BESIDE), "no heartbeat"
-    assert not (node.may_disconnect and node.timers), "timers after the leave-taking"
+    assert round_.ticket or phase in (Phase.IDLE, Phase.JOINING, Phase.ENDED, Phase.LEAVING), f"{phase}: no ticket"
+    assert Timer.HEARTBEAT in node.timers or phase not in (Phase.WAITING, Phase.MEMBER, Phase.OUTSIDE), "no heartbeat"
+    assert not (node.may_disconnect and node.timers), "timers after the shutdown"
