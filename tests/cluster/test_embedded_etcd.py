@@ -21,9 +21,10 @@ from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
 from elastic_launch.rendezvous.factory import create_own
 from elastic_launch.store.etcd.member import claim
-from tests.cluster.test_nodes import listens, up
-from tests.conftest import Job, is_alive, wait_until
-from tests.stores.test_etcd import post
+from tests.support.etcd import post
+from tests.support.jobs import Job
+from tests.support.nodes import listens, up
+from tests.support.waiting import is_alive, wait_until
 
 DEADLINE = 5.0
 """Seconds of silence after which a node counts as dead."""

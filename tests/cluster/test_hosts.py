@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from elastic_launch.store.etcd.server import etcd_binary
-from tests.conftest import Job, wait_until
 from tests.support.hosts import Host, Hosts, Program
+from tests.support.jobs import Job
+from tests.support.waiting import wait_until
 
 INTERVAL, ATTEMPTS = 0.7, 3
 DEADLINE = INTERVAL * ATTEMPTS

@@ -18,18 +18,13 @@ import pytest
 from elastic_launch.core.store_requests import Set, Wait
 from elastic_launch.store.client import connect
 from elastic_launch.store.etcd.server import EtcdServer
-from tests.conftest import Job, is_alive, wait_until
-from tests.stores.test_etcd import Trio
+from tests.support.etcd import Trio
+from tests.support.jobs import Job
+from tests.support.nodes import ALL_REDUCE, QUICK, Nodes, c10d, free_port, listens, start_three, up
+from tests.support.waiting import is_alive, wait_until
 
-QUICK = "last_call_timeout=1,keep_alive_interval=0.5,keep_alive_max_attempt=3"
 MARK = "e = os.environ\nmark(' '.join(f'{k}={e[k]}' for k in sys.argv[1:]))\n"
 RUN = "mark('up'); wait()"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture
@@ -43,36 +38,12 @@ def etcd() -> Iterator[EtcdServer]:
 Node = Callable[..., subprocess.Popen[str]]
 
 
-class Nodes:
-    """The nodes of one job: ``nodes(0, ...)`` starts node 0."""
-
-    def __init__(self, job: Job, backend: str, endpoint: str, nnodes: str, conf: str = QUICK) -> None:
-        self.job, self.backend, self.endpoint, self.nnodes, self.conf = job, backend, endpoint, nnodes, conf
-
-    def __call__(self, number: int, *args: str, script: str, **env: str) -> subprocess.Popen[str]:
-        words = ["--nnodes", self.nnodes, "--rdzv-conf", self.conf]
-        if self.backend == "static":
-            host, port = self.endpoint.rsplit(":", 1)
-            words += ["--master-addr", host, "--master-port", port, "--node-rank", str(number)]
-        else:
-            words += ["--rdzv-backend", self.backend, "--rdzv-endpoint", self.endpoint, "--rdzv-id", "job-1"]
-        return self.job.start(*words, *args[: self._options(args)], script, *args[self._options(args) :], **env)
-
-    @staticmethod
-    def _options(args: tuple[str, ...]) -> int:
-        return args.index("--") if "--" in args else len(args)
-
-
 @pytest.fixture(params=["c10d", "static", "etcd"])
 def nodes(request: pytest.FixtureRequest, job: Job) -> Nodes:
     """A job of two nodes, over each backend."""
     if request.param == "etcd":
         return Nodes(job, "etcd", request.getfixturevalue("etcd").get_endpoint(), "2")
     return Nodes(job, request.param, f"127.0.0.1:{free_port()}", "2")
-
-
-def c10d(job: Job, nnodes: str, conf: str = QUICK) -> Nodes:
-    return Nodes(job, "c10d", f"127.0.0.1:{free_port()}", nnodes, conf)
 
 
 def marks_of(job: Job) -> dict[str, dict[str, str]]:
@@ -122,19 +93,6 @@ def test_a_final_failure_is_the_same_everywhere(nodes: Nodes, job: Job) -> None:
         assert "Then" not in result.stderr, "the stopped worker did not fail"
 
 
-ALL_REDUCE = """
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-sums = torch.ones(1)
-dist.all_reduce(sums)
-mark(f"sum={sums.item():g}")
-if restart == 0 and rank == 1: os._exit(9)
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)
-"""
-
-
 def test_torch_reduces_across_nodes_also_after_a_restart(nodes: Nodes, job: Job) -> None:
     script = job.script(ALL_REDUCE)
     for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]:
@@ -175,27 +133,6 @@ def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
     assert sorted(job.marks()) == ["0.0 of 1", "0.1 of 2", "1.1 of 2"]
     assert "joins: stopping 1 worker" in results[0].stderr
     assert "the job runs on 1 node already: joining" in results[1].stderr or "joins" in results[0].stderr
-
-
-def start_three(
-    job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = QUICK
-) -> list[subprocess.Popen[str]]:
-    """Three nodes that run; the first hosts the store."""
-    nodes = c10d(job, nnodes, conf)
-    first = nodes(0, "--max-restarts", "3", *args, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
-    others = [nodes(n, "--max-restarts", "3", *args, script=script) for n in (1, 2)]
-    return [first, *others]
-
-
-def listens(endpoint: str) -> bool:
-    host, port = endpoint.rsplit(":", 1)
-    with socket.socket() as sock:
-        return sock.connect_ex((host, int(port))) == 0
-
-
-def up(job: Job, restart: int, count: int) -> bool:
-    return sum(1 for mark in job.marks() if mark.split()[0].endswith(f".{restart}")) >= count
 
 
 def test_a_node_that_leaves_is_gone_from_the_next_round_without_charge(job: Job) -> None:
@@ -512,3 +449,18 @@ def test_garbage_in_the_store_ends_the_job_in_one_line(job: Job) -> None:
     assert result.returncode == 69
     assert "elastic/job-1/0/node/2" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:
+    script = job.script(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark(f'pid {os.getpid()}')\nif restart == 0: wait()\n"
+    )
+    first, second, third = start_three(job, script, "2:3", "--shutdown-timeout", "1", conf=f"{QUICK},store_timeout=1")
+    wait_until(lambda: up(job, 0, 3))
+    pids = {int(mark.split()[2]) for mark in job.marks()}
+    third.send_signal(signal.SIGSTOP)
+    wait_until(lambda: up(job, 1, 1))
+    assert not any(map(is_alive, pids)), "also those of the agent that is still stopped"
+    assert [job.finish(process).returncode for process in (first, second)] == [0, 0]
+    third.send_signal(signal.SIGCONT)
+    job.finish(third)

@@ -18,8 +18,9 @@ import pytest
 from elastic_launch import ChildFailedError, LaunchConfig, UsageError, elastic_launch
 from elastic_launch.core.store_requests import Wait
 from elastic_launch.store.client import connect
-from tests.cluster.test_nodes import QUICK, Nodes, c10d, listens
-from tests.conftest import Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.nodes import QUICK, Nodes, c10d, listens
+from tests.support.waiting import is_alive, wait_until
 
 NOTE_TIME = "mark(f'begins {time.monotonic()}')\n"
 

@@ -33,7 +33,8 @@ from elastic_launch.agent.loop import Driver
 from elastic_launch.rendezvous.single_node import LocalRendezvous
 from elastic_launch.run import main
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
-from tests.conftest import Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.waiting import is_alive, wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,13 @@ def test_only_one_place_reads_the_environment() -> None:
         "elastic_launch/workers/keeper_main.py",
         "elastic_launch/workers/preload_main.py",
     ]
+
+
+def test_tests_share_only_support() -> None:
+    """Helpers and fixtures live in ``tests/support`` and in files named conftest.py."""
+    borrowed = re.compile(r"^ *(?:from|import) tests\.(?!support\b)", re.MULTILINE)
+    files = [file for file in (PACKAGE.parent / "tests").rglob("*.py") if file.parent.name != "simulation"]
+    assert not [file for file in files if borrowed.search(file.read_text())]
 
 
 def test_agent_imports_nothing_slow_before_its_workers_run(tmp_path: Path) -> None:

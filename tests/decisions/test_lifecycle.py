@@ -364,7 +364,7 @@ def test_other_port_clashes_are_failures(clashes_with: int, picked: bool) -> Non
 
 def test_what_is_not_in_the_table_raises_with_the_history() -> None:
     agent = Agent().running()
-    with pytest.raises(lifecycle.UnexpectedEventError, match=r"Gone while running; history: joining:Assigned"):
+    with pytest.raises(lifecycle.UnexpectedEventError, match=r"GroupReaped while running; history: joining:Assigned"):
         agent(GroupReaped({}))
 
 

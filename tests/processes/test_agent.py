@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from elastic_launch.core.agent.lifecycle import DOUBLE
-from tests.conftest import DEADLINE, Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 TWO = ("--standalone", "--nproc-per-node", "2")
 

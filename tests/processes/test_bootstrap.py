@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import is_alive, wait_until
+from tests.support.waiting import is_alive, wait_until
 
 PYTHON = sys.executable
 _spec = importlib.util.find_spec("elastic_launch.workers.bootstrap")

@@ -17,9 +17,8 @@ import pytest
 
 from elastic_launch import ChildFailedError, DefaultLogsSpecs, LaunchConfig, elastic_launch
 from elastic_launch.core.agent.lifecycle import DOUBLE
-from tests.conftest import Job, is_alive, wait_until
-from tests.processes.test_cgroup import cgroup as memory_cgroup  # noqa: F401 - a fixture
-from tests.processes.test_logs import small_disk as disk  # noqa: F401 - a fixture
+from tests.support.jobs import Job
+from tests.support.waiting import is_alive, wait_until
 
 POINTER = re.compile(r"the stacks of its threads are in (\S+/stacks\.log)")
 TWO = ("--nproc-per-node", "2")
@@ -262,15 +261,16 @@ EAT = (
 )
 
 
-def test_the_oom_killer_is_named(job: Job, request: pytest.FixtureRequest) -> None:
+def test_the_oom_killer_is_named(job: Job, memory_cgroup: Path) -> None:
     """But not for a worker of a later round that was killed by somebody else."""
-    cgroup: Path = request.getfixturevalue("memory_cgroup")
-    (limit,) = (cgroup / name for name in ("memory.max", "memory.limit_in_bytes") if (cgroup / name).exists())
+    (limit,) = (
+        memory_cgroup / name for name in ("memory.max", "memory.limit_in_bytes") if (memory_cgroup / name).exists()
+    )
     limit.write_text(str(160 << 20))
     script = job.script(f"if restart == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n{EAT}")
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
-        inside = f'echo $$ > "{cgroup}/cgroup.procs"; exec "$@"'
+        inside = f'echo $$ > "{memory_cgroup}/cgroup.procs"; exec "$@"'
         command = ["sh", "-c", inside, "sh", sys.executable, "-m", "elastic_launch", *args, script]
         return subprocess.run(command, capture_output=True, text=True, cwd=job.path, timeout=60, check=False)
 
@@ -362,13 +362,6 @@ def test_an_error_file_that_is_no_use_hides_nothing(job: Job, kind: str) -> None
     assert "exit    : exit code 7\n" in done.stderr
     told = "error   : ValueError: half" if kind == "half written" else "stderr  : its last lines\n    its last words\n"
     assert told in done.stderr
-
-
-@pytest.fixture
-def small_disk(request: pytest.FixtureRequest) -> Path:
-    """A file system of 64 KiB, which the job's own folders fit into."""
-    path: Path = request.getfixturevalue("disk")
-    return path
 
 
 RAISE = "mark('runs')\nwait_for('go')\nraise ValueError('on a bad disk')\n"

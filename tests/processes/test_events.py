@@ -31,7 +31,7 @@ from elastic_launch.events import (
 )
 from elastic_launch.job import Assignment, RestartHistory
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec, WorkerState
-from tests.conftest import DEADLINE
+from tests.support.waiting import DEADLINE
 
 PLACE = Assignment(
     group_rank=1,

@@ -36,7 +36,8 @@ from elastic_launch import (
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.rendezvous.single_node import LocalRendezvous
 from elastic_launch.worker_spec import callable_name
-from tests.conftest import Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.waiting import is_alive, wait_until
 
 METHODS = ("spawn", "fork", "forkserver")
 

@@ -21,7 +21,7 @@ from elastic_launch.errors import UnavailableError
 from elastic_launch.health import server as health
 from elastic_launch.health import server_main as health_main
 from elastic_launch.health.server import HealthServer
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

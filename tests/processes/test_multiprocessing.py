@@ -17,7 +17,7 @@ import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
 from elastic_launch.multiprocessing import start_processes
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 METHODS = ("spawn", "fork", "forkserver")
 RANKS = (0, 1)

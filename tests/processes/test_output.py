@@ -21,11 +21,10 @@ from elastic_launch.config import LogsDest
 from elastic_launch.core.agent.lifecycle import DOUBLE
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.logs.pump import BLOCK
-from tests.conftest import DEADLINE, Job, wait_until
-from tests.processes import test_logs
-from tests.processes.test_logs import raw_terminal, screen
+from tests.support.consoles import raw_terminal, screen
+from tests.support.jobs import Job
+from tests.support.waiting import DEADLINE, wait_until
 
-small_disk = test_logs.small_disk
 TWO = ("--nproc-per-node", "2")
 HELLO = "os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"
 LAST_WORDS = "print('last words', file=sys.stderr)\n"

@@ -13,7 +13,7 @@ from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment
 from elastic_launch.rendezvous.single_node import LocalRendezvous
-from tests.conftest import Job
+from tests.support.jobs import Job
 
 ALL_REDUCE = """
 import torch, torch.distributed as dist

@@ -17,7 +17,8 @@ import pytest
 
 from elastic_launch import ChildFailedError, LaunchConfig, UsageError, elastic_launch
 from elastic_launch import workers as elastic_launch_workers
-from tests.conftest import Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.waiting import is_alive, wait_until
 
 STATE = """
 import json, multiprocessing, random, threading

@@ -19,7 +19,7 @@ import pytest
 from elastic_launch.errors import ChildFailedError, ProcessFailure
 from elastic_launch.workers.error_files import read_error_file
 from elastic_launch.workers.error_handler import ErrorHandler, get_error_handler, record, write_error
-from tests.conftest import Job
+from tests.support.jobs import Job
 
 _spec = importlib.util.find_spec("elastic_launch.workers.bootstrap")
 assert _spec is not None

@@ -22,7 +22,8 @@ from elastic_launch import ChildFailedError, LaunchConfig, elastic_launch, metri
 from elastic_launch.core.placement import format_list
 from elastic_launch.host.numa import AffinityMode, NumaOptions, bindings
 from elastic_launch.host.ports import reserve_port
-from tests.conftest import DEADLINE, Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 TWO = ("--nproc-per-node", "2")
 METHODS = ("spawn", "fork", "forkserver")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import http.server
 import itertools
-import json
 import os
 import select
 import shutil
@@ -30,17 +28,12 @@ from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
-from tests.conftest import DEADLINE, is_alive, wait_until
-from tests.support.store_contract import Connect, Connection, ServedStoreContract, leave_alone
+from tests.support.etcd import Trio, post
+from tests.support.leaks import shared_by_tests
+from tests.support.store_contract import Connect, Connection, ServedStoreContract
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 _jobs = itertools.count()
-_shared: set[int] = set()
-"""Servers that outlive a test."""
-
-
-@pytest.fixture(autouse=True)
-def _spare_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_alone(monkeypatch, *_shared)
 
 
 def new_prefix() -> str:
@@ -85,35 +78,10 @@ def agents() -> Iterator[Callable[..., Agent]]:
 @pytest.fixture(scope="module")
 def etcd() -> Iterator[str]:
     server = EtcdServer()
-    server.start(stderr=subprocess.DEVNULL)
-    _shared.add(server.pid)
+    with shared_by_tests():
+        server.start(stderr=subprocess.DEVNULL)
     yield server.get_endpoint()
     server.stop()
-
-
-class Trio:
-    """A cluster of three."""
-
-    def __init__(self) -> None:
-        self.ports = free_ports(6)
-        self.servers = [EtcdServer() for _ in range(3)]
-        for index in range(3):
-            self.launch(index)
-        for server in self.servers:
-            server.wait_ready(DEADLINE)
-        self.endpoints = ",".join(server.get_endpoint() for server in self.servers)
-
-    def launch(self, index: int) -> None:
-        peers = ",".join(f"m{i}=http://127.0.0.1:{self.ports[i + 3]}" for i in range(3))
-        options = ["--name", f"m{index}", "--initial-cluster", peers]
-        options += ["--heartbeat-interval", "50", "--election-timeout", "500"]
-        self.servers[index].launch(self.ports[index], self.ports[index + 3], options, subprocess.DEVNULL)
-
-    def connected(self, agent: Agent) -> int:
-        """The index of the member to which a bridge has its connection."""
-        used = {c.raddr.port for c in psutil.Process(agent.bridge.pid).net_connections("tcp") if c.raddr}
-        (index,) = [index for index in range(3) if self.ports[index] in used]
-        return index
 
 
 @pytest.fixture
@@ -123,18 +91,6 @@ def trio() -> Iterator[Trio]:
     for server in trio.servers:
         server.kill()  # in order it would take its time
         server.stop()
-
-
-def post(endpoint: str, path: str, token: str = "", **body: Any) -> dict[str, Any]:
-    """Ask etcd by another way: its JSON gateway. Bytes become base64."""
-    data = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in body.items()}
-    connection = http.client.HTTPConnection(endpoint, timeout=DEADLINE)
-    try:
-        connection.request("POST", f"/v3/{path}", json.dumps(data), {"Authorization": token} if token else {})
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
-    finally:
-        connection.close()
-    return answer
 
 
 def wait_answer(client: Connection, seconds: float) -> list[Any]:
@@ -455,7 +411,7 @@ def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Cal
     prefix = new_prefix()
     victim = agents(trio.endpoints, prefix)
     victim(Get(("x",)))
-    index = trio.connected(victim)
+    index = trio.connected(victim.bridge)
     server = trio.servers[index]
     others = [agents(trio.endpoints, prefix) for _ in range(2)]
     everyone = [victim, *others]
@@ -587,9 +543,9 @@ def secured(certificates: Path) -> Iterator[str]:
         *("--trusted-ca-file", str(certificates / "ca.pem")),
         *("--listen-metrics-urls", f"http://127.0.0.1:{health_port}"),
     ]
-    server.launch(port, peer_port, options, subprocess.DEVNULL)
-    server.wait_ready(DEADLINE, health_port)
-    _shared.add(server.pid)
+    with shared_by_tests():
+        server.launch(port, peer_port, options, subprocess.DEVNULL)
+        server.wait_ready(DEADLINE, health_port)
     yield server.get_endpoint()
     server.stop()
 
@@ -619,8 +575,9 @@ def guarded() -> Iterator[str]:
     """The endpoint of an etcd with users: root (password "secret"), ann ("pass", reads and writes /elastic/)."""
     server = EtcdServer()
     port, peer_port = free_ports(2)
-    server.launch(port, peer_port, ["--auth-token-ttl", "1"], subprocess.DEVNULL)
-    server.wait_ready(DEADLINE)
+    with shared_by_tests():
+        server.launch(port, peer_port, ["--auth-token-ttl", "1"], subprocess.DEVNULL)
+        server.wait_ready(DEADLINE)
     endpoint = server.get_endpoint()
     for user, password, role in (("root", "secret", "root"), ("ann", "pass", "jobs")):
         post(endpoint, "auth/user/add", name=user, password=password)
@@ -629,7 +586,6 @@ def guarded() -> Iterator[str]:
     permission = {"permType": "READWRITE", "key": "L2VsYXN0aWMv", "range_end": "L2VsYXN0aWMw"}
     post(endpoint, "auth/role/grant", name="jobs", perm=permission)
     post(endpoint, "auth/enable")
-    _shared.add(server.pid)
     yield endpoint
     server.stop()
 

@@ -23,7 +23,7 @@ from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.memory import MemoryStore
 from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
 from elastic_launch.store.wire import U32, Op
-from tests.conftest import DEADLINE, wait_until
+from tests.support.leaks import shared_by_tests
 from tests.support.store_contract import (
     Connect,
     Connection,
@@ -31,22 +31,19 @@ from tests.support.store_contract import (
     StoreContract,
     answers,
     frozen,
-    leave_alone,
 )
+from tests.support.waiting import DEADLINE, wait_until
 
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[StoreHost]:
     """A store that the tests share."""
-    with contextlib.closing(StoreHost(bind_endpoint(0), dict(os.environ))) as host:
+    with shared_by_tests():
+        host = StoreHost(bind_endpoint(0), dict(os.environ))
+    with contextlib.closing(host):
         while not host.take():
             assert select.select([host], [], [], DEADLINE)[0]
         yield host
-
-
-@pytest.fixture(autouse=True)
-def _shared(host: StoreHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_alone(monkeypatch, host.pid)
 
 
 @pytest.fixture

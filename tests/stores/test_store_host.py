@@ -24,7 +24,7 @@ from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.store import wire
 from elastic_launch.store.client import connect
 from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 
 def wait_for(host: StoreHost) -> bool:
