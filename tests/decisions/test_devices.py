@@ -682,8 +682,8 @@ def test_meta_is_no_accelerator_to_the_real_torch(real_environ: dict[str, str]) 
 
 
 def test_importing_the_module_imports_nothing_else() -> None:
-    code = "import sys, elastic_launch.config, elastic_launch.host; before = set(sys.modules); import elastic_launch.host.devices"
-    code += "; print(*sorted(set(sys.modules) - before))"
+    code = "import sys, elastic_launch.config, elastic_launch.host; before = set(sys.modules)"
+    code += "; import elastic_launch.host.devices; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
         "elastic_launch.core elastic_launch.core.placement elastic_launch.host.devices\n"
     )
