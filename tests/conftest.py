@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tests.support.leaks import nothing_left
 
 @pytest.fixture(autouse=True, scope="session")
 def _adopt_orphans() -> None:
-    """Whatever a test orphans becomes pytest's own child, where ``_nothing_left`` finds it."""
+    """Whatever a test orphans becomes this process's own child, where ``_nothing_left`` finds it."""
     set_subreaper(True)
 
 
@@ -30,17 +31,20 @@ def _interruptible() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail the test that leaves a process, a thread, a descriptor or a temporary file."""
-    temp = tmp_path / "system-temp"
-    temp.mkdir()
+    # Not below tmp_path: programs make Unix sockets here, and the path of one has 107 bytes at most.
+    temp = Path(tempfile.mkdtemp(prefix="test-"))
     monkeypatch.setenv("TMPDIR", str(temp))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     for name in os.environ:
         if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    with nothing_left(temp):
-        yield
+    try:
+        with nothing_left(temp):
+            yield
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 @pytest.fixture

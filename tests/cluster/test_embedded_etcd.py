@@ -90,7 +90,7 @@ def caretaker_of(agent: subprocess.Popen[str]) -> int:
     """The pid of the process that looks after an agent's member, which it has when it has claimed an endpoint; or 0."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(agent.pid).children():
-            if "etcd_member_main" in " ".join(child.cmdline()):
+            if "member_main" in " ".join(child.cmdline()):
                 return child.pid
     return 0
 

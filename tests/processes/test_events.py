@@ -370,13 +370,13 @@ def test_error_of_a_worker_has_the_form_of_its_error_file() -> None:
 def test_no_record_costs_nothing() -> None:
     code = (
         "import sys\n"
-        "from elastic_launch.core.agent.lifecycle import Finish, Life, Limits\n"
+        "from elastic_launch.core.agent.lifecycle import AgentState, Finish, Limits\n"
         "from elastic_launch.events import check_destination\n"
         "from elastic_launch.job import Policy\nfrom elastic_launch.worker_spec import WorkerSpec\n"
         "from elastic_launch.agent.telemetry import Telemetry\n"
         "check_destination('null'); check_destination('console')\n"
         "telemetry = Telemetry(WorkerSpec('r', 1, None, entrypoint='x'), 'run', print, print)\n"
-        "telemetry.end(Life(Limits(Policy(), 30)), Finish())\n"
+        "telemetry.end(AgentState(Limits(Policy(), 30)), Finish())\n"
         "print([name for name in ('logging', 'json', 'importlib.metadata', 'tempfile') if name in sys.modules])\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
