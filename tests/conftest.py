@@ -48,6 +48,12 @@ def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say how many threads a worker may have, so that the launcher need not."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
     """A job to be launched; what still runs of it at the end of the test is killed."""
     job = Job(tmp_path)

@@ -124,12 +124,6 @@ def all_are_up(agents: Agents, restart: int, count: int) -> None:
     wait_until(lambda: up(agents.job, restart, count), f"{count} workers in round {restart}: {agents.job.marks()}")
 
 
-def go(job: Job) -> None:
-    """Let the workers end."""
-    with (job.path / "marks").open("a") as file:
-        file.write("go\n")
-
-
 # --- how a job ends
 
 
@@ -261,7 +255,7 @@ def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: etcd_of(processes[0]) not in (0, killed))
     wait_until(lambda: len(agents.ids(0)) == 3)
-    go(agents.job)
+    agents.job.mark("go")
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0, 0]
     assert f"the etcd member 127.0.0.1:{agents.port} of this host was killed by signal 9" in results[0].stderr
@@ -276,7 +270,7 @@ def test_a_member_whose_caretaker_is_killed_ends_with_it(agents: Agents) -> None
     etcd = etcd_of(processes[0])
     os.kill(caretaker_of(processes[0]), signal.SIGKILL)
     wait_until(lambda: not is_alive(etcd))
-    go(agents.job)
+    agents.job.mark("go")
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0, 0]
     assert "that ran this host's etcd member is gone" in results[0].stderr
@@ -293,7 +287,7 @@ def test_a_port_that_a_stranger_has_costs_that_member(agents: Agents) -> None:
             texts = [stack.enter_context(Reader(process)) for process in processes]
             line = f"cannot listen on 127.0.0.3:{agents.port + 1}: Address already in use"
             wait_until(lambda: any(line in text.seen() for text in texts))
-            go(agents.job)
+            agents.job.mark("go")
             assert [process.wait() for process in processes] == [0, 0, 0]
 
 

@@ -73,8 +73,7 @@ class Network:
 
     def end(self) -> None:
         """Let the workers end well."""
-        with (self.job.path / "marks").open("a") as file:
-            file.write("end\n")
+        self.job.mark("end")
 
     def lives(self) -> list[AgentState]:
         """The workers that have been there so far."""

@@ -52,12 +52,6 @@ def times(job: Job, word: str) -> dict[str, float]:
     return {mark[0]: float(mark[2]) for mark in marks if mark[1] == word}
 
 
-def log(job: Job, word: str) -> None:
-    """Tell the workers something, as if one of them had marked it."""
-    with (job.path / "marks").open("a") as file:
-        file.write(f"{word}\n")
-
-
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
     """Wait until a launcher has said something; the lines up to it are read, and gone."""
     stream = process.stderr
@@ -356,7 +350,7 @@ def test_a_spare_tells_the_same(job: Job) -> None:
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, "--max-restarts", "1", script=script)
     wait_for_line(spare, "waiting as a spare")
-    log(job, "go")
+    job.mark("go")
     results = finish(job, first, second, spare)
     assert one_status(results) == 11
     assert "restarts  : 1 of 1 used" in one_report(results)
@@ -376,7 +370,7 @@ def test_a_bad_node_steps_aside_for_a_spare(job: Job) -> None:
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, *options, script=script, NODE="spare")
     wait_for_line(spare, "the job runs on 2 nodes already: waiting as a spare")
-    log(job, "go")
+    job.mark("go")
     results = finish(job, good, bad, spare)
     assert one_status(results) == 0
     assert {mark.split()[1] for mark in job.marks() if ".1 " in mark} == {"good", "bad"}
@@ -546,7 +540,7 @@ def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
     job.wait_for("0.0 up", "1.0 up")
     processes[1].send_signal(signal.SIGUSR1)
     job.wait_for("1.0 usr1")
-    log(job, "go")
+    job.mark("go")
     assert one_status(finish(job, *processes)) == 0
     assert "0.0 usr1" not in job.marks()
 
@@ -588,7 +582,7 @@ def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
     job.wait_for("0.0 of 3", "1.0 of 3", "2.0 of 3")
     [keeper] = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 keeper")]
     os.kill(keeper, signal.SIGSTOP)
-    log(job, "go")
+    job.mark("go")
     results = finish(job, *processes)
     assert [result.returncode for result in results] == [0, 0, 69]
     assert lines_with(results[2:], "cannot be killed, so this node does not take part in another round")
@@ -631,7 +625,7 @@ def test_a_node_that_is_done_may_go(signum: signal.Signals, job: Job) -> None:
     wait_for_key(nodes, "0/done")
     second.send_signal(signum)
     job.finish(second)
-    log(job, "go")
+    job.mark("go")
     [result] = finish(job, first)
     assert result.returncode == 0
     assert sorted(job.marks()) == ["0.0 up", "1.0 up", "go"]
@@ -645,7 +639,7 @@ def test_a_node_that_is_done_waits_for_the_others(job: Job) -> None:
     second = nodes(1, "--node-rank", "1", script=script)
     wait_for_key(nodes, "0/done")
     assert second.poll() is None
-    log(job, "go")
+    job.mark("go")
     assert one_status(finish(job, first, second)) == 0
 
 

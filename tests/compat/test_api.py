@@ -36,10 +36,7 @@ from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
 from tests.support.jobs import Job
 from tests.support.waiting import is_alive, wait_until
 
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes: Any) -> LaunchConfig:

@@ -17,11 +17,10 @@ import pytest
 
 from elastic_launch import ChildFailedError, DefaultLogsSpecs, LaunchConfig, elastic_launch
 from elastic_launch.core.agent.lifecycle import DOUBLE
-from tests.support.jobs import Job
+from tests.support.jobs import TWO, Job
 from tests.support.waiting import is_alive, wait_until
 
 POINTER = re.compile(r"the stacks of its threads are in (\S+/stacks\.log)")
-TWO = ("--nproc-per-node", "2")
 
 # Rank 0 fails when the other hangs.
 FIRST_FAILS = "mark('starts')\nif rank == 0:\n    wait_for('1.0 hangs')\n    sys.exit(3)\n"
@@ -372,7 +371,7 @@ def test_a_full_disk_hides_nothing(job: Job, small_disk: Path, tee: tuple[str, .
     process = job.start(*TWO, *tee, "--log-dir", str(small_disk), job.script(RAISE))
     job.wait_for("0.0 runs", "1.0 runs")
     fill(small_disk)
-    go(job)
+    job.mark("go")
     check_traceback_is_told(job, process)
 
 
@@ -382,7 +381,7 @@ def test_a_full_disk_hides_no_stacks(job: Job, small_disk: Path) -> None:
     process = job.start(*TWO, "--shutdown-timeout", "1", "--log-dir", str(small_disk), script)
     job.wait_for("0.0 runs", "1.0 runs")
     fill(small_disk)
-    go(job)
+    job.mark("go")
     done = job.finish(process)
     assert done.returncode == 3
     assert re.search(r"rank 1 .*: killed by SIGKILL; the stacks of its threads are on its stderr\n", done.stderr)
@@ -394,7 +393,7 @@ def test_a_disk_that_has_become_read_only_hides_nothing(job: Job, small_disk: Pa
     process = job.start(*TWO, "--max-restarts", "1", "--log-dir", str(small_disk), job.script(RAISE))
     job.wait_for("0.0 runs", "1.0 runs")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    go(job)
+    job.mark("go")
     check_traceback_is_told(job, process)
 
 
@@ -402,7 +401,7 @@ def test_no_place_for_temporary_files_hides_nothing(job: Job, small_disk: Path) 
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     process = job.start(*TWO, job.script(RAISE), TMPDIR=str(small_disk))
     job.wait_for("0.0 runs", "1.0 runs")
-    go(job)
+    job.mark("go")
     check_traceback_is_told(job, process)
 
 
@@ -417,11 +416,6 @@ def test_a_log_directory_that_cannot_be_made_is_an_error_before_anything_runs(jo
 def fill(folder: Path) -> None:
     with pytest.raises(OSError, match="No space left"), open(folder / "filler", "wb", buffering=0) as file:
         file.writelines(itertools.repeat(bytes(4096)))
-
-
-def go(job: Job) -> None:
-    with open(job.path / "marks", "a") as file:
-        file.write("go\n")
 
 
 def check_traceback_is_told(job: Job, process: subprocess.Popen[str]) -> None:

@@ -17,9 +17,18 @@ import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
 from elastic_launch.multiprocessing import start_processes
+from tests.support.functions import (
+    boom,
+    fail_beside_one_that_ignores_sigterm,
+    greet,
+    ignore_sigterm,
+    speak,
+    unreadable,
+    wait_for,
+)
+from tests.support.jobs import METHODS
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
-METHODS = ("spawn", "fork", "forkserver")
 RANKS = (0, 1)
 
 
@@ -50,52 +59,6 @@ def hung(tmp_path: Path) -> Iterator[PContext]:
     wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in RANKS))
     yield context
     context.close(signal.SIGKILL)
-
-
-# What the processes run.
-
-
-def greet(greeting: str) -> str:
-    return f"{greeting} {os.environ['RANK']}"
-
-
-def wait_for(path: str) -> None:
-    while not os.path.exists(path):
-        time.sleep(0.005)
-
-
-def boom() -> None:
-    if os.environ["RANK"] == "1":
-        raise ValueError("boom")
-    signal.pause()
-
-
-def ignore_sigterm(path: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Path(path, f"ready.{os.environ['RANK']}").write_text("")
-    while True:
-        signal.pause()
-
-
-def fail_beside_one_that_ignores_sigterm(path: str) -> None:
-    if os.environ["RANK"] == "0":
-        ignore_sigterm(path)
-    wait_for(f"{path}/ready.0")
-    sys.exit(4)
-
-
-def speak() -> None:
-    os.write(1, f"out {os.environ['RANK']}\n".encode())  # pytest has its own in place of sys.stdout
-    os.write(2, f"err {os.environ['RANK']}\n".encode())
-
-
-class Unreadable:
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return int, ("nothing",)
-
-
-def unreadable() -> Unreadable:
-    return Unreadable()
 
 
 # What the launcher makes of it.

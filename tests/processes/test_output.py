@@ -22,10 +22,9 @@ from elastic_launch.core.agent.lifecycle import DOUBLE
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.logs.pump import BLOCK
 from tests.support.consoles import raw_terminal, screen
-from tests.support.jobs import Job
+from tests.support.jobs import TWO, Job, report_of
 from tests.support.waiting import DEADLINE, wait_until
 
-TWO = ("--nproc-per-node", "2")
 HELLO = "os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"
 LAST_WORDS = "print('last words', file=sys.stderr)\n"
 
@@ -89,26 +88,12 @@ class Terminal:
         return screen(self.seen)
 
 
-def tell(job: Job, text: str) -> None:
-    """Write a mark that workers wait for."""
-    with (job.path / "marks").open("a") as marks:
-        marks.write(f"{text}\n")
-
-
 def files_in(directory: Path) -> dict[str, str]:
     """The output in files, by path."""
     return {
         str(path.relative_to(directory)): path.read_bytes().decode(errors="surrogateescape")
         for path in directory.rglob("*.log")
     }
-
-
-def report_of(err: bytes) -> str:
-    """The report at the end, which begins on a line of its own."""
-    text = err.decode(errors="replace")
-    begin = re.search(r"^={80}$", text, re.MULTILINE)
-    assert begin, text
-    return text[begin.start() :]
 
 
 # ---- -r and -t, and where files lie
@@ -303,9 +288,9 @@ def test_redraws_on_a_terminal_are_one_live_line(job: Job) -> None:
     terminal = Terminal(job, *TWO, "-t", "3", "--log-dir", "logs", "--rdzv-id", "j1", script)
     terminal.wait_for(b"99%")
     assert screen(terminal.seen) == [b"[default0]:99%"]
-    tell(job, "row")
+    job.mark("row")
     terminal.wait_for(b"a line\n")
-    tell(job, "line")
+    job.mark("line")
     rows = terminal.finish()
     assert rows == [b"[default1]:a line", b"[default0]:100%", b"[default0]:the end", b""]
     kept = b"".join(b"\r%d%%" % percent for percent in range(1, 100)) + b"\r100%\nthe end\n"
@@ -324,7 +309,7 @@ def test_words_of_the_launcher_stand_above_the_live_line_and_tear_nothing(job: J
     (job.path / "marks").touch()
     terminal = Terminal(job, *TWO, "--max-restarts", "1", "-t", "3", "--log-dir", "logs", script)
     terminal.wait_for(b"10%")
-    tell(job, "row")
+    job.mark("row")
     rows = terminal.finish()
     own = [row for row in rows if row.startswith(b"elastic-run: ")]
     assert any(b"restart 1 of 1" in row for row in own)
@@ -513,7 +498,7 @@ def test_a_terminal_that_is_closed_ends_the_job_only_by_its_signal(job: Job) -> 
     terminal = Terminal(job, "-t", "3", "--log-dir", "logs", "--rdzv-id", "j1", script)
     terminal.wait_for(b"begin")
     os.close(terminal.fd)
-    tell(job, "go")
+    job.mark("go")
     assert terminal.process.wait(DEADLINE) == 0
     assert (job.path / "logs/j1/attempt_0/0/stdout.log").read_text().endswith("\n1999\n")
 

@@ -22,21 +22,14 @@ from elastic_launch import ChildFailedError, LaunchConfig, elastic_launch, metri
 from elastic_launch.core.placement import format_list
 from elastic_launch.host.numa import AffinityMode, NumaOptions, bindings
 from elastic_launch.host.ports import reserve_port
-from tests.support.jobs import Job
+from tests.support.jobs import METHODS, TWO, Job, report_of
 from tests.support.waiting import DEADLINE, is_alive, wait_until
-
-TWO = ("--nproc-per-node", "2")
-METHODS = ("spawn", "fork", "forkserver")
 
 
 @pytest.fixture(autouse=True)
 def _quiet(_nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher tells nothing but trouble."""
     monkeypatch.setenv("PET_QUIET", "1")
-
-
-def report_of(stderr: str) -> str:
-    return stderr[stderr.index("=" * 80) :]
 
 
 def launch(fn: Callable[..., Any], *args: Any, **changes: Any) -> dict[int, Any]:

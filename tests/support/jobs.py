@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.support.waiting import DEADLINE, wait_until
+
+TWO = ("--nproc-per-node", "2")
+METHODS = ("spawn", "fork", "forkserver")
+"""How functions can be started."""
+
+
+def report_of(stderr: str | bytes) -> str:
+    """The report at the end, which begins on a line of its own."""
+    text = stderr if isinstance(stderr, str) else stderr.decode(errors="replace")
+    begin = re.search(r"^={80}$", text, re.MULTILINE)
+    assert begin, text
+    return text[begin.start() :]
 
 
 class Job:
@@ -40,6 +53,11 @@ class Job:
             return [line.strip() for line in (self.path / "marks").read_text().splitlines()]
         except FileNotFoundError:
             return []
+
+    def mark(self, text: str) -> None:
+        """Write a mark as a worker would: one that workers wait for."""
+        with (self.path / "marks").open("a") as file:
+            file.write(f"{text}\n")
 
     def wait_for(self, *marks: str) -> None:
         """Wait until the workers have written these lines."""
