@@ -31,8 +31,9 @@ def _interruptible() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail the test that leaves a process, a thread, a descriptor or a temporary file."""
+    tmp_path_factory.getbasetemp()  # is made before TMPDIR changes
     # Not below tmp_path: programs make Unix sockets here, and the path of one has 107 bytes at most.
     temp = Path(tempfile.mkdtemp(prefix="test-"))
     monkeypatch.setenv("TMPDIR", str(temp))

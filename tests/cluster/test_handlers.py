@@ -41,6 +41,7 @@ from elastic_launch.rendezvous.handler import (
 )
 from elastic_launch.rendezvous.store_rendezvous import DynamicRendezvous
 from elastic_launch.rendezvous.third_party import ForeignRendezvous, adapt
+from tests.support.files import install_package
 from tests.support.jobs import Job
 from tests.support.third_party import Files, MemoryStore, OneNode, run_agent
 from tests.support.waiting import wait_until
@@ -184,19 +185,15 @@ def test_built_in_names_are_taken() -> None:
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An installed package that offers handlers."""
-    info = tmp_path / "site" / "plugins-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[torchrun.handlers]\none-node = good_plugin:get\nbroken = broken_plugin:get\nmissing = no_such_module:get\n"
+    site = install_package(
+        tmp_path / "site",
+        "[torchrun.handlers]\none-node = good_plugin:get\nbroken = broken_plugin:get\nmissing = no_such_module:get\n",
+        good_plugin="from tests.support.third_party import OneNode\n"
+        "def get(): return create\ndef create(params): return OneNode()\n",
+        broken_plugin="raise RuntimeError('boom')\n",
     )
-    (tmp_path / "site" / "good_plugin.py").write_text(
-        "from tests.support.third_party import OneNode\n"
-        "def get(): return create\ndef create(params): return OneNode()\n"
-    )
-    (tmp_path / "site" / "broken_plugin.py").write_text("raise RuntimeError('boom')\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    yield str(tmp_path / "site")
+    monkeypatch.syspath_prepend(site)
+    yield site
     sys.modules.pop("good_plugin", None)
 
 

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_launch.host.cgroup import OomCounter
-
-
-def put(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+from tests.support.files import put
 
 
 def events(kills: int) -> str:

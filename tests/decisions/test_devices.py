@@ -17,6 +17,7 @@ from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError
 from elastic_launch.host import devices
 from elastic_launch.host.devices import cpu_count, local_world_size
+from tests.support.files import put
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]
 
@@ -35,14 +36,6 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 # --- CPUs
-
-
-def tree(root: Path, files: dict[str, str]) -> str:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return str(root)
 
 
 V1 = "9:name=systemd:/job\n3:cpuset:/job\n2:cpu,cpuacct:/slice/job\n0::/job\n"
@@ -152,12 +145,12 @@ def test_cpu_count_is_the_mask_or_the_smallest_quota(
     files: dict[str, str], expected: int, tmp_path: Path, cpus: Callable[[int], None]
 ) -> None:
     cpus(16)
-    assert cpu_count(tree(tmp_path, files)) == expected
+    assert cpu_count(put(tmp_path, files)) == expected
 
 
 def test_cpu_count_is_the_mask_where_that_is_smaller(tmp_path: Path, cpus: Callable[[int], None]) -> None:
     cpus(3)
-    root = tree(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "800000 100000\n"})
+    root = put(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "800000 100000\n"})
     assert cpu_count(root) == 3
 
 
@@ -345,7 +338,7 @@ def test_nvml_that_fails_is_named_where_torch_is_not_there_to_ask(
 def test_a_broken_pynvml_is_named_where_torch_is_not_there_to_ask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree(tmp_path, {"pynvml.py": "raise ImportError('half installed')"})
+    put(tmp_path, {"pynvml.py": "raise ImportError('half installed')"})
     monkeypatch.delitem(sys.modules, "pynvml")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match=r"torch is not installed and NVML cannot be asked \(half installed\)"):
@@ -416,7 +409,7 @@ class FakeTorch:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.record = root / "asked"
-        tree(root, {"torch/__init__.py": FAKE_TORCH, "torch/version.py": "__version__ = '9.9+cu999'\n"})
+        put(root, {"torch/__init__.py": FAKE_TORCH, "torch/version.py": "__version__ = '9.9+cu999'\n"})
 
     def environ(self, **variables: str) -> dict[str, str]:
         return {"PYTHONPATH": str(self.root), "FAKE_RECORD": str(self.record), **variables}
@@ -523,7 +516,7 @@ def test_the_child_does_not_read_the_terminal(fake_torch: FakeTorch) -> None:
 def test_files_in_the_working_directory_do_not_stand_in_for_modules(
     fake_torch: FakeTorch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree(tmp_path, {"cwd/torch.py": "raise SystemExit('the wrong torch')", "cwd/types.py": "raise SystemExit('wrong')"})
+    put(tmp_path, {"cwd/torch.py": "raise SystemExit('the wrong torch')", "cwd/types.py": "raise SystemExit('wrong')"})
     monkeypatch.chdir(tmp_path / "cwd")
     assert local_world_size("gpu", fake_torch.environ(FAKE_DEVICES="cuda=2")) == 2
 
@@ -555,7 +548,7 @@ def test_torch_is_asked_where_nvml_cannot_say(
 def test_auto_does_not_ask_a_cpu_build_of_torch(
     fake_torch: FakeTorch, nvml: Callable[..., FakeNvml], cpus: Callable[[int], None]
 ) -> None:
-    tree(fake_torch.root, {"torch/version.py": "__version__ = '9.9+cpu'\n"})
+    put(fake_torch.root, {"torch/version.py": "__version__ = '9.9+cpu'\n"})
     nvml(UUIDS)  # that torch could not use them
     cpus(1)
     assert local_world_size("auto", fake_torch.environ(FAKE_DEVICES="npu=5")) == 1
@@ -563,7 +556,7 @@ def test_auto_does_not_ask_a_cpu_build_of_torch(
 
 
 def test_auto_asks_a_cpu_build_that_has_a_backend_to_load(fake_torch: FakeTorch) -> None:
-    tree(
+    put(
         fake_torch.root,
         {
             "torch/version.py": "__version__ = '9.9+cpu'\n",
@@ -645,7 +638,7 @@ def test_devices_that_need_torch_say_that_it_is_missing(option: str, problem: st
 
 def test_a_folder_called_torch_is_not_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
-    tree(tmp_path, {"torch/notes.txt": ""})
+    put(tmp_path, {"torch/notes.txt": ""})
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UsageError, match="no usable XPU: torch is not installed"):
         local_world_size("xpu", {})

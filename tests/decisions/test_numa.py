@@ -16,6 +16,10 @@ import pytest
 from elastic_launch.core.placement import format_list, parse_list, share, virtual_device
 from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.numa import AffinityMode, NumaOptions, bindings, mode_of
+from tests.support.files import put
+
+pytestmark = pytest.mark.xdist_group("numa")
+"""In one process: writing the hosts takes seconds."""
 
 MODES = [mode.value for mode in AffinityMode]
 
@@ -82,15 +86,7 @@ def files(host: Host) -> dict[str, str]:
             f"Bus Type: \t PCIe\nBus Location: \t {address}\nDevice Minor: \t {i}\nGPU Excluded:\t No"
         )
         found[f"dev/nvidia{i}"] = ""
-    return found
-
-
-def put(root: Path, found: Mapping[str, str]) -> str:
-    for folder in {os.path.dirname(name) for name in found}:
-        os.makedirs(root / folder, exist_ok=True)
-    for name, text in found.items():
-        (root / name).write_text(text and text + "\n")
-    return str(root)
+    return {name: text and f"{text}\n" for name, text in found.items()}
 
 
 # Linux numbers the first threads of all cores, then the second ones. Cores of a socket are numbered with gaps as found.

@@ -1,7 +1,6 @@
 """The bootstrap against plain Python: the same program, run by both in the same folder, must show the same."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -15,13 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from elastic_launch.workers import BOOTSTRAP
 from tests.support.waiting import is_alive, wait_until
 
 PYTHON = sys.executable
-_spec = importlib.util.find_spec("elastic_launch.workers.bootstrap")
-assert _spec is not None
-assert _spec.origin is not None
-BOOTSTRAP = _spec.origin
 
 # What a program can see of how it was started. It imports nothing, so that sys.modules is as the start left it.
 VIEW = """

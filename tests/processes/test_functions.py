@@ -499,6 +499,7 @@ def test_functions_on_two_nodes(tmp_path: Path) -> None:
 TORCH = """
 import os, sys
 import numpy, torch
+import torch.nn.parallel.distributed, torch._dynamo  # which DistributedDataParallel needs: here forks share them
 from torch import nn
 from elastic_launch import LaunchConfig, elastic_launch
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
+from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.multiprocessing import start_processes
 from tests.support.functions import (
     boom,
@@ -27,7 +28,7 @@ from tests.support.functions import (
     wait_for,
 )
 from tests.support.jobs import METHODS
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.waiting import is_alive, wait_until
 
 RANKS = (0, 1)
 
@@ -139,10 +140,9 @@ def test_close_hurries_the_end_that_a_failure_began(
     death_sig: signal.Signals | None, timeout: int, tmp_path: Path
 ) -> None:
     context = start(fail_beside_one_that_ignores_sigterm, str(tmp_path), start_method="fork")
-    end = time.monotonic() + DEADLINE
-    while is_alive(context.pids()[1]):
-        assert context.wait(0.01) is None
-        assert time.monotonic() < end
+    driver = context._driver
+    assert driver is not None
+    wait_until(lambda: context.wait(0.01) is None and driver.state.phase is AgentPhase.STOPPING)
     before = time.monotonic()
     context.close(death_sig, timeout)
     assert time.monotonic() - before < 5, "not the 30 seconds of a stop"

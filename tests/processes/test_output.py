@@ -22,6 +22,7 @@ from elastic_launch.core.agent.lifecycle import DOUBLE
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.logs.pump import BLOCK
 from tests.support.consoles import raw_terminal, screen
+from tests.support.files import install_package
 from tests.support.jobs import TWO, Job, report_of
 from tests.support.waiting import DEADLINE, wait_until
 
@@ -696,14 +697,9 @@ def plugins(job: Job) -> Callable[..., dict[str, Any]]:
     """Installs a package that offers ``LogsSpecs``; the variables that a launcher finds it with."""
 
     def install(code: str) -> dict[str, Any]:
-        info = job.path / "site" / "plugins-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(
-            "[torchrun.logs_specs]\nmine = log_plugin:Mine\ngone = log_plugin:Gone\n"
-        )
-        (job.path / "site" / "log_plugin.py").write_text(code)
-        return {"PYTHONPATH": os.pathsep.join([str(job.path / "site"), os.environ.get("PYTHONPATH", "")])}
+        entry_points = "[torchrun.logs_specs]\nmine = log_plugin:Mine\ngone = log_plugin:Gone\n"
+        site = install_package(job.path / "site", entry_points, log_plugin=code)
+        return {"PYTHONPATH": os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])}
 
     return install
 

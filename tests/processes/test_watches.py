@@ -22,6 +22,7 @@ from elastic_launch import ChildFailedError, LaunchConfig, elastic_launch, metri
 from elastic_launch.core.placement import format_list
 from elastic_launch.host.numa import AffinityMode, NumaOptions, bindings
 from elastic_launch.host.ports import reserve_port
+from tests.support.files import install_package
 from tests.support.jobs import METHODS, TWO, Job, report_of
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
@@ -377,19 +378,15 @@ def test_an_unknown_event_handler_is_an_error_before_anything_runs(job: Job) -> 
 @pytest.fixture
 def plug_ins(tmp_path: Path) -> dict[str, str]:
     """An environment in which a package with event handlers is installed; the good one writes ``events``."""
-    site = tmp_path / "site"
-    (site / "plug-1.0.dist-info").mkdir(parents=True)
-    (site / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
-    (site / "plug-1.0.dist-info" / "entry_points.txt").write_text(
-        "[elastic_launch.event_handlers]\nfile = plug:to_file\nraising = plug:Raising\n"
-    )
-    (site / "plug.py").write_text(
-        "import logging\n"
+    site = install_package(
+        tmp_path / "site",
+        "[elastic_launch.event_handlers]\nfile = plug:to_file\nraising = plug:Raising\n",
+        plug="import logging\n"
         f"def to_file(): return logging.FileHandler({str(tmp_path / 'events')!r})\n"
         "class Raising(logging.Handler):\n"
-        "    def emit(self, record): raise OSError('no network')\n"
+        "    def emit(self, record): raise OSError('no network')\n",
     )
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))}
 
 
 def test_events_go_to_a_plug_in(job: Job, plug_ins: dict[str, str]) -> None:

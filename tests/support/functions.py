@@ -6,6 +6,7 @@ Every worker that is a fresh Python imports this module. So it imports little; t
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import multiprocessing
 import os
@@ -215,6 +216,7 @@ def die(how: str) -> None:
         threading.Thread(target=os._exit, args=(9,)).start()
         signal.pause()
     os.write(2, b"the last line\n")  # pytest has its own in place of sys.stderr
+    faulthandler.disable()  # pytest's, which a fork inherits: it writes pages to the terminal
     ctypes.string_at(0)
 
 
