@@ -14,6 +14,7 @@ import pytest
 from elastic_launch.workers.keeper_main import set_subreaper
 from tests.support.jobs import Job
 from tests.support.leaks import nothing_left
+from tests.support.servers import stop_shared
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,6 +29,13 @@ def _interruptible() -> None:
     for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, usual)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_servers() -> Iterator[None]:
+    """Those that tests have started for each other end with the last test."""
+    yield
+    stop_shared()
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,9 @@ from elastic_launch.rendezvous.factory import create_own
 from elastic_launch.store.etcd.member import claim
 from tests.support.etcd import post
 from tests.support.jobs import Job
+from tests.support.leaks import children
 from tests.support.nodes import listens, up
+from tests.support.ports import free_port
 from tests.support.waiting import is_alive, wait_until
 
 DEADLINE = 5.0
@@ -37,26 +39,12 @@ RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
 ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"
 
 
-def free_pair() -> int:
-    """A port that is free on all the addresses, as is the one above."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind((HOSTS[0], 0))
-            port = int(first.getsockname()[1])
-            others = [(host, port + above) for host in HOSTS for above in (0, 1)][1:]
-            with contextlib.suppress(OSError):
-                for address in others:
-                    stack.enter_context(socket.socket()).bind(address)
-                return port
-
-
 class Agents:
     """The agents of one job."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.port = free_pair()
+        self.port = free_port(2)
         self.endpoints = [f"{host}:{self.port}" for host in HOSTS]
 
     def __call__(
@@ -113,7 +101,7 @@ def agents(job: Job) -> Iterator[Agents]:
             process.kill()
             process.wait()
     # What they leave behind goes by itself, a moment later.
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
 
 
 def finish(agents: Agents, processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:

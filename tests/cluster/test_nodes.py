@@ -10,29 +10,23 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psutil
 import pytest
 
-from elastic_launch.core.store_requests import Set, Wait
+from elastic_launch.core.store_requests import Set
 from elastic_launch.store.client import connect
-from elastic_launch.store.etcd.server import EtcdServer
 from tests.support.etcd import Trio
 from tests.support.jobs import Job
-from tests.support.nodes import ALL_REDUCE, QUICK, Nodes, c10d, free_port, listens, start_three, up
+from tests.support.leaks import children
+from tests.support.nodes import ALL_REDUCE, QUICK, Nodes, c10d, listens, start_three, up
+from tests.support.ports import free_port
+from tests.support.servers import shared_etcd
 from tests.support.waiting import is_alive, wait_until
 
 MARK = "e = os.environ\nmark(' '.join(f'{k}={e[k]}' for k in sys.argv[1:]))\n"
 RUN = "mark('up'); wait()"
-
-
-@pytest.fixture
-def etcd() -> Iterator[EtcdServer]:
-    server = EtcdServer()
-    server.start()
-    yield server
-    server.stop()
 
 
 Node = Callable[..., subprocess.Popen[str]]
@@ -42,7 +36,7 @@ Node = Callable[..., subprocess.Popen[str]]
 def nodes(request: pytest.FixtureRequest, job: Job) -> Nodes:
     """A job of two nodes, over each backend."""
     if request.param == "etcd":
-        return Nodes(job, "etcd", request.getfixturevalue("etcd").get_endpoint(), "2")
+        return Nodes(job, "etcd", shared_etcd(), "2")
     return Nodes(job, request.param, f"127.0.0.1:{free_port()}", "2")
 
 
@@ -112,10 +106,10 @@ def test_workers_find_their_store_by_the_address_that_their_agent_used(endpoint:
 
 
 def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", hosted=True)
     script = job.script("mark(os.environ['MASTER_ADDR'])")
     first = nodes(0, "--local-addr", "127.0.0.3", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--local-addr", "127.0.0.3", script=script)
     for process in (first, second):
         assert job.finish(process).returncode == 0
@@ -180,7 +174,7 @@ def test_a_spare_takes_over(job: Job) -> None:
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
     nodes = c10d(job, "2")
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     spare = nodes(2, script=script)
@@ -238,14 +232,14 @@ def test_the_five_variables_of_kubernetes_operators_launch_a_job(job: Job) -> No
     assert sorted(job.marks()) == ["0.0 4", "1.0 4", "2.0 4", "3.0 4"]
 
 
-def test_a_finished_job_stays_finished(etcd: EtcdServer, job: Job) -> None:
-    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+def test_a_finished_job_stays_finished(job: Job) -> None:
+    nodes = Nodes(job, "etcd", shared_etcd(), "2")
     script = job.script("mark()")
     for process in [nodes(n, script=script) for n in (0, 1)]:
         assert job.finish(process).returncode == 0
     late = job.finish(nodes(2, script=script))
     assert late.returncode == 0
-    assert "job job-1 has ended already" in late.stderr
+    assert f"job {nodes.run_id} has ended already" in late.stderr
     assert sorted(job.marks()) == ["0.0", "1.0"]
 
 
@@ -295,7 +289,7 @@ def test_an_endpoint_that_belongs_to_a_stranger_is_named(job: Job) -> None:
 
 
 def test_losing_the_host_of_the_store_stops_the_workers_and_names_it(job: Job) -> None:
-    first, second, third = start_three(job, job.script(RUN), conf=f"{QUICK},store_timeout=1")
+    first, second, third = start_three(job, job.script(RUN), conf=f"{QUICK},store_timeout=1", hosted=True)
     wait_until(lambda: up(job, 0, 3))
     first.send_signal(signal.SIGKILL)
     job.finish(first)
@@ -307,9 +301,9 @@ def test_losing_the_host_of_the_store_stops_the_workers_and_names_it(job: Job) -
 
 def test_a_host_that_comes_back_gets_the_job_back(job: Job) -> None:
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
-    nodes = c10d(job, "2", QUICK)
+    nodes = c10d(job, "2", QUICK, hosted=True)
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     first.send_signal(signal.SIGKILL)
@@ -323,21 +317,21 @@ def test_a_host_that_comes_back_gets_the_job_back(job: Job) -> None:
 
 def test_nothing_is_left_of_an_agent_that_is_killed(job: Job) -> None:
     script = job.script("mark(str(os.getpid()))\nwait()")
-    first, second, third = start_three(job, script)
+    first, second, third = start_three(job, script, hosted=True)
     wait_until(lambda: up(job, 0, 3))
     pids = [int(mark.split()[1]) for mark in job.marks()]
     for process in (first, second, third):
         process.send_signal(signal.SIGKILL)
         job.finish(process)
     wait_until(lambda: not any(map(is_alive, pids)))
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
 
 
 def test_a_node_whose_workers_have_ended_well_stays_for_another_round(job: Job) -> None:
     nodes = c10d(job, "2")
     script = job.script("mark('up')\nif rank == 1 and restart == 0: wait()\n")
     first = nodes(0, "--node-rank", "0", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
     wait_until(lambda: up(job, 0, 2))
     second.send_signal(signal.SIGKILL)
@@ -349,8 +343,8 @@ def test_a_node_whose_workers_have_ended_well_stays_for_another_round(job: Job) 
     assert {"0.1 up", "1.1 up"} <= set(job.marks())
 
 
-def test_a_node_that_left_or_died_while_gathering_is_no_member(etcd: EtcdServer, job: Job) -> None:
-    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+def test_a_node_that_left_or_died_while_gathering_is_no_member(job: Job) -> None:
+    nodes = Nodes(job, "etcd", shared_etcd(), "2")
     script = job.script("mark()")
     for signum in (signal.SIGTERM, signal.SIGKILL):
         gone = nodes(0, script=script)
@@ -366,10 +360,10 @@ def test_a_node_that_left_or_died_while_gathering_is_no_member(etcd: EtcdServer,
 
 
 def test_the_host_of_the_store_that_leaves_while_nodes_gather_tells_the_others(job: Job) -> None:
-    nodes = c10d(job, "3", "last_call_timeout=1")
+    nodes = c10d(job, "3", "last_call_timeout=1", hosted=True)
     script = job.script(RUN)
     host = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     other = nodes(1, script=script)
     lines = other.stderr
     assert lines is not None
@@ -380,14 +374,14 @@ def test_the_host_of_the_store_that_leaves_while_nodes_gather_tells_the_others(j
 
 
 def test_workers_are_stopped_when_the_store_is_silent_for_too_long(job: Job) -> None:
-    nodes = c10d(job, "2", "last_call_timeout=1,keep_alive_interval=2,store_timeout=30,read_timeout=30")
+    nodes = c10d(job, "2", "last_call_timeout=1,keep_alive_interval=2,store_timeout=30,read_timeout=30", hosted=True)
     script = job.script(
         "signal.signal(signal.SIGTERM, lambda *_: (mark('stopped'), os._exit(0)))\n"
         "mark('up')\n"
         "if restart == 0: wait()\n"
     )
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     [store] = [p for p in psutil.Process(first.pid).children() if "tcpstore_server_main" in " ".join(p.cmdline())]
@@ -402,7 +396,7 @@ def test_workers_are_stopped_when_the_store_is_silent_for_too_long(job: Job) -> 
 
 
 def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", hosted=True)
     script = job.script(ALL_REDUCE)
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
@@ -412,10 +406,10 @@ def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
 
 
 def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None:
-    nodes = c10d(job, "2", f"{QUICK},store_timeout=1")
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=1", hosted=True)
     script = job.script("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark('up')\nwait()\n")
     first = nodes(0, "--shutdown-timeout", "1", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--shutdown-timeout", "1", script=script)
     wait_until(lambda: up(job, 0, 2))
     [store] = [p for p in psutil.Process(first.pid).children() if "tcpstore_server_main" in " ".join(p.cmdline())]
@@ -425,11 +419,11 @@ def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None
 
 
 def test_nodes_that_were_told_different_things_are_told_so(job: Job) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = c10d(job, "2")
     script = job.script(RUN)
-    first = Nodes(job, "c10d", endpoint, "2")(0, script=script)
-    wait_until(lambda: listens(endpoint))
-    second = Nodes(job, "c10d", endpoint, "3")(1, script=script)
+    first = nodes(0, script=script)
+    nodes.wait_for_first()
+    second = Nodes(job, "c10d", nodes.endpoint, "3", run_id=nodes.run_id)(1, script=script)
     for process in (first, second):
         result = job.finish(process)
         assert result.returncode == 2
@@ -440,14 +434,13 @@ def test_garbage_in_the_store_ends_the_job_in_one_line(job: Job) -> None:
     nodes = c10d(job, "2", f"{QUICK},store_timeout=2")
     script = job.script(RUN)
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     host, port = nodes.endpoint.rsplit(":", 1)
     with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as stranger:
-        stranger.call(Wait(("elastic/job-1/0/node/1",)), 30)
-        stranger.call(Set((("elastic/job-1/0/node/2", b'{"node": 1}'), ("elastic/job-1/0/ticket", b"2"))), 30)
+        stranger.call(Set(((nodes.key("0/node/2"), b'{"node": 1}'), (nodes.key("0/ticket"), b"2"))), 30)
         result = job.finish(first)
     assert result.returncode == 69
-    assert "elastic/job-1/0/node/2" in result.stderr
+    assert nodes.key("0/node/2") in result.stderr
     assert "Traceback" not in result.stderr
 
 

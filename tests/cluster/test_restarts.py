@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +14,8 @@ from pathlib import Path
 import pytest
 
 from elastic_launch import ChildFailedError, LaunchConfig, UsageError, elastic_launch
-from elastic_launch.core.store_requests import Wait
-from elastic_launch.store.client import connect
 from tests.support.jobs import Job
-from tests.support.nodes import QUICK, Nodes, c10d, listens
+from tests.support.nodes import QUICK, c10d
 from tests.support.waiting import is_alive, wait_until
 
 NOTE_TIME = "mark(f'begins {time.monotonic()}')\n"
@@ -266,12 +262,12 @@ def test_quiet_normal_and_verbose(job: Job) -> None:
 
 
 def start(
-    job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = QUICK
+    job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = QUICK, hosted: bool = False
 ) -> list[subprocess.Popen[str]]:
-    """As many nodes as the job needs; node n asks for rank n, and node 0 hosts the store."""
-    nodes = c10d(job, nnodes, conf)
+    """As many nodes as the job needs; node n asks for rank n. The store is as for ``c10d``."""
+    nodes = c10d(job, nnodes, conf, hosted=hosted)
     first = nodes(0, "--node-rank", "0", *args, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     count = count or int(nnodes.rpartition(":")[2])
     return [first, *(nodes(n, "--node-rank", str(n), *args, script=script) for n in range(1, count))]
 
@@ -345,7 +341,7 @@ def test_a_spare_tells_the_same(job: Job) -> None:
     script = job.script("mark()\nif rank == 1: wait_for('go'); sys.exit(10 + restart)\nwait()\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--max-restarts", "1", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--max-restarts", "1", script=script)
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, "--max-restarts", "1", script=script)
@@ -365,7 +361,7 @@ def test_a_bad_node_steps_aside_for_a_spare(job: Job) -> None:
     nodes = c10d(job, "2", f"{QUICK},last_call_timeout=30")
     options = ("--max-restarts", "9", "--node-failure-limit", "2")
     good = nodes(0, *options, script=script, NODE="good")
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     bad = nodes(1, *options, script=script, NODE="bad")
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, *options, script=script, NODE="spare")
@@ -384,7 +380,7 @@ def test_different_options_are_refused(job: Job) -> None:
     nodes = c10d(job, "2")
     script = job.script("mark()")
     first = nodes(0, "--restart-window", "60", "--fatal-exit-codes", "2,64-66", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--restart-backoff", "1:30", "--node-failure-limit", "2", script=script)
     results = finish(job, first, second)
     assert one_status(results) == 2
@@ -446,7 +442,7 @@ def test_an_agent_dies_after_it_has_told_that_its_worker_failed(job: Job) -> Non
     nodes = c10d(job, "2:3")
     options = ("--max-restarts", "3")
     processes = [nodes(0, "--node-rank", "0", *options, script=script)]
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     processes.append(nodes(1, "--node-rank", "1", *options, script=script))
     processes.append(nodes(2, "--node-rank", "2", "--nproc-per-node", "2", *options, script=script))
     job.wait_for("0.0 stops", "3.0 stops")
@@ -478,9 +474,9 @@ def test_an_agent_dies_while_it_joins(job: Job) -> None:
     script = job.script("mark()")
     nodes = c10d(job, "3")
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     dying = nodes(1, script=script)
-    wait_for_key(nodes, "0/node/2")
+    nodes.wait_for_key("0/node/2")
     dying.send_signal(signal.SIGKILL)
     job.finish(dying)
     results = finish(job, first, *(nodes(n, script=script) for n in (2, 3)))
@@ -491,7 +487,7 @@ def test_an_agent_dies_while_it_joins(job: Job) -> None:
 
 def test_an_agent_dies_while_it_stops_its_workers(job: Job) -> None:
     script = job.script(
-        f"{OF}if rank == 2: signal.signal(signal.SIGTERM, lambda *_: mark('stops'))\n"
+        f"if rank == 2: signal.signal(signal.SIGTERM, lambda *_: mark('stops'))\n{OF}"
         "wait_for(*(f'{r}.0 of 3' for r in range(3)))\n"
         "if restart == 0 and rank == 1: sys.exit(3)\nif restart == 0:\n    while True: wait()\n"
     )
@@ -522,7 +518,7 @@ def test_the_others_wait_for_a_checkpoint(job: Job) -> None:
 @pytest.mark.parametrize("victim", [0, 2])
 def test_too_few_are_left_when_a_node_is_preempted(victim: int, job: Job) -> None:
     script = job.script("signal.signal(signal.SIGTERM, lambda *_: (mark('stops'), sys.exit(0)))\nmark('up')\nwait()\n")
-    processes = start(job, script, "3", "--max-restarts", "3")
+    processes = start(job, script, "3", "--max-restarts", "3", hosted=True)
     job.wait_for(*(f"{r}.0 up" for r in range(3)))
     processes[victim].send_signal(signal.SIGTERM)
     results = finish(job, *processes)
@@ -596,7 +592,7 @@ def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
     (job.path / "slow.py").write_text(module)
     nodes = c10d(job, f"{least}:2")
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--preload", "slow", script=script, PYTHONPATH=f"{job.path}:{os.environ.get('PYTHONPATH', '')}")
     results = finish(job, first, second)
     assert results[1].returncode == 69
@@ -607,22 +603,15 @@ def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
     assert results[0].stderr.count("Traceback") == (least == "2"), "what ends the job is told in full"
 
 
-def wait_for_key(nodes: Nodes, key: str) -> None:
-    """Wait until the nodes have written something to their store."""
-    host, port = nodes.endpoint.rsplit(":", 1)
-    with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as client:
-        client.call(Wait((f"elastic/job-1/{key}",)), 30)
-
-
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_node_that_is_done_may_go(signum: signal.Signals, job: Job) -> None:
     """The others run on, for longer than it takes to see that it is silent."""
     script = job.script("mark('up')\nif rank == 0: wait_for('go'); time.sleep(2.5)\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--node-rank", "0", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
-    wait_for_key(nodes, "0/done")
+    nodes.wait_for_key("0/done")
     second.send_signal(signum)
     job.finish(second)
     job.mark("go")
@@ -635,9 +624,9 @@ def test_a_node_that_is_done_waits_for_the_others(job: Job) -> None:
     script = job.script("mark('up')\nif rank == 0: wait_for('go')\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--node-rank", "0", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
-    wait_for_key(nodes, "0/done")
+    nodes.wait_for_key("0/done")
     assert second.poll() is None
     job.mark("go")
     assert one_status(finish(job, first, second)) == 0
@@ -649,10 +638,10 @@ def test_the_host_of_the_store_comes_back_and_the_count_is_kept(job: Job) -> Non
         "if restart == 2 and rank == 1: wait_for('0.2 up'); sys.exit(4)\n"
         "if restart < 3: wait()\n"
     )
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", hosted=True)
     options = ("--max-restarts", "3")
     first = nodes(0, "--node-rank", "0", *options, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", *options, script=script)
     job.wait_for("0.1 up", "1.1 up")
     first.send_signal(signal.SIGKILL)

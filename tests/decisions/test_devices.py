@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from elastic_launch.core.placement import visible_cuda_devices
@@ -18,6 +17,7 @@ from elastic_launch.errors import UsageError
 from elastic_launch.host import devices
 from elastic_launch.host.devices import cpu_count, local_world_size
 from tests.support.files import put
+from tests.support.leaks import children
 
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33", "GPU-cc44"]
 
@@ -496,7 +496,7 @@ def test_a_torch_that_hangs_is_given_up(fake_torch: FakeTorch, monkeypatch: pyte
     code = "import signal; signal.pause()"
     with pytest.raises(UsageError, match=r"asking torch for devices failed: no answer within 0\.5 s; pass a number"):
         local_world_size("auto", fake_torch.environ(FAKE_CODE=code))
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 def test_the_child_does_not_read_the_terminal(fake_torch: FakeTorch) -> None:

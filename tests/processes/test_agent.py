@@ -18,6 +18,7 @@ import pytest
 
 from elastic_launch.core.agent.lifecycle import DOUBLE
 from tests.support.jobs import Job
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 TWO = ("--standalone", "--nproc-per-node", "2")
@@ -114,13 +115,6 @@ def test_five_variables_of_kubernetes_operators_launch_a_job(job: Job) -> None:
     assert done.returncode == 0, done.stderr
     address = f"localhost:{five['PET_MASTER_PORT']}"
     assert sorted(job.marks()) == [f"0.0 {address}", f"1.0 {address}"]
-
-
-def free_port() -> int:
-    from elastic_launch.host.ports import reserve_port
-
-    with reserve_port() as sock:
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from elastic_launch.errors import UnavailableError
 from elastic_launch.health import server as health
 from elastic_launch.health import server_main as health_main
 from elastic_launch.health.server import HealthServer
+from tests.support.leaks import children
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -72,7 +73,7 @@ def answered(server: HealthServer, sock: socket.socket) -> bytes:
 
 
 def only_child() -> psutil.Process:
-    (child,) = psutil.Process().children()
+    (child,) = children()
     return child
 
 
@@ -266,7 +267,7 @@ def test_process_that_dies_time_and_again_is_given_up(server: HealthServer) -> N
     for _ in range(health.MOST_SHORT_LIVES):
         only_child().kill()
         turn(server)
-    assert psutil.Process().children() == []
+    assert children() == []
     assert not is_readable(server, 0)
     with pytest.raises(ConnectionRefusedError):
         connect(server)
@@ -348,7 +349,7 @@ def agent() -> Iterator[Agent]:
     process.wait()
     os.kill(agent.copy, signal.SIGKILL)
     process.stdout.close()
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
 
 
 def status(port: int) -> int:

@@ -30,6 +30,7 @@ from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
 from tests.support.etcd import Trio, post
 from tests.support.leaks import shared_by_tests
+from tests.support.servers import shared_etcd
 from tests.support.store_contract import Connect, Connection, ServedStoreContract
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
@@ -75,13 +76,9 @@ def agents() -> Iterator[Callable[..., Agent]]:
         yield make
 
 
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    server = EtcdServer()
-    with shared_by_tests():
-        server.start(stderr=subprocess.DEVNULL)
-    yield server.get_endpoint()
-    server.stop()
+@pytest.fixture
+def etcd() -> str:
+    return shared_etcd()
 
 
 @pytest.fixture

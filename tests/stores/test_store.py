@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import select
 import socket
 import subprocess
 import sys
@@ -21,9 +20,9 @@ from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.memory import MemoryStore
-from elastic_launch.store.tcpstore_server import StoreHost, bind_endpoint
+from elastic_launch.store.tcpstore_server import StoreHost
 from elastic_launch.store.wire import U32, Op
-from tests.support.leaks import shared_by_tests
+from tests.support.servers import shared_store
 from tests.support.store_contract import (
     Connect,
     Connection,
@@ -35,15 +34,10 @@ from tests.support.store_contract import (
 from tests.support.waiting import DEADLINE, wait_until
 
 
-@pytest.fixture(scope="module")
-def host() -> Iterator[StoreHost]:
+@pytest.fixture
+def host() -> StoreHost:
     """A store that the tests share."""
-    with shared_by_tests():
-        host = StoreHost(bind_endpoint(0), dict(os.environ))
-    with contextlib.closing(host):
-        while not host.take():
-            assert select.select([host], [], [], DEADLINE)[0]
-        yield host
+    return shared_store()
 
 
 @pytest.fixture

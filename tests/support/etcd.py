@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 
 from elastic_launch.store.etcd.bridge import EtcdBridge
-from elastic_launch.store.etcd.server import EtcdServer, free_ports
+from elastic_launch.store.etcd.server import EtcdServer
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE
 
 
@@ -19,7 +20,8 @@ class Trio:
     """A cluster of three."""
 
     def __init__(self) -> None:
-        self.ports = free_ports(6)
+        port = free_port(6)
+        self.ports = range(port, port + 6)
         self.servers = [EtcdServer() for _ in range(3)]
         for index in range(3):
             self.launch(index)

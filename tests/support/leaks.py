@@ -23,10 +23,15 @@ _shared_descriptors = 0
 def shared_by_tests() -> Iterator[None]:
     """A block that starts servers for more than one test: neither they nor their descriptors count as left behind."""
     global _shared_descriptors
-    descriptors, processes = _descriptors(), set(_children())
+    descriptors, processes = _descriptors(), set(_living())
     yield
-    _shared.update(child.pid for child in set(_children()) - processes)
+    _shared.update(child.pid for child in set(_living()) - processes)
     _shared_descriptors += _descriptors() - descriptors
+
+
+def children() -> list[psutil.Process]:
+    """The processes that this test has started, also those that have ended and not been waited for."""
+    return [child for child in psutil.Process().children() if child.pid not in _shared]
 
 
 @contextmanager
@@ -40,7 +45,7 @@ def nothing_left(temp: Path) -> Iterator[None]:
     """
     before = _descriptors() - _shared_descriptors, threading.active_count()
     yield
-    left = [child for child in _children() if child.pid not in _shared]
+    left = [child for child in _living() if child.pid not in _shared]
     names = [str(child) for child in left]
     for child in left:
         child.kill()
@@ -54,7 +59,7 @@ def nothing_left(temp: Path) -> Iterator[None]:
     assert not files, "temporary files left behind"
 
 
-def _children() -> list[psutil.Process]:
+def _living() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if is_alive(child.pid)]
 
 
