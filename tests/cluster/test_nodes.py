@@ -117,7 +117,7 @@ def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
 
 
 def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
-    nodes = c10d(job, "1:2")
+    nodes = c10d(job, "1:2", f"{QUICK},last_call_timeout=1")
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
     first = nodes(0, script=script)
     job.wait_for("0.0 of 1")

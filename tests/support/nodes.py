@@ -14,7 +14,7 @@ from tests.support.ports import free_port
 from tests.support.servers import shared_store
 from tests.support.waiting import DEADLINE, wait_until
 
-QUICK = "last_call_timeout=1,keep_alive_interval=0.5,keep_alive_max_attempt=3"
+QUICK = "last_call_timeout=10,keep_alive_interval=0.5,keep_alive_max_attempt=3"
 
 
 class Nodes:
