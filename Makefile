@@ -1,8 +1,10 @@
 # Each target sets up .venv by itself; PYTHON chooses the interpreter that makes it.
 PYTHON ?= python3
+# How many tests run at once: two for each core, since many only wait.
+PROCESSES ?= $(shell expr 2 \* $$(nproc))
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-quick check format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,13 +15,20 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/elastic-run --standalone --nproc-per-node 2 --max-restarts 1 examples/digits_ddp.py --epochs 10 --kill-rank 1 --kill-epoch 5
 
+# "--dist loadgroup": tests of one xdist_group do not run beside each other.
 test: .venv/.ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadgroup
+
+# For every save, in half a minute: all decisions, the simulation, and those tests of processes, stores and nodes that
+# are marked "quick", which have most that can break in them: restarts, signals, output, functions, leases, no orphans.
+test-quick: .venv/.ready
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --quiet -m quick
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pytest --quiet tests/decisions/test_layers.py
 
 format: .venv/.ready

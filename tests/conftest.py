@@ -17,6 +17,13 @@ from tests.support.leaks import nothing_left
 from tests.support.servers import stop_shared
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as quick what needs no process, and does not import torch; elsewhere tests are marked one by one."""
+    for item in items:
+        if item.path.parent.name in ("decisions", "simulation") and not item.get_closest_marker("torch"):
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _adopt_orphans() -> None:
     """Whatever a test orphans becomes this process's own child, where ``_nothing_left`` finds it."""

@@ -67,6 +67,7 @@ def test_ranks_and_sizes(nodes: Nodes, job: Job) -> None:
     assert sorted(len(lines) for lines in by_group.values()) == [1, 2]
 
 
+@pytest.mark.quick
 def test_a_failure_anywhere_restarts_all_and_counts_once(nodes: Nodes, job: Job) -> None:
     script = job.script(
         "mark('up')\nif rank == 1 and restart == 0: wait_for('0.0 up'); sys.exit(3)\nif restart == 0: wait()\n"

@@ -206,6 +206,7 @@ def test_defaults_are_torchruns() -> None:
     }
 
 
+@pytest.mark.torch
 def test_torchrun_has_the_same_options_and_defaults() -> None:
     code = (
         "import torch.distributed.run as run\n"

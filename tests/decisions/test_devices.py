@@ -654,6 +654,7 @@ def real_environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": "99"}
 
 
+@pytest.mark.torch
 def test_auto_with_the_real_torch_is_the_cpu_count(
     real_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,6 +663,7 @@ def test_auto_with_the_real_torch_is_the_cpu_count(
     assert local_world_size("auto", real_environ) == cpu_count()
 
 
+@pytest.mark.torch
 def test_gpu_with_the_real_torch_is_an_error(real_environ: dict[str, str]) -> None:
     with pytest.raises(
         UsageError, match=r"=gpu: .* has no usable GPU: torch \S+ finds none with CUDA_VISIBLE_DEVICES=''"
@@ -669,6 +671,7 @@ def test_gpu_with_the_real_torch_is_an_error(real_environ: dict[str, str]) -> No
         local_world_size("gpu", real_environ)
 
 
+@pytest.mark.torch
 def test_meta_is_no_accelerator_to_the_real_torch(real_environ: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="=meta: must be a number"):
         local_world_size("meta", real_environ)

@@ -250,6 +250,7 @@ json.dump(answers, sys.stdout)
 """
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("no_nvml")
 def test_torch_places_them_the_same_way(root_of: Callable[[Host], str], monkeypatch: pytest.MonkeyPatch) -> None:
     question: dict[str, tuple[str, list[int], list[str]]] = {}

@@ -59,6 +59,7 @@ def test_python_dash_m_and_the_console_script_are_the_same(job: Job) -> None:
     assert "elastic-run [OPTION ...] SCRIPT" in versions[0]
 
 
+@pytest.mark.quick
 def test_environment_of_the_workers(job: Job) -> None:
     text = "mark(repr({k: v for k, v in os.environ.items()}))"
     done = job.run(
@@ -169,6 +170,7 @@ def test_status_and_report_are_the_causes(job: Job, text: str, status: int, word
     assert "Then" not in report, "the worker that the agent stopped did not fail"
 
 
+@pytest.mark.quick
 def test_report_shows_the_traceback_of_an_unmodified_script(job: Job) -> None:
     script = job.script("def train():\n    raise ValueError('boom')\ntrain()\n")
     done = job.run("--nproc-per-node", "1", script)
@@ -189,6 +191,7 @@ def test_restarts_are_counted_and_end(job: Job) -> None:
     assert "restarts  : 2 of 2 used" in done.stderr
 
 
+@pytest.mark.quick
 def test_job_recovers(job: Job) -> None:
     script = job.script("mark()\nif restart == 0 and rank == 1: os.kill(os.getpid(), 9)\nif restart == 0: wait()")
     done = job.run(*TWO, "--max-restarts", "1", script)
@@ -299,6 +302,7 @@ def test_closed_standard_streams(job: Job) -> None:
 # Signals
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP, SIGQUIT])
 def test_signals_stop_the_job_and_reach_the_workers(job: Job, signum: signal.Signals) -> None:
     script = job.script(
@@ -501,6 +505,7 @@ def below(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("victim", ["agent", "keeper"])
 def test_sigkill_leaves_nothing(job: Job, victim: str) -> None:
     process = job.start(*TWO, job.script(TREE + "wait()"))
@@ -564,6 +569,7 @@ def test_job_survives_the_loss_of_its_keeper(job: Job) -> None:
     assert not [pid for pid in family if is_alive(pid)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("end", "status"),
     [

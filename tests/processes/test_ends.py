@@ -155,6 +155,7 @@ def test_a_signal_that_a_worker_does_not_answer(job: Job, signum: signal.Signals
     Path(POINTER.search(line)[1]).unlink()  # type: ignore[index]  # found above
 
 
+@pytest.mark.quick
 def test_stacks_outlive_a_job_that_goes_well_in_the_end(job: Job) -> None:
     script = job.script(f"if restart == 1:\n    sys.exit()\n{FIRST_FAILS}{IGNORE}{HANG}")
     done = job.run(*TWO, "--max-restarts", "1", "--shutdown-timeout", "1", script)
@@ -260,6 +261,7 @@ EAT = (
 )
 
 
+@pytest.mark.xdist_group("oom-killer")
 def test_the_oom_killer_is_named(job: Job, memory_cgroup: Path) -> None:
     """But not for a worker of a later round that was killed by somebody else."""
     (limit,) = (
@@ -284,6 +286,7 @@ def test_the_oom_killer_is_named(job: Job, memory_cgroup: Path) -> None:
     assert "  note    :" not in done.stderr
 
 
+@pytest.mark.xdist_group("oom-killer")
 def test_sigkill_alone_is_no_sign_of_the_oom_killer(job: Job) -> None:
     done = job.run(job.script("os.kill(os.getpid(), signal.SIGKILL)"))
     assert done.returncode == 137

@@ -79,6 +79,7 @@ def failure(fn: Callable[..., Any], *args: Any, **changes: Any) -> ChildFailedEr
 # What the launcher makes of it.
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", METHODS)
 def test_each_worker_calls_the_function_and_its_value_comes_back(method: str) -> None:
     values = run(who, "hello", method=method)

@@ -57,6 +57,7 @@ print(oom.describe())
 """
 
 
+@pytest.mark.xdist_group("oom-killer")
 def test_a_real_kill(memory_cgroup: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(memory_cgroup)],

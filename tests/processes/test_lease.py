@@ -40,6 +40,7 @@ def is_gone(found: list[AgentEvent]) -> bool:
     return any(isinstance(event, GroupReaped) for event in found)
 
 
+@pytest.mark.quick
 def test_workers_are_killed_when_the_lease_is_over(workers: WorkerProcesses) -> None:
     until = time.monotonic() + 0.3
     workers.lease(until)

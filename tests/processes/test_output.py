@@ -123,6 +123,7 @@ def lines(marks: str, before: str = "") -> list[str]:
     return [before.format(mark[0]) + f"{names[mark[1]]} {mark[0]}" for mark in marks.split()]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("options", "kept", "untouched", "prefixed"), FORMS, ids=[form[0] or "none" for form in FORMS])
 def test_forms_of_redirects_and_tee(job: Job, options: str, kept: str, untouched: str, prefixed: str) -> None:
     out, err = run(job, *TWO, "--log-dir", "logs", "--rdzv-id", "j1", *options.split(), job.script(HELLO))

@@ -547,6 +547,7 @@ def secured(certificates: Path) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.xdist_group("etcd-tls")
 def test_tls_with_a_clients_certificate(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
     path = {name: str(certificates / name) for name in ("ca.pem", "client.pem", "client.key")}
     ca, cert, key = path["ca.pem"], path["client.pem"], path["client.key"]
@@ -554,6 +555,7 @@ def test_tls_with_a_clients_certificate(secured: str, certificates: Path, agents
     assert agents(secured, ca_cert=ca, ssl_cert=cert, ssl_cert_key=key)(Add("n", 1)) == 1
 
 
+@pytest.mark.xdist_group("etcd-tls")
 def test_tls_that_does_not_fit_says_so(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
     path = {name: str(certificates / name) for name in ("ca.pem", "another-ca.pem", "client.pem", "client.key")}
     client = {"cert": path["client.pem"], "key": path["client.key"]}
@@ -587,6 +589,7 @@ def guarded() -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.xdist_group("etcd-users")
 def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     agent = agents(guarded, prefix, user="ann", password="pass")
@@ -615,6 +618,7 @@ def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     assert wait_answer(waiting, DEADLINE) == wait_answer(late, DEADLINE) == [(0, True)]
 
 
+@pytest.mark.xdist_group("etcd-users")
 def test_users_who_may_not_are_told(guarded: str, agents: Callable[..., Agent]) -> None:
     text = why(agents(guarded, user="ann", password="wrong"))
     assert f"etcd at {guarded} does not accept user=ann with this password" in text

@@ -49,6 +49,7 @@ def to_host(host: StoreHost) -> Iterator[Callable[[], StoreClient]]:
         )
 
 
+@pytest.mark.quick
 class TestC10d(ServedStoreContract):
     @pytest.fixture
     def connect(self, to_host: Callable[[], StoreClient]) -> Connect:
@@ -84,6 +85,7 @@ class MemoryConnection:
         self.store.drop(self)
 
 
+@pytest.mark.quick
 class TestMemory(StoreContract):
     @pytest.fixture
     def connect(self) -> Connect:

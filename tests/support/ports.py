@@ -8,8 +8,8 @@ import os
 import random
 import socket
 
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw9").removeprefix("gw")) % 10
-_PORTS = range(10_000 + 2_000 * _WORKER, 12_000 + 2_000 * _WORKER)
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw19").removeprefix("gw")) % 20
+_PORTS = range(10_000 + 1_000 * _WORKER, 11_000 + 1_000 * _WORKER)
 """Those of this process: other test processes have others, and what the system picks lies above (32768 to 60999)."""
 _next = itertools.count(random.randrange(len(_PORTS)))
 
