@@ -90,7 +90,19 @@ def test_a_final_failure_is_the_same_everywhere(nodes: Nodes, job: Job) -> None:
 
 def test_torch_reduces_across_nodes_also_after_a_restart(nodes: Nodes, job: Job) -> None:
     script = job.script(ALL_REDUCE)
-    for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]:
+    # One import for each node; in the next test each worker has its own.
+    options = ("--max-restarts", "1", "--preload", "torch")
+    for process in [nodes(n, *options, script=script) for n in (0, 1)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
+
+
+def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
+    nodes = c10d(job, "2", hosted=True)
+    script = job.script(ALL_REDUCE)
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
         result = job.finish(process)
         assert result.returncode == 0, result.stderr
     assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
@@ -394,16 +406,6 @@ def test_workers_are_stopped_when_the_store_is_silent_for_too_long(job: Job) -> 
         assert result.returncode == 0, result.stderr
         assert "the store has not answered for" in result.stderr, "each tells its own trouble"
     assert {"0.1 up", "1.1 up"} <= set(job.marks())
-
-
-def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
-    nodes = c10d(job, "2", hosted=True)
-    script = job.script(ALL_REDUCE)
-    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
-        result = job.finish(process)
-        assert result.returncode == 0, result.stderr
-    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
 
 
 def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None:

@@ -181,7 +181,7 @@ def root_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], str]:
 
     def find(host: Host) -> str:
         for known, root in written:
-            if known is host:
+            if known == host:
                 return root
         written.append((host, put(tmp_path_factory.mktemp("host"), files(host))))
         return written[-1][1]

@@ -258,9 +258,11 @@ def test_a_launcher_that_stops_its_workers_is_healthy(job: Job, port: int) -> No
     process.send_signal(signal.SIGTERM)
     job.wait_for("0.0 deaf")
     assert health(port) == 200
+    below = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     job.finish(process)
     wait_until(lambda: not is_healthy(port))
+    wait_until(lambda: not [each for each in below if is_alive(each.pid)], "the end of what the launcher had started")
 
 
 def test_a_health_port_in_use_is_an_error_before_anything_runs(job: Job, port: int) -> None:

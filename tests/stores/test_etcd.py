@@ -119,17 +119,24 @@ def why(agent: Agent) -> str:
 # --- one server ---
 
 
+@pytest.fixture(scope="module")
+def two() -> Iterator[list[Agent]]:
+    """Two agents that the tests of the contract share."""
+    endpoint, prefix = shared_etcd(), new_prefix()
+    with contextlib.ExitStack() as stack:
+        with shared_by_tests():
+            agents = [stack.enter_context(contextlib.closing(Agent(endpoint, prefix))) for _ in range(2)]
+        yield agents
+
+
+@pytest.mark.xdist_group("etcd-contract")
 class TestContract(ServedStoreContract):
     @pytest.fixture
-    def two(self, etcd: str, agents: Callable[..., Agent]) -> list[Agent]:
-        prefix = new_prefix()
-        return [agents(etcd, prefix), agents(etcd, prefix)]
-
-    @pytest.fixture
-    def connect(self, two: list[Agent]) -> Connect:
+    def connect(self, two: list[Agent]) -> Iterator[Connect]:
         """Connections of two agents in turn."""
         turns = itertools.cycle(two)
-        return lambda: next(turns).connect()
+        with contextlib.ExitStack() as stack:
+            yield lambda: stack.enter_context(contextlib.closing(next(turns).connect()))
 
     @pytest.fixture
     def freeze(self, two: list[Agent]) -> Callable[[], contextlib.AbstractContextManager[None]]:

@@ -10,9 +10,10 @@ from pathlib import Path
 def put(root: Path, files: Mapping[str, str]) -> str:
     """Write files, by their path below a directory. Returns that directory."""
     for folder in {os.path.dirname(name) for name in files}:
-        os.makedirs(root / folder, exist_ok=True)
+        os.makedirs(f"{root}/{folder}", exist_ok=True)
     for name, text in files.items():
-        (root / name).write_text(text)
+        with open(f"{root}/{name}", "w") as file:
+            file.write(text)
     return str(root)
 
 
