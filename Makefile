@@ -1,32 +1,44 @@
 # Each target sets up .venv by itself; PYTHON chooses the interpreter that makes it.
 PYTHON ?= python3
+# How many tests run at once: two for each core, since many only wait.
+PROCESSES ?= $(shell expr 2 \* $$(nproc))
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: compiled demo test test-quick check format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt --editable '.[test]'
-	$(BIN)/python -m compileall -q elastic_launch  # it saves 50 ms a start where PYTHONDONTWRITEBYTECODE is set
 	touch $@
 
-demo: .venv/.ready
+# Where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports: 30 ms for each of thousands.
+compiled: .venv/.ready
+	$(BIN)/python -m compileall -q elastic_launch tests/support
+
+demo: compiled
 	$(BIN)/elastic-run --standalone --nproc-per-node 2 --max-restarts 1 examples/digits_ddp.py --epochs 10 --kill-rank 1 --kill-epoch 5
 
-test: .venv/.ready
-	$(BIN)/pytest
+# "--dist loadgroup": tests of one xdist_group do not run beside each other.
+test: compiled
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadgroup
+
+# For every save, in half a minute: all decisions, the simulation, and those tests of processes, stores and nodes that
+# are marked "quick", which have most that can break in them: restarts, signals, output, functions, leases, no orphans.
+test-quick: compiled
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup --quiet -m quick
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pytest --quiet tests/decisions/test_layers.py
 
 format: .venv/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.ready
+bench: compiled
 	for script in benchmarks/launch.py benchmarks/idle.py benchmarks/restart.py benchmarks/recovery.py benchmarks/rendezvous.py benchmarks/logs.py benchmarks/warm.py; do $(BIN)/python $$script || exit 1; done
 
 clean:

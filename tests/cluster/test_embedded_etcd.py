@@ -21,9 +21,12 @@ from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
 from elastic_launch.rendezvous.factory import create_built_in
 from elastic_launch.store.etcd.member import claim_endpoint
-from tests.cluster.test_nodes import listens, up
-from tests.conftest import Job, is_alive, wait_until
-from tests.stores.test_etcd import post
+from tests.support.etcd import post
+from tests.support.jobs import Job
+from tests.support.leaks import children
+from tests.support.nodes import listens, up
+from tests.support.ports import free_port
+from tests.support.waiting import is_alive, wait_until
 
 DEADLINE = 5.0
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
@@ -36,26 +39,12 @@ RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
 ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"
 
 
-def free_pair() -> int:
-    """Return a port that is free on all addresses, together with the one above it."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind((HOSTS[0], 0))
-            port = int(first.getsockname()[1])
-            others = [(host, port + above) for host in HOSTS for above in (0, 1)][1:]
-            with contextlib.suppress(OSError):
-                for address in others:
-                    stack.enter_context(socket.socket()).bind(address)
-                return port
-
-
 class Agents:
     """Starts the agents of one job."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.port = free_pair()
+        self.port = free_port(2)
         self.endpoints = [f"{host}:{self.port}" for host in HOSTS]
 
     def __call__(
@@ -112,7 +101,7 @@ def agents(job: Job) -> Iterator[Agents]:
             process.kill()
             process.wait()
     # Their children end by themselves a moment later.
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
 
 
 def finish(agents: Agents, processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
@@ -121,12 +110,6 @@ def finish(agents: Agents, processes: list[subprocess.Popen[str]]) -> list[subpr
 
 def all_are_up(agents: Agents, restart: int, count: int) -> None:
     wait_until(lambda: up(agents.job, restart, count), f"{count} workers in round {restart}: {agents.job.marks()}")
-
-
-def go(job: Job) -> None:
-    """Tell the workers to end."""
-    with (job.path / "marks").open("a") as file:
-        file.write("go\n")
 
 
 # --- how a job ends
@@ -260,7 +243,7 @@ def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: etcd_of(processes[0]) not in (0, killed))
     wait_until(lambda: len(agents.ids(0)) == 3)
-    go(agents.job)
+    agents.job.mark("go")
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0, 0]
     assert f"the etcd member 127.0.0.1:{agents.port} of this host was killed by signal 9" in results[0].stderr
@@ -275,7 +258,7 @@ def test_a_member_whose_supervisor_is_killed_ends_with_it(agents: Agents) -> Non
     etcd = etcd_of(processes[0])
     os.kill(supervisor_of(processes[0]), signal.SIGKILL)
     wait_until(lambda: not is_alive(etcd))
-    go(agents.job)
+    agents.job.mark("go")
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0, 0]
     assert "that ran this host's etcd member is gone" in results[0].stderr
@@ -292,7 +275,7 @@ def test_a_port_in_use_by_a_stranger_costs_only_that_member(agents: Agents) -> N
             texts = [stack.enter_context(Reader(process)) for process in processes]
             line = f"cannot listen on 127.0.0.3:{agents.port + 1}: Address already in use"
             wait_until(lambda: any(line in text.seen() for text in texts))
-            go(agents.job)
+            agents.job.mark("go")
             assert [process.wait() for process in processes] == [0, 0, 0]
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from elastic_launch.store.etcd.server import etcd_binary
-from tests.conftest import Job, wait_until
 from tests.support.hosts import Host, Hosts, Program
+from tests.support.jobs import Job
+from tests.support.waiting import wait_until
 
 INTERVAL, ATTEMPTS = 0.7, 3
 DEADLINE = INTERVAL * ATTEMPTS
@@ -71,9 +72,8 @@ class Network:
         return host.start(*words, "--rdzv-conf", conf, *args, script, **env)
 
     def end(self) -> None:
-        """Let the workers end with success."""
-        with (self.job.path / "marks").open("a") as file:
-            file.write("end\n")
+        """Let the workers succeed."""
+        self.job.mark("end")
 
     def lifetimes(self) -> list[Lifetime]:
         """Return the lifetimes of all workers so far."""
@@ -382,7 +382,7 @@ os._exit(0)
 
 def test_training_goes_on_without_the_host_that_was_powered_off(network: Make) -> None:
     net = network(3)
-    programs = start_three(net, net.script(ALL_REDUCE))
+    programs = start_three(net, net.script(ALL_REDUCE), "--preload", "torch")
     net.job.wait_for("0.0 training", "1.0 training", "2.0 training")
     net.hosts[3].power_off()
     assert ends(*programs[:2]) == [0, 0]

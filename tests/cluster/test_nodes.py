@@ -10,69 +10,34 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psutil
 import pytest
 
-from elastic_launch.core.store_requests import Set, Wait
+from elastic_launch.core.store_requests import Set
 from elastic_launch.store.client import connect
-from elastic_launch.store.etcd.server import EtcdServer
-from tests.conftest import Job, is_alive, wait_until
-from tests.stores.test_etcd import Trio
+from tests.support.etcd import Trio
+from tests.support.jobs import Job
+from tests.support.leaks import children
+from tests.support.nodes import ALL_REDUCE, QUICK, Nodes, c10d, listens, start_three, up
+from tests.support.ports import free_port
+from tests.support.servers import shared_etcd
+from tests.support.waiting import is_alive, wait_until
 
-QUICK = "last_call_timeout=1,keep_alive_interval=0.5,keep_alive_max_attempt=3"
 MARK = "e = os.environ\nmark(' '.join(f'{k}={e[k]}' for k in sys.argv[1:]))\n"
 RUN = "mark('up'); wait()"
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@pytest.fixture
-def etcd() -> Iterator[EtcdServer]:
-    server = EtcdServer()
-    server.start()
-    yield server
-    server.stop()
-
-
 Node = Callable[..., subprocess.Popen[str]]
-
-
-class Nodes:
-    """The nodes of one job: ``nodes(0, ...)`` starts node 0."""
-
-    def __init__(self, job: Job, backend: str, endpoint: str, nnodes: str, conf: str = QUICK) -> None:
-        self.job, self.backend, self.endpoint, self.nnodes, self.conf = job, backend, endpoint, nnodes, conf
-
-    def __call__(self, number: int, *args: str, script: str, **env: str) -> subprocess.Popen[str]:
-        words = ["--nnodes", self.nnodes, "--rdzv-conf", self.conf]
-        if self.backend == "static":
-            host, port = self.endpoint.rsplit(":", 1)
-            words += ["--master-addr", host, "--master-port", port, "--node-rank", str(number)]
-        else:
-            words += ["--rdzv-backend", self.backend, "--rdzv-endpoint", self.endpoint, "--rdzv-id", "job-1"]
-        return self.job.start(*words, *args[: self._options(args)], script, *args[self._options(args) :], **env)
-
-    @staticmethod
-    def _options(args: tuple[str, ...]) -> int:
-        return args.index("--") if "--" in args else len(args)
 
 
 @pytest.fixture(params=["c10d", "static", "etcd"])
 def nodes(request: pytest.FixtureRequest, job: Job) -> Nodes:
     """A job of two nodes over each backend."""
     if request.param == "etcd":
-        return Nodes(job, "etcd", request.getfixturevalue("etcd").get_endpoint(), "2")
+        return Nodes(job, "etcd", shared_etcd(), "2")
     return Nodes(job, request.param, f"127.0.0.1:{free_port()}", "2")
-
-
-def c10d(job: Job, nnodes: str, conf: str = QUICK) -> Nodes:
-    return Nodes(job, "c10d", f"127.0.0.1:{free_port()}", nnodes, conf)
 
 
 def marks_of(job: Job) -> dict[str, dict[str, str]]:
@@ -102,6 +67,7 @@ def test_ranks_and_sizes(nodes: Nodes, job: Job) -> None:
     assert sorted(len(lines) for lines in by_group.values()) == [1, 2]
 
 
+@pytest.mark.quick
 def test_a_failure_anywhere_restarts_all_and_counts_once(nodes: Nodes, job: Job) -> None:
     script = job.script(
         "mark('up')\nif rank == 1 and restart == 0: wait_for('0.0 up'); sys.exit(3)\nif restart == 0: wait()\n"
@@ -122,22 +88,21 @@ def test_a_final_failure_is_the_same_everywhere(nodes: Nodes, job: Job) -> None:
         assert "Then" not in result.stderr, "the stopped worker did not fail"
 
 
-ALL_REDUCE = """
-import torch, torch.distributed as dist
-dist.init_process_group("gloo")
-sums = torch.ones(1)
-dist.all_reduce(sums)
-mark(f"sum={sums.item():g}")
-if restart == 0 and rank == 1: os._exit(9)
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)
-"""
-
-
 def test_all_reduce_works_across_nodes_and_after_a_restart(nodes: Nodes, job: Job) -> None:
     script = job.script(ALL_REDUCE)
-    for process in [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]:
+    # One import for each node; in the next test each worker has its own.
+    options = ("--max-restarts", "1", "--preload", "torch")
+    for process in [nodes(n, *options, script=script) for n in (0, 1)]:
+        result = job.finish(process)
+        assert result.returncode == 0, result.stderr
+    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
+
+
+def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
+    nodes = c10d(job, "2", hosted=True)
+    script = job.script(ALL_REDUCE)
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
         result = job.finish(process)
         assert result.returncode == 0, result.stderr
     assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
@@ -154,10 +119,10 @@ def test_workers_get_the_store_address_that_their_agent_used(endpoint: str, job:
 
 
 def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", hosted=True)
     script = job.script("mark(os.environ['MASTER_ADDR'])")
     first = nodes(0, "--local-addr", "127.0.0.3", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--local-addr", "127.0.0.3", script=script)
     for process in (first, second):
         assert job.finish(process).returncode == 0
@@ -165,7 +130,7 @@ def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
 
 
 def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
-    nodes = c10d(job, "1:2")
+    nodes = c10d(job, "1:2", f"{QUICK},last_call_timeout=1")
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
     first = nodes(0, script=script)
     job.wait_for("0.0 of 1")
@@ -175,27 +140,6 @@ def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
     assert sorted(job.marks()) == ["0.0 of 1", "0.1 of 2", "1.1 of 2"]
     assert "joins: stopping 1 worker" in results[0].stderr
     assert "the job already runs on 1 node; joining" in results[1].stderr or "joins" in results[0].stderr
-
-
-def start_three(
-    job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = QUICK
-) -> list[subprocess.Popen[str]]:
-    """Three nodes that run; the first hosts the store."""
-    nodes = c10d(job, nnodes, conf)
-    first = nodes(0, "--max-restarts", "3", *args, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
-    others = [nodes(n, "--max-restarts", "3", *args, script=script) for n in (1, 2)]
-    return [first, *others]
-
-
-def listens(endpoint: str) -> bool:
-    host, port = endpoint.rsplit(":", 1)
-    with socket.socket() as sock:
-        return sock.connect_ex((host, int(port))) == 0
-
-
-def up(job: Job, restart: int, count: int) -> bool:
-    return sum(1 for mark in job.marks() if mark.split()[0].endswith(f".{restart}")) >= count
 
 
 def test_a_node_that_leaves_is_not_in_the_next_round_which_is_uncharged(job: Job) -> None:
@@ -243,7 +187,7 @@ def test_a_spare_takes_over(job: Job) -> None:
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
     nodes = c10d(job, "2")
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     spare = nodes(2, script=script)
@@ -257,9 +201,9 @@ def test_a_spare_takes_over(job: Job) -> None:
     assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
 
 
-def test_waiting_in_vain_ends_with_its_own_status_and_names_who_came(etcd: EtcdServer, job: Job) -> None:
+def test_waiting_in_vain_ends_with_its_own_status_and_names_who_came(job: Job) -> None:
     # Over etcd, which serves already: a c10d store may take longer than join_timeout to start on a busy machine.
-    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "3", "join_timeout=4")
+    nodes = Nodes(job, "etcd", shared_etcd(), "3", "join_timeout=4")
     result = job.finish(nodes(0, script=job.script(RUN)))
     assert result.returncode == 75
     assert re.search(r"1 of 3 nodes has joined after \d+ s: \S+; gave up \(join_timeout=4 s\)", result.stderr)
@@ -303,14 +247,14 @@ def test_the_five_variables_of_kubernetes_operators_launch_a_job(job: Job) -> No
     assert sorted(job.marks()) == ["0.0 4", "1.0 4", "2.0 4", "3.0 4"]
 
 
-def test_a_finished_job_stays_finished(etcd: EtcdServer, job: Job) -> None:
-    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+def test_a_finished_job_stays_finished(job: Job) -> None:
+    nodes = Nodes(job, "etcd", shared_etcd(), "2")
     script = job.script("mark()")
     for process in [nodes(n, script=script) for n in (0, 1)]:
         assert job.finish(process).returncode == 0
     late = job.finish(nodes(2, script=script))
     assert late.returncode == 0
-    assert "job job-1 has already ended" in late.stderr
+    assert f"job {nodes.run_id} has already ended" in late.stderr
     assert sorted(job.marks()) == ["0.0", "1.0"]
 
 
@@ -360,7 +304,7 @@ def test_an_endpoint_of_a_stranger_is_named(job: Job) -> None:
 
 
 def test_loss_of_the_store_host_stops_the_workers_and_is_named(job: Job) -> None:
-    first, second, third = start_three(job, job.script(RUN), conf=f"{QUICK},store_timeout=1")
+    first, second, third = start_three(job, job.script(RUN), conf=f"{QUICK},store_timeout=1", hosted=True)
     wait_until(lambda: up(job, 0, 3))
     first.send_signal(signal.SIGKILL)
     job.finish(first)
@@ -372,9 +316,9 @@ def test_loss_of_the_store_host_stops_the_workers_and_is_named(job: Job) -> None
 
 def test_a_job_continues_when_the_store_host_comes_back(job: Job) -> None:
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
-    nodes = c10d(job, "2", QUICK)
+    nodes = c10d(job, "2", QUICK, hosted=True)
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     first.send_signal(signal.SIGKILL)
@@ -388,21 +332,21 @@ def test_a_job_continues_when_the_store_host_comes_back(job: Job) -> None:
 
 def test_a_killed_agent_leaves_nothing_behind(job: Job) -> None:
     script = job.script("mark(str(os.getpid()))\nwait()")
-    first, second, third = start_three(job, script)
+    first, second, third = start_three(job, script, hosted=True)
     wait_until(lambda: up(job, 0, 3))
     pids = [int(mark.split()[1]) for mark in job.marks()]
     for process in (first, second, third):
         process.send_signal(signal.SIGKILL)
         job.finish(process)
     wait_until(lambda: not any(map(is_alive, pids)))
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
 
 
 def test_a_node_whose_workers_succeeded_stays_for_another_round(job: Job) -> None:
     nodes = c10d(job, "2")
     script = job.script("mark('up')\nif rank == 1 and restart == 0: wait()\n")
     first = nodes(0, "--node-rank", "0", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
     wait_until(lambda: up(job, 0, 2))
     second.send_signal(signal.SIGKILL)
@@ -414,8 +358,8 @@ def test_a_node_whose_workers_succeeded_stays_for_another_round(job: Job) -> Non
     assert {"0.1 up", "1.1 up"} <= set(job.marks())
 
 
-def test_a_node_that_left_or_died_while_joining_is_not_a_member(etcd: EtcdServer, job: Job) -> None:
-    nodes = Nodes(job, "etcd", etcd.get_endpoint(), "2")
+def test_a_node_that_left_or_died_while_joining_is_not_a_member(job: Job) -> None:
+    nodes = Nodes(job, "etcd", shared_etcd(), "2")
     script = job.script("mark()")
     for signum in (signal.SIGTERM, signal.SIGKILL):
         gone = nodes(0, script=script)
@@ -431,10 +375,10 @@ def test_a_node_that_left_or_died_while_joining_is_not_a_member(etcd: EtcdServer
 
 
 def test_a_store_host_that_leaves_while_nodes_join_notifies_the_others(job: Job) -> None:
-    nodes = c10d(job, "3", "last_call_timeout=1")
+    nodes = c10d(job, "3", "last_call_timeout=1", hosted=True)
     script = job.script(RUN)
     host = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     other = nodes(1, script=script)
     lines = other.stderr
     assert lines is not None
@@ -445,14 +389,14 @@ def test_a_store_host_that_leaves_while_nodes_join_notifies_the_others(job: Job)
 
 
 def test_workers_are_stopped_when_the_store_does_not_answer_for_too_long(job: Job) -> None:
-    nodes = c10d(job, "2", "last_call_timeout=1,keep_alive_interval=2,store_timeout=30,read_timeout=30")
+    nodes = c10d(job, "2", "last_call_timeout=1,keep_alive_interval=2,store_timeout=30,read_timeout=30", hosted=True)
     script = job.script(
         "signal.signal(signal.SIGTERM, lambda *_: (mark('stopped'), os._exit(0)))\n"
         "mark('up')\n"
         "if restart == 0: wait()\n"
     )
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, script=script)
     wait_until(lambda: up(job, 0, 2))
     [store] = [p for p in psutil.Process(first.pid).children() if "tcpstore_server_main" in " ".join(p.cmdline())]
@@ -466,21 +410,11 @@ def test_workers_are_stopped_when_the_store_does_not_answer_for_too_long(job: Jo
     assert {"0.1 up", "1.1 up"} <= set(job.marks())
 
 
-def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
-    nodes = c10d(job, "2")
-    script = job.script(ALL_REDUCE)
-    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
-        result = job.finish(process)
-        assert result.returncode == 0, result.stderr
-    assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
-
-
 def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None:
-    nodes = c10d(job, "2", f"{QUICK},store_timeout=1")
+    nodes = c10d(job, "2", f"{QUICK},store_timeout=1", hosted=True)
     script = job.script("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark('up')\nwait()\n")
     first = nodes(0, "--shutdown-timeout", "1", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--shutdown-timeout", "1", script=script)
     wait_until(lambda: up(job, 0, 2))
     [store] = [p for p in psutil.Process(first.pid).children() if "tcpstore_server_main" in " ".join(p.cmdline())]
@@ -490,11 +424,11 @@ def test_a_stubborn_worker_dies_in_time_when_the_store_is_gone(job: Job) -> None
 
 
 def test_nodes_with_different_options_are_named(job: Job) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = c10d(job, "2")
     script = job.script(RUN)
-    first = Nodes(job, "c10d", endpoint, "2")(0, script=script)
-    wait_until(lambda: listens(endpoint))
-    second = Nodes(job, "c10d", endpoint, "3")(1, script=script)
+    first = nodes(0, script=script)
+    nodes.wait_for_first()
+    second = Nodes(job, "c10d", nodes.endpoint, "3", run_id=nodes.run_id)(1, script=script)
     for process in (first, second):
         result = job.finish(process)
         assert result.returncode == 2
@@ -505,12 +439,26 @@ def test_garbage_in_the_store_ends_the_job_with_a_one_line_error(job: Job) -> No
     nodes = c10d(job, "2", f"{QUICK},store_timeout=2")
     script = job.script(RUN)
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     host, port = nodes.endpoint.rsplit(":", 1)
     with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as stranger:
-        stranger.call(Wait(("elastic/job-1/0/node/1",)), 30)
-        stranger.call(Set((("elastic/job-1/0/node/2", b'{"node": 1}'), ("elastic/job-1/0/ticket", b"2"))), 30)
+        stranger.call(Set(((nodes.key("0/node/2"), b'{"node": 1}'), (nodes.key("0/ticket"), b"2"))), 30)
         result = job.finish(first)
     assert result.returncode == 69
-    assert "elastic/job-1/0/node/2" in result.stderr
+    assert nodes.key("0/node/2") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:
+    script = job.script(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark(f'pid {os.getpid()}')\nif restart == 0: wait()\n"
+    )
+    first, second, third = start_three(job, script, "2:3", "--shutdown-timeout", "1", conf=f"{QUICK},store_timeout=1")
+    wait_until(lambda: up(job, 0, 3))
+    pids = {int(mark.split()[2]) for mark in job.marks()}
+    third.send_signal(signal.SIGSTOP)
+    wait_until(lambda: up(job, 1, 1))
+    assert not any(map(is_alive, pids)), "also those of the agent that is still stopped"
+    assert [job.finish(process).returncode for process in (first, second)] == [0, 0]
+    third.send_signal(signal.SIGCONT)
+    job.finish(third)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from elastic_launch import ChildFailedError, LaunchConfig, UsageError, elastic_launch
-from elastic_launch.core.store_requests import Wait
-from elastic_launch.store.client import connect
-from tests.cluster.test_nodes import QUICK, Nodes, c10d, listens
-from tests.conftest import Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.nodes import QUICK, c10d
+from tests.support.waiting import is_alive, wait_until
 
 NOTE_TIME = "mark(f'begins {time.monotonic()}')\n"
 
@@ -49,12 +46,6 @@ def times(job: Job, word: str) -> dict[str, float]:
     """Return the times that workers have noted with a word, on ``time.monotonic``, by RANK.RESTART."""
     marks = [mark.split() for mark in job.marks()]
     return {mark[0]: float(mark[2]) for mark in marks if mark[1] == word}
-
-
-def add_mark(job: Job, word: str) -> None:
-    """Add a mark for which workers wait."""
-    with (job.path / "marks").open("a") as file:
-        file.write(f"{word}\n")
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
@@ -290,12 +281,12 @@ def test_quiet_normal_and_verbose(job: Job) -> None:
 
 
 def start(
-    job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = QUICK
+    job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = QUICK, hosted: bool = False
 ) -> list[subprocess.Popen[str]]:
-    """Start as many nodes as the job needs. Node n asks for rank n, and node 0 hosts the store."""
-    nodes = c10d(job, nnodes, conf)
+    """Start as many nodes as the job needs. Node n asks for rank n. The store is as for ``c10d``."""
+    nodes = c10d(job, nnodes, conf, hosted=hosted)
     first = nodes(0, "--node-rank", "0", *args, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     count = count or int(nnodes.rpartition(":")[2])
     return [first, *(nodes(n, "--node-rank", str(n), *args, script=script) for n in range(1, count))]
 
@@ -369,12 +360,12 @@ def test_a_spare_prints_the_same_report(job: Job) -> None:
     script = job.script("mark()\nif rank == 1: wait_for('go'); sys.exit(10 + restart)\nwait()\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--max-restarts", "1", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--max-restarts", "1", script=script)
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, "--max-restarts", "1", script=script)
     wait_for_line(spare, "waiting as a spare")
-    add_mark(job, "go")
+    job.mark("go")
     results = finish(job, first, second, spare)
     assert one_status(results) == 11
     assert "restarts  : 1 of 1 used" in one_report(results)
@@ -389,12 +380,12 @@ def test_a_spare_replaces_a_node_that_keeps_failing(job: Job) -> None:
     nodes = c10d(job, "2", f"{QUICK},last_call_timeout=30")
     options = ("--max-restarts", "9", "--node-failure-limit", "2")
     good = nodes(0, *options, script=script, NODE="good")
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     bad = nodes(1, *options, script=script, NODE="bad")
     wait_until(lambda: len(job.marks()) == 2)
     spare = nodes(2, *options, script=script, NODE="spare")
     wait_for_line(spare, "the job already runs on 2 nodes; waiting as a spare")
-    add_mark(job, "go")
+    job.mark("go")
     results = finish(job, good, bad, spare)
     assert one_status(results) == 0
     assert {mark.split()[1] for mark in job.marks() if ".1 " in mark} == {"good", "bad"}
@@ -408,7 +399,7 @@ def test_different_options_are_refused(job: Job) -> None:
     nodes = c10d(job, "2")
     script = job.script("mark()")
     first = nodes(0, "--restart-window", "60", "--fatal-exit-codes", "2,64-66", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--restart-backoff", "1:30", "--crash-loop", "5", script=script)
     results = finish(job, first, second)
     assert one_status(results) == 2
@@ -468,7 +459,7 @@ def test_an_agent_dies_after_it_reported_a_failure(job: Job) -> None:
     nodes = c10d(job, "2:3")
     options = ("--max-restarts", "3")
     processes = [nodes(0, "--node-rank", "0", *options, script=script)]
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     processes.append(nodes(1, "--node-rank", "1", *options, script=script))
     processes.append(nodes(2, "--node-rank", "2", "--nproc-per-node", "2", *options, script=script))
     job.wait_for("0.0 stops", "3.0 stops")
@@ -486,7 +477,9 @@ def test_two_agents_die_at_once(job: Job) -> None:
     results = agent_dies(job, processes, 1, 3)
     assert one_status(results) == 0
     assert sorted(mark for mark in job.marks() if ".1 " in mark) == ["0.1 of 2", "1.1 of 2"]
-    assert len(lines_with(results, "no heartbeat from vm (2 nodes)")) == 1
+    lost = lines_with(results, f"no heartbeat from {os.uname().nodename}")
+    # One line names both, unless their last heartbeats lie just before and just after a poll of the monitor.
+    assert len(lost) == (1 if "(2 nodes)" in lost[0] else 2), lost
 
 
 def test_two_agents_die_and_too_few_are_left(job: Job) -> None:
@@ -500,9 +493,9 @@ def test_an_agent_dies_while_it_joins(job: Job) -> None:
     script = job.script("mark()")
     nodes = c10d(job, "3")
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     dying = nodes(1, script=script)
-    wait_for_key(nodes, "0/node/2")
+    nodes.wait_for_key("0/node/2")
     dying.send_signal(signal.SIGKILL)
     job.finish(dying)
     results = finish(job, first, *(nodes(n, script=script) for n in (2, 3)))
@@ -513,7 +506,7 @@ def test_an_agent_dies_while_it_joins(job: Job) -> None:
 
 def test_an_agent_dies_while_it_stops_its_workers(job: Job) -> None:
     script = job.script(
-        f"{OF}if rank == 2: signal.signal(signal.SIGTERM, lambda *_: mark('stops'))\n"
+        f"if rank == 2: signal.signal(signal.SIGTERM, lambda *_: mark('stops'))\n{OF}"
         "wait_for(*(f'{r}.0 of 3' for r in range(3)))\n"
         "if restart == 0 and rank == 1: sys.exit(3)\nif restart == 0:\n    while True: wait()\n"
     )
@@ -543,16 +536,19 @@ def test_the_others_wait_for_a_checkpoint(job: Job) -> None:
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_too_few_are_left_when_a_node_is_preempted(victim: int, job: Job) -> None:
-    script = job.script("signal.signal(signal.SIGTERM, lambda *_: (mark('stops'), sys.exit(0)))\nmark('up')\nwait()\n")
-    processes = start(job, script, "3", "--max-restarts", "3")
+    script = job.script(
+        "signal.signal(signal.SIGTERM, lambda *_: (mark('stops'), wait_for('go'), sys.exit(0)))\nmark('up')\nwait()\n"
+    )
+    processes = start(job, script, "3", "--max-restarts", "3", hosted=True)
     job.wait_for(*(f"{r}.0 up" for r in range(3)))
     processes[victim].send_signal(signal.SIGTERM)
+    why = "leaves (SIGTERM), and the job cannot go on without it"
+    wait_for_line(processes[victim], why)
+    job.mark("go")
     results = finish(job, *processes)
     assert one_status(results) == 143
     assert {f"{r}.0 stops" for r in range(3)} <= set(job.marks())
-    assert len(lines_with(results, "is leaving (SIGTERM), and the job cannot go on without it")) >= 3, (
-        "all print the reason"
-    )
+    assert len(lines_with(results, why)) >= 2, "all print the reason"
 
 
 def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
@@ -564,7 +560,7 @@ def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
     job.wait_for("0.0 up", "1.0 up")
     processes[1].send_signal(signal.SIGUSR1)
     job.wait_for("1.0 usr1")
-    add_mark(job, "go")
+    job.mark("go")
     assert one_status(finish(job, *processes)) == 0
     assert "0.0 usr1" not in job.marks()
 
@@ -606,7 +602,7 @@ def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
     job.wait_for("0.0 of 3", "1.0 of 3", "2.0 of 3")
     [keeper] = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 keeper")]
     os.kill(keeper, signal.SIGSTOP)
-    add_mark(job, "go")
+    job.mark("go")
     results = finish(job, *processes)
     assert [result.returncode for result in results] == [0, 0, 69]
     assert lines_with(results[2:], "cannot be killed, so this node does not take part in another round")
@@ -620,7 +616,7 @@ def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
     (job.path / "slow.py").write_text(module)
     nodes = c10d(job, f"{least}:2")
     first = nodes(0, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--preload", "slow", script=script, PYTHONPATH=f"{job.path}:{os.environ.get('PYTHONPATH', '')}")
     results = finish(job, first, second)
     assert results[1].returncode == 69
@@ -631,25 +627,18 @@ def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
     assert results[0].stderr.count("Traceback") == (least == "2"), "the error that ends the job is shown in full"
 
 
-def wait_for_key(nodes: Nodes, key: str) -> None:
-    """Wait until a key exists in the nodes' store."""
-    host, port = nodes.endpoint.rsplit(":", 1)
-    with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as client:
-        client.call(Wait((f"elastic/job-1/{key}",)), 30)
-
-
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_node_whose_workers_succeeded_may_end(signum: signal.Signals, job: Job) -> None:
     """The others run on for longer than the keep-alive deadline."""
     script = job.script("mark('up')\nif rank == 0: wait_for('go'); time.sleep(2.5)\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--node-rank", "0", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
-    wait_for_key(nodes, "0/done")
+    nodes.wait_for_key("0/done")
     second.send_signal(signum)
     job.finish(second)
-    add_mark(job, "go")
+    job.mark("go")
     [result] = finish(job, first)
     assert result.returncode == 0
     assert sorted(job.marks()) == ["0.0 up", "1.0 up", "go"]
@@ -659,11 +648,11 @@ def test_a_node_whose_workers_succeeded_waits_for_the_others(job: Job) -> None:
     script = job.script("mark('up')\nif rank == 0: wait_for('go')\n")
     nodes = c10d(job, "2")
     first = nodes(0, "--node-rank", "0", script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
-    wait_for_key(nodes, "0/done")
+    nodes.wait_for_key("0/done")
     assert second.poll() is None
-    add_mark(job, "go")
+    job.mark("go")
     assert one_status(finish(job, first, second)) == 0
 
 
@@ -673,10 +662,10 @@ def test_the_host_of_the_store_comes_back_and_the_count_is_kept(job: Job) -> Non
         "if restart == 2 and rank == 1: wait_for('0.2 up'); sys.exit(4)\n"
         "if restart < 3: wait()\n"
     )
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", hosted=True)
     options = ("--max-restarts", "3")
     first = nodes(0, "--node-rank", "0", *options, script=script)
-    wait_until(lambda: listens(nodes.endpoint))
+    nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", *options, script=script)
     job.wait_for("0.1 up", "1.1 up")
     first.send_signal(signal.SIGKILL)

@@ -33,12 +33,11 @@ from elastic_launch.agent.loop import AgentLoop
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.run import main
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
-from tests.conftest import Job, is_alive, wait_until
+from tests.support.jobs import Job
+from tests.support.leaks import children
+from tests.support.waiting import is_alive, wait_until
 
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes: Any) -> LaunchConfig:
@@ -245,7 +244,7 @@ def test_exception_in_the_loop_leaves_no_worker(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AgentLoop, "_wait", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         sh("exec sleep 1000")
-    assert not [child for child in psutil.Process().children() if is_alive(child.pid)]
+    assert not [child for child in children() if is_alive(child.pid)]
 
 
 def test_every_public_name_exists_and_imports_are_lazy() -> None:

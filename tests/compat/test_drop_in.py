@@ -19,7 +19,7 @@ import pytest
 import elastic_launch
 from elastic_launch import DefaultLogsSpecs, LocalElasticAgent, RunResult, WorkerSpec, WorkerState
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
-from tests.conftest import wait_until
+from tests.support.waiting import wait_until
 
 ELASTIC = "torch.distributed.elastic"
 NAMES = {

@@ -1,8 +1,9 @@
-"""Who may import whom, and what the agent's process never imports."""
+"""What import-linter cannot express (see ``[tool.importlinter]`` in pyproject.toml for who may import whom)."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,26 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "elastic_launch"
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
-LAYERS = (
-    {"errors", "job", "worker_spec", "config", "parsing", "env"},  # values
-    {"core"},  # decisions
-    {"host"},  # effects: what the host offers
-    {"store", "workers", "logs", "timer", "health", "events", "metrics", "utils"},  # effects, side by side
-    {"rendezvous"},  # drivers
-    {"agent"},
-    {"launch", "multiprocessing"},  # the Python interface
-    {"run", "cli", "__main__"},  # the command line
-)
-"""What may be imported by what: each part imports from the layers before its own, and from itself."""
-LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 NEVER = ("torch", "grpc", "etcd3", "logging", "asyncio", "psutil", "subprocess", "tempfile", "json")
 """What the agent does not import before the first worker runs: torch and gRPC start threads, the rest is slow."""
-
-
-def part(module: str) -> str:
-    """``core`` for ``elastic_launch.core.agent.lifecycle``; empty for the package itself and for strangers."""
-    root, _, rest = module.partition(".")
-    return rest.partition(".")[0] if root == "elastic_launch" else ""
 
 
 def imports(path: Path) -> list[str]:
@@ -40,30 +23,8 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
-
-
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_arrows_run_down(path: Path) -> None:
-    name = part(".".join(path.with_suffix("").parts))
-    if name in ("", "__init__"):
-        return  # the package's table of names points at every floor, lazily
-    assert name in LAYER, f"{path}: has no layer; give it one here"
-    parts = {part(module) for module in imports(path)} - {"", name}
-    above = [other for other in parts if LAYER[other] > LAYER[name]]
-    assert not above, f"{path} (layer {LAYER[name]}) imports upwards"
-    if LAYER[name] == LAYER["store"]:
-        beside = [other for other in parts if LAYER[other] == LAYER[name]]
-        assert not beside, f"{path}: effects do not import each other"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_torch_and_its_launcher_are_not_imported(path: Path) -> None:
-    if path.name == "tcpstore_server_main.py" or path.parts[-2:] == ("utils", "data.py"):
-        return  # a process of its own, which hosts torch's store; a module for workers
-    assert not [module for module in imports(path) if module.split(".")[0] in ("torch", "grpc", "etcd3")]
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if "core" in path.parts], ids=str)
@@ -99,6 +60,13 @@ def test_only_one_place_reads_the_environment() -> None:
         "elastic_launch/workers/keeper_main.py",
         "elastic_launch/workers/preload_main.py",
     ]
+
+
+def test_tests_share_only_support() -> None:
+    """Helpers and fixtures live in ``tests/support`` and in files named conftest.py."""
+    borrowed = re.compile(r"^ *(?:from|import) tests\.(?!support\b)", re.MULTILINE)
+    files = [file for file in (PACKAGE.parent / "tests").rglob("*.py") if file.parent.name != "simulation"]
+    assert not [file for file in files if borrowed.search(file.read_text())]
 
 
 def test_agent_imports_nothing_slow_before_its_workers_run(tmp_path: Path) -> None:

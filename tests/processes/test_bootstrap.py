@@ -1,7 +1,6 @@
 """Compare the bootstrap with plain Python: the same program must behave the same under both."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -12,16 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.conftest import is_alive, wait_until
+from elastic_launch.workers import BOOTSTRAP
+from tests.support.leaks import children
+from tests.support.waiting import is_alive, wait_until
 
 PYTHON = sys.executable
-_spec = importlib.util.find_spec("elastic_launch.workers.bootstrap")
-assert _spec is not None
-assert _spec.origin is not None
-BOOTSTRAP = _spec.origin
 
 # Prints what a program can see of how it was started. It imports nothing that would change sys.modules.
 VIEW = """
@@ -410,7 +406,7 @@ def test_processes_of_multiprocessing_find_main_and_write_nothing(
     tmp_path: Path, work: Path, form: str, method: str
 ) -> None:
     run = both(tmp_path, *assignment(work, form, MULTIPROCESSING), method)
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)], "the helpers' end")
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)], "the helpers' end")
     run.plain.stderr, run.ours.stderr = (re.sub(r"(?m)^Process .*", "", one.stderr) for one in (run.plain, run.ours))
     run.check(0, None)
     assert "ValueError: child" in run.ours.stderr

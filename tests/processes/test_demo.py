@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.conftest import Job
+from tests.support.jobs import Job
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "digits_ddp.py")
 

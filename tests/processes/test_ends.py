@@ -17,12 +17,10 @@ import pytest
 
 from elastic_launch import ChildFailedError, DefaultLogsSpecs, LaunchConfig, elastic_launch
 from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
-from tests.conftest import Job, is_alive, wait_until
-from tests.processes.test_cgroup import cgroup as memory_cgroup  # noqa: F401 - a fixture
-from tests.processes.test_logs import small_disk as disk  # noqa: F401 - a fixture
+from tests.support.jobs import TWO, Job
+from tests.support.waiting import is_alive, wait_until
 
 POINTER = re.compile(r"the stacks of its threads are in (\S+/stacks\.log)")
-TWO = ("--nproc-per-node", "2")
 
 # Rank 0 fails when the other hangs.
 FIRST_FAILS = "mark('starts')\nif rank == 0:\n    wait_for('1.0 hangs')\n    sys.exit(3)\n"
@@ -157,6 +155,7 @@ def test_a_signal_that_a_worker_does_not_answer(job: Job, signum: signal.Signals
     Path(POINTER.search(line)[1]).unlink()  # type: ignore[index]  # found above
 
 
+@pytest.mark.quick
 def test_stacks_outlive_a_job_that_goes_well_in_the_end(job: Job) -> None:
     script = job.script(f"if restart == 1:\n    sys.exit()\n{FIRST_FAILS}{IGNORE}{HANG}")
     done = job.run(*TWO, "--max-restarts", "1", "--shutdown-timeout", "1", script)
@@ -262,15 +261,17 @@ EAT = (
 )
 
 
-def test_the_oom_killer_is_named(job: Job, request: pytest.FixtureRequest) -> None:
+@pytest.mark.xdist_group("oom-killer")
+def test_the_oom_killer_is_named(job: Job, memory_cgroup: Path) -> None:
     """But not for a worker of a later round that was killed by somebody else."""
-    cgroup: Path = request.getfixturevalue("memory_cgroup")
-    (limit,) = (cgroup / name for name in ("memory.max", "memory.limit_in_bytes") if (cgroup / name).exists())
+    (limit,) = (
+        memory_cgroup / name for name in ("memory.max", "memory.limit_in_bytes") if (memory_cgroup / name).exists()
+    )
     limit.write_text(str(160 << 20))
     script = job.script(f"if restart == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\n{EAT}")
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
-        inside = f'echo $$ > "{cgroup}/cgroup.procs"; exec "$@"'
+        inside = f'echo $$ > "{memory_cgroup}/cgroup.procs"; exec "$@"'
         command = ["sh", "-c", inside, "sh", sys.executable, "-m", "elastic_launch", *args, script]
         return subprocess.run(command, capture_output=True, text=True, cwd=job.path, timeout=60, check=False)
 
@@ -285,6 +286,7 @@ def test_the_oom_killer_is_named(job: Job, request: pytest.FixtureRequest) -> No
     assert "  note    :" not in done.stderr
 
 
+@pytest.mark.xdist_group("oom-killer")
 def test_sigkill_alone_is_no_sign_of_the_oom_killer(job: Job) -> None:
     done = job.run(job.script("os.kill(os.getpid(), signal.SIGKILL)"))
     assert done.returncode == 137
@@ -364,13 +366,6 @@ def test_an_error_file_that_is_no_use_hides_nothing(job: Job, kind: str) -> None
     assert told in done.stderr
 
 
-@pytest.fixture
-def small_disk(request: pytest.FixtureRequest) -> Path:
-    """A file system of 64 KiB, which the job's own folders fit into."""
-    path: Path = request.getfixturevalue("disk")
-    return path
-
-
 RAISE = "mark('runs')\nwait_for('go')\nraise ValueError('on a bad disk')\n"
 
 
@@ -379,7 +374,7 @@ def test_a_full_disk_hides_nothing(job: Job, small_disk: Path, tee: tuple[str, .
     process = job.start(*TWO, *tee, "--log-dir", str(small_disk), job.script(RAISE))
     job.wait_for("0.0 runs", "1.0 runs")
     fill(small_disk)
-    go(job)
+    job.mark("go")
     check_traceback_is_told(job, process)
 
 
@@ -389,7 +384,7 @@ def test_a_full_disk_hides_no_stacks(job: Job, small_disk: Path) -> None:
     process = job.start(*TWO, "--shutdown-timeout", "1", "--log-dir", str(small_disk), script)
     job.wait_for("0.0 runs", "1.0 runs")
     fill(small_disk)
-    go(job)
+    job.mark("go")
     done = job.finish(process)
     assert done.returncode == 3
     assert re.search(r"rank 1 .*: killed by SIGKILL; the stacks of its threads are on its stderr\n", done.stderr)
@@ -401,7 +396,7 @@ def test_a_disk_that_has_become_read_only_hides_nothing(job: Job, small_disk: Pa
     process = job.start(*TWO, "--max-restarts", "1", "--log-dir", str(small_disk), job.script(RAISE))
     job.wait_for("0.0 runs", "1.0 runs")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    go(job)
+    job.mark("go")
     check_traceback_is_told(job, process)
 
 
@@ -409,7 +404,7 @@ def test_no_place_for_temporary_files_hides_nothing(job: Job, small_disk: Path) 
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     process = job.start(*TWO, job.script(RAISE), TMPDIR=str(small_disk))
     job.wait_for("0.0 runs", "1.0 runs")
-    go(job)
+    job.mark("go")
     check_traceback_is_told(job, process)
 
 
@@ -424,11 +419,6 @@ def test_a_log_directory_that_cannot_be_made_is_an_error_before_anything_runs(jo
 def fill(folder: Path) -> None:
     with pytest.raises(OSError, match="No space left"), open(folder / "filler", "wb", buffering=0) as file:
         file.writelines(itertools.repeat(bytes(4096)))
-
-
-def go(job: Job) -> None:
-    with open(job.path / "marks", "a") as file:
-        file.write("go\n")
 
 
 def check_traceback_is_told(job: Job, process: subprocess.Popen[str]) -> None:

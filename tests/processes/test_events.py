@@ -31,7 +31,8 @@ from elastic_launch.events import (
 )
 from elastic_launch.job import Assignment, RestartHistory
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec, WorkerState
-from tests.conftest import DEADLINE
+from tests.support.files import install_package
+from tests.support.waiting import DEADLINE
 
 ASSIGNMENT = Assignment(
     group_rank=1,
@@ -69,25 +70,21 @@ def _no_handlers_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Install a package with event handlers. Returns the file that the working one writes."""
-    package = tmp_path / "site"
-    (package / "plug-1.0.dist-info").mkdir(parents=True)
-    (package / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
-    (package / "plug-1.0.dist-info" / "entry_points.txt").write_text(
+    output = tmp_path / "events"
+    site = install_package(
+        tmp_path / "site",
         "[elastic_launch.event_handlers]\n"
         "file = event_plug:to_file\nraising = event_plug:Raising\nbroken = event_plug:broken\nodd = event_plug:odd\n"
-        "absent = event_plug:absent\ndynamic_rendezvous = event_plug:to_file\n"
-    )
-    output = tmp_path / "events"
-    (package / "event_plug.py").write_text(
-        "import logging, logging.handlers\n"
+        "absent = event_plug:absent\ndynamic_rendezvous = event_plug:to_file\n",
+        event_plug="import logging, logging.handlers\n"
         "def to_file():\n"
         f"    return logging.handlers.MemoryHandler(100, target=logging.FileHandler({str(output)!r}))\n"
         "class Raising(logging.Handler):\n"
         "    def emit(self, record): raise OSError('no network')\n"
         "def broken(): raise OSError('no network')\n"
-        "def odd(): return 3\n"
+        "def odd(): return 3\n",
     )
-    monkeypatch.syspath_prepend(package)
+    monkeypatch.syspath_prepend(site)
     monkeypatch.delitem(sys.modules, "event_plug", raising=False)  # an earlier test's
     return output
 

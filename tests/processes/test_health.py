@@ -22,7 +22,8 @@ from elastic_launch.health import server as health
 from elastic_launch.health.server import HealthServer
 from elastic_launch.health.server_main import MAX_CLIENTS
 from elastic_launch.host import child
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.leaks import children
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -79,7 +80,7 @@ def answered(server: HealthServer, sock: socket.socket) -> bytes:
 
 
 def only_child() -> psutil.Process:
-    (child,) = psutil.Process().children()
+    (child,) = children()
     return child
 
 
@@ -274,7 +275,7 @@ def test_process_that_keeps_dying_is_given_up(server: HealthServer) -> None:
     for _ in range(health.MAX_SHORT_LIVES):
         only_child().kill()
         turn(server)
-    assert psutil.Process().children() == []
+    assert children() == []
     assert server.descriptors() == []
     with pytest.raises(ConnectionRefusedError):
         connect(server)
@@ -357,7 +358,7 @@ def agent() -> Iterator[Agent]:
     process.wait()
     os.kill(agent.copy, signal.SIGKILL)
     process.stdout.close()
-    wait_until(lambda: not [child for child in psutil.Process().children() if is_alive(child.pid)])
+    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
 
 
 def status(port: int) -> int:

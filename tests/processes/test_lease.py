@@ -12,8 +12,7 @@ import pytest
 
 from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.workers.keeper_client import Command, KeeperClient
-from tests.cluster.test_nodes import QUICK, start_three, up
-from tests.conftest import DEADLINE, Job, is_alive, wait_until
+from tests.support.waiting import DEADLINE
 
 SLEEP = Command(0, ["sleep", "1000"], {})
 
@@ -41,6 +40,7 @@ def is_reaped(found: list[AgentEvent]) -> bool:
     return any(isinstance(event, GroupReaped) for event in found)
 
 
+@pytest.mark.quick
 def test_workers_are_killed_when_the_lease_expires(workers: KeeperClient) -> None:
     until = time.monotonic() + 0.3
     workers.lease(until)
@@ -101,18 +101,3 @@ def test_a_new_keeper_gets_the_lease(workers: KeeperClient) -> None:
     workers.take()
     workers.start([SLEEP])
     assert LeaseExpired() in events(workers, is_reaped)
-
-
-def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:
-    script = job.script(
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nmark(f'pid {os.getpid()}')\nif restart == 0: wait()\n"
-    )
-    first, second, third = start_three(job, script, "2:3", "--shutdown-timeout", "1", conf=f"{QUICK},store_timeout=1")
-    wait_until(lambda: up(job, 0, 3))
-    pids = {int(mark.split()[2]) for mark in job.marks()}
-    third.send_signal(signal.SIGSTOP)
-    wait_until(lambda: up(job, 1, 1))
-    assert not any(map(is_alive, pids)), "including those of the agent that is still stopped"
-    assert [job.finish(process).returncode for process in (first, second)] == [0, 0]
-    third.send_signal(signal.SIGCONT)
-    job.finish(third)

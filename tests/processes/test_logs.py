@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pty
 import re
@@ -11,12 +10,9 @@ import resource
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 import time
-import tty
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,63 +25,10 @@ from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs import pump as pump_module
 from elastic_launch.logs import source as source_module
 from elastic_launch.logs.pump import BATCH_DELAY
-from tests.conftest import DEADLINE
+from tests.support.consoles import Console, made_of, raw_terminal, screen, standing_in
+from tests.support.waiting import DEADLINE
 
 PYTHON = [sys.executable, "-I", "-S", "-u", "-c"]
-
-
-class Console:
-    """Replaces this process's standard output and error while a test runs."""
-
-    def __init__(self, writing: int, reading: int) -> None:
-        self.writing, self.reading = writing, reading
-        self.seen = b""
-
-    def read(self) -> bytes:
-        """Everything that has been shown so far."""
-        os.set_blocking(self.reading, False)
-        with contextlib.suppress(BlockingIOError):
-            while block := os.read(self.reading, 1 << 20):
-                self.seen += block
-        return self.seen
-
-    def close_reader(self) -> None:
-        os.close(self.reading)
-        self.reading = -1
-
-
-@contextlib.contextmanager
-def standing_in(out: int, err: int) -> Iterator[None]:
-    """Give this process other standard streams."""
-    saved = os.dup(1), os.dup(2)
-    os.dup2(out, 1)
-    os.dup2(err, 2)
-    try:
-        yield
-    finally:
-        for stream, fd in enumerate(saved, 1):
-            os.dup2(fd, stream)
-            os.close(fd)
-
-
-@contextlib.contextmanager
-def made_of(ends: tuple[int, int]) -> Iterator[Console]:
-    """A console for both streams. ``ends`` are its reading and its writing end."""
-    console = Console(ends[1], ends[0])
-    try:
-        yield console
-    finally:
-        for fd in (console.writing, console.reading):
-            if fd >= 0:
-                os.close(fd)
-
-
-def raw_terminal() -> tuple[int, int]:
-    """Both ends of a terminal of 100 columns that does not change its output."""
-    reading, writing = os.openpty()
-    tty.setraw(writing)
-    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
-    return reading, writing
 
 
 @pytest.fixture
@@ -359,31 +302,6 @@ def test_long_lines_of_odd_bytes_take_linear_time() -> None:
     assert time.process_time() - begin < 10  # some tenths of a second; quadratic time would be hours
 
 
-def screen(written: bytes) -> list[bytes]:
-    """The rows of a terminal of 100 columns after these bytes. Knows the control sequences that the pump writes."""
-    rows, column, wraps = [bytearray()], 0, True
-    for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", written, re.DOTALL):
-        if token == b"\x1b[K":
-            del rows[-1][column:]
-        elif token in (b"\x1b[?7l", b"\x1b[?7h"):
-            wraps = token.endswith(b"h")
-        elif token == b"\n":
-            rows.append(bytearray())
-            column = 0
-        elif token == b"\r":
-            column = 0
-        else:
-            if column == 100:
-                if wraps:
-                    rows.append(bytearray())
-                    column = 0
-                else:
-                    column = 99
-            rows[-1][column : column + 1] = token
-            column += 1
-    return [bytes(row) for row in rows]
-
-
 def test_a_terminal_has_one_live_line_below_the_others(tmp_path: Path, terminal: Console, pump: LogPump) -> None:
     ends = pump.open([Route(rank, stream, "", True, b"[%d]:" % rank) for rank in (0, 1) for stream in (1, 2)])
     os.write(ends[0, 2], b"\r10%")
@@ -604,18 +522,6 @@ def test_without_terminals_a_pipe_is_used(terminal: Console, pump: LogPump, monk
 
 
 # ---- disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_loses_the_files_only(small_disk: Path, tmp_path: Path, console: Console) -> None:

@@ -16,10 +16,20 @@ from typing import Any
 import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
+from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.multiprocessing import start_processes
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.functions import (
+    boom,
+    fail_beside_one_that_ignores_sigterm,
+    greet,
+    ignore_sigterm,
+    speak,
+    unreadable,
+    wait_for,
+)
+from tests.support.jobs import METHODS
+from tests.support.waiting import is_alive, wait_until
 
-METHODS = ("spawn", "fork", "forkserver")
 RANKS = (0, 1)
 
 
@@ -50,52 +60,6 @@ def hung(tmp_path: Path) -> Iterator[PContext]:
     wait_until(lambda: all((tmp_path / f"ready.{rank}").exists() for rank in RANKS))
     yield context
     context.close(signal.SIGKILL)
-
-
-# What the processes run.
-
-
-def greet(greeting: str) -> str:
-    return f"{greeting} {os.environ['RANK']}"
-
-
-def wait_for(path: str) -> None:
-    while not os.path.exists(path):
-        time.sleep(0.005)
-
-
-def boom() -> None:
-    if os.environ["RANK"] == "1":
-        raise ValueError("boom")
-    signal.pause()
-
-
-def ignore_sigterm(path: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Path(path, f"ready.{os.environ['RANK']}").write_text("")
-    while True:
-        signal.pause()
-
-
-def fail_beside_one_that_ignores_sigterm(path: str) -> None:
-    if os.environ["RANK"] == "0":
-        ignore_sigterm(path)
-    wait_for(f"{path}/ready.0")
-    sys.exit(4)
-
-
-def speak() -> None:
-    os.write(1, f"out {os.environ['RANK']}\n".encode())  # pytest has its own in place of sys.stdout
-    os.write(2, f"err {os.environ['RANK']}\n".encode())
-
-
-class Unreadable:
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return int, ("nothing",)
-
-
-def unreadable() -> Unreadable:
-    return Unreadable()
 
 
 # What the launcher does with them.
@@ -176,10 +140,9 @@ def test_close_hastens_a_stop_that_a_failure_began(
     death_sig: signal.Signals | None, timeout: int, tmp_path: Path
 ) -> None:
     context = start(fail_beside_one_that_ignores_sigterm, str(tmp_path), start_method="fork")
-    end = time.monotonic() + DEADLINE
-    while is_alive(context.pids()[1]):
-        assert context.wait(0.01) is None
-        assert time.monotonic() < end
+    loop = context._loop
+    assert loop is not None
+    wait_until(lambda: context.wait(0.01) is None and loop.state.phase is AgentPhase.STOPPING)
     before = time.monotonic()
     context.close(death_sig, timeout)
     assert time.monotonic() - before < 5, "the 30 seconds of a stop do not apply"

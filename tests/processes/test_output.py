@@ -21,12 +21,11 @@ from elastic_launch.config import LogsDest
 from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.logs.pump import BLOCK
-from tests.conftest import DEADLINE, Job, wait_until
-from tests.processes import test_logs
-from tests.processes.test_logs import raw_terminal, screen
+from tests.support.consoles import raw_terminal, screen
+from tests.support.files import install_package
+from tests.support.jobs import TWO, Job, report_of
+from tests.support.waiting import DEADLINE, wait_until
 
-small_disk = test_logs.small_disk
-TWO = ("--nproc-per-node", "2")
 HELLO = "os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"
 LAST_WORDS = "print('last words', file=sys.stderr)\n"
 
@@ -90,26 +89,12 @@ class Terminal:
         return screen(self.seen)
 
 
-def tell(job: Job, text: str) -> None:
-    """Write a mark that workers wait for."""
-    with (job.path / "marks").open("a") as marks:
-        marks.write(f"{text}\n")
-
-
 def files_in(directory: Path) -> dict[str, str]:
     """The output in files, by path."""
     return {
         str(path.relative_to(directory)): path.read_bytes().decode(errors="surrogateescape")
         for path in directory.rglob("*.log")
     }
-
-
-def report_of(err: bytes) -> str:
-    """The report at the end, which begins on a new line."""
-    text = err.decode(errors="replace")
-    begin = re.search(r"^={80}$", text, re.MULTILINE)
-    assert begin, text
-    return text[begin.start() :]
 
 
 # ---- -r and -t, and where files are
@@ -138,6 +123,7 @@ def lines(marks: str, before: str = "") -> list[str]:
     return [before.format(mark[0]) + f"{names[mark[1]]} {mark[0]}" for mark in marks.split()]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("options", "kept", "untouched", "prefixed"), FORMS, ids=[form[0] or "none" for form in FORMS])
 def test_forms_of_redirects_and_tee(job: Job, options: str, kept: str, untouched: str, prefixed: str) -> None:
     out, err = run(job, *TWO, "--log-dir", "logs", "--rdzv-id", "j1", *options.split(), job.script(HELLO))
@@ -304,9 +290,9 @@ def test_redraws_on_a_terminal_are_one_live_line(job: Job) -> None:
     terminal = Terminal(job, *TWO, "-t", "3", "--log-dir", "logs", "--rdzv-id", "j1", script)
     terminal.wait_for(b"99%")
     assert screen(terminal.seen) == [b"[default0]:99%"]
-    tell(job, "row")
+    job.mark("row")
     terminal.wait_for(b"a line\n")
-    tell(job, "line")
+    job.mark("line")
     rows = terminal.finish()
     assert rows == [b"[default1]:a line", b"[default0]:100%", b"[default0]:the end", b""]
     kept = b"".join(b"\r%d%%" % percent for percent in range(1, 100)) + b"\r100%\nthe end\n"
@@ -325,7 +311,7 @@ def test_lines_of_the_launcher_are_above_the_live_line_and_split_no_line(job: Jo
     (job.path / "marks").touch()
     terminal = Terminal(job, *TWO, "--max-restarts", "1", "-t", "3", "--log-dir", "logs", script)
     terminal.wait_for(b"10%")
-    tell(job, "row")
+    job.mark("row")
     rows = terminal.finish()
     own = [row for row in rows if row.startswith(b"elastic-run: ")]
     assert any(b"restart 1 of 1" in row for row in own)
@@ -514,7 +500,7 @@ def test_a_terminal_that_is_closed_ends_the_job_only_by_its_signal(job: Job) -> 
     terminal = Terminal(job, "-t", "3", "--log-dir", "logs", "--rdzv-id", "j1", script)
     terminal.wait_for(b"begin")
     os.close(terminal.fd)
-    tell(job, "go")
+    job.mark("go")
     assert terminal.process.wait(DEADLINE) == 0
     assert (job.path / "logs/j1/attempt_0/0/stdout.log").read_text().endswith("\n1999\n")
 
@@ -712,14 +698,9 @@ def plugins(job: Job) -> Callable[..., dict[str, Any]]:
     """Installs a package that offers ``LogsSpecs``. Returns the variables with which a launcher finds it."""
 
     def install(code: str) -> dict[str, Any]:
-        info = job.path / "site" / "plugins-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(
-            "[torchrun.logs_specs]\nmine = log_plugin:Mine\ngone = log_plugin:Gone\n"
-        )
-        (job.path / "site" / "log_plugin.py").write_text(code)
-        return {"PYTHONPATH": os.pathsep.join([str(job.path / "site"), os.environ.get("PYTHONPATH", "")])}
+        entry_points = "[torchrun.logs_specs]\nmine = log_plugin:Mine\ngone = log_plugin:Gone\n"
+        site = install_package(job.path / "site", entry_points, log_plugin=code)
+        return {"PYTHONPATH": os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])}
 
     return install
 

@@ -13,7 +13,7 @@ from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
-from tests.conftest import Job
+from tests.support.jobs import Job
 
 ALL_REDUCE = """
 import torch, torch.distributed as dist
@@ -105,7 +105,7 @@ def test_torch_meets_again_after_a_restart(job: Job) -> None:
         "if restart == 0:\n    dist.init_process_group('gloo')\n    if rank == 1: os.kill(os.getpid(), 9)\n    wait()\n"
     )
     script = job.script("import torch, torch.distributed as dist\n" + text + ALL_REDUCE)
-    done = job.run("--nproc-per-node", "2", "--max-restarts", "1", script)
+    done = job.run("--nproc-per-node", "2", "--max-restarts", "1", "--preload", "torch", script)
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.1 sum 2", "1.1 sum 2"]
 
@@ -117,7 +117,7 @@ def test_stolen_port_is_replaced_without_using_up_a_restart(job: Job) -> None:
         "    thief = socket.socket(); thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
         "    thief.bind(('', int(os.environ['MASTER_PORT']))); thief.listen()\n"
     )
-    done = job.run("--nproc-per-node", "2", "--max-restarts", "0", job.script(steal + ALL_REDUCE))
+    done = job.run("--nproc-per-node", "2", "--max-restarts", "0", "--preload", "torch", job.script(steal + ALL_REDUCE))
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.2 sum 2", "1.2 sum 2"]
     assert done.stderr.count("restarting on another port, without using up a restart") == 2

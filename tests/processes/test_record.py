@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -17,14 +16,13 @@ from typing import Any
 import pytest
 
 from elastic_launch.errors import ChildFailedError, ProcessFailure
+from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.error_files import read_error_file
 from elastic_launch.workers.error_handler import ErrorHandler, get_error_handler, record, write_error
-from tests.conftest import Job
+from tests.support.jobs import Job
 
-_spec = importlib.util.find_spec("elastic_launch.workers.bootstrap")
-assert _spec is not None
-assert _spec.origin is not None
-BOOTSTRAP = (_spec.origin, "script")
+AS_WORKER = (BOOTSTRAP, "script")
+"""What a script is started by as a worker."""
 
 RECORD = "from elastic_launch.workers.error_handler import record\n"
 RAISE = "@record\ndef main():\n    raise ValueError('boom')\n\nmain()\n"
@@ -172,8 +170,8 @@ def test_torchrun_reports_what_our_record_wrote(tmp_path: Path) -> None:
 
 STARTS = {
     "record": (RECORD + RAISE, ()),
-    "bootstrap": (RAISE.removeprefix("@record\n"), BOOTSTRAP),
-    "record below bootstrap": (RECORD + RAISE, BOOTSTRAP),
+    "bootstrap": (RAISE.removeprefix("@record\n"), AS_WORKER),
+    "record below bootstrap": (RECORD + RAISE, AS_WORKER),
 }
 
 

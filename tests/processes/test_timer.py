@@ -22,7 +22,7 @@ from elastic_launch.core.agent.messages import TimerExpired
 from elastic_launch.core.timer_requests import LONGEST, ScopeRequest, parse, take_requests
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers.watchdog import Overdue, Watchdog
-from tests.conftest import DEADLINE, wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 WALL = 1_000_000.0
 """Time of a test's wall clock, in seconds since 1970."""

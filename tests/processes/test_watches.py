@@ -22,20 +22,15 @@ from elastic_launch import ChildFailedError, LaunchConfig, elastic_launch, metri
 from elastic_launch.core.placement import format_list
 from elastic_launch.host.numa import AffinityMode, NumaOptions, bindings
 from elastic_launch.host.ports import reserve_port
-from tests.conftest import DEADLINE, Job, is_alive, wait_until
-
-TWO = ("--nproc-per-node", "2")
-METHODS = ("spawn", "fork", "forkserver")
+from tests.support.files import install_package
+from tests.support.jobs import METHODS, TWO, Job, report_of
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 
 @pytest.fixture(autouse=True)
 def _quiet(_nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher shows warnings and errors only."""
     monkeypatch.setenv("PET_QUIET", "1")
-
-
-def report_of(stderr: str) -> str:
-    return stderr[stderr.index("=" * 80) :]
 
 
 def launch(fn: Callable[..., Any], *args: Any, **changes: Any) -> dict[int, Any]:
@@ -263,9 +258,11 @@ def test_a_launcher_that_stops_its_workers_is_healthy(job: Job, port: int) -> No
     process.send_signal(signal.SIGTERM)
     job.wait_for("0.0 deaf")
     assert health(port) == 200
+    below = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     job.finish(process)
     wait_until(lambda: not is_healthy(port))
+    wait_until(lambda: not [each for each in below if is_alive(each.pid)], "the end of what the launcher had started")
 
 
 def test_a_health_port_in_use_is_an_error_before_anything_runs(job: Job, port: int) -> None:
@@ -383,19 +380,15 @@ def test_an_unknown_event_handler_is_an_error_before_anything_runs(job: Job) -> 
 @pytest.fixture
 def plug_ins(tmp_path: Path) -> dict[str, str]:
     """An environment with a package of event handlers. The good handler writes ``events``."""
-    site = tmp_path / "site"
-    (site / "plug-1.0.dist-info").mkdir(parents=True)
-    (site / "plug-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
-    (site / "plug-1.0.dist-info" / "entry_points.txt").write_text(
-        "[elastic_launch.event_handlers]\nfile = plug:to_file\nraising = plug:Raising\n"
-    )
-    (site / "plug.py").write_text(
-        "import logging\n"
+    site = install_package(
+        tmp_path / "site",
+        "[elastic_launch.event_handlers]\nfile = plug:to_file\nraising = plug:Raising\n",
+        plug="import logging\n"
         f"def to_file(): return logging.FileHandler({str(tmp_path / 'events')!r})\n"
         "class Raising(logging.Handler):\n"
-        "    def emit(self, record): raise OSError('no network')\n"
+        "    def emit(self, record): raise OSError('no network')\n",
     )
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))}
 
 
 def test_events_go_to_a_plug_in(job: Job, plug_ins: dict[str, str]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import http.server
 import itertools
-import json
 import os
 import select
 import shutil
@@ -30,17 +28,13 @@ from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
-from tests.conftest import DEADLINE, is_alive, wait_until
-from tests.support.store_contract import Connect, Connection, ServedStoreContract, leave_alone
+from tests.support.etcd import Trio, post
+from tests.support.leaks import shared_by_tests
+from tests.support.servers import shared_etcd
+from tests.support.store_contract import Connect, Connection, ServedStoreContract
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 _jobs = itertools.count()
-_shared: set[int] = set()
-"""Servers that outlive a test."""
-
-
-@pytest.fixture(autouse=True)
-def _spare_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_alone(monkeypatch, *_shared)
 
 
 def new_prefix() -> str:
@@ -82,38 +76,9 @@ def agents() -> Iterator[Callable[..., Agent]]:
         yield make
 
 
-@pytest.fixture(scope="module")
-def etcd() -> Iterator[str]:
-    server = EtcdServer()
-    server.start(stderr=subprocess.DEVNULL)
-    _shared.add(server.pid)
-    yield server.get_endpoint()
-    server.stop()
-
-
-class Trio:
-    """A cluster of three."""
-
-    def __init__(self) -> None:
-        self.ports = free_ports(6)
-        self.servers = [EtcdServer() for _ in range(3)]
-        for index in range(3):
-            self.launch(index)
-        for server in self.servers:
-            server.wait_ready(DEADLINE)
-        self.endpoints = ",".join(server.get_endpoint() for server in self.servers)
-
-    def launch(self, index: int) -> None:
-        peers = ",".join(f"m{i}=http://127.0.0.1:{self.ports[i + 3]}" for i in range(3))
-        options = ["--name", f"m{index}", "--initial-cluster", peers]
-        options += ["--heartbeat-interval", "50", "--election-timeout", "500"]
-        self.servers[index].launch(self.ports[index], self.ports[index + 3], options, subprocess.DEVNULL)
-
-    def connected(self, agent: Agent) -> int:
-        """The index of the member to which a bridge has its connection."""
-        used = {c.raddr.port for c in psutil.Process(agent.bridge.pid).net_connections("tcp") if c.raddr}
-        (index,) = [index for index in range(3) if self.ports[index] in used]
-        return index
+@pytest.fixture
+def etcd() -> str:
+    return shared_etcd()
 
 
 @pytest.fixture
@@ -123,18 +88,6 @@ def trio() -> Iterator[Trio]:
     for server in trio.servers:
         server.kill()  # quicker than to stop
         server.stop()
-
-
-def post(endpoint: str, path: str, token: str = "", **body: Any) -> dict[str, Any]:
-    """Ask etcd by another way: its JSON gateway. Bytes become base64."""
-    data = {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in body.items()}
-    connection = http.client.HTTPConnection(endpoint, timeout=DEADLINE)
-    try:
-        connection.request("POST", f"/v3/{path}", json.dumps(data), {"Authorization": token} if token else {})
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
-    finally:
-        connection.close()
-    return answer
 
 
 def wait_answer(client: Connection, seconds: float) -> list[Any]:
@@ -166,17 +119,24 @@ def why(agent: Agent) -> str:
 # --- one server ---
 
 
+@pytest.fixture(scope="module")
+def two() -> Iterator[list[Agent]]:
+    """Two agents that the tests of the contract share."""
+    endpoint, prefix = shared_etcd(), new_prefix()
+    with contextlib.ExitStack() as stack:
+        with shared_by_tests():
+            agents = [stack.enter_context(contextlib.closing(Agent(endpoint, prefix))) for _ in range(2)]
+        yield agents
+
+
+@pytest.mark.xdist_group("etcd-contract")
 class TestContract(ServedStoreContract):
     @pytest.fixture
-    def two(self, etcd: str, agents: Callable[..., Agent]) -> list[Agent]:
-        prefix = new_prefix()
-        return [agents(etcd, prefix), agents(etcd, prefix)]
-
-    @pytest.fixture
-    def connect(self, two: list[Agent]) -> Connect:
+    def connect(self, two: list[Agent]) -> Iterator[Connect]:
         """Make connections of two agents in turn."""
         turns = itertools.cycle(two)
-        return lambda: next(turns).connect()
+        with contextlib.ExitStack() as stack:
+            yield lambda: stack.enter_context(contextlib.closing(next(turns).connect()))
 
     @pytest.fixture
     def freeze(self, two: list[Agent]) -> Callable[[], contextlib.AbstractContextManager[None]]:
@@ -455,7 +415,7 @@ def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Cal
     prefix = new_prefix()
     victim = agents(trio.endpoints, prefix)
     victim(Get(("x",)))
-    index = trio.connected(victim)
+    index = trio.connected(victim.bridge)
     server = trio.servers[index]
     others = [agents(trio.endpoints, prefix) for _ in range(2)]
     everyone = [victim, *others]
@@ -589,13 +549,14 @@ def secured(certificates: Path) -> Iterator[str]:
         *("--trusted-ca-file", str(certificates / "ca.pem")),
         *("--listen-metrics-urls", f"http://127.0.0.1:{health_port}"),
     ]
-    server.launch(port, peer_port, options, subprocess.DEVNULL)
-    server.wait_ready(DEADLINE, health_port)
-    _shared.add(server.pid)
+    with shared_by_tests():
+        server.launch(port, peer_port, options, subprocess.DEVNULL)
+        server.wait_ready(DEADLINE, health_port)
     yield server.get_endpoint()
     server.stop()
 
 
+@pytest.mark.xdist_group("etcd-tls")
 def test_tls_with_a_client_certificate(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
     path = {name: str(certificates / name) for name in ("ca.pem", "client.pem", "client.key")}
     ca, cert, key = path["ca.pem"], path["client.pem"], path["client.key"]
@@ -603,6 +564,7 @@ def test_tls_with_a_client_certificate(secured: str, certificates: Path, agents:
     assert agents(secured, ca_cert=ca, ssl_cert=cert, ssl_cert_key=key)(Add("n", 1)) == 1
 
 
+@pytest.mark.xdist_group("etcd-tls")
 def test_wrong_tls_settings_are_explained(secured: str, certificates: Path, agents: Callable[..., Agent]) -> None:
     path = {name: str(certificates / name) for name in ("ca.pem", "another-ca.pem", "client.pem", "client.key")}
     client = {"cert": path["client.pem"], "key": path["client.key"]}
@@ -621,8 +583,9 @@ def guarded() -> Iterator[str]:
     """The endpoint of an etcd with users: root (password "secret"), ann ("pass", reads and writes /elastic/)."""
     server = EtcdServer()
     port, peer_port = free_ports(2)
-    server.launch(port, peer_port, ["--auth-token-ttl", "1"], subprocess.DEVNULL)
-    server.wait_ready(DEADLINE)
+    with shared_by_tests():
+        server.launch(port, peer_port, ["--auth-token-ttl", "1"], subprocess.DEVNULL)
+        server.wait_ready(DEADLINE)
     endpoint = server.get_endpoint()
     for user, password, role in (("root", "secret", "root"), ("ann", "pass", "jobs")):
         post(endpoint, "auth/user/add", name=user, password=password)
@@ -631,11 +594,11 @@ def guarded() -> Iterator[str]:
     permission = {"permType": "READWRITE", "key": "L2VsYXN0aWMv", "range_end": "L2VsYXN0aWMw"}
     post(endpoint, "auth/role/grant", name="jobs", perm=permission)
     post(endpoint, "auth/enable")
-    _shared.add(server.pid)
     yield endpoint
     server.stop()
 
 
+@pytest.mark.xdist_group("etcd-users")
 def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     agent = agents(guarded, prefix, user="ann", password="pass")
@@ -664,6 +627,7 @@ def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     assert wait_answer(waiting, DEADLINE) == wait_answer(late, DEADLINE) == [(0, True)]
 
 
+@pytest.mark.xdist_group("etcd-users")
 def test_denied_access_is_explained(guarded: str, agents: Callable[..., Agent]) -> None:
     text = why(agents(guarded, user="ann", password="wrong"))
     assert f"etcd at {guarded} does not accept user=ann with this password" in text

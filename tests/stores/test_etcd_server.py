@@ -14,7 +14,7 @@ import pytest
 from elastic_launch.errors import UnavailableError
 from elastic_launch.store.etcd import server as etcd_server
 from elastic_launch.store.etcd.server import EtcdServer
-from tests.conftest import is_alive, wait_until
+from tests.support.waiting import is_alive, wait_until
 
 
 def test_it_serves_until_it_is_stopped_and_leaves_no_data() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import select
 import socket
 import subprocess
 import sys
@@ -18,13 +16,12 @@ import pytest
 
 from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError
-from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 from elastic_launch.store.wire import U32, Op
-from tests.conftest import DEADLINE, wait_until
 from tests.support.memory_store import MemoryStore
+from tests.support.servers import shared_store
 from tests.support.store_contract import (
     Connect,
     Connection,
@@ -32,22 +29,14 @@ from tests.support.store_contract import (
     StoreContract,
     answers,
     frozen,
-    leave_alone,
 )
+from tests.support.waiting import DEADLINE, wait_until
 
 
-@pytest.fixture(scope="module")
-def host() -> Iterator[TCPStoreServer]:
-    """A store that the tests of this file share."""
-    with contextlib.closing(TCPStoreServer(listen(0), dict(os.environ))) as host:
-        while not host.take():
-            assert select.select([host], [], [], DEADLINE)[0]
-        yield host
-
-
-@pytest.fixture(autouse=True)
-def _shared(host: TCPStoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_alone(monkeypatch, host.pid)
+@pytest.fixture
+def host() -> TCPStoreServer:
+    """A store that the tests share."""
+    return shared_store()
 
 
 @pytest.fixture
@@ -59,6 +48,7 @@ def to_host(host: TCPStoreServer) -> Iterator[Callable[[], StoreClient]]:
         )
 
 
+@pytest.mark.quick
 class TestC10d(ServedStoreContract):
     @pytest.fixture
     def connect(self, to_host: Callable[[], StoreClient]) -> Connect:
@@ -94,6 +84,7 @@ class MemoryConnection:
         self.store.drop(self)
 
 
+@pytest.mark.quick
 class TestMemory(StoreContract):
     @pytest.fixture
     def connect(self) -> Connect:

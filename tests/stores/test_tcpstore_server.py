@@ -25,7 +25,7 @@ from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 
 def wait_for(host: TCPStoreServer) -> bool:

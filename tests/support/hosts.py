@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from tests.conftest import DEADLINE, wait_until
 from tests.support import switch
+from tests.support.waiting import DEADLINE, wait_until
 
 
 class Program:

@@ -16,8 +16,7 @@ import pytest
 
 from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError, UsageError
-from tests import conftest
-from tests.conftest import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 MIB = 1 << 20
 
@@ -33,11 +32,6 @@ class Connection(Protocol):
 
 
 Connect = Callable[[], Connection]
-
-
-def leave_alone(monkeypatch: pytest.MonkeyPatch, *pids: int) -> None:
-    """Have the check for what a test leaves behind overlook a server that tests share."""
-    monkeypatch.setattr(conftest, "is_alive", lambda pid: pid not in pids and is_alive(pid))
 
 
 @contextlib.contextmanager

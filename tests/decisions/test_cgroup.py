@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from elastic_launch.host.cgroup import OomCounter
-from tests.conftest import wait_until
-
-
-def put(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+from tests.support.files import put
 
 
 def events(kills: int) -> str:
@@ -195,91 +182,3 @@ def test_it_is_quick() -> None:
 
 
 # --- A real kill
-
-
-def memory_mount() -> Path | None:
-    """The memory cgroup of this process, version 1 or 2, if there is one."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = "/sys/fs/cgroup" if not controllers else "/sys/fs/cgroup/memory"
-        if not controllers or "memory" in controllers.split(","):
-            for folder in (Path(mount + path), Path(mount)):
-                if (folder / "memory.oom_control").exists() or (folder / "cgroup.subtree_control").exists():
-                    return folder
-    return None
-
-
-def is_removed(folder: Path) -> bool:
-    """Remove a cgroup. The kernel may need a moment after its last process was reaped."""
-    try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return False
-    return True
-
-
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """A memory cgroup of 64 MiB. Skips the test if it cannot be created, which usually takes root."""
-    above = memory_mount()
-    if above is None:
-        pytest.skip("no memory cgroup here")
-    folder = above / f"elastic_launch_test_{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be created here: {error}")
-    try:
-        limits = [folder / name for name in ("memory.max", "memory.limit_in_bytes") if (folder / name).exists()]
-        if not limits:
-            pytest.skip("the memory controller is not handed on to new cgroups here")
-        limits[0].write_text(str(64 << 20))
-        for name in ("memory.swap.max", "memory.swappiness"):  # run out of memory without swapping first
-            if (folder / name).exists():
-                (folder / name).write_text("0")
-        yield folder
-    finally:
-        wait_until(lambda: is_removed(folder), f"{folder} is empty")
-
-
-KILLED = """
-import os, signal, sys
-from elastic_launch.host.cgroup import OomCounter
-
-with open(sys.argv[1] + "/cgroup.procs", "w") as file:
-    file.write(str(os.getpid()))
-oom = OomCounter()
-def child(what):
-    pid = os.fork()
-    if not pid:
-        what()
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-def stop():
-    os.kill(os.getpid(), signal.SIGKILL)
-def eat():
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-    bytearray(b"x") * (256 << 20)
-print(child(stop), oom.killed())
-print(child(eat), oom.killed())
-print(oom.describe())
-"""
-
-
-def test_a_real_kill(cgroup: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(cgroup)],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == [
-        f"{int(signal.SIGKILL)} 0",
-        f"{int(signal.SIGKILL)} 1",
-        "the kernel's OOM killer ended a process of this cgroup (memory limit 64 MiB): "
-        "out of memory is the likely cause",
-    ]

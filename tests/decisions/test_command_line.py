@@ -209,6 +209,7 @@ def test_defaults() -> None:
     }
 
 
+@pytest.mark.torch
 def test_torchrun_has_the_same_options_and_defaults() -> None:
     code = (
         "import torch.distributed.run as run\n"

@@ -16,6 +16,10 @@ import pytest
 from elastic_launch.core.placement import format_list, parse_list, share, virtual_device
 from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.numa import AffinityMode, NumaOptions, bindings, mode_of
+from tests.support.files import put
+
+pytestmark = pytest.mark.xdist_group("numa")
+"""In one process: writing the hosts takes seconds."""
 
 MODES = [mode.value for mode in AffinityMode]
 
@@ -82,15 +86,7 @@ def files(host: Host) -> dict[str, str]:
             f"Bus Type: \t PCIe\nBus Location: \t {address}\nDevice Minor: \t {i}\nGPU Excluded:\t No"
         )
         found[f"dev/nvidia{i}"] = ""
-    return found
-
-
-def put(root: Path, found: Mapping[str, str]) -> str:
-    for folder in {os.path.dirname(name) for name in found}:
-        os.makedirs(root / folder, exist_ok=True)
-    for name, text in found.items():
-        (root / name).write_text(text and text + "\n")
-    return str(root)
+    return {name: text and f"{text}\n" for name, text in found.items()}
 
 
 # Linux numbers the first threads of all cores, then the second ones.
@@ -185,7 +181,7 @@ def root_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Host], str]:
 
     def find(host: Host) -> str:
         for known, root in written:
-            if known is host:
+            if known == host:
                 return root
         written.append((host, put(tmp_path_factory.mktemp("host"), files(host))))
         return written[-1][1]
@@ -254,6 +250,7 @@ json.dump(answers, sys.stdout)
 """
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("no_nvml")
 def test_torch_binds_workers_the_same_way(root_of: Callable[[Host], str], monkeypatch: pytest.MonkeyPatch) -> None:
     question: dict[str, tuple[str, list[int], list[str]]] = {}
@@ -536,21 +533,8 @@ def test_bindings_of_an_unknown_mode(tmp_path: Path) -> None:
 # --- This host
 
 
-@pytest.mark.skipif(not os.path.exists("/sys/devices/system/node/online"), reason="this kernel shows no topology")
-@pytest.mark.parametrize("mode", MODES)
-def test_the_kernel_accepts_the_bindings_of_this_host(mode: str) -> None:
-    allowed = os.sched_getaffinity(0)
-    if mode == "core-complex" and not os.path.exists(f"/sys/devices/system/cpu/cpu{min(allowed)}/cache/index0"):
-        pytest.skip("this host shows no caches")
-    [cpus] = bindings(mode, 1, {"CUDA_VISIBLE_DEVICES": ""})
-    assert cpus
-    assert cpus <= allowed
-    code = f"import os; os.sched_setaffinity(0, {set(cpus)}); print(os.sched_getaffinity(0) == {set(cpus)})"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
-
-
 def test_importing_the_module_imports_little() -> None:
-    code = "import sys, elastic_launch.config, elastic_launch.core; before = set(sys.modules)"
+    code = "import sys, elastic_launch.config, elastic_launch.core, elastic_launch.host; before = set(sys.modules)"
     code += "; import elastic_launch.host.numa; print(*sorted(set(sys.modules) - before))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == (
         "elastic_launch.core.placement elastic_launch.host elastic_launch.host.numa elastic_launch.host.nvml\n"

@@ -1,0 +1,91 @@
+"""What stands in for the console: pipes and terminals, and what a terminal shows."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import struct
+import termios
+import tty
+from collections.abc import Iterator
+
+
+class Console:
+    """What stands in for this process's standard output and error while a test runs."""
+
+    def __init__(self, writing: int, reading: int) -> None:
+        self.writing, self.reading = writing, reading
+        self.seen = b""
+
+    def read(self) -> bytes:
+        """Everything that has been shown so far."""
+        os.set_blocking(self.reading, False)
+        with contextlib.suppress(BlockingIOError):
+            while block := os.read(self.reading, 1 << 20):
+                self.seen += block
+        return self.seen
+
+    def close_reader(self) -> None:
+        os.close(self.reading)
+        self.reading = -1
+
+
+@contextlib.contextmanager
+def standing_in(out: int, err: int) -> Iterator[None]:
+    """Give this process other standard streams."""
+    saved = os.dup(1), os.dup(2)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    try:
+        yield
+    finally:
+        for stream, fd in enumerate(saved, 1):
+            os.dup2(fd, stream)
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def made_of(ends: tuple[int, int]) -> Iterator[Console]:
+    """A console for both streams; ``ends``: the reading and the writing one."""
+    console = Console(ends[1], ends[0])
+    try:
+        yield console
+    finally:
+        for fd in (console.writing, console.reading):
+            if fd >= 0:
+                os.close(fd)
+
+
+def raw_terminal() -> tuple[int, int]:
+    """Both ends of a terminal of 100 columns that changes nothing."""
+    reading, writing = os.openpty()
+    tty.setraw(writing)
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
+    return reading, writing
+
+
+def screen(written: bytes) -> list[bytes]:
+    """The rows of a terminal of 100 columns after these bytes; of control sequences what the pump writes."""
+    rows, column, wraps = [bytearray()], 0, True
+    for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", written, re.DOTALL):
+        if token == b"\x1b[K":
+            del rows[-1][column:]
+        elif token in (b"\x1b[?7l", b"\x1b[?7h"):
+            wraps = token.endswith(b"h")
+        elif token == b"\n":
+            rows.append(bytearray())
+            column = 0
+        elif token == b"\r":
+            column = 0
+        else:
+            if column == 100:
+                if wraps:
+                    rows.append(bytearray())
+                    column = 0
+                else:
+                    column = 99
+            rows[-1][column : column + 1] = token
+            column += 1
+    return [bytes(row) for row in rows]

@@ -1,0 +1,67 @@
+"""The proof that a test has left nothing behind, and what is excused from it: servers that tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.support.waiting import is_alive
+
+_shared: set[int] = set()
+"""Pids of the servers that outlive a test."""
+_shared_descriptors = 0
+"""Descriptors of this process that belong to them."""
+
+
+@contextmanager
+def shared_by_tests() -> Iterator[None]:
+    """A block that starts servers for more than one test: neither they nor their descriptors count as left behind."""
+    global _shared_descriptors
+    descriptors, processes = _descriptors(), set(_living())
+    yield
+    _shared.update(child.pid for child in set(_living()) - processes)
+    _shared_descriptors += _descriptors() - descriptors
+
+
+def children() -> list[psutil.Process]:
+    """The processes that this test has started, also those that have ended and not been waited for."""
+    return [child for child in psutil.Process().children() if child.pid not in _shared]
+
+
+@contextmanager
+def nothing_left(temp: Path) -> Iterator[None]:
+    """A block after which no process, thread, descriptor or temporary file may be left.
+
+    All are looked up in and below this process, so tests may run beside others that have processes of their own.
+
+    Args:
+        temp: The directory for temporary files.
+    """
+    before = _descriptors() - _shared_descriptors, threading.active_count()
+    yield
+    left = [child for child in _living() if child.pid not in _shared]
+    names = [str(child) for child in left]
+    for child in left:
+        child.kill()
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    assert not names, "processes left behind"
+    after = _descriptors() - _shared_descriptors, threading.active_count()
+    assert after == before, "descriptors or threads left behind"
+    files = [path for path in temp.rglob("*") if path.is_file() and path.name not in ("error.json", "stacks.log")]
+    assert not files, "temporary files left behind"
+
+
+def _living() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if is_alive(child.pid)]
+
+
+def _descriptors() -> int:
+    return psutil.Process().num_fds()
