@@ -80,7 +80,7 @@ class ThirdPartyRendezvous:
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
             case Leave(signum, error, status):
                 host = self._tasks.node.host
-                reason = f"{host}: {error}" if error else f"{host} leaves ({signal_name(signum)})"
+                reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"
                 self._queue.put(partial(self._tasks.leave, reason, status))
         return []
 

@@ -79,9 +79,7 @@ def read_finished(node: NodeState, step: Step) -> None:
 def on_all_finished(node: NodeState, step: Step, answer: Answer[questions.ReadFinished, list[bytes]]) -> None:
     """End the round if all workers of all members have succeeded."""
     if all(answer.value):
-        step.create(
-            questions.LearnEnd(), "end", encode(End(EndKind.DONE, "all workers have ended well", node.record.node))
-        )
+        step.create(questions.LearnEnd(), "end", encode(End(EndKind.DONE, "all workers succeeded", node.record.node)))
 
 
 def stop_waiting(node: NodeState, step: Step) -> None:

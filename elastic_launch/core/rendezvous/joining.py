@@ -31,7 +31,7 @@ def on_round(node: NodeState, step: Step, answer: Answer[questions.LearnRound, l
 
 
 def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, int]) -> None:
-    """questions.Write the node's record; lead the round with the first ticket, else wait for it to close."""
+    """Write the node's record. The node with the first ticket leads; the others wait for the round to close."""
     node.round.ticket = answer.value
     enter(node, Phase.WAITING)
     step.write([(f"node/{node.round.ticket}", encode(node.record))])

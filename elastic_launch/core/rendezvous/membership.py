@@ -73,7 +73,7 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
 def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> None:
     """The node slept after its last heartbeat: the others have gone on without it, or wait for it to monitor them."""
     if assignment.group_rank == 0:
-        reason = f"{node.record.host} was too late to take its place"
+        reason = f"{node.record.host} joined too late for its assignment"
         step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, node.record.node)))
     else:
         heartbeats.send(node, step)

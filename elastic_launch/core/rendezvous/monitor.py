@@ -24,8 +24,7 @@ def number(value: bytes) -> int:
     """
     if value and not (value.isdigit() and len(value) <= 18):
         raise RendezvousStateError(
-            f"unexpected data in the store, where a number should be: {value[:60]!r}; is something else using the same "
-            "store and --rdzv-id?"
+            f"expected a number in the store, found {value[:60]!r}; is something else using this store and --rdzv-id?"
         )
     return int(value or b"0")
 

@@ -242,11 +242,11 @@ class Step:
         self.ask(question, Get(tuple(map(self.node.key, names))))
 
     def create(self, question: questions.Question, name: str, value: bytes) -> None:
-        """questions.Write a key of the round, unless it exists; the reply is what it holds."""
+        """Write a key of the round, unless it exists. The reply is what it holds."""
         self.ask(question, Swap(self.node.key(name), b"", value))
 
     def write(self, items: Iterable[tuple[str, bytes]]) -> None:
-        """questions.Write keys of the round."""
+        """Write keys of the round."""
         everything = [(self.node.key(name), value) for name, value in items]
         for i in range(0, len(everything), BATCH):
             self.ask(questions.Write(), Set(tuple(everything[i : i + BATCH])))
