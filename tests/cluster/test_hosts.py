@@ -26,7 +26,7 @@ DEADLINE = INTERVAL * ATTEMPTS
 """Seconds of silence after which a node counts as dead."""
 PATIENCE = DEADLINE + 2
 """Seconds within which the others must have gone on, or ended."""
-CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=0.5"
+CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=5"
 ENDPOINT = "host-1:29400"
 
 WORKER = """
@@ -149,7 +149,7 @@ def start_three(
         for n in (1, 2, 3)
     ]
     net.formed(3, restart=0)
-    assert f"0.0 host-{coordinator} of 3" in net.job.marks()
+    net.job.wait_for(f"0.0 host-{coordinator} of 3")
     return programs
 
 
