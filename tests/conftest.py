@@ -18,9 +18,13 @@ from tests.support.servers import stop_shared
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as quick what needs no process, and does not import torch; elsewhere tests are marked one by one."""
+    """Mark as quick what needs no process, and does not import torch; elsewhere tests are marked one by one.
+
+    Of the simulation's blocks of random schedules, each of which takes seconds, the first two are quick.
+    """
     for item in items:
-        if item.path.parent.name in ("decisions", "simulation") and not item.get_closest_marker("torch"):
+        block = item.callspec.params.get("block", 0) if hasattr(item, "callspec") else 0
+        if item.path.parent.name in ("decisions", "simulation") and block < 2 and not item.get_closest_marker("torch"):
             item.add_marker("quick")
 
 

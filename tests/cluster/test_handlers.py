@@ -448,7 +448,7 @@ def test_node_leaves(job: Job) -> None:
     agents[0].send_signal(signal.SIGTERM)
     left, stayed = (job.finish(agent) for agent in agents)
     assert (left.returncode, stayed.returncode) == (143, 0)
-    assert "leaves (SIGTERM): stopping 1 worker" in stayed.stderr
+    assert "is leaving (SIGTERM): stopping 1 worker" in stayed.stderr
     assert job.marks()[2:] == ["0.1 1"]
 
 

@@ -26,7 +26,7 @@ DEADLINE = INTERVAL * ATTEMPTS
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 PATIENCE = DEADLINE + 2
 """Seconds within which the other nodes must have gone on or ended."""
-CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=0.5"
+CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=5"
 ENDPOINT = "host-1:29400"
 
 WORKER = """
@@ -150,7 +150,7 @@ def start_three(
         for n in (1, 2, 3)
     ]
     net.formed(3, restart=0)
-    assert f"0.0 host-{monitor} of 3" in net.job.marks()
+    net.job.wait_for(f"0.0 host-{monitor} of 3")
     return programs
 
 

@@ -542,7 +542,7 @@ def test_too_few_are_left_when_a_node_is_preempted(victim: int, job: Job) -> Non
     processes = start(job, script, "3", "--max-restarts", "3", hosted=True)
     job.wait_for(*(f"{r}.0 up" for r in range(3)))
     processes[victim].send_signal(signal.SIGTERM)
-    why = "leaves (SIGTERM), and the job cannot go on without it"
+    why = "is leaving (SIGTERM), and the job cannot go on without it"
     wait_for_line(processes[victim], why)
     job.mark("go")
     results = finish(job, *processes)
@@ -635,7 +635,7 @@ def test_a_node_whose_workers_succeeded_may_end(signum: signal.Signals, job: Job
     first = nodes(0, "--node-rank", "0", script=script)
     nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
-    nodes.wait_for_key("0/done")
+    nodes.wait_for_key("0/succeeded")
     second.send_signal(signum)
     job.finish(second)
     job.mark("go")
@@ -650,7 +650,7 @@ def test_a_node_whose_workers_succeeded_waits_for_the_others(job: Job) -> None:
     first = nodes(0, "--node-rank", "0", script=script)
     nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
-    nodes.wait_for_key("0/done")
+    nodes.wait_for_key("0/succeeded")
     assert second.poll() is None
     job.mark("go")
     assert one_status(finish(job, first, second)) == 0
