@@ -225,6 +225,7 @@ def test_the_monitor_is_cut_off_from_etcd(network: Make) -> None:
     etcd = ["--rdzv-backend", "etcd", "--rdzv-endpoint", "host-4:2379"]
     programs = [net.start(net.hosts[n], script, *etcd, nnodes="2:3") for n in (1, 2, 3)]
     net.formed(3, restart=0)
+    wait_until(lambda: any(mark.startswith("0.0 ") for mark in net.job.marks()))
     [first] = [n for n in (1, 2, 3) if f"0.0 host-{n} of 3" in net.job.marks()]
     others = [program for n, program in enumerate(programs, 1) if n != first]
     cut_at = time.monotonic()
