@@ -242,6 +242,11 @@ class SimulatedBackend:
         self.stalled_until = 0.0
         """No message arrives before."""
         self.clients: list[SimulatedClient] = []
+        self._failure = ""
+
+    def fail(self, why: str) -> None:
+        """What this node runs for the store ends, and does not come back."""
+        self._failure = why
 
     def open(self) -> None:
         pass
@@ -264,7 +269,8 @@ class SimulatedBackend:
         return []
 
     def take(self) -> None:
-        pass
+        if self._failure:
+            raise RendezvousConnectionError(self._failure)
 
     def close(self) -> None:
         pass

@@ -107,7 +107,7 @@ def close(node: NodeState, step: Step, request: Close) -> None:
     shut_down(node, step)
 
 
-def shut_down(node: NodeState, step: Step) -> None:
+def shut_down(node: NodeState, step: Step, request: Close | None = None) -> None:
     """Take leave of the others: this node is done with the job."""
     if node.phase is Phase.LEAVING:
         return
