@@ -101,6 +101,18 @@ def test_a_host_that_has_not_begun_to_join_ends_no_round() -> None:
     assert not host.asked
 
 
+def test_the_record_of_another_node_in_a_restarted_store_is_not_taken_for_the_own_one() -> None:
+    made = calm_world(job(2, 2))
+    first = add(made)
+    made.run(made.now + 3)
+    made.stop_store(forget=True)
+    first.stall(5)
+    made.start_store()
+    second = add(made)
+    made.run(made.now + 20)
+    assert first.running == second.running == 1
+
+
 def test_a_spare_watches_over_the_members_if_no_other_can() -> None:
     made = calm_world(job(1, 2))
     for _ in range(3):
