@@ -398,6 +398,13 @@ class Agent:
         """Hand an action to the rendezvous, as the agent does."""
         self._handle(self.rendezvous.ask(action))
 
+    def close(self) -> None:
+        """Take leave, as the agent does at its end."""
+        self.rendezvous.begin_close()
+        self._handle([])
+        end = min(self.node.timers.values(), default=self.world.now + CLOSE_TIMEOUT)
+        self._soon(self._hang_up, end - self.world.now)
+
     def wake(self) -> None:
         """Something has come for it on a connection."""
         if not (self._is_woken or self.dead):
@@ -436,7 +443,7 @@ class Agent:
     def _after_step(self, node: NodeState, ready: Ready) -> None:
         self.node = node
         self.logged += [(level, text) for text, level in ready.log]
-        self.world.checks.stepped(node)
+        self.world.checks.stepped(node, ready)
 
     def _soon(self, do: Callable[[], None], seconds: float) -> None:
         """Do something in a while, unless the agent is killed; a frozen one does it when it resumes."""
@@ -478,10 +485,7 @@ class Agent:
                     self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
-                    self.rendezvous.begin_close()
-                    self._handle([])
-                    end = min(self.node.timers.values(), default=self.world.now + CLOSE_TIMEOUT)
-                    self._soon(self._hang_up, end - self.world.now)
+                    self.close()
                 case Log(text, level):
                     self.logged.append((level, text))
 

@@ -180,7 +180,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.ReadStatus, progress.on_status, WAITING, ignored=AFTER_WAITING),
     # Leading.
     **_row(KeyAppeared, _on_key_while_waiting, WAITING),
-    **_row(questions.ReadPastRound, leading.on_past_round, WAITING, *AFTER_WAITING),
+    **_row(questions.ReadPastRound, leading.on_past_round, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadPastNodes, leading.on_past_nodes, WAITING, ignored=AFTER_WAITING),
     **_row(questions.CountTickets, leading.on_tickets, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadRecords, leading.on_records, WAITING, ignored=AFTER_WAITING),
