@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
-from elastic_launch.core.rendezvous.state import NodeState, validate
+from elastic_launch.core.rendezvous.messages import Ready
+from elastic_launch.core.rendezvous.questions import Question
+from elastic_launch.core.rendezvous.state import NodeState, Phase, validate
 from elastic_launch.job import Assignment
 
 if TYPE_CHECKING:
@@ -23,10 +25,13 @@ class Checks:
         self._ended: set[tuple[str, int]] = set()
         """Nodes and rounds whose end the agent knows of."""
         self._decided: set[tuple[str, int]] = set()
+        self.asked: set[tuple[type[Question], Phase]] = set()
+        """Questions to the store, and the phases in which nodes asked them."""
 
-    def stepped(self, node: NodeState) -> None:
+    def stepped(self, node: NodeState, ready: Ready) -> None:
         """A node's state is valid after each step."""
         validate(node)
+        self.asked |= {(type(request.question), node.phase) for request in ready.requests}
 
     def assigned(self, assignment: Assignment) -> None:
         """An assignment fits all others of its round."""

@@ -242,6 +242,11 @@ class SimulatedBackend:
         self.stalled_until = 0.0
         """No message arrives before."""
         self.clients: list[SimulatedClient] = []
+        self._failure = ""
+
+    def fail(self, why: str) -> None:
+        """What this node runs for the store ends, and does not come back."""
+        self._failure = why
 
     def open(self) -> None:
         pass
@@ -264,7 +269,8 @@ class SimulatedBackend:
         return []
 
     def take(self) -> None:
-        pass
+        if self._failure:
+            raise RendezvousConnectionError(self._failure)
 
     def close(self) -> None:
         pass
@@ -392,6 +398,13 @@ class Agent:
         """Hand an action to the rendezvous, as the agent does."""
         self._handle(self.rendezvous.ask(action))
 
+    def close(self) -> None:
+        """Take leave, as the agent does at its end."""
+        self.rendezvous.begin_close()
+        self._handle([])
+        end = min(self.node.timers.values(), default=self.world.now + CLOSE_TIMEOUT)
+        self._soon(self._hang_up, end - self.world.now)
+
     def wake(self) -> None:
         """Something has come for it on a connection."""
         if not (self._is_woken or self.dead):
@@ -430,7 +443,7 @@ class Agent:
     def _after_step(self, node: NodeState, ready: Ready) -> None:
         self.node = node
         self.logged += [(level, text) for text, level in ready.log]
-        self.world.checks.stepped(node)
+        self.world.checks.stepped(node, ready)
 
     def _soon(self, do: Callable[[], None], seconds: float) -> None:
         """Do something in a while, unless the agent is killed; a frozen one does it when it resumes."""
@@ -472,10 +485,7 @@ class Agent:
                     self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
                 case Finish():
                     self.finish = action
-                    self.rendezvous.begin_close()
-                    self._handle([])
-                    end = min(self.node.timers.values(), default=self.world.now + CLOSE_TIMEOUT)
-                    self._soon(self._hang_up, end - self.world.now)
+                    self.close()
                 case Log(text, level):
                     self.logged.append((level, text))
 

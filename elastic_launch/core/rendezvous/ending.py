@@ -62,8 +62,8 @@ def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:
 
 
 def on_finished(node: NodeState, step: Step, answer: Answer[questions.CountFinished, int]) -> None:
-    """Find out whether all members have succeeded, if enough nodes say so."""
-    if node.round.closed and answer.value >= node.round.closed.nodes:
+    """Check whether all members have succeeded; also while leaving, because nobody else may find out."""
+    if node.round.end is None and node.round.closed and answer.value >= node.round.closed.nodes:
         if node.round.members is None:
             step.read_members()
         else:

@@ -31,10 +31,10 @@ def on_round(node: NodeState, step: Step, answer: Answer[questions.LearnRound, l
 
 
 def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, int]) -> None:
-    """Write the node's record. The node with the first ticket leads; the others wait for the round to close."""
+    """Write the node's record; lead the round with the first ticket, else wait for it to close."""
     node.round.ticket = answer.value
     enter(node, Phase.WAITING)
-    step.write([(f"node/{node.round.ticket}", encode(node.record))])
+    step.create(questions.Write(), f"node/{node.round.ticket}", encode(node.record))
     node.timers[Timer.PROGRESS] = max(step.now, node.began_at) + FIRST_LINE
     if node.round.ticket == 1:
         become_leader(node, step)

@@ -107,8 +107,8 @@ def close(node: NodeState, step: Step, request: Close) -> None:
     shut_down(node, step)
 
 
-def shut_down(node: NodeState, step: Step) -> None:
-    """Tell the others that this node is done, and wait for them if the store ends with it."""
+def shut_down(node: NodeState, step: Step, request: Close | None = None) -> None:
+    """Take leave of the others: this node is done with the job."""
     if node.phase is Phase.LEAVING:
         return
     round_, shutdown = node.round, node.round.shutdown

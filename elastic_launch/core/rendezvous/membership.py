@@ -95,7 +95,7 @@ def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers
         _wait_outside(node, step, round_.closed)
     decides = round_.end is not None and round_.end.mine and round_.end.kind is EndKind.FAILED
     monitors = round_.assignment and (round_.assignment.group_rank == 0 or decides)
-    if monitors and Timer.MONITOR_POLL not in node.timers:
+    if monitors and phase is not Phase.LEAVING and Timer.MONITOR_POLL not in node.timers:
         start_monitoring(node, step, members)
     if round_.report.round is not None and round_.end is None:
         read_finished(node, step)

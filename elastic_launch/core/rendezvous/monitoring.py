@@ -90,7 +90,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_.heartbeat.polled_at = step.now
     renew_lease(node, step)
     suspected = round_.monitor.poll(zip(tickets, counters, strict=True), step.now, asked_at)
-    if node.phase is Phase.MEMBER:  # afterwards the leader of the next round reads the counters, too
+    if node.phase is not Phase.ENDED:  # afterwards the leader of the next round reads the counters, too
         reset(node, step, round_.monitor.take_resets())
     suspected -= round_.finished | round_.lost | {round_.ticket}
     _check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])

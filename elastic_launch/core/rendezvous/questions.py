@@ -158,7 +158,7 @@ class ConfirmWritten(Question):
 
 
 class ReadOwnRecord(Question):
-    """Does the store still have this node's record?"""
+    """Does the store still have this node's record and ticket?"""
 
 
 class Write(Question):

@@ -6,8 +6,9 @@ from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.ending import conclude, end_round
 from elastic_launch.core.rendezvous.leaving import disconnect
 from elastic_launch.core.rendezvous.messages import Answer, StoreLost, StoreReconnected
+from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
-from elastic_launch.core.rendezvous.records import encode
+from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step
 from elastic_launch.job import Decision, End, EndKind
 
@@ -15,13 +16,17 @@ from elastic_launch.job import Decision, End, EndKind
 def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
     """Find out whether it is the same store."""
     if not node.is_over:
-        step.get(questions.ReadOwnRecord(), f"node/{node.round.ticket}")
+        step.get(questions.ReadOwnRecord(), f"node/{node.round.ticket}", "ticket")
 
 
 def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnRecord, list[bytes]]) -> None:
-    """If this node's record is missing, the store was restarted empty: meet there again."""
-    round_ = node.round
-    if answer.value[0]:
+    """Without this node's record it is another store, or the same one started anew: meet there again.
+
+    In a new store, another node may have drawn the same ticket, or this one may just have written its record again.
+    """
+    round_, (data, tickets) = node.round, answer.value
+    is_own = bool(data) and decode(NodeRecord, data, node.key(f"node/{round_.ticket}")).node == node.record.node
+    if is_own and number(tickets) >= round_.ticket:
         return
     if round_.assignment is None:
         rejoin(node, step)

@@ -1,0 +1,476 @@
+"""What a node does with every input in every phase: what can happen, and what can only be a defect of the launcher."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from elastic_launch.core.agent.messages import (
+    AgentEvent,
+    Fence,
+    Finish,
+    Leave,
+    RendezvousAction,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+)
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.messages import (
+    Answer,
+    Close,
+    HostFacts,
+    Input,
+    Join,
+    KeyAppeared,
+    Settings,
+    StoreLost,
+    StoreReconnected,
+    Tick,
+)
+from elastic_launch.core.rendezvous.node import TABLE, UnexpectedInputError
+from elastic_launch.core.rendezvous.questions import Question
+from elastic_launch.core.rendezvous.state import Phase, Timer
+from elastic_launch.errors import ProcessFailure
+from elastic_launch.job import Decision, Policy
+from elastic_launch.rendezvous.store_link import Timeouts
+from tests.simulation.test_rendezvous import RESET, form, running
+from tests.support.simulation import Agent, World
+
+IDLE, OPENING, WAITING, MEMBER, BESIDE, ENDED, LEAVING = Phase
+AFTER = {
+    IDLE: {OPENING, LEAVING},
+    OPENING: {WAITING, ENDED, LEAVING},
+    WAITING: {MEMBER, BESIDE, ENDED, LEAVING},
+    MEMBER: {ENDED, LEAVING},
+    BESIDE: {ENDED, LEAVING},
+    ENDED: {LEAVING},
+    LEAVING: set[Phase](),
+}
+"""The phases that may follow in the same round. With the next round all answers that are on their way expire."""
+
+
+def job(low: int, high: int, **settings: float) -> Settings:
+    return Settings("job", low, high, last_call_timeout=10, **settings)  # type: ignore[arg-type]
+
+
+def calm_world(settings: Settings) -> World:
+    made = World(1, settings)
+    made.trouble = False
+    return made
+
+
+def add(made: World, *, serves: bool = False) -> Agent:
+    """Start a node, which may host the job's store."""
+    agent = Agent(made, len(made.agents))
+    agent.backend.serves = serves
+    made.agents.append(agent)
+    agent.begin()
+    return agent
+
+
+def members(made: World) -> list[Agent]:
+    """Return the agents whose workers run, by group rank."""
+    placed = [(agent.state.assignment.group_rank, agent) for agent in made.agents if agent.state.assignment]
+    return [agent for _, agent in sorted(placed, key=lambda pair: pair[0])]
+
+
+# --- what is listed
+
+
+ASKED: dict[type[Question], set[Phase]] = {
+    questions.LearnRound: {OPENING},
+    questions.DrawTicket: {OPENING},
+    questions.ReadPastRound: {WAITING},
+    questions.ReadPastNodes: {WAITING},
+    questions.CountTickets: {WAITING},
+    questions.ReadRecords: {WAITING},
+    questions.PollJoining: {WAITING},
+    questions.CloseRound: {WAITING},
+    questions.ReadStatus: {WAITING},
+    questions.CheckClosed: {WAITING},
+    questions.TakeOverLeading: {WAITING},
+    questions.ReadAssignment: {WAITING},
+    questions.SendHeartbeat: {WAITING, MEMBER, BESIDE, ENDED},
+    questions.ConfirmReset: {WAITING, MEMBER, BESIDE},
+    questions.ReadOwnRecord: {WAITING, MEMBER, BESIDE, ENDED},
+    questions.ReadMembers: {MEMBER, BESIDE, ENDED, LEAVING},
+    questions.PollMembers: {MEMBER, BESIDE, ENDED},
+    questions.TakeOverMonitoring: {MEMBER, BESIDE, ENDED},
+    questions.CheckFinished: {MEMBER, BESIDE, ENDED},
+    questions.CountFinished: {MEMBER},
+    questions.ReadFinished: {MEMBER, LEAVING},
+    questions.LearnEnd: {OPENING, WAITING, MEMBER, BESIDE, LEAVING},
+    questions.CountReported: {ENDED},
+    questions.ReadConsequences: {ENDED, LEAVING},
+    questions.LearnDecision: {ENDED},
+    questions.CountLeft: {ENDED, LEAVING},
+    questions.CompareLeft: {ENDED, LEAVING},
+    questions.ConfirmWritten: {LEAVING},
+}
+"""The phases in which a node asks each question; ``Write`` is asked in all."""
+IN_ORDER = {questions.LearnRound, questions.DrawTicket}
+"""Questions without whose answer a node does not come to ``WAITING``."""
+INPUTS: list[tuple[Input, set[Phase]]] = [
+    # The agent requests. After Decided; but the store may be given up after that, and another Decided be on its way:
+    (Join(), {IDLE, ENDED, LEAVING}),
+    # While workers run. The node may know the end of the round before the agent does:
+    (ReportFailure(ProcessFailure(0, 1, 1)), {MEMBER, ENDED}),
+    (Fence(), {MEMBER, ENDED, LEAVING}),
+    # When they have ended:
+    (ReportSuccess(), {MEMBER, ENDED}),
+    # After Ended, also from the node's own lease; the exit barrier may come at the same time:
+    (ReportRound(Decision(False)), {MEMBER, ENDED, LEAVING}),
+    # Because of signals, and errors of the launcher:
+    (Leave(15), set(Phase)),
+    (Leave(error="broken", status=70), set(Phase)),
+    (Close(), set(Phase)),
+    # The store comes and goes, and time passes.
+    (StoreReconnected(), set(Phase)),
+    (StoreLost("the store is lost", 69), set(Phase)),
+    (Tick(), set(Phase)),
+]
+"""All inputs but answers and keys, and the phases in which they can come."""
+
+
+def answered(question: type[Question]) -> set[Phase]:
+    """Return the phases in which the answer to a question can come: those in which it is asked, and all later ones."""
+    found = set(ASKED[question])
+    for phase in Phase:  # in their order
+        found |= AFTER[phase] if phase in found else set()
+    return found - {WAITING, MEMBER, BESIDE} if question in IN_ORDER else found
+
+
+def test_every_answer_is_listed_in_each_phase_in_which_it_can_come_and_in_no_other() -> None:
+    for question in ASKED:
+        assert {phase for phase, kind in TABLE if kind is question} == answered(question), question
+    assert set(Question.__subclasses__()) == {*ASKED, questions.Write}
+    assert {phase for phase, kind in TABLE if kind is questions.Write} == set(Phase)
+    assert {phase for phase, kind in TABLE if kind is KeyAppeared} == {WAITING, MEMBER, BESIDE, ENDED, LEAVING}
+
+
+def test_every_timer_is_listed_in_the_phases_that_own_it() -> None:
+    for timer in Timer:
+        assert {phase for phase, kind in TABLE if kind is timer} == set(timer.phases), timer
+
+
+# --- each phase with each input
+
+
+def spare(made: World) -> Agent:
+    return next(agent for agent in made.agents if agent.node.phase is BESIDE)
+
+
+def ended(made: World) -> Agent:
+    made.agents[0].fail_worker()
+    made.run(stop=lambda: made.agents[1].node.phase is ENDED)
+    return made.agents[1]
+
+
+def decided(made: World) -> Agent:
+    """A node that knows what follows, while its agent does not yet."""
+    agent = ended(made)
+    made.run(stop=lambda: agent.node.round.decision is not None)
+    return agent
+
+
+def after(seconds: float, number: int) -> Callable[[World], Agent]:
+    def find(made: World) -> Agent:
+        made.run(made.now + seconds)
+        return made.agents[number]
+
+    return find
+
+
+def left(made: World) -> Agent:
+    made.agents[1].signal()
+    made.run(stop=lambda: made.agents[1].node.phase is LEAVING)
+    return made.agents[1]
+
+
+def succeeded(made: World) -> Agent:
+    members(made)[1].succeed()
+    made.run(made.now + 5)
+    return members(made)[1]
+
+
+def fenced(made: World) -> Agent:
+    agent = members(made)[1]
+    agent.rendezvous.deliver(Fence())
+    return agent
+
+
+def idle(made: World) -> Agent:
+    agent = Agent(made, 0)
+    made.agents.append(agent)
+    agent.rendezvous.deliver(HostFacts(serves=False))
+    return agent
+
+
+SCENES: dict[str, tuple[Phase, int, Callable[[World], Agent]]] = {
+    "idle": (IDLE, 0, idle),
+    "opening": (OPENING, 0, lambda made: add(made)),
+    "leader": (WAITING, 0, lambda made: [add(made), after(3, 0)(made)][1]),
+    "follower": (WAITING, 0, lambda made: [add(made), after(1, 0)(made), add(made), after(1, 1)(made)][3]),
+    "monitor": (MEMBER, 3, lambda made: members(made)[0]),
+    "standby": (MEMBER, 3, lambda made: members(made)[1]),
+    "succeeded": (MEMBER, 3, succeeded),
+    "fenced": (MEMBER, 3, fenced),
+    "spare": (BESIDE, 4, spare),
+    "ended": (ENDED, 3, ended),
+    "decided": (ENDED, 3, decided),
+    "left": (LEAVING, 3, left),
+}
+"""By name: a phase, how many nodes are started and form a round before, and what brings one of them to the phase."""
+
+
+def play(name: str) -> tuple[World, Agent]:
+    """Return a world, and an agent in it that is in the phase of the scene."""
+    phase, count, happen = SCENES[name]
+    made = calm_world(Settings("job", 3, 3, last_call_timeout=10))
+    for _ in range(count):
+        add(made)
+    if count:
+        form(made, 3)
+        made.run(made.now + 2)
+    agent = happen(made)
+    assert agent.node.phase is phase
+    return made, agent
+
+
+@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(("given", "phases"), INPUTS, ids=[type(given).__name__ for given, _ in INPUTS])
+def test_what_can_happen_raises_nothing_and_all_else_raises_with_the_history(
+    name: str, given: Input, phases: set[Phase]
+) -> None:
+    made, agent = play(name)
+    node = agent.node
+    if node.phase not in phases:
+        message = f"internal error: {type(given).__name__} while {node.phase.value}; history: {', '.join(node.history)}"
+        with pytest.raises(UnexpectedInputError, match=re.escape(message)):
+            agent.rendezvous.deliver(given)
+        return
+    agent.finish = Finish()
+    agent.alive.clear()
+    agent.rendezvous.deliver(given)
+    agent.wake()
+    made.run(made.now + 5)
+    agent.close()
+    made.run(made.now + 100)
+
+
+@pytest.mark.parametrize("name", [name for name in SCENES if name != "idle"])
+def test_an_answer_that_cannot_come_raises_with_the_history(name: str) -> None:
+    _, agent = play(name)
+    phase, number = agent.node.phase, agent.node.round.number
+    for question in ASKED:
+        if phase not in answered(question):
+            with pytest.raises(UnexpectedInputError, match=f"{question.__name__} while {phase.value}; history: "):
+                agent.rendezvous.deliver(Answer(question.__new__(question), number, b""))
+
+
+def test_answers_of_another_round_and_keys_that_nobody_waits_for_are_ignored() -> None:
+    for name in SCENES:
+        _, agent = play(name)
+        for question in ASKED:
+            agent.rendezvous.deliver(Answer(question.__new__(question), agent.node.round.number + 1, b""))
+        agent.rendezvous.deliver(KeyAppeared("elastic/job/0/other"))
+
+
+# --- inputs that meet in one turn
+
+
+def test_a_node_that_slept_through_its_exit_barrier_and_its_lease_has_succeeded() -> None:
+    made = calm_world(job(3, 3))
+    made.exit_barrier_timeout = 20
+    for _ in range(3):
+        add(made)
+    form(made, 3)
+    agent = members(made)[2]
+    agent.succeed()
+    made.run(made.now + 5)
+    agent.freeze(60)
+    made.run(made.now + 100)
+    assert agent.finish == Finish()
+
+
+def test_the_store_is_given_up_in_the_turn_that_brings_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = calm_world(job(1, 2))
+    agent, other = add(made), add(made)
+    form(made, 2)
+    ask = agent.rendezvous.ask
+
+    def lose_the_store(action: RendezvousAction) -> list[AgentEvent]:
+        if isinstance(action, ReportRound):
+            agent.backend.fail("the process that hosts the store has ended")
+        return ask(action)
+
+    monkeypatch.setattr(agent.rendezvous, "ask", lose_the_store)
+    other.signal()
+    made.run(made.now + 10)
+    assert agent.finish == Finish(error="the process that hosts the store has ended", status=69)
+
+
+def test_the_host_of_a_store_that_starts_too_slowly_gives_up_for_all() -> None:
+    made = calm_world(job(2, 2, join_timeout=5))
+    host = add(made, serves=True)
+    host.stall(6)
+    made.run(made.now + 20)
+    assert host.finish is not None
+    assert host.finish.status == 75
+    assert "gave up (join_timeout=5 s)" in host.finish.error
+
+
+def test_a_node_that_waits_for_nobody_still_tells_that_it_was_the_last_to_succeed() -> None:
+    made = calm_world(job(2, 2))
+    made.exit_barrier_timeout = 0
+    agents = [add(made, serves=True), add(made)]
+    form(made, 2)
+    for agent in agents:
+        agent.succeed()
+        made.run(made.now + 5)
+    assert [agent.finish for agent in agents] == [Finish(), Finish()]
+
+
+def test_a_host_that_has_not_begun_to_join_ends_no_round() -> None:
+    made = calm_world(job(2, 2))
+    host = Agent(made, 0)
+    host.rendezvous.deliver(HostFacts(serves=True))
+    host.rendezvous.begin_close()
+    made.run(made.now + 5)
+    assert host.node.may_disconnect
+    assert not host.asked
+
+
+def test_the_record_of_another_node_in_a_restarted_store_is_not_taken_for_the_own_one() -> None:
+    made = calm_world(job(2, 2))
+    first = add(made)
+    made.run(made.now + 3)
+    made.stop_store(forget=True)
+    first.stall(5)
+    made.start_store()
+    second = add(made)
+    made.run(made.now + 20)
+    assert first.running == second.running == 1
+
+
+def test_a_spare_watches_over_the_members_if_no_other_can() -> None:
+    made = calm_world(job(1, 2))
+    for _ in range(3):
+        add(made)
+    form(made, 2)
+    monitor, other = members(made)
+    [spare] = [agent for agent in made.agents if agent.node.phase is Phase.BESIDE]
+    monitor.succeed()
+    made.run(made.now + 5)
+    monitor.kill()
+    other.kill()
+    made.run(made.now + 60)
+    assert spare.running == 1, running(made)
+
+
+# --- schedules in which the store comes and goes, and agents are interrupted
+
+
+def rough(seed: int) -> str:
+    """A random job with a store that ends, is restarted and forgets, and agents that leave at any time.
+
+    The simulation checks what must hold at all times. In the end all are in one round, or the job has ended.
+    """
+    chance = random.Random(seed)
+    low = chance.randint(1, 3)
+    forgets = chance.random() < 0.3
+    high = low if forgets else chance.randint(low, 4)
+    settings = Settings(
+        "job",
+        low,
+        high,
+        join_timeout=chance.choice([3, 20, 10_000]),
+        last_call_timeout=chance.choice([2, 10]),
+        close_timeout=chance.choice([1, 30]),
+        keep_alive_interval=chance.choice([1, 5]),
+        policy=Policy(chance.randint(0, 3), backoff=chance.choice([0, 0, 3]), backoff_limit=5),
+        store_port=chance.choice([0, 29400]),
+    )
+    made = World(seed, settings, Timeouts(store=chance.choice([1, 10, 60])))
+    made.stop_time = chance.choice([2, 25])
+    made.exit_barrier_timeout = chance.choice([0, 3, 20, float("inf")])
+    has_host = not forgets and chance.random() < 0.4
+    stays = not has_host and chance.random() < 0.2
+
+    def start() -> None:
+        agent = Agent(made, len(made.agents))
+        agent.backend.serves = has_host and not made.agents
+        agent.backend.stays = stays
+        made.agents.append(agent)
+        agent.begin()
+
+    def look_after_store() -> None:
+        if has_host and any(agent.backend.serves and (agent.dead or agent.gone) for agent in made.agents):
+            made.stop_store()
+        else:
+            made.after(0.25, look_after_store)
+
+    def restart_store() -> None:
+        made.stop_store(forget=forgets and chance.random() < 0.5)
+        made.after(chance.uniform(0.1, 30), made.start_store)
+
+    def end(agent: Agent, *last: Input) -> None:
+        agent.alive.clear()
+        for given in last:
+            agent.rendezvous.deliver(given)
+        agent.finish = Finish(error="interrupted")
+        agent.close()
+
+    def strike(what: Callable[[Agent], object]) -> None:
+        if live := made.live():
+            what(chance.choice(live))
+
+    strikes: list[Callable[[Agent], object]] = [
+        Agent.kill,
+        lambda agent: agent.freeze(chance.uniform(0.5, 40)),
+        lambda agent: agent.disconnect(chance.choice([0, chance.uniform(0.5, 30)])),
+        lambda agent: agent.stall(chance.uniform(0.5, 30)),
+        Agent.fail_worker,
+        lambda agent: agent.fail_worker(1, RESET),
+        Agent.succeed,
+        lambda agent: list(map(Agent.succeed, made.live())),
+        Agent.signal,
+        lambda agent: None if forgets else start(),
+        lambda agent: None if has_host else restart_store(),
+        lambda agent: None if has_host else restart_store(),
+        lambda agent: end(agent),
+        lambda agent: end(agent, Leave(error="broken", status=70)),
+        lambda agent: agent.backend.fail("the bridge has ended"),
+    ]
+    for _ in range(low if forgets else chance.randint(low, high + 1)):
+        made.at(made.now + chance.choice([0, chance.uniform(0, 20)]), start)
+    for _ in range(chance.randint(1, 12)):
+        seconds = chance.choice([chance.uniform(0, 60), chance.uniform(0, 10), chance.uniform(0, 0.3)])
+        made.after(seconds, partial(strike, chance.choice(strikes)))
+    look_after_store()
+    made.run(1100)
+    made.trouble = False
+    made.run(1400)
+    for question, phase in made.checks.asked:
+        assert question is questions.Write or phase in ASKED[question], f"{made}: {question} asked while {phase}"
+    rounds = {agent.part for agent in made.live() if agent.part is not None}
+    assert len(rounds) <= 1, f"{made}: in different rounds: {running(made)}"
+    if len(made.live()) >= low and made.is_store_up and not any(agent.finish for agent in made.agents):
+        assert rounds, f"{made}: in no round"
+    return "live" if made.live() else "ended"
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_no_schedule_brings_an_input_that_is_not_listed(block: int) -> None:
+    ends = []
+    for seed in range(block * 50, (block + 1) * 50):
+        try:
+            ends.append(rough(seed))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: rough({seed}) shows it again") from error
+    assert {*ends} == {"live", "ended"}
