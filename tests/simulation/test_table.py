@@ -41,13 +41,13 @@ from elastic_launch.rendezvous.store_link import Timeouts
 from tests.simulation.test_rendezvous import RESET, form, running
 from tests.support.simulation import Agent, World
 
-IDLE, OPENING, WAITING, MEMBER, BESIDE, ENDED, LEAVING = Phase
+IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
 AFTER = {
-    IDLE: {OPENING, LEAVING},
-    OPENING: {WAITING, ENDED, LEAVING},
-    WAITING: {MEMBER, BESIDE, ENDED, LEAVING},
+    IDLE: {JOINING, LEAVING},
+    JOINING: {WAITING, ENDED, LEAVING},
+    WAITING: {MEMBER, OUTSIDE, ENDED, LEAVING},
     MEMBER: {ENDED, LEAVING},
-    BESIDE: {ENDED, LEAVING},
+    OUTSIDE: {ENDED, LEAVING},
     ENDED: {LEAVING},
     LEAVING: set[Phase](),
 }
@@ -83,8 +83,8 @@ def members(made: World) -> list[Agent]:
 
 
 ASKED: dict[type[Question], set[Phase]] = {
-    questions.LearnRound: {OPENING},
-    questions.DrawTicket: {OPENING},
+    questions.LearnRound: {JOINING},
+    questions.DrawTicket: {JOINING},
     questions.ReadPastRound: {WAITING},
     questions.ReadPastNodes: {WAITING},
     questions.CountTickets: {WAITING},
@@ -95,16 +95,16 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.CheckClosed: {WAITING},
     questions.TakeOverLeading: {WAITING},
     questions.ReadAssignment: {WAITING},
-    questions.SendHeartbeat: {WAITING, MEMBER, BESIDE, ENDED},
-    questions.ConfirmReset: {WAITING, MEMBER, BESIDE},
-    questions.ReadOwnRecord: {WAITING, MEMBER, BESIDE, ENDED},
-    questions.ReadMembers: {MEMBER, BESIDE, ENDED, LEAVING},
-    questions.PollMembers: {MEMBER, BESIDE, ENDED},
-    questions.TakeOverMonitoring: {MEMBER, BESIDE, ENDED},
-    questions.CheckFinished: {MEMBER, BESIDE, ENDED},
+    questions.SendHeartbeat: {WAITING, MEMBER, OUTSIDE, ENDED},
+    questions.ConfirmReset: {WAITING, MEMBER, OUTSIDE},
+    questions.ReadOwnRecord: {WAITING, MEMBER, OUTSIDE, ENDED},
+    questions.ReadMembers: {MEMBER, OUTSIDE, ENDED, LEAVING},
+    questions.PollMembers: {MEMBER, OUTSIDE, ENDED},
+    questions.TakeOverMonitoring: {MEMBER, OUTSIDE, ENDED},
+    questions.CheckFinished: {MEMBER, OUTSIDE, ENDED},
     questions.CountFinished: {MEMBER},
     questions.ReadFinished: {MEMBER, LEAVING},
-    questions.LearnEnd: {OPENING, WAITING, MEMBER, BESIDE, LEAVING},
+    questions.LearnEnd: {JOINING, WAITING, MEMBER, OUTSIDE, LEAVING},
     questions.CountReported: {ENDED},
     questions.ReadConsequences: {ENDED, LEAVING},
     questions.LearnDecision: {ENDED},
@@ -142,7 +142,7 @@ def answered(question: type[Question]) -> set[Phase]:
     found = set(ASKED[question])
     for phase in Phase:  # in their order
         found |= AFTER[phase] if phase in found else set()
-    return found - {WAITING, MEMBER, BESIDE} if question in IN_ORDER else found
+    return found - {WAITING, MEMBER, OUTSIDE} if question in IN_ORDER else found
 
 
 def test_every_answer_is_listed_in_each_phase_in_which_it_can_come_and_in_no_other() -> None:
@@ -150,7 +150,7 @@ def test_every_answer_is_listed_in_each_phase_in_which_it_can_come_and_in_no_oth
         assert {phase for phase, kind in TABLE if kind is question} == answered(question), question
     assert set(Question.__subclasses__()) == {*ASKED, questions.Write}
     assert {phase for phase, kind in TABLE if kind is questions.Write} == set(Phase)
-    assert {phase for phase, kind in TABLE if kind is KeyAppeared} == {WAITING, MEMBER, BESIDE, ENDED, LEAVING}
+    assert {phase for phase, kind in TABLE if kind is KeyAppeared} == {WAITING, MEMBER, OUTSIDE, ENDED, LEAVING}
 
 
 def test_every_timer_is_listed_in_the_phases_that_own_it() -> None:
@@ -162,7 +162,7 @@ def test_every_timer_is_listed_in_the_phases_that_own_it() -> None:
 
 
 def spare(made: World) -> Agent:
-    return next(agent for agent in made.agents if agent.node.phase is BESIDE)
+    return next(agent for agent in made.agents if agent.node.phase is OUTSIDE)
 
 
 def ended(made: World) -> Agent:
@@ -213,14 +213,14 @@ def idle(made: World) -> Agent:
 
 SCENES: dict[str, tuple[Phase, int, Callable[[World], Agent]]] = {
     "idle": (IDLE, 0, idle),
-    "opening": (OPENING, 0, lambda made: add(made)),
+    "opening": (JOINING, 0, lambda made: add(made)),
     "leader": (WAITING, 0, lambda made: [add(made), after(3, 0)(made)][1]),
     "follower": (WAITING, 0, lambda made: [add(made), after(1, 0)(made), add(made), after(1, 1)(made)][3]),
     "monitor": (MEMBER, 3, lambda made: members(made)[0]),
     "standby": (MEMBER, 3, lambda made: members(made)[1]),
     "succeeded": (MEMBER, 3, succeeded),
     "fenced": (MEMBER, 3, fenced),
-    "spare": (BESIDE, 4, spare),
+    "spare": (OUTSIDE, 4, spare),
     "ended": (ENDED, 3, ended),
     "decided": (ENDED, 3, decided),
     "left": (LEAVING, 3, left),
@@ -364,7 +364,7 @@ def test_a_spare_watches_over_the_members_if_no_other_can() -> None:
         add(made)
     form(made, 2)
     monitor, other = members(made)
-    [spare] = [agent for agent in made.agents if agent.node.phase is Phase.BESIDE]
+    [spare] = [agent for agent in made.agents if agent.node.phase is Phase.OUTSIDE]
     monitor.succeed()
     made.run(made.now + 5)
     monitor.kill()

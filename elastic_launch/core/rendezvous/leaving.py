@@ -108,7 +108,7 @@ def close(node: NodeState, step: Step, request: Close) -> None:
 
 
 def shut_down(node: NodeState, step: Step, request: Close | None = None) -> None:
-    """Take leave of the others: this node is done with the job."""
+    """Tell the others that this node is done, and wait for them if the store ends with it."""
     if node.phase is Phase.LEAVING:
         return
     round_, shutdown = node.round, node.round.shutdown

@@ -20,9 +20,9 @@ def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -
 
 
 def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnRecord, list[bytes]]) -> None:
-    """Without this node's record it is another store, or the same one started anew: meet there again.
+    """If this node's record or ticket is missing, the store was restarted empty: meet there again.
 
-    In a new store, another node may have drawn the same ticket, or this one may just have written its record again.
+    In an empty store another node may have drawn the same ticket, or this one may have just written its record again.
     """
     round_, (data, tickets) = node.round, answer.value
     is_own = bool(data) and decode(NodeRecord, data, node.key(f"node/{round_.ticket}")).node == node.record.node
