@@ -37,6 +37,8 @@ import keeper_main  # type: ignore[import-not-found]  # noqa: E402
 
 if IS_SAFE:
     del sys.path[0]
+for name in ("bootstrap", "forked", "keeper_main"):
+    del sys.modules[name]  # the program may have modules with these names
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
 if TYPE_CHECKING:
@@ -236,8 +238,6 @@ def become_worker(worker: "ForkedWorker", handlers: "dict[int, Any]") -> str:
     rank = worker.environment.get(b"RANK", b"").decode()
     what = os.path.basename(sys.argv[2]) if sys.argv[1] in ("script", "module") else "function"
     forked.set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
-    for module in ("bootstrap", "forked", "keeper_main"):
-        del sys.modules[module]
     return sys.argv[0]
 
 
