@@ -386,7 +386,7 @@ class Keeper:
         return pid
 
     def become_worker(
-        self, order: SpawnOrder, descriptors: Sequence[int], keeper: int, reading: int, errors: int
+        self, order: SpawnOrder, descriptors: Sequence[int], keeper: int, reading: int, writing: int
     ) -> NoReturn:
         """In the new process: lead a session of its own, then execute the command or leave the keeper's frames.
 
@@ -395,13 +395,14 @@ class Keeper:
             descriptors: those that were sent for it.
             keeper: the keeper's pid.
             reading: the reading end of the pipe for errors.
-            errors: the writing end of that pipe.
+            writing: the writing end of that pipe.
 
         Raises:
             ForkedWorker: if the keeper ``forks``.
         """
         _, argv, changes, targets, cpus = order
         environment = {**self.environment, **changes}
+        errors = writing
         try:
             os.setsid()
             # For the case that keeper and agent die at the same instant. The setting survives exec. The keeper may
@@ -409,7 +410,9 @@ class Keeper:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != keeper:
                 os._exit(127)
-            numbers, errors = renumber(descriptors, targets, errors)
+            lowest = max((2, *targets)) + 1
+            errors = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, lowest)  # its number may be a target
+            numbers = renumber(descriptors, targets, lowest)
             resource.setrlimit(resource.RLIMIT_NOFILE, self.worker_limits)
             if cpus:
                 os.sched_setaffinity(0, cpus)
@@ -419,7 +422,7 @@ class Keeper:
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 os.execvpe(argv[0], argv, environment)
             self.socket.detach()  # or its destructor would close whatever has its number by then
-            unneeded = {reading, *self.private_descriptors, *descriptors, *self.received_descriptors}
+            unneeded = {reading, writing, *self.private_descriptors, *descriptors, *self.received_descriptors}
             for fd in unneeded - set(numbers):
                 os.close(fd)
         except BaseException as error:
@@ -432,15 +435,12 @@ class Keeper:
 # ---- descriptors and the environment
 
 
-def renumber(descriptors: Sequence[int], targets: Sequence[int], errors: int) -> tuple[list[int], int]:
-    """Give descriptors the numbers that the worker expects; -1 means any.
+def renumber(descriptors: Sequence[int], targets: Sequence[int], lowest: int) -> list[int]:
+    """Give descriptors the numbers that the worker expects, where -1 means any from ``lowest`` on.
 
     Returns:
-        The numbers, and the new number of ``errors``, which is moved out of their way.
+        The numbers.
     """
-    lowest = max((2, *targets)) + 1
-    old, errors = errors, fcntl.fcntl(errors, fcntl.F_DUPFD_CLOEXEC, lowest)
-    os.close(old)
     # Move all of them out of the way first: the number of one may be the target of another.
     numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
     for index, target in enumerate(targets):
@@ -448,7 +448,7 @@ def renumber(descriptors: Sequence[int], targets: Sequence[int], errors: int) ->
             os.dup2(numbers[index], target)
             os.close(numbers[index])
             numbers[index] = target
-    return numbers, errors
+    return numbers
 
 
 def close_others(kept: Sequence[int]) -> None:
