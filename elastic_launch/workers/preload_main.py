@@ -19,6 +19,7 @@ its stack, what its command line says: ``bootstrap`` or ``function_main``. So th
 status and its ``atexit`` handlers, is the interpreter's own.
 """
 
+import ctypes
 import gc
 import importlib
 import os
@@ -189,11 +190,7 @@ def why_not_to_fork() -> str:
         fork_once()
         if (count := len(os.listdir("/proc/self/task")) - 1) > 0:
             return f"has started {count} thread{'s' * (count > 1)} outside Python"
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        pass
-    else:
+    if keeper_main.has_children():
         return "has started a process"
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -237,8 +234,17 @@ def become_worker(worker: "ForkedWorker", handlers: "dict[int, Any]") -> str:
     sys.argv[:] = argv[argv.index("-u") + 1 :]
     rank = worker.environment.get(b"RANK", b"").decode()
     what = os.path.basename(sys.argv[2]) if sys.argv[1] in ("script", "module") else "function"
-    forked.set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
+    set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
     return sys.argv[0]
+
+
+def set_title(name: str, argv: list[bytes]) -> None:
+    """Have ``ps`` show a name and a command line. The latter is cut to the space that this process's own had."""
+    keeper_main.libc.prctl(keeper_main.PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0)
+    start, end = map(int, keeper_main.read_stat("self")[45:47])  # arg_start and arg_end, proc(5)
+    if 0 < start < end:
+        text = b"\0".join(argv)[: end - start - 1]
+        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 def strip(tb: "TracebackType | None", code: "CodeType") -> "TracebackType | None":

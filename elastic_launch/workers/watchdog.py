@@ -144,7 +144,7 @@ def _worker_of(pid: int) -> int:
     A process that has ended or has left that session stands for itself. So does one in another PID namespace.
     """
     try:
-        state, _, _, session, _ = read_stat(pid)
+        state, _, _, session, *_ = read_stat(pid)
     except OSError:
         return pid
     return pid if state in b"ZX" or session == b"0" else int(session)
