@@ -31,8 +31,6 @@ class Overdue(NamedTuple):
 
     pid: int
     scope: str
-    seconds: float
-    """Seconds since the timer expired."""
     signum: int
     """The signal that the process asked to be killed with: SIGKILL unless its client chose another; 0 for none."""
 
@@ -70,11 +68,11 @@ class Watchdog:
             ) from error
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """Descriptors to wait for, with their poll masks."""
+        """See ``EventSource``."""
         return [(self._fd, select.POLLIN)]
 
     def deadline(self) -> float | None:
-        """When the next timer expires, on ``time.monotonic``; None without timers."""
+        """Return when the next timer expires, on ``time.monotonic``; None without timers."""
         return min((deadline for deadline, _ in self._timers.values()), default=None)
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
@@ -86,7 +84,7 @@ class Watchdog:
         """
         return [
             TimerExpired(_worker_of(pid), f"was still in timer scope {scope!r} when its time ran out")
-            for pid, scope, _, signum in self.overdue(time.monotonic())
+            for pid, scope, signum in self.overdue(time.monotonic())
             if signum
         ]
 
@@ -103,7 +101,7 @@ class Watchdog:
         expired = sorted((at, *key, signum) for key, (at, signum) in self._timers.items() if at <= now)
         for _, pid, scope, _ in expired:
             del self._timers[pid, scope]
-        return [Overdue(pid, scope, now - at, signum) for at, pid, scope, signum in expired]
+        return [Overdue(pid, scope, signum) for _, pid, scope, signum in expired]
 
     def forget(self, pid: int) -> None:
         """Cancel the timers of a process that has ended, including unread ones in the pipe."""
@@ -139,7 +137,7 @@ class Watchdog:
 
 
 def _worker_of(pid: int) -> int:
-    """The worker that a process belongs to: the leader of its session.
+    """Return the worker that a process belongs to: the leader of its session.
 
     A process that has ended or has left that session stands for itself. So does one in another PID namespace.
     """
