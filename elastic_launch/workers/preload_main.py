@@ -57,7 +57,6 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     is_function = kind in ("function", "main")
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
     set_death_signal(signal.SIGKILL)  # nothing else notices the agent's death while modules are imported
-    own_entry = "" if IS_SAFE else sys.path[0]
     program_entry = ""
     preparation: dict[str, Any] = {}
     if is_function:
@@ -82,11 +81,11 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     if kind == "main":
         import_main(preparation)
     if not is_function:
-        # bootstrap finds its own directory in front, and replaces it by the program's.
+        # bootstrap expects its own directory in front, and replaces it by the program's.
         if program_entry and program_entry in sys.path:  # a module may have put others before it
             sys.path.remove(program_entry)
         if not IS_SAFE:
-            sys.path.insert(0, own_entry)
+            sys.path.insert(0, FOLDER)
     before.restore()
     handlers: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
     set_death_signal(0)
@@ -149,7 +148,7 @@ def import_main(data: "dict[str, Any]") -> None:
 
 
 def changed_environment(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
-    """The inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
+    """Return the inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
     environment: dict[bytes, bytes] = keeper_main.inherited_environment()
     for name in before.keys() | os.environb.keys():
         if (value := os.environb.get(name)) is None:
@@ -180,7 +179,7 @@ def fail(sock: int, message: str, error: BaseException) -> "NoReturn":
 
 
 def why_not_to_fork() -> str:
-    """What makes a fork of this process unsafe; empty if nothing does."""
+    """Return what makes a fork of this process unsafe; empty if nothing does."""
     if tracker := sys.modules.get("multiprocessing.resource_tracker"):
         tracker._resource_tracker._stop()  # multiprocessing starts it with the first lock; each worker gets its own
     if threading.active_count() > 1:

@@ -158,7 +158,7 @@ def test_scope_that_is_not_left_expires_once(watchdog: Watchdog, pipe: Path) -> 
     assert watchdog.expired(100.0) == []
     assert watchdog.deadline() == pytest.approx(102)
     assert watchdog.expired(101.9) == []
-    assert watchdog.expired(102.5) == [(7, "early", pytest.approx(102), signal.SIGKILL)]
+    assert [t._replace(expires_at=0) for t in watchdog.expired(102.5)] == [ScopeRequest(7, "early", 0, signal.SIGKILL)]
     assert watchdog.expired(102.5) == []
     assert watchdog.deadline() == pytest.approx(103)
     assert [(e.scope, e.signum) for e in watchdog.expired(103.5)] == [("late", signal.SIGTERM)]
@@ -200,7 +200,7 @@ def test_later_jumps_of_the_wall_clock_change_nothing(watchdog: Watchdog, pipe: 
 
 def test_delayed_agent_does_not_blame_a_process_that_has_left(watchdog: Watchdog, pipe: Path) -> None:
     write(pipe, line(1, expires_at=WALL - 5) + line(1, expires_at=-1) + line(2, expires_at=WALL - 5))
-    assert watchdog.expired(0.0) == [(2, "s", pytest.approx(-5), signal.SIGKILL)]
+    assert watchdog.expired(0.0) == [ScopeRequest(2, "s", -5, signal.SIGKILL)]
 
 
 def test_end_of_a_process_or_round_cancels_its_requests(watchdog: Watchdog, pipe: Path) -> None:
