@@ -15,7 +15,7 @@ from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exit
 from elastic_launch.core.agent.root_cause import Evidence, Exit
 from elastic_launch.errors import UsageError
 from elastic_launch.host.cgroup import OomCounter
-from elastic_launch.host.console import begin_with_new_line, unblocked
+from elastic_launch.host.console import begin_with_new_line
 from elastic_launch.job import Assignment
 from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs.job_files import STACKS
@@ -89,7 +89,7 @@ class LocalWorkers:
                     options.name, options.entrypoint, options.args, options.start_method, options.preload
                 )
                 stack.callback(self._functions.close)
-            self._pump = LogPump(log, unblocked)
+            self._pump = LogPump(log)
             stack.callback(self._end_output)
             start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
             self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)

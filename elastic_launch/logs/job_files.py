@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 
 from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
+from elastic_launch.core.text import as_file_name
 from elastic_launch.errors import LaunchError, UnavailableError
 
 STACKS = "stacks.log"
@@ -163,13 +164,3 @@ class JobFiles:
     def kept(self) -> bool:
         """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))
-
-
-def as_file_name(run_id: str) -> str:
-    """Return a job's id as the name of a directory."""
-    if run_id.isalnum() and run_id.isascii():
-        return run_id
-    from urllib.parse import quote  # late: 3 ms, and most ids do not need it
-
-    name = quote(os.fsencode(run_id), safe="")
-    return name if name.strip(".") else f"_{name}"

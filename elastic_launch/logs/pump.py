@@ -2,7 +2,7 @@
 
 It is part of the agent's loop, has no thread, and waits in ``flush`` only. It touches the pipes (or terminals) that it
 makes for the workers, the files that it is told to write, and descriptors 1 and 2. It works on large blocks with a few
-calls each, and does nothing per line that is not rare.
+calls each, and handles single lines only where that is rare.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import os
 import select
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 
 from elastic_launch.errors import UnavailableError
+from elastic_launch.host.console import unblocked
 from elastic_launch.logs.channel import DEFAULT_SIZE, make_channel, raise_limit
 from elastic_launch.logs.sinks import NAMES, Console, File
 from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route, Source
@@ -38,14 +39,11 @@ class LogPump:
     The agent waits for ``descriptors()`` until ``deadline()``, and calls ``take`` with those that are ready.
     """
 
-    def __init__(
-        self, log: Callable[[str], None], unblocked: Callable[[int], AbstractContextManager[int]] | None = None
-    ) -> None:
+    def __init__(self, log: Callable[[str], None]) -> None:
         """Prepare the launcher's streams.
 
         Args:
             log: receives a warning if output is lost. It may lead back to this object's own ``log``.
-            unblocked: opens a standard stream so that writing to it does not block (``console.unblocked``).
         """
         self._warn = log
         self._losses: list[str] = []
@@ -54,7 +52,7 @@ class LogPump:
         self._consoles: dict[int, Console] = {}
         for stream in (STDOUT, STDERR):
             with contextlib.suppress(OSError):  # the stream is closed
-                self._consoles[stream] = self._console(stream, unblocked or contextlib.nullcontext)
+                self._consoles[stream] = self._console(stream)
         self._sources: dict[int, Source] = {}
         """Open streams, by descriptor."""
         self._by_stream: dict[tuple[int, int], Source] = {}
@@ -66,8 +64,8 @@ class LogPump:
         self._taken_at = self._rest_until = float("-inf")
         self._own_lines = _OwnLines()
 
-    def _console(self, stream: int, unblocked: Callable[[int], AbstractContextManager[int]]) -> Console:
-        """The console of a stream. Streams that lead to the same place share one, which keeps lines whole there."""
+    def _console(self, stream: int) -> Console:
+        """Return the console of a stream. Streams that lead to the same place share one, which keeps lines whole."""
         status = os.fstat(stream)
         for console in self._consoles.values():
             if (status.st_dev, status.st_ino) == console.identity:
@@ -103,7 +101,6 @@ class LogPump:
             shared = {
                 stream: (duplicate.texts, self._file(duplicate.path))
                 for stream, duplicate in (duplicates or {}).items()
-                if duplicate.texts
             }
             for route in routes:
                 console = self._consoles.get(route.stream) if route.show else None
@@ -120,8 +117,8 @@ class LogPump:
         except OSError as error:
             self.drain()
             raise UnavailableError(
-                f"cannot create pipes for the output of {many} streams of workers: {error.strerror}; "
-                "`ulimit -n` shows how many open files a process may have"
+                f"cannot create pipes for the {many} output streams of the workers: {error.strerror}; "
+                "allow more open files (`ulimit -n`) or start fewer workers"
             ) from error
         self._report_losses()
         return ends
@@ -139,7 +136,7 @@ class LogPump:
             os.close(self._workers_ends.pop())
 
     def drain(self) -> None:
-        """End the round, after its processes: move all that they wrote to the files and towards the console.
+        """End the round, whose processes have ended: move all that they wrote to the files and towards the console.
 
         Never waits. If another process still holds a stream open and writes to it, this reads what is there now.
         """
@@ -165,7 +162,7 @@ class LogPump:
     # ---- the agent's loop
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """Descriptors to wait for, with their poll masks."""
+        """See ``EventSource``."""
         waits = [(console.fd, select.POLLOUT) for console in self._each_console() if console.queue]
         if time.monotonic() >= self._rest_until:
             self._rest_until = float("-inf")  # so that ``deadline`` need not look at the clock again
@@ -175,7 +172,7 @@ class LogPump:
         return waits
 
     def deadline(self) -> float | None:
-        """When ``descriptors`` will return more, on ``time.monotonic``; None if that depends on events only."""
+        """Return when ``descriptors`` will return more, on ``time.monotonic``; None if that depends on events only."""
         return self._rest_until if self._rest_until > float("-inf") and self._sources else None
 
     def take(self, ready: Collection[int]) -> None:
@@ -223,7 +220,7 @@ class LogPump:
     # ---- the end of a worker's stderr
 
     def tail(self, local_rank: int) -> str:
-        """The last lines of a worker's stderr in this round, or in the one that has just ended.
+        """Return the last lines of a worker's stderr in this round, or in the one that has just ended.
 
         At most 20 lines and 8 KiB, without colours. Of a line that was redrawn, its last state.
         """
@@ -238,7 +235,7 @@ class LogPump:
             source.marked = bytearray()
 
     def since_mark(self, local_rank: int) -> bytes:
-        """The first 1 MiB that the worker has written to stderr since the mark."""
+        """Return the first 1 MiB that the worker has written to stderr since the mark."""
         source = self._by_stream.get((local_rank, STDERR))
         return bytes(source.marked or b"") if source else b""
 

@@ -19,9 +19,8 @@ import sys
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import CodeType, TracebackType
-    from typing import Any, TextIO
+    from typing import Any
 
     Record = dict[str, Any]
     """The content of an error file."""
@@ -129,38 +128,33 @@ def record_failure(error: BaseException) -> None:
         now = time.time()
         search, sys.path = sys.path, library  # the script's directory may hold a json.py or a tokenize.py of its own
         try:
-            import json
-            import traceback  # noqa: F401 - for describe()
+            import json  # noqa: F401 - for what is called below, as the next one
+            import traceback  # noqa: F401
         finally:
             sys.path = search
-        if not is_recorded(error, error_file, json.load):
-            write_record(launcher_record(error, json.load) or describe(error, error.__traceback__, now), error_file)
+        if not is_recorded(error, error_file):
+            write_record(launcher_record(error) or describe(error, error.__traceback__, now), error_file)
     except BaseException:  # a full disk, for example: the program's own failure is the one to show
         return
 
 
-def is_recorded(error: BaseException, path: str, load: "Callable[[TextIO], Any]") -> bool:
+def is_recorded(error: BaseException, path: str) -> bool:
     """Return whether the error file is about this exception, and not about an earlier one that was caught."""
     if getattr(error, "_elastic_launch_error_file", None) == path:
         return True
     if not os.path.exists(path):
         return False
-    with open(path, encoding="utf-8") as stream:
-        message = load(stream)["message"]
+    message = read_record(path)["message"]
     # A launcher below this worker leaves an error code there. It is likely to be why this worker fails.
     return isinstance(message, str) or "errorCode" in message or message["message"].startswith(type(error).__name__)
 
 
-def launcher_record(error: BaseException, load: "Callable[[TextIO], Any]") -> "Record | None":
+def launcher_record(error: BaseException) -> "Record | None":
     """Return the record of the worker that made a launcher fail, ours or torch's; None for any other exception."""
     try:
         _, failure = getattr(error, "get_first_failure")()  # noqa: B009 - ordinary exceptions do not have it
-        with open(failure.error_file, encoding="utf-8") as stream:
-            record: Record = load(stream)
-        message = record["message"]
-        message["errorCode"] = failure.exitcode
-        extra = message["extraInfo"]
-        extra.update(py_callstack=shortened(extra["py_callstack"]), session=os.getsid(0))
+        record = read_record(failure.error_file)
+        record["message"]["errorCode"] = failure.exitcode
     except Exception:
         return None
     return record
@@ -191,6 +185,25 @@ def describe(error: BaseException, tb: "TracebackType | None", now: float) -> "R
         stack = line  # Python shows no more of it either
     extra = {"py_callstack": shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
     return {"message": {"message": shortened(line), "extraInfo": extra}}
+
+
+def read_record(path: str) -> "Record":
+    """Read a worker's error file, so that it can be written as this worker's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not an error file.
+    """
+    import json
+
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        record = json.load(stream)
+    if not isinstance(record, dict) or "message" not in record:
+        raise ValueError(f"{path}: not an error file: it has no message")
+    message = record["message"]
+    if isinstance(message, dict) and isinstance(extra := message.get("extraInfo"), dict):
+        extra.update(py_callstack=shortened(str(extra.get("py_callstack", ""))), session=os.getsid(0))
+    return record
 
 
 def write_record(record: "Record", path: str) -> None:

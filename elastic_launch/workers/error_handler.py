@@ -14,7 +14,7 @@ import functools
 import os
 import sys
 
-from elastic_launch.workers.bootstrap import describe, shortened, write_record
+from elastic_launch.workers.bootstrap import describe, read_record, write_record
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class ErrorHandler:
             OSError: one of the files cannot be read or written.
             ValueError: the worker's file is not an error file.
         """
-        content = _read(rootcause_error_file)
+        content = read_record(rootcause_error_file)
         if error_code:
             self.override_error_code_in_rootcause_data(rootcause_error_file, content, error_code)
         if path := os.environ.get(_VARIABLE):
@@ -148,7 +148,7 @@ def _root_cause(error: BaseException) -> dict[str, Any] | None:
         return None
     _, failure = first_failure()
     try:
-        content = _read(failure.error_file)
+        content = read_record(failure.error_file)
     except (OSError, ValueError):
         if not getattr(failure, "error", ""):
             return None
@@ -162,18 +162,3 @@ def _without_launcher(tb: TracebackType | None) -> TracebackType | None:
     while tb is not None and str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] == "elastic_launch":
         tb = tb.tb_next
     return tb
-
-
-def _read(path: str) -> dict[str, Any]:
-    """Read another worker's error file, so that it can be written as this worker's."""
-    import json
-
-    with open(path, encoding="utf-8", errors="replace") as file:
-        content = json.load(file)
-    if not isinstance(content, dict) or "message" not in content:
-        raise ValueError(f"{path}: not an error file: it has no message")
-    message = content["message"]
-    if isinstance(message, dict) and isinstance(extra := message.get("extraInfo"), dict):
-        extra["py_callstack"] = shortened(str(extra.get("py_callstack", "")))
-        extra["session"] = os.getsid(0)
-    return content

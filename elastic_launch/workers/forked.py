@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-PR_SET_NAME = 15
-
 
 def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any] = MappingProxyType({})) -> None:
     """Replace the keeper's signal handlers, signal mask and environment.
@@ -50,19 +48,3 @@ def reseed_random_generators() -> None:
         numpy_random.seed()
     if torch := sys.modules.get("torch"):
         torch.default_generator.seed()
-
-
-def set_title(name: str, argv: list[bytes]) -> None:
-    """Have ``ps`` show a name and a command line. The latter is cut to the space that this process's own had."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0)
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, proc(5)
-    except (OSError, ValueError, IndexError):
-        return
-    if 0 < start < end:
-        text = b"\0".join(argv)[: end - start - 1]
-        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)

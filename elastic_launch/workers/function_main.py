@@ -126,14 +126,6 @@ def unpickle(memory_file: int) -> Any:
         return pickle.load(file)
 
 
-def share_resource_tracker(descriptors: list[int]) -> None:
-    """Use the resource tracker of the launching program, if it has one."""
-    if descriptors:
-        from multiprocessing import resource_tracker
-
-        (resource_tracker._resource_tracker._fd,) = descriptors  # type: ignore[attr-defined]
-
-
 def serve_functions(
     sock: int, agent: int, environ: Mapping[str, str], workers: Mapping[int, FunctionProcess]
 ) -> NoReturn:
@@ -165,7 +157,10 @@ def main(arguments: list[str]) -> NoReturn:
     for fd in descriptors:
         os.set_inheritable(fd, False)
     preparation, payload, result, *tracker = descriptors
-    share_resource_tracker(tracker)
+    if tracker:  # that of the launching program, if it has one
+        from multiprocessing import resource_tracker
+
+        (resource_tracker._resource_tracker._fd,) = tracker  # type: ignore[attr-defined]
     sys.exit(run(lambda: load_worker(preparation, payload), result))
 
 

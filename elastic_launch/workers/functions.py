@@ -20,7 +20,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.worker_spec import callable_name
@@ -147,20 +147,16 @@ class Functions:
             with contextlib.suppress(AttributeError, ValueError, OSError):  # it does not exist, or is closed or full
                 stream.flush()  # otherwise each worker would write what is in the buffer
         pid = os.fork()
-        if pid == 0:
-            self._be_keeper(environ, inherited)
+        if pid == 0:  # become what ``execute_keeper`` would have started, but with this program's memory
+            try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
+                signal.set_wakeup_fd(-1)
+                os.setsid()
+                sock, agent = inherited
+                function_main.serve_functions(sock, agent, environ, self._processes)
+            finally:
+                os._exit(70)
         return pid
-
-    def _be_keeper(self, environ: Mapping[str, str], inherited: tuple[int, ...]) -> NoReturn:
-        """In the fork: become what ``execute_keeper`` would have started, but with this program's memory."""
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
-            signal.set_wakeup_fd(-1)
-            os.setsid()
-            sock, agent = inherited
-            function_main.serve_functions(sock, agent, environ, self._processes)
-        finally:
-            os._exit(70)
 
 
 def _python() -> list[str]:

@@ -20,7 +20,7 @@ from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, 
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
 from elastic_launch.workers import keeper_main
-from elastic_launch.workers.orphans import KILL_PATIENCE, has_children, has_ended, kill_orphans, live_keepers, reap
+from elastic_launch.workers.orphans import KILL_PATIENCE, has_ended, kill_orphans, live_keepers, reap
 
 MAX_LOST_STARTS = 3
 """Keepers in a row that may be lost before they have started a worker. After that the client gives up."""
@@ -192,7 +192,7 @@ class KeeperClient:
         """
         self._run_id = run_id
         self._environ = environ
-        self._is_alone = threading.active_count() == 1 and not has_children()
+        self._is_alone = threading.active_count() == 1 and not keeper_main.has_children()
         self._start_keeper = start_keeper
         self._log = log
         self._keeper = KeeperProcess(environ, start_keeper)

@@ -156,13 +156,12 @@ class Keeper:
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.worker_limits[1], self.worker_limits[1]))
         self.phase = KeeperPhase.RUNNING
         self.workers: dict[int, RunningWorker] = {}
-        """The workers that have not ended, by local rank."""
+        """The workers that have not ended, by pid."""
         self.stopped_groups: set[int] = set()
         """Process groups that have been sent a stop signal as a whole."""
         self.killed_leftovers: dict[int, str] = {}
         """Names, by pid, of the processes that were sent SIGKILL after the last worker had ended."""
         self.kill_interval = MIN_KILL_INTERVAL
-        self.has_children = False
         self.lease = NO_LEASE
         """When the workers are killed unless the agent renews the lease, on ``time.monotonic``."""
 
@@ -198,17 +197,17 @@ class Keeper:
                 poller.unregister(self.sock)
                 poller.unregister(self.agent)
                 self.start_killing()
-            self.has_children = self.advance()
-            if self.has_children and time.monotonic() >= self.lease:
+            is_any_left = self.advance()
+            if is_any_left and time.monotonic() >= self.lease:
                 self.expire_lease()
-            if not self.has_children and not self.is_agent_alive:
+            if not is_any_left and not self.is_agent_alive:
                 return
 
     def poll_timeout(self) -> float | None:
-        """Milliseconds until something is due; None if nothing is."""
+        """Return the milliseconds until something is due; None if nothing is."""
         if self.phase is KeeperPhase.KILLING:
             return self.kill_interval * 1000
-        if not self.has_children or self.lease == NO_LEASE:
+        if self.lease == NO_LEASE or not has_children():
             return None
         return max(0.0, self.lease - time.monotonic()) * 1000
 
@@ -250,10 +249,9 @@ class Keeper:
             del self.received_descriptors[:count]
             try:
                 started[local_rank] = pid = self.start_worker(order, descriptors)
+                self.workers[pid] = RunningWorker(local_rank, pid)
             except OSError as error:
                 failed[local_rank] = (error.errno or 0, error.strerror or str(error))
-            else:
-                self.workers[local_rank] = RunningWorker(local_rank, pid)
             for fd in descriptors:
                 os.close(fd)
         self.send(("started", started, failed))
@@ -306,8 +304,8 @@ class Keeper:
         self.lease = until
 
     def running(self, local_ranks: list[int]) -> list[RunningWorker]:
-        """Those of the workers that have not ended, so that their pids are still theirs."""
-        return [self.workers[rank] for rank in local_ranks if rank in self.workers]
+        """Return those of the workers that have not been reaped, so that their pids are still theirs."""
+        return [worker for worker in self.workers.values() if worker.local_rank in local_ranks]
 
     # ---- the end of workers
 
@@ -342,19 +340,16 @@ class Keeper:
     def reap(self) -> bool:
         """Collect ended children, workers and adopted ones, and report workers. Returns whether any child is left."""
         exits: list[tuple[int, int, float, tuple[int, ...]]] = []
-        by_pid = {worker.pid: worker for worker in self.workers.values()}
         is_any_left = True
-        while True:
-            try:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            while pid:
+                if worker := self.workers.pop(pid, None):
+                    exitcode = os.waitstatus_to_exitcode(status)
+                    exits.append((worker.local_rank, exitcode, time.time(), worker.stop_signals))
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                is_any_left = False
-                break
-            if pid == 0:
-                break
-            if worker := by_pid.get(pid):
-                del self.workers[worker.local_rank]
-                exits.append((worker.local_rank, os.waitstatus_to_exitcode(status), time.time(), worker.stop_signals))
+        except ChildProcessError:
+            is_any_left = False
         if exits:
             self.send(("exited", exits))
         return is_any_left
@@ -386,7 +381,7 @@ class Keeper:
         return pid
 
     def become_worker(
-        self, order: SpawnOrder, descriptors: Sequence[int], keeper: int, reading: int, errors: int
+        self, order: SpawnOrder, descriptors: Sequence[int], keeper: int, reading: int, writing: int
     ) -> NoReturn:
         """In the new process: lead a session of its own, then execute the command or leave the keeper's frames.
 
@@ -395,13 +390,14 @@ class Keeper:
             descriptors: those that were sent for it.
             keeper: the keeper's pid.
             reading: the reading end of the pipe for errors.
-            errors: the writing end of that pipe.
+            writing: the writing end of that pipe.
 
         Raises:
             ForkedWorker: if the keeper ``forks``.
         """
         _, argv, changes, targets, cpus = order
         environment = {**self.environment, **changes}
+        errors = writing
         try:
             os.setsid()
             # For the case that keeper and agent die at the same instant. The setting survives exec. The keeper may
@@ -409,7 +405,9 @@ class Keeper:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != keeper:
                 os._exit(127)
-            numbers, errors = renumber(descriptors, targets, errors)
+            lowest = max((2, *targets)) + 1
+            errors = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, lowest)  # its number may be a target
+            numbers = renumber(descriptors, targets, lowest)
             resource.setrlimit(resource.RLIMIT_NOFILE, self.worker_limits)
             if cpus:
                 os.sched_setaffinity(0, cpus)
@@ -419,7 +417,7 @@ class Keeper:
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 os.execvpe(argv[0], argv, environment)
             self.socket.detach()  # or its destructor would close whatever has its number by then
-            unneeded = {reading, *self.private_descriptors, *descriptors, *self.received_descriptors}
+            unneeded = {reading, writing, *self.private_descriptors, *descriptors, *self.received_descriptors}
             for fd in unneeded - set(numbers):
                 os.close(fd)
         except BaseException as error:
@@ -432,15 +430,12 @@ class Keeper:
 # ---- descriptors and the environment
 
 
-def renumber(descriptors: Sequence[int], targets: Sequence[int], errors: int) -> tuple[list[int], int]:
-    """Give descriptors the numbers that the worker expects; -1 means any.
+def renumber(descriptors: Sequence[int], targets: Sequence[int], lowest: int) -> list[int]:
+    """Give descriptors the numbers that the worker expects, where -1 means any from ``lowest`` on.
 
     Returns:
-        The numbers, and the new number of ``errors``, which is moved out of their way.
+        The numbers.
     """
-    lowest = max((2, *targets)) + 1
-    old, errors = errors, fcntl.fcntl(errors, fcntl.F_DUPFD_CLOEXEC, lowest)
-    os.close(old)
     # Move all of them out of the way first: the number of one may be the target of another.
     numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
     for index, target in enumerate(targets):
@@ -448,7 +443,7 @@ def renumber(descriptors: Sequence[int], targets: Sequence[int], errors: int) ->
             os.dup2(numbers[index], target)
             os.close(numbers[index])
             numbers[index] = target
-    return numbers, errors
+    return numbers
 
 
 def close_others(kept: Sequence[int]) -> None:
@@ -462,7 +457,7 @@ def close_others(kept: Sequence[int]) -> None:
 
 
 def inherited_environment() -> dict[bytes, bytes]:
-    """The environment that the agent gave this process. Python may have set LC_CTYPE in ``os.environ`` since."""
+    """Return the environment that the agent gave this process. Python may have set LC_CTYPE in ``os.environ`` since."""
     with open("/proc/self/environ", "rb") as file:
         return dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
 
@@ -476,24 +471,33 @@ def set_subreaper(on: bool) -> bool:
 
 
 def get_subreaper() -> bool:
-    """Whether this process is a subreaper."""
+    """Return whether this process is a subreaper."""
     flag = ctypes.c_int()
     libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(flag), 0, 0, 0)
     return bool(flag.value)
 
 
+def has_children() -> bool:
+    """Return whether this process has a child, running or not yet reaped."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def read_stat(pid: int | str) -> list[bytes]:
-    """State, parent's pid, process group, session, and the other fields of /proc/PID/stat in one piece.
+    """Return the fields of /proc/PID/stat after the name: state, parent's pid, process group, session and so on.
 
     Raises:
         OSError: the process has been reaped.
     """
     with open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split(None, 4)
+        return file.read().rpartition(b")")[2].split()
 
 
 def children_by_parent() -> dict[int, list[int]]:
-    """The pids of all processes in /proc, by the pid of their parent."""
+    """Return the pids of all processes in /proc, by the pid of their parent."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -506,7 +510,7 @@ def children_by_parent() -> dict[int, list[int]]:
 
 
 def descendants(root: int) -> list[int]:
-    """The pids of all processes below one, nearest first."""
+    """Return the pids of all processes below one, nearest first."""
     children = children_by_parent()
     found = [root]
     for pid in found:
@@ -523,7 +527,7 @@ def kill(pid: int, signum: int) -> None:
 
 
 def name_of(pid: int) -> str:
-    """The name of a process, as ``ps`` shows it; empty if it has ended."""
+    """Return the name of a process, as ``ps`` shows it; empty if it has ended."""
     try:
         with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -532,7 +536,7 @@ def name_of(pid: int) -> str:
 
 
 def has_handler(pid: int, signum: int) -> bool:
-    """Whether a process has a handler for a signal; False if it has ended."""
+    """Return whether a process has a handler for a signal; False if it has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
             mask = file.read().partition(b"\nSigCgt:")[2].split(None, 1)[0]

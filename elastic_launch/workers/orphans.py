@@ -47,15 +47,6 @@ def subreaper() -> Iterator[bool]:
                 keeper_main.set_subreaper(_was_subreaper)
 
 
-def has_children() -> bool:
-    """Whether this process has a child, running or not yet reaped."""
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
-
-
 def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
     """Kill what a lost keeper left to this process, and wait until it is gone.
 
@@ -76,7 +67,7 @@ def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
             return False
         return is_alone or pid in workers or run_id_entry in environment or _session_of(pid) in workers
 
-    while has_children() and (
+    while keeper_main.has_children() and (
         orphans := [pid for pid in keeper_main.children_by_parent().get(os.getpid(), ()) if is_orphan(pid)]
     ):
         for orphan in orphans:

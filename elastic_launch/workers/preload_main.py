@@ -19,6 +19,7 @@ its stack, what its command line says: ``bootstrap`` or ``function_main``. So th
 status and its ``atexit`` handlers, is the interpreter's own.
 """
 
+import ctypes
 import gc
 import importlib
 import os
@@ -37,6 +38,8 @@ import keeper_main  # type: ignore[import-not-found]  # noqa: E402
 
 if IS_SAFE:
     del sys.path[0]
+for name in ("bootstrap", "forked", "keeper_main"):
+    del sys.modules[name]  # the program may have modules with these names
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
 if TYPE_CHECKING:
@@ -54,7 +57,6 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     is_function = kind in ("function", "main")
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
     set_death_signal(signal.SIGKILL)  # nothing else notices the agent's death while modules are imported
-    own_entry = "" if IS_SAFE else sys.path[0]
     program_entry = ""
     preparation: dict[str, Any] = {}
     if is_function:
@@ -79,11 +81,11 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     if kind == "main":
         import_main(preparation)
     if not is_function:
-        # bootstrap finds its own directory in front, and replaces it by the program's.
+        # bootstrap expects its own directory in front, and replaces it by the program's.
         if program_entry and program_entry in sys.path:  # a module may have put others before it
             sys.path.remove(program_entry)
         if not IS_SAFE:
-            sys.path.insert(0, own_entry)
+            sys.path.insert(0, FOLDER)
     before.restore()
     handlers: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
     set_death_signal(0)
@@ -146,7 +148,7 @@ def import_main(data: "dict[str, Any]") -> None:
 
 
 def changed_environment(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
-    """The inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
+    """Return the inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
     environment: dict[bytes, bytes] = keeper_main.inherited_environment()
     for name in before.keys() | os.environb.keys():
         if (value := os.environb.get(name)) is None:
@@ -177,7 +179,7 @@ def fail(sock: int, message: str, error: BaseException) -> "NoReturn":
 
 
 def why_not_to_fork() -> str:
-    """What makes a fork of this process unsafe; empty if nothing does."""
+    """Return what makes a fork of this process unsafe; empty if nothing does."""
     if tracker := sys.modules.get("multiprocessing.resource_tracker"):
         tracker._resource_tracker._stop()  # multiprocessing starts it with the first lock; each worker gets its own
     if threading.active_count() > 1:
@@ -187,11 +189,7 @@ def why_not_to_fork() -> str:
         fork_once()
         if (count := len(os.listdir("/proc/self/task")) - 1) > 0:
             return f"has started {count} thread{'s' * (count > 1)} outside Python"
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        pass
-    else:
+    if keeper_main.has_children():
         return "has started a process"
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -235,10 +233,17 @@ def become_worker(worker: "ForkedWorker", handlers: "dict[int, Any]") -> str:
     sys.argv[:] = argv[argv.index("-u") + 1 :]
     rank = worker.environment.get(b"RANK", b"").decode()
     what = os.path.basename(sys.argv[2]) if sys.argv[1] in ("script", "module") else "function"
-    forked.set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
-    for module in ("bootstrap", "forked", "keeper_main"):
-        del sys.modules[module]
+    set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
     return sys.argv[0]
+
+
+def set_title(name: str, argv: list[bytes]) -> None:
+    """Have ``ps`` show a name and a command line. The latter is cut to the space that this process's own had."""
+    keeper_main.libc.prctl(keeper_main.PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0)
+    start, end = map(int, keeper_main.read_stat("self")[45:47])  # arg_start and arg_end, proc(5)
+    if 0 < start < end:
+        text = b"\0".join(argv)[: end - start - 1]
+        ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 def strip(tb: "TracebackType | None", code: "CodeType") -> "TracebackType | None":

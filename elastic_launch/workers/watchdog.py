@@ -13,10 +13,10 @@ import select
 import stat
 import time
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from operator import attrgetter
 
 from elastic_launch.core.agent.messages import AgentEvent, TimerExpired
-from elastic_launch.core.timer_requests import take_requests
+from elastic_launch.core.timer_requests import ScopeRequest, take_requests
 from elastic_launch.errors import UnavailableError
 from elastic_launch.workers.keeper_main import read_stat
 
@@ -24,17 +24,6 @@ _READ = 1 << 16
 """Bytes that one read takes: as many as a pipe holds."""
 _MAX_READS = 4
 """Reads in a row. A worker that writes without end must not hold up the agent."""
-
-
-class Overdue(NamedTuple):
-    """A timer that has expired: a process has not left its scope in time."""
-
-    pid: int
-    scope: str
-    seconds: float
-    """Seconds since the timer expired."""
-    signum: int
-    """The signal that the process asked to be killed with: SIGKILL unless its client chose another; 0 for none."""
 
 
 class Watchdog:
@@ -56,7 +45,8 @@ class Watchdog:
         self.path = path = os.path.abspath(path)  # workers may change their directory
         self._wall_clock = wall_clock
         self._buffer = bytearray()
-        self._timers: dict[tuple[int, str], tuple[float, int]] = {}
+        self._timers: dict[tuple[int, str], ScopeRequest] = {}
+        """The timers that are set, by pid and scope. Their times are on ``time.monotonic``."""
         try:
             with contextlib.suppress(FileNotFoundError):
                 _remove_stale(path)
@@ -70,12 +60,12 @@ class Watchdog:
             ) from error
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """Descriptors to wait for, with their poll masks."""
+        """See ``EventSource``."""
         return [(self._fd, select.POLLIN)]
 
     def deadline(self) -> float | None:
-        """When the next timer expires, on ``time.monotonic``; None without timers."""
-        return min((deadline for deadline, _ in self._timers.values()), default=None)
+        """Return when the next timer expires, on ``time.monotonic``; None without timers."""
+        return min((timer.expires_at for timer in self._timers.values()), default=None)
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Read what workers have written, without blocking.
@@ -85,25 +75,30 @@ class Watchdog:
             out.
         """
         return [
-            TimerExpired(_worker_of(pid), f"was still in timer scope {scope!r} when its time ran out")
-            for pid, scope, _, signum in self.overdue(time.monotonic())
-            if signum
+            TimerExpired(_worker_of(timer.pid), f"was still in timer scope {timer.scope!r} when its time ran out")
+            for timer in self.expired(time.monotonic())
+            if timer.signum
         ]
 
-    def overdue(self, now: float) -> list[Overdue]:
+    def expired(self, now: float) -> list[ScopeRequest]:
         """Read requests, and return the timers that have expired since the last call, earliest first.
 
         The pipe is read before anything expires. So an agent that was itself held up blames no worker that has left its
         scope meanwhile.
 
         Args:
-            now: ``time.monotonic()``.
+            now: the current time on ``time.monotonic``.
+
+        Returns:
+            The timers, with their times on the same clock.
         """
         self._read(now)
-        expired = sorted((at, *key, signum) for key, (at, signum) in self._timers.items() if at <= now)
-        for _, pid, scope, _ in expired:
-            del self._timers[pid, scope]
-        return [Overdue(pid, scope, now - at, signum) for at, pid, scope, signum in expired]
+        found = sorted(
+            (timer for timer in self._timers.values() if timer.expires_at <= now), key=attrgetter("expires_at")
+        )
+        for timer in found:
+            del self._timers[timer.pid, timer.scope]
+        return found
 
     def forget(self, pid: int) -> None:
         """Cancel the timers of a process that has ended, including unread ones in the pipe."""
@@ -123,11 +118,12 @@ class Watchdog:
             except BlockingIOError:
                 return
             wall = self._wall_clock()
-            for pid, scope, expires_at, signum in take_requests(self._buffer):
-                if expires_at < 0 or math.isinf(expires_at):
-                    self._timers.pop((pid, scope), None)
+            for request in take_requests(self._buffer):
+                if request.expires_at < 0 or math.isinf(request.expires_at):
+                    self._timers.pop((request.pid, request.scope), None)
                 else:
-                    self._timers[pid, scope] = now + expires_at - wall, signum
+                    timer = request._replace(expires_at=now + request.expires_at - wall)
+                    self._timers[timer.pid, timer.scope] = timer
 
     def close(self) -> None:
         """Close the pipe and remove it."""
@@ -139,12 +135,12 @@ class Watchdog:
 
 
 def _worker_of(pid: int) -> int:
-    """The worker that a process belongs to: the leader of its session.
+    """Return the worker that a process belongs to: the leader of its session.
 
     A process that has ended or has left that session stands for itself. So does one in another PID namespace.
     """
     try:
-        state, _, _, session, _ = read_stat(pid)
+        state, _, _, session, *_ = read_stat(pid)
     except OSError:
         return pid
     return pid if state in b"ZX" or session == b"0" else int(session)

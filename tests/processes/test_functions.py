@@ -429,6 +429,22 @@ def test_program_without_streams(tmp_path: Path) -> None:
         assert (tmp_path / "out").read_text() == str([{0: 0, 1: 1}] * 3)
 
 
+def test_too_few_descriptors_for_a_worker(tmp_path: Path) -> None:
+    """The numbers of a worker's descriptors are above 200, and the keeper needs some more for a moment."""
+    main = (
+        "import resource\n"
+        "from elastic_launch import ChildFailedError\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (207, 207))\n"
+        "try: launch('spawn')\n"
+        "except ChildFailedError as error: print([f.message for f in error.failures.values()])\n"
+    )
+    begin = time.monotonic()
+    done = program(tmp_path, main)
+    assert "Too many open files" in done.stdout, done
+    assert "Bad file descriptor" not in done.stdout
+    assert time.monotonic() - begin < 20, "the other worker was stopped with SIGTERM"
+
+
 def test_program_full_of_threads(tmp_path: Path) -> None:
     main = (
         "stop = threading.Event()\n"

@@ -20,7 +20,6 @@ import pytest
 
 from elastic_launch.core.lines import end_as_text, last_state, last_states, matching
 from elastic_launch.errors import UnavailableError
-from elastic_launch.host.console import unblocked
 from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs import pump as pump_module
 from elastic_launch.logs import source as source_module
@@ -57,7 +56,7 @@ def pump(request: pytest.FixtureRequest) -> Iterator[LogPump]:
 def new_pump(console: Console, log: Callable[[str], None] = pytest.fail) -> Iterator[LogPump]:
     """A pump on a console. It opens pipes and terminals again, so they need not stay the standard streams."""
     with standing_in(console.writing, console.writing):
-        pump = LogPump(log, unblocked)
+        pump = LogPump(log)
     try:
         yield pump
     finally:
@@ -384,7 +383,7 @@ def test_streams_that_were_closed(tmp_path: Path) -> None:
     out = os.dup(1)
     os.close(1)
     try:
-        pump = LogPump(pytest.fail, unblocked)
+        pump = LogPump(pytest.fail)
         end = pump.open([Route(0, 1, str(tmp_path / "log"), True, b"#")])[0, 1]
         os.write(end, b"x\n")
         pump.drain()
@@ -397,7 +396,7 @@ def test_streams_that_were_closed(tmp_path: Path) -> None:
 
 def test_the_console_is_a_file_for_both_streams(tmp_path: Path) -> None:
     with (tmp_path / "console").open("wb") as file, standing_in(file.fileno(), file.fileno()):
-        pump = LogPump(pytest.fail, unblocked)
+        pump = LogPump(pytest.fail)
         codes = [
             "import os\nfor i in range(3000): os.write(1, b'o' * 50 + b'\\n'); os.write(2, b'e' * 50 + b'\\n')"
         ] * 2
@@ -415,14 +414,15 @@ def test_one_pipe_for_both_streams_keeps_lines_whole(console: Console, pump: Log
 
 
 @pytest.mark.parametrize("kind", ["socket", "pipe that cannot be opened anew"])
-def test_a_console_that_could_block_does_not(tmp_path: Path, kind: str) -> None:
+def test_a_console_that_could_block_does_not(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "socket":
         ours, theirs = socket.socketpair()
         ends = ours.detach(), theirs.detach()
     else:
         ends = os.pipe()
+        monkeypatch.setattr("elastic_launch.logs.pump.unblocked", contextlib.nullcontext)
     with made_of(ends) as console, standing_in(ends[1], ends[1]):
-        pump = LogPump(pytest.fail, unblocked if kind == "socket" else contextlib.nullcontext)
+        pump = LogPump(pytest.fail)
         end = pump.open([Route(0, 1, str(tmp_path / "log"), True, b"#")])[0, 1]
         worker = spawn(BLOCKS.format(n=300_000), end)
         pump.close_workers_ends()
@@ -545,7 +545,7 @@ def test_a_console_file_that_is_full_gets_nothing_after_the_gap(small_disk: Path
     filler, shown = small_disk / "filler", small_disk / "console"
     said: list[str] = []
     with shown.open("wb") as file, standing_in(file.fileno(), file.fileno()):
-        pump = LogPump(said.append, unblocked)
+        pump = LogPump(said.append)
         end = pump.open([Route(0, 1, str(tmp_path / "log"), True, b"")])[0, 1]
         for text in (b"first\n", b"x" * (64 << 10) + b"\n", b"last\n"):
             filler.write_bytes(b"x" * (32 << 10)) if text == b"first\n" else None
