@@ -30,6 +30,9 @@ class WorkerState(StrEnum):
 class Rendezvous(Protocol):
     """What ``WorkerSpec`` accepts as its rendezvous: one of the launcher's, or a handler with torch's interface."""
 
+    def get_backend(self) -> str:
+        """Return the name of the backend."""
+
     def get_run_id(self) -> str:
         """Return the job's id."""
 

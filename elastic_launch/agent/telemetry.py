@@ -39,8 +39,7 @@ class Telemetry:
             from elastic_launch.events import Recorder, check_destination  # late: few jobs record events
 
             check_destination(spec.event_log_handler)
-            get_backend = getattr(spec.rdzv_handler, "get_backend", lambda: "static")
-            self._recorder = Recorder(spec, run_id, get_backend(), show, log)
+            self._recorder = Recorder(spec, run_id, spec.rdzv_handler.get_backend(), show, log)
 
     def observe(self, event: AgentEvent, state: AgentState) -> None:
         """Record an event; ``state`` is the state after it."""

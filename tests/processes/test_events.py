@@ -16,6 +16,8 @@ from typing import Any, cast
 import pytest
 
 from elastic_launch import events
+from elastic_launch.agent.telemetry import Telemetry
+from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import ProcessFailure, UsageError
 from elastic_launch.events import (
     Event,
@@ -30,6 +32,7 @@ from elastic_launch.events import (
     record_rdzv_event,
 )
 from elastic_launch.job import Assignment, RestartHistory
+from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec, WorkerState
 from tests.conftest import DEADLINE
 
@@ -281,6 +284,17 @@ def test_record_of_an_agent_that_failed() -> None:
     assert event["metadata"]["raw_error"] == "no store"
     assert event["metadata"]["hostname"] == os.uname().nodename
     assert event["metadata"]["group_rank"] is None
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("backend", ["static", "c10d", "etcd"])
+def test_events_name_the_rendezvous_backend(backend: str, nodes: int) -> None:
+    config = LaunchConfig(1, nodes, 1, rdzv_backend=backend, rdzv_endpoint="127.0.0.1:29400", run_id="job")
+    rendezvous = create_rendezvous(config, {}, print)
+    lines = Lines()
+    workers = WorkerSpec("trainer", 1, rendezvous, entrypoint="sh", event_log_handler="console")
+    Telemetry(workers, "job", lines.text.append, lines.logged.append).fail("no store")
+    assert [event["metadata"]["rdzv_backend"] for event in lines.events()] == [backend]
 
 
 TRAIN = """
