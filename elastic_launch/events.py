@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
-from elastic_launch.errors import ProcessFailure, UsageError
+from elastic_launch.errors import LaunchError, ProcessFailure, UsageError
+from elastic_launch.host import plug_ins
 from elastic_launch.job import Assignment
 from elastic_launch.worker_spec import WorkerSpec, WorkerState
 
@@ -135,7 +136,8 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
         destination: ``null``, ``console`` (standard error), or the name of an entry point.
 
     Raises:
-        UsageError: the destination is unknown, or its entry point does not work.
+        UsageError: the destination is unknown.
+        LaunchError: its entry point does not work.
     """
     import logging
 
@@ -143,37 +145,28 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
         return logging.NullHandler()
     if destination == "console":
         return logging.StreamHandler()
-    from importlib.metadata import entry_points
-
-    plug_ins = {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINTS)}
-    if plug_in := plug_ins.get(destination):
-        name = f"event handler {destination!r}: {plug_in.value}"
-        try:
-            handler = plug_in.load()()
-        except Exception as error:
-            raise UsageError(f"{name} does not work: {type(error).__name__}: {error}") from error
-        if not isinstance(handler, logging.Handler):
-            raise UsageError(f"{name} must return a logging.Handler, not {type(handler).__name__}")
-        return handler
-    if destination == RENDEZVOUS:
+    if destination == RENDEZVOUS and destination not in plug_ins.offered(ENTRY_POINTS):
         return logging.NullHandler()
-    known = ", ".join(sorted({*BUILT_IN, *plug_ins}))
-    raise UsageError(
-        f"event handler {destination!r}: unknown; available: {known} (packages may add more through the entry point "
-        f"group {ENTRY_POINTS})"
-    )
+
+    def create(factory: Callable[[], object]) -> logging.Handler:
+        handler = factory()
+        if not isinstance(handler, logging.Handler):
+            raise TypeError(f"must return a logging.Handler, not {type(handler).__name__}")
+        return handler
+
+    return plug_ins.load(ENTRY_POINTS, destination, f"event handler {destination!r}", BUILT_IN, create)
 
 
 def check_destination(destination: str) -> None:
     """Report a bad ``--event-log-handler`` before the job begins; create the handler of a plug-in.
 
     Raises:
-        UsageError: as ``get_logging_handler``; the message begins with the option's name.
+        UsageError: the destination is unknown, or its entry point does not work. The message begins with the option.
     """
     if destination not in BUILT_IN:
         try:
             _logger(destination)
-        except UsageError as error:
+        except LaunchError as error:
             raise UsageError(f"--event-log-handler: {error}") from error
 
 
@@ -181,7 +174,8 @@ def record(event: Event, destination: str = "null") -> None:
     """Pass an event to the handler of a destination, as for ``get_logging_handler``.
 
     Raises:
-        UsageError: the destination is unknown, or its entry point does not work.
+        UsageError: the destination is unknown.
+        LaunchError: its entry point does not work.
     """
     if destination != "null":
         _logger(destination).info(event.serialize())

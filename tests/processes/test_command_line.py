@@ -108,7 +108,10 @@ WRONG = [
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
     ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
     ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
-    (["--logs-specs", "mine"], "--logs-specs=mine: no such entry point in the group torchrun.logs_specs"),
+    (
+        ["--logs-specs", "mine"],
+        "--logs-specs=mine: unknown; choose one of default, or install a package that offers it",
+    ),
     (["--numa-binding", "moon"], "'moon': must be one of node, socket, exclusive, core-complex"),
 ]
 

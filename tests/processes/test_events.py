@@ -161,7 +161,8 @@ def test_record_writes_to_the_destination(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_unknown_destination_is_an_error_that_lists_those_available(plug_in: Path) -> None:
-    message = "'nosuch': unknown; available: absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
+    names = "absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
+    message = f"'nosuch': unknown; choose one of {names}, or install"
     with pytest.raises(UsageError, match=f"event handler {message}"):
         record(INFO, "nosuch")
     with pytest.raises(UsageError, match=f"--event-log-handler: event handler {message}"):
@@ -171,13 +172,13 @@ def test_unknown_destination_is_an_error_that_lists_those_available(plug_in: Pat
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("broken", "event_plug:broken does not work: OSError: no network"),
-        ("absent", "event_plug:absent does not work: AttributeError: .* no attribute 'absent'"),
-        ("odd", "event_plug:odd must return a logging.Handler, not int"),
+        ("broken", "event_plug:broken of plug failed: OSError: no network"),
+        ("absent", "event_plug:absent of plug failed: AttributeError: .* no attribute 'absent'"),
+        ("odd", "event_plug:odd of plug failed: TypeError: must return a logging.Handler, not int"),
     ],
 )
 def test_plug_in_that_does_not_work_is_an_error_that_names_it(plug_in: Path, name: str, reason: str) -> None:
-    with pytest.raises(UsageError, match=f"--event-log-handler: event handler '{name}': {reason}"):
+    with pytest.raises(UsageError, match=f"--event-log-handler: event handler '{name}': plug-in {reason}"):
         check_destination(name)
 
 
