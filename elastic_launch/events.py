@@ -263,24 +263,22 @@ class Recorder:
     """Writes whole lines to standard error without blocking the agent, as a handler of ``logging`` would."""
     log: Callable[[str], None]
     """Logs a warning."""
+    started_at: float = field(default_factory=time.monotonic)
+    """When the run began, on ``time.monotonic``."""
 
-    def round_started(self, assignment: Assignment, pids: Mapping[int, int], *, seconds: float, joining: float) -> None:
+    def round_started(self, assignment: Assignment, pids: Mapping[int, int], joining: float) -> None:
         """Record that the nodes have met and that a round's workers were started.
 
         Args:
-            assignment: this node's place in the round.
+            assignment: this node's ranks in the round.
             pids: process ids of its workers, by local rank.
-            seconds: time since the job began.
             joining: seconds that the rendezvous took.
         """
-        ranks = range(assignment.local_world_size)
         self._record(
-            [
-                # torch assigns ranks in a step after the rendezvous; here they are part of it.
-                self._event("RENDEZVOUS", assignment, seconds, duration_ms=joining * 1000),
-                self._event("ASSIGN_WORKER_RANKS", assignment, seconds, duration_ms=0.0),
-                *(self._worker_event("START", assignment, rank, pids, seconds) for rank in ranks),
-            ]
+            # torch assigns ranks in a step after the rendezvous; here they are part of it.
+            self._event("RENDEZVOUS", assignment, duration_ms=joining * 1000),
+            self._event("ASSIGN_WORKER_RANKS", assignment, duration_ms=0.0),
+            *(self._worker_event("START", assignment, rank, pids) for rank in range(assignment.local_world_size)),
         )
 
     def run_ended(
@@ -289,8 +287,6 @@ class Recorder:
         assignment: Assignment | None,
         pids: Mapping[int, int],
         failures: Iterable[ProcessFailure] = (),
-        *,
-        seconds: float,
         error: str = "",
     ) -> None:
         """Record how this node's workers and its agent ended.
@@ -299,10 +295,9 @@ class Recorder:
 
         Args:
             state: SUCCEEDED or FAILED.
-            assignment: this node's place in the last round; None if there was no round.
+            assignment: this node's ranks in the last round; None if there was no round.
             pids: process ids of that round's workers, by local rank.
             failures: those of the whole job.
-            seconds: time since the job began.
             error: why the agent failed, or which signal ended the job. If given, only the agent's event is recorded.
         """
         events: list[Event] = []
@@ -312,11 +307,10 @@ class Recorder:
                 failure = by_rank.get(assignment.rank(local_rank))
                 # A worker of a failed job without a failure was stopped, or ended earlier.
                 name = "FAILED" if failure else "SUCCEEDED" if state is WorkerState.SUCCEEDED else "TERMINATED"
-                events.append(self._worker_event(name, assignment, local_rank, pids, seconds, failure))
-        events.append(self._event("FAILED" if error else "SUCCEEDED", assignment, seconds, raw_error=error or None))
-        self._record(events)
+                events.append(self._worker_event(name, assignment, local_rank, pids, failure))
+        self._record(*events, self._event("FAILED" if error else "SUCCEEDED", assignment, raw_error=error or None))
 
-    def _record(self, events: Iterable[Event]) -> None:
+    def _record(self, *events: Event) -> None:
         destination = self.spec.event_log_handler
         try:
             if destination == "console":
@@ -335,7 +329,6 @@ class Recorder:
         assignment: Assignment,
         local_rank: int,
         pids: Mapping[int, int],
-        seconds: float,
         failure: ProcessFailure | None = None,
     ) -> Event:
         pid = pids.get(local_rank, -1)
@@ -349,30 +342,29 @@ class Recorder:
         return self._event(
             state,
             assignment,
-            seconds,
             details,
-            EventSource.WORKER,
             global_rank=assignment.rank(local_rank),
             worker_id=str(pid) if pid > 0 else None,
             raw_error=_raw_error(failure) if failure else None,
         )
 
     def _event(
-        self,
-        state: str,
-        assignment: Assignment | None,
-        seconds: float,
-        details: Mapping[str, Any] | None = None,
-        source: EventSource = EventSource.AGENT,
-        **facts: EventMetadataValue,
+        self, state: str, assignment: Assignment | None, worker: Mapping[str, Any] = {}, **facts: EventMetadataValue
     ) -> Event:
-        """Return an event with torch's fields in torch's order; ``facts`` replace those that are None here."""
+        """Return an event with torch's fields in torch's order.
+
+        Args:
+            state: what happened.
+            assignment: this node's ranks; None if it has none.
+            worker: details of the worker that the event is about; empty for an event of the agent.
+            facts: values of fields that are None here.
+        """
         import json
 
         metadata = {
             "group_world_size": assignment.group_world_size if assignment else None,
             "entry_point": os.path.basename(self.spec.get_entrypoint_name()),
-            **(details or {}),
+            **worker,
         }
         fields: dict[str, EventMetadataValue] = {
             "run_id": self.run_id,
@@ -382,13 +374,14 @@ class Recorder:
             "role": self.spec.role,
             "hostname": assignment.host if assignment else os.uname().nodename,
             "state": state,
-            "total_run_time": int(seconds),
+            "total_run_time": int(time.monotonic() - self.started_at),
             "rdzv_backend": self.backend,
             "raw_error": None,
             "metadata": json.dumps(metadata),
             "agent_restarts": assignment.restart_history.used if assignment else 0,
             "duration_ms": None,
         }
+        source = EventSource.WORKER if worker else EventSource.AGENT
         return Event(f"torchelastic.worker.status.{state}", source, int(time.time() * 1000), fields | facts)
 
 
