@@ -25,14 +25,18 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18
 
 
-def parse_port(text: str) -> int:
+def parse_port(text: str, prefix: str = "") -> int:
     """Read a port number, 0 to 65535.
+
+    Args:
+        text: the number.
+        prefix: what the error message begins with, as in ``MY_PORT=``.
 
     Raises:
         UsageError: the text is not such a number.
     """
     if not is_number(text) or int(text) > _MAX_PORT:
-        raise UsageError(f"{text!r}: must be a port, a number from 0 to {_MAX_PORT}")
+        raise UsageError(f"{prefix}{text!r}: must be a port, a number from 0 to {_MAX_PORT}")
     return int(text)
 
 

@@ -55,8 +55,8 @@ class WorkerOptions(NamedTuple):
     """Modules that the keeper imports before it forks the workers."""
     filters: Mapping[int, Sequence[str]] = {}
     """Texts by stream (1, 2); lines with one of them are copied to one file for all workers."""
-    cpus: Mapping[int, frozenset[int]] = {}
-    """The CPUs that a worker is bound to, by local rank; missing: it is not bound."""
+    numa_options: Any = None
+    """How workers are bound to CPUs, as for ``--numa-binding``; None for no binding."""
 
 
 class LocalWorkers:
@@ -71,8 +71,8 @@ class LocalWorkers:
             interrupt: a descriptor; once it is readable, ``close`` no longer waits for the console's reader.
 
         Raises:
-            UsageError: the function cannot be sent to the workers.
-            UnavailableError: the system cannot run such processes.
+            UsageError: the function cannot be sent to the workers, or ``numa_options`` is wrong.
+            UnavailableError: the system cannot run such processes, or cannot bind them as asked.
         """
         self._interrupt = interrupt
         self._options = options = options._replace(
@@ -81,6 +81,11 @@ class LocalWorkers:
         self.console_patience = CONSOLE_PATIENCE
         """Seconds without progress after which ``close`` gives up a console's reader."""
         self._functions: Functions | None = None
+        self._cpus: dict[int, frozenset[int]] = {}
+        if options.numa_options is not None:
+            from elastic_launch.host.numa import bind  # late: few jobs need it
+
+            self._cpus = bind(options.numa_options, len(options.args), options.environ, log)
         with contextlib.ExitStack() as stack:
             if callable(options.entrypoint):
                 from elastic_launch.workers.functions import Functions  # late: multiprocessing takes 20 ms
@@ -115,10 +120,11 @@ class LocalWorkers:
         self._dest = dest
         self._dumped.clear()
         self._oom = OomCounter()
-        filters, cpus = self._options.filters, self._options.cpus
-        ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
-        null = -1
-        try:
+        filters = self._options.filters
+        with contextlib.ExitStack() as stack:
+            ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
+            stack.callback(self._pump.close_workers_ends)
+            null = stack.enter_context(open(os.devnull, "wb"))
             commands = []
             for rank, environ in envs.items():
                 argv, descriptors = self._command(rank)
@@ -126,14 +132,11 @@ class LocalWorkers:
                     if (rank, stream) in ends:
                         descriptors.append((ends[rank, stream], stream))
                     elif files.get(rank) == os.devnull:
-                        null = os.open(os.devnull, os.O_WRONLY) if null < 0 else null
-                        descriptors.append((null, stream))
-                commands.append(Command(rank, argv, environ, tuple(descriptors), cpus.get(rank, frozenset())))
+                        descriptors.append((null.fileno(), stream))
+                if path := dest.error_files.get(rank):
+                    environ = {**environ, "TORCHELASTIC_ERROR_FILE": path}
+                commands.append(Command(rank, argv, environ, tuple(descriptors), self._cpus.get(rank, frozenset())))
             self._processes.start(commands)
-        finally:
-            self._pump.close_workers_ends()
-            if null >= 0:
-                os.close(null)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""
