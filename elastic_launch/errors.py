@@ -132,15 +132,6 @@ def how_it_ended(exitcode: int) -> str:
     return f"killed by {signal_name(-exitcode)}" if exitcode < 0 else f"exit code {exitcode}"
 
 
-def shell_status(exitcode: int) -> int:
-    """Return the exit status that a shell would show; a negative exit code is minus a signal's number.
-
-    >>> shell_status(42), shell_status(-9)
-    (42, 137)
-    """
-    return 128 - exitcode if exitcode < 0 else exitcode
-
-
 @dataclass(frozen=True)
 class ProcessFailure:
     """The failure of one worker. The first four fields are those of torch, in its order.
@@ -209,7 +200,7 @@ class ProcessFailure:
 
     def status(self) -> int:
         """Return the exit status that a shell would show: the exit code, or 128 + the signal's number."""
-        return shell_status(self.exitcode)
+        return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
 
 
 class ChildFailedError(Exception):

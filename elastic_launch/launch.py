@@ -7,12 +7,11 @@ from typing import Any
 
 from elastic_launch.agent.agent import LocalElasticAgent
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig
-from elastic_launch.core.agent.worker_env import omp_num_threads
 from elastic_launch.env import environment
-from elastic_launch.errors import ChildFailedError, UsageError
+from elastic_launch.errors import ChildFailedError
 from elastic_launch.host.console import log
 from elastic_launch.job import Level
-from elastic_launch.parsing import is_number
+from elastic_launch.parsing import parse_seconds
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
@@ -111,7 +110,7 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
         from elastic_launch.host.devices import cpu_count
 
         cpus = cpu_count()
-        environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
+        environ["OMP_NUM_THREADS"] = str(max(1, cpus // config.nproc_per_node))
         level = Level.INFO if config.max_nodes == 1 else Level.DEBUG  # otherwise every node would print it
         if config.nproc_per_node > 1 and config.verbosity >= level:
             log(
@@ -124,6 +123,4 @@ def _shutdown_timeout(config: LaunchConfig, environ: dict[str, str]) -> float:
     if config.shutdown_timeout is not None:
         return config.shutdown_timeout
     text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(DEFAULT_SHUTDOWN_TIMEOUT))
-    if not is_number(text):
-        raise UsageError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text!r}: must be a number of seconds, at least 0")
-    return int(text)
+    return parse_seconds(text, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")

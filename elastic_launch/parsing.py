@@ -71,20 +71,19 @@ _FLAGS = {
 }
 
 
-def parse_nnodes(text: str) -> tuple[int, int]:
+def parse_min_max_nnodes(nnodes: str) -> tuple[int, int]:
     """Read ``N`` or ``MIN:MAX`` as the smallest and the largest number of nodes.
 
-    >>> parse_nnodes("4"), parse_nnodes("1:4")
+    >>> parse_min_max_nnodes("4"), parse_min_max_nnodes("1:4")
     ((4, 4), (1, 4))
 
     Raises:
         UsageError: the text has neither form, or 1 <= MIN <= MAX does not hold.
     """
-    low, colon, high = text.partition(":")
-    if not colon:
-        high = low
+    low, colon, high = nnodes.partition(":")
+    high = high if colon else low
     if not (is_number(low) and is_number(high) and 1 <= int(low) <= int(high)):
-        raise UsageError(f"{text!r}: must be a number of nodes, at least 1, or a range MIN:MAX with 1 <= MIN <= MAX")
+        raise UsageError(f"{nnodes!r}: must be a number of nodes, at least 1, or a range MIN:MAX with 1 <= MIN <= MAX")
     return int(low), int(high)
 
 

@@ -17,7 +17,7 @@ from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
 from elastic_launch.logs.job_files import DefaultLogsSpecs
-from elastic_launch.parsing import parse_nnodes, parse_ranks, parse_rdzv_conf
+from elastic_launch.parsing import parse_min_max_nnodes, parse_ranks, parse_rdzv_conf
 from elastic_launch.workers import BOOTSTRAP
 
 LOGS_SPECS = "torchrun.logs_specs"
@@ -57,7 +57,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     """
     environ = environment()
     command = _command(args, environ)
-    min_nodes, max_nodes = parse_nnodes(args.nnodes)
+    min_nodes, max_nodes = parse_min_max_nnodes(args.nnodes)
     if args.node_rank >= max_nodes:
         raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
     given = getattr(args, "given", {"master_addr"} | ({"node_rank"} if args.node_rank else set()))

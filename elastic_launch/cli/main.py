@@ -20,11 +20,11 @@ def main() -> int:
         signal.signal(signum, _ignore)  # for the workers only, and there are none yet
     signals.owns_process = True
     try:
-        from elastic_launch.cli.options import make_parser
+        from elastic_launch.cli.options import get_args_parser
         from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException
 
         try:
-            args = make_parser().parse_args()
+            args = get_args_parser().parse_args()
             from elastic_launch.cli.command import run
 
             run(args)

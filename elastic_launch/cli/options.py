@@ -20,8 +20,8 @@ from elastic_launch.parsing import (
     parse_backoff,
     parse_exit_codes,
     parse_filters,
+    parse_min_max_nnodes,
     parse_modules,
-    parse_nnodes,
     parse_port,
     parse_ranks,
     parse_rdzv_conf,
@@ -133,7 +133,7 @@ class Option(NamedTuple):
 
 GROUPS = {
     "where the job runs": (
-        Option("nnodes", "1:1", _checked(parse_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
+        Option("nnodes", "1:1", _checked(parse_min_max_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
         Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
         Option("standalone", False, _flag, "", "run on this node alone; the rendezvous options are ignored"),
         Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
@@ -260,8 +260,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of ``elastic-run``. Its namespaces have torchrun's attributes."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return a new parser of the command line, to which a program may add options.
+
+    Its namespaces have the attributes of torchrun's.
+    """
     parser = Parser(
         prog="elastic-run",
         description="Start, supervise and restart the workers of a distributed training job on this node.",

@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from elastic_launch.core.timer_requests import LONGEST
@@ -27,48 +28,35 @@ PATIENCE = 1.0
 _log = logging.getLogger(__name__)
 
 
+@dataclass
 class TimerRequest:
     """Tells a server that a worker has entered or left a scope."""
 
-    __slots__ = ["expiration_time", "scope_id", "worker_id"]
-
-    def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
-        """Create a request.
-
-        Args:
-            worker_id: the worker; its process id for the servers of this package.
-            scope_id: any name of the scope.
-            expiration_time: when the worker must have left the scope, in seconds since 1970; negative if it has left.
-        """
-        self.worker_id = worker_id
-        self.scope_id = scope_id
-        self.expiration_time = expiration_time
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._values() == other._values()
-
-    __hash__ = None  # type: ignore[assignment]  # mutable
-
-    def _values(self) -> tuple[Any, ...]:
-        return self.worker_id, self.scope_id, self.expiration_time
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{self._values()}"
+    worker_id: Any
+    """The worker; its process id for the servers of this package."""
+    scope_id: str
+    """Name of the scope, chosen freely."""
+    expiration_time: float
+    """When the worker must have left the scope, in seconds since 1970; negative if it has left."""
 
 
+@dataclass(init=False)
 class FileTimerRequest(TimerRequest):
     """A request for the reader of a named pipe."""
 
-    __slots__ = ["signal", "version"]
+    version: int
+    """Version of the format: 1."""
+    signal: int
+    """Number of the signal that kills the worker; 0: none does."""
 
     def __init__(self, worker_pid: int, scope_id: str, expiration_time: float, signal: int = 0) -> None:
         """Create a request.
 
         Args:
             worker_pid: process id of the worker.
-            scope_id: any name of the scope.
+            scope_id: name of the scope, chosen freely.
             expiration_time: when the worker must have left the scope, in seconds since 1970; negative if it has left.
-            signal: number of the signal that kills the worker; 0 to kill it with none.
+            signal: number of the signal that kills the worker; 0: none does.
         """
         super().__init__(worker_pid, scope_id, expiration_time)
         self.version = 1
@@ -78,9 +66,6 @@ class FileTimerRequest(TimerRequest):
     def worker_pid(self) -> int:
         """Process id of the worker."""
         return int(self.worker_id)
-
-    def _values(self) -> tuple[Any, ...]:
-        return *super()._values(), self.signal
 
     def to_json(self) -> str:
         """Return the request as one line of JSON, without a line end."""

@@ -11,7 +11,7 @@ import signal
 
 from elastic_launch.core.agent.root_cause import is_port_clash
 from elastic_launch.core.text import shortened
-from elastic_launch.errors import ProcessFailure, shell_status
+from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Decision, Policy, RestartHistory
 
 UNCHARGED_RESTARTS = 3
@@ -49,7 +49,7 @@ def follow(
         return Decision(may_restart, history._replace(uncharged=history.uncharged + 1), failures)
     cause = failures[0]
     ages, used = _counted_failures(policy, history)
-    signature, status = _signature(cause), shell_status(cause.exitcode)
+    signature, status = _signature(cause), cause.status()
     repeats = _repeats(history, signature)
     if used >= policy.max_restarts or not may_restart:
         why = ""
