@@ -86,9 +86,9 @@ def judge(
 
 
 def is_port_clash(failure: ProcessFailure, port: int) -> bool:
-    """Return whether a worker failed because the port for the workers' store was taken."""
+    """Return whether a worker failed because the port for the workers' store was taken; False for port 0."""
     text = f"{failure.error}\n{failure.message}"
-    return bool(_PORT_TAKEN.search(text)) and re.search(rf"(?<!\d){port}(?!\d)", text) is not None
+    return port > 0 and bool(_PORT_TAKEN.search(text) and re.search(rf"(?<!\d){port}(?!\d)", text))
 
 
 def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bool:
