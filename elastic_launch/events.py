@@ -1,8 +1,8 @@
-"""The events of a job under torch's names and with torch's fields, each one line of JSON.
+"""Events of a job, with torch's names and fields. Each event is one line of JSON.
 
-A destination has a handler of Python's ``logging``. Besides ``null`` and ``console``, a package may offer destinations
-through the entry point group ``elastic_launch.event_handlers``: callables that return a ``logging.Handler``. The agent
-imports this module only if the user asks for events.
+Events go to a destination, which has a handler of Python's ``logging``. Besides ``null`` and ``console``, packages can
+offer destinations through the entry point group ``elastic_launch.event_handlers``: callables that return a
+``logging.Handler``. The agent imports this module only if the user asks for events.
 
 >>> event = Event("data.loaded", EventSource.WORKER, metadata={"samples": 512})
 >>> event.serialize()
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "elastic_launch.event_handlers"
 RENDEZVOUS = "dynamic_rendezvous"
-"""The destination of rendezvous events. It drops them unless an entry point has this name."""
+"""Destination of rendezvous events. They are dropped unless an entry point has this name."""
 BUILT_IN = ("null", "console", RENDEZVOUS)
 
 EventMetadataValue: TypeAlias = str | int | float | bool | None
 
 
 class EventSource(StrEnum):
-    """What an event is about."""
+    """Whether an event is about the agent or a worker."""
 
     AGENT = "AGENT"
     WORKER = "WORKER"
@@ -58,14 +58,14 @@ class _JsonLine:
     """A dataclass that is one line of JSON."""
 
     _enumerations: ClassVar[Mapping[str, type[StrEnum]]]
-    """The types of the fields that are enumerations."""
+    """Types of the fields that are enumerations."""
 
     def __str__(self) -> str:
         return self.serialize()
 
     @classmethod
     def deserialize(cls, data: str | Self) -> Self:
-        """Read what ``serialize`` returned. An event is returned as it is.
+        """Return the event that ``serialize`` turned into text. An event is returned unchanged.
 
         Raises:
             ValueError: the text is not JSON, or a field has an unknown value.
@@ -94,7 +94,7 @@ class Event(_JsonLine):
     name: str
     """What happened; the agent's own events are called ``torchelastic.worker.status.STATE``."""
     source: EventSource
-    """Whether it is about the agent or a worker."""
+    """What the event is about."""
     timestamp: int = 0
     """Milliseconds since 1970."""
     metadata: dict[str, EventMetadataValue] = field(default_factory=dict)
@@ -158,7 +158,7 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
 
 
 def check_destination(destination: str) -> None:
-    """Report a bad ``--event-log-handler`` before the job begins; create the handler of a plug-in.
+    """Report a bad ``--event-log-handler`` before the job begins, and create the handler of a plug-in.
 
     Raises:
         UsageError: the destination is unknown, or its entry point does not work. The message begins with the option.
@@ -233,7 +233,7 @@ def construct_and_record_rdzv_event(
 
 
 _loggers: dict[str, logging.Logger] = {}
-"""Loggers with our handlers, by destination. A logger's own handlers may be somebody else's."""
+"""Loggers that have the handler of their destination. Other code may have added handlers to the same loggers."""
 
 
 def _logger(destination: str) -> logging.Logger:
@@ -260,7 +260,7 @@ class Recorder:
     backend: str
     """Name of the rendezvous backend."""
     write: Callable[[str], None]
-    """Writes whole lines to standard error without blocking the agent, as a handler of ``logging`` would."""
+    """Writes whole lines to standard error. Unlike a handler of ``logging``, it does not block the agent."""
     log: Callable[[str], None]
     """Logs a warning."""
     started_at: float = field(default_factory=time.monotonic)
@@ -297,7 +297,7 @@ class Recorder:
             state: SUCCEEDED or FAILED.
             assignment: this node's ranks in the last round; None if there was no round.
             pids: process ids of that round's workers, by local rank.
-            failures: those of the whole job.
+            failures: the failures of all nodes.
             error: why the agent failed, or which signal ended the job. If given, only the agent's event is recorded.
         """
         events: list[Event] = []
@@ -386,7 +386,7 @@ class Recorder:
 
 
 def _raw_error(failure: ProcessFailure) -> str:
-    """Return what the worker's error file says, in the file's format; without a file, what torch puts there."""
+    """Return the content of the worker's error file; without a file, what torch records instead."""
     import json
 
     if failure.error:

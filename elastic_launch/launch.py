@@ -1,4 +1,4 @@
-"""Run a job from Python: a ``LaunchConfig`` and a command or a function in, the workers' results out."""
+"""Run a job from Python: its settings are a ``LaunchConfig``, and its workers run a command or a function."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class elastic_launch:  # noqa: N801 - torch's name
         self._health_check_server = health_check_server
 
     def __call__(self, *args: Any) -> dict[int, Any]:
-        """Run the job to its end with these arguments of the entry point. See ``launch_agent``."""
+        """Run the job to its end; ``args`` are the arguments of the entry point. See ``launch_agent``."""
         return launch_agent(self._config, self._entrypoint, list(args), self._health_check_server)
 
 
@@ -55,7 +55,7 @@ def launch_agent(
     Args:
         config: the settings of the job.
         entrypoint: the program or the function that each worker runs.
-        args: the arguments of the entry point; texts for a program.
+        args: the arguments of the entry point; strings for a program.
         health_check_server: an object whose ``start()`` and ``stop()`` are called around the run.
 
     Returns:
@@ -105,7 +105,7 @@ def launch_agent(
 
 
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
-    """Set OMP_NUM_THREADS unless the user has: without it, each worker would start a thread for every CPU."""
+    """Set OMP_NUM_THREADS unless it is set. Without it, each worker would start a thread for every CPU."""
     if "OMP_NUM_THREADS" not in environ:
         from elastic_launch.host.devices import cpu_count
 

@@ -1,6 +1,6 @@
-"""Metrics under torch's names: numbers with a name and a group, which go to the handler of the group.
+"""Metrics under torch's names. A metric has a name and a group, and its values go to the handler of the group.
 
-Numbers are dropped until ``configure`` sets a handler. The agent puts its own into the group ``torchelastic``.
+Values are dropped until ``configure`` sets a handler. The agent's own metrics are in the group ``torchelastic``.
 
 >>> configure(ConsoleMetricHandler(), "loader")
 >>> put_metric("samples", 512, "loader")  # doctest: +ELLIPSIS
@@ -28,55 +28,55 @@ class MetricsConfig:
 
 
 class MetricData(NamedTuple):
-    """One number."""
+    """One value of a metric."""
 
     timestamp: float
     """Seconds since 1970."""
     group_name: str | None
-    """Name of its group."""
+    """Name of the metric's group."""
     name: str
-    """Its own name."""
+    """Name of the metric."""
     value: float
-    """The number."""
+    """The value."""
 
 
 class MetricHandler(ABC):
-    """Receives numbers. Derive from it, and pass an object to ``configure``."""
+    """Receives values of metrics. Derive from it, and pass an instance to ``configure``."""
 
     @abstractmethod
     def emit(self, metric_data: MetricData) -> None:
-        """Receive one number, in the thread that puts it."""
+        """Receive one value, in the thread that puts it."""
 
 
 class ConsoleMetricHandler(MetricHandler):
     """Prints ``[TIMESTAMP][GROUP]: NAME=VALUE`` to standard output."""
 
     def emit(self, metric_data: MetricData) -> None:
-        """Print one number."""
+        """Print one value."""
         print(f"[{metric_data.timestamp}][{metric_data.group_name}]: {metric_data.name}={metric_data.value}")
 
 
 class NullMetricHandler(MetricHandler):
-    """Drops all numbers."""
+    """Drops all values."""
 
     def emit(self, metric_data: MetricData) -> None:
-        """Drop one number."""
+        """Drop one value."""
 
 
 class MetricStream:
-    """A group and the handler that it had when the stream was created."""
+    """A group of metrics, and the handler that it had when the stream was created."""
 
     def __init__(self, group_name: str | None, handler: MetricHandler) -> None:
         self.group_name = group_name
         self.handler = handler
 
     def add_value(self, metric_name: str, metric_value: float) -> None:
-        """Pass a number to the handler, with the current time."""
+        """Pass a value to the handler, with the current time."""
         self.handler.emit(MetricData(time.time(), self.group_name, metric_name, metric_value))
 
 
 _handlers: dict[str | None, MetricHandler] = {}
-"""Handlers by group; None for the groups that are not listed."""
+"""Handlers by group. The key None stands for all groups that have no handler."""
 _NULL = NullMetricHandler()
 
 
@@ -88,7 +88,7 @@ def configure(handler: MetricHandler, group: str | None = None) -> None:
     """Set the handler of a group.
 
     Args:
-        handler: receives the group's numbers from now on.
+        handler: receives the group's values from now on.
         group: the group's name; None for all groups without a handler.
     """
     _handlers[group] = handler
@@ -100,13 +100,13 @@ def getStream(group: str | None) -> MetricStream:  # noqa: N802 - torch's name
 
 
 def put_metric(metric_name: str, metric_value: float, metric_group: str = "torchelastic") -> None:
-    """Pass a number to the handler of its group."""
+    """Pass a value to the handler of the metric's group."""
     if _handlers:
         getStream(metric_group).add_value(metric_name, metric_value)
 
 
 def publish_metric(metric_group: str, metric_name: str, metric_value: float) -> None:
-    """Pass a number to the handler of its group. Deprecated, as in torch: use ``put_metric``."""
+    """Pass a value to the handler of the metric's group. Deprecated, as in torch: use ``put_metric``."""
     _warn("put_metric(metric_name, metric_value, metric_group)")
     put_metric(metric_name, metric_value, metric_group)
 
@@ -127,7 +127,7 @@ def prof(fn: Callable[P, R] | None = None, group: str = "torchelastic") -> Any:
 
     Args:
         fn: the function.
-        group: the group of the numbers.
+        group: the group of these metrics.
     """
     if fn is None:
         return partial(prof, group=group)

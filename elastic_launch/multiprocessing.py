@@ -1,4 +1,4 @@
-"""One group of processes without rendezvous and restarts, under the names of ``torch.distributed.elastic``.
+"""Run one group of processes, without rendezvous and restarts, under torch's names.
 
 >>> arguments, variables = {0: ("text",), 1: ("text",)}, {0: {"RANK": "0"}, 1: {"RANK": "1"}}
 >>> context = start_processes("demo", "test", arguments, variables, DefaultLogsSpecs())
@@ -81,7 +81,8 @@ def start_processes(
         args: its arguments by local rank, from 0 without gaps.
         envs: variables to set in the inherited environment, by local rank.
         logs_specs: where output goes.
-        log_line_prefixes: prefixes of lines on the console, by local rank; None for ``[NAME RANK]:`` without the blank.
+        log_line_prefixes: prefixes of lines on the console, by local rank; None for name and rank, as in
+            ``[trainer0]:``.
         start_method: how processes that run a function start: spawn, fork or forkserver.
         numa_options: how processes are bound to CPUs, as for ``--numa-binding``; None for no binding.
         duplicate_stdout_filters: stdout lines that contain one of these texts are copied to a file.
@@ -173,7 +174,7 @@ class PContext:
         stack.enter_context(standard_streams())
         stack.enter_context(subreaper())
         environ = environment()
-        # The name keeps the files of several groups apart if they have no run id.
+        # Without run ids, the name keeps the files of several groups apart.
         named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
         run_id, temp_dir = named[0]["TORCHELASTIC_RUN_ID"], environ.get("TMPDIR") or "/tmp"
         files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=any(self._options.filters.values()))

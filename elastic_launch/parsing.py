@@ -1,7 +1,7 @@
-"""Read the text forms of settings, as they stand on the command line, in variables and in ``--rdzv-conf``.
+"""Parse settings that are given as text: on the command line, in variables and in ``--rdzv-conf``.
 
-Pure: text in, values out. Text that cannot be read raises ``UsageError``. Its message is one line that begins with the
-text and says what is allowed, so that the caller can put the option's name in front.
+Pure functions. Invalid text raises ``UsageError``. The message is one line that begins with the text and says what is
+allowed, so that the caller can put the option's name in front.
 """
 
 from __future__ import annotations
@@ -218,5 +218,5 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 def _entries(text: str) -> list[str]:
-    """The non-empty parts of a list that is separated by commas, without surrounding blanks."""
+    """Return the non-empty parts of a comma-separated list, without surrounding blanks."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class AgentRendezvous(EventSource, Protocol):
-    """The agent's view of a rendezvous: it carries out actions, and answers with events."""
+    """A rendezvous as the agent sees it: it carries out actions, and answers with events."""
 
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
@@ -44,14 +44,14 @@ class AgentRendezvous(EventSource, Protocol):
         """Return the job's id."""
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
-        """Accept an action. Events that answer it are returned here, or later by ``take``."""
+        """Carry out an action. Its answers are returned here, or later by ``take``."""
 
     def close(self) -> None:
-        """Tell the other nodes that this one is done, and release everything, in bounded time."""
+        """Notify the other nodes that this one is done, and release everything, in bounded time."""
 
 
 class _Run(NamedTuple):
-    """What a run holds until it is over."""
+    """The resources of a run."""
 
     files: JobFiles
     workers: LocalWorkers
@@ -134,7 +134,7 @@ class LocalElasticAgent:
         self._group = WorkerGroup(spec)
 
     def get_worker_group(self, role: str = "default") -> WorkerGroup:
-        """Return the workers' current or final state. There is one group; ``role`` is for compatibility with torch."""
+        """Return the workers' current or final state; ``role`` is unused, because there is one group."""
         return self._group
 
     def run(self, role: str = "default") -> RunResult:
@@ -185,7 +185,7 @@ class LocalElasticAgent:
         stack.callback(self._rendezvous.close)
         workers = stack.enter_context(closing(LocalWorkers(self._options, self._log, signals.fileno())))
         stack.enter_context(log_through(workers.log))
-        # After the keeper has started, which finds out that this process has no other children.
+        # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease

@@ -1,4 +1,4 @@
-"""Record the events and metrics of one node's part of a job, at no cost unless a handler is configured."""
+"""Record the events and metrics of one node's part of a job. Without a configured handler, this costs nothing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Telemetry:
         """Start the clock of the run.
 
         Args:
-            spec: what the workers run, and in ``event_log_handler`` where events go.
+            spec: what the workers run; ``event_log_handler`` is the destination of events.
             run_id: the job's id.
             show: writes whole lines to standard error.
             log: writes a line for the user.
 
         Raises:
-            UsageError: there is no such event handler.
+            UsageError: the event handler is unknown or does not work.
         """
         self._spec = spec
         self._log = log
@@ -84,7 +84,7 @@ class Telemetry:
             self._recorder.run_ended(WorkerState.FAILED, None, {}, error=error)
 
     def _put_round(self, outcome: str, state: AgentState) -> None:
-        """Put what torch's agent puts in each interval; this agent puts it when a round starts and when it ends."""
+        """Put the metrics that torch's agent puts in each interval: here, when a round starts and when it ends."""
         if state.assignment:
             remaining = self._spec.max_restarts - state.assignment.restart_history.used
             workers = f"workers.{self._spec.role}"

@@ -1,4 +1,4 @@
-"""What a parsed command line stands for: the settings of a job, and the command of its workers."""
+"""Turn a parsed command line into the settings of a job and the command of its workers."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 PATIENCE = 1.0
-"""Seconds that a client waits for a server that has not opened its pipe yet, or does not empty it."""
+"""Seconds that a client waits for a server that has not opened its pipe yet, or does not read from it."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class TimerRequest:
-    """Tells a server that a worker has entered or left a scope."""
+    """Notifies a server that a worker has entered or left a scope."""
 
     worker_id: Any
     """The worker; its process id for the servers of this package."""
@@ -81,11 +81,11 @@ class FileTimerRequest(TimerRequest):
 
 
 class TimerClient(abc.ABC):
-    """Tells a server which scopes the worker enters and leaves. Derive from it for another way to a server."""
+    """Notifies a server of the scopes that the worker enters and leaves. Derive from it to use another transport."""
 
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that the worker enters a scope.
+        """Report that the worker enters a scope.
 
         Args:
             scope_id: name of the scope.
@@ -94,7 +94,7 @@ class TimerClient(abc.ABC):
 
     @abc.abstractmethod
     def release(self, scope_id: str) -> None:
-        """Tell that the worker has left a scope."""
+        """Report that the worker has left a scope."""
 
 
 _client: TimerClient | None = None
@@ -110,7 +110,7 @@ def configure(timer_client: TimerClient) -> None:
 def expires(
     after: float, scope: str | None = None, client: TimerClient | None = None
 ) -> contextlib._GeneratorContextManager[None]:
-    """Limit the time of a ``with`` block, or of a function as its decorator; the process is killed if it takes longer.
+    """Limit the time of a ``with`` block or, as a decorator, of a function. If it takes longer, the process is killed.
 
     Args:
         after: the limit in seconds.
@@ -141,7 +141,7 @@ def _in_scope(after: float, scope: str, client: TimerClient | None) -> Iterator[
 class FileTimerClient(TimerClient):
     """Sends requests to the reader of a named pipe: an agent, or a ``FileTimerServer``.
 
-    It opens the pipe for each request, so any thread and any forked child may use it.
+    It opens the pipe for each request, so that all threads and forked children can use it.
     """
 
     def __init__(self, file_path: str, signal: signals.Signals = signals.SIGKILL) -> None:
@@ -155,7 +155,7 @@ class FileTimerClient(TimerClient):
         self.signal = signal
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that this process enters a scope.
+        """Report that this process enters a scope.
 
         Args:
             scope_id: name of the scope.
@@ -169,7 +169,7 @@ class FileTimerClient(TimerClient):
         self._send(FileTimerRequest(os.getpid(), scope_id, expiration_time, int(self.signal)))
 
     def release(self, scope_id: str) -> None:
-        """Tell that this process has left a scope. Raises the same errors as ``acquire``."""
+        """Report that this process has left a scope. Raises the same errors as ``acquire``."""
         self._send(FileTimerRequest(os.getpid(), scope_id, -1))
 
     def _send(self, request: FileTimerRequest) -> None:
@@ -194,7 +194,7 @@ class FileTimerClient(TimerClient):
             os.close(fd)
 
     def _open(self, end: float) -> int:
-        """Open the pipe, and retry until ``end``: there is nothing to wait on for its reader."""
+        """Open the pipe. Retry until ``end``, because nothing signals that a reader has opened it."""
         while True:
             try:
                 fd = os.open(self._file_path, os.O_WRONLY | os.O_NONBLOCK)
@@ -219,9 +219,9 @@ class LocalTimerClient(TimerClient):
         self._mp_queue = mp_queue
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that this process enters a scope; ``expiration_time`` is in seconds since 1970."""
+        """Report that this process enters a scope; ``expiration_time`` is in seconds since 1970."""
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, expiration_time))
 
     def release(self, scope_id: str) -> None:
-        """Tell that this process has left a scope."""
+        """Report that this process has left a scope."""
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, -1))
