@@ -7,8 +7,6 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # mypy knows this name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
-    from typing import Any
-
     from elastic_launch.agent.agent import LocalElasticAgent as LocalElasticAgent
     from elastic_launch.config import LaunchConfig as LaunchConfig
     from elastic_launch.config import LogsDest as LogsDest
@@ -70,7 +68,7 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names.s
 __all__ = list(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

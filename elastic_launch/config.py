@@ -71,7 +71,7 @@ def to_map(val_or_map: Std | dict[int, Std], local_world_size: int) -> dict[int,
 
 
 INHERIT = ""
-"""Stands in place of a file's path for the launcher's own stream."""
+"""Stands for the launcher's own stream where a path is expected."""
 
 
 @dataclass
@@ -97,8 +97,8 @@ class LogsDest:
 class LogsSpecs(ABC):
     """Decides where the workers' output goes.
 
-    Derive from this class for a plug-in, and name it in the entry point group ``torchrun.logs_specs``. The command line
-    makes it with the arguments below if ``--logs-specs`` names it.
+    Derive from this class for a plug-in, and name it in the entry point group ``torchrun.logs_specs``. If
+    ``--logs-specs`` names it, the command line creates an instance with the arguments below.
     """
 
     def __init__(
@@ -162,13 +162,13 @@ class LaunchConfig:
     role: str = "default_role"
     """Name of the workers' role."""
     rdzv_endpoint: str = ""
-    """Where nodes meet, as ``HOST:PORT``. Not needed on one node, where ``static`` has the workers' store there."""
+    """Where nodes meet, as ``HOST:PORT``. Optional on one node, where ``static`` puts the workers' store there."""
     rdzv_backend: str = "etcd"
-    """How nodes meet: static, c10d, etcd, or the name of a plug-in. Without effect on one node, plug-ins excepted."""
+    """How nodes meet: static, c10d, etcd, or the name of a plug-in. On one node, only a plug-in makes a difference."""
     rdzv_configs: dict[str, Any] = field(default_factory=dict)
     """Settings of the backend, as for ``--rdzv-conf``."""
     rdzv_timeout: int = -1
-    """Seconds that nodes have to meet; -1 for ``join_timeout`` or ``timeout`` in ``rdzv_configs``, or else 600."""
+    """Seconds that nodes have to meet; -1 for ``join_timeout`` or ``timeout`` of ``rdzv_configs``, 600 by default."""
     max_restarts: int = 3
     """How often failed workers are restarted, at least 0."""
     monitor_interval: float = 0.1
@@ -195,7 +195,7 @@ class LaunchConfig:
     virtual_local_rank: bool = False
     """Whether each worker sees ``LOCAL_RANK=0`` and only its own device, as number 0."""
     shutdown_timeout: int | None = None
-    """Seconds between a worker's stop signal and SIGKILL; None for ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, or else 30."""
+    """Seconds between a worker's stop signal and SIGKILL; None for ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
     preload: Sequence[str] = ()
     """Modules that one process of each node imports once; workers are forked from it."""
     restart_window: float = 0.0
@@ -205,7 +205,7 @@ class LaunchConfig:
     fatal_exit_codes: str = ""
     """Exit statuses that end the job without a restart, as in ``2,64-78``."""
     node_failure_limit: int = 0
-    """Number of failures in a row after which a node gives way to a spare; 0 for no limit."""
+    """Number of failures in a row after which a spare replaces a node; 0 for no limit."""
     crash_loop: int = 3
     """Number of identical failures in a row, each within 10 s of the last, that end the job; 0 for no limit."""
     verbosity: int = Level.INFO
@@ -214,7 +214,7 @@ class LaunchConfig:
     @property
     def policy(self) -> Policy:
         """When the job restarts."""
-        first, limit = parse_backoff(str(self.restart_backoff))  # a program may well write 5 for "5"
+        first, limit = parse_backoff(str(self.restart_backoff))  # a program may pass 5 instead of "5"
         codes = parse_exit_codes(str(self.fatal_exit_codes))
         limits = self.node_failure_limit, self.crash_loop
         return Policy(self.max_restarts, self.restart_window, first, limit, codes, *limits)

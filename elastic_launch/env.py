@@ -1,4 +1,4 @@
-"""Read the environment of the launcher. No other module does; they are handed what they need."""
+"""Read the launcher's environment. No other module reads it; each gets the variables that it needs."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def environment() -> dict[str, str]:
 
 
 def as_part(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a helper process. When the keeper is lost, helpers are spared; workers are not."""
+    """Return the environment of a helper process, with its mark. If the keeper is lost, marked processes are spared."""
     return {**environ, PART: str(os.getpid())}

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions and values with fields, and the exit statuses that tell it to a shell.
+"""The launcher's exceptions and exit statuses, and the failures of workers.
 
 Values only: nothing here reads a file, a clock or the environment.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class ExitCode(IntEnum):
-    """Exit statuses of the launcher itself, from sysexits.h where they are above 64.
+    """Exit statuses of the launcher itself. Those from 69 to 75 are the ones of sysexits.h.
 
     If a worker fails, the status is the worker's: N, or 128 + N for signal N.
     """
@@ -33,7 +33,7 @@ class ExitCode(IntEnum):
 
 
 class LaunchError(Exception):
-    """The launcher could not do its work. The message is one line: what failed, where, and what to do about it."""
+    """The launcher could not do its work. The message says in one line what failed, where, and what to do about it."""
 
     exit_code: int = ExitCode.SOFTWARE
     """The exit status of a launcher that ends with this error."""
@@ -132,20 +132,11 @@ def how_it_ended(exitcode: int) -> str:
     return f"killed by {signal_name(-exitcode)}" if exitcode < 0 else f"exit code {exitcode}"
 
 
-def shell_status(exitcode: int) -> int:
-    """Return the exit status that a shell would show; a negative exit code is minus a signal's number.
-
-    >>> shell_status(42), shell_status(-9)
-    (42, 137)
-    """
-    return 128 - exitcode if exitcode < 0 else exitcode
-
-
 @dataclass(frozen=True)
 class ProcessFailure:
     """The failure of one worker. The first four fields are those of torch, in its order.
 
-    Unlike torch's class, it never reads ``error_file``: the other fields hold what the file says.
+    Unlike torch's class, it never reads ``error_file``: the other fields hold what the file contains.
 
     >>> failure = ProcessFailure(local_rank=1, pid=4711, exitcode=-9, rank=9, host="node-2")
     >>> failure.headline(), failure.status()
@@ -181,7 +172,7 @@ class ProcessFailure:
 
     @property
     def error_file_data(self) -> dict[str, Any]:
-        """The failure in the format of torch's error files; without an exception, ``message`` takes its place."""
+        """The content of an error file in torch's format. Without an exception, ``message`` stands in for it."""
         extra = {"py_callstack": self.message, "timestamp": str(int(self.timestamp))}
         return {"message": {"message": self.error or self.message, "extraInfo": extra}}
 
@@ -198,7 +189,7 @@ class ProcessFailure:
         return how_it_ended(self.exitcode)
 
     def error_line(self) -> str:
-        """Return the first line of the exception, cut after 500 characters: some of torch's are pages long."""
+        """Return the first line of the exception, at most 500 characters of it: some of torch's are pages long."""
         line = self.error.split("\n", 1)[0]
         return line if len(line) <= 500 else f"{line[:500]} ..."
 
@@ -209,7 +200,7 @@ class ProcessFailure:
 
     def status(self) -> int:
         """Return the exit status that a shell would show: the exit code, or 128 + the signal's number."""
-        return shell_status(self.exitcode)
+        return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
 
 
 class ChildFailedError(Exception):
@@ -226,8 +217,8 @@ class ChildFailedError(Exception):
         Args:
             name: what the workers ran, which becomes the attribute ``name``.
             failures: at least one failure, by global rank, which become the attribute ``failures``.
-            report: the launcher's report. If there is one, the first of ``failures`` is the cause, otherwise the
-                earliest one.
+            report: the launcher's report. With a report, the first of ``failures`` is the cause; without one, the
+                earliest is.
 
         Raises:
             ValueError: ``failures`` is empty.
@@ -241,7 +232,7 @@ class ChildFailedError(Exception):
         super().__init__(report or f"{name} FAILED: rank {rank}: {cause.error or cause.how()}")
 
     def __reduce__(self) -> tuple[type[ChildFailedError], tuple[str, dict[int, ProcessFailure], str]]:
-        return type(self), (self.name, self.failures, self._report)  # a worker may raise it in another process
+        return type(self), (self.name, self.failures, self._report)  # for pickle: a worker may raise it
 
     def get_first_failure(self) -> tuple[int, ProcessFailure]:
         """Return the global rank and the failure of the worker that is the cause."""

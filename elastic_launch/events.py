@@ -1,8 +1,8 @@
-"""The events of a job under torch's names and with torch's fields, each one line of JSON.
+"""Events of a job, with torch's names and fields. Each event is one line of JSON.
 
-A destination has a handler of Python's ``logging``. Besides ``null`` and ``console``, a package may offer destinations
-through the entry point group ``elastic_launch.event_handlers``: callables that return a ``logging.Handler``. The agent
-imports this module only if the user asks for events.
+Events go to a destination, which has a handler of Python's ``logging``. Besides ``null`` and ``console``, packages can
+offer destinations through the entry point group ``elastic_launch.event_handlers``: callables that return a
+``logging.Handler``. The agent imports this module only if the user asks for events.
 
 >>> event = Event("data.loaded", EventSource.WORKER, metadata={"samples": 512})
 >>> event.serialize()
@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
-from elastic_launch.errors import ProcessFailure, UsageError
+from elastic_launch.errors import LaunchError, ProcessFailure, UsageError
+from elastic_launch.host import plug_ins
 from elastic_launch.job import Assignment
 from elastic_launch.worker_spec import WorkerSpec, WorkerState
 
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "elastic_launch.event_handlers"
 RENDEZVOUS = "dynamic_rendezvous"
-"""The destination of rendezvous events. It drops them unless an entry point has this name."""
+"""Destination of rendezvous events. They are dropped unless an entry point has this name."""
 BUILT_IN = ("null", "console", RENDEZVOUS)
 
 EventMetadataValue: TypeAlias = str | int | float | bool | None
 
 
 class EventSource(StrEnum):
-    """What an event is about."""
+    """Whether an event is about the agent or a worker."""
 
     AGENT = "AGENT"
     WORKER = "WORKER"
@@ -57,14 +58,14 @@ class _JsonLine:
     """A dataclass that is one line of JSON."""
 
     _enumerations: ClassVar[Mapping[str, type[StrEnum]]]
-    """The types of the fields that are enumerations."""
+    """Types of the fields that are enumerations."""
 
     def __str__(self) -> str:
         return self.serialize()
 
     @classmethod
     def deserialize(cls, data: str | Self) -> Self:
-        """Read what ``serialize`` returned. An event is returned as it is.
+        """Return the event that ``serialize`` turned into text. An event is returned unchanged.
 
         Raises:
             ValueError: the text is not JSON, or a field has an unknown value.
@@ -93,7 +94,7 @@ class Event(_JsonLine):
     name: str
     """What happened; the agent's own events are called ``torchelastic.worker.status.STATE``."""
     source: EventSource
-    """Whether it is about the agent or a worker."""
+    """What the event is about."""
     timestamp: int = 0
     """Milliseconds since 1970."""
     metadata: dict[str, EventMetadataValue] = field(default_factory=dict)
@@ -135,7 +136,8 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
         destination: ``null``, ``console`` (standard error), or the name of an entry point.
 
     Raises:
-        UsageError: the destination is unknown, or its entry point does not work.
+        UsageError: the destination is unknown.
+        LaunchError: its entry point does not work.
     """
     import logging
 
@@ -143,37 +145,28 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
         return logging.NullHandler()
     if destination == "console":
         return logging.StreamHandler()
-    from importlib.metadata import entry_points
-
-    plug_ins = {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINTS)}
-    if plug_in := plug_ins.get(destination):
-        name = f"event handler {destination!r}: {plug_in.value}"
-        try:
-            handler = plug_in.load()()
-        except Exception as error:
-            raise UsageError(f"{name} does not work: {type(error).__name__}: {error}") from error
-        if not isinstance(handler, logging.Handler):
-            raise UsageError(f"{name} must return a logging.Handler, not {type(handler).__name__}")
-        return handler
-    if destination == RENDEZVOUS:
+    if destination == RENDEZVOUS and destination not in plug_ins.offered(ENTRY_POINTS):
         return logging.NullHandler()
-    known = ", ".join(sorted({*BUILT_IN, *plug_ins}))
-    raise UsageError(
-        f"event handler {destination!r}: unknown; available: {known} (packages may add more through the entry point "
-        f"group {ENTRY_POINTS})"
-    )
+
+    def create(factory: Callable[[], object]) -> logging.Handler:
+        handler = factory()
+        if not isinstance(handler, logging.Handler):
+            raise TypeError(f"must return a logging.Handler, not {type(handler).__name__}")
+        return handler
+
+    return plug_ins.load(ENTRY_POINTS, destination, f"event handler {destination!r}", BUILT_IN, create)
 
 
 def check_destination(destination: str) -> None:
-    """Report a bad ``--event-log-handler`` before the job begins; create the handler of a plug-in.
+    """Report a bad ``--event-log-handler`` before the job begins, and create the handler of a plug-in.
 
     Raises:
-        UsageError: as ``get_logging_handler``; the message begins with the option's name.
+        UsageError: the destination is unknown, or its entry point does not work. The message begins with the option.
     """
     if destination not in BUILT_IN:
         try:
             _logger(destination)
-        except UsageError as error:
+        except LaunchError as error:
             raise UsageError(f"--event-log-handler: {error}") from error
 
 
@@ -181,7 +174,8 @@ def record(event: Event, destination: str = "null") -> None:
     """Pass an event to the handler of a destination, as for ``get_logging_handler``.
 
     Raises:
-        UsageError: the destination is unknown, or its entry point does not work.
+        UsageError: the destination is unknown.
+        LaunchError: its entry point does not work.
     """
     if destination != "null":
         _logger(destination).info(event.serialize())
@@ -239,7 +233,7 @@ def construct_and_record_rdzv_event(
 
 
 _loggers: dict[str, logging.Logger] = {}
-"""Loggers with our handlers, by destination. A logger's own handlers may be somebody else's."""
+"""Loggers that have the handler of their destination. Other code may have added handlers to the same loggers."""
 
 
 def _logger(destination: str) -> logging.Logger:
@@ -266,27 +260,25 @@ class Recorder:
     backend: str
     """Name of the rendezvous backend."""
     write: Callable[[str], None]
-    """Writes whole lines to standard error without blocking the agent, as a handler of ``logging`` would."""
+    """Writes whole lines to standard error. Unlike a handler of ``logging``, it does not block the agent."""
     log: Callable[[str], None]
     """Logs a warning."""
+    started_at: float = field(default_factory=time.monotonic)
+    """When the run began, on ``time.monotonic``."""
 
-    def round_started(self, assignment: Assignment, pids: Mapping[int, int], *, seconds: float, joining: float) -> None:
+    def round_started(self, assignment: Assignment, pids: Mapping[int, int], joining: float) -> None:
         """Record that the nodes have met and that a round's workers were started.
 
         Args:
-            assignment: this node's place in the round.
+            assignment: this node's ranks in the round.
             pids: process ids of its workers, by local rank.
-            seconds: time since the job began.
             joining: seconds that the rendezvous took.
         """
-        ranks = range(assignment.local_world_size)
         self._record(
-            [
-                # torch assigns ranks in a step after the rendezvous; here they are part of it.
-                self._event("RENDEZVOUS", assignment, seconds, duration_ms=joining * 1000),
-                self._event("ASSIGN_WORKER_RANKS", assignment, seconds, duration_ms=0.0),
-                *(self._worker_event("START", assignment, rank, pids, seconds) for rank in ranks),
-            ]
+            # torch assigns ranks in a step after the rendezvous; here they are part of it.
+            self._event("RENDEZVOUS", assignment, duration_ms=joining * 1000),
+            self._event("ASSIGN_WORKER_RANKS", assignment, duration_ms=0.0),
+            *(self._worker_event("START", assignment, rank, pids) for rank in range(assignment.local_world_size)),
         )
 
     def run_ended(
@@ -295,8 +287,6 @@ class Recorder:
         assignment: Assignment | None,
         pids: Mapping[int, int],
         failures: Iterable[ProcessFailure] = (),
-        *,
-        seconds: float,
         error: str = "",
     ) -> None:
         """Record how this node's workers and its agent ended.
@@ -305,10 +295,9 @@ class Recorder:
 
         Args:
             state: SUCCEEDED or FAILED.
-            assignment: this node's place in the last round; None if there was no round.
+            assignment: this node's ranks in the last round; None if there was no round.
             pids: process ids of that round's workers, by local rank.
-            failures: those of the whole job.
-            seconds: time since the job began.
+            failures: the failures of all nodes.
             error: why the agent failed, or which signal ended the job. If given, only the agent's event is recorded.
         """
         events: list[Event] = []
@@ -318,11 +307,10 @@ class Recorder:
                 failure = by_rank.get(assignment.rank(local_rank))
                 # A worker of a failed job without a failure was stopped, or ended earlier.
                 name = "FAILED" if failure else "SUCCEEDED" if state is WorkerState.SUCCEEDED else "TERMINATED"
-                events.append(self._worker_event(name, assignment, local_rank, pids, seconds, failure))
-        events.append(self._event("FAILED" if error else "SUCCEEDED", assignment, seconds, raw_error=error or None))
-        self._record(events)
+                events.append(self._worker_event(name, assignment, local_rank, pids, failure))
+        self._record(*events, self._event("FAILED" if error else "SUCCEEDED", assignment, raw_error=error or None))
 
-    def _record(self, events: Iterable[Event]) -> None:
+    def _record(self, *events: Event) -> None:
         destination = self.spec.event_log_handler
         try:
             if destination == "console":
@@ -341,7 +329,6 @@ class Recorder:
         assignment: Assignment,
         local_rank: int,
         pids: Mapping[int, int],
-        seconds: float,
         failure: ProcessFailure | None = None,
     ) -> Event:
         pid = pids.get(local_rank, -1)
@@ -355,30 +342,29 @@ class Recorder:
         return self._event(
             state,
             assignment,
-            seconds,
             details,
-            EventSource.WORKER,
             global_rank=assignment.rank(local_rank),
             worker_id=str(pid) if pid > 0 else None,
             raw_error=_raw_error(failure) if failure else None,
         )
 
     def _event(
-        self,
-        state: str,
-        assignment: Assignment | None,
-        seconds: float,
-        details: Mapping[str, Any] | None = None,
-        source: EventSource = EventSource.AGENT,
-        **facts: EventMetadataValue,
+        self, state: str, assignment: Assignment | None, worker: Mapping[str, Any] = {}, **facts: EventMetadataValue
     ) -> Event:
-        """Return an event with torch's fields in torch's order; ``facts`` replace those that are None here."""
+        """Return an event with torch's fields in torch's order.
+
+        Args:
+            state: what happened.
+            assignment: this node's ranks; None if it has none.
+            worker: details of the worker that the event is about; empty for an event of the agent.
+            facts: values of fields that are None here.
+        """
         import json
 
         metadata = {
             "group_world_size": assignment.group_world_size if assignment else None,
             "entry_point": os.path.basename(self.spec.get_entrypoint_name()),
-            **(details or {}),
+            **worker,
         }
         fields: dict[str, EventMetadataValue] = {
             "run_id": self.run_id,
@@ -388,18 +374,19 @@ class Recorder:
             "role": self.spec.role,
             "hostname": assignment.host if assignment else os.uname().nodename,
             "state": state,
-            "total_run_time": int(seconds),
+            "total_run_time": int(time.monotonic() - self.started_at),
             "rdzv_backend": self.backend,
             "raw_error": None,
             "metadata": json.dumps(metadata),
             "agent_restarts": assignment.restart_history.used if assignment else 0,
             "duration_ms": None,
         }
+        source = EventSource.WORKER if worker else EventSource.AGENT
         return Event(f"torchelastic.worker.status.{state}", source, int(time.time() * 1000), fields | facts)
 
 
 def _raw_error(failure: ProcessFailure) -> str:
-    """Return what the worker's error file says, in the file's format; without a file, what torch puts there."""
+    """Return the content of the worker's error file; without a file, what torch records instead."""
     import json
 
     if failure.error:

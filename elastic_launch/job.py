@@ -21,9 +21,9 @@ class Policy(NamedTuple):
     fatal_exit_codes: frozenset[int] = frozenset()
     """Exit statuses, as a shell shows them, after which the job does not restart."""
     node_failure_limit: int = 0
-    """Failures in a row after which a spare replaces the node that caused them; 0: never."""
+    """Number of failures in a row after which a spare replaces the node that caused them; 0: never."""
     crash_loop: int = 3
-    """Identical failures in a row, each shortly after the last, after which the job does not restart; 0: never."""
+    """Number of identical failures in a row, each shortly after the previous one, that end the job; 0: no limit."""
 
 
 class RestartHistory(NamedTuple):
@@ -34,24 +34,24 @@ class RestartHistory(NamedTuple):
     uncharged: int = 0
     """Restarts that do not count, because another process had taken a port."""
     ages: tuple[float, ...] = ()
-    """Seconds since each failure within the window; without a window, since the latest one only."""
+    """Seconds since each failure within the window. Without a window, only the latest failure is listed."""
     failure: str = ""
     """Signature of the latest failure; empty if it was not the program's own."""
     repeats: int = 0
-    """How often in a row that failure has occurred, each time shortly after the last."""
+    """How often in a row ``failure`` has occurred, each time shortly after the previous one."""
     node: str = ""
     """Id of the node that caused the latest failure."""
     in_a_row: int = 0
-    """How many failures in a row that node has caused."""
+    """Number of failures in a row that ``node`` has caused."""
 
 
 class Level(IntEnum):
-    """The importance of a log line. Lines up to the chosen level are shown."""
+    """Importance of a log line. Lines up to the chosen level are shown."""
 
     WARNING = 0
-    """Warnings and errors, from each node."""
+    """Warnings and errors of each node."""
     INFO = 1
-    """The job's events, one line each for all nodes. This is the default."""
+    """Events of the job, each logged by one node. This is the default."""
     DEBUG = 2
     """What each node does."""
 
@@ -64,7 +64,7 @@ class Assignment(NamedTuple):
     group_world_size: int
     """Number of nodes."""
     base_rank: int
-    """Global rank of the node's worker with local rank 0; those of the others follow."""
+    """Global rank of the node's worker with local rank 0. The ranks of its other workers follow."""
     world_size: int
     """Number of workers of all nodes."""
     local_world_size: int
@@ -72,7 +72,7 @@ class Assignment(NamedTuple):
     base_role_rank: int
     """Rank of the node's first worker among the workers with the same role."""
     role_world_size: int
-    """Number of workers with that role."""
+    """Number of workers with the node's role, on all nodes."""
     master_addr: str
     """Address of the workers' store."""
     master_port: int
@@ -80,11 +80,11 @@ class Assignment(NamedTuple):
     host: str
     """The node's name in log lines and reports."""
     port_picked: bool
-    """True if the launcher chose ``master_port``, so that it may choose another one if that is taken."""
+    """Whether the launcher chose ``master_port``, and may choose another one if it is taken."""
     agent_store: bool = False
-    """True if the launcher serves the workers' store; otherwise the worker with rank 0 does."""
+    """Whether the launcher serves the workers' store; if not, the worker with rank 0 does."""
     restart_count: int = 0
-    """Number of earlier rounds, whatever ended them, so that no two rounds share a key space in the store."""
+    """Number of earlier rounds, whatever ended them. It keeps the rounds' keys in the store apart."""
     restart_history: RestartHistory = RestartHistory()
     """The job's history at the start of the round."""
 
@@ -128,9 +128,9 @@ class End(NamedTuple):
     status: int = 0
     """The exit status, for ``ERROR``."""
     failures: tuple[ProcessFailure, ...] = ()
-    """What is known so far, for ``FAILED``."""
+    """The failures that are known so far, for ``FAILED``."""
     rank: int = -1
-    """Group rank of the node that leaves."""
+    """Group rank of the node that leaves; -1 if none does."""
     mine: bool = False
     """Whether this node ended the round."""
 

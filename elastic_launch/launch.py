@@ -1,4 +1,4 @@
-"""Run a job from Python: a ``LaunchConfig`` and a command or a function in, the workers' results out."""
+"""Run a job from Python: its settings are a ``LaunchConfig``, and its workers run a command or a function."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 from elastic_launch.agent.agent import LocalElasticAgent
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig
-from elastic_launch.core.agent.worker_env import omp_num_threads
 from elastic_launch.env import environment
-from elastic_launch.errors import ChildFailedError, UsageError
+from elastic_launch.errors import ChildFailedError
 from elastic_launch.host.console import log
 from elastic_launch.job import Level
-from elastic_launch.parsing import is_number
+from elastic_launch.parsing import parse_seconds
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
@@ -41,7 +40,7 @@ class elastic_launch:  # noqa: N801 - torch's name
         self._health_check_server = health_check_server
 
     def __call__(self, *args: Any) -> dict[int, Any]:
-        """Run the job to its end with these arguments of the entry point. See ``launch_agent``."""
+        """Run the job to its end; ``args`` are the arguments of the entry point. See ``launch_agent``."""
         return launch_agent(self._config, self._entrypoint, list(args), self._health_check_server)
 
 
@@ -56,7 +55,7 @@ def launch_agent(
     Args:
         config: the settings of the job.
         entrypoint: the program or the function that each worker runs.
-        args: the arguments of the entry point; texts for a program.
+        args: the arguments of the entry point; strings for a program.
         health_check_server: an object whose ``start()`` and ``stop()`` are called around the run.
 
     Returns:
@@ -106,12 +105,12 @@ def launch_agent(
 
 
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
-    """Set OMP_NUM_THREADS unless the user has: without it, each worker would start a thread for every CPU."""
+    """Set OMP_NUM_THREADS unless it is set. Without it, each worker would start a thread for every CPU."""
     if "OMP_NUM_THREADS" not in environ:
         from elastic_launch.host.devices import cpu_count
 
         cpus = cpu_count()
-        environ["OMP_NUM_THREADS"] = str(omp_num_threads(cpus, config.nproc_per_node))
+        environ["OMP_NUM_THREADS"] = str(max(1, cpus // config.nproc_per_node))
         level = Level.INFO if config.max_nodes == 1 else Level.DEBUG  # otherwise every node would print it
         if config.nproc_per_node > 1 and config.verbosity >= level:
             log(
@@ -124,6 +123,4 @@ def _shutdown_timeout(config: LaunchConfig, environ: dict[str, str]) -> float:
     if config.shutdown_timeout is not None:
         return config.shutdown_timeout
     text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(DEFAULT_SHUTDOWN_TIMEOUT))
-    if not is_number(text):
-        raise UsageError(f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={text!r}: must be a number of seconds, at least 0")
-    return int(text)
+    return parse_seconds(text, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")

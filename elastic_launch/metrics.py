@@ -1,6 +1,6 @@
-"""Metrics under torch's names: numbers with a name and a group, which go to the handler of the group.
+"""Metrics under torch's names. A metric has a name and a group, and its values go to the handler of the group.
 
-Numbers are dropped until ``configure`` sets a handler. The agent puts its own into the group ``torchelastic``.
+Values are dropped until ``configure`` sets a handler. The agent's own metrics are in the group ``torchelastic``.
 
 >>> configure(ConsoleMetricHandler(), "loader")
 >>> put_metric("samples", 512, "loader")  # doctest: +ELLIPSIS
@@ -28,55 +28,55 @@ class MetricsConfig:
 
 
 class MetricData(NamedTuple):
-    """One number."""
+    """One value of a metric."""
 
     timestamp: float
     """Seconds since 1970."""
     group_name: str | None
-    """Name of its group."""
+    """Name of the metric's group."""
     name: str
-    """Its own name."""
+    """Name of the metric."""
     value: float
-    """The number."""
+    """The value."""
 
 
 class MetricHandler(ABC):
-    """Receives numbers. Derive from it, and pass an object to ``configure``."""
+    """Receives values of metrics. Derive from it, and pass an instance to ``configure``."""
 
     @abstractmethod
     def emit(self, metric_data: MetricData) -> None:
-        """Receive one number, in the thread that puts it."""
+        """Receive one value, in the thread that puts it."""
 
 
 class ConsoleMetricHandler(MetricHandler):
     """Prints ``[TIMESTAMP][GROUP]: NAME=VALUE`` to standard output."""
 
     def emit(self, metric_data: MetricData) -> None:
-        """Print one number."""
+        """Print one value."""
         print(f"[{metric_data.timestamp}][{metric_data.group_name}]: {metric_data.name}={metric_data.value}")
 
 
 class NullMetricHandler(MetricHandler):
-    """Drops all numbers."""
+    """Drops all values."""
 
     def emit(self, metric_data: MetricData) -> None:
-        """Drop one number."""
+        """Drop one value."""
 
 
 class MetricStream:
-    """A group and the handler that it had when the stream was created."""
+    """A group of metrics, and the handler that it had when the stream was created."""
 
     def __init__(self, group_name: str | None, handler: MetricHandler) -> None:
         self.group_name = group_name
         self.handler = handler
 
     def add_value(self, metric_name: str, metric_value: float) -> None:
-        """Pass a number to the handler, with the current time."""
+        """Pass a value to the handler, with the current time."""
         self.handler.emit(MetricData(time.time(), self.group_name, metric_name, metric_value))
 
 
 _handlers: dict[str | None, MetricHandler] = {}
-"""Handlers by group; None for the groups that are not listed."""
+"""Handlers by group. The key None stands for all groups that have no handler."""
 _NULL = NullMetricHandler()
 
 
@@ -88,7 +88,7 @@ def configure(handler: MetricHandler, group: str | None = None) -> None:
     """Set the handler of a group.
 
     Args:
-        handler: receives the group's numbers from now on.
+        handler: receives the group's values from now on.
         group: the group's name; None for all groups without a handler.
     """
     _handlers[group] = handler
@@ -100,13 +100,13 @@ def getStream(group: str | None) -> MetricStream:  # noqa: N802 - torch's name
 
 
 def put_metric(metric_name: str, metric_value: float, metric_group: str = "torchelastic") -> None:
-    """Pass a number to the handler of its group."""
+    """Pass a value to the handler of the metric's group."""
     if _handlers:
         getStream(metric_group).add_value(metric_name, metric_value)
 
 
 def publish_metric(metric_group: str, metric_name: str, metric_value: float) -> None:
-    """Pass a number to the handler of its group. Deprecated, as in torch: use ``put_metric``."""
+    """Pass a value to the handler of the metric's group. Deprecated, as in torch: use ``put_metric``."""
     _warn("put_metric(metric_name, metric_value, metric_group)")
     put_metric(metric_name, metric_value, metric_group)
 
@@ -127,7 +127,7 @@ def prof(fn: Callable[P, R] | None = None, group: str = "torchelastic") -> Any:
 
     Args:
         fn: the function.
-        group: the group of the numbers.
+        group: the group of these metrics.
     """
     if fn is None:
         return partial(prof, group=group)
@@ -162,51 +162,3 @@ def _warn(instead: str) -> None:
     import warnings
 
     warnings.warn(f"Deprecated: use {instead}", FutureWarning, stacklevel=3)
-
-
-def put_round_metrics(role: str, state: str, restarts: int, max_restarts: int, log: Callable[[str], None]) -> None:
-    """Put what torch's agent puts in each interval; this agent puts it when a round starts and when it ends.
-
-    Args:
-        role: name of the workers' role.
-        state: ``HEALTHY`` at the start of a round; ``FAILED``, ``UNHEALTHY`` or ``SUCCEEDED`` at its end.
-        restarts: number of restarts used so far.
-        max_restarts: number of restarts allowed.
-        log: called with a message if a handler raises, which does not end the job.
-    """
-    _put_all({f"workers.{role}.remaining_restarts": max_restarts - restarts, f"workers.{role}.{state.lower()}": 1}, log)
-
-
-def put_run_metrics(
-    role: str, succeeded: bool, restarts: int, max_restarts: int, seconds: float, log: Callable[[str], None]
-) -> None:
-    """Put what torch's agent puts at the end of a run.
-
-    Args:
-        role: name of the workers' role.
-        succeeded: whether the job succeeded.
-        restarts: number of restarts used.
-        max_restarts: number of restarts allowed.
-        seconds: duration of the run.
-        log: called with a message if a handler raises.
-    """
-    outcome = f"run_{'success' if succeeded else 'failed'}_{'with' if restarts else 'no'}_retries"
-    outcomes = [f"run_{end}_{retries}_retries" for end in ("success", "failed") for retries in ("with", "no")]
-    _put_all(
-        {
-            f"workers.{role}.flakiness": 100 * restarts // (max_restarts + 1) if succeeded else 100,
-            f"workers.{role}.run_total": 1,
-            **{f"workers.{role}.{name}": int(name == outcome) for name in outcomes},
-            "SimpleElasticAgent.run.success": 1,
-            "SimpleElasticAgent.run.duration.ms": int(seconds * 1000),
-        },
-        log,
-    )
-
-
-def _put_all(metrics: dict[str, float], log: Callable[[str], None]) -> None:
-    try:
-        for name, value in metrics.items():
-            put_metric(name, value)
-    except Exception as error:
-        log(f"metrics are lost: {type(error).__name__}: {error}")

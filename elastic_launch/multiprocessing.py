@@ -1,4 +1,4 @@
-"""One group of processes without rendezvous and restarts, under the names of ``torch.distributed.elastic``.
+"""Run one group of processes, without rendezvous and restarts, under torch's names.
 
 >>> arguments, variables = {0: ("text",), 1: ("text",)}, {0: {"RANK": "0"}, 1: {"RANK": "1"}}
 >>> context = start_processes("demo", "test", arguments, variables, DefaultLogsSpecs())
@@ -81,7 +81,8 @@ def start_processes(
         args: its arguments by local rank, from 0 without gaps.
         envs: variables to set in the inherited environment, by local rank.
         logs_specs: where output goes.
-        log_line_prefixes: prefixes of lines on the console, by local rank; None for ``[NAME RANK]:`` without the blank.
+        log_line_prefixes: prefixes of lines on the console, by local rank; None for name and rank, as in
+            ``[trainer0]:``.
         start_method: how processes that run a function start: spawn, fork or forkserver.
         numa_options: how processes are bound to CPUs, as for ``--numa-binding``; None for no binding.
         duplicate_stdout_filters: stdout lines that contain one of these texts are copied to a file.
@@ -132,14 +133,19 @@ class PContext:
     ) -> None:
         """Keep the arguments, which are those of ``start_processes``, without starting anything."""
         self.name = name
-        self._entrypoint = entrypoint
-        self._args = args
         self._envs = {rank: dict(environ) for rank, environ in envs.items()}
         self._logs_specs = logs_specs
         self._prefixes = log_line_prefixes or {rank: f"[{name}{rank}]:" for rank in envs}
-        self._filters = {1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []}
-        self._start_method = start_method
-        self._numa_options = numa_options
+        self._options = WorkerOptions(
+            name,
+            entrypoint,
+            args,
+            self._envs[0].get("TORCHELASTIC_RUN_ID", f"{name}-{time.time_ns()}"),
+            environ={},  # read when the processes start
+            start_method=start_method,
+            filters={1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []},
+            numa_options=numa_options,
+        )
         workers = len(args)
         self._assignment = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
@@ -168,32 +174,20 @@ class PContext:
         stack.enter_context(standard_streams())
         stack.enter_context(subreaper())
         environ = environment()
-        # The name keeps the files of several groups apart if they have no run id.
+        # Without run ids, the name keeps the files of several groups apart.
         named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
-        files = JobFiles(
-            self._logs_specs,
-            named[0]["TORCHELASTIC_RUN_ID"],
-            environ.get("TMPDIR") or "/tmp",
-            has_filters=any(self._filters.values()),
-        )
+        run_id, temp_dir = named[0]["TORCHELASTIC_RUN_ID"], environ.get("TMPDIR") or "/tmp"
+        files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=any(self._options.filters.values()))
         stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
         self._dest = files.prepare(named)
-        for rank, path in self._dest.error_files.items():
-            self._envs[rank]["TORCHELASTIC_ERROR_FILE"] = path
-        cpus: dict[int, frozenset[int]] = {}
-        if self._numa_options is not None:
-            from elastic_launch.host.numa import bind  # late: few programs need it
-
-            cpus = bind(self._numa_options, len(self._args), environ, log)
-        run_id = self._envs[0].get("TORCHELASTIC_RUN_ID", f"{self.name}-{time.time_ns()}")
-        options = WorkerOptions(self.name, self._entrypoint, self._args, run_id, environ, self._start_method)
-        self._workers = LocalWorkers(options._replace(filters=self._filters, cpus=cpus), log)
+        self._workers = LocalWorkers(self._options._replace(environ=environ), log)
         stack.callback(self._workers.close)
         limits = Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT)
         self._loop = AgentLoop(
             limits, self._workers, self._start, lambda action: answer_alone(action, lambda: self._assignment)
         )
-        self._run(enough=lambda state: "running:Started" in state.history)
+        # Processes that could not be started have no pid, but an exit.
+        self._run(enough=lambda state: bool(state.pids or state.exits))
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait until all processes have ended. When one fails, the others are stopped.
@@ -246,7 +240,7 @@ class PContext:
         with self._stack:
             failed = finish.failures if finish.signum is None else self._stopped(loop.state)
             failures = {failure.local_rank: failure for failure in failed}
-            values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._args)}
+            values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._envs)}
             self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
 
     def _stopped(self, state: AgentState) -> list[ProcessFailure]:

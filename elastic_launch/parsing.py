@@ -1,7 +1,7 @@
-"""Read the text forms of settings, as they stand on the command line, in variables and in ``--rdzv-conf``.
+"""Parse settings that are given as text: on the command line, in variables and in ``--rdzv-conf``.
 
-Pure: text in, values out. Text that cannot be read raises ``UsageError``. Its message is one line that begins with the
-text and says what is allowed, so that the caller can put the option's name in front.
+Pure functions. Invalid text raises ``UsageError``. The message is one line that begins with the text and says what is
+allowed, so that the caller can put the option's name in front.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18
 
 
-def parse_port(text: str) -> int:
+def parse_port(text: str, prefix: str = "") -> int:
     """Read a port number, 0 to 65535.
+
+    Args:
+        text: the number.
+        prefix: what the error message begins with, as in ``MY_PORT=``.
 
     Raises:
         UsageError: the text is not such a number.
     """
     if not is_number(text) or int(text) > _MAX_PORT:
-        raise UsageError(f"{text!r}: must be a port, a number from 0 to {_MAX_PORT}")
+        raise UsageError(f"{prefix}{text!r}: must be a port, a number from 0 to {_MAX_PORT}")
     return int(text)
 
 
@@ -67,20 +71,19 @@ _FLAGS = {
 }
 
 
-def parse_nnodes(text: str) -> tuple[int, int]:
+def parse_min_max_nnodes(nnodes: str) -> tuple[int, int]:
     """Read ``N`` or ``MIN:MAX`` as the smallest and the largest number of nodes.
 
-    >>> parse_nnodes("4"), parse_nnodes("1:4")
+    >>> parse_min_max_nnodes("4"), parse_min_max_nnodes("1:4")
     ((4, 4), (1, 4))
 
     Raises:
         UsageError: the text has neither form, or 1 <= MIN <= MAX does not hold.
     """
-    low, colon, high = text.partition(":")
-    if not colon:
-        high = low
+    low, colon, high = nnodes.partition(":")
+    high = high if colon else low
     if not (is_number(low) and is_number(high) and 1 <= int(low) <= int(high)):
-        raise UsageError(f"{text!r}: must be a number of nodes, at least 1, or a range MIN:MAX with 1 <= MIN <= MAX")
+        raise UsageError(f"{nnodes!r}: must be a number of nodes, at least 1, or a range MIN:MAX with 1 <= MIN <= MAX")
     return int(low), int(high)
 
 
@@ -215,5 +218,5 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 def _entries(text: str) -> list[str]:
-    """The non-empty parts of a list that is separated by commas, without surrounding blanks."""
+    """Return the non-empty parts of a comma-separated list, without surrounding blanks."""
     return [part.strip() for part in text.split(",") if part.strip()]

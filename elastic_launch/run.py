@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from elastic_launch.cli.command import config_from_args, run
 from elastic_launch.cli.main import console
-from elastic_launch.cli.options import make_parser
+from elastic_launch.cli.options import get_args_parser
 from elastic_launch.env import environment
 from elastic_launch.host.devices import local_world_size
-from elastic_launch.parsing import parse_nnodes
+from elastic_launch.parsing import parse_min_max_nnodes
 
 __all__ = [
     "config_from_args",
@@ -46,11 +46,6 @@ def main(args: Sequence[str] | None = None) -> None:
     run(parse_args(args))
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line, to which a program may add options."""
-    return make_parser()
-
-
 def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line. Options that it lacks come from ``PET_`` variables and defaults.
 
@@ -60,19 +55,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: as for ``main``.
     """
-    return make_parser().parse_args(args)
-
-
-def parse_min_max_nnodes(nnodes: str) -> tuple[int, int]:
-    """Read ``N`` or ``MIN:MAX`` as the smallest and the largest number of nodes.
-
-    >>> parse_min_max_nnodes("4"), parse_min_max_nnodes("1:4")
-    ((4, 4), (1, 4))
-
-    Raises:
-        UsageError: the text has neither form, or 1 <= MIN <= MAX does not hold.
-    """
-    return parse_nnodes(nnodes)
+    return get_args_parser().parse_args(args)
 
 
 def determine_local_world_size(nproc_per_node: str) -> int:

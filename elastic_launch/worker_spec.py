@@ -30,6 +30,9 @@ class WorkerState(StrEnum):
 class Rendezvous(Protocol):
     """What ``WorkerSpec`` accepts as its rendezvous: one of the launcher's, or a handler with torch's interface."""
 
+    def get_backend(self) -> str:
+        """Return the name of the backend."""
+
     def get_run_id(self) -> str:
         """Return the job's id."""
 
@@ -47,7 +50,7 @@ class WorkerSpec:
     args: tuple[Any, ...] = ()
     max_restarts: int = 3
     monitor_interval: float = 0.1
-    """Ignored, because nothing here polls; accepted for compatibility with torch."""
+    """Accepted for compatibility and unused: the agent does not poll."""
     master_port: int | None = None
     master_addr: str | None = None
     local_addr: str | None = None
@@ -57,10 +60,10 @@ class WorkerSpec:
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
     policy: Policy | None = None
-    """When the job restarts; None: as often as ``max_restarts`` says. torch's has no such field."""
+    """When the job restarts; None for up to ``max_restarts`` times. torch's class has no such field."""
 
     def get_policy(self) -> Policy:
-        """Return when the job restarts."""
+        """Return ``policy``, or the one that ``max_restarts`` stands for."""
         return self.policy or Policy(self.max_restarts)
 
     def get_entrypoint_name(self) -> str:

@@ -25,7 +25,7 @@ from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.parsing import is_number, parse_signals, read_flag
+from elastic_launch.parsing import parse_port, parse_signals, read_flag
 from elastic_launch.worker_spec import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.workers.orphans import subreaper
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class AgentRendezvous(EventSource, Protocol):
-    """The agent's view of a rendezvous: it carries out actions, and answers with events."""
+    """A rendezvous as the agent sees it: it carries out actions, and answers with events."""
 
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
@@ -44,14 +44,14 @@ class AgentRendezvous(EventSource, Protocol):
         """Return the job's id."""
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
-        """Accept an action. Events that answer it are returned here, or later by ``take``."""
+        """Carry out an action. Its answers are returned here, or later by ``take``."""
 
     def close(self) -> None:
-        """Tell the other nodes that this one is done, and release everything, in bounded time."""
+        """Notify the other nodes that this one is done, and release everything, in bounded time."""
 
 
 class _Run(NamedTuple):
-    """What a run holds until it is over."""
+    """The resources of a run."""
 
     files: JobFiles
     workers: LocalWorkers
@@ -128,12 +128,13 @@ class LocalElasticAgent:
             start_method,
             preload,
             {1: spec.duplicate_stdout_filters or [], 2: spec.duplicate_stderr_filters or []},
+            spec.numa_options,
         )
         self._has_run = self._has_failed = False
         self._group = WorkerGroup(spec)
 
     def get_worker_group(self, role: str = "default") -> WorkerGroup:
-        """Return the workers' current or final state. There is one group; ``role`` is for compatibility with torch."""
+        """Return the workers' current or final state; ``role`` is unused, because there is one group."""
         return self._group
 
     def run(self, role: str = "default") -> RunResult:
@@ -178,16 +179,15 @@ class LocalElasticAgent:
         signals = stack.enter_context(SignalQueue(self._stop_signals))
         if not stack.enter_context(subreaper()):
             self._log("this system has no subreapers: daemons of workers may survive if the launcher is killed")
-        options = self._options._replace(cpus=self._bindings())
         if self._health_check_server:
             stack.callback(self._health_check_server.stop)
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
-        workers = stack.enter_context(closing(LocalWorkers(options, self._log, signals.fileno())))
+        workers = stack.enter_context(closing(LocalWorkers(self._options, self._log, signals.fileno())))
         stack.enter_context(log_through(workers.log))
-        # After the keeper has started, which finds out that this process has no other children.
+        # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
-        telemetry = Telemetry(self._spec, options.run_id, workers.show, self._log)
+        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease
         return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
 
@@ -230,9 +230,6 @@ class LocalElasticAgent:
             for local_rank in range(assignment.local_world_size)
         }
         dest = run.files.prepare(envs)
-        for local_rank, environ in envs.items():
-            if path := dest.error_files.get(local_rank):
-                environ["TORCHELASTIC_ERROR_FILE"] = path
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
         run.workers.start(envs, dest, prefixes)
@@ -252,18 +249,9 @@ class LocalElasticAgent:
         if (port := self._environ.get("TORCHELASTIC_HEALTH_CHECK_PORT")) and not is_worker:
             from elastic_launch.health.server import HealthServer
 
-            if not is_number(port) or int(port) > 65535:
-                raise UsageError(f"TORCHELASTIC_HEALTH_CHECK_PORT={port!r}: must be a port, a number from 0 to 65535")
-            sources.append(stack.enter_context(closing(HealthServer(int(port), self._environ))))
+            number = parse_port(port, "TORCHELASTIC_HEALTH_CHECK_PORT=")
+            sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
         return watchdog, sources
-
-    def _bindings(self) -> dict[int, frozenset[int]]:
-        """Return the CPUs that each worker is bound to, by local rank."""
-        if self._spec.numa_options is None:
-            return {}
-        from elastic_launch.host.numa import bind
-
-        return bind(self._spec.numa_options, self._spec.local_world_size, self._environ, self._log)
 
     def _failure_result(self, finish: Finish, files: JobFiles) -> RunResult:
         report = format_report(self.name, finish, self._limits.policy.max_restarts, files.root if files.kept else None)

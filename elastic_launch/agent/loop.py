@@ -1,4 +1,4 @@
-"""Run the agent's event loop: tell ``core.agent.lifecycle`` what happened, and carry out what it decides.
+"""Run the agent's event loop: pass events to ``core.agent.lifecycle``, and carry out the actions that it returns.
 
 The loop waits in one place for everything: workers and their output, signals, other nodes, and deadlines.
 """
@@ -36,7 +36,7 @@ _MAX_POLL = 86400.0
 
 
 class EventSource(Protocol):
-    """Something that the loop waits for."""
+    """A source of events that the loop waits for."""
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptors to wait for, with their poll masks."""
@@ -48,7 +48,7 @@ class EventSource(Protocol):
         """Return what has happened, without blocking.
 
         Args:
-            ready: the descriptors that are ready, other sources' included.
+            ready: the descriptors that are ready, including those of other sources.
 
         Raises:
             LaunchError: the source cannot go on.
@@ -74,7 +74,7 @@ class AgentLoop:
             limits: the settings that decisions depend on.
             workers: the worker processes, the first source of events.
             start: starts the workers of a round.
-            ask: carries out an action of the rendezvous, and returns the events that it leads to at once.
+            ask: carries out an action of the rendezvous, and returns the events that answer it at once.
             sources: the other sources of events.
             log: writes a line for the user.
             observe: called with each event and the state after it.
@@ -118,7 +118,7 @@ class AgentLoop:
         if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
             event = self._workers.with_error(event, self.state.pids)
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
-            # Not before: by now no worker writes any more, or the agent has given up on the ones that do.
+            # Not earlier: only now have all workers stopped writing, or the agent has given up on those that have not.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
         self.state, actions = lifecycle.step(self.state, event, time.monotonic())
         self._observe(event, self.state)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from elastic_launch.workers.functions import Functions
 
 LOCAL_RANK = "${local_rank}"
-"""Placeholder for the local rank in the workers' arguments, as torch's ``macros.local_rank``."""
+"""Placeholder for the local rank in the workers' arguments; torch's ``macros.local_rank``."""
 FAULTHANDLER = b"(most recent call first):"
 """Part of every stack that Python's faulthandler writes."""
 CONSOLE_PATIENCE = 10.0
@@ -37,14 +37,14 @@ CONSOLE_PATIENCE = 10.0
 
 
 class WorkerOptions(NamedTuple):
-    """What a node's workers run, and how. It is the same in every round."""
+    """What a node's workers run, and how; the same in every round."""
 
     name: str
     """Name of the processes that run a function."""
     entrypoint: Callable[..., Any] | str
-    """A function, or a program."""
+    """The function or program that the workers run."""
     args: Mapping[int, tuple[Any, ...]]
-    """Its arguments, by local rank."""
+    """Arguments of the function or program, by local rank."""
     run_id: str
     """The job's id, which marks the workers and all processes that they start."""
     environ: Mapping[str, str]
@@ -54,13 +54,13 @@ class WorkerOptions(NamedTuple):
     preload: Sequence[str] = ()
     """Modules that the keeper imports before it forks the workers."""
     filters: Mapping[int, Sequence[str]] = {}
-    """Texts by stream (1, 2); lines with one of them are copied to one file for all workers."""
-    cpus: Mapping[int, frozenset[int]] = {}
-    """The CPUs that a worker is bound to, by local rank; missing: it is not bound."""
+    """Texts by stream (1 or 2). Lines that contain one of them are copied to a file, one for all workers."""
+    numa_options: Any = None
+    """How workers are bound to CPUs, as for ``--numa-binding``; None for no binding."""
 
 
 class LocalWorkers:
-    """The workers of one node, in one round after the other. A source of the loop's events."""
+    """The workers of one node, round after round; an event source of the agent's loop."""
 
     def __init__(self, options: WorkerOptions, log: Callable[[str], None], interrupt: int | None = None) -> None:
         """Start the keeper.
@@ -68,19 +68,24 @@ class LocalWorkers:
         Args:
             options: what the workers run, and how.
             log: writes a line for the user.
-            interrupt: a descriptor; once it is readable, ``close`` no longer waits for the console's reader.
+            interrupt: a descriptor that, once readable, keeps ``close`` from waiting for the console's reader.
 
         Raises:
-            UsageError: the function cannot be sent to the workers.
-            UnavailableError: the system cannot run such processes.
+            UsageError: the function cannot be sent to the workers, or ``numa_options`` is wrong.
+            UnavailableError: the system cannot run such processes, or cannot bind them as asked.
         """
         self._interrupt = interrupt
         self._options = options = options._replace(
             args={rank: tuple(_with_local_rank(arg, rank) for arg in args) for rank, args in options.args.items()}
         )
         self.console_patience = CONSOLE_PATIENCE
-        """Seconds without progress after which ``close`` gives up a console's reader."""
+        """Seconds without progress after which ``close`` gives up a console that is not read."""
         self._functions: Functions | None = None
+        self._cpus: dict[int, frozenset[int]] = {}
+        if options.numa_options is not None:
+            from elastic_launch.host.numa import bind  # late: few jobs need it
+
+            self._cpus = bind(options.numa_options, len(options.args), options.environ, log)
         with contextlib.ExitStack() as stack:
             if callable(options.entrypoint):
                 from elastic_launch.workers.functions import Functions  # late: multiprocessing takes 20 ms
@@ -109,16 +114,17 @@ class LocalWorkers:
 
         Args:
             envs: changes to the inherited environment, by local rank.
-            dest: where their output goes.
-            prefixes: what their lines on the console begin with, by local rank.
+            dest: where the workers' output goes, and their error files.
+            prefixes: prefixes of the workers' lines on the console, by local rank.
         """
         self._dest = dest
         self._dumped.clear()
         self._oom = OomCounter()
-        filters, cpus = self._options.filters, self._options.cpus
-        ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
-        null = -1
-        try:
+        filters = self._options.filters
+        with contextlib.ExitStack() as stack:
+            ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
+            stack.callback(self._pump.close_workers_ends)
+            null = stack.enter_context(open(os.devnull, "wb"))
             commands = []
             for rank, environ in envs.items():
                 argv, descriptors = self._command(rank)
@@ -126,14 +132,11 @@ class LocalWorkers:
                     if (rank, stream) in ends:
                         descriptors.append((ends[rank, stream], stream))
                     elif files.get(rank) == os.devnull:
-                        null = os.open(os.devnull, os.O_WRONLY) if null < 0 else null
-                        descriptors.append((null, stream))
-                commands.append(Command(rank, argv, environ, tuple(descriptors), cpus.get(rank, frozenset())))
+                        descriptors.append((null.fileno(), stream))
+                if path := dest.error_files.get(rank):
+                    environ = {**environ, "TORCHELASTIC_ERROR_FILE": path}
+                commands.append(Command(rank, argv, environ, tuple(descriptors), self._cpus.get(rank, frozenset())))
             self._processes.start(commands)
-        finally:
-            self._pump.close_workers_ends()
-            if null >= 0:
-                os.close(null)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""
@@ -151,7 +154,7 @@ class LocalWorkers:
         return self._pump.deadline()
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """See ``EventSource``; moves the workers' output, too."""
+        """See ``EventSource``. Also moves the workers' output."""
         self._pump.take(ready)
         return self._processes.take() if self._processes.fileno() in ready else []
 
@@ -174,7 +177,7 @@ class LocalWorkers:
         return self._functions.value(local_rank) if self._functions else None
 
     def close(self) -> None:
-        """Kill whatever is left, and wait up to ``console_patience`` for the console's reader."""
+        """Kill whatever is left. Wait for the console's reader up to ``console_patience`` seconds without progress."""
         self._stack.close()
 
     def _end_output(self) -> None:
@@ -200,7 +203,7 @@ class LocalWorkers:
         """Save the stacks that a worker wrote to stderr, and return a note that says where they are."""
         stacks = self._pump.since_mark(rank)
         if FAULTHANDLER not in stacks or not error_file:
-            return ""  # it does not run Python, or wrote something else
+            return ""  # the worker does not run Python, or wrote something else
         path = os.path.join(os.path.dirname(error_file), STACKS)
         try:
             with open(path, "wb") as file:
@@ -211,11 +214,11 @@ class LocalWorkers:
 
 
 def line_prefixes(template: str | None, role: str, assignment: Assignment) -> dict[int, str]:
-    """Return what each worker's lines on the console begin with, by local rank.
+    """Return the prefixes of the workers' lines on the console, by local rank.
 
     Args:
-        template: text with ``${role_name}``, ``${local_rank}``, ``${rank}`` and ``${host}``; other names stay as they
-            are. None: role and local rank, or host, role and global rank if there are several nodes.
+        template: text with ``${role_name}``, ``${local_rank}``, ``${rank}`` and ``${host}``; other names are left
+            alone. None: role and local rank, or host, role and global rank if there are several nodes.
         role: the workers' role.
         assignment: the node's ranks in the round.
     """

@@ -1,4 +1,4 @@
-"""What a parsed command line stands for: the settings of a job, and the command of its workers."""
+"""Turn a parsed command line into the settings of a job and the command of its workers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import LaunchConfig, LogsSpecs, Std
 from elastic_launch.env import environment
-from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.errors import UsageError
+from elastic_launch.host import plug_ins
 from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
 from elastic_launch.logs.job_files import DefaultLogsSpecs
-from elastic_launch.parsing import parse_nnodes, parse_ranks, parse_rdzv_conf
+from elastic_launch.parsing import parse_min_max_nnodes, parse_ranks, parse_rdzv_conf
 from elastic_launch.workers import BOOTSTRAP
 
 LOGS_SPECS = "torchrun.logs_specs"
@@ -56,7 +57,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     """
     environ = environment()
     command = _command(args, environ)
-    min_nodes, max_nodes = parse_nnodes(args.nnodes)
+    min_nodes, max_nodes = parse_min_max_nnodes(args.nnodes)
     if args.node_rank >= max_nodes:
         raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
     given = getattr(args, "given", {"master_addr"} | ({"node_rank"} if args.node_rank else set()))
@@ -92,36 +93,20 @@ def _static_endpoint(args: argparse.Namespace) -> str:
 
 
 def _logs_specs(args: argparse.Namespace) -> LogsSpecs:
-    create = _logs_specs_class(args.logs_specs)
-    # torch's classes check that a value is torch's Std, and so may classes that derive from them. They have imported
-    # torch already.
-    torchs: Any = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
-    std = torchs.Std if torchs and isinstance(create, type) and issubclass(create, torchs.LogsSpecs) else Std
-    streams = {
-        name: {rank: std(int(each)) for rank, each in value.items()} if isinstance(value, dict) else std(int(value))
-        for name, value in (("redirects", Std.from_str(args.redirects)), ("tee", Std.from_str(args.tee)))
-    }
-    try:
-        return create(log_dir=args.log_dir, local_ranks_filter=parse_ranks(args.local_ranks_filter), **streams)
-    except Exception as error:
-        name = getattr(create, "__qualname__", repr(create))
-        raise LaunchError(f"--logs-specs={args.logs_specs}: {name}: {type(error).__name__}: {error}") from error
+    def create(specs: Callable[..., LogsSpecs]) -> LogsSpecs:
+        # torch's classes check that a value is torch's Std, and so may classes that derive from them. They have
+        # imported torch already.
+        torchs: Any = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
+        std = torchs.Std if torchs and isinstance(specs, type) and issubclass(specs, torchs.LogsSpecs) else Std
+        streams = {
+            name: {rank: std(int(each)) for rank, each in value.items()} if isinstance(value, dict) else std(int(value))
+            for name, value in (("redirects", Std.from_str(args.redirects)), ("tee", Std.from_str(args.tee)))
+        }
+        return specs(log_dir=args.log_dir, local_ranks_filter=parse_ranks(args.local_ranks_filter), **streams)
 
-
-def _logs_specs_class(name: str | None) -> Callable[..., LogsSpecs]:
-    if name in (None, "default"):  # torch's own entry point has this name
-        return DefaultLogsSpecs
-    from importlib.metadata import entry_points  # late: it takes 20 ms, and only plug-ins need it
-
-    for entry_point in entry_points(group=LOGS_SPECS, name=name):
-        try:
-            return entry_point.load()  # type: ignore[no-any-return]
-        except Exception as error:
-            raise LaunchError(
-                f"--logs-specs={name}: {entry_point.value} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
-    known = ", ".join(sorted({"default", *entry_points(group=LOGS_SPECS).names}))
-    raise UsageError(f"--logs-specs={name}: no such entry point in the group {LOGS_SPECS}; available: {known}")
+    if args.logs_specs in (None, "default"):  # torch's own entry point has this name
+        return create(DefaultLogsSpecs)
+    return plug_ins.load(LOGS_SPECS, args.logs_specs, f"--logs-specs={args.logs_specs}", ("default",), create)
 
 
 def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str, list[str]]:

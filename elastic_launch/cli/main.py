@@ -1,7 +1,7 @@
 """The program ``elastic-run``: run the command line, print how the job ended, and exit with its status.
 
-It imports next to nothing before it can handle Ctrl-C, and no more than the options for ``--help``, ``--version`` and a
-wrong option.
+It imports next to nothing before it can handle Ctrl-C. For ``--help``, ``--version`` and a wrong option it imports no
+more than the options.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from elastic_launch.host.console import REPORT_PATIENCE, log, write
 def main() -> int:
     """Run the command line and return the exit status: 0, the cause's, 128 + N for signal N, or an ``ExitCode``."""
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, _ignore)  # for the workers only, and there are none yet
+        signal.signal(signum, _ignore)  # they are for the workers, and there are none yet
     signals.owns_process = True
     try:
-        from elastic_launch.cli.options import make_parser
+        from elastic_launch.cli.options import get_args_parser
         from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException
 
         try:
-            args = make_parser().parse_args()
+            args = get_args_parser().parse_args()
             from elastic_launch.cli.command import run
 
             run(args)

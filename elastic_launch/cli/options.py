@@ -1,4 +1,4 @@
-"""The options of ``elastic-run`` in one table, and the parser that is made from it.
+"""The table of ``elastic-run``'s options, and the parser that is built from it.
 
 Names, defaults and meanings are those of torchrun. Values keep torchrun's types, most of which are text. Each value is
 checked when it is read, whether it comes from the command line or from a ``PET_<NAME>`` variable.
@@ -20,8 +20,8 @@ from elastic_launch.parsing import (
     parse_backoff,
     parse_exit_codes,
     parse_filters,
+    parse_min_max_nnodes,
     parse_modules,
-    parse_nnodes,
     parse_port,
     parse_ranks,
     parse_rdzv_conf,
@@ -30,7 +30,7 @@ from elastic_launch.parsing import (
 )
 
 Read = Callable[[str], Any]
-"""Turns the text of an option into its value. Raises UsageError if the text is not allowed."""
+"""Turns the text of an option into its value, or raises UsageError."""
 
 VERSION = f"elastic-run {elastic_launch.__version__} (Python {'.'.join(map(str, sys.version_info[:3]))})"
 SHORT_USAGE = """\
@@ -46,7 +46,7 @@ Documentation: README.md and docs/ in the source of elastic-launch
 
 
 def _checked(parse: Callable[[str], object]) -> Read:
-    """Check the text, and keep it as it is, as torchrun does."""
+    """Return a reader that checks the text but returns it unchanged, as torchrun does."""
 
     def read(text: str) -> str:
         parse(text)
@@ -95,45 +95,45 @@ def _flag(text: str) -> bool:
 
 
 class Option(NamedTuple):
-    """One option. Its ``PET_`` variable and its spelling with underscores follow from its name."""
+    """One option. Its variable and its spelling with underscores follow from its name."""
 
     name: str
-    """Its name with dashes, as in ``max-restarts``."""
+    """Name with dashes, as in ``max-restarts``."""
     default: Any
-    """Its value if neither the command line nor the variable gives one."""
+    """Value if neither the command line nor the variable sets one."""
     read: Read
-    """Reads and checks its text."""
+    """Reads and checks the text of the value."""
     metavar: str
-    """What stands for its value in the help; ``""`` for flags."""
+    """Placeholder for the value in the help; ``""`` for flags."""
     help: str
-    """Its line in the help, without the default."""
+    """Description in the help, without the default."""
     short: str | None = None
-    """Its short spelling, as in ``-r``."""
+    """Short spelling, as in ``-r``; None if there is none."""
 
     @property
     def dest(self) -> str:
-        """The attribute that holds the value."""
+        """Name of the attribute that holds the value."""
         return self.name.replace("-", "_")
 
     @property
     def variable(self) -> str:
-        """The environment variable that gives the value if the command line does not."""
+        """Name of the environment variable that sets the value if the command line does not."""
         return f"PET_{self.dest.upper()}"
 
     @property
     def is_flag(self) -> bool:
-        """Whether it has no value on the command line."""
+        """Whether the option takes no value on the command line."""
         return self.read is _flag
 
     @property
     def flags(self) -> list[str]:
-        """Its spellings on the command line, each once."""
+        """Spellings on the command line, each once."""
         return [*filter(None, [self.short]), *dict.fromkeys((f"--{self.name}", f"--{self.dest}"))]
 
 
 GROUPS = {
     "where the job runs": (
-        Option("nnodes", "1:1", _checked(parse_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
+        Option("nnodes", "1:1", _checked(parse_min_max_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
         Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
         Option("standalone", False, _flag, "", "run on this node alone; the rendezvous options are ignored"),
         Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
@@ -149,7 +149,7 @@ GROUPS = {
     ),
     "restarts and shutdown": (
         Option("max-restarts", 0, _count, "N", "how often failed workers are restarted"),
-        Option("restart-window", 0, parse_seconds, "SECONDS", "age at which a failure no longer counts; 0: none"),
+        Option("restart-window", 0, parse_seconds, "SECONDS", "age at which a failure no longer counts; 0: never"),
         Option("restart-backoff", "0", _checked(parse_backoff), "FIRST[:MAX]", "seconds before a restart, doubling"),
         Option("fatal-exit-codes", "", _checked(parse_exit_codes), "CODES", "end the job on these statuses: 2,64-78"),
         Option("node-failure-limit", 0, _count, "N", "replace a node by a spare after N failures in a row; 0: never"),
@@ -181,7 +181,7 @@ GROUPS = {
         Option("verbose", False, _flag, "", "show what each node does", "-v"),
     ),
 }
-"""The options, as the help shows them."""
+"""The options, in the groups and the order of the help."""
 
 OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
@@ -190,7 +190,7 @@ class Arguments(argparse.Namespace):
     """A parsed command line."""
 
     __slots__ = ("given",)
-    """``given`` is the set of options that a flag or a variable has set. It is not in ``vars()``: torchrun lacks it."""
+    """``given``: the options that a flag or a variable has set. It is not in ``vars()``, because torchrun lacks it."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -219,7 +219,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as argparse does, but leave the script's arguments alone: they are never among the remaining ones."""
+        """Parse the options before the script. The script's arguments are never among the remaining ones."""
         args = sys.argv[1:] if args is None else args
         if not args:
             self.exit(2, SHORT_USAGE)
@@ -237,7 +237,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, [word for word in rest if word != "--"]
 
     def _script_position(self, args: Sequence[str]) -> int:
-        """Index of the script: the first word that is neither an option nor the value of an option."""
+        """Return the index of the script: the first word that is neither an option nor the value of one."""
         position = 0
         while position < len(args):
             word = args[position]
@@ -249,7 +249,7 @@ class Parser(argparse.ArgumentParser):
         return position
 
     def _takes_next_word(self, word: str) -> bool:
-        """Whether the next word is the option's value: yes for ``-r`` and ``--tee``, no for ``-r3`` and ``--tee=3``."""
+        """Return whether the next word is the option's value, as for ``-r`` and ``--tee``, but not ``--tee=3``."""
         actions = self._option_string_actions  # includes options that another program has added to this parser
         if word in actions:
             return actions[word].nargs != 0
@@ -260,8 +260,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of ``elastic-run``. Its namespaces have torchrun's attributes."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return a new parser of the command line, to which a program may add options.
+
+    Its namespaces have the attributes of torchrun's.
+    """
     parser = Parser(
         prog="elastic-run",
         description="Start, supervise and restart the workers of a distributed training job on this node.",
@@ -284,7 +287,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
-    """Set each option to the value of its flag, its variable or its default, in this order."""
+    """Set each option to the value of its flag, else of its variable, else to its default."""
     given = set()
     for option in OPTIONS:
         source, value = f"--{option.name}", getattr(namespace, option.dest, None)

@@ -11,9 +11,9 @@ from elastic_launch.errors import UsageError
 def visible_cuda_devices(value: str | None, uuids: Sequence[str]) -> list[int] | None:
     """Return the indices of the GPUs that CUDA shows to a process, in CUDA's order.
 
-    The rules are those of the CUDA programming guide ("CUDA environment variables") and, where it does not say, of
-    torch: the list ends before its first invalid entry, an entry given twice hides all devices, the first entry decides
-    between indices and UUIDs, and anything may follow the digits of an index.
+    The rules are those of the CUDA programming guide ("CUDA environment variables") and, where it leaves gaps, those of
+    torch. The list ends before its first invalid entry. An entry that occurs twice hides all devices. The first entry
+    decides between indices and UUIDs. Anything may follow the digits of an index.
 
     Args:
         value: the process's ``CUDA_VISIBLE_DEVICES``; None if it is not set.
@@ -49,8 +49,8 @@ def virtual_device(local_rank: int, environ: Mapping[str, str]) -> dict[str, str
     torch, ``LOCAL_WORLD_SIZE`` does not change.
 
     Args:
-        local_rank: the worker's.
-        environ: the environment that it inherits.
+        local_rank: the worker's local rank.
+        environ: the environment that the worker inherits.
 
     Raises:
         UsageError: ``CUDA_VISIBLE_DEVICES`` shows fewer devices than there are workers.

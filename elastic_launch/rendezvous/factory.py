@@ -125,7 +125,8 @@ def create_built_in(config: LaunchConfig, environ: Environ, log: Logger) -> Rend
     if config.rdzv_backend == "static" and config.rdzv_endpoint:
         host, port = split_endpoint(config.rdzv_endpoint)
     run_id = config.run_id or os.urandom(8).hex()
-    return SingleNodeRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port)
+    backend = config.rdzv_backend or "static"
+    return SingleNodeRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port, backend)
 
 
 def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
@@ -157,7 +158,7 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
     if config.local_addr:
         record = record._replace(address=config.local_addr, named=True)
-    return StoreRendezvous(settings, record, backend, log, timeouts, config.verbosity)
+    return StoreRendezvous(settings, record, backend, log, timeouts, config.verbosity, config.rdzv_backend or "c10d")
 
 
 def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ) -> C10dBackend:

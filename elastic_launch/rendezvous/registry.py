@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.host import plug_ins
 from elastic_launch.rendezvous import BUILT_IN
 from elastic_launch.rendezvous.handler import RendezvousHandler, RendezvousInfo, RendezvousParameters, check_backend
 
@@ -54,11 +55,8 @@ class RendezvousHandlerRegistry:
         """
         backend = params.backend
         if backend not in self._creators:
-            if (creator := _load_creator(backend)) is None:
-                raise UsageError(
-                    f"rendezvous backend {backend!r}: unknown; choose one of {', '.join(self.known_backends())}. "
-                    f"Others come with packages (entry point group {ENTRY_POINTS}) or by register()"
-                )
+            subject, hint = f"rendezvous backend {backend!r}", ", or call register()"
+            creator = plug_ins.load(ENTRY_POINTS, backend, subject, self._creators, lambda offer: offer(), hint)
             self.register(backend, creator)
         handler = self._creators[backend](params)
         # The handler comes from outside, and need not be a subclass of ours.
@@ -72,26 +70,7 @@ class RendezvousHandlerRegistry:
 
     def known_backends(self) -> list[str]:
         """Return the names of all backends, registered or installed. Takes some milliseconds."""
-        from importlib.metadata import entry_points
-
-        return sorted(self._creators.keys() | entry_points(group=ENTRY_POINTS).names)
-
-
-def _load_creator(backend: str) -> Creator | None:
-    """Import the creator of a backend from the package that offers it; None: no package does."""
-    from importlib.metadata import entry_points  # late: takes 20 ms, and only third-party backends need it
-
-    for entry_point in entry_points(group=ENTRY_POINTS, name=backend):
-        try:
-            creator = entry_point.load()()
-        except Exception as error:
-            package = f" of {entry_point.dist.name}" if entry_point.dist else ""
-            raise LaunchError(
-                f"rendezvous backend {backend!r}: cannot load entry point {entry_point.value}{package}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return creator  # type: ignore[no-any-return]
-    return None
+        return sorted(self._creators.keys() | plug_ins.offered(ENTRY_POINTS))
 
 
 class BuiltInHandler(RendezvousHandler):

@@ -54,20 +54,31 @@ class SingleNodeRendezvous:
         local_world_size: number of workers.
         master_addr: address of the workers' store.
         master_port: its port; 0: a free port, chosen for each round.
+        backend: name of the backend that the user chose. A single node does not need it.
     """
 
     def __init__(
-        self, run_id: str, local_world_size: int, master_addr: str = "127.0.0.1", master_port: int = 0
+        self,
+        run_id: str,
+        local_world_size: int,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 0,
+        backend: str = "static",
     ) -> None:
         self.lease: Callable[[float], None] = lambda until: None  # unused: nobody takes the place of the only node
         self._run_id = run_id
         self._workers = local_world_size
         self._addr = master_addr
         self._port = master_port
+        self._backend = backend
         self._reserved: socket.socket | None = None
         self._rounds = 0
         self._last = Decision(restart=True)
         self._decided_at = time.monotonic()
+
+    def get_backend(self) -> str:
+        """Return the name of the backend that the user chose."""
+        return self._backend
 
     def get_run_id(self) -> str:
         """Return the job's id."""

@@ -33,6 +33,7 @@ class StoreRendezvous:
         log: Callable[[str], None],
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - a value
         verbosity: int = Level.INFO,
+        name: str = "c10d",
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         reserve: Callable[[], socket.socket] = reserve_port,
@@ -47,6 +48,7 @@ class StoreRendezvous:
             log: takes each line for the log, up to the level ``verbosity``.
             timeouts: when to lose patience with the store; those that ``settings`` has are taken from there.
             verbosity: a ``Level``.
+            name: name of the backend, as the user chose it.
             clock: gives the time in seconds, on any monotonic clock.
             wall_clock: gives the time in seconds since 1970.
             reserve: reserves a port for a store that the worker of rank 0 serves.
@@ -57,6 +59,7 @@ class StoreRendezvous:
         self.log = log
         self._settings = settings
         self._verbosity = verbosity
+        self._name = name
         self._clock = clock
         self._wall_clock = wall_clock
         self._reserve = reserve
@@ -69,6 +72,10 @@ class StoreRendezvous:
         self._reserved: socket.socket | None = None
         timeouts = timeouts._replace(join=settings.join_timeout, silence=settings.keep_alive_deadline)
         self._link = StoreLink(backend, timeouts, self, clock)
+
+    def get_backend(self) -> str:
+        """Return the name of the backend."""
+        return self._name
 
     def get_run_id(self) -> str:
         """The job's id."""

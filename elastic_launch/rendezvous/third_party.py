@@ -56,6 +56,10 @@ class ThirdPartyRendezvous:
         self._wake = -1
         self._lock = threading.Lock()
 
+    def get_backend(self) -> str:
+        """Return the name of the backend, as the handler has it."""
+        return str(self._tasks.handler.get_backend())
+
     def get_run_id(self) -> str:
         """Return the job's id, as the handler has it."""
         return str(self._tasks.handler.get_run_id())

@@ -23,34 +23,15 @@ of torch and of this package understand each other.
 
 from __future__ import annotations
 
-from elastic_launch.timer.client import (
-    FileTimerClient,
-    FileTimerRequest,
-    LocalTimerClient,
-    TimerClient,
-    TimerRequest,
-    configure,
-    expires,
-)
-from elastic_launch.timer.server import (
-    FileTimerServer,
-    LocalTimerServer,
-    MultiprocessingRequestQueue,
-    RequestQueue,
-    TimerServer,
-)
-
-__all__ = [
-    "FileTimerClient",
-    "FileTimerRequest",
-    "FileTimerServer",
-    "LocalTimerClient",
-    "LocalTimerServer",
-    "MultiprocessingRequestQueue",
-    "RequestQueue",
-    "TimerClient",
-    "TimerRequest",
-    "TimerServer",
-    "configure",
-    "expires",
-]
+from elastic_launch.timer.client import FileTimerClient as FileTimerClient
+from elastic_launch.timer.client import FileTimerRequest as FileTimerRequest
+from elastic_launch.timer.client import LocalTimerClient as LocalTimerClient
+from elastic_launch.timer.client import TimerClient as TimerClient
+from elastic_launch.timer.client import TimerRequest as TimerRequest
+from elastic_launch.timer.client import configure as configure
+from elastic_launch.timer.client import expires as expires
+from elastic_launch.timer.server import FileTimerServer as FileTimerServer
+from elastic_launch.timer.server import LocalTimerServer as LocalTimerServer
+from elastic_launch.timer.server import MultiprocessingRequestQueue as MultiprocessingRequestQueue
+from elastic_launch.timer.server import RequestQueue as RequestQueue
+from elastic_launch.timer.server import TimerServer as TimerServer

@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from elastic_launch.core.timer_requests import LONGEST
@@ -22,53 +23,40 @@ if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
 PATIENCE = 1.0
-"""Seconds that a client waits for a server that has not opened its pipe yet, or does not empty it."""
+"""Seconds that a client waits for a server that has not opened its pipe yet, or does not read from it."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass
 class TimerRequest:
-    """Tells a server that a worker has entered or left a scope."""
+    """Notifies a server that a worker has entered or left a scope."""
 
-    __slots__ = ["expiration_time", "scope_id", "worker_id"]
-
-    def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
-        """Create a request.
-
-        Args:
-            worker_id: the worker; its process id for the servers of this package.
-            scope_id: any name of the scope.
-            expiration_time: when the worker must have left the scope, in seconds since 1970; negative if it has left.
-        """
-        self.worker_id = worker_id
-        self.scope_id = scope_id
-        self.expiration_time = expiration_time
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._values() == other._values()
-
-    __hash__ = None  # type: ignore[assignment]  # mutable
-
-    def _values(self) -> tuple[Any, ...]:
-        return self.worker_id, self.scope_id, self.expiration_time
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{self._values()}"
+    worker_id: Any
+    """The worker; its process id for the servers of this package."""
+    scope_id: str
+    """Name of the scope, chosen freely."""
+    expiration_time: float
+    """When the worker must have left the scope, in seconds since 1970; negative if it has left."""
 
 
+@dataclass(init=False)
 class FileTimerRequest(TimerRequest):
     """A request for the reader of a named pipe."""
 
-    __slots__ = ["signal", "version"]
+    version: int
+    """Version of the format: 1."""
+    signal: int
+    """Number of the signal that kills the worker; 0: none does."""
 
     def __init__(self, worker_pid: int, scope_id: str, expiration_time: float, signal: int = 0) -> None:
         """Create a request.
 
         Args:
             worker_pid: process id of the worker.
-            scope_id: any name of the scope.
+            scope_id: name of the scope, chosen freely.
             expiration_time: when the worker must have left the scope, in seconds since 1970; negative if it has left.
-            signal: number of the signal that kills the worker; 0 to kill it with none.
+            signal: number of the signal that kills the worker; 0: none does.
         """
         super().__init__(worker_pid, scope_id, expiration_time)
         self.version = 1
@@ -78,9 +66,6 @@ class FileTimerRequest(TimerRequest):
     def worker_pid(self) -> int:
         """Process id of the worker."""
         return int(self.worker_id)
-
-    def _values(self) -> tuple[Any, ...]:
-        return *super()._values(), self.signal
 
     def to_json(self) -> str:
         """Return the request as one line of JSON, without a line end."""
@@ -96,11 +81,11 @@ class FileTimerRequest(TimerRequest):
 
 
 class TimerClient(abc.ABC):
-    """Tells a server which scopes the worker enters and leaves. Derive from it for another way to a server."""
+    """Notifies a server of the scopes that the worker enters and leaves. Derive from it to use another transport."""
 
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that the worker enters a scope.
+        """Report that the worker enters a scope.
 
         Args:
             scope_id: name of the scope.
@@ -109,7 +94,7 @@ class TimerClient(abc.ABC):
 
     @abc.abstractmethod
     def release(self, scope_id: str) -> None:
-        """Tell that the worker has left a scope."""
+        """Report that the worker has left a scope."""
 
 
 _client: TimerClient | None = None
@@ -125,7 +110,7 @@ def configure(timer_client: TimerClient) -> None:
 def expires(
     after: float, scope: str | None = None, client: TimerClient | None = None
 ) -> contextlib._GeneratorContextManager[None]:
-    """Limit the time of a ``with`` block, or of a function as its decorator; the process is killed if it takes longer.
+    """Limit the time of a ``with`` block or, as a decorator, of a function. If it takes longer, the process is killed.
 
     Args:
         after: the limit in seconds.
@@ -156,7 +141,7 @@ def _in_scope(after: float, scope: str, client: TimerClient | None) -> Iterator[
 class FileTimerClient(TimerClient):
     """Sends requests to the reader of a named pipe: an agent, or a ``FileTimerServer``.
 
-    It opens the pipe for each request, so any thread and any forked child may use it.
+    It opens the pipe for each request, so that all threads and forked children can use it.
     """
 
     def __init__(self, file_path: str, signal: signals.Signals = signals.SIGKILL) -> None:
@@ -170,7 +155,7 @@ class FileTimerClient(TimerClient):
         self.signal = signal
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that this process enters a scope.
+        """Report that this process enters a scope.
 
         Args:
             scope_id: name of the scope.
@@ -184,7 +169,7 @@ class FileTimerClient(TimerClient):
         self._send(FileTimerRequest(os.getpid(), scope_id, expiration_time, int(self.signal)))
 
     def release(self, scope_id: str) -> None:
-        """Tell that this process has left a scope. Raises the same errors as ``acquire``."""
+        """Report that this process has left a scope. Raises the same errors as ``acquire``."""
         self._send(FileTimerRequest(os.getpid(), scope_id, -1))
 
     def _send(self, request: FileTimerRequest) -> None:
@@ -209,7 +194,7 @@ class FileTimerClient(TimerClient):
             os.close(fd)
 
     def _open(self, end: float) -> int:
-        """Open the pipe, and retry until ``end``: there is nothing to wait on for its reader."""
+        """Open the pipe. Retry until ``end``, because nothing signals that a reader has opened it."""
         while True:
             try:
                 fd = os.open(self._file_path, os.O_WRONLY | os.O_NONBLOCK)
@@ -234,9 +219,9 @@ class LocalTimerClient(TimerClient):
         self._mp_queue = mp_queue
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Tell that this process enters a scope; ``expiration_time`` is in seconds since 1970."""
+        """Report that this process enters a scope; ``expiration_time`` is in seconds since 1970."""
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, expiration_time))
 
     def release(self, scope_id: str) -> None:
-        """Tell that this process has left a scope."""
+        """Report that this process has left a scope."""
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, -1))

@@ -94,7 +94,7 @@ class _Timers(Generic[_Request]):
 
 
 class TimerServer(abc.ABC):
-    """Kills workers whose timers expire, in a thread. Subclasses say how timers are kept and a worker is killed."""
+    """Kills workers when their timers expire, in a thread. Subclasses define how to keep timers and kill workers."""
 
     def __init__(self, request_queue: RequestQueue, max_interval: float, daemon: bool = True) -> None:
         """Create a server.
@@ -155,7 +155,7 @@ class TimerServer(abc.ABC):
                 dead = self._reap_worker(worker_id)
             except Exception:
                 _log.exception("cannot kill worker %s", worker_id)
-                dead = True  # not to repeat the error in each check
+                dead = True  # so that the error is not repeated in each check
             if dead:
                 reaped.add(worker_id)
             else:
@@ -221,7 +221,7 @@ class FileTimerServer(_Timers[FileTimerRequest]):
             if stat.S_ISFIFO(os.lstat(file_path).st_mode):
                 os.unlink(file_path)
         os.mkfifo(file_path, 0o600)
-        # Opened for writing, too: otherwise reads would report its end whenever no client has it open.
+        # Open it for writing, too. Otherwise reads would report its end whenever no client has it open.
         self._fd = os.open(file_path, os.O_RDWR | os.O_NONBLOCK)
         self._wake = os.eventfd(0)
 

@@ -205,9 +205,9 @@ def test_packages_offer_handlers(plugins: str) -> None:
     assert registry.known_backends() == ["broken", "missing", "one-node"]
     first, second = (registry.create_handler(parameters()) for _ in range(2))
     assert (first.get_backend(), type(first), type(second)) == ("one-node", OneNode, OneNode)
-    with pytest.raises(LaunchError, match="broken_plugin:get of plugins: RuntimeError: boom"):
+    with pytest.raises(LaunchError, match="broken_plugin:get of plugins failed: RuntimeError: boom"):
         registry.create_handler(parameters("broken"))
-    with pytest.raises(LaunchError, match="no_such_module:get of plugins: ModuleNotFoundError"):
+    with pytest.raises(LaunchError, match="no_such_module:get of plugins failed: ModuleNotFoundError"):
         registry.create_handler(parameters("missing"))
 
 

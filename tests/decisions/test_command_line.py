@@ -18,7 +18,6 @@ from elastic_launch.cli.options import OPTIONS, SHORT_USAGE, VERSION
 from elastic_launch.host import signals
 from elastic_launch.parsing import (
     parse_filters,
-    parse_nnodes,
     parse_ranks,
     parse_rdzv_conf,
     parse_seconds,
@@ -108,7 +107,10 @@ WRONG = [
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
     ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
     ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
-    (["--logs-specs", "mine"], "--logs-specs=mine: no such entry point in the group torchrun.logs_specs"),
+    (
+        ["--logs-specs", "mine"],
+        "--logs-specs=mine: unknown; choose one of default, or install a package that offers it",
+    ),
     (["--numa-binding", "moon"], "'moon': must be one of node, socket, exclusive, core-complex"),
 ]
 
@@ -351,8 +353,8 @@ def test_endpoint_with_a_bad_port(text: str) -> None:
 
 
 def test_text_forms() -> None:
-    assert parse_nnodes("1:4") == parse_min_max_nnodes("1:4") == (1, 4)
-    assert parse_nnodes("2") == (2, 2)
+    assert parse_min_max_nnodes("1:4") == (1, 4)
+    assert parse_min_max_nnodes("2") == (2, 2)
     assert parse_rdzv_conf(" a=1, b = x=y ,") == {"a": "1", "b": "x=y"}
     assert parse_rdzv_conf("'a=1,b=2'") == {"a": "1", "b": "2"}
     assert parse_ranks("0, 2") == {0, 2}
@@ -438,7 +440,7 @@ def test_module_is_the_program(module: str) -> None:
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
-    code = "import sys; from elastic_launch.cli.options import make_parser; parser = make_parser()\n"
+    code = "import sys; from elastic_launch.cli.options import get_args_parser; parser = get_args_parser()\n"
     code += (
         "heavy = {'elastic_launch.agent', 'elastic_launch.launch', 'logging', 'json', 'importlib.metadata', 'shutil'}\n"
     )

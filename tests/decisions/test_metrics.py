@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 
 from elastic_launch import metrics
+from elastic_launch.agent.telemetry import Telemetry
+from elastic_launch.core.agent.lifecycle import AgentState
+from elastic_launch.core.agent.messages import Finish, GroupReaped, Limits, Started
+from elastic_launch.core.agent.root_cause import Exit
+from elastic_launch.errors import ProcessFailure
+from elastic_launch.job import Assignment, Policy, RestartHistory
 from elastic_launch.metrics import (
     ConsoleMetricHandler,
     MetricData,
@@ -22,9 +30,8 @@ from elastic_launch.metrics import (
     profile,
     publish_metric,
     put_metric,
-    put_round_metrics,
-    put_run_metrics,
 )
+from elastic_launch.worker_spec import Rendezvous, WorkerSpec
 
 
 @pytest.fixture(autouse=True)
@@ -165,8 +172,21 @@ def test_small_names() -> None:
         MetricHandler()  # type: ignore[abstract]
 
 
+def telemetry(role: str, max_restarts: int, log: Callable[[str], None] = silence) -> Telemetry:
+    rendezvous = cast(Rendezvous, None)  # not used here
+    spec = WorkerSpec(role, 1, rendezvous, entrypoint="sh", max_restarts=max_restarts)
+    return Telemetry(spec, "job", silence, log)
+
+
+def after(restarts: int, *exits: Exit) -> AgentState:
+    """Return the state of an agent in the round that follows so many restarts."""
+    assignment = Assignment(0, 1, 0, 1, 1, 0, 1, "127.0.0.1", 1, "host", True)
+    history = RestartHistory(used=restarts)
+    return AgentState(Limits(Policy(), 30), assignment=assignment._replace(restart_history=history), exits=exits)
+
+
 def test_the_agents_metrics_of_a_round(kept: Kept) -> None:
-    put_round_metrics("trainer", "FAILED", 1, 3, silence)
+    telemetry("trainer", 3).observe(GroupReaped({}), after(1, Exit(0, 1, 0.0)))
     assert kept.values() == {"workers.trainer.remaining_restarts": 2, "workers.trainer.failed": 1}
 
 
@@ -183,10 +203,11 @@ def test_the_agents_metrics_of_a_round(kept: Kept) -> None:
 def test_the_agents_metrics_of_a_run(
     kept: Kept, succeeded: bool, restarts: int, max_restarts: int, flakiness: int, outcome: str
 ) -> None:
-    put_run_metrics("default", succeeded, restarts, max_restarts, 1.5, silence)
+    failures = () if succeeded else (ProcessFailure(0, 100, 1),)
+    telemetry("default", max_restarts).end(after(restarts), Finish(failures))
     values = kept.values()
     assert values.pop("SimpleElasticAgent.run.success") == 1
-    assert values.pop("SimpleElasticAgent.run.duration.ms") == 1500
+    assert 0 <= values.pop("SimpleElasticAgent.run.duration.ms") < 60_000
     assert values.pop("workers.default.flakiness") == flakiness
     assert values.pop("workers.default.run_total") == 1
     assert sorted(values) == [
@@ -202,6 +223,7 @@ def test_handler_that_raises_does_not_end_the_job() -> None:
 
     configure(Broken())
     logged: list[str] = []
-    put_round_metrics("default", "HEALTHY", 0, 0, logged.append)
-    put_run_metrics("default", True, 0, 0, 1.0, logged.append)
+    broken = telemetry("default", 0, logged.append)
+    broken.observe(Started({}), after(0))
+    broken.end(after(0), Finish())
     assert logged == ["metrics are lost: OSError: disk"] * 2

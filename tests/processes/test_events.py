@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from typing import Any, cast
 import pytest
 
 from elastic_launch import events
+from elastic_launch.agent.telemetry import Telemetry
+from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import ProcessFailure, UsageError
 from elastic_launch.events import (
     Event,
@@ -30,6 +33,7 @@ from elastic_launch.events import (
     record_rdzv_event,
 )
 from elastic_launch.job import Assignment, RestartHistory
+from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec, WorkerState
 from tests.support.files import install_package
 from tests.support.waiting import DEADLINE
@@ -101,8 +105,9 @@ class Lines:
         self.text: list[str] = []
         self.logged: list[str] = []
 
-    def recorder(self, spec: WorkerSpec) -> Recorder:
-        return Recorder(spec, "run", "c10d", self.text.append, self.logged.append)
+    def recorder(self, spec: WorkerSpec, seconds: float = 0) -> Recorder:
+        """Return a recorder of a run that started some seconds ago."""
+        return Recorder(spec, "run", "c10d", self.text.append, self.logged.append, time.monotonic() - seconds)
 
     def events(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in "".join(self.text).splitlines()]
@@ -155,7 +160,8 @@ def test_record_writes_to_the_destination(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_unknown_destination_is_an_error_that_lists_those_available(plug_in: Path) -> None:
-    message = "'nosuch': unknown; available: absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
+    names = "absent, broken, console, dynamic_rendezvous, file, null, odd, raising"
+    message = f"'nosuch': unknown; choose one of {names}, or install"
     with pytest.raises(UsageError, match=f"event handler {message}"):
         record(INFO, "nosuch")
     with pytest.raises(UsageError, match=f"--event-log-handler: event handler {message}"):
@@ -165,20 +171,20 @@ def test_unknown_destination_is_an_error_that_lists_those_available(plug_in: Pat
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("broken", "event_plug:broken does not work: OSError: no network"),
-        ("absent", "event_plug:absent does not work: AttributeError: .* no attribute 'absent'"),
-        ("odd", "event_plug:odd must return a logging.Handler, not int"),
+        ("broken", "event_plug:broken of plug failed: OSError: no network"),
+        ("absent", "event_plug:absent of plug failed: AttributeError: .* no attribute 'absent'"),
+        ("odd", "event_plug:odd of plug failed: TypeError: must return a logging.Handler, not int"),
     ],
 )
 def test_plug_in_that_does_not_work_is_an_error_that_names_it(plug_in: Path, name: str, reason: str) -> None:
-    with pytest.raises(UsageError, match=f"--event-log-handler: event handler '{name}': {reason}"):
+    with pytest.raises(UsageError, match=f"--event-log-handler: event handler '{name}': plug-in {reason}"):
         check_destination(name)
 
 
 def test_plug_in_receives_events(plug_in: Path) -> None:
     check_destination("file")
     lines = Lines()
-    lines.recorder(spec("file")).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS, seconds=1)
+    lines.recorder(spec("file")).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS)
     # Nothing is left in a buffer: the program may end without the interpreter's shutdown.
     recorded = [json.loads(line) for line in plug_in.read_text().splitlines()]
     assert [event["metadata"]["global_rank"] for event in recorded] == [4, 5, None]
@@ -188,7 +194,7 @@ def test_plug_in_receives_events(plug_in: Path) -> None:
 def test_handler_that_raises_costs_one_line(plug_in: Path) -> None:
     check_destination("raising")
     lines = Lines()
-    lines.recorder(spec("raising")).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS, seconds=1)
+    lines.recorder(spec("raising")).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS)
     assert lines.logged == ["--event-log-handler=raising: events are lost: OSError: no network"]
 
 
@@ -219,7 +225,7 @@ def test_missing_facts_of_a_rendezvous_event_are_filled_in(plug_in: Path) -> Non
 def test_record_of_a_round() -> None:
     lines = Lines()
     before = int(time.time() * 1000)
-    lines.recorder(spec()).round_started(ASSIGNMENT, {0: 100, 1: -1}, seconds=2.9, joining=0.25)
+    lines.recorder(spec(), 2.5).round_started(ASSIGNMENT, {0: 100, 1: -1}, joining=0.25)
     assert len(lines.text) == 1, "each write may wait for its reader"
     rendezvous, assign, first, second = lines.events()
     assert before <= rendezvous["timestamp"] <= time.time() * 1000
@@ -237,7 +243,7 @@ def test_record_of_a_round() -> None:
 
 def test_record_of_a_success() -> None:
     lines = Lines()
-    lines.recorder(spec()).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS, seconds=3)
+    lines.recorder(spec(), 3).run_ended(WorkerState.SUCCEEDED, ASSIGNMENT, PIDS)
     first, second, agent = map(parsed, lines.events())
     for event in (first, second, agent):
         assert event["name"] == "torchelastic.worker.status.SUCCEEDED"
@@ -272,12 +278,23 @@ def test_record_of_a_success() -> None:
 
 def test_record_of_an_agent_that_failed() -> None:
     lines = Lines()
-    lines.recorder(spec()).run_ended(WorkerState.FAILED, None, {}, seconds=0, error="no store")
+    lines.recorder(spec()).run_ended(WorkerState.FAILED, None, {}, error="no store")
     (event,) = lines.events()
     assert (event["name"], event["source"]) == ("torchelastic.worker.status.FAILED", "AGENT")
     assert event["metadata"]["raw_error"] == "no store"
     assert event["metadata"]["hostname"] == os.uname().nodename
     assert event["metadata"]["group_rank"] is None
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("backend", ["static", "c10d", "etcd"])
+def test_events_name_the_rendezvous_backend(backend: str, nodes: int) -> None:
+    config = LaunchConfig(1, nodes, 1, rdzv_backend=backend, rdzv_endpoint="127.0.0.1:29400", run_id="job")
+    rendezvous = create_rendezvous(config, {}, print)
+    lines = Lines()
+    workers = WorkerSpec("trainer", 1, rendezvous, entrypoint="sh", event_log_handler="console")
+    Telemetry(workers, "job", lines.text.append, lines.logged.append).fail("no store")
+    assert [event["metadata"]["rdzv_backend"] for event in lines.events()] == [backend]
 
 
 TRAIN = """
@@ -327,8 +344,9 @@ def test_events_are_those_of_torchrun(tmp_path: Path) -> None:
         lines.text.append,
         lines.logged.append,
     )
-    recorder.round_started(assignment, pids, seconds=0.0, joining=0.0)
-    recorder.run_ended(WorkerState.FAILED, assignment, pids, failures, seconds=end["total_run_time"])
+    recorder.round_started(assignment, pids, joining=0.0)
+    later = replace(recorder, started_at=recorder.started_at - end["total_run_time"])
+    later.run_ended(WorkerState.FAILED, assignment, pids, failures)
 
     ours = lines.events()
     for event in ours:
@@ -348,7 +366,7 @@ def test_error_of_a_worker_has_the_format_of_its_error_file() -> None:
     failure = ProcessFailure(1, 101, 1, error="ValueError: boom", message="Traceback ...", timestamp=1.5, rank=5)
     killed = ProcessFailure(0, 100, -9, rank=4)
     elsewhere = ProcessFailure(0, 7, 1, rank=0)
-    lines.recorder(spec()).run_ended(WorkerState.FAILED, ASSIGNMENT, PIDS, [failure, killed, elsewhere], seconds=1)
+    lines.recorder(spec()).run_ended(WorkerState.FAILED, ASSIGNMENT, PIDS, [failure, killed, elsewhere])
     first, second, agent = map(parsed, lines.events())
     assert first["metadata"]["raw_error"] == {"message": "<NONE>"}
     assert first["metadata"]["metadata"]["exit_code"] == [-9]

@@ -558,4 +558,4 @@ def test_requests_are_values() -> None:
     assert request != timer.FileTimerRequest(7, "s", 1.5, signal.SIGKILL)
     assert timer.FileTimerRequest(7, "s", 1.5) != timer.TimerRequest(7, "s", 1.5)
     assert request.to_json().encode() + b"\n" == line(7, "s", 1.5, signal.SIGTERM)
-    assert "TimerRequest(7, 's', 1.5" in repr(request)
+    assert "worker_id=7, scope_id='s', expiration_time=1.5" in repr(request)

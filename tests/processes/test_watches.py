@@ -373,7 +373,9 @@ def test_events_split_no_line_and_are_not_split(job: Job) -> None:
 def test_an_unknown_event_handler_is_an_error_before_anything_runs(job: Job) -> None:
     done = job.run("--event-log-handler", "moon", job.script("mark('runs')"))
     assert done.returncode == 2
-    assert re.fullmatch(r"elastic-run: --event-log-handler: event handler 'moon': unknown; .*\n", done.stderr)
+    assert re.fullmatch(
+        r"elastic-run: --event-log-handler: event handler 'moon': unknown; choose one of .*\n", done.stderr
+    )
     assert job.marks() == []
 
 

@@ -3,7 +3,7 @@
     JOINING -> RUNNING -> (STOPPING -> AGREEING -> [PAUSING ->] JOINING)* -> DONE
 
 ``step`` takes the state, an event and the time. It returns the next state and the actions that the agent must carry
-out. To change how the agent reacts to an event, find the pair in ``TABLE`` at the end of this file.
+out. To change how the agent reacts to an event, find its row in ``TABLE`` at the end of this file.
 
 Every round ends through STOPPING, even a successful one, so that no process outlives its round. The workers are stopped
 and awaited, then their leftovers are reaped; at ``deadline`` whatever is left gets SIGKILL. After ``GroupReaped`` the
@@ -78,12 +78,15 @@ class AgentPhase(Enum):
     DONE = "done"
 
 
+JOINING, RUNNING, STOPPING, AGREEING, PAUSING, DONE = AgentPhase
+
+
 @dataclass(frozen=True)
 class AgentState:
     """Everything that the agent's decisions depend on."""
 
     limits: Limits
-    phase: AgentPhase = AgentPhase.JOINING
+    phase: AgentPhase = JOINING
     assignment: Assignment | None = None
     end: End | None = None
     """Why the round is over; None until that is known."""
@@ -128,6 +131,7 @@ class AgentState:
 
 
 Step = tuple[AgentState, list[Action]]
+Handler = Callable[[AgentState, Any, float], Step]
 
 
 class UnexpectedEventError(LaunchError):
@@ -176,7 +180,7 @@ def _enter(state: AgentState, phase: AgentPhase, deadline: float | None = None, 
 def _start(state: AgentState, event: Assigned, now: float) -> Step:
     assignment = event.assignment
     ranks = frozenset(range(assignment.local_world_size))
-    state = _enter(state, AgentPhase.RUNNING, assignment=assignment, running=ranks, started_at=now)
+    state = _enter(state, RUNNING, assignment=assignment, running=ranks, started_at=now)
     formed = "re-formed" if assignment.restart_count else "formed"
     text = f"{formed}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
     return state, [Start(assignment), _log_once(state, text)]
@@ -187,7 +191,7 @@ def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
 
 
 def _leave(state: AgentState, signum: int) -> Step:
-    return _enter(state, AgentPhase.DONE), [Leave(signum), Finish(signum=signum)]
+    return _enter(state, DONE), [Leave(signum), Finish(signum=signum)]
 
 
 def _end_without_a_round(state: AgentState, event: Decided, now: float) -> Step:
@@ -209,15 +213,15 @@ def _worker_exited(state: AgentState, event: Exited, now: float) -> Step:
         return state, [*actions, ReportFailure(failure)]
     if state.running:
         return state, []
-    return _reap_leftovers(_enter(state, AgentPhase.STOPPING, deadline=now, stopped_at=exit_.time), now)
+    return _reap_leftovers(_enter(state, STOPPING, deadline=now, stopped_at=exit_.time), now)
 
 
 def _record_exit(state: AgentState, event: Exited) -> AgentState:
     return replace(state, running=state.running - {event.exit.local_rank}, exits=(*state.exits, event.exit))
 
 
-def _dump_timed_out(state: AgentState, event: TimerExpired, now: float) -> Step:
-    """Have a worker whose timer expired write its stacks. Once it is killed, it counts as a failure like any other."""
+def _dump_overdue(state: AgentState, event: TimerExpired, now: float) -> Step:
+    """Have a worker whose timer expired write its stacks. It is killed afterwards, and then counts as failed."""
     ranks = frozenset(rank for rank in state.running if state.pids.get(rank) == event.pid) - state.expired_timers.keys()
     if not ranks:
         return state, []
@@ -225,7 +229,7 @@ def _dump_timed_out(state: AgentState, event: TimerExpired, now: float) -> Step:
     return replace(state, expired_timers=expired, deadline=now + DUMP_TIME), [DumpStacks(ranks)]
 
 
-def _kill_timed_out(state: AgentState, event: DeadlineReached, now: float) -> Step:
+def _kill_overdue(state: AgentState, event: DeadlineReached, now: float) -> Step:
     ranks = state.running & state.expired_timers.keys()
     return replace(state, deadline=None), [SendSignal(signal.SIGKILL, ranks, stop=False)]
 
@@ -260,15 +264,15 @@ def _stop_with_others(state: AgentState, event: Ended, now: float) -> Step:
 
 def _stop_without_a_lease(state: AgentState, event: LeaseExpired, now: float) -> Step:
     """Wait for the exits of the workers, which the keeper has already killed."""
-    return _enter(state, AgentPhase.STOPPING, deadline=now + KILL_PATIENCE, lease_expired=True), [Fence()]
+    return _enter(state, STOPPING, deadline=now + KILL_PATIENCE, lease_expired=True), [Fence()]
 
 
 def _stop(state: AgentState, signum: int, time: float, now: float) -> Step:
-    """Begin to stop the workers: a signal, stacks of those that hang, SIGKILL, and finally giving up."""
+    """Begin to stop the workers: first a signal, then the stacks of those that hang, then SIGKILL."""
     deadline = now + state.limits.shutdown_timeout
     if not state.running:
-        return _reap_leftovers(_enter(state, AgentPhase.STOPPING, deadline=deadline, stopped_at=time), now)
-    state = _enter(state, AgentPhase.STOPPING, deadline=deadline - _dump_time(state), stopped_at=time)
+        return _reap_leftovers(_enter(state, STOPPING, deadline=deadline, stopped_at=time), now)
+    state = _enter(state, STOPPING, deadline=deadline - _dump_time(state), stopped_at=time)
     return state, [SendSignal(signum, state.running, stop=True)]
 
 
@@ -312,7 +316,7 @@ def _stop_deadline_reached(state: AgentState, event: DeadlineReached, now: float
         return replace(state, hung=state.running, deadline=now + _dump_time(state)), [DumpStacks(state.running)]
     if not state.killed:
         return _kill(state, "shutdown timeout reached", now)
-    # Even SIGKILL does not help. The job ends here: a new round beside such a process could train twice at once.
+    # Even SIGKILL does not help. The job ends on this node: beside such a process, a new round could train twice.
     log = Log(
         f"{_remaining(state)} cannot be killed (stuck in state D on a hung device or file system, or owned by another "
         "user); giving up"
@@ -333,7 +337,7 @@ def _ended_while_stopping(state: AgentState, event: Ended, now: float) -> Step:
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
         return state, [Log(_headline(event.end))]
     if not (event.end.mine and state.failure_reported and state.running):
-        return state, _log_membership_change(state)  # anything else is in the next line, or logged by another node
+        return state, _log_membership_change(state)  # another line or another node tells the rest
     return state, [Log(f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}")]
 
 
@@ -354,7 +358,7 @@ def _finish_round(state: AgentState, evidence: Mapping[int, Evidence], now: floa
         evidence[rank] = known._replace(note="; ".join(filter(None, (reason, known.note))))
     assignment = _assignment(state)
     failures = root_cause.judge(state.exits, evidence, state.pids, assignment, state.stopped_at)
-    # A worker that did not stop causes nothing, but it deserves a line if something failed.
+    # A worker that did not stop in time is not a cause, but the report lists it if something else failed.
     hung = tuple(
         root_cause.failure_of(exit_, evidence, state.pids, assignment)
         for exit_ in state.exits
@@ -364,8 +368,8 @@ def _finish_round(state: AgentState, evidence: Mapping[int, Evidence], now: floa
     if failures or (state.end is not None and state.end.kind is EndKind.FAILED):
         failures += hung
     if state.stopped_by_signal:
-        return _enter(state, AgentPhase.DONE), [*actions, Finish(signum=state.signum)]
-    state = _enter(state, AgentPhase.AGREEING, failures=failures)
+        return _enter(state, DONE), [*actions, Finish(signum=state.signum)]
+    state = _enter(state, AGREEING, failures=failures)
     if state.end is not None:
         return state, [*actions, _round_report(state, now)]
     if state.failure_reported or state.lease_expired:
@@ -403,23 +407,23 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
         return _leave(state, state.signum)
     if not state.may_restart:
         error = f"{_remaining(state)} cannot be killed, so this node does not take part in another round"
-        return _enter(state, AgentPhase.DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
+        return _enter(state, DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
     logs: list[Action] = [_log_end(state, _restart_line(state, decision))] if decision.failures else []
     is_alone = _assignment(state).group_world_size == 1
     state = AgentState(state.limits, history=state.history)
     if decision.pause and is_alone:  # several nodes join at once, and the round closes after the pause
-        return _enter(state, AgentPhase.PAUSING, deadline=now + decision.pause), logs
+        return _enter(state, PAUSING, deadline=now + decision.pause), logs
     return state, [*logs, RequestJoin()]
 
 
 def _finish(state: AgentState, decision: Decision) -> Step:
     restarts = decision.restart_history.used if decision.failures else 0  # a spare knows it from the decision only
     finish = Finish(decision.failures, decision.signum or None, decision.error, decision.status, decision.why, restarts)
-    return _enter(state, AgentPhase.DONE), [finish]
+    return _enter(state, DONE), [finish]
 
 
 def _join(state: AgentState, event: DeadlineReached, now: float) -> Step:
-    return _enter(state, AgentPhase.JOINING), [RequestJoin()]
+    return _enter(state, JOINING), [RequestJoin()]
 
 
 def _leave_while_agreeing(state: AgentState, event: Signalled, now: float) -> Step:
@@ -449,23 +453,23 @@ def _restart_line(state: AgentState, decision: Decision) -> str:
 
 def _log_membership_change(state: AgentState) -> list[Action]:
     """Log why another round follows, unless this node has logged it already."""
-    changed = state.end is not None and state.end.kind is EndKind.MEMBERSHIP_CHANGED
-    if state.end is None or not changed or state.lease_expired or state.stopped_by_signal:
+    end = state.end
+    if end is None or end.kind is not EndKind.MEMBERSHIP_CHANGED or state.lease_expired or state.stopped_by_signal:
         return []
-    return [_log_end(state, _headline(state.end))]
+    return [_log_end(state, _headline(end))]
 
 
 def _log_end(state: AgentState, text: str) -> Log:
     """Log how the round ended: on the node that ended it, and on one of the others."""
     if state.end is not None and state.end.mine:
         return Log(text)
-    return _log_once(state, text, gone=state.end.rank if state.end is not None else -1)
+    return _log_once(state, text, leaving=state.end.rank if state.end is not None else -1)
 
 
-def _log_once(state: AgentState, text: str, gone: int = -1) -> Log:
-    """Log once per job: on the node with group rank 0, or with group rank 1 if the former is ``gone``."""
-    speaker = 1 if gone == 0 else 0
-    return Log(text, Level.INFO if _assignment(state).group_rank == speaker else Level.DEBUG)
+def _log_once(state: AgentState, text: str, leaving: int = -1) -> Log:
+    """Log once per job: on the node with group rank 0, or with group rank 1 if the former is ``leaving``."""
+    logging_rank = 1 if leaving == 0 else 0
+    return Log(text, Level.INFO if _assignment(state).group_rank == logging_rank else Level.DEBUG)
 
 
 def _remaining(state: AgentState) -> str:
@@ -484,42 +488,35 @@ def _assignment(state: AgentState) -> Assignment:
     return state.assignment
 
 
-TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Callable[[AgentState, Any, float], Step]] = {
-    (AgentPhase.JOINING, Assigned): _start,
-    (AgentPhase.JOINING, Decided): _end_without_a_round,
-    (AgentPhase.JOINING, Signalled): _leave_on_signal,
-    (AgentPhase.JOINING, UserSignalled): _ignore,
-    (AgentPhase.JOINING, TimerExpired): _ignore,
-    (AgentPhase.RUNNING, Started): _record_pids,
-    (AgentPhase.RUNNING, Exited): _worker_exited,
-    (AgentPhase.RUNNING, Ended): _stop_with_others,
-    (AgentPhase.RUNNING, Signalled): _stop_on_signal,
-    (AgentPhase.RUNNING, UserSignalled): _forward_signal,
-    (AgentPhase.RUNNING, TimerExpired): _dump_timed_out,
-    (AgentPhase.RUNNING, DeadlineReached): _kill_timed_out,
-    (AgentPhase.RUNNING, LeaseExpired): _stop_without_a_lease,
-    (AgentPhase.STOPPING, Started): _record_pids,
-    (AgentPhase.STOPPING, Exited): _stopped_worker_exited,
-    (AgentPhase.STOPPING, GroupReaped): _group_reaped,
-    (AgentPhase.STOPPING, Ended): _ended_while_stopping,
-    (AgentPhase.STOPPING, Signalled): _escalate,
-    (AgentPhase.STOPPING, UserSignalled): _forward_signal,
-    (AgentPhase.STOPPING, TimerExpired): _ignore,
-    (AgentPhase.STOPPING, DeadlineReached): _stop_deadline_reached,
-    (AgentPhase.STOPPING, LeaseExpired): _ignore,
-    (AgentPhase.AGREEING, Ended): _report_round,
-    (AgentPhase.AGREEING, Decided): _follow_decision,
-    (AgentPhase.AGREEING, Signalled): _leave_while_agreeing,
-    (AgentPhase.AGREEING, UserSignalled): _ignore,
-    (AgentPhase.AGREEING, TimerExpired): _ignore,
-    (AgentPhase.AGREEING, LeaseExpired): _ignore,
-    # From a round that was given up because a process could not be killed:
-    (AgentPhase.AGREEING, Started): _ignore,
-    (AgentPhase.AGREEING, Exited): _ignore,
-    (AgentPhase.AGREEING, GroupReaped): _ignore,
-    (AgentPhase.PAUSING, DeadlineReached): _join,
-    (AgentPhase.PAUSING, Decided): _end_without_a_round,
-    (AgentPhase.PAUSING, Signalled): _leave_on_signal,
-    (AgentPhase.PAUSING, UserSignalled): _ignore,
-    (AgentPhase.PAUSING, TimerExpired): _ignore,
+def _row(
+    kind: type[AgentEvent], handler: Handler, *phases: AgentPhase, ignored: tuple[AgentPhase, ...] = ()
+) -> dict[tuple[AgentPhase, type[AgentEvent]], Handler]:
+    return {(phase, kind): handler for phase in phases} | {(phase, kind): _ignore for phase in ignored}
+
+
+TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Handler] = {
+    # The rendezvous.
+    **_row(Assigned, _start, JOINING),
+    **_row(Ended, _stop_with_others, RUNNING),
+    **_row(Ended, _ended_while_stopping, STOPPING),
+    **_row(Ended, _report_round, AGREEING),
+    **_row(Decided, _follow_decision, AGREEING),
+    **_row(Decided, _end_without_a_round, JOINING, PAUSING),
+    # The workers. AGREEING ignores what comes from a round that was given up because a process could not be killed.
+    **_row(Started, _record_pids, RUNNING, STOPPING, ignored=(AGREEING,)),
+    **_row(Exited, _worker_exited, RUNNING),
+    **_row(Exited, _stopped_worker_exited, STOPPING, ignored=(AGREEING,)),
+    **_row(GroupReaped, _group_reaped, STOPPING, ignored=(AGREEING,)),
+    **_row(LeaseExpired, _stop_without_a_lease, RUNNING, ignored=(STOPPING, AGREEING)),
+    **_row(TimerExpired, _dump_overdue, RUNNING, ignored=(JOINING, STOPPING, AGREEING, PAUSING)),
+    # Signals.
+    **_row(Signalled, _leave_on_signal, JOINING, PAUSING),
+    **_row(Signalled, _stop_on_signal, RUNNING),
+    **_row(Signalled, _escalate, STOPPING),
+    **_row(Signalled, _leave_while_agreeing, AGREEING),
+    **_row(UserSignalled, _forward_signal, RUNNING, STOPPING, ignored=(JOINING, AGREEING, PAUSING)),
+    # Time.
+    **_row(DeadlineReached, _kill_overdue, RUNNING),
+    **_row(DeadlineReached, _stop_deadline_reached, STOPPING),
+    **_row(DeadlineReached, _join, PAUSING),
 }

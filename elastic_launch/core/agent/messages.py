@@ -56,11 +56,11 @@ class TimerExpired(NamedTuple):
 
     pid: int
     reason: str
-    """A few words for the failure report."""
+    """A few words on the timer, for the failure report."""
 
 
 class LeaseExpired(NamedTuple):
-    """The workers were killed because this process, suspended or starved of CPU time, did not renew their lease."""
+    """The keeper killed the workers, because the agent, suspended or starved of CPU time, did not renew their lease."""
 
 
 class DeadlineReached(NamedTuple):
@@ -108,7 +108,7 @@ class ReportFailure(NamedTuple):
     """End the round on all nodes because a worker failed; the answer is the ``Ended`` that came first."""
 
     failure: ProcessFailure
-    """What is known about it so far."""
+    """What is known so far about the failure."""
 
 
 class ReportSuccess(NamedTuple):
@@ -152,7 +152,7 @@ class SendSignal(NamedTuple):
     signum: int
     local_ranks: frozenset[int]
     stop: bool
-    """True: stop the workers, with their process groups. False: signal only the processes that lead them."""
+    """True: stop the workers and their process groups. False: signal only the leader of each process group."""
 
 
 class DumpStacks(NamedTuple):
@@ -165,7 +165,7 @@ class ReapLeftovers(NamedTuple):
     """End all processes that the round left behind; ``GroupReaped`` is the answer."""
 
     kill: bool
-    """False: send SIGTERM to what workers left behind. True: send SIGKILL to everything, workers included."""
+    """False: send SIGTERM to what workers left behind. True: send SIGKILL to everything, including the workers."""
 
 
 class Log(NamedTuple):

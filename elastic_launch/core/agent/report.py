@@ -9,11 +9,11 @@ from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure
 
 _MAX_LINES = 200
-"""Maximum lines of a traceback."""
+"""Maximum lines of a traceback or of stderr."""
 _MAX_LINE = 2000
-"""Maximum characters of each of these lines."""
+"""Maximum characters of a line of a traceback or of stderr."""
 _WIDTH = 80
-"""Characters of the rules."""
+"""Width of the report's rules, in characters."""
 
 
 def format_report(name: str, finish: Finish, max_restarts: int, log_dir: str | None) -> str:

@@ -1,7 +1,7 @@
 """Decide what follows a failure: another round or the end of the job.
 
-One node decides for the whole job. What it must remember is in a ``RestartHistory``, which travels from round to round
-with the assignments. The history holds ages instead of times, because the clocks of two hosts cannot be compared.
+One node decides for the whole job. What it must remember is in a ``RestartHistory``, which is passed from round to
+round with the assignments. It holds ages instead of times, because the clocks of two hosts cannot be compared.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 
 from elastic_launch.core.agent.root_cause import is_port_clash
 from elastic_launch.core.text import shortened
-from elastic_launch.errors import ProcessFailure, shell_status
+from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Decision, Policy, RestartHistory
 
 UNCHARGED_RESTARTS = 3
@@ -19,7 +19,7 @@ UNCHARGED_RESTARTS = 3
 BACK_TO_BACK = 10.0
 """Failures this close together, in seconds, count as back-to-back."""
 _MAX_SIGNATURE = 200
-"""Characters by which a failure is recognized."""
+"""Maximum characters of a failure's signature."""
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 """Signals that a program causes itself. Any other signal was probably sent from outside."""
 
@@ -36,7 +36,7 @@ def follow(
 
     Args:
         policy: the job's restart policy.
-        history: the job's restart history, aged up to now.
+        history: the job's restart history, aged to the present.
         failures: the failed workers of all nodes, the cause first; empty if there are none.
         node: the id of the node on which the cause failed.
         port: the port of the workers' store if the launcher can pick another one; otherwise 0.
@@ -49,7 +49,7 @@ def follow(
         return Decision(may_restart, history._replace(uncharged=history.uncharged + 1), failures)
     cause = failures[0]
     ages, used = _counted_failures(policy, history)
-    signature, status = _signature(cause), shell_status(cause.exitcode)
+    signature, status = _signature(cause), cause.status()
     repeats = _repeats(history, signature)
     if used >= policy.max_restarts or not may_restart:
         why = ""
@@ -76,7 +76,7 @@ def follow(
 
 
 def aged(history: RestartHistory, seconds: float) -> RestartHistory:
-    """Return the history as it is after so many more seconds."""
+    """Return the history with all ages increased by ``seconds``."""
     return history._replace(ages=tuple(round(age + seconds, 3) for age in history.ages))
 
 

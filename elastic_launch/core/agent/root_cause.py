@@ -1,8 +1,8 @@
 """Find out which workers failed, and which failure was the cause.
 
 A worker that the agent stopped did not fail. Of the workers that failed, the earliest is the cause. But an error that
-is plainly the consequence of a peer's death, such as a closed connection, comes after all others: the survivor of a
-SIGKILL may raise before the agent has seen the death.
+is plainly a consequence of a peer's death, such as a closed connection, ranks after all others: a survivor may raise it
+before the agent has seen that death.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class ErrorRecord(NamedTuple):
     """Type and message: ``ValueError: boom``."""
     traceback: str
     time: float
-    """When it was raised, in seconds since 1970."""
+    """When the exception was raised, in seconds since 1970."""
     path: str
-    """The error file."""
+    """Path of the error file."""
 
 
 class Evidence(NamedTuple):
@@ -43,7 +43,7 @@ class Evidence(NamedTuple):
     stderr: str = ""
     """The last lines that the worker wrote to stderr."""
     note: str = ""
-    """Anything else, as in ``ProcessFailure.note``."""
+    """A remark on the cause, as in ``ProcessFailure.note``."""
 
 
 NOTHING = Evidence()
@@ -86,9 +86,9 @@ def judge(
 
 
 def is_port_clash(failure: ProcessFailure, port: int) -> bool:
-    """Return whether a worker failed because the port for the workers' store was taken."""
+    """Return whether a worker failed because the port for the workers' store was taken; False for port 0."""
     text = f"{failure.error}\n{failure.message}"
-    return bool(_PORT_TAKEN.search(text)) and re.search(rf"(?<!\d){port}(?!\d)", text) is not None
+    return port > 0 and bool(_PORT_TAKEN.search(text) and re.search(rf"(?<!\d){port}(?!\d)", text))
 
 
 def _is_failure(exit_: Exit, error: ErrorRecord | None, stopped_at: float) -> bool:

@@ -30,8 +30,3 @@ def worker_environment(
         "TORCHELASTIC_USE_AGENT_STORE": str(assignment.agent_store),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
     }
-
-
-def omp_num_threads(cpus: int, local_world_size: int) -> int:
-    """Return the default number of OpenMP threads per worker: the node's CPUs shared out, at least 1."""
-    return max(1, cpus // local_world_size)
