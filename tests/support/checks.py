@@ -90,3 +90,21 @@ class Checks:
             return is_it and len(succeeded) == state.assignment.local_world_size
 
         return any(map(has, self._world.agents))
+
+
+def validate(node: NodeState) -> None:
+    """Check what must hold between any two steps.
+
+    Raises:
+        AssertionError: something does not hold.
+    """
+    round_, phase = node.round, node.phase
+    foreign = [timer for timer in node.timers if phase not in timer.phases]
+    assert not foreign, f"{phase}: timers of other phases: {foreign}"
+    assert (round_.leader is None) or phase in (Phase.WAITING, Phase.ENDED), f"{phase}: still the leader"
+    assert (round_.assignment is not None) or phase is not Phase.MEMBER, "a member without an assignment"
+    assert (round_.end is not None) or phase is not Phase.ENDED or round_.decision, "ended without a reason"
+    assert (round_.monitor is None) or round_.members is not None, "monitors members that it does not know"
+    assert round_.ticket or phase in (Phase.IDLE, Phase.JOINING, Phase.ENDED, Phase.LEAVING), f"{phase}: no ticket"
+    assert Timer.HEARTBEAT in node.timers or phase not in (Phase.WAITING, Phase.MEMBER, Phase.OUTSIDE), "no heartbeat"
+    assert not (node.may_disconnect and node.timers), "timers after the shutdown"
