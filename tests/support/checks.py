@@ -8,7 +8,7 @@ from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
 from elastic_launch.core.rendezvous.questions import Question
-from elastic_launch.core.rendezvous.state import NodeState, Phase, validate
+from elastic_launch.core.rendezvous.state import NodeState, Phase, Timer
 from elastic_launch.job import Assignment
 
 if TYPE_CHECKING:
