@@ -162,7 +162,7 @@ class PContext:
             LaunchError: ``logs_specs`` does not work.
         """
         if self._loop:
-            raise UsageError(f"{self.name}: the processes were already started")
+            raise UsageError(f"{self.name}: the processes were already started; create another PContext")
         environ = environment()
         # Without run ids, the name keeps the files of several groups apart.
         named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
