@@ -162,32 +162,29 @@ class PContext:
             LaunchError: ``logs_specs`` does not work.
         """
         if self._loop:
-            raise UsageError(f"{self.name}: the processes were already started")
-        try:
-            self._start_all(self._stack)
-        except BaseException:
-            self._loop = None
-            self._stack.close()
-            raise
-
-    def _start_all(self, stack: ExitStack) -> None:
-        stack.enter_context(standard_streams())
-        stack.enter_context(subreaper())
+            raise UsageError(f"{self.name}: the processes were already started; create another PContext")
         environ = environment()
         # Without run ids, the name keeps the files of several groups apart.
         named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
         run_id, temp_dir = named[0]["TORCHELASTIC_RUN_ID"], environ.get("TMPDIR") or "/tmp"
-        files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=any(self._options.filters.values()))
-        stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
-        self._dest = files.prepare(named)
-        self._workers = LocalWorkers(self._options._replace(environ=environ), log)
-        stack.callback(self._workers.close)
-        limits = Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT)
-        self._loop = AgentLoop(
-            limits, self._workers, self._start, lambda action: answer_alone(action, lambda: self._assignment)
-        )
-        # Processes that could not be started have no pid, but an exit.
-        self._run(enough=lambda state: bool(state.pids or state.exits))
+        with ExitStack() as stack:
+            stack.enter_context(standard_streams())
+            stack.enter_context(subreaper())
+            files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=any(self._options.filters.values()))
+            stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
+            self._dest = files.prepare(named)
+            self._workers = LocalWorkers(self._options._replace(environ=environ), log)
+            stack.callback(self._workers.close)
+            loop = AgentLoop(
+                Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT),
+                self._workers,
+                lambda assignment: self._workers.start(self._envs, self._dest, self._prefixes),
+                lambda action: answer_alone(action, lambda: self._assignment),
+            )
+            with log_through(self._workers.log):
+                # Processes that could not be started have no pid, but an exit.
+                loop.run(enough=lambda state: bool(state.pids or state.exits))
+            self._loop, self._stack = loop, stack.pop_all()
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait until all processes have ended. When one fails, the others are stopped.
@@ -228,13 +225,13 @@ class PContext:
                 self._loop.add_event(Signalled(death_sig or signal.SIGTERM, time.time()))
                 self._run()
 
-    def _run(self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False) -> None:
+    def _run(self, until: float | None = None) -> None:
         """Run the loop, if processes run, and set the result when all have ended."""
         loop = self._loop
         if loop is None or loop.finish:
             return
         with log_through(self._workers.log):
-            finish = loop.run(until, enough)
+            finish = loop.run(until)
         if finish is None:
             return
         with self._stack:
@@ -247,6 +244,3 @@ class PContext:
         """Return the failures of processes that ``close`` stopped, or that failed before it."""
         exits = [exit_ for exit_ in state.exits if exit_.exitcode != 0]
         return [failure_of(exit_, {}, state.pids, self._assignment) for exit_ in exits]
-
-    def _start(self, assignment: Assignment) -> None:
-        self._workers.start(self._envs, self._dest, self._prefixes)

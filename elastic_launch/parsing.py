@@ -13,8 +13,6 @@ from elastic_launch.errors import UsageError
 DEFAULT_BACKOFF_LIMIT = 300.0
 """The longest pause before a restart, in seconds, if ``--restart-backoff`` does not name one."""
 
-_MAX_PORT = 65535
-
 
 def is_number(text: str) -> bool:
     """Return whether the text is a non-negative integer in at most 18 decimal digits.
@@ -35,8 +33,8 @@ def parse_port(text: str, prefix: str = "") -> int:
     Raises:
         UsageError: the text is not such a number.
     """
-    if not is_number(text) or int(text) > _MAX_PORT:
-        raise UsageError(f"{prefix}{text!r}: must be a port, a number from 0 to {_MAX_PORT}")
+    if not is_number(text) or int(text) > 65535:
+        raise UsageError(f"{prefix}{text!r}: must be a port number from 0 to 65535")
     return int(text)
 
 
@@ -212,9 +210,7 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     host, colon, port = endpoint.strip().rpartition(":")
     if not colon or (":" in host and not host.endswith("]")):
         host, port = endpoint.strip(), "0"  # no port; perhaps a bare IPv6 address
-    if not is_number(port) or int(port) > _MAX_PORT:
-        raise UsageError(f"{endpoint!r}: the port must be a number from 0 to {_MAX_PORT}")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), parse_port(port, f"{endpoint!r}: port ")
 
 
 def _entries(text: str) -> list[str]:

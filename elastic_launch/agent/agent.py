@@ -26,7 +26,8 @@ from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.parsing import parse_port, parse_signals, read_flag
-from elastic_launch.worker_spec import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from elastic_launch.rendezvous.factory import adapt
+from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
@@ -34,14 +35,11 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class AgentRendezvous(EventSource, Protocol):
+class AgentRendezvous(Rendezvous, EventSource, Protocol):
     """A rendezvous as the agent sees it: it carries out actions, and answers with events."""
 
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
-
-    def get_run_id(self) -> str:
-        """Return the job's id."""
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Carry out an action. Its answers are returned here, or later by ``take``."""
@@ -118,7 +116,10 @@ class LocalElasticAgent:
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._log = log
-        self._rendezvous = _rendezvous_of(spec, self._environ, log)
+        handler = spec.rdzv_handler
+        if not isinstance(handler, AgentRendezvous):  # it has torch's interface
+            handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
+        self._rendezvous = handler
         self._options = WorkerOptions(
             self.name,
             entrypoint,
@@ -274,12 +275,3 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
         worker.global_rank, worker.world_size = assignment.rank(worker.local_rank), assignment.world_size
         worker.role_rank = assignment.base_role_rank + worker.local_rank
         worker.role_world_size = assignment.role_world_size
-
-
-def _rendezvous_of(spec: WorkerSpec, environ: Mapping[str, str], log: Callable[[str], None]) -> AgentRendezvous:
-    """Return the spec's rendezvous; a handler with torch's interface gets an adapter."""
-    if isinstance(spec.rdzv_handler, AgentRendezvous):
-        return spec.rdzv_handler
-    from elastic_launch.rendezvous.factory import adapt  # late: few jobs need it
-
-    return cast(AgentRendezvous, adapt(spec.rdzv_handler, spec, environ, log))

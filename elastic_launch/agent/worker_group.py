@@ -249,7 +249,7 @@ def _command_keeper(options: WorkerOptions) -> StartKeeper:
         return execute_keeper
     words = _argv(options, 0)
     if words[1:3] != ["-u", BOOTSTRAP]:
-        raise UsageError("preload: only works for Python scripts, modules and functions, not for commands")
+        raise UsageError("preload: only works for Python scripts, modules and functions; run other commands without it")
     return preload_keeper(words[:2], options.preload, words[3], words[4])
 
 

@@ -209,7 +209,7 @@ class FileTimerClient(TimerClient):
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 return fd
             os.close(fd)
-            raise BrokenPipeError(f"cannot reach a timer server at {self._file_path}: it is not a named pipe")
+            raise BrokenPipeError(f"{self._file_path} is not a named pipe; pass the path in TORCHELASTIC_TIMER_FILE")
 
 
 class LocalTimerClient(TimerClient):

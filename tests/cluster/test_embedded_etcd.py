@@ -391,7 +391,7 @@ def config(endpoint: str = "h:1,i:1,j:1", backend: str = "etcd", **conf: str) ->
         (lambda: config(protocol="https"), "protocol: embedded etcd (embedded=true) supports http only"),
         (lambda: config("h:1,h:2,i:1"), "each member needs two ports of its own"),
         (lambda: config("h:65535"), "PORT must be below 65535"),
-        (lambda: config("h:x"), "port must be a number"),
+        (lambda: config("h:x"), "must be a port number"),
     ],
 )
 def test_wrong_settings_are_named(settings: Callable[[], LaunchConfig], text: str) -> None:

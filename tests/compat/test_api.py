@@ -95,7 +95,7 @@ def test_usage_errors_are_value_errors() -> None:
         elastic_launch(config(start_method="thread"), os.getpid)()
     with pytest.raises(ValueError, match="entrypoint=None: there is nothing to run"):
         elastic_launch(config(), None)()
-    with pytest.raises(LaunchError, match="port must be a number"):
+    with pytest.raises(LaunchError, match="must be a port number"):
         sh("true", rdzv_backend="static", rdzv_endpoint="host:many")
 
 

@@ -85,8 +85,8 @@ WRONG = [
     (["-t", "4"], "--tee='4': must be 0 (none), 1 (stdout)"),
     (["--signals-to-handle", "SIGTERM,SIGFOO"], "--signals-to-handle='SIGFOO': must be names of signals"),
     (["--signals-to-handle", "SIGKILL"], "--signals-to-handle='SIGKILL': must be names of signals"),
-    (["--master-port", "65536"], "--master-port='65536': must be a port"),
-    (["--master-port", "http"], "--master-port='http': must be a port"),
+    (["--master-port", "65536"], "--master-port='65536': must be a port number from 0 to 65535"),
+    (["--master-port", "http"], "--master-port='http': must be a port number"),
     (["--shutdown-timeout", "-1"], "--shutdown-timeout='-1': must be a number of at least 0"),
     (["--monitor-interval", "-0.1"], "--monitor-interval='-0.1': must be a number of seconds, at least 0"),
     (["--monitor-interval", "nan"], "--monitor-interval='nan': must be a number of seconds"),
@@ -106,7 +106,7 @@ WRONG = [
     ([*C10D, "--rdzv-conf", "join_timeout=soon"], "--rdzv-conf join_timeout='soon': must be a number of seconds"),
     ([*C10D, "--rdzv-conf", "keep_alive_max_attempt=1"], "keep_alive_max_attempt=1: must be a number of at least 2"),
     ([*C10D, "--rdzv-conf", "is_host=perhaps"], "is_host=perhaps: must be true or false"),
-    ([*C10D[:-1], "h:99999"], "'h:99999': the port must be a number from 0 to 65535"),
+    ([*C10D[:-1], "h:99999"], "'h:99999': port '99999': must be a port number from 0 to 65535"),
     (
         ["--logs-specs", "mine"],
         "--logs-specs=mine: unknown; choose one of default, or install a package that offers it",
@@ -348,7 +348,7 @@ def test_endpoint(text: str, expected: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("text", ["h:x", "h:65536", "h:", "h:-1"])
 def test_endpoint_with_a_bad_port(text: str) -> None:
-    with pytest.raises(UsageError, match="port must be a number"):
+    with pytest.raises(UsageError, match="must be a port number"):
         split_endpoint(text)
 
 
