@@ -223,13 +223,12 @@ def _visible_gpus(option: str, environ: Mapping[str, str], root: str) -> list[st
     try:
         gpus, parents = nvml.query(mig_devices)
     except nvml.NvmlError as error:
-        gpus = _gpus_from_driver(root)
+        gpus, parents = _gpus_from_driver(root), []
         if mig_devices and gpus:
             raise UnavailableError(
                 f"{option}: CUDA_VISIBLE_DEVICES={value!r} names MIG devices, and only NVML knows which GPUs they are "
                 f"part of ({error}); install elastic-launch[nvml], or start without --numa-binding"
             ) from error
-        parents = []
     if mig_devices:
         return parents
     visible = visible_cuda_devices(value, [gpu.uuid for gpu in gpus])

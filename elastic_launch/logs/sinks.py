@@ -51,7 +51,6 @@ class Console:
         """
         status = os.fstat(stream)
         self._report = report
-        self.identity = (status.st_dev, status.st_ino)
         self.is_terminal = os.isatty(stream)
         self.stream = stream
         self.fd = fd

@@ -69,7 +69,7 @@ class FunctionProcess(process.BaseProcess):
             now = os.fstat(self.result)
         except OSError:
             now = None
-        if now is None or (now.st_dev, now.st_ino) != (self._file.st_dev, self._file.st_ino):
+        if now is None or not os.path.samestat(now, self._file):
             raise OSError("the function has closed the descriptor for its return value")
         return self.result
 

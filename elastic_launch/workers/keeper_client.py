@@ -242,7 +242,7 @@ class KeeperClient:
             for command in commands
         ]
         if self._lease:  # this may be a new keeper
-            self._keeper.send("lease", self._lease)
+            self._keeper.send("renew_lease", self._lease)
         self._keeper.send("spawn", orders, descriptors=[fd for command in commands for fd, _ in command.descriptors])
 
     def send_signal(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
@@ -250,13 +250,13 @@ class KeeperClient:
         if stop and self._is_starting and self._start_keeper is not execute_keeper:
             self._early_stop_signals = (int(signum), signal.SIGKILL)
             self._keeper.kill()  # it is importing modules, and reads no messages meanwhile
-        self._keeper.send("signal", int(signum), sorted(local_ranks), stop)
+        self._keeper.send("send_signal", int(signum), sorted(local_ranks), stop)
 
     def lease(self, until: float) -> None:
         """Let the workers live until ``until`` on ``time.monotonic``. SIGKILL and ``LeaseExpired`` follow unless this
         is called again before. Workers need no lease before the first call."""
         self._lease = until
-        self._keeper.send("lease", until)
+        self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Have Python workers write the stacks of their threads to stderr."""
