@@ -116,7 +116,10 @@ def hide_bootstrap() -> None:
 
 
 def record_failure(error: BaseException) -> None:
-    """Write the exception that ends the program, unless it is not a failure, is another process's, or is written."""
+    """Write the exception that ends the program to its error file.
+
+    An exit status is not written, nor the exception of a forked child, nor one that was written before.
+    """
     error.with_traceback(strip(error.__traceback__))
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         return

@@ -143,7 +143,7 @@ def _handle(handler: ErrorHandler, error: Exception) -> None:
 
 
 def _without_launcher(tb: TracebackType | None) -> TracebackType | None:
-    """A traceback without the frames of this package at its head."""
+    """Return a traceback without the frames of this package at its head."""
     while tb is not None and str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] == "elastic_launch":
         tb = tb.tb_next
     return tb

@@ -6,9 +6,9 @@ keeper is killed with SIGKILL.
 
 The keeper runs as a program of its own: ``main(SOCKET, AGENT)`` under ``python -I -S``. It is executed, not forked,
 because the agent may live in a program full of threads. SOCKET is a stream socket to the agent. AGENT is a pidfd of the
-agent: a program that forks may hold copies of the socket's other end, so the socket alone would not show its death. The
-keeper blocks all signals but SIGCHLD and has a session of its own, so that neither a terminal nor a batch system that
-signals every process of a job can hit it by accident.
+agent. The socket alone would not show the agent's death, because forks of its program may hold copies of the other end.
+The keeper blocks all signals but SIGCHLD and has a session of its own, so that neither a terminal nor a batch system
+that signals every process of a job can hit it by accident.
 
 It imports nothing of elastic_launch and as little of the standard library as possible, because the first worker waits
 for its start. It decides nothing and never gives up on a process; the agent may do so, and leaves the keeper to its
@@ -122,7 +122,7 @@ class KeeperPhase(Enum):
     TERMINATING = 1
     """The leftovers have been sent SIGTERM."""
     KILLING = 2
-    """Whatever is left is sent SIGKILL again and again."""
+    """Whatever is left is sent SIGKILL repeatedly."""
     REAPED = 3
     """No process is left, and the agent knows."""
 
@@ -149,7 +149,7 @@ class Keeper:
         self.environment = environment
         self.forks = forks
         self.private_descriptors: tuple[int, ...] = ()
-        """Descriptors of the keeper's own, which a forked worker closes."""
+        """The keeper's own descriptors. A forked worker closes them."""
         self.received_descriptors: list[int] = []
         """Descriptors for workers that have not been started yet."""
         self.worker_limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -163,6 +163,7 @@ class Keeper:
         self.killed_leftovers: dict[int, str] = {}
         """Names, by pid, of the processes that were sent SIGKILL after the last worker had ended."""
         self.kill_interval = MIN_KILL_INTERVAL
+        """Seconds until SIGKILL is sent again."""
         self.lease = NO_LEASE
         """When the workers are killed unless the agent renews the lease, on ``time.monotonic``."""
 
@@ -374,7 +375,7 @@ class Keeper:
         return pid
 
     def become_worker(self, order: SpawnOrder, descriptors: Sequence[int], reading: int, writing: int) -> NoReturn:
-        """In the new process: lead a session of its own, then execute the command or leave the keeper's frames.
+        """Turn the new process into the worker: give it a session, then execute its command or leave all frames.
 
         Args:
             order: the worker.
@@ -390,8 +391,8 @@ class Keeper:
         errors = writing
         try:
             os.setsid()
-            # For the case that keeper and agent die at the same instant. The setting survives exec. The keeper may
-            # have died before it was made.
+            # In case the keeper and the agent die at the same instant. The setting survives exec, but has no effect if
+            # the keeper has died before.
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != self.pid:
                 os._exit(127)
@@ -421,11 +422,7 @@ class Keeper:
 
 
 def renumber(descriptors: Sequence[int], targets: Sequence[int], lowest: int) -> list[int]:
-    """Give descriptors the numbers that the worker expects, where -1 means any from ``lowest`` on.
-
-    Returns:
-        The numbers.
-    """
+    """Give descriptors the numbers that the worker expects; -1 means any from ``lowest`` on. Returns the numbers."""
     # Move all of them out of the way first: the number of one may be the target of another.
     numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
     for index, target in enumerate(targets):
