@@ -17,9 +17,9 @@ from elastic_launch.errors import UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
 from elastic_launch.job import Assignment
-from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs.job_files import STACKS
-from elastic_launch.logs.source import STDERR, STDOUT
+from elastic_launch.logs.pump import LogPump
+from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.error_files import read_error_file

@@ -1,4 +1,4 @@
-"""Addresses of hosts: what a name stands for, and which addresses are this host's own."""
+"""Resolve the names of hosts, and tell which addresses are this host's own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from elastic_launch.errors import RendezvousConnectionError
 
 Address = tuple[int, tuple[Any, ...]]
-"""An address family, and an address of it as ``socket.connect`` accepts it."""
+"""An address family, and an address in the form that ``socket.connect`` accepts."""
 
 
 def join_endpoint(host: str, port: int) -> str:
@@ -50,7 +50,7 @@ def own_address(destination: str) -> str:
 
 
 def is_own(address: Address) -> bool:
-    """Return whether an address is this host's: only those can be bound."""
+    """Return whether an address is this host's own. Only those can be bound."""
     family, where = address
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         try:

@@ -1,6 +1,6 @@
-"""This process's cgroups, and whether the kernel's OOM killer has struck in them.
+"""Find this process's cgroups, and count the processes that the kernel's OOM killer has ended in them.
 
-Reads a few small files in /proc and /sys/fs/cgroup. The counters tell that a process was killed for lack of memory, but
+Reads a few small files in /proc and /sys/fs/cgroup. The counters show that a process was killed for lack of memory, but
 not which one.
 """
 
@@ -21,7 +21,7 @@ class OomCounter:
     """
 
     def __init__(self, root: str = "/") -> None:
-        """Remember the counter as it is now. Where none can be read, nothing counts.
+        """Read the counter's present value. If there is no counter, ``killed`` returns 0.
 
         Args:
             root: the directory with ``proc`` and ``sys``.
@@ -30,19 +30,20 @@ class OomCounter:
         self._folders = cgroup_folders("memory", root)
         # A cgroup without the memory controller is part of the nearest one above that has it.
         files = [f"{folder}/{name}" for folder in self._folders for name in ("memory.events", "memory.oom_control")]
-        self._file, self._before = "", 0
-        for file in [*files, _HOST]:
-            count = _field(root, file, "oom_kill")  # in version 1 since Linux 4.13
-            if count is not None:
-                self._file, self._before = file, count
-                break
+        files.append(_HOST)
+        # In version 1 there is a counter since Linux 4.13.
+        self._file = next((file for file in files if _field(root, file, "oom_kill") is not None), "")
+        self._before = self._count()
 
     def killed(self) -> int:
-        """The number of processes killed since; 0 if it is not known."""
-        return max(0, (_field(self._root, self._file, "oom_kill") or 0) - self._before) if self._file else 0
+        """Return the number of processes killed since then; 0 if it is not known."""
+        return max(0, self._count() - self._before)
+
+    def _count(self) -> int:
+        return _field(self._root, self._file, "oom_kill") or 0
 
     def describe(self) -> str:
-        """One line for the report on a worker that died of SIGKILL; empty if the OOM killer did not strike."""
+        """Return a line for the report on a worker that died of SIGKILL; empty if the OOM killer did not strike."""
         killed = self.killed()
         if not killed:
             return ""
@@ -57,13 +58,13 @@ class OomCounter:
 
 
 def cgroup_folders(controller: str, root: str = "/") -> list[str]:
-    """The directories of this process's cgroup for a controller and of the cgroups above it, nearest first.
+    """Return the directories of this process's cgroup and of the cgroups above it, nearest first.
 
-    Not all of them need exist. In a container the path in /proc may be the host's, or lead out of what can be seen from
+    Some of them may not exist. In a container the path in /proc may be the host's, or lead out of what can be seen from
     here (``/../..``). Then only the mount itself exists, and that is the cgroup.
 
     Args:
-        controller: its name in version 1. In version 2 all controllers share one tree.
+        controller: the controller's name in version 1. In version 2 all controllers share one tree.
         root: the directory with ``proc`` and ``sys``; the results are relative to it.
     """
     folders = []
@@ -84,7 +85,7 @@ def cgroup_folders(controller: str, root: str = "/") -> list[str]:
 
 
 def read(root: str, path: str) -> str:
-    """The text of a file of the kernel's; empty if it cannot be read."""
+    """Return the text of a file in /proc or /sys; empty if it cannot be read."""
     try:
         with open(os.path.join(root, path), encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
@@ -93,13 +94,13 @@ def read(root: str, path: str) -> str:
 
 
 def _limits(root: str, folder: str) -> list[int]:
-    """The memory limit of a cgroup in bytes, if it has one."""
+    """Return the memory limits of a cgroup in bytes: one or none."""
     texts = [read(root, f"{folder}/{name}").strip() for name in ("memory.max", "memory.limit_in_bytes")]
     return [int(text) for text in texts if text.isdecimal() and int(text) < 1 << 60]  # version 1 has no word for none
 
 
 def _field(root: str, path: str, name: str) -> int | None:
-    """The number behind a name at the start of a line."""
+    """Return the number behind a name at the start of a line; None if there is none."""
     for line in read(root, path).splitlines():
         words = line.split()
         if len(words) >= 2 and words[0] == name and words[1].isdecimal():
@@ -108,5 +109,5 @@ def _field(root: str, path: str, name: str) -> int | None:
 
 
 def _size(count: int) -> str:
-    """A number of bytes as ``64.0 GiB``, or below one GiB as ``512 MiB``."""
+    """Format a number of bytes as ``64.0 GiB``, or below one GiB as ``512 MiB``."""
     return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

@@ -1,6 +1,6 @@
-"""The launcher's own messages on standard error.
+"""Write the launcher's own messages to standard error.
 
-They must not hold up the agent: if nobody reads them any more (a pager, Ctrl-S), messages are lost, not supervision.
+They never hold up the agent for long: if their reader has stopped (a pager, Ctrl-S), messages are lost.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def begin_with_new_line(needed: bool) -> None:
 
 
 def write(text: str, patience: float) -> None:
-    """Write to standard error for some seconds at most. Ignores errors."""
+    """Write to standard error, and give up after ``patience`` seconds. Ignores errors."""
     if getattr(_thread, "needs_new_line", False):
         text = f"\n{text}"
         _thread.needs_new_line = False

@@ -1,7 +1,7 @@
-"""How many workers a host has room for: its CPUs, GPUs and other accelerators.
+"""Find out how many workers a host has room for: its CPUs, GPUs and other accelerators.
 
-Reads /proc and /sys, asks NVML, and runs one short-lived child that may import torch. This process never does.
-Everything slow is imported where it is used: a plain number needs none of it.
+Reads /proc and /sys, asks NVML, and runs one short-lived child that may import torch. This process never imports it.
+Everything slow is imported where it is used, because a plain number of workers needs none of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ os._exit(0)  # without unloading drivers, which may crash
 
 
 def local_world_size(nproc_per_node: str, environ: Mapping[str, str]) -> int:
-    """The number of workers that ``--nproc-per-node`` asks for, at least 1.
+    """Return the number of workers that ``--nproc-per-node`` asks for, at least 1.
 
     Args:
         nproc_per_node: the option's value.
@@ -94,9 +94,9 @@ def local_world_size(nproc_per_node: str, environ: Mapping[str, str]) -> int:
 
 
 def cpu_count(root: str = "/") -> int:
-    """The number of CPUs that this process may use, at least 1.
+    """Return the number of CPUs that this process may use, at least 1.
 
-    That is its affinity mask, or the quota of its cgroups, rounded up, if that is less.
+    This is the size of its affinity mask or, if that is less, the quota of its cgroups, rounded up.
 
     Args:
         root: the directory with ``proc`` and ``sys``.
@@ -105,7 +105,7 @@ def cpu_count(root: str = "/") -> int:
 
 
 def _cpu_quotas(root: str) -> Iterator[int]:
-    """The quotas of this process's cgroup and of all above it, in CPUs. Skips what cannot be read or understood."""
+    """Yield the quotas of this process's cgroup and of all above it, in CPUs. Skip what cannot be read or parsed."""
     for folder in cgroup_folders("cpu", root):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
             try:
@@ -117,7 +117,7 @@ def _cpu_quotas(root: str) -> Iterator[int]:
 
 
 def _count_with_nvml(environ: Mapping[str, str], is_torch_installed: bool) -> tuple[int | None, str]:
-    """The number of visible NVIDIA GPUs and, if it is 0, why; None and why if NVML cannot say."""
+    """Return the number of visible NVIDIA GPUs and, if it is 0, why; None and why if NVML cannot say."""
     try:
         gpus, _ = nvml.query()
     except nvml.NvmlError as error:
@@ -127,14 +127,14 @@ def _count_with_nvml(environ: Mapping[str, str], is_torch_installed: bool) -> tu
     if visible == [] or not gpus:
         return 0, f"CUDA_VISIBLE_DEVICES={value!r} hides all {len(gpus)}" if gpus else "NVML found 0"
     if visible is None or any(gpu.has_mig for gpu in gpus):
-        # CUDA shows a process at most one compute instance, and none beside whole GPUs. What this process sees only
-        # CUDA can tell, all the more as CUDA's order of unequal cards, which the numbers follow, is not NVML's.
+        # CUDA shows a process at most one compute instance, and none beside whole GPUs. Only CUDA knows what this
+        # process sees. Besides, the numbers follow CUDA's order of unequal cards, which is not NVML's.
         return (None, "MIG is in use") if is_torch_installed else (1, "")
     return len(visible), ""
 
 
 def _torch_init() -> str | None:
-    """The path of torch's first file, without importing it; None if torch is not installed."""
+    """Return the path of torch's first file, without importing it; None if torch is not installed."""
     import importlib.util
 
     spec = importlib.util.find_spec("torch")
@@ -142,9 +142,9 @@ def _torch_init() -> str | None:
 
 
 def _is_cpu_only(torch_init: str) -> bool:
-    """Whether torch is certain to find no accelerator, so that ``auto`` need not wait for its import.
+    """Return whether torch is certain to find no accelerator, so that ``auto`` need not wait for its import.
 
-    This is so for a CPU wheel of torch, if no other package has a backend for torch to load.
+    This is the case for a CPU wheel of torch, unless another package has a backend for torch to load.
     """
     if "+cpu'" not in read(os.path.dirname(torch_init), "version.py"):
         return False
@@ -154,7 +154,11 @@ def _is_cpu_only(torch_init: str) -> bool:
 
 
 def _count_with_torch(name: str, environ: Mapping[str, str]) -> tuple[int | None, str]:
-    """The number of devices with this name, -1 if torch does not know it, and why 0; None and why if that fails."""
+    """Have a child process count a kind of devices with torch.
+
+    Returns:
+        The number of devices, -1 if torch does not know their name, and why it is 0; None and why if this fails.
+    """
     import subprocess
 
     # -P: the working directory may hold a file named like a module that torch imports.

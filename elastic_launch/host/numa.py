@@ -1,7 +1,7 @@
-"""The CPUs near each worker's GPU, for ``--numa-binding``.
+"""Find the CPUs near each worker's GPU, for ``--numa-binding``.
 
-Reads the topology from /sys, and the GPUs from NVML or from their driver's files in /proc, both only when asked. It
-binds nothing: the keeper does, when it starts a worker.
+Reads the topology from /sys, and the GPUs from NVML or from their driver's files in /proc, both only when asked. The
+keeper binds the workers when it starts them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class AffinityMode(StrEnum):
     """Which CPUs a worker is bound to. The names and values are torch's."""
 
     NODE = "node"
-    """All CPUs of the NUMA node of its GPU. Choose this one when in doubt."""
+    """All CPUs of the NUMA node of its GPU. Use this one when in doubt."""
     SOCKET = "socket"
     """All CPUs of the socket of its GPU's NUMA node, which may have more than one node."""
     EXCLUSIVE = "exclusive"
     """CPU cores for this worker alone: those of the GPU's NUMA node, divided evenly among the GPUs there."""
     CORE_COMPLEX = "core-complex"
-    """CPUs of the GPU's NUMA node that share a last-level cache. Each GPU gets another cache, while there are any."""
+    """CPUs of the GPU's NUMA node that share a last-level cache. Each GPU gets another cache if there are enough."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class NumaOptions:
 
 
 def mode_of(options: object) -> tuple[str, bool]:
-    """The mode, and whether to go on without it if it fails.
+    """Return the mode, and whether to start unbound workers if binding fails.
 
     Args:
         options: the name of a mode, a mode, or a ``NumaOptions``, ours or torch's.
@@ -49,16 +49,15 @@ def mode_of(options: object) -> tuple[str, bool]:
     """
     mode = getattr(options, "affinity_mode", options)
     mode = getattr(mode, "value", mode)
-    modes = tuple(known.value for known in AffinityMode)
-    if mode not in modes:
-        raise UsageError(f"--numa-binding={mode!r}: must be one of {', '.join(modes)}")
+    if mode not in list(AffinityMode):
+        raise UsageError(f"--numa-binding={mode!r}: must be one of {', '.join(AffinityMode)}")
     return str(mode), bool(getattr(options, "should_fall_back_if_binding_fails", False))
 
 
 def bind(
     options: object, workers: int, environ: Mapping[str, str], log: Callable[[str], None]
 ) -> dict[int, frozenset[int]]:
-    """The result of ``bindings``, by local rank; empty if it fails and ``options`` allow that.
+    """Return the result of ``bindings`` by local rank; empty if it fails and ``options`` allow that.
 
     Args:
         options: as for ``mode_of``.
@@ -81,7 +80,7 @@ def bind(
 
 
 def bindings(mode: str, workers: int, environ: Mapping[str, str], root: str = "/") -> list[frozenset[int]]:
-    """The CPUs of each worker, by local rank: at least one each, and only CPUs that this process may use.
+    """Return the CPUs of each worker, by local rank: at least one each, and only CPUs that this process may use.
 
     Local rank N has the Nth of the GPUs that ``CUDA_VISIBLE_DEVICES`` shows. Workers are spread evenly over the NUMA
     nodes that have usable CPUs if there are no GPUs, if there are fewer than workers, or if the host does not know
@@ -139,7 +138,7 @@ def bindings(mode: str, workers: int, environ: Mapping[str, str], root: str = "/
 def _parts(
     mode: str, nodes: Mapping[int, frozenset[int]], node: int, allowed: frozenset[int], root: str
 ) -> list[frozenset[int]]:
-    """What a node has to give: its cores, its caches, or all its CPUs at once; empty if it has no usable CPU."""
+    """Return what a node offers: its cores, its caches, or all its CPUs at once; empty if it has no usable CPU."""
     whole = nodes.get(node, frozenset())
     cpus = whole & allowed
     if mode == AffinityMode.EXCLUSIVE:
@@ -156,7 +155,7 @@ def _parts(
 
 
 def _groups(cpus: frozenset[int], group_of: Callable[[int], frozenset[int]]) -> list[frozenset[int]]:
-    """These CPUs, split into the groups that they belong to, in the order of the groups' first CPUs."""
+    """Split CPUs into the groups that they belong to, in the order of the groups' first CPUs."""
     groups: dict[tuple[int, int], frozenset[int]] = {}
     left = set(cpus)
     while left:
@@ -176,7 +175,7 @@ def _read(root: str, path: str) -> str:
 
 
 def _nodes(root: str) -> dict[int, frozenset[int]]:
-    """The CPUs of each NUMA node. A node that is only memory has none."""
+    """Return the CPUs of each NUMA node. A node that has only memory is empty."""
     folder = "sys/devices/system/node"
     online = parse_list(_read(root, f"{folder}/online"))
     return {node: parse_list(_read(root, f"{folder}/node{node}/cpulist")) for node in online}
@@ -191,7 +190,7 @@ def _core_of(cpu: int, root: str) -> frozenset[int]:
 
 
 def _last_cache_of(cpu: int, root: str) -> frozenset[int]:
-    """The CPUs that share this CPU's cache of the highest level."""
+    """Return the CPUs that share this CPU's cache of the highest level."""
     folder = f"sys/devices/system/cpu/cpu{cpu}/cache"
     caches = [
         (int(_read(root, f"{folder}/{name}/level")), f"{folder}/{name}/shared_cpu_list")
@@ -205,7 +204,7 @@ def _last_cache_of(cpu: int, root: str) -> frozenset[int]:
 
 
 def _node_of(address: str, root: str) -> int:
-    """The NUMA node of a PCI device; -1 if the host does not know it."""
+    """Return the NUMA node of a PCI device; -1 if the host does not know it."""
     try:
         return int(_read(root, f"sys/bus/pci/devices/{address}/numa_node"))
     except (OSError, ValueError):
@@ -213,7 +212,7 @@ def _node_of(address: str, root: str) -> int:
 
 
 def _visible_gpus(option: str, environ: Mapping[str, str], root: str) -> list[str]:
-    """The PCI addresses of the NVIDIA GPUs that CUDA shows the workers, in CUDA's order.
+    """Return the PCI addresses of the NVIDIA GPUs that CUDA shows the workers, in CUDA's order.
 
     Raises:
         UnavailableError: ``CUDA_VISIBLE_DEVICES`` names MIG devices, and NVML cannot say which GPUs they belong to.
@@ -223,13 +222,12 @@ def _visible_gpus(option: str, environ: Mapping[str, str], root: str) -> list[st
     try:
         gpus, parents = nvml.query(mig_devices)
     except nvml.NvmlError as error:
-        gpus = _gpus_from_driver(root)
+        gpus, parents = _gpus_from_driver(root), []
         if mig_devices and gpus:
             raise UnavailableError(
                 f"{option}: CUDA_VISIBLE_DEVICES={value!r} names MIG devices, and only NVML knows which GPUs they are "
                 f"part of ({error}); install elastic-launch[nvml], or start without --numa-binding"
             ) from error
-        parents = []
     if mig_devices:
         return parents
     visible = visible_cuda_devices(value, [gpu.uuid for gpu in gpus])
@@ -237,9 +235,9 @@ def _visible_gpus(option: str, environ: Mapping[str, str], root: str) -> list[st
 
 
 def _gpus_from_driver(root: str) -> list[nvml.Gpu]:
-    """The GPUs, in the order of their PCI addresses, from the files of NVIDIA's driver; empty without a driver.
+    """Return the GPUs that NVIDIA's driver lists, in the order of their PCI addresses; empty without a driver.
 
-    In some containers the files list all GPUs of the host. Those without a device file do not belong to the container.
+    In some containers it lists all GPUs of the host. Those without a device file do not belong to the container.
     """
     folder = os.path.join(root, "proc/driver/nvidia/gpus")
     try:

@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this host, from NVML by way of the module ``pynvml`` (``elastic-launch[nvml]``)."""
+"""Ask NVML for the NVIDIA GPUs of this host, through the module ``pynvml`` (``elastic-launch[nvml]``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals as events of the agent's loop.
+"""Turn signals into events of the agent's loop.
 
 Handlers only enqueue, and the interpreter writes to a pipe that the loop waits on. The process's signal handlers are
 replaced for a while and then restored; nothing else is touched.
@@ -70,18 +70,18 @@ class SignalQueue:
         os.close(self._writing)
 
     def fileno(self) -> int:
-        """The descriptor that is readable when a signal has arrived."""
+        """Return the descriptor that is readable when a signal has arrived."""
         return self._reading
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """Descriptors to wait for, with their poll masks."""
+        """See ``EventSource``."""
         return [(self._reading, select.POLLIN)]
 
     def deadline(self) -> None:
-        """None: nothing is ever due."""
+        """See ``EventSource``: nothing is ever due."""
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """The signals that have arrived, in order."""
+        """Return the signals that have arrived, in order."""
         # late: the command line imports this file first
         from elastic_launch.core.agent.messages import Signalled, UserSignalled
 

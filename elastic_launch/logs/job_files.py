@@ -42,7 +42,7 @@ class DefaultLogsSpecs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str | None:
-        """The directory that the user named; None if the user named none."""
+        """The directory that the user chose; None for a temporary one."""
         return self._root_log_dir
 
     @property
@@ -97,7 +97,7 @@ class JobFiles:
             specs: what the user asked for. If it names no directory, one in ``temp_dir`` is used.
             run_id: the job's id. Characters that a file name cannot have are percent-encoded.
             temp_dir: the system's directory for temporary files.
-            has_filters: whether some lines go to a file of their own.
+            has_filters: whether the lines that match a filter go to a separate file.
 
         Raises:
             UnavailableError: the directory cannot be created.
@@ -111,9 +111,8 @@ class JobFiles:
         log_dir = specs.root_log_dir
         if not log_dir:
             self._specs = copy.copy(specs)
-            self._specs._root_log_dir = log_dir = self._temporary = os.path.join(
-                temp_dir, f"elastic_launch_{os.urandom(6).hex()}"
-            )
+            self._temporary = log_dir = os.path.join(temp_dir, f"elastic_launch_{os.urandom(6).hex()}")
+            self._specs._root_log_dir = log_dir
         self.root = os.path.join(log_dir, as_file_name(run_id))
         try:
             self.root = os.path.abspath(self.root)
@@ -123,11 +122,13 @@ class JobFiles:
         except OSError as error:
             if self.asked_for:
                 name = f"--log-dir={log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
-                raise UnavailableError(f"{name}: cannot create {self.root}: {error.strerror}") from error
+                raise UnavailableError(
+                    f"{name}: cannot create {self.root}: {error.strerror}; choose another directory with --log-dir"
+                ) from error
             # Otherwise there is no place for temporary files, and the job runs without error files.
 
     def prepare(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Say where everything goes in a new round, and remove error files that an earlier job of the same id left.
+        """Return where everything goes in a new round. Remove error files that an earlier job with the same id left.
 
         Args:
             envs: the workers' environments, by local rank.
@@ -150,12 +151,12 @@ class JobFiles:
         """Remove the temporary directory, unless files in it are kept.
 
         Args:
-            keep: whether to keep all files. If not, only those are kept that the user asked for, and stacks.
+            keep: whether to keep all files. Otherwise only the files that the user asked for and stacks are kept.
         """
         if self._temporary:
             for directory, _, files in os.walk(self._temporary, topdown=False):
                 with contextlib.suppress(OSError):
-                    # A message has named the stacks of a worker that hung, even if the job then succeeded.
+                    # A message has told the user where the stacks of a worker are, even if the job then succeeded.
                     for file in () if keep or self.asked_for else {*files} - {STACKS}:
                         os.unlink(os.path.join(directory, file))
                     os.rmdir(directory)

@@ -66,9 +66,8 @@ class LogPump:
 
     def _console(self, stream: int) -> Console:
         """Return the console of a stream. Streams that lead to the same place share one, which keeps lines whole."""
-        status = os.fstat(stream)
         for console in self._consoles.values():
-            if (status.st_dev, status.st_ino) == console.identity:
+            if os.path.sameopenfile(stream, console.stream):
                 return console
         return Console(stream, self._stack.enter_context(unblocked(stream)), self._stack, self._losses.append)
 
@@ -177,15 +176,13 @@ class LogPump:
 
     def take(self, ready: Collection[int]) -> None:
         """Move what can be moved without waiting. ``ready`` may include descriptors of others."""
-        is_little, has_read = True, False
-        for fd in [fd for fd in self._sources if fd in ready]:
-            source = self._sources[fd]
-            size = self._read(source)
-            has_read = has_read or bool(size)
-            is_little = is_little and (size or 0) < source.capacity // 4
-        if has_read:
+        fills = []
+        for source in [source for fd, source in self._sources.items() if fd in ready]:
+            if size := self._read(source):
+                fills.append(size / source.capacity)
+        if fills:
             now = time.monotonic()
-            if is_little and now - self._taken_at < 2 * BATCH_DELAY:
+            if max(fills) < 0.25 and now - self._taken_at < 2 * BATCH_DELAY:
                 self._rest_until = now + BATCH_DELAY
             self._taken_at = now
         self._update_consoles()

@@ -20,7 +20,7 @@ _WRAP_OFF, _WRAP_ON = b"\x1b[?7l", b"\x1b[?7h"
 _MAX_BUFFERS = 64
 """Buffers that are written with one call."""
 _NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
-"""Errors of a stream whose reader has closed it (``| head``) or hung up. The user knows about that."""
+"""Errors of a stream that its reader has closed (``| head``) or hung up on. The user knows about that."""
 _CONTINUES = "; the job continues, and further logs may be cut off without another warning"
 
 
@@ -34,11 +34,11 @@ class Redrawn(Protocol):
     """Something with an unfinished line that is redrawn."""
 
     def row(self) -> bytes:
-        """The line as it is now."""
+        """Return the line as it is now."""
 
 
 class Console:
-    """One of the launcher's own streams, and what waits for it. Once nobody reads it, ``queue`` stays empty."""
+    """One of the launcher's own streams, and the output that waits for it: none once the stream is closed."""
 
     def __init__(self, stream: int, fd: int, stack: ExitStack, report: Callable[[str], None]) -> None:
         """Prepare.
@@ -51,7 +51,6 @@ class Console:
         """
         status = os.fstat(stream)
         self._report = report
-        self.identity = (status.st_dev, status.st_ino)
         self.is_terminal = os.isatty(stream)
         self.stream = stream
         self.fd = fd
@@ -141,7 +140,7 @@ class Console:
         return os.write(self.fd, buffers[0][: select.PIPE_BUF])
 
     def waiting(self) -> int:
-        """The number of bytes that wait."""
+        """Return the number of bytes that wait."""
         return sum(len(data) for data, _ in self.queue)
 
     def discard(self) -> int:

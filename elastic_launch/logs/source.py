@@ -13,7 +13,7 @@ MAX_LINE = 64 << 20
 TAIL_LINES, TAIL_SIZE = 20, 8 << 10
 """Limits of the tail of a worker's stderr, in lines and in bytes."""
 TAIL_KEPT = 64 << 10
-"""Bytes of stderr that are kept for the tail. Much of them may be progress bars and colours, which the tail omits."""
+"""Bytes of stderr that are kept for the tail. Many of them may be progress bars and colours, which the tail omits."""
 MAX_MARKED = 1 << 20
 """Bytes of stderr that are kept after a mark."""
 
@@ -25,7 +25,7 @@ class Route(NamedTuple):
     stream: int
     """1 for stdout, 2 for stderr."""
     path: str = ""
-    """A file that gets every byte, in an existing directory; empty for none."""
+    """A file for every byte of the output, in an existing directory; empty for none."""
     show: bool = False
     """Whether the launcher's own stream of the same number shows the output."""
     prefix: bytes | None = None
@@ -33,10 +33,10 @@ class Route(NamedTuple):
 
 
 class Duplicates(NamedTuple):
-    """A file that additionally gets certain lines of one stream of all workers, with their prefixes."""
+    """A file for copies of certain lines of one stream of all workers, with their prefixes."""
 
     texts: tuple[bytes, ...]
-    """A line that contains one of these goes there."""
+    """Lines that contain one of these are copied."""
     path: str
 
 
@@ -59,10 +59,10 @@ class Source:
             route: where the output goes.
             fd: the descriptor that it is read from.
             capacity: bytes that the channel holds.
-            console: shows the output; None for nothing.
-            file: gets the output; None for nothing.
-            texts: the texts of ``Duplicates``.
-            duplicate: the file of ``Duplicates``.
+            console: shows the output; None if it is not shown.
+            file: stores the output; None if it is not stored.
+            texts: lines with one of these texts are copied to ``duplicate``.
+            duplicate: the file for such lines.
         """
         self.fd = fd
         self.capacity = capacity
@@ -119,11 +119,11 @@ class Source:
             self._show(line)
 
     def tail(self) -> str:
-        """The last lines of stderr as text."""
+        """Return the last lines of stderr as text."""
         return end_as_text(bytes(self.recent), self.is_whole, TAIL_LINES, TAIL_SIZE)
 
     def row(self) -> bytes:
-        """The unfinished line, with its prefix, as a terminal's row."""
+        """Return the unfinished line, with its prefix, as a terminal's row."""
         state = self._partial.strip(b"\r")
         return self._prefix + bytes(state) if state else b""
 

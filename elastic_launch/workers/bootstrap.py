@@ -116,7 +116,10 @@ def hide_bootstrap() -> None:
 
 
 def record_failure(error: BaseException) -> None:
-    """Write the exception that ends the program, unless it is not a failure, is another process's, or is written."""
+    """Write the exception that ends the program to its error file.
+
+    An exit status is not written, nor the exception of a forked child, nor one that was written before.
+    """
     error.with_traceback(strip(error.__traceback__))
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         return
@@ -133,7 +136,7 @@ def record_failure(error: BaseException) -> None:
         finally:
             sys.path = search
         if not is_recorded(error, error_file):
-            write_record(launcher_record(error) or describe(error, error.__traceback__, now), error_file)
+            write_record(root_cause(error) or describe(error, error.__traceback__, now), error_file)
     except BaseException:  # a full disk, for example: the program's own failure is the one to show
         return
 
@@ -147,17 +150,6 @@ def is_recorded(error: BaseException, path: str) -> bool:
     message = read_record(path)["message"]
     # A launcher below this worker leaves an error code there. It is likely to be why this worker fails.
     return isinstance(message, str) or "errorCode" in message or message["message"].startswith(type(error).__name__)
-
-
-def launcher_record(error: BaseException) -> "Record | None":
-    """Return the record of the worker that made a launcher fail, ours or torch's; None for any other exception."""
-    try:
-        _, failure = getattr(error, "get_first_failure")()  # noqa: B009 - ordinary exceptions do not have it
-        record = read_record(failure.error_file)
-        record["message"]["errorCode"] = failure.exitcode
-    except Exception:
-        return None
-    return record
 
 
 # ---- shared with error_handler
@@ -185,6 +177,27 @@ def describe(error: BaseException, tb: "TracebackType | None", now: float) -> "R
         stack = line  # Python shows no more of it either
     extra = {"py_callstack": shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
     return {"message": {"message": shortened(line), "extraInfo": extra}}
+
+
+def root_cause(error: BaseException) -> "Record | None":
+    """Return the record of the worker that made a launcher fail, ours or torch's.
+
+    Returns:
+        None for any other exception, or if nothing is known about that worker.
+    """
+    try:
+        _, failure = getattr(error, "get_first_failure")()  # noqa: B009 - ordinary exceptions do not have it
+        try:
+            record = read_record(failure.error_file)
+        except (OSError, ValueError):
+            if not failure.error:  # only our launcher's failures may have it without a file, from another host
+                return None
+            record = failure.error_file_data
+        if isinstance(record["message"], dict):
+            record["message"]["errorCode"] = failure.exitcode
+    except Exception:
+        return None
+    return record
 
 
 def read_record(path: str) -> "Record":

@@ -80,7 +80,7 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _message(file: BinaryIO, size: int) -> Any:
-    """The ``message`` of an error file, or what can be found of it if the file is large or cut off.
+    """Return the ``message`` of an error file, or what can be found of it if the file is large or cut off.
 
     Raises:
         ValueError: there is none.
@@ -104,7 +104,7 @@ def _message(file: BinaryIO, size: int) -> Any:
 
 
 def _string(file: BinaryIO, key: str, size: int = 0) -> str:
-    """The first string with a key, as far as it can be read; empty if there is none.
+    """Return the first string with a key, as far as it can be read; empty if there is none.
 
     A key cannot be mistaken for text: quotes within a string have a backslash before them.
 
@@ -132,7 +132,7 @@ def _string(file: BinaryIO, key: str, size: int = 0) -> str:
 
 
 def _find(file: BinaryIO, pattern: re.Pattern[bytes]) -> int | None:
-    """The offset at which the first match ends."""
+    """Return the offset at which the first match ends; None without a match."""
     for offset in range(0, _MAX_SEARCH, _PIECE):
         file.seek(offset)
         data = file.read(_PIECE + 64)  # overlapping, so that no match is cut in two
@@ -144,7 +144,7 @@ def _find(file: BinaryIO, pattern: re.Pattern[bytes]) -> int | None:
 
 
 def _until_quote(data: bytes) -> tuple[str, bool]:
-    """The text of a JSON string up to its end or to the end of the data, and whether its end was found."""
+    """Return the text of a JSON string up to its end or to the end of the data, and whether its end was found."""
     import json
 
     match = _STRING.match(data.decode("utf-8", "replace"))

@@ -14,7 +14,7 @@ import functools
 import os
 import sys
 
-from elastic_launch.workers.bootstrap import describe, read_record, write_record
+from elastic_launch.workers.bootstrap import describe, read_record, root_cause, write_record
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def write_error(error: BaseException, path: str) -> None:
             import time
 
             tb = _without_launcher(error.__traceback__) or error.__traceback__
-            write_record(_root_cause(error) or describe(error, tb, time.time()), path)
+            write_record(root_cause(error) or describe(error, tb, time.time()), path)
             vars(error)[_MARK] = path
 
 
@@ -142,23 +142,8 @@ def _handle(handler: ErrorHandler, error: Exception) -> None:
             sys.stderr.write(f"elastic_launch: {handler!r} could not record the exception: {problem!r}\n")
 
 
-def _root_cause(error: BaseException) -> dict[str, Any] | None:
-    """The record of the worker that made a launcher fail; None for any other exception, or if nothing is known."""
-    if (first_failure := getattr(error, "get_first_failure", None)) is None:
-        return None
-    _, failure = first_failure()
-    try:
-        content = read_record(failure.error_file)
-    except (OSError, ValueError):
-        if not getattr(failure, "error", ""):
-            return None
-        content = failure.error_file_data
-    get_error_handler().override_error_code_in_rootcause_data(failure.error_file, content, failure.exitcode)
-    return content
-
-
 def _without_launcher(tb: TracebackType | None) -> TracebackType | None:
-    """A traceback without the frames of this package at its head."""
+    """Return a traceback without the frames of this package at its head."""
     while tb is not None and str(tb.tb_frame.f_globals.get("__name__")).partition(".")[0] == "elastic_launch":
         tb = tb.tb_next
     return tb

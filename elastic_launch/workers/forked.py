@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from types import MappingProxyType
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any] = MappingProxyType({})) -> None:
+def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any]) -> None:
     """Replace the keeper's signal handlers, signal mask and environment.
 
     Args:

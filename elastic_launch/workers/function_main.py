@@ -64,12 +64,16 @@ class FunctionProcess(process.BaseProcess):
             ) from error
 
     def _checked_result(self) -> int:
-        """The descriptor, unless the function has closed it. Its number may belong to another file then."""
+        """Return the descriptor.
+
+        Raises:
+            OSError: the function has closed it; its number may belong to another file now.
+        """
         try:
             now = os.fstat(self.result)
         except OSError:
             now = None
-        if now is None or (now.st_dev, now.st_ino) != (self._file.st_dev, self._file.st_ino):
+        if now is None or not os.path.samestat(now, self._file):
             raise OSError("the function has closed the descriptor for its return value")
         return self.result
 
@@ -145,7 +149,7 @@ def serve_functions(
     except keeper_main.ForkedWorker as worker:
         local_rank, environment, descriptors = worker.order[0], worker.environment, worker.descriptors
     (result,) = (fd for fd in descriptors if fd > 2)  # the others are standard streams
-    forked.reset_process(environment)
+    forked.reset_process(environment, {})
     if len(descriptors) > 1:
         forked.use_line_buffering()
     os._exit(run(lambda: workers[local_rank], result))

@@ -7,7 +7,7 @@ connections and tensors can be arguments. But the keeper starts the processes:
     fork        the keeper is a fork of this process, and forks the workers
     forkserver  the keeper is a new Python that has imported the main module, and forks the workers (``preload_main``)
 
-A function arrives in a memory file, and its return value comes back in one. So nobody has to read while it is written.
+A function arrives in a memory file, and its return value comes back in one, so no reader has to wait for a writer.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Functions:
             self._payloads[rank] = _pickled(process)
 
     def keeper_starter(self) -> StartKeeper:
-        """What starts the keeper."""
+        """Return what starts the keeper."""
         if self._method == "fork":
             return self._fork_keeper
         if self._method == "spawn" and not self._preload:
@@ -103,7 +103,7 @@ class Functions:
         return preload_keeper(_python(), self._preload, kind, str(self._preparation), [self._preparation])
 
     def command(self, local_rank: int) -> tuple[list[str], list[tuple[int, int]]]:
-        """How to start a worker in a new round: its argv, and its descriptors with their numbers there."""
+        """Return how to start a worker in a new round: its argv, and its descriptors with their numbers there."""
         if local_rank in self._results:
             os.close(self._results.pop(local_rank))
         self._results[local_rank] = result = _memory_file("result")
@@ -115,7 +115,7 @@ class Functions:
         return argv, [(fd, fd) for fd in (*descriptors, *referred)]
 
     def value(self, local_rank: int) -> Any:
-        """The return value of a worker that has ended with status 0; None if it exited before it returned.
+        """Return what the function of a worker returned that ended with status 0; None if it exited instead.
 
         Raises:
             LaunchError: the value cannot be unpickled in this process.
@@ -166,7 +166,7 @@ def _python() -> list[str]:
 
 
 def _tracker() -> list[int]:
-    """The descriptor of this program's resource tracker, if it has one. If not, each worker starts its own."""
+    """Return the descriptor of this program's resource tracker, if it has one. If not, each worker starts its own."""
     if "multiprocessing.resource_tracker" not in sys.modules:
         return []
     from multiprocessing import resource_tracker
@@ -204,7 +204,7 @@ def _pickled(value: object) -> tuple[int, list[int]]:
 
 
 def _memory_file(name: str) -> int:
-    """A memory file, with a number that is also free in a worker that is a fork of a program at work."""
+    """Return a memory file. Its number is likely to be free in a worker that is a fork of a running program."""
     fd = os.memfd_create(name)
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)

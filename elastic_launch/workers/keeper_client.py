@@ -1,7 +1,7 @@
 """The agent's side of the keeper: start it, send it messages, and turn its replies into lifecycle events.
 
-``KeeperProcess`` is one keeper. ``KeeperClient`` is the workers of one node, whichever keeper they have: it replaces a
-keeper that was killed, and kills what that one left. It decides nothing.
+``KeeperProcess`` is one keeper. ``KeeperClient`` controls the workers of one node through a keeper. It replaces a
+keeper that was killed, and kills the processes that this one left behind. It decides nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from elastic_launch.workers import keeper_main
 from elastic_launch.workers.orphans import KILL_PATIENCE, has_ended, kill_orphans, live_keepers, reap
 
 MAX_LOST_STARTS = 3
-"""Keepers in a row that may be lost before they have started a worker. After that the client gives up."""
+"""Keepers in a row that may be lost before they have started a worker. When one more is lost, the client gives up."""
 
 StartKeeper = Callable[[Mapping[str, str], tuple[int, ...]], int]
 """Starts a keeper with an environment and two inherited descriptors (socket, agent's pidfd). Returns its pid."""
@@ -78,7 +78,7 @@ def preload_keeper(
 
 
 class KeeperLostError(Exception):
-    """The keeper ended although nobody had asked it to."""
+    """The keeper ended unexpectedly."""
 
 
 class KeeperProcess:
@@ -88,7 +88,7 @@ class KeeperProcess:
         """Start the process. Its workers inherit ``environ`` and the descriptors that it inherits.
 
         Raises:
-            UnavailableError: the system cannot start it (no more processes, or no pidfd: Linux before 5.3).
+            UnavailableError: the system cannot start it.
         """
         self._buffer = bytearray()
         self._sock, theirs = socket.socketpair()
@@ -99,10 +99,13 @@ class KeeperProcess:
             self._process = open(os.pidfd_open(self.pid), "rb")  # noqa: SIM115 - close() closes it
         except OSError as error:
             self._sock.close()
-            raise UnavailableError(f"cannot start the keeper process: {error}") from error
+            raise UnavailableError(
+                f"cannot start the keeper process: {error}; it needs Linux 5.3 or newer, and the limits of processes "
+                "and open files must allow it (`ulimit -u`, `ulimit -n`)"
+            ) from error
 
     def fileno(self) -> int:
-        """The descriptor to wait on."""
+        """Return the descriptor to wait on."""
         return self._sock.fileno()
 
     def send(self, *message: Any, descriptors: Sequence[int] = ()) -> None:
@@ -144,7 +147,7 @@ class KeeperProcess:
         with self._process as process:
             is_in_time = has_ended(process.fileno(), KILL_PATIENCE)
             if not is_in_time:
-                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+                self.kill()
                 has_ended(process.fileno(), KILL_PATIENCE)
         live_keepers.discard(self.pid)
         return reap(self.pid) and is_in_time
@@ -218,7 +221,7 @@ class KeeperClient:
         """By local rank: errors that the workers cannot report themselves."""
 
     def fileno(self) -> int:
-        """The descriptor to wait on. It changes when a keeper is lost."""
+        """Return the descriptor to wait on. It changes when a keeper is lost."""
         return self._keeper.fileno()
 
     def start(self, commands: Sequence[Command]) -> None:
@@ -242,7 +245,7 @@ class KeeperClient:
             for command in commands
         ]
         if self._lease:  # this may be a new keeper
-            self._keeper.send("lease", self._lease)
+            self._keeper.send("renew_lease", self._lease)
         self._keeper.send("spawn", orders, descriptors=[fd for command in commands for fd, _ in command.descriptors])
 
     def send_signal(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
@@ -250,13 +253,15 @@ class KeeperClient:
         if stop and self._is_starting and self._start_keeper is not execute_keeper:
             self._early_stop_signals = (int(signum), signal.SIGKILL)
             self._keeper.kill()  # it is importing modules, and reads no messages meanwhile
-        self._keeper.send("signal", int(signum), sorted(local_ranks), stop)
+        self._keeper.send("send_signal", int(signum), sorted(local_ranks), stop)
 
     def lease(self, until: float) -> None:
-        """Let the workers live until ``until`` on ``time.monotonic``. SIGKILL and ``LeaseExpired`` follow unless this
-        is called again before. Workers need no lease before the first call."""
+        """Let the workers live until a time on ``time.monotonic``. Workers need no lease before the first call.
+
+        Unless this is called again before that time, the workers are killed and ``LeaseExpired`` follows.
+        """
         self._lease = until
-        self._keeper.send("lease", until)
+        self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Have Python workers write the stacks of their threads to stderr."""
@@ -275,7 +280,7 @@ class KeeperClient:
             return self._replace_keeper()
 
     def close(self) -> None:
-        """Have the keeper kill whatever is left. If it cannot, because someone stopped it, kill it here."""
+        """Have the keeper kill whatever is left. If the keeper does not, because it was stopped, do it here."""
         if not self._keeper.close() or self._has_orphans:
             self._kill_orphans()
 
@@ -322,7 +327,8 @@ class KeeperClient:
         self._lost_starts += not self._early_stop_signals
         if self._lost_starts > MAX_LOST_STARTS:
             raise UnavailableError(
-                f"{text}; {MAX_LOST_STARTS} keepers before it ended without starting a worker, too: giving up"
+                f"{text}; giving up, because the {MAX_LOST_STARTS} keepers before it also ended without starting a "
+                "worker; check the preloaded modules and the memory of this host"
             )
         self._has_orphans = True
         self._keeper.close()

@@ -6,9 +6,9 @@ keeper is killed with SIGKILL.
 
 The keeper runs as a program of its own: ``main(SOCKET, AGENT)`` under ``python -I -S``. It is executed, not forked,
 because the agent may live in a program full of threads. SOCKET is a stream socket to the agent. AGENT is a pidfd of the
-agent: a program that forks may hold copies of the socket's other end, so the socket alone would not show its death. The
-keeper blocks all signals but SIGCHLD and has a session of its own, so that neither a terminal nor a batch system that
-signals every process of a job can hit it by accident.
+agent. The socket alone would not show the agent's death, because forks of its program may hold copies of the other end.
+The keeper blocks all signals but SIGCHLD and has a session of its own, so that neither a terminal nor a batch system
+that signals every process of a job can hit it by accident.
 
 It imports nothing of elastic_launch and as little of the standard library as possible, because the first worker waits
 for its start. It decides nothing and never gives up on a process; the agent may do so, and leaves the keeper to its
@@ -16,13 +16,13 @@ task.
 
 Messages are marshalled tuples behind a length of four bytes. Both ends run the same interpreter.
 
-To the keeper:
+To the keeper, with the name of a method of ``Keeper``:
     ("spawn", [(local rank, argv, environment changes, [descriptor's number in the worker, ...], [cpu, ...]), ...])
         -- start a round. The descriptors arrive with the message, in this order; number -1 means any.
-    ("signal", signum, [local rank, ...], is_stop)
+    ("send_signal", signum, [local rank, ...], is_stop)
     ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads to stderr
-    ("reap_leftovers", kill)  -- end what the workers left, with SIGTERM or with SIGKILL
-    ("lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
+    ("reap_leftovers", with_kill)  -- end what the workers left, with SIGTERM or with SIGKILL
+    ("renew_lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
     ("exited", [(local rank, exit code, time, (stop signal sent before, ...)), ...])
@@ -49,7 +49,7 @@ from enum import Enum
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would delay the first worker
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any, NoReturn
 
     SpawnOrder = tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]
@@ -122,7 +122,7 @@ class KeeperPhase(Enum):
     TERMINATING = 1
     """The leftovers have been sent SIGTERM."""
     KILLING = 2
-    """Whatever is left is sent SIGKILL again and again."""
+    """Whatever is left is sent SIGKILL repeatedly."""
     REAPED = 3
     """No process is left, and the agent knows."""
 
@@ -141,6 +141,7 @@ class Keeper:
     """Carries out the agent's messages and reaps the processes below."""
 
     def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], forks: bool) -> None:
+        self.pid = os.getpid()
         self.sock = sock
         self.socket = _socket.socket(fileno=sock)
         self.agent = agent
@@ -148,7 +149,7 @@ class Keeper:
         self.environment = environment
         self.forks = forks
         self.private_descriptors: tuple[int, ...] = ()
-        """Descriptors of the keeper's own, which a forked worker closes."""
+        """The keeper's own descriptors. A forked worker closes them."""
         self.received_descriptors: list[int] = []
         """Descriptors for workers that have not been started yet."""
         self.worker_limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -162,6 +163,7 @@ class Keeper:
         self.killed_leftovers: dict[int, str] = {}
         """Names, by pid, of the processes that were sent SIGKILL after the last worker had ended."""
         self.kill_interval = MIN_KILL_INTERVAL
+        """Seconds until SIGKILL is sent again."""
         self.lease = NO_LEASE
         """When the workers are killed unless the agent renews the lease, on ``time.monotonic``."""
 
@@ -174,13 +176,6 @@ class Keeper:
         poller = select.poll()
         for fd in (self.sock, self.agent, sigchld):
             poller.register(fd, select.POLLIN)
-        handlers: dict[str, Callable[..., None]] = {
-            "spawn": self.spawn,
-            "signal": self.send_signal,
-            "dump_stacks": self.dump_stacks,
-            "reap_leftovers": self.reap_leftovers,
-            "lease": self.renew_lease,
-        }
         buffer = bytearray()
         while True:
             ready = [fd for fd, _ in poller.poll(self.poll_timeout())]
@@ -190,8 +185,8 @@ class Keeper:
                 data = self.receive()
                 self.is_agent_alive = bool(data)
                 buffer += data
-                for name, *arguments in unpack(buffer):
-                    handlers[name](*arguments)
+                for method, *arguments in unpack(buffer):
+                    getattr(self, method)(*arguments)
             if self.agent in ready or (self.sock in ready and not self.is_agent_alive):
                 self.is_agent_alive = False
                 poller.unregister(self.sock)
@@ -290,7 +285,7 @@ class Keeper:
         self.phase = KeeperPhase.TERMINATING
         if self.reap():
             # Nothing is sent a second stop signal: many programs read that as "now".
-            for pid in descendants(os.getpid()):
+            for pid in descendants(self.pid):
                 try:
                     is_stopped = os.getpgid(pid) in self.stopped_groups
                 except ProcessLookupError:
@@ -327,7 +322,7 @@ class Keeper:
         """Reap what has ended, and do what the phase asks for. Returns whether any process is left."""
         is_any_left = self.reap()
         if is_any_left and self.phase is KeeperPhase.KILLING:
-            for pid in descendants(os.getpid()):
+            for pid in descendants(self.pid):
                 if not self.workers:
                     self.killed_leftovers[pid] = name_of(pid)
                 kill(pid, signal.SIGKILL)
@@ -362,7 +357,6 @@ class Keeper:
         Raises:
             OSError: the worker could not be forked or executed.
         """
-        keeper = os.getpid()
         reading, writing = os.pipe2(os.O_CLOEXEC)  # the child reports an error here; otherwise exec closes it
         try:
             pid = os.fork()
@@ -371,7 +365,7 @@ class Keeper:
             os.close(reading)
             raise
         if pid == 0:
-            self.become_worker(order, descriptors, keeper, reading, writing)
+            self.become_worker(order, descriptors, reading, writing)
         os.close(writing)
         with open(reading, "rb") as pipe:
             error = pipe.read()
@@ -380,15 +374,12 @@ class Keeper:
             raise OSError(*marshal.loads(error))
         return pid
 
-    def become_worker(
-        self, order: SpawnOrder, descriptors: Sequence[int], keeper: int, reading: int, writing: int
-    ) -> NoReturn:
-        """In the new process: lead a session of its own, then execute the command or leave the keeper's frames.
+    def become_worker(self, order: SpawnOrder, descriptors: Sequence[int], reading: int, writing: int) -> NoReturn:
+        """Turn the new process into the worker: give it a session, then execute its command or leave all frames.
 
         Args:
             order: the worker.
             descriptors: those that were sent for it.
-            keeper: the keeper's pid.
             reading: the reading end of the pipe for errors.
             writing: the writing end of that pipe.
 
@@ -400,10 +391,10 @@ class Keeper:
         errors = writing
         try:
             os.setsid()
-            # For the case that keeper and agent die at the same instant. The setting survives exec. The keeper may
-            # have died before it was made.
+            # In case the keeper and the agent die at the same instant. The setting survives exec, but has no effect if
+            # the keeper has died before.
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != keeper:
+            if os.getppid() != self.pid:
                 os._exit(127)
             lowest = max((2, *targets)) + 1
             errors = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, lowest)  # its number may be a target
@@ -431,11 +422,7 @@ class Keeper:
 
 
 def renumber(descriptors: Sequence[int], targets: Sequence[int], lowest: int) -> list[int]:
-    """Give descriptors the numbers that the worker expects, where -1 means any from ``lowest`` on.
-
-    Returns:
-        The numbers.
-    """
+    """Give descriptors the numbers that the worker expects; -1 means any from ``lowest`` on. Returns the numbers."""
     # Move all of them out of the way first: the number of one may be the target of another.
     numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
     for index, target in enumerate(targets):

@@ -1,6 +1,6 @@
-"""Orphans: what a lost keeper leaves to this process, its subreaper.
+"""Kill orphans: the processes that a lost keeper leaves to this process, which is a subreaper.
 
-Where the agent is a library call, the program around it has children of its own. Those are spared.
+If the agent is a library call, the program around it may have children of its own. Those are spared.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
 
     Args:
         is_alone: whether this process had no other child before the keeper, and no thread that could have started one.
-            Then every child is an orphan of the job, except keepers and other parts of the launcher. Otherwise only
-            these are: the workers, the processes in their sessions, and those with the job's run id in their
-            environment.
+            Then all children are orphans of the job, except keepers and other parts of the launcher. Otherwise only
+            the workers are, the processes in their sessions, and those with the job's run id in their environment.
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
@@ -104,7 +103,7 @@ def _environment_of(pid: int) -> bytes:
 
 
 def _session_of(pid: int) -> int:
-    """The session of a process, running or not yet reaped; -1 if it is gone."""
+    """Return the session of a process, running or not yet reaped; -1 if it is gone."""
     try:
         return int(keeper_main.read_stat(pid)[3])
     except OSError:

@@ -67,7 +67,8 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     sys.argv[:] = [target if kind == "script" else ""]
     variables = dict(os.environb)
     before = Surroundings()
-    # Of the hundred thousands of objects of a large import little is garbage. Looking for it would take a tenth longer.
+    # A large import creates hundreds of thousands of objects, hardly any of them garbage. Collecting would take a tenth
+    # of its time.
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
     for module in filter(None, modules.split(",")):

@@ -412,7 +412,10 @@ def test_a_log_directory_that_cannot_be_made_is_an_error_before_anything_runs(jo
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     done = job.run("--log-dir", str(small_disk), job.script("mark('runs')"))
     assert done.returncode == 69
-    assert re.fullmatch(rf"elastic-run: --log-dir={small_disk}: cannot create .*: Read-only file system\n", done.stderr)
+    assert re.fullmatch(
+        rf"elastic-run: --log-dir={small_disk}: cannot create .*: Read-only file system; choose another .*\n",
+        done.stderr,
+    )
     assert job.marks() == []
 
 

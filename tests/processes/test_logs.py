@@ -20,10 +20,10 @@ import pytest
 
 from elastic_launch.core.lines import end_as_text, last_state, last_states, matching
 from elastic_launch.errors import UnavailableError
-from elastic_launch.logs import Duplicates, LogPump, Route
 from elastic_launch.logs import pump as pump_module
 from elastic_launch.logs import source as source_module
-from elastic_launch.logs.pump import BATCH_DELAY
+from elastic_launch.logs.pump import BATCH_DELAY, LogPump
+from elastic_launch.logs.source import Duplicates, Route
 from tests.support.consoles import Console, made_of, raw_terminal, screen, standing_in
 from tests.support.waiting import DEADLINE
 
