@@ -279,7 +279,7 @@ class ReservedPort(socket.socket):
     def getsockname(self) -> tuple[str, int]:
         return "::", 29500
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
 
