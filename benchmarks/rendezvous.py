@@ -46,9 +46,10 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Get, Request
-from elastic_launch.errors import ProcessFailure, RendezvousConnectionError
+from elastic_launch.errors import ProcessFailure
 from elastic_launch.host.ports import listen
 from elastic_launch.job import Decision, Policy
+from elastic_launch.rendezvous import backends
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
@@ -105,10 +106,9 @@ class Counting(StoreClient):
         super().submit(request, tag)
 
 
-class Backend:
+class Backend(backends.Backend):
     """The store as an agent sees it: the store itself, or the bridge that all agents of a process share."""
 
-    serves = stays = False
     where = "store"
 
     def __init__(self, port: int, bridge: EtcdBridge | None) -> None:
@@ -118,9 +118,6 @@ class Backend:
 
     def open(self) -> None:
         pass
-
-    def fresh_store(self) -> int:
-        return 0
 
     def prepare(self) -> list[StoreClient]:
         """Make the agent's two connections in advance."""
@@ -142,18 +139,6 @@ class Backend:
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         return "127.0.0.1", "" if self._bridge else "127.0.0.1"
-
-    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
-        return error
-
-    def descriptors(self) -> list[tuple[int, int]]:
-        return []
-
-    def take(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def traffic(self) -> tuple[int, int]:
         """Return the requests and bytes so far, in both directions. Bytes are known for TCP only, not for a bridge."""

@@ -5,8 +5,8 @@ The worker of rank 0 hosts the process group's store: on a new free port in each
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Collection
 
@@ -71,7 +71,8 @@ class SingleNodeRendezvous:
         self._addr = master_addr
         self._port = master_port
         self._backend = backend
-        self._reserved: socket.socket | None = None
+        self._reserved = contextlib.ExitStack()
+        """Holds the port that is reserved for the workers' store."""
         self._rounds = 0
         self._last = Decision(restart=True)
         self._decided_at = time.monotonic()
@@ -108,13 +109,11 @@ class SingleNodeRendezvous:
 
     def close(self) -> None:
         """Release the reserved port."""
-        if self._reserved is not None:
-            self._reserved.close()
-            self._reserved = None
+        self._reserved.close()
 
     def _next_round(self) -> Assignment:
         self.close()
-        self._reserved = reserve_port(self._port)
+        sock = self._reserved.enter_context(reserve_port(self._port))
         self._rounds += 1
         return Assignment(
             group_rank=0,
@@ -125,7 +124,7 @@ class SingleNodeRendezvous:
             base_role_rank=0,
             role_world_size=self._workers,
             master_addr=self._addr,
-            master_port=self._reserved.getsockname()[1],
+            master_port=sock.getsockname()[1],
             host=os.uname().nodename,
             port_picked=self._port == 0,
             restart_count=self._rounds - 1,

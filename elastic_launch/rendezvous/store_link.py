@@ -94,7 +94,7 @@ class StoreLink:
         self.store_address = ""
         """The address by which this node reaches the store; empty: not known, or of no use to workers."""
         self._backend = backend
-        self._timeouts = timeouts._replace(silence=min(timeouts.silence, timeouts.read))
+        self._timeouts = timeouts
         self._user = user
         self._clock = clock
         self._requests: StoreClient | None = None
@@ -176,8 +176,7 @@ class StoreLink:
 
     def close(self) -> None:
         """Send what can be sent at once, and close the connections."""
-        if self._requests:
-            self._requests.flush()
+        self._send()
         self._disconnect()
 
     # --- connections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -69,8 +70,10 @@ class StoreRendezvous:
         self._wake_at: float | None = None
         self._events: list[AgentEvent] = []
         self._is_open = False
-        self._reserved: socket.socket | None = None
-        timeouts = timeouts._replace(join=settings.join_timeout, silence=settings.keep_alive_deadline)
+        self._reserved = contextlib.ExitStack()
+        """Holds the port that is reserved for the workers' store."""
+        silence = min(timeouts.read, settings.keep_alive_deadline)
+        timeouts = timeouts._replace(join=settings.join_timeout, silence=silence)
         self._link = StoreLink(backend, timeouts, self, clock)
 
     def get_backend(self) -> str:
@@ -122,7 +125,7 @@ class StoreRendezvous:
             pass  # without a store there is nobody to take leave of
         finally:
             self._link.close()
-            self._release_port()
+            self._reserved.close()
             self._backend.close()
 
     def begin_close(self) -> None:
@@ -188,11 +191,5 @@ class StoreRendezvous:
             self._link.open()
         if self._settings.store_port:
             return 0 if is_first else self._backend.fresh_store()
-        self._release_port()
-        self._reserved = self._reserve()
-        return int(self._reserved.getsockname()[1])
-
-    def _release_port(self) -> None:
-        if self._reserved:
-            self._reserved.close()
-            self._reserved = None
+        self._reserved.close()
+        return int(self._reserved.enter_context(self._reserve()).getsockname()[1])

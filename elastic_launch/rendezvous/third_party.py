@@ -1,4 +1,4 @@
-"""Lets the agent use a third-party rendezvous handler: one of torch's interface, whoever wrote it.
+"""Lets the agent use a third-party rendezvous handler: one with torch's interface, whoever wrote it.
 
 A handler blocks, so all calls of its methods and of its store run in a thread beside the agent's loop. Nothing else
 calls them, except threads of the handler's own. The thread hands events to the loop, and wakes it.
@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from elastic_launch.core.agent.messages import (
@@ -31,7 +31,7 @@ from elastic_launch.core.agent.messages import (
 )
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
-from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Step
+from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
 
 CLOSE_TIMEOUT = 2.0
 """Seconds that the handler has for its ``shutdown``."""
@@ -47,14 +47,14 @@ class ThirdPartyRendezvous:
     def __init__(self, tasks: HandlerTasks) -> None:
         self.lease: Callable[[float], None] = lambda until: None  # unused: the handler decides who is there
         self._tasks = tasks
+        self._tasks.report = self._report
         self._thread: threading.Thread | None = None
         self._end: End | None = None
         """How the round ended, as the agent was told."""
         # Shared with the thread:
-        self._queue: queue.SimpleQueue[Callable[[], Step] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: deque[AgentEvent | LaunchError] = deque()
         self._wake = -1
-        self._lock = threading.Lock()
 
     def get_backend(self) -> str:
         """Return the name of the backend, as the handler has it."""
@@ -76,7 +76,7 @@ class ThirdPartyRendezvous:
                 self._queue.put(self._tasks.join)
             case ReportFailure(failure) if self._end is None:
                 self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True)
-                self._queue.put(Step)  # an empty step: the thread stops polling
+                self._queue.put(lambda: None)  # instead of the task that polls
                 return [Ended(self._end, time.time())]
             case ReportSuccess():
                 self._queue.put(self._tasks.report_success)
@@ -90,7 +90,7 @@ class ThirdPartyRendezvous:
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptor by which the thread wakes the loop."""
-        return [(self._wake, select.POLLIN)] if self._wake >= 0 else []
+        return [(self._wake, select.POLLIN)] if self._thread else []
 
     def deadline(self) -> float | None:
         """Return None: the thread has the timers."""
@@ -123,33 +123,33 @@ class ThirdPartyRendezvous:
         """
         if self._thread is None:
             return
+        thread, self._thread = self._thread, None
         self._tasks.is_closing = True
-        with self._lock:
-            wake, self._wake = self._wake, -1
         self._queue.put(self._tasks.shut_down)
         self._queue.put(None)
-        self._thread.join(CLOSE_TIMEOUT)
-        if wake >= 0:
-            os.close(wake)
+        thread.join(CLOSE_TIMEOUT)
 
     def _work(self) -> None:
         """Run tasks until None is in the queue. This is the thread."""
-        step = Step()
+        rest: Iterator[float] = iter(())
+        pause: float | None = None
         while True:
+            with contextlib.suppress(queue.Empty):  # then the last task continues
+                if (task := self._queue.get(timeout=pause)) is None:
+                    break
+                rest = _run(task)
             try:
-                task = self._queue.get(timeout=step.pause if step.then else None)
-            except queue.Empty:
-                task = step.then
-            if task is None:
-                break
-            results: Sequence[AgentEvent | LaunchError]
-            try:
-                step = task()
-                results = step.events
+                pause = next(rest, None)
             except BaseException as error:
-                step, results = Step(), [self._tasks.explain(error)]
-            with self._lock:  # else the descriptor might be closed, and reused, before it is written to
-                if results and self._wake >= 0:
-                    self._results.extend(results)
-                    os.eventfd_write(self._wake, 1)
-        self._tasks.release_port()
+                pause = None
+                self._report(self._tasks.explain(error))
+        self._tasks.reserved.close()
+        os.close(self._wake)
+
+    def _report(self, result: AgentEvent | LaunchError) -> None:
+        self._results.append(result)
+        os.eventfd_write(self._wake, 1)
+
+
+def _run(task: Task) -> Iterator[float]:
+    yield from task() or ()

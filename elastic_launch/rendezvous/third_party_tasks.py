@@ -1,21 +1,19 @@
 """The blocking calls to a third-party handler, as tasks for the thread of ``third_party.ThirdPartyRendezvous``.
 
-A task returns events for the agent, and names the task that follows unless the agent asks for another one first.
+A task may pause: it yields the seconds until it continues. It never does if the agent asks for another task before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
 
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.records import NodeRecord
+from elastic_launch.core.text import counted
 from elastic_launch.errors import (
     ExitCode,
     LaunchError,
@@ -36,15 +34,7 @@ _INTENDED = (*RendezvousError.__subclasses__(), RendezvousError)
 """Errors that a handler raises on purpose."""
 
 
-class Step(NamedTuple):
-    """Result of a task."""
-
-    events: Sequence[AgentEvent] = ()
-    """What the agent is told."""
-    then: Callable[[], Step] | None = None
-    """The task that follows unless the agent asks for another one first; None: there is none."""
-    pause: float = 0.0
-    """Seconds until then."""
+Task = Callable[[], Iterator[float] | None]
 
 
 @dataclass(eq=False)
@@ -63,6 +53,8 @@ class HandlerTasks:
     """Seconds between two checks for nodes that wait and for the end of the round: the interface cannot notify."""
     exit_barrier_timeout: float = 300.0
     """Seconds that a node whose workers have succeeded waits for the other nodes to succeed; torch's default."""
+    report: Callable[[AgentEvent], None] = field(init=False)
+    """Hands an event to the agent."""
     is_closing: bool = False
     """Whether the agent is gone; set by the agent's thread."""
     round: Round | None = None
@@ -77,36 +69,41 @@ class HandlerTasks:
     """What followed the last round."""
     decided_at: float = field(default_factory=time.monotonic)
     """When that was decided, on ``time.monotonic``."""
-    reserved: socket.socket | None = None
-    """Reserves the port of the workers' store."""
+    reserved: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Holds the reserved port of the workers' store."""
 
-    def join(self) -> Step:
-        """Wait for the next round, after the pause that was decided on."""
-        waited = time.monotonic() - self.decided_at
-        if waited < self.decision.pause:
-            return Step(then=self.join, pause=self.decision.pause - waited)
+    def join(self) -> Iterator[float]:
+        """Wait for the next round, after the pause that was decided on. Then check whether it is over."""
+        while (waited := time.monotonic() - self.decided_at) < self.decision.pause:
+            yield self.decision.pause - waited
         self.round = None
-        self.release_port()
+        self.reserved.close()
         try:
             info = self.handler.next_rendezvous()
         except Exception as error:
             if decision := self._decision_without_round(error):
-                return Step([Decided(decision)])
+                self.report(Decided(decision))
+                return
             raise
         if self.is_closing:
-            return Step()
+            return
         history = aged(self.decision.restart_history, time.monotonic() - self.decided_at)
         node = self.node._replace(restart_history=history, known_round=self.rounds - 1)
         # The handler comes from outside and need not be a subclass of ours, so it may lack the attribute.
         use_agent_store = bool(getattr(self.handler, "use_agent_store", False))
-        self.round = form_round(info, node, use_agent_store, self.local_addr)
-        assignment = self.round.assignment
+        self.round = current = form_round(info, node, use_agent_store, self.local_addr)
+        assignment = current.assignment
         self.rounds = assignment.restart_count + 1
         self.has_succeeded = False
         if assignment.group_rank == 0 and not assignment.agent_store:
             with contextlib.suppress(UnavailableError):  # a store is served there already, or the worker will fail
-                self.reserved = reserve_port(assignment.master_port)
-        return Step([Assigned(assignment)], partial(self._poll, self.round), self.poll_interval)
+                self.reserved.enter_context(reserve_port(assignment.master_port))
+        self.report(Assigned(assignment))
+        outcome: Outcome | None = None
+        while outcome is None:
+            yield self.poll_interval
+            outcome = current.read_outcome() or self._end_for_others(current)
+        self.report(Ended(outcome.end, time.time()))
 
     def _decision_without_round(self, error: Exception) -> Decision | None:
         """Return what follows if the job has no further round for this node; None: the handler failed."""
@@ -123,19 +120,15 @@ class HandlerTasks:
         # With the failures after which this node expected another round.
         return self.decision._replace(restart=False, error=text, status=ExitCode.UNAVAILABLE)
 
-    def _poll(self, current: Round) -> Step:
-        """Check whether the round is over, and end it if nodes wait for the next one."""
-        outcome = current.read_outcome()
-        if outcome is None:
-            waiting = self.handler.num_nodes_waiting()
-            if waiting <= 0:
-                return Step(then=partial(self._poll, current), pause=self.poll_interval)
-            reason = f"{waiting} more node{'s' if waiting > 1 else ''} can join"
-            end = End(EndKind.MEMBERSHIP_CHANGED, reason, self.node.node)
-            outcome = current.write_outcome(Outcome(end, Decision(True, current.restart_history())))
-        return _ended(outcome.end)
+    def _end_for_others(self, current: Round) -> Outcome | None:
+        """End the round if nodes wait for the next one."""
+        waiting = self.handler.num_nodes_waiting()
+        if waiting <= 0:
+            return None
+        end = End(EndKind.MEMBERSHIP_CHANGED, f"{counted(waiting, 'more node')} can join", self.node.node)
+        return current.write_outcome(Outcome(end, Decision(True, current.restart_history())))
 
-    def report_round(self, end: End | None, decision: Decision) -> Step:
+    def report_round(self, end: End | None, decision: Decision) -> None:
         """Report how the round ended for this node, and learn what follows for all.
 
         Args:
@@ -152,34 +145,36 @@ class HandlerTasks:
                 consequences = () if outcome.decision.restart else decision.failures
                 decision = outcome.decision._replace(failures=(*outcome.decision.failures, *consequences))
         self.decision, self.decided_at = decision, time.monotonic()
-        return Step([Decided(decision)])
+        self.report(Decided(decision))
 
-    def report_success(self) -> Step:
+    def report_success(self) -> Iterator[float]:
         """Report that this node's workers have succeeded, and wait for the other nodes."""
         assert self.round is not None, "workers run in a round"
+        current, pause = self.round, _FIRST_POLL
+        end, deadline = End(EndKind.DONE, "all workers succeeded"), time.monotonic() + self.exit_barrier_timeout
         self.has_succeeded = True
-        with contextlib.suppress(Exception):  # if the store is lost, the next task will find out
-            self.round.report_success()
-        return self._await_success(self.round, time.monotonic() + self.exit_barrier_timeout, _FIRST_POLL)
-
-    def _await_success(self, current: Round, deadline: float, pause: float) -> Step:
-        done = _ended(End(EndKind.DONE, "all workers succeeded"))
+        with contextlib.suppress(Exception):  # if the store is lost, the next request will find out
+            current.report_success()
         try:
-            if current.have_all_succeeded():
+            while not current.have_all_succeeded():
+                if outcome := current.read_outcome():
+                    end = outcome.end
+                    break
+                if time.monotonic() >= deadline:
+                    self.log(
+                        f"this node's workers succeeded; others did not end within {self.exit_barrier_timeout:g} s"
+                    )
+                    break
+                yield pause
+                pause = min(pause * 1.5, _LAST_POLL)
+            else:
                 with contextlib.suppress(Exception):  # the node that hosts the store knew, and has gone
                     current.linger()
-                return done
-            if outcome := current.read_outcome():
-                return _ended(outcome.end)
         except Exception as error:
             self.log(f"{self._describe(error)}; this node's workers succeeded, those of other nodes may have failed")
-            return done
-        if time.monotonic() >= deadline:
-            self.log(f"this node's workers succeeded; others did not end within {self.exit_barrier_timeout:g} s")
-            return done
-        return Step(then=partial(self._await_success, current, deadline, min(pause * 1.5, _LAST_POLL)), pause=pause)
+        self.report(Ended(end, time.time()))
 
-    def leave(self, reason: str, status: int) -> Step:
+    def leave(self, reason: str, status: int) -> None:
         """Report that this node leaves, so that the others need not notice it.
 
         Args:
@@ -195,25 +190,19 @@ class HandlerTasks:
             decision = Decision(not status, self.round.restart_history(), error=error, status=status)
             with contextlib.suppress(Exception):  # if the store is lost, the others will notice
                 self.round.write_outcome(Outcome(end, decision))
-        return Step()
 
-    def shut_down(self) -> Step:
+    def shut_down(self) -> None:
         """End the job for all nodes, unless this node has left it or never was in it."""
         if self.rounds and not self.has_left:
             try:
                 self.handler.shutdown()
             except Exception as error:
                 self.log(f"{self._describe(error)} (in shutdown())")
-        return Step()
-
-    def release_port(self) -> None:
-        """End the reservation of the port for the workers' store."""
-        if self.reserved is not None:
-            self.reserved.close()
-            self.reserved = None
 
     def explain(self, error: BaseException) -> LaunchError:
         """Return an error that the handler raised as one of ours, with a traceback if it looks unintended."""
+        if isinstance(error.__cause__, StopIteration):
+            error = error.__cause__  # which a generator has turned into a RuntimeError
         explained: LaunchError
         if kind := next((kind for kind in _INTENDED if _is_a(error, kind)), None):
             explained = kind(self._describe(error))
@@ -233,10 +222,6 @@ class HandlerTasks:
         lines = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         return f"rendezvous handler {type(self.handler).__name__}: {what}"
-
-
-def _ended(end: End) -> Step:
-    return Step([Ended(end, time.time())])
 
 
 def _is_a(error: BaseException, kind: type[BaseException]) -> bool:

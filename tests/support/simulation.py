@@ -51,6 +51,7 @@ from elastic_launch.core.rendezvous.state import NodeState
 from elastic_launch.core.store_requests import Append, Cancel, Request, Set, Wait
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.job import Assignment, Level
+from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import Timeouts
 from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
 from tests.support.checks import Checks
@@ -230,12 +231,10 @@ class SimulatedClient:
         return self.is_closed or self._failure is not None
 
 
-class SimulatedBackend:
-    """Makes connections to the world's store; it plays a ``Backend``."""
+class SimulatedBackend(Backend):
+    """Makes connections to the world's store."""
 
     where = "the store"
-    serves = False
-    stays = False
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -262,18 +261,9 @@ class SimulatedBackend:
     def addresses(self, client: object) -> tuple[str, str]:
         return f"10.0.0.{self._agent.number}", "10.0.0.1"
 
-    def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
-        return error
-
-    def descriptors(self) -> list[tuple[int, int]]:
-        return []
-
     def take(self) -> None:
         if self._failure:
             raise RendezvousConnectionError(self._failure)
-
-    def close(self) -> None:
-        pass
 
     def break_connections(self) -> None:
         for client in self.clients:
@@ -289,7 +279,7 @@ class ReservedPort(socket.socket):
     def getsockname(self) -> tuple[str, int]:
         return "::", 29500
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
 

@@ -6,10 +6,28 @@ connections that do not block. It does not retry: that is left to its user, the 
 
 from __future__ import annotations
 
+import select
 from typing import Protocol
 
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.store.client import StoreClient
+
+
+class HelperProcess(Protocol):
+    """A process that a backend needs on this node."""
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when ``take`` is due."""
+
+    def take(self) -> object:
+        """Check that the process still runs.
+
+        Raises:
+            RendezvousConnectionError: it has ended; the message says why.
+        """
+
+    def close(self) -> None:
+        """End the process."""
 
 
 class Backend(Protocol):
@@ -21,6 +39,8 @@ class Backend(Protocol):
     """Whether this node hosts the store."""
     stays: bool = False
     """Whether the store ends with the nodes that host it. All of them then stay until all know how the job ended."""
+    _process: HelperProcess | None = None
+    """What the store needs on this node; None: nothing, or it has not been started."""
 
     def open(self) -> None:
         """Start what the store needs on this node.
@@ -61,6 +81,7 @@ class Backend(Protocol):
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptors, with their poll masks, after whose events ``take`` is due."""
+        return [(self._process.fileno(), select.POLLIN)] if self._process else []
 
     def take(self) -> None:
         """Check that the processes which this backend started still run; does not block.
@@ -68,6 +89,11 @@ class Backend(Protocol):
         Raises:
             RendezvousConnectionError: one that the store needs has ended; the message says why.
         """
+        if self._process:
+            self._process.take()
 
     def close(self) -> None:
         """End the processes that this backend started."""
+        if self._process:
+            self._process.close()
+            self._process = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 from collections.abc import Mapping
 
@@ -91,18 +90,3 @@ class C10dBackend(Backend):
         """Name the process that listens on the port, if it is a stranger on this host."""
         owner = port_owner(self.port) if self._is_host and not self.serves else None
         return RendezvousConnectionError(f"{error} (port {self.port} is in use by {owner})") if owner else error
-
-    def descriptors(self) -> list[tuple[int, int]]:
-        """Return the descriptor of the process that hosts the store."""
-        return [(self._process.fileno(), select.POLLIN)] if self._process else []
-
-    def take(self) -> None:
-        """Check that the process that hosts the store still runs."""
-        if self._process:
-            self._process.take()
-
-    def close(self) -> None:
-        """End the process that hosts the store, and the store with it."""
-        if self._process:
-            self._process.close()
-            self._process = None

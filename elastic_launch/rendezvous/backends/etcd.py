@@ -31,7 +31,7 @@ class EtcdBackend(Backend):
         self.where = f"etcd at {endpoints}"
         self._endpoints, self._conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
-        self._bridge: EtcdBridge | None = None
+        self._process: EtcdBridge | None = None
 
     def open(self) -> None:
         """Start the bridge.
@@ -40,13 +40,13 @@ class EtcdBackend(Backend):
             UsageError: a setting is wrong, or the file that it names cannot be read.
             RendezvousConnectionError: the process cannot be started.
         """
-        self._bridge = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
+        self._process = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
 
     def connect(self) -> StoreClient:
         """Connect to the bridge."""
-        if self._bridge is None:
+        if self._process is None:
             raise RendezvousConnectionError(f"{self.where}: not open")
-        return StoreClient(self._bridge.connect(), self.where)
+        return StoreClient(self._process.connect(), self.where)
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the address by which this node reaches an endpoint, and an empty one: etcd does not serve workers."""
@@ -54,21 +54,6 @@ class EtcdBackend(Backend):
             with contextlib.suppress(OSError, RendezvousConnectionError):
                 return own_address(split_endpoint(endpoint)[0]), ""
         return "127.0.0.1", ""
-
-    def descriptors(self) -> list[tuple[int, int]]:
-        """Return the descriptor of the bridge."""
-        return [(self._bridge.fileno(), select.POLLIN)] if self._bridge else []
-
-    def take(self) -> None:
-        """Check that the bridge still runs."""
-        if self._bridge:
-            self._bridge.take()
-
-    def close(self) -> None:
-        """End the bridge."""
-        if self._bridge:
-            self._bridge.close()
-            self._bridge = None
 
 
 class EmbeddedEtcdBackend(EtcdBackend):
