@@ -30,10 +30,9 @@ from tests.support.waiting import is_alive, wait_until
 
 DEADLINE = 5.0
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
-LAST_CALL = 1.5
 ELECTION = 2.0
 """Seconds in which etcd elects a new leader after the loss of one."""
-CONF = f"embedded=true,last_call_timeout={LAST_CALL},keep_alive_interval=1,keep_alive_max_attempt=5"
+CONF = "embedded=true,last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=5"
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
 ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"
@@ -164,7 +163,7 @@ def test_any_host_may_die(index: int, agents: Agents) -> None:
     processes[index].kill()
     wait_until(lambda: not is_alive(member))
     all_are_up(agents, 1, 2)
-    assert time.monotonic() - began < DEADLINE + LAST_CALL + ELECTION + 2
+    assert time.monotonic() - began < DEADLINE + ELECTION + 3.5
     del processes[index]
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0], results
