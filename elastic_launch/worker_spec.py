@@ -42,23 +42,37 @@ class WorkerSpec:
     """What the workers of one node run. Fields, their order and their defaults are those of torch's ``WorkerSpec``."""
 
     role: str
+    """Name of the workers' role."""
     local_world_size: int
+    """Number of workers on this node."""
     rdzv_handler: Rendezvous
+    """The rendezvous through which the node meets the others."""
     fn: Callable[..., Any] | None = None
+    """torch's older name for ``entrypoint``, which comes first if both are given."""
     entrypoint: Callable[..., Any] | str | None = None
-    """A command or a function; ``args`` are its arguments. ``fn`` is torch's older name for it."""
+    """The command or function that each worker runs."""
     args: tuple[Any, ...] = ()
+    """Arguments of ``entrypoint``."""
     max_restarts: int = 3
+    """How often failed workers are restarted."""
     monitor_interval: float = 0.1
     """Accepted for compatibility and unused: the agent does not poll."""
     master_port: int | None = None
+    """Port on which the worker with rank 0 serves the workers' store; None: the rendezvous chooses store and port."""
     master_addr: str | None = None
+    """Address of the workers' store; None: the rendezvous chooses it."""
     local_addr: str | None = None
+    """Address of this node for the others; None to find it out."""
     event_log_handler: str = "null"
+    """Destination of events, as for ``events.get_logging_handler``."""
     numa_options: Any = None
+    """How workers are bound to CPUs, as for ``--numa-binding``; None for no binding."""
     duplicate_stdout_filters: list[str] | None = None
+    """Stdout lines that contain one of these texts are copied to a file."""
     duplicate_stderr_filters: list[str] | None = None
+    """Stderr lines that contain one of these texts are copied to a file."""
     virtual_local_rank: bool = False
+    """Whether each worker sees ``LOCAL_RANK=0`` and only its own device, as number 0."""
     policy: Policy | None = None
     """When the job restarts; None for up to ``max_restarts`` times. torch's class has no such field."""
 
