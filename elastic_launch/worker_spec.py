@@ -12,15 +12,22 @@ from elastic_launch.job import Policy
 
 
 class WorkerState(StrEnum):
-    """The state of a group of workers; the names are torch's."""
+    """State of a node's workers; the names are torch's."""
 
     UNKNOWN = "UNKNOWN"
+    """Never set by this package."""
     INIT = "INIT"
+    """The workers have not been started."""
     HEALTHY = "HEALTHY"
+    """The workers run, or are being stopped without a failure on this node."""
     UNHEALTHY = "UNHEALTHY"
+    """A worker has failed, and the others are being stopped."""
     STOPPED = "STOPPED"
+    """Never set by this package."""
     SUCCEEDED = "SUCCEEDED"
+    """The workers are gone, and none has failed."""
     FAILED = "FAILED"
+    """The workers are gone, and at least one has failed."""
 
     def is_running(self) -> bool:
         """Return whether the workers run, healthy or not."""
@@ -97,29 +104,42 @@ def callable_name(fn: Callable[..., Any]) -> str:
 
 @dataclass(eq=False)
 class Worker:
-    """One worker of a group; the names are torch's, and -1 stands for a rank that is not known yet."""
+    """One worker; the names are torch's. Numbers are -1 until the rendezvous has assigned them."""
 
     local_rank: int
+    """Rank of the worker on its node."""
     global_rank: int = -1
+    """Rank among all workers."""
     role_rank: int = -1
+    """Rank among the workers with the same role."""
     world_size: int = -1
+    """Number of all workers."""
     role_world_size: int = -1
+    """Number of workers with the same role."""
     id: Any = field(default=None, init=False)
-    """The process id; None until the worker has started."""
+    """Process id; None until the worker has started."""
 
 
 @dataclass(eq=False)
 class WorkerGroup:
-    """The workers of one node in the current round; the names are torch's, and None means not known yet."""
+    """The workers of one node in the current round; the names are torch's. What is not known yet is None."""
 
     spec: WorkerSpec
+    """What the workers run."""
     workers: list[Worker] = field(init=False)
+    """The workers, by local rank."""
     store: Any = field(default=None, init=False)
+    """Always None: this package has no such store."""
     group_rank: int | None = field(default=None, init=False)
+    """Rank of the node."""
     group_world_size: int | None = field(default=None, init=False)
+    """Number of nodes."""
     master_addr: str | None = field(default=None, init=False)
+    """Address of the workers' store."""
     master_port: int | None = field(default=None, init=False)
+    """Port of the workers' store."""
     state: WorkerState = field(default=WorkerState.INIT, init=False)
+    """State of the workers."""
 
     def __post_init__(self) -> None:
         self.workers = [Worker(local_rank) for local_rank in range(self.spec.local_world_size)]
@@ -130,6 +150,7 @@ class RunResult:
     """The result of an agent's run."""
 
     state: WorkerState
+    """SUCCEEDED or FAILED."""
     return_values: dict[int, Any] = field(default_factory=dict)
     """What the workers' functions returned, by global rank; None for each worker of a command."""
     failures: dict[int, ProcessFailure] = field(default_factory=dict)
