@@ -168,6 +168,10 @@ def test_public_names_and_the_types_that_a_checker_sees_are_the_same() -> None:
         assert getattr(elastic_launch, name).__module__.startswith("elastic_launch.") or name.islower()
 
 
+def test_streams_are_read_from_text_by_torchs_keyword() -> None:
+    assert elastic_launch.Std.from_str(vm="3") is elastic_launch.Std.ALL  # dir() of an enumeration hides its methods
+
+
 def test_states() -> None:
     running = [state for state in WorkerState if WorkerState.is_running(state)]
     assert running == [WorkerState.HEALTHY, WorkerState.UNHEALTHY]
