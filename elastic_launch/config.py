@@ -25,13 +25,20 @@ class Std(IntFlag):
     """A selection of a worker's standard streams."""
 
     NONE = 0
+    """Neither stream."""
     OUT = 1
+    """Standard output."""
     ERR = 2
+    """Standard error."""
     ALL = 3
+    """Both streams."""
 
     @classmethod
-    def from_str(cls, text: str) -> Std | dict[int, Std]:
+    def from_str(cls, vm: str) -> Std | dict[int, Std]:
         """Read the value of ``--redirects`` or ``--tee``: one selection for all workers, or one for each local rank.
+
+        Args:
+            vm: ``0``, ``1``, ``2`` or ``3``, or a list of such values by local rank, as in ``0:1,1:2``.
 
         >>> Std.from_str("3") == Std.ALL, Std.from_str("0:1,1:2") == {0: Std.OUT, 1: Std.ERR}
         (True, True)
@@ -39,14 +46,14 @@ class Std(IntFlag):
         Raises:
             UsageError: the text has neither form.
         """
-        if text in _STD_NUMBERS:
-            return cls(int(text))
+        if vm in _STD_NUMBERS:
+            return cls(int(vm))
         by_rank: dict[int, Std] = {}
-        for pair in text.split(","):
+        for pair in vm.split(","):
             rank, colon, std = pair.partition(":")
             if not colon or not is_number(rank) or std not in _STD_NUMBERS:
                 raise UsageError(
-                    f"{text!r}: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or RANK:NUMBER,... as in 0:1,1:2"
+                    f"{vm!r}: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or RANK:NUMBER,... as in 0:1,1:2"
                 )
             by_rank[int(rank)] = cls(int(std))
         return by_rank

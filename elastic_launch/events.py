@@ -14,21 +14,22 @@ True
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 from elastic_launch.errors import LaunchError, ProcessFailure, UsageError
 from elastic_launch.host import plug_ins
 from elastic_launch.job import Assignment
 from elastic_launch.worker_spec import WorkerSpec, WorkerState
-
-if TYPE_CHECKING:
-    import logging
 
 ENTRY_POINTS = "elastic_launch.event_handlers"
 RENDEZVOUS = "dynamic_rendezvous"
@@ -73,15 +74,11 @@ class _JsonLine:
         """
         if not isinstance(data, str):
             return data
-        import json  # late, here and below: it takes 5 ms
-
         fields = json.loads(data)
         return cls(**fields | {name: kind(fields[name]) for name, kind in cls._enumerations.items()})
 
     def serialize(self) -> str:
         """Return the event as one line of JSON, without a line end."""
-        import json
-
         return json.dumps(vars(self))
 
 
@@ -139,8 +136,6 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
         UsageError: the destination is unknown.
         LaunchError: its entry point does not work.
     """
-    import logging
-
     if destination == "null":
         return logging.NullHandler()
     if destination == "console":
@@ -210,21 +205,15 @@ def construct_and_record_rdzv_event(
         local_id: id of the node on its host, if it has one.
         rank: rank of the node, if known.
     """
-    import logging
-
     if all(isinstance(handler, logging.NullHandler) for handler in _logger(RENDEZVOUS).handlers):
         return
     if not name:
         caller = sys._getframe(1).f_code
         name = f"{os.path.basename(caller.co_filename)}:{caller.co_name}"
     if not hostname:
-        import socket
-
         hostname = socket.getfqdn()
     error_trace = ""
     if node_state == NodeState.FAILED and sys.exception() is not None:
-        import traceback
-
         error_trace = traceback.format_exc()
     pid = os.getpid() if pid is None else pid
     record_rdzv_event(
@@ -238,8 +227,6 @@ _loggers: dict[str, logging.Logger] = {}
 
 def _logger(destination: str) -> logging.Logger:
     if destination not in _loggers:
-        import logging
-
         handler = get_logging_handler(destination)
         logger = logging.getLogger(f"elastic_launch.events.{destination}")
         logger.setLevel(logging.INFO)
@@ -359,8 +346,6 @@ class Recorder:
             worker: details of the worker that the event is about; empty for an event of the agent.
             facts: values of fields that are None here.
         """
-        import json
-
         metadata = {
             "group_world_size": assignment.group_world_size if assignment else None,
             "entry_point": os.path.basename(self.spec.get_entrypoint_name()),
@@ -387,8 +372,6 @@ class Recorder:
 
 def _raw_error(failure: ProcessFailure) -> str:
     """Return the content of the worker's error file; without a file, what torch records instead."""
-    import json
-
     if failure.error:
         return json.dumps(failure.error_file_data)
     traits = {"category": "system_terminated_error", "retryability": "False"}

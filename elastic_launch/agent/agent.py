@@ -264,7 +264,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     if (assignment := state.assignment) is None:
         return
     group.group_rank, group.group_world_size = assignment.group_rank, assignment.group_world_size
-    group.master_addr, group.master_port = assignment.master_addr, assignment.master_port
+    group.master_addr = group.spec.master_addr or assignment.master_addr
+    group.master_port = group.spec.master_port or assignment.master_port
     group.state = {
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,

@@ -177,7 +177,7 @@ class LocalWorkers:
         return self._functions.value(local_rank) if self._functions else None
 
     def close(self) -> None:
-        """Kill whatever is left. Wait for the console's reader up to ``console_patience`` seconds without progress."""
+        """Kill what is left of the workers, and wait for the console's reader as ``console_patience`` says."""
         self._stack.close()
 
     def _end_output(self) -> None:

@@ -28,8 +28,8 @@ class ScopeRequest(NamedTuple):
 def take_requests(buffer: bytearray) -> list[ScopeRequest]:
     """Remove all complete lines from a buffer, and return the requests in them.
 
-    Lines in another format are ignored, but a request at the end of such a line counts. Of an incomplete line, the last
-    ``LONGEST`` bytes stay in the buffer.
+    Lines in other formats are ignored, but a request at the end of one counts. The last ``LONGEST`` bytes of an
+    incomplete line stay in the buffer.
     """
     end = buffer.rfind(b"\n") + 1
     lines = bytes(buffer[:end]).split(b"\n")

@@ -1,4 +1,4 @@
-"""Find what installed packages offer through entry points, as plug-ins of the launcher."""
+"""Load plug-ins: what installed packages offer through entry points."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(group: str, name: str, subject: str, others: Iterable[str], use: Callab
 
     Args:
         group: the group of the entry point.
-        name: its name.
+        name: the name of the entry point.
         subject: what error messages begin with, as in ``--logs-specs=mine``.
         others: names that need no plug-in, for the error message.
         use: called with the object that the entry point refers to.

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -167,6 +168,10 @@ def test_public_names_and_the_types_that_a_checker_sees_are_the_same() -> None:
         assert getattr(elastic_launch, name).__module__.startswith("elastic_launch.") or name.islower()
 
 
+def test_streams_are_read_from_text_by_torchs_keyword() -> None:
+    assert elastic_launch.Std.from_str(vm="3") is elastic_launch.Std.ALL  # dir() of an enumeration hides its methods
+
+
 def test_states() -> None:
     running = [state for state in WorkerState if WorkerState.is_running(state)]
     assert running == [WorkerState.HEALTHY, WorkerState.UNHEALTHY]
@@ -198,6 +203,18 @@ def test_agent_accepts_torchs_arguments_by_position(capfd: pytest.CaptureFixture
     result = agent.run("trainer")
     assert result == RunResult(WorkerState.SUCCEEDED, {0: "hi", 1: "hi"}, {})
     assert health.calls == ["start", "stop"]
+
+
+def store_address() -> list[str]:
+    return [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")]
+
+
+def test_spec_can_name_the_address_and_port_of_the_workers_store() -> None:
+    spec = WorkerSpec("trainer", 1, SingleNodeRendezvous("job-7", 1), store_address, max_restarts=0)
+    spec.master_addr, spec.master_port = "node-0", 12345
+    agent = LocalElasticAgent(spec, DefaultLogsSpecs(), "fork")
+    assert agent.run().return_values == {0: ["node-0", "12345", "False"]}
+    assert (agent.get_worker_group().master_addr, agent.get_worker_group().master_port) == ("node-0", 12345)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -97,7 +97,7 @@ class AgentState:
     lease_expired: bool = False
     """Whether the workers' lease has expired, so that other nodes may have gone on without this one."""
     failures: tuple[ProcessFailure, ...] = ()
-    """This node's failed workers, once all workers are gone."""
+    """This node's failed workers; empty until all its workers are gone."""
     may_restart: bool = True
     """False if a process could not be killed."""
     running: frozenset[int] = frozenset()
@@ -110,7 +110,7 @@ class AgentState:
     signum: int | None = None
     """The signal that ends the job."""
     stopped_by_signal: bool = False
-    """Whether that signal, and no failure, ended the round."""
+    """Whether the signal in ``signum`` ended the round."""
     stop_requested_at: float | None = None
     """When the first ``ESCALATING`` signal arrived, in seconds since 1970."""
     deadline: float | None = None
@@ -126,7 +126,7 @@ class AgentState:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a worker of this round failed before the agent stopped it."""
+        """Whether a worker of this round failed by itself, not because the agent stopped it."""
         return any(exit_.exitcode != 0 and not exit_.stop_signals for exit_ in self.exits)
 
 
@@ -316,7 +316,7 @@ def _stop_deadline_reached(state: AgentState, event: DeadlineReached, now: float
         return replace(state, hung=state.running, deadline=now + _dump_time(state)), [DumpStacks(state.running)]
     if not state.killed:
         return _kill(state, "shutdown timeout reached", now)
-    # Even SIGKILL does not help. The job ends on this node: beside such a process, a new round could train twice.
+    # Even SIGKILL does not help. The job ends on this node: a new round beside the old worker would train twice.
     log = Log(
         f"{_remaining(state)} cannot be killed (stuck in state D on a hung device or file system, or owned by another "
         "user); giving up"

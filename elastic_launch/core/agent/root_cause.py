@@ -58,7 +58,7 @@ class Exit(NamedTuple):
     time: float
     """Seconds since 1970."""
     stop_signals: tuple[int, ...] = ()
-    """Signals that the agent had sent by then to stop the worker."""
+    """Signals that the agent had sent to stop the worker before it exited."""
 
 
 def judge(
