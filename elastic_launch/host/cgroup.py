@@ -12,7 +12,7 @@ _HOST = "proc/vmstat"
 
 
 class OomCounter:
-    """How many processes the OOM killer has ended since this object was made: in this cgroup, or else on the host.
+    """Counts the processes that the OOM killer ends from now on: in this cgroup, or else on the host.
 
     A kill counts for the cgroup of the killed process, no matter whether that cgroup, one above it, or the host ran out
     of memory. So the cgroups above are not asked: they would count neighbours, too. The counter is ahead of the signal:
@@ -39,9 +39,6 @@ class OomCounter:
         """Return the number of processes killed since then; 0 if it is not known."""
         return max(0, self._count() - self._before)
 
-    def _count(self) -> int:
-        return _field(self._root, self._file, "oom_kill") or 0
-
     def describe(self) -> str:
         """Return a line for the report on a worker that died of SIGKILL; empty if the OOM killer did not strike."""
         killed = self.killed()
@@ -55,6 +52,9 @@ class OomCounter:
         limit = min((limit for folder in self._folders for limit in _limits(self._root, folder)), default=0)
         size = f" (memory limit {_size(limit)})" if limit else ""
         return f"{what} of this cgroup{size}: out of memory is the likely cause"
+
+    def _count(self) -> int:
+        return _field(self._root, self._file, "oom_kill") or 0
 
 
 def cgroup_folders(controller: str, root: str = "/") -> list[str]:

@@ -30,13 +30,6 @@ class Writer(Protocol):
     backlog: int
 
 
-class Redrawn(Protocol):
-    """Something with an unfinished line that is redrawn."""
-
-    def row(self) -> bytes:
-        """Return the line as it is now."""
-
-
 class Console:
     """One of the launcher's own streams, and the output that waits for it: none once the stream is closed."""
 
@@ -62,7 +55,8 @@ class Console:
         self._is_lost = False
         self.is_at_line_start = True
         """Whether the output so far ends with the end of a line."""
-        self._live: Redrawn | None = None  # what the terminal's last row shows
+        self._live: Callable[[], bytes] | None = None
+        """Returns what the terminal's last row shows."""
         self._is_drawn = self._is_stale = False
 
     def add(self, data: bytes | memoryview, owner: Writer, *, is_lines: bool = True) -> None:
@@ -78,13 +72,13 @@ class Console:
         self.queue.append((memoryview(data), owner))
         owner.backlog += len(data)
 
-    def redraw(self, source: Redrawn) -> None:
-        """Show an unfinished line in the terminal's last row, until another one is redrawn."""
-        self._live, self._is_stale = source, True
+    def redraw(self, row: Callable[[], bytes]) -> None:
+        """Show an unfinished line, which ``row`` returns, in the terminal's last row until another one is redrawn."""
+        self._live, self._is_stale = row, True
 
-    def undraw(self, source: Redrawn) -> None:
+    def undraw(self, row: Callable[[], bytes]) -> None:
         """Stop showing that line, because it is finished."""
-        if self._live is source:
+        if self._live == row:
             self._live, self._is_stale = None, True
 
     def update(self) -> None:
@@ -92,7 +86,7 @@ class Console:
         self._write()
         if self._is_stale and not self.queue and not self._is_lost:
             self._is_stale = False
-            row = self._live.row() if self._live else b""
+            row = self._live() if self._live else b""
             if not self.is_at_line_start and row:
                 self.queue.append((memoryview(b"\n"), None))
                 self.is_at_line_start = True

@@ -107,7 +107,7 @@ class Source:
             self._is_redrawn = True
             last_state(self._partial)
             if self._lines and self._lines.is_terminal:
-                self._lines.redraw(self)
+                self._lines.redraw(self.row)
         if len(self._partial) > MAX_LINE:
             self.end()
 
@@ -129,7 +129,7 @@ class Source:
 
     def _show(self, lines: bytes) -> None:
         if self._is_redrawn and self._lines:
-            self._lines.undraw(self)
+            self._lines.undraw(self.row)
         self._is_redrawn = False
         lines = last_states(lines)
         if self._lines:

@@ -95,7 +95,6 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     # A worker's collector then does not touch the pages that it shares. Nothing is collected before: that would leave
     # holes in pages, and a worker copies each page in which it fills one.
     gc.freeze()
-    worker: ForkedWorker
     try:
         keeper_main.serve(sock, agent, changed_environment(variables), forks=True)
     except keeper_main.ForkedWorker as forked_worker:
