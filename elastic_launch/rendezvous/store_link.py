@@ -13,15 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from elastic_launch.core.rendezvous.messages import (
-    Answer,
-    HostFacts,
-    Input,
-    KeyAppeared,
-    Request,
-    StoreLost,
-    StoreReconnected,
-)
+from elastic_launch.core.rendezvous import messages
 from elastic_launch.core.store_requests import Append, Cancel, Set, Wait
 from elastic_launch.core.text import is_loopback
 from elastic_launch.errors import ExitCode, RendezvousConnectionError
@@ -66,7 +58,7 @@ class LinkState(Enum):
 class LinkUser(Protocol):
     """What the link asks of its user."""
 
-    def deliver(self, given: Input) -> None:
+    def deliver(self, given: messages.Input) -> None:
         """Take an input for the node."""
 
     def needs_store(self) -> bool:
@@ -99,7 +91,7 @@ class StoreLink:
         self._clock = clock
         self._requests: StoreClient | None = None
         self._waits: StoreClient | None = None
-        self._unanswered: deque[tuple[Request, float]] = deque()
+        self._unanswered: deque[tuple[messages.Request, float]] = deque()
         """What the store has to answer, and when the present connection asked for it."""
         self._wanted: str | None = None
         """The key whose appearance the node waits for."""
@@ -107,7 +99,8 @@ class StoreLink:
         """The key that the present connection waits for."""
         self._has_met = False
         self._connected_at = self._retry_at = 0.0
-        self._lost_at = self._logged_at = clock()
+        """When the last connection was begun, and when the next one is due."""
+        self._lost_at = self._logged_at = 0.0
         """When the store was last there, or was first looked for; when a line last said that it is not."""
         self._attempts = self._doubts = 0
         self._error: RendezvousConnectionError | None = None
@@ -117,9 +110,9 @@ class StoreLink:
         """Start what the store needs here. Raises LaunchError."""
         self._lost_at = self._logged_at = self._clock()
         self._backend.open()
-        self._user.deliver(HostFacts(serves=self._backend.serves, stays=self._backend.stays))
+        self._user.deliver(messages.HostFacts(serves=self._backend.serves, stays=self._backend.stays))
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: messages.Request) -> None:
         """Send a request, now or on the next connection."""
         self._unanswered.append((request, self._clock()))
         if self._requests:
@@ -170,9 +163,13 @@ class StoreLink:
         except RendezvousConnectionError as error:
             self._lose(error)
 
-    def explain_silence(self, seconds: float) -> RendezvousConnectionError:
+    def why_silent(self, seconds: float) -> RendezvousConnectionError:
         """Say why the store has not answered for so many seconds."""
-        return self._backend.explain(self._error or self._silence(seconds))
+        if self._error:
+            return self._error
+        if self._requests:
+            return self._requests.silence(round(seconds))
+        return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
 
     def close(self) -> None:
         """Send what can be sent at once, and close the connections."""
@@ -185,7 +182,7 @@ class StoreLink:
         self._connected_at = self._clock()
         self.state = LinkState.GREETING
         self._requests = self._backend.connect()
-        self._user.deliver(HostFacts(serves=self._backend.serves))
+        self._user.deliver(messages.HostFacts(serves=self._backend.serves))
         self._waits = self._backend.connect()
         again, self._unanswered = self._unanswered, deque()
         for request, _ in again:
@@ -195,9 +192,11 @@ class StoreLink:
         """The store has answered on a new connection."""
         self.state = LinkState.READY
         address, self.store_address = self._backend.addresses(client)
-        self._user.deliver(HostFacts(address=address, outward=outward_address() if is_loopback(address) else ""))
+        self._user.deliver(
+            messages.HostFacts(address=address, outward=outward_address() if is_loopback(address) else "")
+        )
         if self._has_met:
-            self._user.deliver(StoreReconnected())
+            self._user.deliver(messages.StoreReconnected())
         self._has_met = True
 
     def _read(self) -> None:
@@ -215,12 +214,12 @@ class StoreLink:
                 continue  # it is on its way; the next answer says that it has arrived
             while self._unanswered.popleft()[0] is not request:
                 pass
-            self._user.deliver(Answer(request.question, request.round, value))
+            self._user.deliver(messages.Answer(request.question, request.round, value))
         for key, has_appeared in self._waits.take():
             if key == self._awaited:
                 self._awaited = None
             if has_appeared and key == self._wanted:
-                self._user.deliver(KeyAppeared(key))
+                self._user.deliver(messages.KeyAppeared(key))
 
     def _send(self) -> None:
         if self._waits and self._wanted != self._awaited:
@@ -250,11 +249,6 @@ class StoreLink:
         """Seconds that the store is looked for."""
         return self._timeouts.store if self.has_answered else self._timeouts.join
 
-    def _silence(self, seconds: float) -> RendezvousConnectionError:
-        if self._requests:
-            return self._requests.silence(round(seconds))
-        return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
-
     def _check_patience(self) -> None:
         now = self._clock()
         if self._requests and self.state is LinkState.GREETING and now >= self._connected_at + self._timeouts.read:
@@ -269,11 +263,10 @@ class StoreLink:
             return
         away = now - self._lost_at
         if now >= self._lost_at + self._patience:
-            self._give_up(f"{self.explain_silence(away)} (tried for {away:.0f} s)")
+            self._give_up(f"{self._backend.explain(self.why_silent(away))} (tried for {away:.0f} s)")
         elif now >= self._logged_at + LOG_INTERVAL:
             self._logged_at = now
-            why = self._error or self._silence(away)
-            self._user.log(f"{why}; trying for up to {self._patience - away:.0f} s more")
+            self._user.log(f"{self.why_silent(away)}; trying for up to {self._patience - away:.0f} s more")
 
     def _lose(self, error: RendezvousConnectionError) -> None:
         """The store cannot be reached: try again, or give it up."""
@@ -301,4 +294,4 @@ class StoreLink:
         """Without the store the node cannot go on; its workers are stopped in good order."""
         self._disconnect()
         self.state = LinkState.GIVEN_UP
-        self._user.deliver(StoreLost(text, ExitCode.UNAVAILABLE))
+        self._user.deliver(messages.StoreLost(text, ExitCode.UNAVAILABLE))

@@ -82,8 +82,7 @@ class StoreRendezvous:
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Take an action of the agent; most answers come later, from ``take``."""
         self.deliver(Join(self._port()) if isinstance(action, RequestJoin) else action)
-        self._link.turn()
-        return self._take_events()
+        return self.take()
 
     def descriptors(self) -> list[tuple[int, int]]:
         """The connections, and what the backend looks after."""
@@ -100,7 +99,8 @@ class StoreRendezvous:
         if self._wake_at is not None and self._clock() >= self._wake_at:
             self.deliver(Tick())
             self._link.turn()
-        return self._take_events()
+        events, self._events = self._events, []
+        return events
 
     def close(self) -> None:
         """Take leave, which takes some seconds at most; the store's host waits until the others know the outcome."""
@@ -164,13 +164,9 @@ class StoreRendezvous:
             case Ended(end, _):
                 return Ended(end, self._wall_clock())
             case Decided(decision) if decision.status == ExitCode.TIMEOUT and not self._link.has_answered:
-                why = self._link.explain_silence(self._settings.join_timeout)
+                why = self._backend.explain(self._link.why_silent(self._settings.join_timeout))
                 return Decided(decision._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
-
-    def _take_events(self) -> list[AgentEvent]:
-        events, self._events = self._events, []
-        return events
 
     def _port(self) -> int:
         """The port that this node offers for the workers' store in the next round; 0: none.
