@@ -218,7 +218,7 @@ def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> li
     if len(members) == 1:
         log(f"embedded etcd with one member, {endpoint}: the job does not survive the loss of that host; use 3")
     elif len(members) % 2 == 0:
-        log(f"embedded etcd with {len(members)} members survives no more losses than {len(members) - 1}; use 3 or 5")
+        log(f"embedded etcd with {len(members)} members survives no more losses than with one less; use 3 or 5")
     return members
 
 
@@ -248,13 +248,13 @@ def _flag(text: str, option: str) -> bool:
 
 SETTINGS: dict[str, Callable[[str, str], Any]] = {
     # Durations, in seconds.
-    "join_timeout": _seconds,  # for which a node waits for a round to form; default 600
+    "join_timeout": _seconds,  # how long a node waits for a round to form; default 600
     "timeout": _seconds,  # another name for join_timeout
-    "last_call_timeout": _seconds,  # for which a round with min_nodes waits for more, from the last arrival; default 30
-    "close_timeout": _seconds,  # for which the node that hosts the store waits for the others at the end; default 30
-    "store_timeout": _seconds,  # for which a lost store is looked for; default 60
-    "read_timeout": _seconds,  # for which an answer of the store is waited for; default 60
-    "keep_alive_interval": _seconds,  # between two heartbeats of a node; default 5
+    "last_call_timeout": _seconds,  # how long a round with min_nodes waits for more after the last arrival; default 30
+    "close_timeout": _seconds,  # how long the node that hosts the store waits for the others at the end; default 30
+    "store_timeout": _seconds,  # how long to try to reach a store that was lost; default 60
+    "read_timeout": _seconds,  # how long a connection to the store, or a reply, may take; default 60
+    "keep_alive_interval": _seconds,  # time between two heartbeats of a node; default 5
     # Others.
     "keep_alive_max_attempt": _attempts,  # intervals without a heartbeat until a node is lost, at least 2; default 3
     "is_host": _flag,  # whether this node hosts the c10d store; default: if the endpoint is an address of this host

@@ -124,7 +124,7 @@ def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, lo
     """
     store, rank, size = info.store, info.rank, info.world_size
     if not (isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
-        raise RendezvousStateError(f"next_rendezvous() returned rank {rank!r} of {size!r}")
+        raise RendezvousStateError(f"next_rendezvous() returned rank {rank!r} of {size!r}: ranks count from 0")
     token = os.urandom(8).hex()
     own = _Registration(node, f"{PREFIX}assignment/{rank}/{token}")
     if rank:
