@@ -219,7 +219,7 @@ def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> li
     if len(members) == 1:
         log(f"embedded etcd with one member, {endpoint}: the job does not survive the loss of that host; use 3")
     elif len(members) % 2 == 0:
-        log(f"embedded etcd with {len(members)} members survives no more losses than {len(members) - 1}; use 3 or 5")
+        log(f"embedded etcd with {len(members)} members survives no more losses than with one less; use 3 or 5")
     return members
 
 
@@ -231,49 +231,41 @@ def _rank(config: LaunchConfig) -> int:
     return int(rank)
 
 
-def _seconds(conf: Conf, name: str) -> float:
-    return parse_seconds(str(conf[name]), f"--rdzv-conf {name}=", above_zero=True)
+def _seconds(text: str, option: str) -> float:
+    return parse_seconds(text, option, above_zero=True)
 
 
-def _attempts(conf: Conf, name: str) -> int:
-    text = str(conf[name])
-    if not text.isdigit() or int(text) < 2:
-        raise UsageError(f"--rdzv-conf {name}={text}: must be a number of at least 2")
+def _attempts(text: str, option: str) -> int:
+    if not is_number(text) or int(text) < 2:
+        raise UsageError(f"{option}{text}: must be a number of at least 2")
     return int(text)
 
 
-def _flag(conf: Conf, name: str) -> bool:
-    flag = read_flag(conf[name])
-    if flag is None:
-        raise UsageError(f"--rdzv-conf {name}={conf[name]}: must be true or false")
+def _flag(text: str, option: str) -> bool:
+    if (flag := read_flag(text)) is None:
+        raise UsageError(f"{option}{text}: must be true or false")
     return flag
 
 
-def _as_given(conf: Conf, name: str) -> Any:
-    return conf[name]
-
-
-ETCD_SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
-"""Settings for an etcd cluster with TLS or users: files, and names. ``EtcdBridge`` reads them."""
-
-SETTINGS: dict[str, Callable[[Conf, str], Any]] = {
+SETTINGS: dict[str, Callable[[str, str], Any]] = {
     # Durations, in seconds.
-    "join_timeout": _seconds,  # for which a node waits for a round to form; default 600
+    "join_timeout": _seconds,  # how long a node waits for a round to form; default 600
     "timeout": _seconds,  # another name for join_timeout
-    "last_call_timeout": _seconds,  # for which a round with min_nodes waits for more, from the last arrival; default 30
-    "close_timeout": _seconds,  # for which the node that hosts the store waits for the others at the end; default 30
-    "store_timeout": _seconds,  # for which a lost store is looked for; default 60
-    "read_timeout": _seconds,  # for which an answer of the store is waited for; default 60
-    "keep_alive_interval": _seconds,  # between two heartbeats of a node; default 5
+    "last_call_timeout": _seconds,  # how long a round with min_nodes waits for more after the last arrival; default 30
+    "close_timeout": _seconds,  # how long the node that hosts the store waits for the others at the end; default 30
+    "store_timeout": _seconds,  # how long to try to reach a store that was lost; default 60
+    "read_timeout": _seconds,  # how long a connection to the store, or a reply, may take; default 60
+    "keep_alive_interval": _seconds,  # time between two heartbeats of a node; default 5
     # Others.
     "keep_alive_max_attempt": _attempts,  # intervals without a heartbeat until a node is lost, at least 2; default 3
-    "rank": _as_given,  # group rank that this node asks for, as --node-rank; default: any
     "is_host": _flag,  # whether this node hosts the c10d store; default: if the endpoint is an address of this host
     "embedded": _flag,  # whether the agents run etcd's members; default false
-    "protocol": _as_given,  # of etcd, http or https; default http, or https with a certificate
-    **dict.fromkeys(ETCD_SECURITY, _as_given),
 }
-"""Settings of ``--rdzv-conf`` that the built-in backends know, with the functions that read them."""
+"""Settings of ``--rdzv-conf``, with the functions that read a text; the option is for their error messages."""
+ETCD_SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+"""Settings for an etcd cluster with TLS or users: files, and names."""
+OTHER_SETTINGS = {"rank", "protocol", *ETCD_SECURITY}
+"""Settings that are read elsewhere: the rank of ``--node-rank``, and those of ``EtcdBridge``."""
 
 
 def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:
@@ -283,11 +275,11 @@ def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:
         UsageError: a value is wrong.
     """
     given = {name: value for name, value in config.rdzv_configs.items() if value is not None}
-    if unknown := sorted(given.keys() - SETTINGS.keys()):
+    if unknown := sorted(given.keys() - SETTINGS.keys() - OTHER_SETTINGS):
         log(f"--rdzv-conf: ignoring unknown settings: {', '.join(unknown)}")
     if config.rdzv_timeout != -1:
         given["timeout"] = config.rdzv_timeout
-    values = {name: read(given, name) for name, read in SETTINGS.items() if name in given}
+    values = {name: read(str(given[name]), f"--rdzv-conf {name}=") for name, read in SETTINGS.items() if name in given}
     if "timeout" in values:
         values.setdefault("join_timeout", values["timeout"])
     return values

@@ -72,10 +72,8 @@ class RendezvousParameters:
             UsageError: the value is not one of these.
         """
         value = self.get(key, default)
-        if value is None:
-            return None
         flag = read_flag(value)
-        if flag is None:
+        if flag is None and value is not None:
             raise UsageError(f"{key}={value!r} in the rendezvous settings: must be true or false")
         return flag
 
@@ -86,10 +84,8 @@ class RendezvousParameters:
             UsageError: ``int`` does not accept the value.
         """
         value = self.get(key, default)
-        if value is None:
-            return None
         try:
-            return int(value)
+            return None if value is None else int(value)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{key}={value!r} in the rendezvous settings: must be a whole number") from error
 

@@ -1,8 +1,8 @@
-"""The connection to the job's store: made, lost, made again, and given up.
+"""Connects to the job's store, reconnects when the connection is lost, and finally gives up.
 
-There are two connections that never block: one for requests, one that waits for a key to appear. What a connection that
-is lost had not answered is asked again on the next one. The link decides when to give up the store; everything else is
-decided in ``core.rendezvous``, whose inputs it delivers.
+A link has two connections that never block: one for requests, and one that waits for a key to appear. Requests without
+a reply on a lost connection are sent again on the next one. The link decides when to give up the store. Everything else
+is decided in ``core.rendezvous``; the link delivers its inputs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from elastic_launch.core.rendezvous.messages import (
-    Answer,
-    HostFacts,
-    Input,
-    KeyAppeared,
-    Request,
-    StoreLost,
-    StoreReconnected,
-)
+from elastic_launch.core.rendezvous import messages
 from elastic_launch.core.store_requests import Append, Cancel, Set, Wait
 from elastic_launch.core.text import is_loopback
 from elastic_launch.errors import ExitCode, RendezvousConnectionError
@@ -30,107 +22,112 @@ from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import NotAStoreError, StoreClient
 
 FIRST_RETRY, LAST_RETRY = 0.02, 1.0
-"""Seconds until the next attempt to connect: after the first one, and at most, having doubled each time."""
+"""Delays between two attempts to connect, in seconds. They double from the first to the last."""
 DOUBTS = 3
-"""How often in a row something has to look like no store to be believed: a store that ends looks so, too."""
+"""Number of connections in a row that must look unlike a store. One is not enough: a store that ends looks so, too."""
 LOG_INTERVAL = 10.0
-"""Seconds between two lines that say that the store cannot be reached."""
+"""Seconds between two log lines about a store that cannot be reached."""
 UNANSWERED = (Set, Append)
-"""Requests that the store does not answer: their reply says only that they are on their way."""
+"""Requests that the store does not answer. Their reply comes from the client, and says only that they were sent."""
 
 
 class Timeouts(NamedTuple):
-    """Times in seconds."""
+    """When to lose patience with the store. Times are in seconds."""
 
     join: float = 600.0
-    """How long a store that has never answered is looked for."""
+    """How long to try to reach a store that has never answered."""
     store: float = 60.0
-    """How long a store that was lost is looked for."""
+    """How long to try to reach a store that was lost."""
     read: float = 60.0
-    """How long a connection, or an answer, may take."""
+    """How long a new connection, or a reply, may take at most."""
     silence: float = 15.0
-    """How long an answer may take before a new connection is tried, which tells sooner whether the store is there."""
+    """How long a reply may take before the link reconnects, which shows sooner whether the store is there."""
 
 
 class LinkState(Enum):
-    """Where the link stands."""
+    """The state of a link."""
 
     CONNECTING = "connecting"
-    """There is no connection; the next attempt comes soon."""
+    """There is no connection. The next attempt is due soon."""
     GREETING = "greeting"
-    """A connection is made, or being made, and the store has not answered on it yet."""
+    """A connection was begun, and the store has not answered on it yet."""
     READY = "ready"
     GIVEN_UP = "given up"
 
 
 class LinkUser(Protocol):
-    """What the link asks of its user."""
+    """What a link needs from its user."""
 
-    def deliver(self, given: Input) -> None:
-        """Take an input for the node."""
+    def deliver(self, given: messages.Input) -> None:
+        """Accept an input for the node."""
 
     def needs_store(self) -> bool:
-        """Whether the job is not over for this node."""
+        """Return whether the job is not over for this node."""
 
     def log(self, text: str) -> None:
         """Log a line."""
 
 
 class StoreLink:
-    """The link to one store, through all its connections."""
+    """The link to one store, across all its connections."""
 
     def __init__(self, backend: Backend, timeouts: Timeouts, user: LinkUser, clock: Callable[[], float]) -> None:
-        """Prepare; nothing is connected yet.
+        """Prepare without connecting.
 
         Args:
-            backend: makes connections to the store, and hosts it, if that is this node's part.
+            backend: makes connections to the store, and hosts it if this node is to do so.
             timeouts: when to lose patience.
-            user: gets what the link learns.
-            clock: gives the time in seconds, on any monotonic clock.
+            user: receives the inputs for the node.
+            clock: returns the time in seconds, on any monotonic clock.
         """
         self.state = LinkState.CONNECTING
         self.has_answered = False
-        """Whether the store has answered a request at all."""
+        """Whether the store has ever answered a request."""
         self.store_address = ""
-        """The address by which this node reaches the store; empty: not known, or of no use to workers."""
+        """The address by which this node reaches the store; empty if it is unknown or of no use to workers."""
         self._backend = backend
         self._timeouts = timeouts
         self._user = user
         self._clock = clock
         self._requests: StoreClient | None = None
         self._waits: StoreClient | None = None
-        self._unanswered: deque[tuple[Request, float]] = deque()
-        """What the store has to answer, and when the present connection asked for it."""
+        self._unanswered: deque[tuple[messages.Request, float]] = deque()
+        """The requests without a reply, and when each was sent on the present connection."""
         self._wanted: str | None = None
-        """The key whose appearance the node waits for."""
+        """The key that the node waits for."""
         self._awaited: str | None = None
         """The key that the present connection waits for."""
         self._has_met = False
         self._connected_at = self._retry_at = 0.0
-        self._lost_at = self._logged_at = clock()
-        """When the store was last there, or was first looked for; when a line last said that it is not."""
+        """When the last connection was begun, and when the next one is due."""
+        self._lost_at = self._logged_at = 0.0
+        """When the store was last there or was first looked for, and when a line about its absence was last logged."""
         self._attempts = self._doubts = 0
         self._error: RendezvousConnectionError | None = None
-        """Why there is no connection that answers."""
+        """Why no connection answers; None: one does, or none has failed yet."""
 
     def open(self) -> None:
-        """Start what the store needs here. Raises LaunchError."""
+        """Start what the store needs on this node.
+
+        Raises:
+            LaunchError: it cannot be started.
+        """
         self._lost_at = self._logged_at = self._clock()
         self._backend.open()
-        self._user.deliver(HostFacts(serves=self._backend.serves, stays=self._backend.stays))
+        self._user.deliver(messages.HostFacts(serves=self._backend.serves, stays=self._backend.stays))
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: messages.Request) -> None:
         """Send a request, now or on the next connection."""
         self._unanswered.append((request, self._clock()))
         if self._requests:
             self._requests.submit(request.request, request)
 
     def await_key(self, key: str | None) -> None:
-        """Wait for a key to appear, and for no other; None: for none."""
+        """Wait for this key to appear, and for no other; None: for no key."""
         self._wanted = key
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """What to wait for: the connections, and what the backend looks after."""
+        """Return the descriptors of the connections and of the backend, with their poll masks."""
         found = [] if self.state is LinkState.GIVEN_UP else self._backend.descriptors()
         for client in (self._requests, self._waits):
             if client and client.fileno() >= 0:
@@ -138,7 +135,7 @@ class StoreLink:
         return found
 
     def deadline(self) -> float | None:
-        """When ``turn`` is due at the latest; None: when a descriptor is ready."""
+        """Return when ``turn`` is due even if no descriptor is ready; None: never."""
         match self.state:
             case LinkState.GIVEN_UP:
                 return None
@@ -153,7 +150,7 @@ class StoreLink:
         return min(next_attempt, self._lost_at + self._patience, self._logged_at + LOG_INTERVAL)
 
     def turn(self) -> None:
-        """Connect, read what has come, deliver it, and send what that leads to."""
+        """Connect if it is time, deliver what has arrived, and send the requests that this leads to."""
         if self.state is LinkState.GIVEN_UP:
             return
         try:
@@ -170,13 +167,18 @@ class StoreLink:
         except RendezvousConnectionError as error:
             self._lose(error)
 
-    def explain_silence(self, seconds: float) -> RendezvousConnectionError:
-        """Say why the store has not answered for so many seconds."""
-        return self._backend.explain(self._error or self._silence(seconds))
+    def why_silent(self, seconds: float) -> RendezvousConnectionError:
+        """Return why the store has not answered for so many seconds."""
+        if self._error:
+            return self._error
+        if self._requests:
+            return self._requests.timeout_error(round(seconds))
+        return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
 
     def close(self) -> None:
         """Send what can be sent at once, and close the connections."""
-        self._send()
+        if self._requests:
+            self._requests.flush()
         self._disconnect()
 
     # --- connections
@@ -185,19 +187,21 @@ class StoreLink:
         self._connected_at = self._clock()
         self.state = LinkState.GREETING
         self._requests = self._backend.connect()
-        self._user.deliver(HostFacts(serves=self._backend.serves))
+        self._user.deliver(messages.HostFacts(serves=self._backend.serves))
         self._waits = self._backend.connect()
         again, self._unanswered = self._unanswered, deque()
         for request, _ in again:
             self.submit(request)
 
     def _greet(self, client: StoreClient) -> None:
-        """The store has answered on a new connection."""
+        """Note that the store has answered on a new connection."""
         self.state = LinkState.READY
         address, self.store_address = self._backend.addresses(client)
-        self._user.deliver(HostFacts(address=address, outward=outward_address() if is_loopback(address) else ""))
+        self._user.deliver(
+            messages.HostFacts(address=address, outward=outward_address() if is_loopback(address) else "")
+        )
         if self._has_met:
-            self._user.deliver(StoreReconnected())
+            self._user.deliver(messages.StoreReconnected())
         self._has_met = True
 
     def _read(self) -> None:
@@ -215,12 +219,12 @@ class StoreLink:
                 continue  # it is on its way; the next answer says that it has arrived
             while self._unanswered.popleft()[0] is not request:
                 pass
-            self._user.deliver(Answer(request.question, request.round, value))
+            self._user.deliver(messages.Answer(request.question, request.round, value))
         for key, has_appeared in self._waits.take():
             if key == self._awaited:
                 self._awaited = None
             if has_appeared and key == self._wanted:
-                self._user.deliver(KeyAppeared(key))
+                self._user.deliver(messages.KeyAppeared(key))
 
     def _send(self) -> None:
         if self._waits and self._wanted != self._awaited:
@@ -242,18 +246,13 @@ class StoreLink:
     # --- patience
 
     def _asked_at(self) -> float | None:
-        """Since when the store owes an answer; None: it owes none."""
+        """Return when the oldest request was sent that the store has to answer; None: there is none."""
         return next((at for request, at in self._unanswered if not isinstance(request.request, UNANSWERED)), None)
 
     @property
     def _patience(self) -> float:
-        """Seconds that the store is looked for."""
+        """Seconds to try to reach the store."""
         return self._timeouts.store if self.has_answered else self._timeouts.join
-
-    def _silence(self, seconds: float) -> RendezvousConnectionError:
-        if self._requests:
-            return self._requests.timeout_error(round(seconds))
-        return RendezvousConnectionError(f"{self._backend.where}: no connection after {seconds:.0f} s")
 
     def _check_patience(self) -> None:
         now = self._clock()
@@ -269,14 +268,13 @@ class StoreLink:
             return
         away = now - self._lost_at
         if now >= self._lost_at + self._patience:
-            self._give_up(f"{self.explain_silence(away)} (tried for {away:.0f} s)")
+            self._give_up(f"{self._backend.explain(self.why_silent(away))} (tried for {away:.0f} s)")
         elif now >= self._logged_at + LOG_INTERVAL:
             self._logged_at = now
-            why = self._error or self._silence(away)
-            self._user.log(f"{why}; trying for up to {self._patience - away:.0f} s more")
+            self._user.log(f"{self.why_silent(away)}; trying for up to {self._patience - away:.0f} s more")
 
     def _lose(self, error: RendezvousConnectionError) -> None:
-        """The store cannot be reached: try again, or give it up."""
+        """Plan to reconnect, or give up the store."""
         now = self._clock()
         if self._error is None and self.has_answered:
             self._lost_at = min(self._asked_at() or now, now)
@@ -298,7 +296,7 @@ class StoreLink:
             self._check_patience()
 
     def _give_up(self, text: str) -> None:
-        """Without the store the node cannot go on; its workers are stopped in good order."""
+        """Tell the node that the store is gone for good."""
         self._disconnect()
         self.state = LinkState.GIVEN_UP
-        self._user.deliver(StoreLost(text, ExitCode.UNAVAILABLE))
+        self._user.deliver(messages.StoreLost(text, ExitCode.UNAVAILABLE))

@@ -20,7 +20,7 @@ from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import LinkState, StoreLink, Timeouts
 
 CLOSE_TIMEOUT = 5.0
-"""Longest time, in seconds, that a node takes leave from a store that does not answer."""
+"""Longest time, in seconds, that a node takes to leave a store that does not answer."""
 
 
 class StoreRendezvous:
@@ -40,23 +40,23 @@ class StoreRendezvous:
         reserve: Callable[[], socket.socket] = reserve_port,
         on_step: Callable[[NodeState, Ready], None] = lambda node, ready: None,
     ) -> None:
-        """Prepare; nothing is started yet.
+        """Prepare without starting anything.
 
         Args:
-            settings: what the job's nodes agree on.
-            record: what this node says of itself.
+            settings: the job's, the same on all nodes.
+            record: the description of this node.
             backend: the store.
-            log: takes each line for the log, up to the level ``verbosity``.
-            timeouts: when to lose patience with the store; those that ``settings`` has are taken from there.
-            verbosity: a ``Level``.
+            log: prints a line on the console.
+            timeouts: when to lose patience with the store; ``join`` and ``silence`` come from ``settings``.
+            verbosity: a ``Level``; lines up to this level are logged.
             name: name of the backend, as the user chose it.
-            clock: gives the time in seconds, on any monotonic clock.
-            wall_clock: gives the time in seconds since 1970.
-            reserve: reserves a port for a store that the worker of rank 0 serves.
-            on_step: sees the node's state and what is to be done after each step, for tests.
+            clock: returns the time in seconds, on any monotonic clock.
+            wall_clock: returns the time in seconds since 1970.
+            reserve: reserves a port for the store that the worker of rank 0 serves.
+            on_step: called after each step, with the node's state and the result; for tests.
         """
         self.lease: Callable[[float], None] = lambda until: None
-        """Takes the time until which the workers may live, whenever it is extended."""
+        """Called with the time until which the workers may live, whenever that is extended."""
         self.log = log
         self._settings = settings
         self._verbosity = verbosity
@@ -81,36 +81,39 @@ class StoreRendezvous:
         return self._name
 
     def get_run_id(self) -> str:
-        """The job's id."""
+        """Return the job's id."""
         return self._settings.run_id
 
     # --- what the agent asks for
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
-        """Take an action of the agent; most answers come later, from ``take``."""
+        """Accept an action of the agent; most answers come later, from ``take``."""
         self.deliver(Join(self._port()) if isinstance(action, RequestJoin) else action)
-        self._link.turn()
-        return self._take_events()
+        return self.take()
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """The connections, and what the backend looks after."""
+        """Return the descriptors of the connections and of the backend, with their poll masks."""
         return self._link.descriptors()
 
     def deadline(self) -> float | None:
-        """When the node, or a connection, needs attention."""
+        """Return when ``take`` is due even if no descriptor is ready; None: never."""
         times = (self._wake_at, self._link.deadline() if self._is_open else None)
         return min((at for at in times if at is not None), default=None)
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """Read answers, keep time, connect anew."""
+        """Connect if it is time, handle replies and timers, and return the events that this leads to."""
         self._link.turn()
         if self._wake_at is not None and self._clock() >= self._wake_at:
             self.deliver(Tick())
             self._link.turn()
-        return self._take_events()
+        events, self._events = self._events, []
+        return events
 
     def close(self) -> None:
-        """Take leave, which takes some seconds at most; the store's host waits until the others know the outcome."""
+        """Leave the job and release everything, within seconds.
+
+        The node that hosts the store waits until the others know how the job ended, at most ``close_timeout``.
+        """
         try:
             if self._is_open:
                 self.begin_close()
@@ -122,26 +125,26 @@ class StoreRendezvous:
                     poller.poll(max(0.0, end - self._clock()) * 1000)
                     self._link.turn()
         except RendezvousError:
-            pass  # without a store there is nobody to take leave of
+            pass  # without a store, the other nodes cannot be told
         finally:
             self._link.close()
             self._reserved.close()
             self._backend.close()
 
     def begin_close(self) -> None:
-        """Begin to take leave; ``is_closed`` tells when it is done."""
+        """Begin to leave the job; ``is_closed`` tells when that is done."""
         self.deliver(Close())
         self._link.turn()
 
     @property
     def is_closed(self) -> bool:
-        """Nothing is left to tell the other nodes, or there is no way to."""
+        """Whether the other nodes have been told everything, or cannot be told."""
         return self._node.may_disconnect or self._link.state in (LinkState.CONNECTING, LinkState.GIVEN_UP)
 
     # --- what the link asks for
 
     def deliver(self, given: Input) -> None:
-        """Let the node take an input, and carry out what that leads to."""
+        """Hand an input to the node, and carry out what that leads to."""
         ready = node.step(self._node, given, self._clock())
         self._on_step(self._node, ready)
         for request in ready.requests:
@@ -158,32 +161,28 @@ class StoreRendezvous:
             self.deliver(HostFacts(port=self._backend.fresh_store()))
 
     def needs_store(self) -> bool:
-        """Whether the job is not over for this node."""
+        """Return whether the job is not over for this node."""
         return not self._node.is_over
 
     # --- what only this side knows
 
     def _completed(self, event: Assigned | Ended | Decided) -> AgentEvent:
-        """Add the store's address and the time of day, and why there is no store."""
+        """Add what the node does not know: the store's address, the time of day, and why there is no store."""
         match event:
             case Assigned(assignment) if not assignment.master_addr:
                 return Assigned(assignment._replace(master_addr=self._link.store_address))
             case Ended(end, _):
                 return Ended(end, self._wall_clock())
             case Decided(decision) if decision.status == ExitCode.TIMEOUT and not self._link.has_answered:
-                why = self._link.explain_silence(self._settings.join_timeout)
+                why = self._backend.explain(self._link.why_silent(self._settings.join_timeout))
                 return Decided(decision._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
 
-    def _take_events(self) -> list[AgentEvent]:
-        events, self._events = self._events, []
-        return events
-
     def _port(self) -> int:
-        """The port that this node offers for the workers' store in the next round; 0: none.
+        """Return the port that this node offers for the workers' store in the next round; 0: none.
 
-        torch's process groups would meet keys of the round before in a store that served it. So the job's store serves
-        the workers of the first round only, and a fresh one those of each further round.
+        In a store that served an earlier round, torch's process groups would find the keys of that round. So the job's
+        store serves only the workers of the first round, and a fresh store those of each further round.
         """
         is_first = not self._is_open
         if is_first:

@@ -19,16 +19,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
-from elastic_launch.core.agent.messages import (
-    AgentEvent,
-    Ended,
-    Leave,
-    RendezvousAction,
-    ReportFailure,
-    ReportRound,
-    ReportSuccess,
-    RequestJoin,
-)
+from elastic_launch.core.agent import messages
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
@@ -53,7 +44,7 @@ class ThirdPartyRendezvous:
         """How the round ended, as the agent was told."""
         # Shared with the thread:
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._results: deque[AgentEvent | LaunchError] = deque()
+        self._results: deque[messages.AgentEvent | LaunchError] = deque()
         self._wake = -1
 
     def get_backend(self) -> str:
@@ -64,25 +55,25 @@ class ThirdPartyRendezvous:
         """Return the job's id, as the handler has it."""
         return str(self._tasks.handler.get_run_id())
 
-    def ask(self, action: RendezvousAction) -> list[AgentEvent]:
+    def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
         """Hand an action to the thread. Only ``ReportFailure`` is answered at once."""
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
             self._thread.start()
         match action:
-            case RequestJoin():
+            case messages.RequestJoin():
                 self._end = None
                 self._queue.put(self._tasks.join)
-            case ReportFailure(failure) if self._end is None:
+            case messages.ReportFailure(failure) if self._end is None:
                 self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True)
                 self._queue.put(lambda: None)  # instead of the task that polls
-                return [Ended(self._end, time.time())]
-            case ReportSuccess():
+                return [messages.Ended(self._end, time.time())]
+            case messages.ReportSuccess():
                 self._queue.put(self._tasks.report_success)
-            case ReportRound(decision):
+            case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
-            case Leave(signum, error, status):
+            case messages.Leave(signum, error, status):
                 host = self._tasks.node.host
                 reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"
                 self._queue.put(partial(self._tasks.leave, reason, status))
@@ -96,7 +87,7 @@ class ThirdPartyRendezvous:
         """Return None: the thread has the timers."""
         return None
 
-    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
+    def take(self, ready: Collection[int] = ()) -> list[messages.AgentEvent]:
         """Return the events that the thread has handed over.
 
         Raises:
@@ -104,12 +95,12 @@ class ThirdPartyRendezvous:
         """
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)  # before the results are read, so that later ones wake the loop again
-        events: list[AgentEvent] = []
+        events: list[messages.AgentEvent] = []
         while self._results:
             result = self._results.popleft()
             if isinstance(result, LaunchError):
                 raise result
-            if isinstance(result, Ended):
+            if isinstance(result, messages.Ended):
                 if self._end is not None:
                     continue  # the agent was told of another end of this round
                 self._end = result.end
@@ -146,7 +137,7 @@ class ThirdPartyRendezvous:
         self._tasks.reserved.close()
         os.close(self._wake)
 
-    def _report(self, result: AgentEvent | LaunchError) -> None:
+    def _report(self, result: messages.AgentEvent | LaunchError) -> None:
         self._results.append(result)
         os.eventfd_write(self._wake, 1)
 

@@ -37,8 +37,8 @@ class _Registration(NamedTuple):
     """What a node sends to the node of rank 0."""
 
     node: NodeRecord
-    token: str
-    """Random in each round, so that the reply of an earlier round is not taken for this one's."""
+    reply_key: str
+    """Random in part, so that the reply of an earlier round is not taken for this one's."""
 
 
 class _Reply(NamedTuple):
@@ -115,7 +115,7 @@ def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, lo
 
     Args:
         info: what the handler's ``next_rendezvous`` returned.
-        node: this node; ``past`` is the number of its last round.
+        node: this node; ``known_round`` is the number of its last round.
         use_agent_store: the handler's.
         local_addr: address of this node, in case the handler does not say where the workers' store is.
 
@@ -124,25 +124,19 @@ def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, lo
     """
     store, rank, size = info.store, info.rank, info.world_size
     if not (isinstance(rank, int) and isinstance(size, int) and 0 <= rank < size):
-        raise RendezvousStateError(f"next_rendezvous() returned rank {rank!r} of {size!r}")
-    own = _Registration(node, os.urandom(8).hex())
+        raise RendezvousStateError(f"next_rendezvous() returned rank {rank!r} of {size!r}: ranks count from 0")
+    token = os.urandom(8).hex()
+    own = _Registration(node, f"{PREFIX}assignment/{rank}/{token}")
     if rank:
         store.set(f"{PREFIX}node/{rank}", encode(own).decode())
-        key = _assignment_key(rank, own)
-        reply = decode(_Reply, store.get(key), key)
-        store.delete_key(key)
+        reply = decode(_Reply, store.get(own.reply_key), own.reply_key)
+        store.delete_key(own.reply_key)
         return Round(store, *reply)
-    registrations = [own, *_read_registrations(store, size)]
-    nodes = [registration.node for registration in registrations]
-    first, *others = _assign(info, nodes, use_agent_store, local_addr)
-    for registration, assignment in zip(registrations[1:], others, strict=True):
-        reply = _Reply(assignment, own.token)
-        store.set(_assignment_key(assignment.group_rank, registration), encode(reply).decode())
-    return Round(store, first, own.token)
-
-
-def _assignment_key(rank: int, registration: _Registration) -> str:
-    return f"{PREFIX}assignment/{rank}/{registration.token}"
+    others = _read_registrations(store, size)
+    assignments = _assign(info, [node, *(other.node for other in others)], use_agent_store, local_addr)
+    for other, assignment in zip(others, assignments[1:], strict=True):
+        store.set(other.reply_key, encode(_Reply(assignment, token)).decode())
+    return Round(store, assignments[0], token)
 
 
 def _read_registrations(store: Store, size: int) -> list[_Registration]:

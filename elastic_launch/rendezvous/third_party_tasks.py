@@ -10,19 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from elastic_launch import errors
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.text import counted
-from elastic_launch.errors import (
-    ExitCode,
-    LaunchError,
-    RendezvousClosedError,
-    RendezvousConnectionError,
-    RendezvousError,
-    RendezvousGracefulExitError,
-    UnavailableError,
-)
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Decision, End, EndKind
 from elastic_launch.rendezvous.handler import RendezvousHandler
@@ -30,7 +22,7 @@ from elastic_launch.rendezvous.third_party_round import Outcome, Round, form_rou
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
 """Seconds between two checks whether all nodes have succeeded: at first, and after a while."""
-_INTENDED = (*RendezvousError.__subclasses__(), RendezvousError)
+_INTENDED = (*errors.RendezvousError.__subclasses__(), errors.RendezvousError)
 """Errors that a handler raises on purpose."""
 
 
@@ -96,7 +88,8 @@ class HandlerTasks:
         self.rounds = assignment.restart_count + 1
         self.has_succeeded = False
         if assignment.group_rank == 0 and not assignment.agent_store:
-            with contextlib.suppress(UnavailableError):  # a store is served there already, or the worker will fail
+            # If the port is in use, a store is served there already, or the worker will fail.
+            with contextlib.suppress(errors.UnavailableError):
                 self.reserved.enter_context(reserve_port(assignment.master_port))
         self.report(Assigned(assignment))
         outcome: Outcome | None = None
@@ -107,18 +100,18 @@ class HandlerTasks:
 
     def _decision_without_round(self, error: Exception) -> Decision | None:
         """Return what follows if the job has no further round for this node; None: the handler failed."""
-        if _is_a(error, RendezvousGracefulExitError):
+        if _is_a(error, errors.RendezvousGracefulExitError):
             self.has_left = True
             self.log(f"{self._describe(error)}; the job goes on without this node")
             return Decision(False)
-        if not _is_a(error, RendezvousClosedError):
+        if not _is_a(error, errors.RendezvousClosedError):
             return None
         if self.has_succeeded:
             self.log("the job has ended; this node's workers had succeeded before")
             return Decision(False)
         text = f"{self._describe(error)}; the job has already ended: use another --rdzv-id for a new one"
         # With the failures after which this node expected another round.
-        return self.decision._replace(restart=False, error=text, status=ExitCode.UNAVAILABLE)
+        return self.decision._replace(restart=False, error=text, status=errors.ExitCode.UNAVAILABLE)
 
     def _end_for_others(self, current: Round) -> Outcome | None:
         """End the round if nodes wait for the next one."""
@@ -199,21 +192,21 @@ class HandlerTasks:
             except Exception as error:
                 self.log(f"{self._describe(error)} (in shutdown())")
 
-    def explain(self, error: BaseException) -> LaunchError:
+    def explain(self, error: BaseException) -> errors.LaunchError:
         """Return an error that the handler raised as one of ours, with a traceback if it looks unintended."""
         if isinstance(error.__cause__, StopIteration):
             error = error.__cause__  # which a generator has turned into a RuntimeError
-        explained: LaunchError
+        explained: errors.LaunchError
         if kind := next((kind for kind in _INTENDED if _is_a(error, kind)), None):
             explained = kind(self._describe(error))
         elif isinstance(error, OSError) or type(error).__name__ in ("RuntimeError", "DistStoreError"):
             # torch's stores raise the latter two when a key does not come in time, or a connection is lost.
-            explained = RendezvousConnectionError(self._describe(error))
+            explained = errors.RendezvousConnectionError(self._describe(error))
         else:
             import traceback  # late: only needed to explain a defect
 
             text = "".join(traceback.format_exception(error)).rstrip()
-            explained = LaunchError(f"{self._describe(error)}; this looks like a bug in the handler:\n{text}")
+            explained = errors.LaunchError(f"{self._describe(error)}; this looks like a bug in the handler:\n{text}")
         explained.__cause__ = error
         return explained
 

@@ -302,6 +302,7 @@ class Torchs:
             "KeyError: 'x'; this looks like a bug in the handler:\nTraceback",
         ),
         (SystemExit(3), LaunchError, "SystemExit: 3; this looks like a bug"),
+        (StopIteration(3), LaunchError, "StopIteration: 3; this looks like a bug"),
     ],
 )
 def test_handler_that_raises(error: BaseException, kind: type[LaunchError], match: str) -> None:

@@ -53,7 +53,7 @@ class C10dBackend(Backend):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return  # by another agent, which hosts the store, or by a stranger: the connection will show
-            raise UnavailableError(f"cannot host {self.where}: {error.strerror}") from error
+            raise UnavailableError(f"cannot host {self.where}: {error.strerror}; choose another port") from error
         self._process = TCPStoreServer(listening, self._environ)
         self.serves = True
 

@@ -132,7 +132,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
                 for line in self._member.take():
                     self._log(line)
             except RendezvousConnectionError as error:
-                self._log(f"{error}; this agent continues without it, as long as a majority of the others is up")
+                self._log(f"{error}; the job continues while a majority of the other members is up")
                 self._end_member()
         super().take()
 
@@ -160,6 +160,6 @@ class EmbeddedEtcdBackend(EtcdBackend):
             if address and (claimed := claim_endpoint(self._names[index], self._run_id)):
                 self._own.enter_context(claimed)
                 if is_loopback(address) and host not in (address, "localhost"):
-                    self._log(f"{host} is {address} on this host, where no other reaches it: use its IP address")
+                    self._log(f"{host} is {address} on this host, which others cannot reach: use its IP address")
                 return index, address
         return None
