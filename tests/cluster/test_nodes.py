@@ -349,9 +349,12 @@ def test_a_node_whose_workers_succeeded_stays_for_another_round(job: Job) -> Non
     nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
     wait_until(lambda: up(job, 0, 2))
+    third = nodes(1, "--node-rank", "1", script=script)
+    lines = third.stderr
+    assert lines is not None
+    wait_until(lambda: "waiting as a spare" in lines.readline())
     second.send_signal(signal.SIGKILL)
     job.finish(second)
-    third = nodes(1, "--node-rank", "1", script=script)
     for process in (first, third):
         result = job.finish(process)
         assert result.returncode == 0, result.stderr

@@ -171,9 +171,9 @@ def test_unknown_destination_is_an_error_that_lists_those_available(plug_in: Pat
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("broken", "event_plug:broken of plug failed: OSError: no network"),
-        ("absent", "event_plug:absent of plug failed: AttributeError: .* no attribute 'absent'"),
-        ("odd", "event_plug:odd of plug failed: TypeError: must return a logging.Handler, not int"),
+        ("broken", "event_plug:broken of plugins failed: OSError: no network"),
+        ("absent", "event_plug:absent of plugins failed: AttributeError: .* no attribute 'absent'"),
+        ("odd", "event_plug:odd of plugins failed: TypeError: must return a logging.Handler, not int"),
     ],
 )
 def test_plug_in_that_does_not_work_is_an_error_that_names_it(plug_in: Path, name: str, reason: str) -> None:
