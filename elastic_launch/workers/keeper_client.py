@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
+from elastic_launch.host.child import spawn
 from elastic_launch.workers import keeper_main
 from elastic_launch.workers.orphans import KILL_PATIENCE, has_ended, kill_orphans, live_keepers, reap
 
@@ -32,26 +33,10 @@ _TITLE_ROOM = 4096
 """Characters added to a warm keeper's command line, as room for the command lines that its workers show."""
 
 
-def execute(argv: list[str], environ: Mapping[str, str], inherited: Sequence[int]) -> int:
-    """Execute a keeper's program with inherited descriptors. Returns its pid.
-
-    Raises:
-        OSError: the program cannot be executed.
-    """
-    return os.posix_spawn(
-        argv[0],
-        argv,
-        environ,
-        # A descriptor that is duplicated onto itself loses close-on-exec, in the child only.
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited],
-        setsid=True,
-        setsigmask=signal.valid_signals() - {signal.SIGCHLD},
-    )
-
-
 def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
     """Start the ordinary keeper, whose workers execute commands."""
-    return execute([*keeper_main.COMMAND, *map(str, inherited)], environ, inherited)
+    argv = [*keeper_main.COMMAND, *map(str, inherited)]
+    return spawn(argv, environ, {fd: fd for fd in inherited}, unblocked=[signal.SIGCHLD])
 
 
 def preload_keeper(
@@ -72,7 +57,7 @@ def preload_keeper(
     def start(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
         program = os.path.join(os.path.dirname(__file__), "preload_main.py")
         argv = [*python, program, ",".join(modules), kind, target, " " * _TITLE_ROOM, *map(str, inherited)]
-        return execute(argv, environ, (*inherited, *descriptors))
+        return spawn(argv, environ, {fd: fd for fd in (*inherited, *descriptors)}, unblocked=[signal.SIGCHLD])
 
     return start
 
