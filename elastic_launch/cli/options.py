@@ -41,7 +41,7 @@ Two workers on this machine:
     elastic-run --standalone --nproc-per-node 2 train.py
 
 All options: elastic-run --help
-Documentation: README.md and docs/ in the source of elastic-launch
+Documentation: README.md and docs/ in the elastic-launch source tree
 """
 
 
@@ -145,7 +145,9 @@ GROUPS = {
         Option("rdzv-id", "none", str, "ID", "id of the job, the same on all its nodes"),
         Option("rdzv-conf", "", _checked(parse_rdzv_conf), "CONF", "settings of the backend, as in join_timeout=600"),
         Option("master-addr", "127.0.0.1", str, "HOST", "with static: address of the node of rank 0"),
-        Option("master-port", None, parse_port, "PORT", "with static: port there (default: 29500; on one node, any)"),
+        Option(
+            "master-port", None, parse_port, "PORT", "with static: port on that node (default: 29500; on one node, any)"
+        ),
     ),
     "restarts and shutdown": (
         Option("max-restarts", 0, _count, "N", "how often failed workers are restarted"),

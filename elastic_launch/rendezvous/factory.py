@@ -170,7 +170,7 @@ def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ)
     if not endpoint:
         raise UsageError(
             f"{config.max_nodes} nodes need a rendezvous endpoint: pass --rdzv-backend c10d --rdzv-endpoint HOST:PORT, "
-            "where HOST is one of them, or --master-addr and --node-rank; the same --rdzv-id and --nnodes everywhere"
+            "where HOST is one of them, or --master-addr and --node-rank; use the same --rdzv-id and --nnodes on each"
         )
     if any(character in endpoint for character in "/, "):
         raise UsageError(f"--rdzv-endpoint={endpoint}: must be HOST:PORT")

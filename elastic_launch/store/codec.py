@@ -108,7 +108,7 @@ def check(request: Request) -> None:
     """
     keys = _keys_of(request)
     if len(keys) > wire.COUNT_LIMIT:
-        raise UsageError(f"store: {describe(request)}: a request may have {wire.COUNT_LIMIT} keys at most")
+        raise UsageError(f"store: {describe(request)}: a request can have at most {wire.COUNT_LIMIT} keys")
     for key in keys:
         if len(key) >= wire.KEY_LIMIT or not key.isascii():
             try:

@@ -29,7 +29,7 @@ def get_socket_with_port() -> socket.socket:
                 return socket.create_server(("localhost", 0), family=family, backlog=0)
             except OSError as error:
                 errors.append(str(error))
-    raise UnavailableError(f"no free port on localhost: {'; '.join(errors) or 'the name has no address'}")
+    raise UnavailableError(f"no free port on localhost: {'; '.join(errors) or 'localhost does not resolve'}")
 
 
 def get_free_port() -> int:

@@ -100,7 +100,7 @@ WRONG = [
     (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     (["--ma", "1"], "ambiguous option: --ma"),
     # Several nodes.
-    (["--nnodes", "2"], "--nnodes=2: several nodes need a place to meet: pass --rdzv-backend c10d"),
+    (["--nnodes", "2"], "--nnodes=2: several nodes need a rendezvous endpoint: pass --rdzv-backend c10d"),
     (["--nnodes", "1:4", "--rdzv-backend", "c10d"], "4 nodes need a rendezvous endpoint: pass --rdzv-backend c10d"),
     (["--nnodes", "2", "--master-addr", "h", "--node-rank", "2"], "--node-rank=2: must be below the number of nodes"),
     ([*C10D, "--rdzv-conf", "join_timeout=soon"], "--rdzv-conf join_timeout='soon': must be a number of seconds"),

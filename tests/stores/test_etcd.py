@@ -668,7 +668,7 @@ def test_an_http_server(agents: Callable[..., Agent]) -> None:
             server.shutdown()
             thread.join()
     assert endpoint in text
-    assert "cannot be used: it is not etcd, but perhaps another HTTP server" in text
+    assert "cannot be used: it is not etcd; perhaps another HTTP server" in text
 
 
 def test_an_etcd_without_tls(etcd: str, agents: Callable[..., Agent]) -> None:

@@ -310,7 +310,7 @@ class StoreContract:
             (Get(("fine", "k" * 8192)), "'kkk.* has 8192 bytes; 8191 are allowed"),
             (Delete("ü" * 4096), "'üüü.* has 8192 bytes"),
             (Wait(("\ud800",)), "UTF-8"),
-            (Get(("k",) * 131073), "'k' and 131072 more: a request may have 131072 keys at most"),
+            (Get(("k",) * 131073), "'k' and 131072 more: a request can have at most 131072 keys"),
             (Add("number", 2**63), "'number'.* 64 bits"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, tuple) else value.replace("'", "")[:20],

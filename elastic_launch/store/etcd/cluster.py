@@ -305,7 +305,7 @@ def _explain(why: str, settings: EtcdSettings) -> str:
     if any(word in lowered for word in ("ssl", "tls", "handshake")) or (settings.secure and "socket closed" in lowered):
         return f"no TLS connection: check protocol, cacert, cert and key of --rdzv-conf ({short})"
     if any(word in lowered for word in ("http1", "http/1", "http/2")):
-        return f"it is not etcd, but perhaps another HTTP server ({short})"
+        return f"it is not etcd; perhaps another HTTP server ({short})"
     if "socket closed" in lowered:
         return f"it closes the connection: it may need protocol=https in --rdzv-conf ({short})"
     return short
