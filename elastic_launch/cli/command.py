@@ -64,7 +64,7 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     if args.rdzv_backend == "static" and max_nodes > 1 and not (args.rdzv_endpoint or "master_addr" in given):
         raise UsageError(
             f"--nnodes={args.nnodes}: several nodes need a rendezvous endpoint: pass --rdzv-backend c10d "
-            "--rdzv-endpoint HOST:PORT, where HOST is one of them; or --master-addr with the address of the node of rank 0"
+            "--rdzv-endpoint HOST:PORT, where HOST is one of them; or --master-addr, the address of the node of rank 0"
         )
     pinned = args.rdzv_backend == "static" or "node_rank" in given
     fields = LaunchConfig.__dataclass_fields__
