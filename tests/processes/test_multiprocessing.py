@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
@@ -29,6 +28,7 @@ from tests.support.functions import (
     wait_for,
 )
 from tests.support.jobs import METHODS
+from tests.support.leaks import children
 from tests.support.waiting import is_alive, wait_until
 
 RANKS = (0, 1)
@@ -310,7 +310,7 @@ def test_processes_end_with_the_program(tmp_path: Path) -> None:
     program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert len(program.stdout.split()) == 2
     # The keeper ends after its workers. This process adopts whatever is left.
-    wait_until(lambda: not any(is_alive(child.pid) for child in psutil.Process().children(recursive=True)))
+    wait_until(lambda: not any(is_alive(child.pid) for child in children()))
 
 
 SAME = """
