@@ -1,6 +1,7 @@
 """The blocking calls to a third-party handler, as tasks for the thread of ``third_party.ThirdPartyRendezvous``.
 
-A task may pause: it yields the seconds until it continues. It never does if the agent asks for another task before.
+A task may be a generator. It yields the seconds until it continues, and it does not continue if the agent asks for
+another task before then.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _FIRST_POLL, _LAST_POLL = 0.05, 0.5
 _INTENDED = (*errors.RendezvousError.__subclasses__(), errors.RendezvousError)
 """Errors that a handler raises on purpose."""
 
-
 Task = Callable[[], Iterator[float] | None]
+"""Runs in the thread. Yields the seconds until it continues, if it has to wait."""
 
 
 @dataclass(eq=False)

@@ -373,6 +373,25 @@ def test_a_spare_watches_over_the_members_if_no_other_can() -> None:
     assert spare.running == 1, running(made)
 
 
+def test_a_spare_that_slept_leaves_the_watch_to_the_node_that_took_over() -> None:
+    made = calm_world(job(1, 3))
+    for _ in range(5):
+        add(made)
+    form(made, 3)
+    *done, last = members(made)
+    for agent in done:
+        agent.succeed()
+    made.run(made.now + 5)
+    for agent in done:
+        agent.kill()
+    made.run(made.now + 40)
+    [monitor] = [agent for agent in made.live() if agent.node.round.monitor]
+    assert monitor.node.phase is BESIDE
+    monitor.freeze(30)
+    made.run(made.now + 150)
+    assert last.running == 0, "two monitors would miss the heartbeats that the other one has reset"
+
+
 # --- schedules in which the store comes and goes, and agents are interrupted
 
 

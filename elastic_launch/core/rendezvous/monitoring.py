@@ -76,7 +76,8 @@ def poll(node: NodeState, step: Step) -> None:
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
     if members := node.round.members:
         tickets = [*members.tickets, *node.round.outsiders]
-        step.get(questions.PollMembers(tickets, step.now), "ticket", *(f"heartbeat/{ticket}" for ticket in tickets))
+        names = ["ticket", f"monitor/{node.round.monitors + 1}", *(f"heartbeat/{ticket}" for ticket in tickets)]
+        step.get(questions.PollMembers(tickets, step.now), *names)
 
 
 def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.PollMembers, list[bytes]]) -> None:
@@ -84,7 +85,10 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_ = node.round
     if round_.members is None or round_.monitor is None:
         return
-    count, *counters = answer.value
+    count, successor, *counters = answer.value
+    if successor and node.phase is not Phase.ENDED:
+        _stand_down(node, step)
+        return
     tickets, asked_at = answer.question.tickets, answer.question.asked_at
     round_.outsiders = sorted(set(range(1, number(count) + 1)) - set(round_.members.tickets))
     round_.heartbeat.polled_at = step.now
@@ -94,6 +98,17 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
         reset(node, step, round_.monitor.take_resets())
     suspected -= round_.finished | round_.lost | {round_.ticket}
     _check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
+
+
+def _stand_down(node: NodeState, step: Step) -> None:
+    """Leave the monitoring to a node that took over while this one slept.
+
+    Each of two monitors would miss heartbeats that the other has reset, and lose nodes that are alive.
+    """
+    node.round.monitors += 1
+    node.round.monitor = None
+    node.round.heartbeat.monitored_at = step.now
+    node.timers.pop(Timer.MONITOR_POLL, None)
 
 
 def _check(node: NodeState, step: Step, tickets: list[int]) -> None:
