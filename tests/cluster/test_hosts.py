@@ -289,7 +289,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
     assert ends(*programs) == [0, 0, 0]
     assert {life.restart for life in net.lifetimes()} == {0, 1}
     for program in programs:
-        assert "no sign of life" not in program.said()
+        assert "no heartbeat" not in program.said()
         assert "has not answered" not in program.said()
 
 

@@ -9,8 +9,8 @@ import pytest
 from elastic_launch.core.agent.messages import Finish, Leave
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Level, Policy
-from tests.simulation.test_rendezvous import RESET, all_end, form, running, world
 from tests.support.simulation import Agent, World
+from tests.support.worlds import RESET, all_end, form, running, world
 
 DEADLINE = 15.0
 
@@ -252,15 +252,13 @@ def test_nodes_that_are_done_wait_for_the_others_but_not_for_ever() -> None:
     for _ in range(3):
         made.add()
     form(made, 3)
-    coordinator = next(
-        agent for agent in made.agents if agent.state.assignment and agent.state.assignment.group_rank == 0
-    )
-    rest = [agent for agent in made.agents if agent is not coordinator]
-    coordinator.succeed()
+    monitor = next(agent for agent in made.agents if agent.state.assignment and agent.state.assignment.group_rank == 0)
+    rest = [agent for agent in made.agents if agent is not monitor]
+    monitor.succeed()
     until(made, 299)
-    assert coordinator.finish is None
+    assert monitor.finish is None
     until(made, 3)
-    assert coordinator.finish == Finish()
+    assert monitor.finish == Finish()
     until(made, 100)
     assert [agent.running for agent in rest] == [0, 0], "they run on, watched over by another"
     rest[0].kill()

@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from dataclasses import fields
 from typing import NamedTuple
 
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.rendezvous.messages import Settings
-from elastic_launch.core.rendezvous.monitor import LEFT, Monitor
-from elastic_launch.core.rendezvous.ranks import assign, choose
-from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import Phase
-from elastic_launch.errors import ProcessFailure, RendezvousStateError
-from elastic_launch.job import Assignment, Decision, End, EndKind, Policy, RestartHistory
+from elastic_launch.job import Policy
 from tests.support.simulation import Agent, World
-
-RESET = "RuntimeError: Connection reset by peer"
-SETTINGS = Settings("job", 2, 3, join_timeout=600, last_call_timeout=10, policy=Policy(3))
-
-
-def world(count: int, settings: Settings = SETTINGS, *, seed: int = 1, calm: bool = True) -> World:
-    """Nodes that have just been started."""
-    made = World(seed, settings)
-    made.trouble = not calm
-    for _ in range(count):
-        made.add()
-    return made
-
-
-def running(made: World) -> list[int | None]:
-    return [agent.running for agent in made.agents]
-
-
-def form(made: World, count: int) -> None:
-    """Let time pass until so many nodes run, in one round."""
-    made.run(made.now + 200, stop=lambda: sum(agent.running is not None for agent in made.agents) == count)
-    rounds = {agent.running for agent in made.agents} - {None}
-    assert len(rounds) == 1, f"{made}: {running(made)}"
-
-
-def all_end(made: World) -> None:
-    """Let the workers succeed, until every agent has ended."""
-
-    def step() -> bool:
-        for agent in made.agents:
-            agent.succeed_worker()
-        return not made.live()
-
-    made.run(made.now + 1000, stop=step)
-    assert not made.live(), f"{made}: {[agent.node.phase for agent in made.live()]}"
+from tests.support.worlds import RESET, SETTINGS, all_end, form, running, world
 
 
 def test_a_full_round_forms_at_once_and_ends_well() -> None:
@@ -180,8 +140,8 @@ def test_a_spare_takes_over_at_once() -> None:
 def test_a_chief_that_dies_is_replaced() -> None:
     made = world(2, Settings("job", 3, 3))
     made.run(1003)
-    chief = next(agent for agent in made.agents if agent.node.round.ticket == 1)
-    chief.kill()
+    leader = next(agent for agent in made.agents if agent.node.round.ticket == 1)
+    leader.kill()
     made.add()
     made.add()
     made.run(1100, stop=lambda: len(made.assignments.get(0, {})) == 3)
@@ -247,7 +207,7 @@ def test_a_late_agent_finds_a_finished_job() -> None:
 
 
 def test_requests_per_node_do_not_grow_with_their_number() -> None:
-    """Without the chief's: it alone does work in proportion."""
+    """Without the leader's: it alone does work in proportion."""
     most: list[int] = []
     for count in (4, 64):
         made = world(count, Settings("job", count, count))
@@ -358,113 +318,6 @@ def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
             raise AssertionError(f"seed {seed}: play({seed}) shows it again") from error
     assert {scene.ends for scene in scenes} == {"succeeded", "failed", "gone"}
     assert max(scene.rounds for scene in scenes) >= 4
-
-
-# --- the parts
-
-
-def node(**changes: object) -> NodeRecord:
-    record = NodeRecord("id", "host", 1, 2, "default")
-    return record._replace(**changes)  # type: ignore[arg-type]
-
-
-def test_ranks_are_dense_whatever_nodes_ask_for() -> None:
-    chance = random.Random(7)
-    for _ in range(2000):
-        wishes = chance.sample(range(12), 8)
-        nodes = {
-            ticket: node(
-                rank=wishes[ticket] if chance.random() < 0.5 else -1,
-                previous_rank=chance.choice([-1, *range(8)]),
-            )
-            for ticket in chance.sample(range(8), chance.randint(1, 8))
-        }
-        most = chance.randint(1, 8)
-        members, spares = choose(nodes, most)
-        assert sorted([*members, *spares]) == sorted(nodes)
-        assert len(members) == min(most, len(nodes))
-        for rank, ticket in enumerate(members):
-            if 0 <= nodes[ticket].rank < len(members):
-                assert rank == nodes[ticket].rank
-
-
-def test_global_and_role_ranks_follow_group_ranks() -> None:
-    nodes = [node(workers=2, role="a"), node(workers=1, role="b"), node(workers=3, role="a")]
-    assignments = assign(nodes, "", 29400, restart_count=4)
-    assert [assignment.base_rank for assignment in assignments] == [0, 2, 3]
-    assert [(assignment.base_role_rank, assignment.role_world_size) for assignment in assignments] == [
-        (0, 5),
-        (0, 1),
-        (2, 5),
-    ]
-    assert {
-        (assignment.world_size, assignment.group_world_size, assignment.agent_store, assignment.port_picked)
-        for assignment in assignments
-    } == {(6, 3, True, False)}
-
-
-def test_without_a_shared_store_rank_0_serves_the_workers() -> None:
-    nodes = [node(address="127.0.0.1", outward="10.0.0.7", port=4000), node(address="127.0.0.1", port=5000)]
-    [assignment, _] = assign(nodes, "", 0)
-    assert (assignment.master_addr, assignment.master_port, assignment.agent_store) == ("127.0.0.1", 4000, False)
-    nodes[1] = nodes[1]._replace(address="10.0.0.8")
-    assert assign(nodes, "", 0)[0].master_addr == "10.0.0.7", "others are not on this host"
-
-
-FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", timestamp=1.5, rank=3, host="host-a")
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        node(rank=3),
-        Closed(0, 2, 3, (4, 5)),
-        Members((1, 2), ("a", "b"), ("x", "y")),
-        End(EndKind.MEMBERSHIP_CHANGED, "why", "id", ("a",)),
-        Decision(True, RestartHistory(1, 2, (0.5,), "x"), (FAILURE,)),
-        Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, RestartHistory(1)),
-    ],
-    ids=lambda record: type(record).__name__,
-)
-def test_records_survive_the_store_and_nothing_else_passes_for_them(record: NamedTuple) -> None:
-    data = encode(record)
-    assert decode(type(record), data, "key") == record
-    chance = random.Random(3)
-    for _ in range(300):
-        broken = bytearray(data)
-        broken[chance.randrange(len(broken))] = chance.randrange(256)
-        with contextlib.suppress(RendezvousStateError):
-            decode(type(record), bytes(broken), "key")
-    for nonsense in (b"", b"{}", b"[]", b"null", b"1", b"\xff", b"[" * 100_000, b'{"kind": 1}'):
-        with pytest.raises(RendezvousStateError):
-            decode(type(record), nonsense, "key")
-    assert {field.name for field in fields(ProcessFailure)} >= {"rank", "host"}
-
-
-def test_silence_is_timed_by_the_one_who_watches() -> None:
-    watch = Monitor(deadline=15, tick=1, now=0)
-    watch.register([1, 2], 0)
-    for now in range(1, 15):
-        assert watch.poll([(1, b"%d" % now), (2, b"")], now, now) == set()
-    assert watch.poll([(1, b"15"), (2, b"")], 15, 15) == {2}
-    assert watch.take_resets() == [1]
-    assert watch.take_resets() == []
-    assert watch.poll([(1, b"%d" % LEFT)], 16, 16) == {1}
-
-
-def test_a_counter_that_stands_still_is_no_sign_of_life() -> None:
-    watch = Monitor(deadline=15, tick=1, now=0)
-    watch.poll([(1, b"7"), (2, b"7")], 1, 1)
-    assert not watch.has_lived_since(1, 0)
-    assert watch.take_resets() == [1, 2]
-    watch.poll([(1, b"0"), (2, b"1")], 2, 2)
-    assert [watch.has_lived_since(ticket, 0) for ticket in (1, 2)] == [False, True]
-
-
-def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
-    watch = Monitor(deadline=15, tick=1, now=0)
-    watch.register([1], 0)
-    assert watch.poll([(1, b"")], 100, 100) == set()
 
 
 def test_states_of_the_simulation_are_those_of_the_agent() -> None:

@@ -38,8 +38,8 @@ from elastic_launch.core.rendezvous.state import Phase, Timer
 from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous.store_link import Timeouts
-from tests.simulation.test_rendezvous import RESET, form, running
 from tests.support.simulation import Agent, World
+from tests.support.worlds import RESET, form, running
 
 IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
 AFTER = {
@@ -386,7 +386,7 @@ def test_a_spare_that_slept_leaves_the_watch_to_the_node_that_took_over() -> Non
         agent.kill()
     made.run(made.now + 40)
     [monitor] = [agent for agent in made.live() if agent.node.round.monitor]
-    assert monitor.node.phase is BESIDE
+    assert monitor.node.phase is OUTSIDE
     monitor.freeze(30)
     made.run(made.now + 150)
     assert last.running == 0, "two monitors would miss the heartbeats that the other one has reset"

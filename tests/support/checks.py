@@ -99,8 +99,8 @@ def validate(node: NodeState) -> None:
         AssertionError: something does not hold.
     """
     round_, phase = node.round, node.phase
-    foreign = [timer for timer in node.timers if phase not in timer.phases]
-    assert not foreign, f"{phase}: timers of other phases: {foreign}"
+    not_owned = [timer for timer in node.timers if phase not in timer.phases]
+    assert not not_owned, f"{phase}: timers of other phases: {not_owned}"
     assert (round_.leader is None) or phase in (Phase.WAITING, Phase.ENDED), f"{phase}: still the leader"
     assert (round_.assignment is not None) or phase is not Phase.MEMBER, "a member without an assignment"
     assert (round_.end is not None) or phase is not Phase.ENDED or round_.decision, "ended without a reason"

@@ -173,13 +173,13 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
         restart_history=leader.restart_history(step.now),
     )
     step.write((f"assignment/{leader.number}/{t}", encode(a)) for t, a in zip(members, assignments, strict=True))
-    roster = Members(
+    everybody = Members(
         tuple(members),
         tuple(record.node for record in records),
         tuple(record.host for record in records),
         tuple(record.rank for record in records),
     )
-    step.write([(f"members/{leader.number}", encode(roster))])
+    step.write([(f"members/{leader.number}", encode(everybody))])
     history = assignments[0].restart_history
     closed = Closed(leader.number, len(members), leader.tickets, tuple(spares), node.record.options, history)
     step.create(questions.CloseRound(), "closed", encode(closed))
