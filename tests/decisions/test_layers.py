@@ -65,7 +65,7 @@ def test_only_one_place_reads_the_environment() -> None:
 def test_tests_share_only_support() -> None:
     """Helpers and fixtures live in ``tests/support`` and in files named conftest.py."""
     borrowed = re.compile(r"^ *(?:from|import) tests\.(?!support\b)", re.MULTILINE)
-    files = [file for file in (PACKAGE.parent / "tests").rglob("*.py") if file.parent.name != "simulation"]
+    files = (PACKAGE.parent / "tests").rglob("*.py")
     assert not [file for file in files if borrowed.search(file.read_text())]
 
 
