@@ -111,6 +111,17 @@ def test_what_the_launcher_fails_at_on_one_node_is_told_on_all() -> None:
     assert (end.error, end.status) == ("host-1: cannot start the workers", 69)
 
 
+def test_an_error_on_the_node_that_logs_for_all_is_logged_by_another() -> None:
+    made = world(2, job(2, 2))
+    form(made, 2)
+    first, other = sorted(
+        made.agents, key=lambda agent: agent.state.assignment.group_rank if agent.state.assignment else 9
+    )
+    first.ask(Leave(error="cannot start the workers", status=69))
+    until(made, 30)
+    assert any("cannot start the workers: stopping" in line for line in other.shown(Level.INFO))
+
+
 # --- one count
 
 

@@ -28,12 +28,12 @@ def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
         return  # its workers have succeeded, and the others' need it no more than if it had died
     rest = round_.closed.nodes - 1 + len(round_.closed.spares)
     if rest >= node.settings.min_nodes and not serves:
-        rank = round_.assignment.group_rank if round_.assignment else -1
-        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node, rank=rank)
+        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node)
     else:
         end = _final(node, request, "and the job cannot go on without it")
         round_.shutdown.stops_job = True
-    step.create(questions.Write(), "end", encode(end))
+    rank = round_.assignment.group_rank if round_.assignment else -1  # the others log it, even if this is rank 0
+    step.create(questions.Write(), "end", encode(end._replace(rank=rank)))
 
 
 def leave(node: NodeState, step: Step, request: Leave) -> None:

@@ -159,7 +159,7 @@ class Request(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Everything that the caller has to do after a step, and where the node stands."""
+    """Everything that the caller has to do after a step."""
 
     requests: list[Request]
     """To be sent in order."""
@@ -174,7 +174,3 @@ class Ready(NamedTuple):
     """The key whose appearance the node waits for; None: none."""
     wake_at: float | None
     """When a ``Tick`` is due; None: never."""
-    is_over: bool
-    """Whether the job is over for this node, whatever becomes of the store."""
-    may_disconnect: bool
-    """Whether nothing is left to tell the other nodes."""

@@ -281,4 +281,4 @@ class Step:
         node = self.node
         outputs = self._requests, self._events, self._log, self.lease_until, self.wants_store
         wake_at = min(node.timers.values(), default=None)
-        return Ready(*outputs, node.awaited_key, wake_at, node.is_over, node.may_disconnect)
+        return Ready(*outputs, node.awaited_key, wake_at)
