@@ -12,7 +12,6 @@ from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import LaunchConfig, LogsSpecs, Std
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
-from elastic_launch.host import plug_ins
 from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
@@ -106,6 +105,8 @@ def _logs_specs(args: argparse.Namespace) -> LogsSpecs:
 
     if args.logs_specs in (None, "default"):  # torch's own entry point has this name
         return create(DefaultLogsSpecs)
+    from elastic_launch.host import plug_ins  # late: few jobs need it
+
     return plug_ins.load(LOGS_SPECS, args.logs_specs, f"--logs-specs={args.logs_specs}", ("default",), create)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError, signal_name
-from elastic_launch.host import nvml
 from elastic_launch.host.cgroup import cgroup_folders, read
 from elastic_launch.parsing import is_number
 
@@ -118,6 +117,8 @@ def _cpu_quotas(root: str) -> Iterator[int]:
 
 def _count_with_nvml(environ: Mapping[str, str], is_torch_installed: bool) -> tuple[int | None, str]:
     """Return the number of visible NVIDIA GPUs and, if it is 0, why; None and why if NVML cannot say."""
+    from elastic_launch.host import nvml  # late: most jobs say how many workers they want
+
     try:
         gpus, _ = nvml.query()
     except nvml.NvmlError as error:
