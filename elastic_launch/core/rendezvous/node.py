@@ -63,8 +63,13 @@ Handler = Callable[..., None]
 class UnexpectedInputError(LaunchError):
     """An input came that the table does not list for the phase: a defect of the launcher."""
 
-    def __init__(self, node: NodeState, kind: str) -> None:
-        super().__init__(f"internal error: {kind} while {node.phase.value}; history: {', '.join(node.history)}")
+    def __init__(self, node: NodeState, kind: type | Timer) -> None:
+        history = ", ".join(f"{phase.value}:{_name(past)}" for phase, past in node.history)
+        super().__init__(f"internal error: {_name(kind)} while {node.phase.value}; history: {history}")
+
+
+def _name(kind: type | Timer) -> str:
+    return kind.label if isinstance(kind, Timer) else kind.__name__
 
 
 def begin(record: NodeRecord, settings: Settings) -> NodeState:
@@ -105,11 +110,10 @@ def step(node: NodeState, given: Input, now: float) -> Ready:
 
 
 def _handler(node: NodeState, kind: type | Timer) -> Handler:
-    name = kind.label if isinstance(kind, Timer) else kind.__name__
     handler = TABLE.get((node.phase, kind))
     if handler is None:
-        raise UnexpectedInputError(node, name)
-    node.history.append(f"{node.phase.value}:{name}")
+        raise UnexpectedInputError(node, kind)
+    node.history.append((node.phase, kind))
     return handler
 
 

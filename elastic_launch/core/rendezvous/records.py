@@ -97,7 +97,7 @@ NOBODY = Status(0, "", "")
 
 
 def encode(record: NamedTuple) -> bytes:
-    """Encode a record as JSON."""
+    """Encode a record as JSON. Fields that have their default value are left out."""
     return _json.encode(_plain(record)).encode()
 
 
@@ -120,8 +120,15 @@ def _plain(value: Any) -> Any:
     if type(value) in _SCALARS:
         return value
     if isinstance(value, tuple):
-        parts = [part if type(part) in _SCALARS else _plain(part) for part in value]
-        return dict(zip(value._fields, parts, strict=True)) if hasattr(value, "_fields") else parts
+        names: tuple[str, ...] = getattr(value, "_fields", ())
+        if not names:
+            return [part if type(part) in _SCALARS else _plain(part) for part in value]
+        defaults: dict[str, Any] = getattr(value, "_field_defaults", {})
+        return {
+            name: part if type(part) in _SCALARS else _plain(part)
+            for name, part in zip(names, value, strict=True)
+            if name not in defaults or part != defaults[name]
+        }
     if is_dataclass(value):
         return {name: _plain(part) for name, part in vars(value).items()}
     return value
@@ -151,7 +158,7 @@ def _make_reader(hint: Any) -> Callable[[Any], Any]:
         fields = {name: _reader(field) for name, field in get_type_hints(hint).items()}
 
         def read_record(value: Any) -> Any:
-            return hint(**{name: read(value[name]) for name, read in fields.items()})
+            return hint(**{name: read(value[name]) for name, read in fields.items() if name in value})
 
         return read_record
 

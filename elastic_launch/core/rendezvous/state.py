@@ -45,6 +45,8 @@ class Phase(Enum):
     LEAVING = "leaving"
     """It is done with the job."""
 
+    __hash__ = object.__hash__  # Enum's own is slow, and each step looks phases up
+
 
 class Timer(Enum):
     """What a node waits for besides the store, and the phases that own the timer."""
@@ -63,6 +65,8 @@ class Timer(Enum):
     """End the running round, so that this node can join."""
     CAUSE_GRACE = "cause grace", Phase.ENDED
     SHUTDOWN = "shutdown", Phase.LEAVING
+
+    __hash__ = object.__hash__
 
     def __init__(self, label: str, *phases: Phase) -> None:
         self.label = label
@@ -180,7 +184,7 @@ class NodeState:
     """How often this node has logged who has joined."""
     has_left: bool = False
     may_disconnect: bool = False
-    history: deque[str] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    history: deque[tuple[Phase, type | Timer]] = field(default_factory=lambda: deque(maxlen=HISTORY))
 
     @property
     def is_over(self) -> bool:
