@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
-from elastic_launch.agent.loop import AgentLoop, EventSource
+from elastic_launch.agent.loop import AgentLoop, LoopSource
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-class AgentRendezvous(Rendezvous, EventSource, Protocol):
+class AgentRendezvous(Rendezvous, LoopSource, Protocol):
     """A rendezvous as the agent sees it: it carries out actions, and answers with events."""
 
     lease: Callable[[float], None]
@@ -55,7 +55,7 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
-    sources: list[EventSource]
+    sources: list[LoopSource]
 
 
 class LocalElasticAgent:
@@ -235,9 +235,9 @@ class LocalElasticAgent:
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
         run.workers.start(envs, dest, prefixes)
 
-    def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[EventSource]]:
+    def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[LoopSource]]:
         """Start the watchdog of the workers and the health server, if the environment asks for them."""
-        watchdog, sources = None, list[EventSource]()
+        watchdog, sources = None, list[LoopSource]()
         # A worker that launches a job has these variables from its own agent, to which they belong.
         is_worker = "TORCHELASTIC_RUN_ID" in self._environ
         if read_flag(self._environ.get("TORCHELASTIC_ENABLE_FILE_TIMER", "0")):

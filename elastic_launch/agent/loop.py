@@ -35,7 +35,7 @@ _MAX_POLL = 86400.0
 """Seconds. poll(2) cannot wait for more than 24 days, but a deadline may be further away."""
 
 
-class EventSource(Protocol):
+class LoopSource(Protocol):
     """A source of events that the loop waits for."""
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -64,7 +64,7 @@ class AgentLoop:
         workers: LocalWorkers,
         start: Callable[[Assignment], None],
         ask: Callable[[RendezvousAction], list[AgentEvent]],
-        sources: Sequence[EventSource] = (),
+        sources: Sequence[LoopSource] = (),
         log: Callable[[str, Level], None] = lambda text, level: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
     ) -> None:
@@ -82,7 +82,7 @@ class AgentLoop:
         self._workers = workers
         self._start = start
         self._ask = ask
-        self._sources: list[EventSource] = [workers, *sources]
+        self._sources: list[LoopSource] = [workers, *sources]
         self._log = log
         self._observe = observe
         self._events: deque[AgentEvent] = deque()

@@ -146,15 +146,15 @@ class LocalWorkers:
         self._processes.dump_stacks(local_ranks)
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """See ``EventSource``."""
+        """See ``LoopSource``."""
         return [(self._processes.fileno(), select.POLLIN), *self._pump.descriptors()]
 
     def deadline(self) -> float | None:
-        """See ``EventSource``."""
+        """See ``LoopSource``."""
         return self._pump.deadline()
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
-        """See ``EventSource``. Also moves the workers' output."""
+        """See ``LoopSource``. Also moves the workers' output."""
         self._pump.take(ready)
         return self._processes.take() if self._processes.fileno() in ready else []
 

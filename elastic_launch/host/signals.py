@@ -74,11 +74,11 @@ class SignalQueue:
         return self._reading
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """See ``EventSource``."""
+        """See ``LoopSource``."""
         return [(self._reading, select.POLLIN)]
 
     def deadline(self) -> None:
-        """See ``EventSource``: nothing is ever due."""
+        """See ``LoopSource``: nothing is ever due."""
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Return the signals that have arrived, in order."""

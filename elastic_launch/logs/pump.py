@@ -161,7 +161,7 @@ class LogPump:
     # ---- the agent's loop
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """See ``EventSource``."""
+        """See ``LoopSource``."""
         waits = [(console.fd, select.POLLOUT) for console in self._each_console() if console.queue]
         if time.monotonic() >= self._rest_until:
             self._rest_until = float("-inf")  # so that ``deadline`` need not look at the clock again

@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
     decision: Decision
 
 
-class Round:
+class ThirdPartyRound:
     """A round from this node's point of view."""
 
     def __init__(self, store: Store, assignment: Assignment, token: str) -> None:
@@ -107,7 +107,9 @@ class Round:
             seen = self._store.add(f"{self._keys}seen", 0)
 
 
-def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, local_addr: str | None) -> Round:
+def form_round(
+    info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, local_addr: str | None
+) -> ThirdPartyRound:
     """Register this node with the node of rank 0, and learn its assignment.
 
     Each node writes and reads one key, and rank 0 one for each node. Keys that were read are deleted, because some
@@ -131,12 +133,12 @@ def form_round(info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, lo
         store.set(f"{PREFIX}node/{rank}", encode(own).decode())
         reply = decode(_Reply, store.get(own.reply_key), own.reply_key)
         store.delete_key(own.reply_key)
-        return Round(store, *reply)
+        return ThirdPartyRound(store, *reply)
     others = _read_registrations(store, size)
     assignments = _assign(info, [node, *(other.node for other in others)], use_agent_store, local_addr)
     for other, assignment in zip(others, assignments[1:], strict=True):
         store.set(other.reply_key, encode(_Reply(assignment, token)).decode())
-    return Round(store, assignments[0], token)
+    return ThirdPartyRound(store, assignments[0], token)
 
 
 def _read_registrations(store: Store, size: int) -> list[_Registration]:

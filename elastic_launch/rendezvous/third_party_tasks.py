@@ -19,7 +19,7 @@ from elastic_launch.core.text import counted
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Decision, End, EndKind
 from elastic_launch.rendezvous.handler import RendezvousHandler
-from elastic_launch.rendezvous.third_party_round import Outcome, Round, form_round
+from elastic_launch.rendezvous.third_party_round import Outcome, ThirdPartyRound, form_round
 
 _FIRST_POLL, _LAST_POLL = 0.05, 0.5
 """Seconds between two checks whether all nodes have succeeded: at first, and after a while."""
@@ -50,7 +50,7 @@ class HandlerTasks:
     """Hands an event to the agent."""
     is_closing: bool = False
     """Whether the agent is gone; set by the agent's thread."""
-    round: Round | None = None
+    round: ThirdPartyRound | None = None
     """The current round, or the last one; None: this node waits for a round."""
     rounds: int = 0
     """Number of rounds of the job so far, this node's or not."""
@@ -114,7 +114,7 @@ class HandlerTasks:
         # With the failures after which this node expected another round.
         return self.decision._replace(restart=False, error=text, status=errors.ExitCode.UNAVAILABLE)
 
-    def _end_for_others(self, current: Round) -> Outcome | None:
+    def _end_for_others(self, current: ThirdPartyRound) -> Outcome | None:
         """End the round if nodes wait for the next one."""
         waiting = self.handler.num_nodes_waiting()
         if waiting <= 0:

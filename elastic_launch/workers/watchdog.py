@@ -60,7 +60,7 @@ class Watchdog:
             ) from error
 
     def descriptors(self) -> list[tuple[int, int]]:
-        """See ``EventSource``."""
+        """See ``LoopSource``."""
         return [(self._fd, select.POLLIN)]
 
     def deadline(self) -> float | None:

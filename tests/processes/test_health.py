@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from elastic_launch.agent.loop import EventSource
+from elastic_launch.agent.loop import LoopSource
 from elastic_launch.errors import UnavailableError
 from elastic_launch.health import server as health
 from elastic_launch.health.server import HealthServer
@@ -95,7 +95,7 @@ def test_agent_whose_loop_runs_is_healthy(server: HealthServer) -> None:
 
 
 def test_is_a_source_of_the_agents_loop(server: HealthServer) -> None:
-    source: EventSource = server
+    source: LoopSource = server
     assert source.deadline() is None
     assert source.take([]) == []
     sock = ask(server)
