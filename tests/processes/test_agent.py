@@ -573,7 +573,7 @@ def test_job_survives_the_loss_of_its_keeper(job: Job) -> None:
 @pytest.mark.parametrize(
     ("end", "status"),
     [
-        ("", 0),
+        ("wait_for('0.0 up', '1.0 up', '0.0 daemon', '1.0 daemon')", 0),
         ("if rank == 1: wait_for('0.0 up', '0.0 daemon', '1.0 daemon'); sys.exit(4)\nwait()", 4),
         ("wait()", 143),
     ],

@@ -582,7 +582,7 @@ def test_a_grandchild_that_keeps_the_pipe_does_not_hang_the_end(job: Job, own_se
 def test_what_a_grandchild_writes_when_it_is_stopped_is_shown(job: Job) -> None:
     text = (
         "child = \"trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.01; done\"\n"
-        "subprocess.Popen(['sh', '-c', child], start_new_session=True); print('end')\n"
+        "subprocess.Popen(['sh', '-c', child], start_new_session=True); os.write(1, b'end\\n')\n"
         "while 'up' not in open(f'logs/j1/attempt_0/{rank}/stdout.log').read(): time.sleep(0.01)\n"
     )
     out, _ = run(job, "-t", "1", "--log-dir", "logs", "--rdzv-id", "j1", job.script(text))
