@@ -1,4 +1,4 @@
-"""Format short texts for log lines, reports and file names.
+"""Format short texts for log lines and reports.
 
 Workers import this module, so it imports next to nothing.
 """
@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 MAX_LISTED = 8
 """Names that ``listed`` writes out before it counts the rest."""
-_IN_FILE_NAMES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~"
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,13 +32,6 @@ def shortened(text: str, limit: int) -> str:
         return text
     half = limit // 2
     return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
-
-
-def as_file_name(text: str) -> str:
-    """Percent-encode what a file name should not contain, as in ``a%2Fb`` for ``a/b``."""
-    data = text.encode(errors="surrogateescape")
-    name = "".join(chr(byte) if byte in _IN_FILE_NAMES else f"%{byte:02X}" for byte in data)
-    return name if name.strip(".") else f"_{name}"
 
 
 def is_loopback(address: str) -> bool:

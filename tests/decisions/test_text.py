@@ -7,7 +7,8 @@ from urllib.parse import quote
 
 import pytest
 
-from elastic_launch.core.text import as_file_name, counted, is_loopback, listed, shortened
+from elastic_launch.core.text import counted, is_loopback, listed, shortened
+from elastic_launch.logs.job_files import as_file_name
 
 
 def test_numbers_have_their_plural() -> None:

@@ -7,9 +7,10 @@ import os
 import select
 from collections.abc import Callable, Mapping, Sequence
 
-from elastic_launch.core.text import as_file_name, is_loopback
+from elastic_launch.core.text import is_loopback
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.addresses import is_own, join_endpoint, own_address, resolve
+from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.parsing import split_endpoint
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient
