@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
+from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.monitor import LEFT, Monitor
+from elastic_launch.core.rendezvous.node import begin
+from elastic_launch.core.rendezvous.progress import joined_of
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
@@ -118,3 +121,9 @@ def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
     watch = Monitor(deadline=15, tick=1, now=0)
     watch.register([1], 0)
     assert watch.poll([(1, b"")], 100, 100) == set()
+
+
+def test_more_nodes_than_there_is_room_for_are_spares() -> None:
+    leader = begin(node(), Settings("job", 2, 3))
+    assert joined_of(leader, 3) == "3 of 2 to 3 nodes"
+    assert joined_of(leader, 4) == "3 of 2 to 3 nodes and 1 spare"

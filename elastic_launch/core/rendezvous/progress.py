@@ -7,7 +7,7 @@ from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.records import Status, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
-from elastic_launch.core.text import listed
+from elastic_launch.core.text import counted, listed
 from elastic_launch.job import Level
 
 FIRST_LINE, NEXT_LINE = 5.0, 10.0
@@ -68,6 +68,7 @@ def waiting(node: NodeState, step: Step, status: Status) -> str:
 
 
 def joined_of(node: NodeState, joined: int) -> str:
-    """``2 of 3 to 4 nodes``."""
+    """``2 of 3 to 4 nodes``; the leader may count more, because one of them may be dead."""
     low, high = node.settings.min_nodes, node.settings.max_nodes
-    return f"{joined} of {f'{high}' if low == high else f'{low} to {high}'} nodes"
+    more = f" and {counted(joined - high, 'spare')}" if joined > high else ""
+    return f"{min(joined, high)} of {f'{high}' if low == high else f'{low} to {high}'} nodes{more}"
