@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from elastic_launch.config import INHERIT, LogsDest
 from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.errors import UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
@@ -161,10 +162,14 @@ class LocalWorkers:
     def with_evidence(
         self, event: GroupReaped | DeadlineReached, exits: Iterable[Exit], pids: Mapping[int, int]
     ) -> GroupReaped | DeadlineReached:
-        """Return the event with what is known about the workers that did not exit with 0."""
+        """Return the event with the workers' progress, and what is known about those that did not exit with 0."""
         self._pump.drain()
         evidence = {exit_.local_rank: self._evidence(exit_, pids) for exit_ in exits if exit_.exitcode != 0}
-        return event._replace(evidence={**evidence, **event.evidence})
+        return event._replace(evidence={**evidence, **event.evidence}, progress=self.progress())
+
+    def progress(self) -> RoundProgress | None:
+        """Return what the workers have made in this round; None: nobody counts."""
+        return None
 
     def with_error(self, event: Exited, pids: Mapping[int, int]) -> Exited:
         """Return the event with the exception that the worker wrote, if it wrote one."""

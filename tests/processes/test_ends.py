@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from elastic_launch import ChildFailedError, DefaultLogsSpecs, LaunchConfig, elastic_launch
+from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
+from elastic_launch.core.progress.goodput import RoundProgress
 from tests.support.jobs import TWO, Job
 from tests.support.waiting import is_alive, wait_until
 
@@ -417,6 +419,33 @@ def test_a_log_directory_that_cannot_be_made_is_an_error_before_anything_runs(jo
         done.stderr,
     )
     assert job.marks() == []
+
+
+# ---- What the job got done
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round's workers have made 617 steps when they end."""
+
+    def progress(self: LocalWorkers) -> RoundProgress:
+        return RoundProgress(617, time.monotonic(), time.monotonic())
+
+    monkeypatch.setattr(LocalWorkers, "progress", progress)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_last_line_and_the_report_say_what_the_job_got_done(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = elastic_launch(LaunchConfig(1, 1, 1, max_restarts=1), "sh")
+    made = r"; 1,234 steps, 0\.0 % of \d+\.\d s in steps, 1 restart cost \d+\.\d s\n"
+    job("-c", f"test -e {tmp_path}/failed || {{ touch {tmp_path}/failed; exit 3; }}")
+    assert re.search(f"done: 1 worker succeeded{made}", capfd.readouterr().err)
+    with pytest.raises(ChildFailedError) as caught:
+        job("-c", "exit 3")
+    assert re.search(f"\nprogress  : {made.removeprefix('; ')}", str(caught.value))
 
 
 def fill(folder: Path) -> None:

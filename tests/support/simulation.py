@@ -45,6 +45,7 @@ from elastic_launch.core.agent.messages import (
     Started,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.core.rendezvous.messages import Ready, Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
@@ -54,8 +55,11 @@ from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import Timeouts
 from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
-from tests.support.checks import Checks
+from tests.support.checks import BEGINNING, Checks
 from tests.support.memory_store import MemoryStore
+
+CHECKPOINT = 10
+"""Number of steps after which workers can resume."""
 
 
 class World:
@@ -68,11 +72,13 @@ class World:
         self.timeouts = timeouts
         self.store = MemoryStore()
         self.is_store_up = True
-        self.now = 1000.0
+        self.now = BEGINNING
         self.agents: list[Agent] = []
         self.checks = Checks(self)
         self.exit_barrier_timeout = float("inf")
         self.stop_time = 2.0
+        self.step_time = 0.0
+        """Seconds that a step of the workers takes; 0: they count none."""
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -129,7 +135,7 @@ class World:
         self.is_store_up = True
 
     def __str__(self) -> str:
-        return f"seed {self.seed} at {self.now - 1000:.3f} s"
+        return f"seed {self.seed} at {self.now - BEGINNING:.3f} s"
 
 
 class Pending:
@@ -320,6 +326,10 @@ class Agent:
         self.lease = float("inf")
         self._stop_signals: tuple[int, ...] = ()
         self._evidence: dict[int, Evidence] = {}
+        self._started_at = self._last_alive_at = 0.0
+        """When its workers came to life, and when the last of them that has ended did."""
+        self._resumed_at = 0
+        """The number of their first step."""
         self.asked = 0
         """Number of requests to the store."""
         self._is_woken = False
@@ -472,7 +482,7 @@ class Agent:
                         self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
                 case ReapLeftovers(kill):
                     self.alive = set() if kill else self.alive
-                    self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
+                    self._soon(lambda: self._live(GroupReaped(self._evidence, progress=self._progress())), 0.01)
                 case Finish():
                     self.finish = action
                     self.close()
@@ -484,11 +494,22 @@ class Agent:
         self.generation = assignment.restart_count
         self._stop_signals = ()
         self._evidence = {}
+        self._started_at = self._last_alive_at = self.world.now
+        self._resumed_at = max(0, assignment.restart_history.goodput.number + 1) // CHECKPOINT * CHECKPOINT
         self.alive = set(range(assignment.local_world_size))
         self.world.checks.started(self)
         self._look_at_lease()
         pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
         self._soon(lambda: self._live(Started(pids)), 0.01)
+
+    def _progress(self) -> RoundProgress | None:
+        """The steps that its workers made while they lived, from the latest checkpoint on."""
+        if not (step := self.world.step_time):
+            return None
+        steps = int((self._last_alive_at - self._started_at) / step)
+        first, last = self._started_at + step, self._started_at + steps * step
+        number = self._resumed_at
+        return RoundProgress(steps, first, last, number, number + steps - 1) if steps else RoundProgress()
 
     def _stop_soon(self, exit_: Exit, seconds: float) -> None:
         self._stop_signals = exit_.stop_signals
@@ -498,6 +519,7 @@ class Agent:
         """A worker's process ends; the agent learns of it when it can."""
         if exit_.local_rank in self.alive:
             self.alive.discard(exit_.local_rank)
+            self._last_alive_at = self.world.now
             event = Exited(exit_, self._evidence.get(exit_.local_rank, NOTHING))
             if self.frozen_until > self.world.now:
                 self._soon(lambda: self._exit(event), 0.0)

@@ -48,10 +48,12 @@ from elastic_launch.core.agent.messages import (
     TimerExpired,
     UserSignalled,
 )
-from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
+from elastic_launch.core.agent.root_cause import NOTHING, Exit
+from elastic_launch.core.progress import goodput
+from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.core.text import counted
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
-from elastic_launch.job import Assignment, Decision, End, EndKind, Level
+from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, Level
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """The second of these signals kills at once. SIGHUP is not one of them: a closing terminal may send it twice."""
@@ -107,6 +109,12 @@ class AgentState:
     exits: tuple[Exit, ...] = ()
     stopped_at: float = float("inf")
     """When the agent began to stop the workers, in seconds since 1970."""
+    over_at: float = 0.0
+    """When it did, or the last worker ended, on the agent's monotonic clock."""
+    gone_at: float = 0.0
+    """When no process of the round was left, on that clock."""
+    progress: RoundProgress | None = None
+    """What the round's workers made; None: nobody counts, or they still run."""
     signum: int | None = None
     """The signal that ends the job."""
     stopped_by_signal: bool = False
@@ -197,7 +205,7 @@ def _leave(state: AgentState, signum: int) -> Step:
 def _end_without_a_round(state: AgentState, event: Decided, now: float) -> Step:
     if event.decision.restart:
         raise UnexpectedEventError(state, event)
-    return _finish(state, event.decision)
+    return _finish(state, event.decision, event.decision.restart_history.goodput)
 
 
 def _record_pids(state: AgentState, event: Started, now: float) -> Step:
@@ -213,7 +221,7 @@ def _worker_exited(state: AgentState, event: Exited, now: float) -> Step:
         return state, [*actions, ReportFailure(failure)]
     if state.running:
         return state, []
-    return _reap_leftovers(_enter(state, STOPPING, deadline=now, stopped_at=exit_.time), now)
+    return _reap_leftovers(_enter(state, STOPPING, deadline=now, stopped_at=exit_.time, over_at=now), now)
 
 
 def _record_exit(state: AgentState, event: Exited) -> AgentState:
@@ -264,15 +272,16 @@ def _stop_with_others(state: AgentState, event: Ended, now: float) -> Step:
 
 def _stop_without_a_lease(state: AgentState, event: LeaseExpired, now: float) -> Step:
     """Wait for the exits of the workers, which the keeper has already killed."""
-    return _enter(state, STOPPING, deadline=now + KILL_PATIENCE, lease_expired=True), [Fence()]
+    return _enter(state, STOPPING, deadline=now + KILL_PATIENCE, lease_expired=True, over_at=now), [Fence()]
 
 
 def _stop(state: AgentState, signum: int, time: float, now: float) -> Step:
     """Begin to stop the workers: first a signal, then the stacks of those that hang, then SIGKILL."""
     deadline = now + state.limits.shutdown_timeout
+    state = _enter(state, STOPPING, deadline=deadline, stopped_at=time, over_at=now)
     if not state.running:
-        return _reap_leftovers(_enter(state, STOPPING, deadline=deadline, stopped_at=time), now)
-    state = _enter(state, STOPPING, deadline=deadline - _dump_time(state), stopped_at=time)
+        return _reap_leftovers(state, now)
+    state = replace(state, deadline=deadline - _dump_time(state))
     return state, [SendSignal(signum, state.running, stop=True)]
 
 
@@ -321,7 +330,7 @@ def _stop_deadline_reached(state: AgentState, event: DeadlineReached, now: float
         f"{_remaining(state)} cannot be killed (stuck in state D on a hung device or file system, or owned by another "
         "user); giving up"
     )
-    return _finish_round(replace(state, may_restart=False), event.evidence, now, [log])
+    return _finish_round(replace(state, may_restart=False), event, now, [log])
 
 
 def _kill(state: AgentState, reason: str, now: float) -> Step:
@@ -347,12 +356,13 @@ def _ended_while_stopping(state: AgentState, event: Ended, now: float) -> Step:
 def _group_reaped(state: AgentState, event: GroupReaped, now: float) -> Step:
     names = ", ".join(event.leftovers)
     logs: list[Action] = [Log(f"killed processes that the workers left behind: {names}")] if names else []
-    return _finish_round(state, event.evidence, now, logs)
+    return _finish_round(state, event, now, logs)
 
 
-def _finish_round(state: AgentState, evidence: Mapping[int, Evidence], now: float, actions: list[Action]) -> Step:
+def _finish_round(state: AgentState, event: GroupReaped | DeadlineReached, now: float, actions: list[Action]) -> Step:
     """Find out what failed on this node, and have the nodes agree on what follows."""
-    evidence = dict(evidence)
+    state = replace(state, progress=event.progress, gone_at=now)
+    evidence = dict(event.evidence)
     for rank, reason in state.expired_timers.items():
         known = evidence.get(rank, NOTHING)
         evidence[rank] = known._replace(note="; ".join(filter(None, (reason, known.note))))
@@ -368,7 +378,7 @@ def _finish_round(state: AgentState, evidence: Mapping[int, Evidence], now: floa
     if failures or (state.end is not None and state.end.kind is EndKind.FAILED):
         failures += hung
     if state.stopped_by_signal:
-        return _enter(state, DONE), [*actions, Finish(signum=state.signum)]
+        return _enter(state, DONE), [*actions, Finish(signum=state.signum, goodput=_goodput(state, now))]
     state = _enter(state, AGREEING, failures=failures)
     if state.end is not None:
         return state, [*actions, _round_report(state, now)]
@@ -389,6 +399,7 @@ def _round_report(state: AgentState, now: float) -> ReportRound:
     """Return this node's report, with its own decision in case that one counts."""
     assignment = _assignment(state)
     history = restart_policy.aged(assignment.restart_history, now - state.started_at)
+    history = history._replace(goodput=_goodput(state, now))
     decision = restart_policy.follow(
         state.limits.policy, history, state.failures, "", assignment.picked_port, state.may_restart
     )
@@ -400,8 +411,10 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
     decision = event.decision
     if not decision.restart:
         done = state.end is not None and state.end.kind is EndKind.DONE and state.signum is None
-        log = _log_once(state, f"done: {counted(_assignment(state).world_size, 'worker')} succeeded")
-        state, actions = _finish(state, decision)
+        made = goodput.furthest(decision.restart_history.goodput, _goodput(state, now))
+        workers = f"done: {counted(_assignment(state).world_size, 'worker')} succeeded"
+        log = _log_once(state, "; ".join(filter(None, (workers, goodput.summary(made)))))
+        state, actions = _finish(state, decision, made)
         return state, [log, *actions] if done else actions
     if state.signum is not None:
         return _leave(state, state.signum)
@@ -416,10 +429,20 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
     return state, [*logs, RequestJoin()]
 
 
-def _finish(state: AgentState, decision: Decision) -> Step:
+def _goodput(state: AgentState, now: float) -> Goodput:
+    """Return what the job has got done, with this node's part of the round once its workers are gone."""
+    if state.assignment is None:
+        return Goodput()
+    past = state.assignment.restart_history.goodput
+    if state.progress is None:
+        return goodput.aged(past, now - state.started_at)
+    return goodput.with_round(past, state.progress, state.started_at, state.over_at, state.gone_at, now)
+
+
+def _finish(state: AgentState, decision: Decision, made: Goodput) -> Step:
     restarts = decision.restart_history.used if decision.failures else 0  # a spare knows it from the decision only
-    finish = Finish(decision.failures, decision.signum or None, decision.error, decision.status, decision.why, restarts)
-    return _enter(state, DONE), [finish]
+    failures, signum, error = decision.failures, decision.signum or None, decision.error
+    return _enter(state, DONE), [Finish(failures, signum, error, decision.status, decision.why, restarts, made)]
 
 
 def _join(state: AgentState, event: DeadlineReached, now: float) -> Step:

@@ -10,8 +10,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, Level, Policy
+from elastic_launch.job import Assignment, Decision, End, Goodput, Level, Policy
 
 # Events: what happened.
 
@@ -68,6 +69,8 @@ class DeadlineReached(NamedTuple):
 
     evidence: Mapping[int, Evidence] = MappingProxyType({})
     """What is known about workers that failed, by local rank; only after SIGKILL."""
+    progress: RoundProgress | None = None
+    """What the workers made; None: nobody counts. Only after SIGKILL."""
 
 
 class GroupReaped(NamedTuple):
@@ -77,6 +80,8 @@ class GroupReaped(NamedTuple):
     """What is known about workers that failed, by local rank."""
     leftovers: tuple[str, ...] = ()
     """Names of the processes that outlived their worker and had to be killed."""
+    progress: RoundProgress | None = None
+    """What the workers made; None: nobody counts."""
 
 
 class Ended(NamedTuple):
@@ -188,6 +193,8 @@ class Finish(NamedTuple):
     """Why the job did not restart although restarts were left."""
     restarts: int = 0
     """Restarts that failures used up."""
+    goodput: Goodput = Goodput()
+    """What the job got done, as far as this node knows."""
 
 
 RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave

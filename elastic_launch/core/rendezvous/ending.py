@@ -91,7 +91,7 @@ def stop_waiting(node: NodeState, step: Step) -> None:
 
 def report_round(node: NodeState, step: Step, request: ReportRound) -> None:
     """Report this node's part of the round, now that its workers are gone."""
-    node.round.report.round = request
+    node.round.report.round, node.round.report.reported_at = request, step.now
     _report(node, step)
 
 

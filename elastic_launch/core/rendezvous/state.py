@@ -12,6 +12,7 @@ from enum import Enum
 
 from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, ReportRound
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Ready, Request, Settings
@@ -96,6 +97,8 @@ class Report:
     """What the node reports of its own part of the round."""
 
     round: ReportRound | None = None
+    reported_at: float = 0.0
+    """When the agent reported the round."""
     failure: ProcessFailure | None = None
     """The failure that the agent reported first."""
     told: set[int] = field(default_factory=set)
@@ -215,8 +218,15 @@ class NodeState:
     def restart_history(self, now: float) -> RestartHistory:
         """Return the job's restart history, if the end of the round adds nothing to it."""
         if assignment := self.round.assignment:
-            return aged(assignment.restart_history, now - self.round.assigned_at)
+            return self.with_own_goodput(aged(assignment.restart_history, now - self.round.assigned_at), now)
         return self.round.closed.restart_history if self.round.closed else self.record.restart_history
+
+    def with_own_goodput(self, history: RestartHistory, now: float) -> RestartHistory:
+        """Return a history of now with what the agent has reported of this round, if its workers made more steps."""
+        if (report := self.round.report).round is None:
+            return history
+        own = aged(report.round.decision.restart_history, now - report.reported_at).goodput
+        return history._replace(goodput=furthest(history.goodput, own))
 
 
 def enter(node: NodeState, phase: Phase) -> None:
