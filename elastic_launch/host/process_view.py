@@ -1,7 +1,7 @@
 """The kernel's view of a process, from /proc: for a worker that cannot say itself where it stands.
 
-It may be stopped, in the kernel, in a long C call, or no Python at all. Everything here is read as far as this user may;
-the process does not notice. State, system call and ``wchan`` are those of its main thread.
+It may be stopped, in the kernel, in a long C call, or no Python at all. Everything here is read as far as this user
+may; the process does not notice. State, system call and ``wchan`` are those of its main thread.
 """
 
 from __future__ import annotations

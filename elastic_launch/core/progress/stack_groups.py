@@ -39,7 +39,7 @@ class Group(NamedTuple):
     frames: tuple[Frame, ...] = ()
     """Their stack, innermost first; of a moving process, what both looks have in common. Empty: not known."""
     state: str = "S"
-    """R: used a CPU between the two looks; S: did not; else as in ``KernelView.state``."""
+    """R: ran between the two looks; S: slept; else as in ``KernelView.state``."""
     is_stuck: bool = False
     """Whether the stack was the same both times, and no step was made between."""
     child: str = ""
@@ -195,12 +195,13 @@ def _groups_of(then: Observation | None, now: Observation, share: float, has_adv
 
 
 def _state(then: str, now: str, share: float) -> str:
-    """Return a group's state: what lasts. Whether a process runs or sleeps, its CPU time tells better than one look."""
+    """Return a group's state: what lasts.
+
+    Whether a process runs, its CPU time tells better than one look; on a crowded host it waits for a CPU, though.
+    """
     if now in ("T", "t", "Z") or (now == "D" and then == "D"):
         return now
-    if share < 0:
-        return "R" if now == "R" else "S"
-    return "R" if share >= _BUSY else "S"
+    return "R" if share >= _BUSY or (now == "R" and then in ("R", "")) else "S"
 
 
 def _common(then: tuple[Frame, ...], now: tuple[Frame, ...]) -> tuple[Frame, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from elastic_launch.core.progress import waits
@@ -35,7 +34,7 @@ def render(merged: Merged, verdict: Verdict, width: int) -> str:
         verdict: which rank is the odd one out.
         width: maximum characters of a line.
     """
-    lines = textwrap.wrap(_headline(merged, verdict), width, subsequent_indent="  ", break_on_hyphens=False)
+    lines = _wrapped(_headline(merged, verdict), width)
     suspect = _group_of(merged, verdict.ranks[0]) if verdict.ranks else None
     if suspect is not None:
         lines += [f"  {line}" for line in _facts(merged, suspect, verdict.ranks[0])]
@@ -169,6 +168,16 @@ def _size(count: int) -> str:
             return f"{count:.0f} {unit}"
         count //= 1024
     return f"{count} GiB"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1].strip() and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def _cut(line: str, width: int) -> str:

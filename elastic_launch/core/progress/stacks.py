@@ -55,7 +55,7 @@ class KernelView(NamedTuple):
 
     state: str = ""
     """One letter: R (running), S (sleeping), D (waits for a device or file system), T (stopped), t (held by a tracer),
-    Z (has ended)."""
+    Z (has ended; the agent says so of workers that it has seen exit)."""
     wchan: str = ""
     """The kernel's function in which it sleeps; empty: in none, or this user may not know."""
     syscall: str = ""

@@ -31,8 +31,8 @@ class Verdict(NamedTuple):
     certain: bool
     """Whether there is hardly another explanation."""
     kind: str
-    """Name of the reason: that of a row of ``REASONS``, or ``host``; without ranks ``advancing``, ``moving``, ``alike``,
-    ``apart`` or ``unknown``.
+    """Name of the reason: that of a row of ``REASONS``, or ``host``. Without ranks ``advancing``, ``moving``,
+    ``alike``, ``apart`` or ``unknown``.
 
     With ``debugger`` and ``advancing`` there is no stall."""
 
@@ -78,7 +78,7 @@ def _says(text: str) -> Callable[[Scene, Group], str]:
 
 def _in_collective(group: Group) -> str:
     """Return the operation in which ranks wait for others; empty if they do not, or still run."""
-    name = waits.collective_of(group.frames) if group.is_stuck and group.state not in ("T", "t", "D") else ""
+    name = waits.collective_of(group.frames) if group.is_stuck else ""
     # A backward pass may also just take long.
     return "" if name == waits.BACKWARD and group.state == "R" else name
 
@@ -119,7 +119,7 @@ def _why_data(scene: Scene, group: Group) -> str:
 
 def _data_child(merged: Merged, rank: int) -> Group | None:
     """Return the process that a DataLoader waits for: one below its worker that does not wait for work itself."""
-    below = [group for group in merged.groups if group.child and not group.thread and rank in group.ranks]
+    below = [group for group in merged.groups if group.child and rank in group.ranks]
     busy = [group for group in below if group.state in ("T", "D", "Z") or not waits.is_idle(group.frames)]
     return busy[0] if busy else None
 
@@ -155,6 +155,13 @@ REASONS = (
         _says("is in a debugger"),
         True,
         True,
+    ),
+    # A worker whose data ended earlier than the others', for example.
+    Reason(
+        "ended",
+        lambda scene, group: bool(scene.collective) and group.state == "Z",
+        lambda scene, group: f"has ended, but {_others(scene)} {scene.collective}",
+        certain=True,
     ),
     Reason(
         "collective",
@@ -218,7 +225,7 @@ def _is_odd(scene: Scene, reason: Reason, count: int) -> bool:
     if scene.has_advanced or (count == scene.total and scene.total > 1):
         return False
     # However many do not come to the collective, the others wait for them.
-    return count == 1 or reason.kind == "collective" or 2 * count < scene.total
+    return count == 1 or reason.kind in ("ended", "collective") or 2 * count < scene.total
 
 
 def _scene(merged: Merged, groups: Sequence[Group]) -> Scene:
@@ -227,7 +234,7 @@ def _scene(merged: Merged, groups: Sequence[Group]) -> Scene:
     for group in groups:
         if name := _in_collective(group):
             waiting.setdefault(name, []).extend(group.ranks)
-        places.setdefault(_full_place(group), []).append(group)
+        places.setdefault(place_of(group.frames), []).append(group)
     collective = max(waiting, key=lambda name: len(waiting[name]), default="")
     made: dict[int, int] = {}
     for view in merged.workers.values():
@@ -271,16 +278,10 @@ def place_text(frames: tuple[Frame, ...]) -> str:
     return f"{frame.file.rpartition('/')[2]}:{frame.line} in {frame.function}" if frame else ""
 
 
-def _full_place(group: Group) -> Frame | None:
-    """Return what makes the place of a group: of stuck ones the line, of moving ones the function."""
-    frame = place_of(group.frames)
-    return frame._replace(line=0) if frame and not group.is_stuck else frame
-
-
 def _nobody(scene: Scene, groups: Sequence[Group]) -> Verdict:
     """Return the verdict when no rank stands out."""
     everybody = "the only rank" if scene.total == 1 else f"all {scene.total:,} ranks"
-    places = {_full_place(group) for group in groups}
+    places = {place_of(group.frames) for group in groups}
     place = place_text(groups[-1].frames) if len(places) == 1 else ""
     at = f", at {place}" if place else ""
     if scene.has_advanced:

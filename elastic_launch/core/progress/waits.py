@@ -7,7 +7,6 @@ code shows as the user's line, and only the system call tells more.
 from __future__ import annotations
 
 import re
-from itertools import takewhile
 
 from elastic_launch.core.progress.stacks import Frame, is_native, is_users
 
@@ -89,15 +88,15 @@ def collective_of(frames: tuple[Frame, ...]) -> str:
     ``synchronize`` and the backward pass are among them, because collectives may be queued on a device, or run in the
     backward pass. Whether they are, the stack does not tell.
     """
-    native = list(takewhile(is_native, frames))
-    calls = [frame for frame in frames[len(native) :] if not is_native(frame) and not _WRAPPER.search(frame.file)]
-    names = [frame.function for frame in takewhile(lambda frame: _DISTRIBUTED.search(frame.file), calls)]
-    if names:
+    calls = [frame for frame in frames if not is_native(frame) and not _WRAPPER.search(frame.file)]
+    depth = next((number for number, call in enumerate(calls) if not _DISTRIBUTED.search(call.file)), len(calls))
+    if names := [call.function for call in calls[:depth]]:
         return next((name for name in reversed(names) if _COLLECTIVE.match(name)), names[0])
     for file, function, name in _SYNCHRONIZES:
         if any(file.search(call.file) and function.match(call.function) for call in calls[:1]):
             return name
-    return "collective" if any(_NATIVE_COLLECTIVE.match(call.function) for call in native) else ""
+    python = next((number for number, frame in enumerate(frames) if not is_native(frame)), len(frames))
+    return "collective" if any(_NATIVE_COLLECTIVE.match(frame.function) for frame in frames[:python]) else ""
 
 
 def is_debugger(frames: tuple[Frame, ...]) -> bool:
