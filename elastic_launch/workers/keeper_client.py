@@ -152,7 +152,7 @@ class Command(NamedTuple):
     environ: dict[str, str]
     """Changes to the inherited environment."""
     descriptors: tuple[tuple[int, int], ...] = ()
-    """Pairs of a descriptor of this process and its number in the worker, where -1 means any."""
+    """Pairs of a descriptor of this process and its number in the worker, where -N means any from N on."""
     cpus: frozenset[int] = frozenset()
     """CPUs to bind the worker to; empty: those of this process."""
 

@@ -1,0 +1,1 @@
+"""The decisions about a job's progress. Pure: no I/O, no clock."""
