@@ -138,6 +138,6 @@ def progress_memory(environ: Mapping[str, str]) -> ProgressMemory | None:
 
 def _unavailable(error: OSError) -> UnavailableError:
     return UnavailableError(
-        f"cannot make memory for the workers' progress: {error.strerror}; allow more open files (`ulimit -n`), or set "
-        f"{SWITCH}=0 to do without"
+        f"cannot make memory for the workers' progress: {error.strerror}; allow larger files and more of them "
+        f"(`ulimit -f`, `ulimit -n`), or set {SWITCH}=0 to do without"
     )

@@ -14,7 +14,7 @@ from elastic_launch.agent.progress_memory import VARIABLE, progress_memory
 from elastic_launch.config import INHERIT, LogsDest
 from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
-from elastic_launch.errors import UsageError
+from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
 from elastic_launch.job import Assignment
@@ -101,7 +101,8 @@ class LocalWorkers:
             self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)
             stack.callback(self._processes.close)
             self.progress = progress_memory(options.environ)
-            """Where the workers tell their progress; None if that is turned off."""
+            """Where the workers tell their progress; None if that is turned off, or from a round on for which the
+            system granted no memory."""
             if self.progress:
                 stack.callback(self.progress.close)
             self._stack = stack.pop_all()
@@ -127,7 +128,11 @@ class LocalWorkers:
         self._oom = OomCounter()
         filters = self._options.filters
         if self.progress:
-            self.progress.prepare(envs)
+            try:
+                self.progress.prepare(envs)
+            except UnavailableError as error:
+                self.log(f"{error}; going on without")
+                self.progress = None
         with contextlib.ExitStack() as stack:
             ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
             stack.callback(self._pump.close_workers_ends)
@@ -140,7 +145,9 @@ class LocalWorkers:
                         descriptors.append((ends[rank, stream], stream))
                     elif files.get(rank) == os.devnull:
                         descriptors.append((null.fileno(), stream))
-                environ = {**environ, VARIABLE: ""}  # that of a launcher above
+                environ = dict(environ)
+                if VARIABLE in self._options.environ:
+                    environ[VARIABLE] = ""  # it names the memory that a launcher above has made for this one
                 if self.progress:
                     environ |= self.progress.environ(rank)
                     descriptors += self.progress.descriptors(rank)  # last, as the keeper expects them

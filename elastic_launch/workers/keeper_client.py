@@ -249,7 +249,7 @@ class KeeperClient:
         self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
-        """Have Python workers write the stacks of their threads to stderr."""
+        """Have Python workers write the stacks of their threads, to their memory or to stderr."""
         self._keeper.send("dump_stacks", sorted(local_ranks))
 
     def reap_leftovers(self, kill: bool) -> None:

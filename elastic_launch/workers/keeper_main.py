@@ -21,7 +21,7 @@ To the keeper, with the name of a method of ``Keeper``:
         -- start a round. The descriptors arrive with the message, in this order; number -N means any from N on. With
         PROGRESS among the changes, the last two are those that it names.
     ("send_signal", signum, [local rank, ...], is_stop)
-    ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads to stderr
+    ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads
     ("reap_leftovers", with_kill)  -- end what the workers left, with SIGTERM or with SIGKILL
     ("renew_lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
 To the agent:
