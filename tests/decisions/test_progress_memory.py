@@ -6,11 +6,13 @@ import os
 import random
 import select
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 
+from elastic_launch import worker
 from elastic_launch.agent.progress_memory import ProgressMemory, progress_memory
 from elastic_launch.core.progress import memory as layout
 from elastic_launch.core.progress.memory import MAGIC, PAGE, WorkerProgress, decode, header
@@ -99,6 +101,42 @@ def test_who_must_do_without_the_package_knows_the_same_format() -> None:
         assert getattr(step_hook, name) == getattr(layout, name)
     assert (bootstrap.MAGIC, bootstrap.STACKS) == (MAGIC, layout.STACKS)
     assert keeper_main.PROGRESS.decode() == bootstrap.PROGRESS == step_hook.VARIABLE
+
+
+# ---- What a worker writes
+
+
+def test_the_two_longest_gaps_between_marks_are_kept_and_phases_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = memoryview(bytearray(header(stacks=True).ljust(PAGE, b"\0"))).cast("Q")
+    monkeypatch.setattr(step_hook, "words", words)
+    now = 1000
+
+    def at(seconds: int) -> None:
+        nonlocal now
+        now = seconds * 10**9
+
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now)
+    for seconds in (10, 13, 20, 21, 26):
+        at(seconds)
+        worker.progress()
+    told = decode(words.tobytes())
+    assert (told.first, told.last, told.longest, told.second) == (10, 26, 7, 5)
+    at(100)
+    with worker.phase("eval"):
+        for seconds in (120, 150):
+            at(seconds)
+            worker.progress()
+        with worker.phase("inner"):
+            at(200)
+        assert decode(words.tobytes()).phase_since == 100
+        at(300)
+    at(306)
+    worker.progress(phase="loading")
+    assert decode(words.tobytes()).phase_since == 306
+    at(400)
+    worker.progress(phase="")
+    told = decode(words.tobytes())
+    assert (told.last, told.longest, told.second, told.marks) == (400, 7, 6, 9)
 
 
 # ---- The agent's side

@@ -329,7 +329,7 @@ def test_a_function_tells_its_iterations_and_its_children_do_not(method: str) ->
 
 
 @pytest.mark.quick
-def test_phases_nest_and_are_no_gaps(tmp_path: Path) -> None:
+def test_phases_nest(tmp_path: Path) -> None:
     events = tmp_path / "events"
     text = (
         "import os, time\n"
@@ -364,8 +364,6 @@ def test_phases_nest_and_are_no_gaps(tmp_path: Path) -> None:
     outer, inner, again, _ = seen
     assert (told.phase, told.phase_since, told.marks) == ("", 0.0, 4)
     assert outer.phase_since == again.phase_since < inner.phase_since < again.last < told.last
-    # Between the first mark and the last are the phases. What is left of the time are the gaps.
-    assert told.longest + told.second < told.last - told.first - (again.last - outer.phase_since)
 
 
 @pytest.mark.quick
