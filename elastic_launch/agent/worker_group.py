@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from elastic_launch.agent.progress_memory import VARIABLE, progress_memory
 from elastic_launch.config import INHERIT, LogsDest
 from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
-from elastic_launch.core.progress.goodput import RoundProgress
-from elastic_launch.errors import UsageError
+from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
 from elastic_launch.job import Assignment
@@ -100,6 +100,11 @@ class LocalWorkers:
             start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
             self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)
             stack.callback(self._processes.close)
+            self.progress = progress_memory(options.environ)
+            """Where the workers tell their progress; None if that is turned off, or from a round on for which the
+            system granted no memory."""
+            if self.progress:
+                stack.callback(self.progress.close)
             self._stack = stack.pop_all()
         self._oom = OomCounter()
         self._dest = LogsDest()
@@ -122,6 +127,12 @@ class LocalWorkers:
         self._dumped.clear()
         self._oom = OomCounter()
         filters = self._options.filters
+        if self.progress:
+            try:
+                self.progress.prepare(envs)
+            except UnavailableError as error:
+                self.log(f"{error}; going on without")
+                self.progress = None
         with contextlib.ExitStack() as stack:
             ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
             stack.callback(self._pump.close_workers_ends)
@@ -134,14 +145,22 @@ class LocalWorkers:
                         descriptors.append((ends[rank, stream], stream))
                     elif files.get(rank) == os.devnull:
                         descriptors.append((null.fileno(), stream))
+                environ = dict(environ)
+                if VARIABLE in self._options.environ:
+                    environ[VARIABLE] = ""  # it names the memory that a launcher above has made for this one
+                if self.progress:
+                    environ |= self.progress.environ(rank)
+                    descriptors += self.progress.descriptors(rank)  # last, as the keeper expects them
                 if path := dest.error_files.get(rank):
-                    environ = {**environ, "TORCHELASTIC_ERROR_FILE": path}
+                    environ["TORCHELASTIC_ERROR_FILE"] = path
                 commands.append(Command(rank, argv, environ, tuple(descriptors), self._cpus.get(rank, frozenset())))
             self._processes.start(commands)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""
         for rank in local_ranks:
+            if self.progress:
+                self.progress.rewind(rank)
             self._pump.mark(rank)
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
@@ -205,8 +224,10 @@ class LocalWorkers:
         return Evidence(error, self._pump.tail(rank), note)
 
     def _stacks(self, rank: int, error_file: str | None) -> str:
-        """Save the stacks that a worker wrote to stderr, and return a note that says where they are."""
-        stacks = self._pump.since_mark(rank)
+        """Save the stacks that a worker wrote to its memory or to stderr. Returns a note that says where they are."""
+        stacks = self.progress.stacks(rank) if self.progress else b""
+        if is_on_stderr := FAULTHANDLER not in stacks:
+            stacks = self._pump.since_mark(rank)
         if FAULTHANDLER not in stacks or not error_file:
             return ""  # the worker does not run Python, or wrote something else
         path = os.path.join(os.path.dirname(error_file), STACKS)
@@ -214,7 +235,10 @@ class LocalWorkers:
             with open(path, "wb") as file:
                 file.write(stacks)
         except OSError:
-            return "the stacks of its threads are on its stderr"
+            if is_on_stderr:
+                return "the stacks of its threads are on its stderr"
+            self.show(stacks.decode(errors="replace"))
+            return "the stacks of its threads are shown above"
         return f"the stacks of its threads are in {path}"
 
 

@@ -152,7 +152,7 @@ class Command(NamedTuple):
     environ: dict[str, str]
     """Changes to the inherited environment."""
     descriptors: tuple[tuple[int, int], ...] = ()
-    """Pairs of a descriptor of this process and its number in the worker, where -1 means any."""
+    """Pairs of a descriptor of this process and its number in the worker, where -N means any from N on."""
     cpus: frozenset[int] = frozenset()
     """CPUs to bind the worker to; empty: those of this process."""
 
@@ -249,7 +249,7 @@ class KeeperClient:
         self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
-        """Have Python workers write the stacks of their threads to stderr."""
+        """Have Python workers write the stacks of their threads, to their memory or to stderr."""
         self._keeper.send("dump_stacks", sorted(local_ranks))
 
     def reap_leftovers(self, kill: bool) -> None:

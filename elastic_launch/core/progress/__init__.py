@@ -1,1 +1,1 @@
-"""What a job's workers get done: steps, stalls, stacks, goodput. Pure."""
+"""The decisions about a job's progress. Pure: no I/O, no clock."""
