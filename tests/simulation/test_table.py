@@ -13,11 +13,14 @@ from elastic_launch.core.agent.messages import (
     AgentEvent,
     Fence,
     Finish,
+    GiveUpStop,
     Leave,
     RendezvousAction,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
+    RequestStop,
 )
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import (
@@ -108,6 +111,8 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.CountReported: {ENDED},
     questions.ReadConsequences: {ENDED, LEAVING},
     questions.LearnDecision: {ENDED},
+    questions.ReadCalls: {ENDED},
+    questions.LearnStopAt: {ENDED},
     questions.CountLeft: {ENDED, LEAVING},
     questions.CompareLeft: {ENDED, LEAVING},
     questions.ConfirmWritten: {LEAVING},
@@ -121,6 +126,10 @@ INPUTS: list[tuple[Input, set[Phase]]] = [
     # While workers run. The node may know the end of the round before the agent does:
     (ReportFailure(ProcessFailure(0, 1, 1)), {MEMBER, ENDED}),
     (Fence(), {MEMBER, ENDED, LEAVING}),
+    # A signal stops them, or another node's:
+    (RequestStop(15), {MEMBER, ENDED}),
+    (ReportCalls(3), {ENDED}),
+    (GiveUpStop(), {ENDED}),
     # When they have ended:
     (ReportSuccess(), {MEMBER, ENDED}),
     # After Ended, also from the node's own lease; the exit barrier may come at the same time:

@@ -20,8 +20,15 @@ ANY_TICKET = 1 << 40
 # --- before the job ends
 
 
-def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
-    """Leave the running round: it ends, and the job goes on without this node if it can."""
+def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: bool = False) -> None:
+    """Leave the running round: it ends, and the job goes on without this node if it can.
+
+    Args:
+        node: the state, which is changed.
+        step: collects what to do.
+        request: why this node leaves.
+        same_step: whether the workers of all nodes stop at the same step.
+    """
     node.has_left = True
     round_, serves = node.round, node.record.serves
     if round_.closed is None or (round_.report.round and not serves):
@@ -33,7 +40,7 @@ def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
         end = _final(node, request, "and the job cannot go on without it")
         round_.shutdown.stops_job = True
     rank = round_.assignment.group_rank if round_.assignment else -1  # the others log it, even if this is rank 0
-    step.create(questions.Write(), "end", encode(end._replace(rank=rank)))
+    step.create(questions.LearnEnd(), "end", encode(end._replace(rank=rank, same_step=same_step)))
 
 
 def leave(node: NodeState, step: Step, request: Leave) -> None:
