@@ -27,11 +27,18 @@ def job(low: int, high: int, **settings: float) -> Settings:
     return Settings("job", low, high, last_call_timeout=10, policy=Policy(3), **settings)  # type: ignore[arg-type]
 
 
-def trained(count: int, settings: Settings, asks: Callable[[int], bool] = lambda rank: True, **kind: bool) -> World:
+def trained(
+    count: int,
+    settings: Settings,
+    asks: Callable[[int], bool] = lambda rank: True,
+    *,
+    together: bool = True,
+    breaks: bool = False,
+) -> World:
     """Return a job of so many nodes that has done some steps."""
     made = World(1, settings)
     made.trouble = False
-    made.training = Training(made, asks, **kind)
+    made.training = Training(made, asks, together=together, breaks=breaks)
     for _ in range(count):
         made.add()
     form(made, count)
@@ -159,7 +166,7 @@ def test_a_node_whose_ranks_never_ask_stops_all_as_ever(asks: Callable[[int], bo
 
 def test_other_signals_stop_all_as_ever() -> None:
     made = trained(3, job(2, 3))
-    made.agents[0].signal(SIGINT)
+    made.agents[0].interrupt()
     until(made, 30)
     assert stopped(made) == {}
     assert made.agents[0].finish == Finish(signum=SIGINT)
@@ -197,7 +204,7 @@ def test_workers_that_do_not_come_to_the_step_get_the_signal_before_the_timeout(
     made = trained(2, job(1, 2))
     leaving, other = made.agents
     made.training.pace = lambda: 1e9  # type: ignore[union-attr]
-    leaving.signal(SIGINT)  # the next round is one of endless steps
+    leaving.interrupt()  # the next round is one of endless steps
     made.run(made.now + 30, stop=lambda: other.running == 1)
     until(made, 5)
     signalled_at = made.now
@@ -434,7 +441,7 @@ def play(seed: int) -> str:
         lambda agent: agent.stall(chance.uniform(0.1, 20)),
         Agent.fail_worker,
         Agent.signal,
-        lambda agent: agent.signal(SIGINT),
+        Agent.interrupt,
         lambda agent: made.add(),
         lambda agent: agent.end_worker(0),
     ]

@@ -42,6 +42,7 @@ from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous.store_link import Timeouts
 from tests.support.simulation import Agent, World
+from tests.support.training import Training
 from tests.support.worlds import RESET, form, running
 
 IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
@@ -429,6 +430,8 @@ def rough(seed: int) -> str:
     made.exit_barrier_timeout = chance.choice([0, 3, 20, float("inf")])
     has_host = not forgets and chance.random() < 0.4
     stays = not has_host and chance.random() < 0.2
+    if chance.random() < 0.5:
+        made.training = Training(made, together=chance.random() < 0.5, pace=lambda: chance.uniform(0.2, 3))
 
     def start() -> None:
         agent = Agent(made, len(made.agents))

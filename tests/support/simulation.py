@@ -13,7 +13,7 @@ import random
 import socket
 from collections import deque
 from collections.abc import Callable
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 from elastic_launch.core.agent import lifecycle
@@ -28,12 +28,12 @@ from elastic_launch.core.agent.messages import (
     Exited,
     Fence,
     Finish,
+    GiveUpStop,
     GroupReaped,
     LeaseExpired,
     Leave,
     Limits,
     Log,
-    GiveUpStop,
     ReapLeftovers,
     RendezvousAction,
     ReportCalls,
@@ -397,7 +397,13 @@ class Agent:
         """A worker ends well by itself, or after its stop signal."""
         self._die(Exit(rank, 0, self.world.now, self._stop_signals))
 
-    def signal(self, signum: int = SIGTERM) -> None:
+    def signal(self) -> None:
+        self._get_signal(SIGTERM)
+
+    def interrupt(self) -> None:
+        self._get_signal(SIGINT)
+
+    def _get_signal(self, signum: int) -> None:
         event = Signalled(signum, self.world.now)
         if self.frozen_until > self.world.now:
             self._soon(lambda: self._live(event), 0.0)

@@ -1,8 +1,8 @@
 """What the workers of a simulated job do: steps, with a call of ``should_stop()`` before each.
 
 A worker counts its call, looks a moment later whether to wait, to stop or to go on, and works. With ``together`` all
-ranks meet after each step, as in a collective: a rank that waits in ``should_stop()`` holds up the others there, and one
-that returned true tells those that never ask. ``Training`` checks what ``should_stop()`` promises.
+ranks meet after each step, as in a collective: a rank that waits in ``should_stop()`` holds up the others there, and
+one that returned true tells those that never ask. ``Training`` checks what ``should_stop()`` promises.
 """
 
 from __future__ import annotations

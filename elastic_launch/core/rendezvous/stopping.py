@@ -20,10 +20,10 @@ POLL = 0.1
 
 
 def request_stop(node: NodeState, step: Step, request: RequestStop) -> None:
-    """Leave the round, and have all workers stop at the same step; if it has ended already, just leave."""
+    """Leave the round, and have all workers stop at the same step. If another node was first, leave after that."""
     if node.phase is Phase.MEMBER:
         leave_membership(node, step, Leave(request.signum), same_step=True)
-    else:
+    elif not node.round.awaits_stop:  # otherwise this node leaves when it closes
         leave(node, step, Leave(request.signum))
 
 
