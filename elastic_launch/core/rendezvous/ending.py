@@ -124,6 +124,7 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
             f"the store holds no valid signal or exit status at {node.key('end')!r}: {data[:60]!r}"
         )
     round_.end = end = end._replace(mine=end.node == me)
+    round_.shutdown.stops_job &= end.mine  # otherwise another reason came first
     enter(node, Phase.ENDED)
     step.await_key("decision" if end.kind is EndKind.FAILED else "stop_at" if round_.awaits_stop else None)
     history = node.restart_history(step.now)
