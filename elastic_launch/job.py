@@ -179,6 +179,8 @@ class End(NamedTuple):
     """The failures that are known so far, for ``FAILED``."""
     rank: int = -1
     """Group rank of the node that leaves; -1 if none does."""
+    same_step: bool = False
+    """Whether the workers, some of which call ``should_stop()``, are to stop at a step that the nodes agree on."""
     mine: bool = False
     """Whether this node ended the round."""
 

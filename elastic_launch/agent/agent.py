@@ -269,6 +269,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     group.state = {
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,
+        AgentPhase.HOLDING: WorkerState.HEALTHY,
+        AgentPhase.DRAINING: WorkerState.HEALTHY,
         AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
     }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:

@@ -19,6 +19,7 @@ from elastic_launch.core.agent.messages import (
     AgentEvent,
     DeadlineReached,
     DumpStacks,
+    Ended,
     Exited,
     Finish,
     GroupReaped,
@@ -27,6 +28,8 @@ from elastic_launch.core.agent.messages import (
     ReapLeftovers,
     RendezvousAction,
     SendSignal,
+    SetStop,
+    Signalled,
     Start,
 )
 from elastic_launch.job import Assignment, Level
@@ -120,6 +123,8 @@ class AgentLoop:
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
             # Not earlier: only now have all workers stopped writing, or the agent has given up on those that have not.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
+        if isinstance(event, Signalled | Ended | DeadlineReached):
+            event = event._replace(calls=max(self._workers.calls().values(), default=0))
         self.state, actions = lifecycle.step(self.state, event, time.monotonic())
         self._observe(event, self.state)
         return self._carry_out(actions)
@@ -131,6 +136,8 @@ class AgentLoop:
                     self._start(assignment)
                 case SendSignal():
                     self._workers.send_signal(*action)
+                case SetStop(hold, stop_at):
+                    self._workers.set_stop(hold, stop_at)
                 case DumpStacks(local_ranks):
                     self._workers.dump_stacks(local_ranks)
                 case ReapLeftovers(kill):

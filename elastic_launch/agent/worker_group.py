@@ -165,6 +165,16 @@ class LocalWorkers:
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
 
+    def calls(self) -> dict[int, int]:
+        """Return the number of calls of ``should_stop()`` that each worker of the round has begun, by local rank.
+
+        Workers that have exited still count, until the next round starts.
+        """
+        return {}
+
+    def set_stop(self, hold: bool, stop_at: int) -> None:
+        """Tell all workers when to stop; see ``SetStop``. ``stop_at`` is set before ``hold`` ends."""
+
     def descriptors(self) -> list[tuple[int, int]]:
         """See ``LoopSource``."""
         return [(self._processes.fileno(), select.POLLIN), *self._pump.descriptors()]

@@ -15,13 +15,18 @@ from elastic_launch.core.agent.messages import (
     Assigned,
     Decided,
     Ended,
+    GiveUpStop,
     RendezvousAction,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestStop,
+    StopAgreed,
 )
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Assignment, Decision, End, EndKind
 
@@ -39,6 +44,13 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
+        case RequestStop(signum):
+            end = End(EndKind.STOP, signal_name(signum), signum=signum, same_step=True, mine=True)
+            return [Ended(end, time.time())]
+        case ReportCalls(calls):
+            return [StopAgreed(calls + 1)]
+        case GiveUpStop():
+            return [StopAgreed(0)]
         case ReportSuccess():
             return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):

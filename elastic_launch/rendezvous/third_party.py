@@ -56,7 +56,7 @@ class ThirdPartyRendezvous:
         return str(self._tasks.handler.get_run_id())
 
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
-        """Hand an action to the thread. Only ``ReportFailure`` is answered at once."""
+        """Hand an action to the thread. ``ReportFailure`` and ``RequestStop`` are answered at once."""
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
@@ -73,6 +73,8 @@ class ThirdPartyRendezvous:
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
+            case messages.RequestStop():
+                return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
             case messages.Leave(signum, error, status):
                 host = self._tasks.node.host
                 reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"

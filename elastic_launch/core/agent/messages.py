@@ -44,6 +44,8 @@ class Signalled(NamedTuple):
     signum: int
     time: float
     """When the signal arrived, in seconds since 1970; the agent may handle it later."""
+    calls: int = 0
+    """Greatest number of calls of ``should_stop()`` that a worker of this node has begun; 0: none has asked."""
 
 
 class UserSignalled(NamedTuple):
@@ -69,8 +71,8 @@ class DeadlineReached(NamedTuple):
 
     evidence: Mapping[int, Evidence] = MappingProxyType({})
     """What is known about workers that failed, by local rank; only after SIGKILL."""
-    progress: RoundProgress | None = None
-    """What the workers made; None: nobody counts. Only after SIGKILL."""
+    calls: int = 0
+    """As in ``Signalled``."""
 
 
 class GroupReaped(NamedTuple):
@@ -90,6 +92,15 @@ class Ended(NamedTuple):
     end: End
     time: float
     """When this node learned of it, in seconds since 1970."""
+    calls: int = 0
+    """As in ``Signalled``."""
+
+
+class StopAgreed(NamedTuple):
+    """The nodes agreed at which step the workers stop, after an ``Ended`` with ``same_step``."""
+
+    stop_at: int
+    """The call of ``should_stop()`` that returns true on every rank, counted from 1; 0: they could not agree."""
 
 
 class Decided(NamedTuple):
@@ -98,7 +109,7 @@ class Decided(NamedTuple):
     decision: Decision
 
 
-RendezvousEvent = Assigned | Ended | Decided
+RendezvousEvent = Assigned | Ended | StopAgreed | Decided
 WorkerEvent = Started | Exited | LeaseExpired | GroupReaped
 AgentEvent = RendezvousEvent | WorkerEvent | Signalled | UserSignalled | TimerExpired | DeadlineReached
 
@@ -145,6 +156,26 @@ class Leave(NamedTuple):
     """Exit status for ``error``."""
 
 
+class RequestStop(NamedTuple):
+    """Leave the job because of a signal, once the workers of all nodes have stopped at the same step.
+
+    ``Ended`` with ``same_step`` is the answer, or ``StopAgreed(0)`` if this rendezvous cannot do that.
+    """
+
+    signum: int
+
+
+class ReportCalls(NamedTuple):
+    """Report how far this node's workers have come, which stay there; ``StopAgreed`` is the answer."""
+
+    calls: int
+    """As in ``Signalled``."""
+
+
+class GiveUpStop(NamedTuple):
+    """Report that this node cannot stop at the same step as the others; ``StopAgreed`` is the answer."""
+
+
 class Start(NamedTuple):
     """Start the workers of a round; ``Started`` is the answer."""
 
@@ -158,6 +189,15 @@ class SendSignal(NamedTuple):
     local_ranks: frozenset[int]
     stop: bool
     """True: stop the workers and their process groups. False: signal only the leader of each process group."""
+
+
+class SetStop(NamedTuple):
+    """Tell the workers through their memory when to stop."""
+
+    hold: bool
+    """Whether ``should_stop()`` waits until ``stop_at`` is set, or ``hold`` is false again."""
+    stop_at: int
+    """The call of ``should_stop()`` from which on it returns true; 0: none."""
 
 
 class DumpStacks(NamedTuple):
@@ -197,9 +237,10 @@ class Finish(NamedTuple):
     """What the job got done, as far as this node knows."""
 
 
-RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
+StopAction = RequestStop | ReportCalls | GiveUpStop
+RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave | StopAction
 """What the agent asks of the rendezvous."""
-Action = RendezvousAction | Start | SendSignal | DumpStacks | ReapLeftovers | Log | Finish
+Action = RendezvousAction | Start | SendSignal | SetStop | DumpStacks | ReapLeftovers | Log | Finish
 
 
 class Limits(NamedTuple):

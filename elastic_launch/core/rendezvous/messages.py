@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
-from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, RendezvousAction
+from elastic_launch.core.agent.messages import Log, RendezvousAction, RendezvousEvent
 from elastic_launch.core.rendezvous.questions import Question
 from elastic_launch.core.store_requests import Reply
 from elastic_launch.core.store_requests import Request as StoreRequest
@@ -163,7 +163,7 @@ class Ready(NamedTuple):
 
     requests: list[Request]
     """To be sent in order."""
-    events: list[Assigned | Ended | Decided]
+    events: list[RendezvousEvent]
     """For the agent."""
     log: list[Log]
     lease_until: float | None

@@ -18,6 +18,8 @@ A round r of a job, in the store:
     r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0
     r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
     r/end             End, created once: the first reason to end the round
+    r/calls/t         how many calls of should_stop() node t's workers have begun, if all are to stop at the same step
+    r/stop_at         the call at which they stop, created once; 0: the nodes could not agree
     r/consequences    Consequence, one JSON a line: failures of the other nodes
     r/lost            End, created once: members that were lost after a failure had ended the round
     r/reported        how many nodes have reported a round that a failure ended; r/all_reported: all have
@@ -36,7 +38,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from elastic_launch.core.agent.messages import Fence, Leave, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import (
+    Fence,
+    GiveUpStop,
+    Leave,
+    ReportCalls,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+    RequestStop,
+)
 from elastic_launch.core.rendezvous import (
     ending,
     heartbeats,
@@ -50,6 +61,7 @@ from elastic_launch.core.rendezvous import (
     progress,
     questions,
     reconnecting,
+    stopping,
 )
 from elastic_launch.core.rendezvous.messages import Answer, Input, KeyAppeared, Ready, Settings, Tick
 from elastic_launch.core.rendezvous.records import NodeRecord
@@ -153,6 +165,7 @@ TIMERS: dict[Timer, Handler] = {
     Timer.MONITOR_POLL: monitoring.poll,
     Timer.EXIT_BARRIER: ending.stop_waiting,
     Timer.CAUSE_GRACE: ending.read_consequences,
+    Timer.READ_CALLS: stopping.read_calls,
     Timer.SHUTDOWN: leaving.disconnect,
 }
 
@@ -171,6 +184,9 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(Fence, heartbeats.fence, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(Leave, leaving.leave_membership, MEMBER),
     **_row(Leave, leaving.leave, JOINING, WAITING, OUTSIDE, ENDED, ignored=(IDLE, LEAVING)),
+    **_row(RequestStop, stopping.request_stop, MEMBER, ENDED),
+    **_row(ReportCalls, stopping.report_calls, ENDED),
+    **_row(GiveUpStop, stopping.give_up, ENDED),
     **_row(messages.Close, leaving.shut_down, IDLE),
     **_row(messages.Close, leaving.close, JOINING, *JOINED, ignored=(LEAVING,)),
     # The store comes and goes.
@@ -209,6 +225,8 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.CountReported, ending.on_reported, ENDED, LEAVING),
     **_row(questions.ReadConsequences, ending.on_consequences, ENDED, ignored=(LEAVING,)),
     **_row(questions.LearnDecision, ending.on_decision, ENDED, ignored=(LEAVING,)),
+    **_row(questions.ReadCalls, stopping.on_calls, ENDED, ignored=(LEAVING,)),
+    **_row(questions.LearnStopAt, stopping.on_stop_at, ENDED, ignored=(LEAVING,)),
     **_row(KeyAppeared, ending.on_key, ENDED),
     # Leaving.
     **_row(questions.CountLeft, leaving.on_left, ENDED, LEAVING),

@@ -142,6 +142,17 @@ class LearnDecision(Question):
     """What follows the failure, perhaps because this node has just decided it?"""
 
 
+@dataclass(frozen=True)
+class ReadCalls(Question):
+    """How far have the workers of these nodes come?"""
+
+    tickets: list[int]
+
+
+class LearnStopAt(Question):
+    """At which step do the workers stop, perhaps because this node has just decided it?"""
+
+
 class CountLeft(Question):
     """Add this node to those that know the job has ended; how many are they?"""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, ReportRound
+from elastic_launch.core.agent.messages import Log, RendezvousEvent, ReportRound
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous import questions
@@ -65,6 +65,7 @@ class Timer(Enum):
     JOIN_RUNNING = "join running", Phase.OUTSIDE
     """End the running round, so that this node can join."""
     CAUSE_GRACE = "cause grace", Phase.ENDED
+    READ_CALLS = "read calls", Phase.ENDED
     SHUTDOWN = "shutdown", Phase.LEAVING
 
     __hash__ = object.__hash__
@@ -156,9 +157,19 @@ class Round:
     """Tickets of lost members that are not needed: all their workers had succeeded."""
     # When it ends.
     end: End | None = None
+    calls: dict[int, int] = field(default_factory=dict)
+    """How many calls of ``should_stop()`` the workers of the nodes have begun, by ticket, if this node decides."""
+    stop_at: int | None = None
+    """The call at which all workers stop, 0 if the nodes could not agree; None: that is not known."""
     decision: Decision | None = None
     report: Report = field(default_factory=Report)
     shutdown: Shutdown = field(default_factory=Shutdown)
+
+    @property
+    def awaits_stop(self) -> bool:
+        """Whether the node's workers wait until the nodes agree at which step to stop."""
+        is_running = self.assignment is not None and self.report.round is None and not self.heartbeat.is_fenced
+        return is_running and self.end is not None and self.end.same_step and self.stop_at is None
 
     @property
     def is_late(self) -> bool:
@@ -193,7 +204,8 @@ class NodeState:
     def is_over(self) -> bool:
         """Whether the job is over for this node, whatever becomes of the store."""
         decision = self.round.decision
-        return self.phase is Phase.LEAVING or (decision is not None and not decision.restart)
+        has_ended = decision is not None and not decision.restart and not self.round.awaits_stop
+        return self.phase is Phase.LEAVING or has_ended
 
     def key(self, name: str, *, past: bool = False) -> str:
         """A key of the round, or of the one before."""
@@ -242,7 +254,7 @@ class Step:
         self.node = node
         self.now = now
         self._requests: list[Request] = []
-        self._events: list[Assigned | Ended | Decided] = []
+        self._events: list[RendezvousEvent] = []
         self._log: list[Log] = []
         self.lease_until: float | None = None
         self.wants_store = False
@@ -273,7 +285,7 @@ class Step:
         """Set a timer to so many seconds from now."""
         self.node.timers[timer] = self.now + seconds
 
-    def notify(self, event: Assigned | Ended | Decided) -> None:
+    def notify(self, event: RendezvousEvent) -> None:
         """Hand an event to the agent."""
         self._events.append(event)
 
