@@ -8,6 +8,17 @@ from typing import NamedTuple
 from elastic_launch.errors import ProcessFailure
 
 
+class HangAction(StrEnum):
+    """What follows when no worker of the job makes progress any more."""
+
+    REPORT = "report"
+    """Tell it, with the stacks of all ranks, and go on watching."""
+    RESTART = "restart"
+    """Treat it as a failure of the rank that stands out."""
+    STOP = "stop"
+    """End the job."""
+
+
 class Policy(NamedTuple):
     """When the job restarts its workers. All nodes of a job must have the same policy."""
 
@@ -24,6 +35,12 @@ class Policy(NamedTuple):
     """Number of failures in a row after which a spare replaces the node that caused them; 0: never."""
     crash_loop: int = 3
     """Number of identical failures in a row, each shortly after the previous one, that end the job; 0: no limit."""
+    hang_timeout: float | None = None
+    """Seconds without a step of any rank after which the job counts as hung; None: chosen by its steps; 0: never."""
+    start_timeout: float = 0.0
+    """Seconds without a step of any rank, before the first ones, after which it does; 0: never."""
+    hang_action: HangAction = HangAction.REPORT
+    """What follows then."""
 
 
 class LostTime(NamedTuple):

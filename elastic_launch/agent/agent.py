@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
+from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
@@ -55,6 +56,7 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    progress: ProgressWatch | None
     sources: list[LoopSource]
 
 
@@ -76,6 +78,7 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
+        hang_native: bool = False,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -97,6 +100,7 @@ class LocalElasticAgent:
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
+            hang_native: whether the report of a hang shows native frames as well, with py-spy.
             log: writes a line for the user.
 
         Raises:
@@ -115,6 +119,7 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
+        self._hang_native = hang_native
         self._log = log
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
@@ -190,7 +195,19 @@ class LocalElasticAgent:
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease
-        return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
+        progress = None
+        if workers.memory:
+            progress = ProgressWatch(
+                self._limits.policy,
+                workers.memory,
+                workers.sample_stacks,
+                self._py_spy(),
+                self._rendezvous.ask,
+                self._log_up_to,
+            )
+            workers.stalled = progress.stalled
+            watches.append(progress)
+        return _Run(files, workers, watchdog, telemetry, progress, [signals, self._rendezvous, *watches])
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -199,8 +216,9 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            lambda text, level: self._log(text) if level <= self._verbosity else None,
+            self._log_up_to,
             partial(self._observe, run),
+            run.progress.handle if run.progress else lambda event: [],
         )
         try:
             return cast(Finish, loop.run()), loop.state
@@ -214,11 +232,30 @@ class LocalElasticAgent:
     def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
         run.telemetry.observe(event, state)
         _update_group(self._group, state)
+        if run.progress:
+            run.progress.observe(state)
         match event:
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
                 run.watchdog.clear()
+
+    def _py_spy(self) -> str:
+        """Return the path of py-spy if native frames are asked for; empty: none are, or it is not installed."""
+        if not self._hang_native:
+            return ""
+        from elastic_launch.agent.stack_sampler import find_py_spy  # late: few jobs ask for it
+
+        if not (path := find_py_spy(self._environ.get("PATH", ""))):
+            self._log(
+                "--hang-native: py-spy is not installed (pip install py-spy), so only Python frames will be shown"
+            )
+        return path
+
+    def _log_up_to(self, text: str, level: Level) -> None:
+        """Write a line for the user unless its level is above the chosen one."""
+        if level <= self._verbosity:
+            self._log(text)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""

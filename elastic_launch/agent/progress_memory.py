@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 
-from elastic_launch.core.progress.memory import HOLD, PAGE, WorkerProgress, decode, header
+from elastic_launch.core.progress.memory import HOLD, PAGE, STOP_AT, WorkerProgress, decode, header
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.memory_files import memory_file, moved
 
@@ -37,6 +38,8 @@ class ProgressMemory:
         Raises:
             UnavailableError: the system grants no more descriptors.
         """
+        self.reads_stacks = reads_stacks
+        """Whether workers write their stacks to these files."""
         self._header = header(reads_stacks)
         self._files: dict[int, int] = {}
         """The memory files, by local rank."""
@@ -60,6 +63,10 @@ class ProgressMemory:
         except OSError as error:
             raise _unavailable(error) from error
 
+    def ranks(self) -> list[int]:
+        """Return the local ranks of the round's workers."""
+        return list(self._files)
+
     def environ(self, local_rank: int) -> dict[str, str]:
         """Return the variable that tells a worker where its memory is."""
         return {VARIABLE: f"{self._files[local_rank]},{self._notify}"}
@@ -82,10 +89,9 @@ class ProgressMemory:
             hold: 1 to have ``should_stop()`` wait until ``stop_at`` is set or ``hold`` is 0 again.
             stop_at: the number of the call of ``should_stop()``, from 1, from which on it is true; 0 for none.
         """
-        words = memoryview(bytearray(16)).cast("Q")
-        words[0], words[1] = hold, stop_at  # HOLD and STOP_AT are neighbours
         for fd in self._files.values():
-            os.pwrite(fd, words, 8 * HOLD)
+            for word, value in ((STOP_AT, stop_at), (HOLD, hold)):  # in this order: a worker that sees the latter acts
+                os.pwrite(fd, value.to_bytes(8, sys.byteorder), 8 * word)
 
     def rewind(self, local_rank: int) -> None:
         """Discard a worker's stacks, so that those that it is about to be asked for stand alone."""

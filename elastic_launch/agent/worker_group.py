@@ -14,6 +14,7 @@ from elastic_launch.agent.progress_memory import VARIABLE, progress_memory
 from elastic_launch.config import INHERIT, LogsDest
 from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress, round_progress
 from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
@@ -58,6 +59,8 @@ class WorkerOptions(NamedTuple):
     """Texts by stream (1 or 2). Lines that contain one of them are copied to a file, one for all workers."""
     numa_options: Any = None
     """How workers are bound to CPUs, as for ``--numa-binding``; None for no binding."""
+    is_watched: bool = True
+    """Whether the workers get memory in which they tell their progress."""
 
 
 class LocalWorkers:
@@ -100,12 +103,14 @@ class LocalWorkers:
             start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
             self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)
             stack.callback(self._processes.close)
-            self.progress = progress_memory(options.environ)
+            self.memory = progress_memory(options.environ) if options.is_watched else None
             """Where the workers tell their progress; None if that is turned off, or from a round on for which the
             system granted no memory."""
-            if self.progress:
-                stack.callback(self.progress.close)
+            if self.memory:
+                stack.callback(self.memory.close)
             self._stack = stack.pop_all()
+        self.stalled: Callable[[], float] = lambda: 0.0
+        """Returns for how many seconds the workers have been found stalled in this round."""
         self._oom = OomCounter()
         self._dest = LogsDest()
         self._dumped: set[int] = set()
@@ -113,6 +118,7 @@ class LocalWorkers:
         self.send_signal = self._processes.send_signal
         self.reap_leftovers = self._processes.reap_leftovers
         self.lease = self._processes.lease
+        self.sample_stacks = self._processes.sample_stacks
         self.log, self.show = self._pump.log, self._pump.show
 
     def start(self, envs: Mapping[int, dict[str, str]], dest: LogsDest, prefixes: Mapping[int, str]) -> None:
@@ -127,12 +133,12 @@ class LocalWorkers:
         self._dumped.clear()
         self._oom = OomCounter()
         filters = self._options.filters
-        if self.progress:
+        if self.memory:
             try:
-                self.progress.prepare(envs)
+                self.memory.prepare(envs)
             except UnavailableError as error:
                 self.log(f"{error}; going on without")
-                self.progress = None
+                self.memory = None
         with contextlib.ExitStack() as stack:
             ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
             stack.callback(self._pump.close_workers_ends)
@@ -148,9 +154,9 @@ class LocalWorkers:
                 environ = dict(environ)
                 if VARIABLE in self._options.environ:
                     environ[VARIABLE] = ""  # it names the memory that a launcher above has made for this one
-                if self.progress:
-                    environ |= self.progress.environ(rank)
-                    descriptors += self.progress.descriptors(rank)  # last, as the keeper expects them
+                if self.memory:
+                    environ |= self.memory.environ(rank)
+                    descriptors += self.memory.descriptors(rank)  # last, as the keeper expects them
                 if path := dest.error_files.get(rank):
                     environ["TORCHELASTIC_ERROR_FILE"] = path
                 commands.append(Command(rank, argv, environ, tuple(descriptors), self._cpus.get(rank, frozenset())))
@@ -159,8 +165,8 @@ class LocalWorkers:
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""
         for rank in local_ranks:
-            if self.progress:
-                self.progress.rewind(rank)
+            if self.memory:
+                self.memory.rewind(rank)
             self._pump.mark(rank)
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
@@ -170,10 +176,13 @@ class LocalWorkers:
 
         Workers that have exited still count, until the next round starts.
         """
-        return {}
+        memory = self.memory
+        return {rank: memory.read(rank).calls for rank in memory.ranks()} if memory else {}
 
     def set_stop(self, hold: bool, stop_at: int) -> None:
         """Tell all workers when to stop; see ``SetStop``. ``stop_at`` is set before ``hold`` ends."""
+        if self.memory:
+            self.memory.set_stop(int(hold), stop_at)
 
     def descriptors(self) -> list[tuple[int, int]]:
         """See ``LoopSource``."""
@@ -198,7 +207,9 @@ class LocalWorkers:
 
     def progress(self) -> RoundProgress | None:
         """Return what the workers have made in this round; None: nobody counts."""
-        return None
+        if self.memory is None:
+            return None
+        return round_progress(map(self.memory.read, self.memory.ranks()), self.stalled())
 
     def with_error(self, event: Exited, pids: Mapping[int, int]) -> Exited:
         """Return the event with the exception that the worker wrote, if it wrote one."""
@@ -235,7 +246,7 @@ class LocalWorkers:
 
     def _stacks(self, rank: int, error_file: str | None) -> str:
         """Save the stacks that a worker wrote to its memory or to stderr. Returns a note that says where they are."""
-        stacks = self.progress.stacks(rank) if self.progress else b""
+        stacks = self.memory.stacks(rank) if self.memory else b""
         if is_on_stderr := FAULTHANDLER not in stacks:
             stacks = self._pump.since_mark(rank)
         if FAULTHANDLER not in stacks or not error_file:

@@ -252,6 +252,10 @@ class KeeperClient:
         """Have Python workers write the stacks of their threads, to their memory or to stderr."""
         self._keeper.send("dump_stacks", sorted(local_ranks))
 
+    def sample_stacks(self, pids: Collection[int]) -> None:
+        """Have processes of this node's workers write the stacks of their threads into their memory, and go on."""
+        self._keeper.send("sample_stacks", sorted(pids))
+
     def reap_leftovers(self, kill: bool) -> None:
         """End what is left, with SIGTERM or SIGKILL. ``GroupReaped`` follows once nothing is."""
         self._is_reaping = True

@@ -22,6 +22,7 @@ To the keeper, with the name of a method of ``Keeper``:
         PROGRESS among the changes, the last two are those that it names.
     ("send_signal", signum, [local rank, ...], is_stop)
     ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads
+    ("sample_stacks", [pid, ...])  -- have these processes below write theirs; they are about to go on
     ("reap_leftovers", with_kill)  -- end what the workers left, with SIGTERM or with SIGKILL
     ("renew_lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
 To the agent:
@@ -277,6 +278,13 @@ class Keeper:
                     kill(pid, DUMP_SIGNAL)
                     kill(pid, signal.SIGCONT)
                     break
+
+    def sample_stacks(self, pids: list[int]) -> None:
+        """Have processes write their stacks. One that is stopped stays so: that is what the agent wants to see."""
+        below = set(descendants(self.pid))
+        for pid in pids:
+            if pid in below and has_handler(pid, DUMP_SIGNAL):
+                kill(pid, DUMP_SIGNAL)
 
     def reap_leftovers(self, with_kill: bool) -> None:
         """Begin to end what is left. ``advance`` tells the agent when nothing is."""

@@ -77,7 +77,7 @@ def advance(counter: int) -> None:
     page = words or nowhere
     now = time.monotonic_ns()
     last = page[LAST]
-    if not last:
+    if not page[FIRST]:
         page[FIRST] = now
     elif not page[PHASE_SINCE] and (gap := now - last) > page[SECOND]:
         longest = page[LONGEST]

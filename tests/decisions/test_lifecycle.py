@@ -32,6 +32,7 @@ from elastic_launch.core.agent.messages import (
     Finish,
     GiveUpStop,
     GroupReaped,
+    Hung,
     LeaseExpired,
     Leave,
     Limits,
@@ -54,6 +55,7 @@ from elastic_launch.core.agent.messages import (
 )
 from elastic_launch.core.agent.restart_policy import UNCHARGED_RESTARTS
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
+from elastic_launch.errors import ExitCode
 from elastic_launch.job import Assignment, Decision, End, EndKind, Level, Policy
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 
@@ -132,6 +134,38 @@ def test_failure_stops_the_others_and_fails_the_job() -> None:
     [finish] = agent(GroupReaped({}))
     assert isinstance(finish, Finish)
     assert [(f.rank, f.exitcode, f.pid, f.host) for f in finish.failures] == [(1, 42, 101, "host-a")]
+
+
+HUNG = Hung(1, "it loops, at train.py:41 in step", "the stacks of all ranks", 50.0)
+
+
+def test_a_hang_is_a_failure_of_the_rank_that_stands_out() -> None:
+    agent = Agent(max_restarts=1).running()
+    assert agent(HUNG) == [SendSignal(SIGTERM, ALL, stop=True)]
+    agent(exited(0, -SIGTERM, (SIGTERM,)), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    assert agent(GroupReaped({})) == [RequestJoin()]
+    assert "rank 1 failed (hang, it loops, at train.py:41 in step): restart 1 of 1" in agent.warnings()
+    agent.running()
+    agent(HUNG, exited(0, -SIGTERM, (SIGTERM,)), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(GroupReaped({}))
+    assert isinstance(finish, Finish)
+    (failure,) = finish.failures
+    assert (failure.rank, failure.status(), failure.message) == (1, ExitCode.HANG, "the stacks of all ranks")
+
+
+def test_errors_that_follow_a_hang_are_consequences() -> None:
+    agent = Agent().running()
+    agent(HUNG, exited(0, 1, (SIGTERM,)), exited(1, -SIGTERM, (SIGTERM,)))
+    error = ErrorRecord("RuntimeError: Connection closed by peer", "Traceback", 49.0, "error.json")
+    [finish] = agent(GroupReaped({0: Evidence(error)}))
+    assert isinstance(finish, Finish)
+    assert [(failure.rank, failure.is_hang) for failure in finish.failures] == [(1, True), (0, False)]
+
+
+def test_a_hang_of_a_worker_that_has_just_ended_is_none() -> None:
+    agent = Agent().running()
+    assert agent(exited(1), HUNG) == []
+    assert agent.state.phase is AgentPhase.RUNNING
 
 
 def test_a_restart_has_a_new_number_and_is_counted() -> None:

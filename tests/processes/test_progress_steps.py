@@ -268,7 +268,7 @@ def test_a_program_without_torch_finds_loaded_what_plain_python_has_loaded(
     with started(*command) as group:
         assert group.finish() == [WorkerProgress()]
         with pytest.raises(BlockingIOError):  # nothing was reported, so the agent was not woken
-            os.eventfd_read(group.progress.fileno())
+            os.eventfd_read(group.memory.fileno())
     plain = subprocess.run([sys.executable, command[-1]], capture_output=True, text=True, check=True)
     assert capfd.readouterr().out == plain.stdout
 
@@ -280,7 +280,7 @@ def test_the_agent_is_woken_once_when_steps_are_going_to_be_counted(
     text = "import torch\na = torch.optim.optimizer.Optimizer()\nfor _ in range(50): a.step()\n"
     with started(*script(tmp_path / "work", text), count=2, environ=little_torch) as group:
         assert [told.steps for told in group.finish()] == [50, 50]
-        assert os.eventfd_read(group.progress.fileno()) == 2
+        assert os.eventfd_read(group.memory.fileno()) == 2
 
 
 @pytest.mark.quick
@@ -317,7 +317,7 @@ def test_a_program_tells_its_iterations(tmp_path: Path, how: str) -> None:
         for told in group.finish():
             assert (told.steps, told.marks, told.iterations) == (0, 50, 50)
             assert (told.first_number, told.number) == (100, 149)
-        assert os.eventfd_read(group.progress.fileno()) == 2
+        assert os.eventfd_read(group.memory.fileno()) == 2
 
 
 @pytest.mark.quick
@@ -401,7 +401,7 @@ def test_should_stop_turns_true_at_the_call_that_the_agent_has_set(tmp_path: Pat
     )
     with started(*script(tmp_path, text), count=2) as group:
         group.wait_until(lambda: all(told.calls > 10 for told in group.read()))
-        group.progress.set_stop(1, 0)
+        group.memory.set_stop(1, 0)
 
         def are_held() -> bool:
             before = group.read()
@@ -410,12 +410,12 @@ def test_should_stop_turns_true_at_the_call_that_the_agent_has_set(tmp_path: Pat
 
         group.wait_until(are_held)
         calls = [told.calls for told in group.read()]
-        group.progress.set_stop(0, 0)  # nothing was decided
+        group.memory.set_stop(0, 0)  # nothing was decided
         group.wait_until(lambda: all(told.calls > before for told, before in zip(group.read(), calls, strict=True)))
-        group.progress.set_stop(1, 0)
+        group.memory.set_stop(1, 0)
         group.wait_until(are_held)
         stop_at = max(told.calls for told in group.read()) + 3
-        group.progress.set_stop(1, stop_at)
+        group.memory.set_stop(1, stop_at)
         for told in group.finish():
             assert (told.calls, told.marks) == (stop_at + 1, stop_at - 1)
 
@@ -467,8 +467,8 @@ def test_a_worker_has_its_memory_under_the_agent_s_number(tmp_path: Path, preloa
     with started(*script(tmp_path, "import time\ntime.sleep(1000)\n"), count=3, preload=preload) as group:
         group.wait_until(lambda: len(group.pids) == 3)
         for rank, pid in group.pids.items():
-            group.wait_until(lambda rank=rank, pid=pid: group.progress.is_open_in(pid, rank))  # type: ignore[misc]
-            assert not group.progress.is_open_in(pid, (rank + 1) % 3)
+            group.wait_until(lambda rank=rank, pid=pid: group.memory.is_open_in(pid, rank))  # type: ignore[misc]
+            assert not group.memory.is_open_in(pid, (rank + 1) % 3)
 
 
 @pytest.mark.quick
@@ -509,9 +509,9 @@ def test_system_calls_survive_that_stacks_are_taken(
         group.wait_until((tmp_path / "blocked").exists)
         for _ in range(3):
             group.workers.dump_stacks([0])
-            group.wait_until(lambda: b"in <module>" in group.progress.stacks(0))
-            assert group.progress.stacks(0).count(b"Thread 0x") == 1, "only those of the last time"
-            assert b"in release" in group.progress.stacks(0)
+            group.wait_until(lambda: b"in <module>" in group.memory.stacks(0))
+            assert group.memory.stacks(0).count(b"Thread 0x") == 1, "only those of the last time"
+            assert b"in release" in group.memory.stacks(0)
         (tmp_path / "dumped").touch()
         group.finish()
     assert capfd.readouterr().err == ""
@@ -526,7 +526,7 @@ def test_sleep_in_python_lasts_as_long_as_asked_for(tmp_path: Path) -> None:
     with started(*script(tmp_path, text), str(tmp_path)) as group:
         group.wait_until((tmp_path / "blocked").exists)
         group.workers.dump_stacks([0])
-        group.wait_until(lambda: group.progress.stacks(0))
+        group.wait_until(lambda: group.memory.stacks(0))
         group.finish()
 
 
@@ -541,5 +541,5 @@ def test_the_example_in_c_counts_its_steps(tmp_path: Path) -> None:
     with started(str(tmp_path / "train"), count=2) as group:
         for told in group.finish():
             assert (told.iterations, told.first > 0, told.last >= told.first) == (100, True, True)
-        assert os.eventfd_read(group.progress.fileno()) == 2
+        assert os.eventfd_read(group.memory.fileno()) == 2
     assert subprocess.run([tmp_path / "train"], check=False).returncode == 0, "outside of a job"

@@ -22,6 +22,9 @@ from elastic_launch.core.agent.messages import (
     ReportSuccess,
     RequestStop,
 )
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
+from elastic_launch.core.progress.stack_groups import NodeStacks
+from elastic_launch.core.progress.verdict import Verdict
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import (
     Answer,
@@ -106,6 +109,11 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.PollMembers: {MEMBER, OUTSIDE, ENDED},
     questions.TakeOverMonitoring: {MEMBER, OUTSIDE, ENDED},
     questions.CheckFinished: {MEMBER, OUTSIDE, ENDED},
+    questions.CountStalls: {MEMBER},
+    questions.AwaitStall: {MEMBER},
+    questions.AwaitVerdict: {MEMBER},
+    questions.CheckClaims: {MEMBER},
+    questions.CollectStacks: {MEMBER},
     questions.CountFinished: {MEMBER},
     questions.ReadFinished: {MEMBER, LEAVING},
     questions.LearnEnd: {JOINING, WAITING, MEMBER, OUTSIDE, LEAVING},
@@ -127,6 +135,10 @@ INPUTS: list[tuple[Input, set[Phase]]] = [
     # While workers run. The node may know the end of the round before the agent does:
     (ReportFailure(ProcessFailure(0, 1, 1)), {MEMBER, ENDED}),
     (Fence(), {MEMBER, ENDED, LEAVING}),
+    (ClaimStall(), {MEMBER, ENDED, LEAVING}),
+    (WithdrawClaim(), {MEMBER, ENDED, LEAVING}),
+    (ReportStacks(1, NodeStacks("host", 2.0, (), (), (), ())), {MEMBER, ENDED, LEAVING}),
+    (ReportVerdict(1, Verdict((), "", "", False, "unknown"), -1, ""), {MEMBER, ENDED, LEAVING}),
     # A signal stops them, or another node's:
     (RequestStop(15), {MEMBER, ENDED}),
     (ReportCalls(3), {ENDED}),

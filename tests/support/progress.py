@@ -23,9 +23,9 @@ class Group:
     """Running workers, which the test drives by waiting for something."""
 
     def __init__(self, workers: LocalWorkers, count: int) -> None:
-        assert workers.progress
+        assert workers.memory
         self.workers = workers
-        self.progress = workers.progress
+        self.memory = workers.memory
         self.count = count
         self.pids: dict[int, int] = {}
         self.statuses: dict[int, int] = {}
@@ -58,7 +58,7 @@ class Group:
 
     def read(self) -> list[WorkerProgress]:
         """What the workers have told so far."""
-        return [self.progress.read(rank) for rank in range(self.count)]
+        return [self.memory.read(rank) for rank in range(self.count)]
 
 
 @contextmanager

@@ -50,6 +50,7 @@ from elastic_launch.core.agent.messages import (
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
 from elastic_launch.core.progress.goodput import RoundProgress
+from elastic_launch.core.progress.messages import ProgressEvent
 from elastic_launch.core.rendezvous.messages import Ready, Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
@@ -85,6 +86,8 @@ class World:
         self.checks = Checks(self)
         self.exit_barrier_timeout = float("inf")
         self.stop_time = 2.0
+        self.step_time = 0.0
+        """Seconds that a step of the workers takes; 0: they count none."""
         self.training: Training | None = None
         """What the workers do; None: nothing."""
         self.trouble = True
@@ -336,6 +339,8 @@ class Agent:
         """What its workers see of what it has written into their memory."""
         self._stop_signals: tuple[int, ...] = ()
         self._evidence: dict[int, Evidence] = {}
+        self.watch: Callable[[ProgressEvent], None] = lambda event: None
+        """Gets what the rendezvous has to say of the workers' progress."""
         self._started_at = self._last_alive_at = 0.0
         """When its workers came to life, and when the last of them that has ended did."""
         self._resumed_at = 0
@@ -485,6 +490,9 @@ class Agent:
     def _live(self, event: AgentEvent) -> None:
         if self.dead or self.finish is not None:
             return
+        if isinstance(event, ProgressEvent):
+            self.watch(event)
+            return
         if isinstance(event, Ended | Decided):
             self.world.checks.told(self, event)
         if isinstance(event, Signalled | Ended | DeadlineReached) and self.world.training:
@@ -540,6 +548,15 @@ class Agent:
             self.world.training.start(self, assignment)
         pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
         self._soon(lambda: self._live(Started(pids)), 0.01)
+
+    def _progress(self) -> RoundProgress | None:
+        """The steps that its workers made while they lived, from the latest checkpoint on."""
+        if not (step := self.world.step_time):
+            return None
+        steps = int((self._last_alive_at - self._started_at) / step)
+        first, last = self._started_at + step, self._started_at + steps * step
+        number = self._resumed_at
+        return RoundProgress(steps, first, last, number, number + steps - 1) if steps else RoundProgress()
 
     def _set_stop(self, hold: bool, stop_at: int) -> None:
         """Write into the workers' memory, which they see a moment later."""

@@ -38,6 +38,7 @@ from elastic_launch.core.agent.messages import (
     Finish,
     GiveUpStop,
     GroupReaped,
+    Hung,
     LeaseExpired,
     Leave,
     Limits,
@@ -122,6 +123,8 @@ class AgentState:
     """When the round started on this node, on the agent's monotonic clock."""
     failure_reported: bool = False
     """Whether this node has reported a failure in this round."""
+    hang: ProcessFailure | None = None
+    """The worker because of which this round is ended although it runs: it keeps the job from making progress."""
     lease_expired: bool = False
     """Whether the workers' lease has expired, so that other nodes may have gone on without this one."""
     failures: tuple[ProcessFailure, ...] = ()
@@ -135,6 +138,12 @@ class AgentState:
     exits: tuple[Exit, ...] = ()
     stopped_at: float = float("inf")
     """When the agent began to stop the workers, in seconds since 1970."""
+    over_at: float = 0.0
+    """When it did, or the last worker ended, on the agent's monotonic clock."""
+    gone_at: float = 0.0
+    """When no process of the round was left, on that clock."""
+    progress: RoundProgress | None = None
+    """What the round's workers made; None: nobody counts, or they still run."""
     kill_at: float | None = None
     """When a shutdown timeout ends that began before the stop signal, on the agent's monotonic clock."""
     has_reported_calls: bool = False
@@ -264,6 +273,25 @@ def _dump_overdue(state: AgentState, event: TimerExpired, now: float) -> Step:
 def _kill_overdue(state: AgentState, event: DeadlineReached, now: float) -> Step:
     ranks = state.running & state.expired_timers.keys()
     return replace(state, deadline=None), [SendSignal(signal.SIGKILL, ranks, stop=False)]
+
+
+def _stop_hang(state: AgentState, event: Hung, now: float) -> Step:
+    """End the round for all nodes: a worker that runs keeps the job from making progress."""
+    if event.local_rank not in state.running:
+        return state, []
+    hang = ProcessFailure(
+        local_rank=event.local_rank,
+        pid=state.pids.get(event.local_rank, -1),
+        exitcode=ExitCode.HANG,
+        error=event.error,
+        message=event.report,
+        timestamp=event.time,
+        rank=_assignment(state).rank(event.local_rank),
+        host=_assignment(state).host,
+        is_hang=True,
+    )
+    state, actions = _stop(replace(state, failure_reported=True, hang=hang), signal.SIGTERM, event.time, now)
+    return state, [*actions, ReportFailure(hang)]
 
 
 def _forward_signal(state: AgentState, event: UserSignalled, now: float) -> Step:
@@ -405,6 +433,7 @@ def _stop_without_a_lease(state: AgentState, event: LeaseExpired, now: float) ->
 def _stop(state: AgentState, signum: int, time: float, now: float) -> Step:
     """Begin to stop the workers: first a signal, then the stacks of those that hang, then SIGKILL."""
     deadline = now + state.limits.shutdown_timeout if state.kill_at is None else state.kill_at
+    state = _enter(state, STOPPING, deadline=deadline, stopped_at=time, over_at=now)
     if not state.running:
         return _reap_leftovers(state, now)
     state = replace(state, deadline=deadline - _dump_time(state))
@@ -494,6 +523,9 @@ def _finish_round(state: AgentState, event: GroupReaped | DeadlineReached, now: 
         for exit_ in state.exits
         if exit_.local_rank in state.hung and exit_.stop_signals and exit_.exitcode == -signal.SIGKILL
     )
+    if hang := state.hang:
+        failures = (hang, *(failure for failure in failures if failure.local_rank != hang.local_rank))
+        hung = tuple(it for it in hung if it.local_rank != hang.local_rank)
     actions += [Log(f"rank {it.rank} (pid {it.pid}) did not stop in time; {it.note}") for it in hung if it.note]
     if failures or (state.end is not None and state.end.kind is EndKind.FAILED):
         failures += hung
@@ -671,6 +703,7 @@ TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Handler] = {
     **_row(Exited, _worker_exited_early, HOLDING, DRAINING),
     **_row(Exited, _stopped_worker_exited, STOPPING, ignored=(AGREEING,)),
     **_row(GroupReaped, _group_reaped, STOPPING, ignored=(AGREEING,)),
+    **_row(Hung, _stop_hang, RUNNING, ignored=(JOINING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING)),
     **_row(LeaseExpired, _stop_without_a_lease, RUNNING, ignored=(HOLDING, DRAINING, STOPPING, AGREEING)),
     **_row(TimerExpired, _dump_overdue, RUNNING, ignored=(JOINING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING)),
     # Signals.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
 from elastic_launch.core.progress.goodput import RoundProgress
+from elastic_launch.core.progress.messages import ProgressEvent, ProgressRequest
 from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Assignment, Decision, End, Goodput, Level, Policy
 
@@ -62,6 +63,18 @@ class TimerExpired(NamedTuple):
     """A few words on the timer, for the failure report."""
 
 
+class Hung(NamedTuple):
+    """The job makes no progress, this node's worker is the likeliest cause, and ``--hang-action`` is not ``report``."""
+
+    local_rank: int
+    error: str
+    """What it does, in one line."""
+    report: str
+    """The stacks of all ranks, merged."""
+    time: float
+    """When that was found, in seconds since 1970."""
+
+
 class LeaseExpired(NamedTuple):
     """The keeper killed the workers, because the agent, suspended or starved of CPU time, did not renew their lease."""
 
@@ -71,6 +84,8 @@ class DeadlineReached(NamedTuple):
 
     evidence: Mapping[int, Evidence] = MappingProxyType({})
     """What is known about workers that failed, by local rank; only after SIGKILL."""
+    progress: RoundProgress | None = None
+    """What the workers made; None: nobody counts. Only after SIGKILL."""
     calls: int = 0
     """As in ``Signalled``."""
 
@@ -109,9 +124,9 @@ class Decided(NamedTuple):
     decision: Decision
 
 
-RendezvousEvent = Assigned | Ended | StopAgreed | Decided
+RendezvousEvent = Assigned | Ended | StopAgreed | Decided | ProgressEvent
 WorkerEvent = Started | Exited | LeaseExpired | GroupReaped
-AgentEvent = RendezvousEvent | WorkerEvent | Signalled | UserSignalled | TimerExpired | DeadlineReached
+AgentEvent = RendezvousEvent | WorkerEvent | Signalled | UserSignalled | TimerExpired | Hung | DeadlineReached
 
 # Actions: what the agent must do.
 
@@ -238,7 +253,9 @@ class Finish(NamedTuple):
 
 
 StopAction = RequestStop | ReportCalls | GiveUpStop
-RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave | StopAction
+RendezvousAction = (
+    RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave | StopAction | ProgressRequest
+)
 """What the agent asks of the rendezvous."""
 Action = RendezvousAction | Start | SendSignal | SetStop | DumpStacks | ReapLeftovers | Log | Finish
 

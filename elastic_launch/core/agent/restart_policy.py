@@ -13,7 +13,7 @@ from elastic_launch.core.agent.root_cause import is_port_clash
 from elastic_launch.core.progress import goodput
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Decision, Policy, RestartHistory
+from elastic_launch.job import Decision, HangAction, Policy, RestartHistory
 
 UNCHARGED_RESTARTS = 3
 """How often a taken port is replaced without using up a restart."""
@@ -52,7 +52,9 @@ def follow(
     ages, used = _counted_failures(policy, history)
     signature, status = _signature(cause), cause.status()
     repeats = _repeats(history, signature)
-    if used >= policy.max_restarts or not may_restart:
+    if cause.is_hang and policy.hang_action is HangAction.STOP:
+        why = "a hang ends the job (--hang-action=stop)"
+    elif used >= policy.max_restarts or not may_restart:
         why = ""
     elif status in policy.fatal_exit_codes:
         why = f"exit status {status} is fatal (--fatal-exit-codes)"

@@ -1,1 +1,1 @@
-"""The decisions about a job's progress. Pure: no I/O, no clock."""
+"""What a job's workers get done: steps, stalls, stacks, goodput. Pure."""

@@ -64,7 +64,7 @@ def round_progress(workers: Iterable[Counts], stalled: float = 0.0) -> RoundProg
         workers: what each of them counted.
         stalled: seconds in which they were found stalled, and went on.
     """
-    most = max(workers, key=lambda worker: worker.iterations, default=None)
+    most = max(workers, key=lambda worker: (worker.iterations, worker.last), default=None)
     if most is None:
         return RoundProgress()
     first_number, last_number = (-1 if it is None else it for it in (most.first_number, most.number))

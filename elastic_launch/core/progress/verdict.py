@@ -209,6 +209,18 @@ def judge(merged: Merged) -> Verdict:
     return _nobody(scene, groups)
 
 
+_AT_WORK = 1 << 20
+"""Bytes read and written between the two looks from which on a worker is at work."""
+
+
+def is_busy(merged: Merged) -> bool:
+    """Return whether a worker is at work, as in an evaluation: it moves, computes, or reads or writes data."""
+    has_transferred = any(view.io_bytes >= _AT_WORK for view in merged.workers.values())
+    return has_transferred or any(
+        not group.is_stuck or (group.state == "R" and not _in_collective(group)) for group in merged.worker_groups()
+    )
+
+
 def _absent(merged: Merged) -> Verdict:
     hosts = [host for host, _ in merged.missing]
     ranks = tuple(rank for _, ranks in merged.missing for rank in ranks)

@@ -50,6 +50,9 @@ class Settings(NamedTuple):
         words += [f"--fatal-exit-codes={codes}"] if codes else []
         words += [f"--node-failure-limit={policy.node_failure_limit}"] if policy.node_failure_limit else []
         words += [f"--crash-loop={policy.crash_loop}"] if policy.crash_loop != Policy().crash_loop else []
+        words += [f"--hang-timeout={policy.hang_timeout:g}"] if policy.hang_timeout is not None else []
+        words += [f"--start-timeout={policy.start_timeout:g}"] if policy.start_timeout else []
+        words += [f"--hang-action={policy.hang_action}"] if policy.hang_action != Policy().hang_action else []
         return " ".join(words)
 
     @property

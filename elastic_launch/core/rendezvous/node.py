@@ -18,6 +18,10 @@ A round r of a job, in the store:
     r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0
     r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
     r/end             End, created once: the first reason to end the round
+    r/stalled         number of the latest stall that a node has claimed; r/stalled/t: the one that node t claims, or 0
+    r/stall           number of the latest stall of all nodes, by the monitor
+    r/stacks/n/t      NodeStacks of node t in stall n
+    r/verdict/n       Judgement, by the monitor: what the stacks of stall n say
     r/calls/t         how many calls of should_stop() node t's workers have begun, if all are to stop at the same step
     r/stop_at         the call at which they stop, created once; 0: the nodes could not agree
     r/consequences    Consequence, one JSON a line: failures of the other nodes
@@ -48,6 +52,7 @@ from elastic_launch.core.agent.messages import (
     ReportSuccess,
     RequestStop,
 )
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
 from elastic_launch.core.rendezvous import (
     ending,
     heartbeats,
@@ -61,6 +66,7 @@ from elastic_launch.core.rendezvous import (
     progress,
     questions,
     reconnecting,
+    stalling,
     stopping,
 )
 from elastic_launch.core.rendezvous.messages import Answer, Input, KeyAppeared, Ready, Settings, Tick
@@ -163,6 +169,8 @@ TIMERS: dict[Timer, Handler] = {
     Timer.HEARTBEAT: heartbeats.send,
     Timer.FENCE: heartbeats.fence,
     Timer.MONITOR_POLL: monitoring.poll,
+    Timer.STALL_POLL: stalling.poll,
+    Timer.COLLECT_STACKS: stalling.collect,
     Timer.EXIT_BARRIER: ending.stop_waiting,
     Timer.CAUSE_GRACE: ending.read_consequences,
     Timer.READ_CALLS: stopping.read_calls,
@@ -217,6 +225,16 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.PollMembers, monitoring.on_members_polled, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     **_row(questions.CheckFinished, monitoring.on_finished_checked, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
+    # The job stalls.
+    **_row(ClaimStall, stalling.claim, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(WithdrawClaim, stalling.withdraw, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(ReportStacks, stalling.report_stacks, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(ReportVerdict, stalling.report_verdict, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CountStalls, stalling.on_stalls_counted, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.AwaitStall, stalling.on_stall, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.AwaitVerdict, stalling.on_verdict, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CheckClaims, stalling.on_claims, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CollectStacks, stalling.on_stacks, MEMBER, ignored=(ENDED, LEAVING)),
     # The round ends.
     **_row(questions.CountFinished, ending.on_finished, MEMBER, LEAVING, ignored=(ENDED,)),
     **_row(questions.ReadFinished, ending.on_all_finished, MEMBER, LEAVING, ignored=(ENDED,)),

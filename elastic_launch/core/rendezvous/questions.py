@@ -168,6 +168,35 @@ class ConfirmWritten(Question):
     """Has everything that this node sent been carried out? Any reply says so."""
 
 
+class CountStalls(Question):
+    """How many stalls has the round had?"""
+
+
+@dataclass(frozen=True)
+class CheckClaims(Question):
+    """Do the workers of all these members stall, or have they succeeded?"""
+
+    stall: int
+    """The number that the stall would have."""
+    tickets: tuple[int, ...]
+
+
+class AwaitStall(Question):
+    """Does the whole job stall?"""
+
+
+@dataclass(frozen=True)
+class CollectStacks(Question):
+    """Have these members sent their stacks?"""
+
+    stall: int
+    tickets: tuple[int, ...]
+
+
+class AwaitVerdict(Question):
+    """What do the stacks of all nodes say?"""
+
+
 class ReadOwnRecord(Question):
     """Does the store still have this node's record and ticket?"""
 

@@ -64,6 +64,9 @@ class Timer(Enum):
     EXIT_BARRIER = "exit barrier", Phase.MEMBER
     JOIN_RUNNING = "join running", Phase.OUTSIDE
     """End the running round, so that this node can join."""
+    STALL_POLL = "stall poll", Phase.MEMBER
+    """Ask whether the whole job stalls, or what the stacks of all nodes say."""
+    COLLECT_STACKS = "collect stacks", Phase.MEMBER
     CAUSE_GRACE = "cause grace", Phase.ENDED
     READ_CALLS = "read calls", Phase.ENDED
     SHUTDOWN = "shutdown", Phase.LEAVING
@@ -91,6 +94,23 @@ class Heartbeat:
     """When the node last polled the others' heartbeats, as leader or monitor."""
     is_fenced: bool = False
     """The node has stopped its workers, because the others may have gone on without it."""
+
+
+@dataclass
+class Stall:
+    """What the node knows of stalls in the round."""
+
+    number: int = 0
+    """Number of the latest stall that this node knows of, from 1; 0: none."""
+    polls: int = 0
+    """Number of polls since this node claimed the stall, or reported its stacks."""
+    awaits_verdict: bool = False
+    # As the monitor:
+    collected: int = 0
+    """Number of the latest stall whose stacks this node has collected or collects."""
+    missing: list[int] = field(default_factory=list)
+    """Tickets of the members whose stacks have not come yet."""
+    collect_until: float = 0.0
 
 
 @dataclass
@@ -151,6 +171,7 @@ class Round:
     """The members' heartbeats, if this node polls them."""
     monitors: int = 0
     """Number of failover monitors there have been."""
+    stall: Stall = field(default_factory=Stall)
     lost: set[int] = field(default_factory=set)
     """Tickets of members that were lost after the round had ended."""
     finished: set[int] = field(default_factory=set)
