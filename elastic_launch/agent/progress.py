@@ -116,6 +116,7 @@ class ProgressWatch:
             self._pids = {rank: pid for rank, pid in pids.items() if rank in state.running}
             self._ended = {rank: pid for rank, pid in pids.items() if rank not in state.running}
             if self._pids and not was_running:
+                self._merger = None  # of a round that ended while the stacks were collected
                 self._step(Begun(tuple(self._pids), assignment.base_rank))
         if was_running and not self._pids:
             self._sampling = self._sample_at = None

@@ -175,6 +175,15 @@ def test_nobody_looks_before_a_worker_counts() -> None:
     assert (state.wake_at, actions) == (None, [])
 
 
+def test_a_worker_that_counts_before_the_agent_knows_of_it_is_watched() -> None:
+    state, _ = stall.step(StallState(AUTO), Counting(), 4.0)
+    state, _ = stall.step(state, Begun((0, 1), 0), 5.0)
+    assert state.wake_at is not None
+    state, _ = stall.step(state, Over(), 6.0)
+    state, _ = stall.step(state, Begun((0, 1), 0), 7.0)
+    assert state.wake_at is None, "the workers of the next round may count nothing"
+
+
 def test_nobody_looks_if_hangs_are_of_no_interest() -> None:
     node = Node(Policy(hang_timeout=0), lockstep(Shape(0.02), hangs_at=50)).run(30 * HOUR)
     assert node.looks == 0

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
+from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.progress.messages import (
     AllStalled,
     ClaimStall,
     Judged,
     ProgressEvent,
+    ProgressRequest,
     ReportStacks,
     ReportVerdict,
     StacksArrived,
@@ -39,14 +41,18 @@ class Watch:
         self.events.append(event)
         match event:
             case AllStalled(number) if not self.is_mute:
-                self.agent.world.after(
-                    0.2, lambda: self.agent.ask(ReportStacks(number, NodeStacks(self.agent.name, 2.0, (), (), (), ())))
-                )
+                stacks = NodeStacks(self.agent.name, 2.0, (), (), (), ())
+                self.agent.world.after(0.2, lambda: self.ask(ReportStacks(number, stacks)))
             case StacksComplete(number):
-                self.agent.ask(ReportVerdict(number, VERDICT, 3, "the stacks"))
+                self.ask(ReportVerdict(number, VERDICT, 3, "the stacks"))
+
+    def ask(self, request: ProgressRequest) -> None:
+        """Ask the rendezvous for something, as the watch does until the round has been decided."""
+        if self.agent.state.phase in (AgentPhase.RUNNING, AgentPhase.AGREEING) and not self.agent.dead:
+            self.agent.ask(request)
 
     def claim(self) -> None:
-        self.agent.ask(ClaimStall())
+        self.ask(ClaimStall())
 
     def of(self, kind: type) -> list[ProgressEvent]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -93,7 +99,7 @@ def test_a_claim_that_was_withdrawn_does_not_count() -> None:
     world, watches = running()
     watches[1].claim()
     world.run(world.now + 3)
-    watches[1].agent.ask(WithdrawClaim())
+    watches[1].ask(WithdrawClaim())
     world.run(world.now + 1)
     for watch in (watches[0], watches[2]):
         watch.claim()
@@ -132,7 +138,7 @@ def test_a_job_may_stall_again() -> None:
         assert all(watch.of(AllStalled)[-1] == AllStalled(number) for watch in watches)
         assert all(watch.of(Judged)[-1] == Judged(number, VERDICT, 3, "the stacks") for watch in watches)
         for watch in watches:
-            watch.agent.ask(WithdrawClaim())
+            watch.ask(WithdrawClaim())
         world.run(world.now + 5)
 
 
@@ -180,7 +186,7 @@ def test_in_any_order_of_events_no_job_stalls_that_makes_progress(
         going_on = set(world.random.sample(range(world_size), 1)) if some_go_on else set()
         for number, watch in enumerate(watches):
             if number not in going_on:
-                world.after(world.random.uniform(0, 2), lambda watch=watch: watch.agent.dead or watch.claim())  # type: ignore[misc]
+                world.after(world.random.uniform(0, 2), lambda watch=watch: watch.claim())  # type: ignore[misc]
         world.after(world.random.uniform(0, 3), lambda: bad_luck(world, watches))  # noqa: B023 - run below
         world.run(world.now + 100)
         stalled = [watch for watch in watches if watch.of(AllStalled)]

@@ -137,6 +137,8 @@ class StallState(NamedTuple):
     """Local ranks of the round's workers."""
     base_rank: int = 0
     """Global rank of the worker with local rank 0."""
+    counts: bool = False
+    """Whether a worker of the round has begun to count its steps."""
     started_at: float = 0.0
     """When the round's workers were started."""
     wake_at: float | None = None
@@ -246,7 +248,7 @@ def _due(state: StallState, each: WorkerProgress, limit: float) -> float:
 
 
 def _begin(state: StallState, event: Begun, now: float) -> Step:
-    """Wait until a worker counts steps. Without ``--start-timeout`` nobody need be woken before."""
+    """Wait until a worker counts steps, unless one was so quick. Without ``--start-timeout`` nobody is woken before."""
     start = state.policy.start_timeout
     fresh = StallState(
         state.policy,
@@ -258,15 +260,19 @@ def _begin(state: StallState, event: Begun, now: float) -> Step:
     )
     if start and event.ranks:
         return _enter(fresh, WATCHING, now + start - _sample_gap(start)), []
-    return fresh, []
+    return _start_watching(fresh, Counting(), now) if state.counts else (fresh, [])
 
 
 def _end(state: StallState, event: Over, now: float) -> Step:
-    return _enter(state, IDLE, None, ranks=()), []
+    return _enter(state, IDLE, None, ranks=(), counts=False), []
 
 
 def _start_watching(state: StallState, event: Counting, now: float) -> Step:
-    """Look for the first time when a stall would be noticed at the earliest."""
+    """Look for the first time when a stall would be noticed at the earliest.
+
+    A forked worker may count before the agent knows that it exists.
+    """
+    state = state._replace(counts=True)
     if not state.ranks or state.policy.hang_timeout == 0:
         return state, []
     least = AUTO_LEAST if state.policy.hang_timeout is None else state.policy.hang_timeout
