@@ -13,6 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from elastic_launch.env import environment
+
+RED, GREEN, YELLOW = "31", "32", "33"
+"""Colours for ``paint``."""
 LINE_PATIENCE = 0.2
 """Seconds that a line may wait for its reader. The agent waits with it."""
 REPORT_PATIENCE = 10.0
@@ -62,6 +66,22 @@ def write(text: str, patience: float) -> None:
         while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
             with contextlib.suppress(BlockingIOError):
                 data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
+def shows_colours(stream: int) -> bool:
+    """Return whether to colour what goes to a standard stream: on a terminal, unless the user decides otherwise.
+
+    ``NO_COLOR`` comes before ``FORCE_COLOR``, and that before ``TERM=dumb``. Both count if they are not empty.
+    """
+    environ = environment()
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or (os.isatty(stream) and environ.get("TERM") != "dumb")
+
+
+def paint(text: str, colour: str, stream: int = 2) -> str:
+    """Return a text in a colour, if the standard stream that it is for shows colours."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if shows_colours(stream) else text
 
 
 @contextlib.contextmanager

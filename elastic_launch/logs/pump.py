@@ -115,10 +115,7 @@ class LogPump:
                 self._sources[ours] = self._by_stream[route.local_rank, route.stream] = source
         except OSError as error:
             self.drain()
-            raise UnavailableError(
-                f"cannot create pipes for the {many} output streams of the workers: {error.strerror}; "
-                "allow more open files (`ulimit -n`) or start fewer workers"
-            ) from error
+            raise no_pipes(many, error) from error
         self._report_losses()
         return ends
 
@@ -298,6 +295,14 @@ class LogPump:
         if losses and not self._has_warned:
             self._has_warned = True
             self._warn(losses[0])
+
+
+def no_pipes(streams: int, error: OSError) -> UnavailableError:
+    """Return the error to raise if the system does not grant pipes for so many streams."""
+    return UnavailableError(
+        f"cannot create pipes for the {streams} output streams of the workers: {error.strerror}; "
+        "allow more open files (`ulimit -n`) or start fewer workers"
+    )
 
 
 class _OwnLines:

@@ -58,14 +58,16 @@ class StoreRendezvous:
         self.lease: Callable[[float], None] = lambda until: None
         """Called with the time until which the workers may live, whenever that is extended."""
         self.log = log
-        self._settings = settings
+        self.settings = settings
+        """What the nodes of the job agree on beforehand."""
         self._verbosity = verbosity
         self._name = name
         self._clock = clock
         self._wall_clock = wall_clock
         self._reserve = reserve
         self._on_step = on_step
-        self._backend = backend
+        self.backend = backend
+        """The store, as this node sees it."""
         self._node = node.begin(record, settings)
         self._wake_at: float | None = None
         self._events: list[AgentEvent] = []
@@ -82,7 +84,7 @@ class StoreRendezvous:
 
     def get_run_id(self) -> str:
         """Return the job's id."""
-        return self._settings.run_id
+        return self.settings.run_id
 
     # --- what the agent asks for
 
@@ -129,7 +131,7 @@ class StoreRendezvous:
         finally:
             self._link.close()
             self._reserved.close()
-            self._backend.close()
+            self.backend.close()
 
     def begin_close(self) -> None:
         """Begin to leave the job; ``is_closed`` tells when that is done."""
@@ -158,7 +160,7 @@ class StoreRendezvous:
                 self.log(text)
         self._events += map(self._completed, ready.events)
         if ready.wants_store:
-            self.deliver(HostFacts(port=self._backend.fresh_store()))
+            self.deliver(HostFacts(port=self.backend.fresh_store()))
 
     def needs_store(self) -> bool:
         """Return whether the job is not over for this node."""
@@ -174,7 +176,7 @@ class StoreRendezvous:
             case Ended(end, _):
                 return Ended(end, self._wall_clock())
             case Decided(decision) if decision.status == ExitCode.TIMEOUT and not self._link.has_answered:
-                why = self._backend.explain(self._link.why_silent(self._settings.join_timeout))
+                why = self.backend.explain(self._link.why_silent(self.settings.join_timeout))
                 return Decided(decision._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
 
@@ -188,7 +190,7 @@ class StoreRendezvous:
         if is_first:
             self._is_open = True
             self._link.open()
-        if self._settings.store_port:
-            return 0 if is_first else self._backend.fresh_store()
+        if self.settings.store_port:
+            return 0 if is_first else self.backend.fresh_store()
         self._reserved.close()
         return int(self._reserved.enter_context(self._reserve()).getsockname()[1])
