@@ -13,15 +13,24 @@ from elastic_launch.agent.loop import AgentLoop, LoopSource
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
-from elastic_launch.core.agent.messages import AgentEvent, Exited, Finish, GroupReaped, Leave, Limits, RendezvousAction
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, formed
+from elastic_launch.core.agent.messages import (
+    AgentEvent,
+    Assigned,
+    Exited,
+    Finish,
+    GroupReaped,
+    Leave,
+    Limits,
+    RendezvousAction,
+)
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
 from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.host.console import YELLOW, in_colour, log_line, log_through, standard_streams
 from elastic_launch.host.console import log as log_to_stderr
-from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
@@ -31,6 +40,8 @@ from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, Worke
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
+    from elastic_launch.agent.live_line import LiveLine
+    from elastic_launch.core.rendezvous.progress import Waiting
     from elastic_launch.workers.watchdog import Watchdog
 
 
@@ -44,6 +55,12 @@ class AgentRendezvous(Rendezvous, LoopSource, Protocol):
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Carry out an action. Its answers are returned here, or later by ``take``."""
 
+    def follow_joining(self) -> Callable[[], Waiting | None] | None:
+        """Return what describes the nodes that have joined, for a line that is redrawn; None: there are none.
+
+        From then on the rendezvous logs no lines about that.
+        """
+
     def close(self) -> None:
         """Notify the other nodes that this one is done, and release everything, in bounded time."""
 
@@ -55,6 +72,7 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    live_line: LiveLine | None
     sources: list[LoopSource]
 
 
@@ -116,6 +134,7 @@ class LocalElasticAgent:
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._log = log
+        self._warn = in_colour(log, YELLOW)
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
             handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
@@ -179,18 +198,20 @@ class LocalElasticAgent:
         stack.callback(lambda: files.close(keep=self._has_failed))
         signals = stack.enter_context(SignalQueue(self._stop_signals))
         if not stack.enter_context(subreaper()):
-            self._log("this system has no subreapers: daemons of workers may survive if the launcher is killed")
+            self._warn("this system has no subreapers: daemons of workers may survive if the launcher is killed")
         if self._health_check_server:
             stack.callback(self._health_check_server.stop)
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
-        workers = stack.enter_context(closing(LocalWorkers(self._options, self._log, signals.fileno())))
+        workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno())))
         stack.enter_context(log_through(workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
-        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
+        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._warn)
         self._rendezvous.lease = workers.lease
-        return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
+        live_line = self._live_line(workers, stack)
+        sources = [signals, self._rendezvous, *watches, *([live_line] if live_line else [])]
+        return _Run(files, workers, watchdog, telemetry, live_line, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -199,7 +220,7 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            lambda text, level: self._log(text) if level <= self._verbosity else None,
+            lambda line: log_line(line, self._log) if line.level <= self._verbosity else None,
             partial(self._observe, run),
         )
         try:
@@ -215,6 +236,9 @@ class LocalElasticAgent:
         run.telemetry.observe(event, state)
         _update_group(self._group, state)
         match event:
+            case Assigned(assignment) if run.live_line and run.live_line.is_shown:
+                if assignment.group_rank > 0 and self._verbosity == Level.INFO:
+                    self._log(formed(assignment))  # another node logs it for all, but here a user watches
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
@@ -234,6 +258,16 @@ class LocalElasticAgent:
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
         run.workers.start(envs, dest, prefixes)
+
+    def _live_line(self, workers: LocalWorkers, stack: ExitStack) -> LiveLine | None:
+        """Show who has joined in one line, if the user is at a terminal."""
+        if self._verbosity < Level.INFO or not workers.is_on_terminal or self._environ.get("TERM") == "dumb":
+            return None
+        if (waiting := self._rendezvous.follow_joining()) is None:
+            return None
+        from elastic_launch.agent.live_line import LiveLine  # late: few jobs need it
+
+        return stack.enter_context(closing(LiveLine(waiting, workers.redraw, workers.undraw)))
 
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[LoopSource]]:
         """Start the watchdog of the workers and the health server, if the environment asks for them."""

@@ -108,6 +108,9 @@ class LocalWorkers:
         self.reap_leftovers = self._processes.reap_leftovers
         self.lease = self._processes.lease
         self.log, self.show = self._pump.log, self._pump.show
+        self.redraw, self.undraw = self._pump.redraw, self._pump.undraw
+        self.is_on_terminal = self._pump.is_on_terminal
+        """Whether ``redraw`` has a terminal to draw on."""
 
     def start(self, envs: Mapping[int, dict[str, str]], dest: LogsDest, prefixes: Mapping[int, str]) -> None:
         """Start the workers of a round.

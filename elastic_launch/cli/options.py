@@ -269,7 +269,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        from elastic_launch.host.console import RED, paint  # late, like what only errors need
+
+        self.exit(2, f"{self.prog}: {paint(message, RED)} (see {self.prog} --help)\n")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

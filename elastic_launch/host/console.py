@@ -12,8 +12,12 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from elastic_launch.env import environment
+
+if TYPE_CHECKING:
+    from elastic_launch.core.agent.messages import Log
 
 RED, GREEN, YELLOW = "31", "32", "33"
 """Colours for ``paint``."""
@@ -66,6 +70,19 @@ def write(text: str, patience: float) -> None:
         while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
             with contextlib.suppress(BlockingIOError):
                 data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
+def log_line(line: Log, write: Callable[[str], None]) -> None:
+    """Write a line with the colour of its kind; ``write`` as for ``in_colour``."""
+    from elastic_launch.job import Level, LineKind  # late: the command line imports this file first
+
+    colour = RED if line.kind is LineKind.FAILURE else YELLOW if line.level is Level.WARNING else ""
+    in_colour(write, colour)(line.text)
+
+
+def in_colour(write: Callable[[str], None], colour: str) -> Callable[[str], None]:
+    """Return a function that writes lines in a colour: if ``write`` is ``log``, and not one of the program's own."""
+    return (lambda text: write(paint(text, colour))) if write is log and colour else write
 
 
 def shows_colours(stream: int) -> bool:

@@ -251,6 +251,21 @@ class LogPump:
             console.add(text.encode(errors="backslashreplace"), self._own_lines)
         self._update_consoles()
 
+    @property
+    def is_on_terminal(self) -> bool:
+        """Whether standard error is a terminal."""
+        return STDERR in self._consoles and self._consoles[STDERR].is_terminal
+
+    def redraw(self, row: Callable[[], bytes]) -> None:
+        """Show what ``row`` returns in the terminal's last row, below all lines, until ``undraw``."""
+        self._consoles[STDERR].redraw(row)
+        self._update_consoles()
+
+    def undraw(self, row: Callable[[], bytes]) -> None:
+        """Stop showing that row."""
+        self._consoles[STDERR].undraw(row)
+        self._update_consoles()
+
     def flush(self, patience: float, interrupt: int | None = None) -> int:
         """Write what still waits for the consoles, as long as they accept it.
 

@@ -96,6 +96,9 @@ class SingleNodeRendezvous:
             self._last, self._decided_at = action.decision, time.monotonic()
         return answer_alone(action, self._next_round)
 
+    def follow_joining(self) -> None:
+        """Return None: no other node joins."""
+
     def descriptors(self) -> list[tuple[int, int]]:
         """Return no descriptors: no event comes unasked."""
         return []

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Collection
 
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended, RendezvousAction, RequestJoin
-from elastic_launch.core.rendezvous import node
+from elastic_launch.core.rendezvous import node, progress
 from elastic_launch.core.rendezvous.messages import Close, HostFacts, Input, Join, Ready, Settings, Tick
+from elastic_launch.core.rendezvous.progress import Waiting
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
 from elastic_launch.errors import ExitCode, RendezvousError
+from elastic_launch.host.console import YELLOW, in_colour, log_line
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Level
+from elastic_launch.job import Level, LineKind
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import LinkState, StoreLink, Timeouts
 
@@ -57,7 +59,10 @@ class StoreRendezvous:
         """
         self.lease: Callable[[float], None] = lambda until: None
         """Called with the time until which the workers may live, whenever that is extended."""
-        self.log = log
+        self.log = in_colour(log, YELLOW)
+        """Logs a warning."""
+        self._write = log
+        self._is_followed = False
         self.settings = settings
         """What the nodes of the job agree on beforehand."""
         self._verbosity = verbosity
@@ -92,6 +97,11 @@ class StoreRendezvous:
         """Accept an action of the agent; most answers come later, from ``take``."""
         self.deliver(Join(self._port()) if isinstance(action, RequestJoin) else action)
         return self.take()
+
+    def follow_joining(self) -> Callable[[], Waiting | None]:
+        """Return what describes the nodes that have joined; see ``AgentRendezvous``."""
+        self._is_followed = True
+        return lambda: progress.live(self._node, self._clock())
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptors of the connections and of the backend, with their poll masks."""
@@ -155,9 +165,9 @@ class StoreRendezvous:
         self._wake_at = ready.wake_at
         if ready.lease_until is not None:
             self.lease(ready.lease_until)
-        for text, level in ready.log:
-            if level <= self._verbosity:
-                self.log(text)
+        for line in ready.log:
+            if line.level <= self._verbosity and not (self._is_followed and line.kind is LineKind.PROGRESS):
+                log_line(line, self._write)
         self._events += map(self._completed, ready.events)
         if ready.wants_store:
             self.deliver(HostFacts(port=self.backend.fresh_store()))

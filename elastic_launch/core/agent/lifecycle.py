@@ -51,7 +51,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
 from elastic_launch.core.text import counted
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
-from elastic_launch.job import Assignment, Decision, End, EndKind, Level
+from elastic_launch.job import Assignment, Decision, End, EndKind, Level, LineKind
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """The second of these signals kills at once. SIGHUP is not one of them: a closing terminal may send it twice."""
@@ -181,9 +181,13 @@ def _start(state: AgentState, event: Assigned, now: float) -> Step:
     assignment = event.assignment
     ranks = frozenset(range(assignment.local_world_size))
     state = _enter(state, RUNNING, assignment=assignment, running=ranks, started_at=now)
-    formed = "re-formed" if assignment.restart_count else "formed"
-    text = f"{formed}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
-    return state, [Start(assignment), _log_once(state, text)]
+    return state, [Start(assignment), _log_once(state, formed(assignment))]
+
+
+def formed(assignment: Assignment) -> str:
+    """Return the log line of a round that begins."""
+    what = "re-formed" if assignment.restart_count else "formed"
+    return f"{what}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
 
 
 def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
@@ -338,7 +342,8 @@ def _ended_while_stopping(state: AgentState, event: Ended, now: float) -> Step:
         return state, [Log(_headline(event.end))]
     if not (event.end.mine and state.failure_reported and state.running):
         return state, _log_membership_change(state)  # another line or another node tells the rest
-    return state, [Log(f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}")]
+    text = f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}"
+    return state, [Log(text, kind=LineKind.FAILURE)]
 
 
 # --- agreeing on what follows
@@ -408,7 +413,9 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
     if not state.may_restart:
         error = f"{_remaining(state)} cannot be killed, so this node does not take part in another round"
         return _enter(state, DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
-    logs: list[Action] = [_log_end(state, _restart_line(state, decision))] if decision.failures else []
+    logs: list[Action] = []
+    if decision.failures:
+        logs = [_log_end(state, _restart_line(state, decision))._replace(kind=LineKind.FAILURE)]
     is_alone = _assignment(state).group_world_size == 1
     state = AgentState(state.limits, history=state.history)
     if decision.pause and is_alone:  # several nodes join at once, and the round closes after the pause

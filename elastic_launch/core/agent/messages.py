@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, Level, Policy
+from elastic_launch.job import Assignment, Decision, End, Level, LineKind, Policy
 
 # Events: what happened.
 
@@ -173,6 +173,7 @@ class Log(NamedTuple):
 
     text: str
     level: Level = Level.WARNING
+    kind: LineKind = LineKind.NOTE
 
 
 class Finish(NamedTuple):
