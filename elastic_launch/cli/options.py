@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Read = Callable[[str], Any]
 """Turns the text of an option into its value, or raises UsageError."""
 
+SHELLS = ("bash", "zsh", "fish")
+"""Shells that can complete the command line."""
 VERSION = f"elastic-run {elastic_launch.__version__} (Python {'.'.join(map(str, sys.version_info[:3]))})"
 SHORT_USAGE = """\
 usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]
@@ -206,6 +208,23 @@ class Arguments(argparse.Namespace):
     the path of the file. It is not in ``vars()``, because torchrun lacks it."""
 
 
+class CompletionAction(argparse.Action):
+    """``--completion SHELL``: print the script for the shell, and exit."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        """Print the script for the shell that ``values`` names."""
+        from elastic_launch.cli import completion  # late: a launch does not need it
+
+        print(completion.script(str(values)), end="", flush=True)
+        parser.exit()
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Shows one long spelling of each option, and the name of its value once."""
 
@@ -289,6 +308,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=VERSION, help="show the version and exit")
+    parser.add_argument(
+        "--completion",
+        action=CompletionAction,
+        choices=SHELLS,
+        metavar="SHELL",
+        help="print what completes this command line in a shell: bash, zsh or fish",
+    )
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for option in options:
