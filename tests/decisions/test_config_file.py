@@ -158,3 +158,12 @@ def test_file_that_cannot_be_read(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_value_that_another_source_overrides_is_not_read() -> None:
     assert parse('max-restarts = "many"', "--max-restarts", "2", "train.py")["max_restarts"] == 2
+
+
+def test_example_in_the_docs_is_read() -> None:
+    page = (Path(config_file.__file__).parents[2] / "docs/operating.md").read_text()
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    parsed = parse(example)
+    assert (parsed["training_script"], parsed["training_script_args"]) == ("train.py", ["--epochs", "10"])
+    assert (parsed["nnodes"], parsed["rdzv_conf"]) == ("2:4", "join_timeout=600")
+    assert parsed["duplicate_stderr_filters"] == ["Error", "out of memory, aborting"]

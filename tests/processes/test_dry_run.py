@@ -368,3 +368,10 @@ def test_marks_have_colours_where_the_user_wants_them(monkeypatch: pytest.Monkey
     assert dry_run.findings_table(finding) == ["  error  a  no"]
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert dry_run.findings_table(finding) == ["  \x1b[31merror\x1b[0m  a  no"]
+
+
+def test_docs_list_every_check() -> None:
+    page = (Path(checks.__file__).parents[2] / "docs/operating.md").read_text()
+    table = page.partition("| check | looks at |\n|---|---|\n")[2].partition("\n\n")[0]
+    listed = {name for row in table.splitlines() for name in row.split("|")[1].strip().split(", ")}
+    assert listed == {"rendezvous", *(name for name, _ in checks.CHECKS)}
