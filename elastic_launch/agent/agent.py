@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
+from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
@@ -22,6 +23,7 @@ from elastic_launch.core.agent.messages import (
     GroupReaped,
     Leave,
     Limits,
+    Log,
     RendezvousAction,
 )
 from elastic_launch.core.agent.report import format_report
@@ -72,6 +74,7 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    progress: ProgressWatch | None
     live_line: LiveLine | None
     sources: list[LoopSource]
 
@@ -94,6 +97,7 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
+        hang_native: bool = False,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -115,6 +119,7 @@ class LocalElasticAgent:
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
+            hang_native: whether the report of a hang shows native frames as well, with py-spy.
             log: writes a line for the user.
 
         Raises:
@@ -133,6 +138,7 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
+        self._hang_native = hang_native
         self._log = log
         self._warn = in_colour(log, YELLOW)
         handler = spec.rdzv_handler
@@ -209,9 +215,21 @@ class LocalElasticAgent:
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._warn)
         self._rendezvous.lease = workers.lease
+        progress = None
+        if workers.memory:
+            progress = ProgressWatch(
+                self._limits.policy,
+                workers.memory,
+                workers.sample_stacks,
+                self._py_spy(),
+                self._rendezvous.ask,
+                lambda text, level: self._show(Log(text, level)),
+            )
+            workers.stalled = progress.stalled
+            watches.append(progress)
         live_line = self._live_line(workers, stack)
         sources = [signals, self._rendezvous, *watches, *([live_line] if live_line else [])]
-        return _Run(files, workers, watchdog, telemetry, live_line, sources)
+        return _Run(files, workers, watchdog, telemetry, progress, live_line, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -220,8 +238,9 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            lambda line: log_line(line, self._log) if line.level <= self._verbosity else None,
+            self._show,
             partial(self._observe, run),
+            run.progress.handle if run.progress else lambda event: [],
         )
         try:
             return cast(Finish, loop.run()), loop.state
@@ -235,6 +254,8 @@ class LocalElasticAgent:
     def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
         run.telemetry.observe(event, state)
         _update_group(self._group, state)
+        if run.progress:
+            run.progress.observe(state)
         match event:
             case Assigned(assignment) if run.live_line and run.live_line.is_shown:
                 if assignment.group_rank > 0 and self._verbosity == Level.INFO:
@@ -243,6 +264,23 @@ class LocalElasticAgent:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
                 run.watchdog.clear()
+
+    def _py_spy(self) -> str:
+        """Return the path of py-spy if native frames are asked for; empty: none are, or it is not installed."""
+        if not self._hang_native:
+            return ""
+        from elastic_launch.agent.stack_sampler import find_py_spy  # late: few jobs ask for it
+
+        if not (path := find_py_spy(self._environ.get("PATH", ""))):
+            self._log(
+                "--hang-native: py-spy is not installed (pip install py-spy), so only Python frames will be shown"
+            )
+        return path
+
+    def _show(self, line: Log) -> None:
+        """Write a line for the user unless its level is above the chosen one."""
+        if line.level <= self._verbosity:
+            log_line(line, self._log)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
@@ -303,6 +341,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     group.state = {
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,
+        AgentPhase.HOLDING: WorkerState.HEALTHY,
+        AgentPhase.DRAINING: WorkerState.HEALTHY,
         AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
     }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from elastic_launch.cli.options import NUMA_MODES, OPTIONS, SHELLS, START_METHODS, Option
+from elastic_launch.job import HangAction
 from elastic_launch.rendezvous import BUILT_IN
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -18,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "redirects": ("0", "1", "2", "3"),
     "tee": ("0", "1", "2", "3"),
     "event-log-handler": ("null", "console"),
+    "hang-action": tuple(HangAction),
     "completion": SHELLS,
 }
 """Values to offer, by the option's name; there may be others."""

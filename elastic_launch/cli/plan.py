@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+from elastic_launch.agent.progress_memory import SWITCH, VARIABLE
 from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import LaunchConfig
 from elastic_launch.core.agent.worker_env import worker_environment
@@ -27,6 +28,7 @@ LATER = "(when the nodes have met)"
 FREE_PORT = "(a free port)"
 RANDOM = "(random)"
 TEMPORARY = "(in a temporary directory)"
+DESCRIPTORS = "(two descriptors)"
 STANDALONE = ("rdzv_backend", "rdzv_endpoint", "rdzv_id")
 """Options that ``--standalone`` decides."""
 
@@ -114,11 +116,14 @@ def workers(config: LaunchConfig, rendezvous: Rendezvous | None, environ: Mappin
     spec = WorkerSpec(config.role, count, cast(Rendezvous, rendezvous), max_restarts=config.max_restarts)
     assignment, unknown = _assignment(config, rendezvous)
     threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(threads_per_worker(cpu_count(), count))}
+    progress = {} if environ.get(SWITCH) == "0" else {VARIABLE: DESCRIPTORS}
     run_id = config.run_id or (RANDOM if isinstance(rendezvous, SingleNodeRendezvous) else "none")
     cpus = _cpus(config, environ)
     found = []
     for rank in range(count):
-        variables = worker_environment(spec, assignment, rank, run_id=run_id, inherited=environ) | threads | unknown
+        variables = (
+            worker_environment(spec, assignment, rank, run_id=run_id, inherited=environ) | threads | progress | unknown
+        )
         if config.virtual_local_rank:
             with contextlib.suppress(LaunchError):  # a check reports it
                 variables |= virtual_device(rank, environ)

@@ -97,8 +97,9 @@ def shows_colours(stream: int) -> bool:
 
 
 def paint(text: str, colour: str, stream: int = 2) -> str:
-    """Return a text in a colour, if the standard stream that it is for shows colours."""
-    return f"\x1b[{colour}m{text}\x1b[0m" if shows_colours(stream) else text
+    """Return a text with its first line in a colour, if the standard stream that it is for shows colours."""
+    first, newline, rest = text.partition("\n")
+    return f"\x1b[{colour}m{first}\x1b[0m{newline}{rest}" if shows_colours(stream) else text
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ def test_colours_follow_the_terminal_and_the_users_wishes(
     ("line", "shown"),
     [
         (Log("a"), "\x1b[33ma\x1b[0m"),
+        (Log("a\nb\n"), "\x1b[33ma\x1b[0m\nb\n"),
         (Log("a", Level.INFO), "a"),
         (Log("a", Level.INFO, LineKind.FAILURE), "\x1b[31ma\x1b[0m"),
         (Log("a", kind=LineKind.FAILURE), "\x1b[31ma\x1b[0m"),

@@ -169,6 +169,10 @@ OURS: dict[str, Any] = {
     "fatal_exit_codes": "",
     "node_failure_limit": 0,
     "crash_loop": 3,
+    "hang_timeout": "auto",
+    "hang_action": "report",
+    "hang_native": False,
+    "start_timeout": 0,
     "quiet": False,
     "verbose": False,
 }
@@ -237,6 +241,7 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     samples |= {"preload": "torch,mylib.data", "restart_backoff": "1:60", "fatal_exit_codes": "2,64-78"}
     samples |= {"config": "job.toml"}
     Path("job.toml").touch()
+    samples |= {"hang_action": "restart"}
     text = samples.get(option.dest, "7")
     is_flag = option.default is False
     words = [] if is_flag else [text]
