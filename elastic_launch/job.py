@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import NamedTuple
 
 from elastic_launch.errors import ProcessFailure
@@ -119,6 +119,17 @@ class Level(IntEnum):
     """Events of the job, each logged by one node. This is the default."""
     DEBUG = 2
     """What each node does."""
+
+
+class LineKind(Enum):
+    """What a terminal makes of a log line."""
+
+    NOTE = "note"
+    """A line; a warning is yellow."""
+    FAILURE = "failure"
+    """A red line."""
+    PROGRESS = "progress"
+    """Who has joined: not a line, if one that is redrawn in place tells it."""
 
 
 class Assignment(NamedTuple):

@@ -58,8 +58,9 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("TMPDIR", str(temp))
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in os.environ:
-        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")):
+        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")) or name in ("NO_COLOR", "FORCE_COLOR"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("TERM", "xterm")
     try:
         with nothing_left(temp):
             yield

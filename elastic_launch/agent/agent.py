@@ -14,15 +14,25 @@ from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
-from elastic_launch.core.agent.messages import AgentEvent, Exited, Finish, GroupReaped, Leave, Limits, RendezvousAction
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, formed
+from elastic_launch.core.agent.messages import (
+    AgentEvent,
+    Assigned,
+    Exited,
+    Finish,
+    GroupReaped,
+    Leave,
+    Limits,
+    Log,
+    RendezvousAction,
+)
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
 from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.host.console import YELLOW, in_colour, log_line, log_through, standard_streams
 from elastic_launch.host.console import log as log_to_stderr
-from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
@@ -32,6 +42,8 @@ from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, Worke
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
+    from elastic_launch.agent.live_line import LiveLine
+    from elastic_launch.core.rendezvous.progress import Waiting
     from elastic_launch.workers.watchdog import Watchdog
 
 
@@ -45,6 +57,12 @@ class AgentRendezvous(Rendezvous, LoopSource, Protocol):
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Carry out an action. Its answers are returned here, or later by ``take``."""
 
+    def follow_joining(self) -> Callable[[], Waiting | None] | None:
+        """Return what describes the nodes that have joined, for a line that is redrawn; None: there are none.
+
+        From then on the rendezvous logs no lines about that.
+        """
+
     def close(self) -> None:
         """Notify the other nodes that this one is done, and release everything, in bounded time."""
 
@@ -57,6 +75,7 @@ class _Run(NamedTuple):
     watchdog: Watchdog | None
     telemetry: Telemetry
     progress: ProgressWatch | None
+    live_line: LiveLine | None
     sources: list[LoopSource]
 
 
@@ -121,6 +140,7 @@ class LocalElasticAgent:
         self._verbosity = verbosity
         self._hang_native = hang_native
         self._log = log
+        self._warn = in_colour(log, YELLOW)
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
             handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
@@ -184,16 +204,16 @@ class LocalElasticAgent:
         stack.callback(lambda: files.close(keep=self._has_failed))
         signals = stack.enter_context(SignalQueue(self._stop_signals))
         if not stack.enter_context(subreaper()):
-            self._log("this system has no subreapers: daemons of workers may survive if the launcher is killed")
+            self._warn("this system has no subreapers: daemons of workers may survive if the launcher is killed")
         if self._health_check_server:
             stack.callback(self._health_check_server.stop)
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
-        workers = stack.enter_context(closing(LocalWorkers(self._options, self._log, signals.fileno())))
+        workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno())))
         stack.enter_context(log_through(workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
-        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
+        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._warn)
         self._rendezvous.lease = workers.lease
         progress = None
         if workers.memory:
@@ -203,11 +223,13 @@ class LocalElasticAgent:
                 workers.sample_stacks,
                 self._py_spy(),
                 self._rendezvous.ask,
-                self._log_up_to,
+                lambda text, level: self._show(Log(text, level)),
             )
             workers.stalled = progress.stalled
             watches.append(progress)
-        return _Run(files, workers, watchdog, telemetry, progress, [signals, self._rendezvous, *watches])
+        live_line = self._live_line(workers, stack)
+        sources = [signals, self._rendezvous, *watches, *([live_line] if live_line else [])]
+        return _Run(files, workers, watchdog, telemetry, progress, live_line, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -216,7 +238,7 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            self._log_up_to,
+            self._show,
             partial(self._observe, run),
             run.progress.handle if run.progress else lambda event: [],
         )
@@ -235,6 +257,9 @@ class LocalElasticAgent:
         if run.progress:
             run.progress.observe(state)
         match event:
+            case Assigned(assignment) if run.live_line and run.live_line.is_shown:
+                if assignment.group_rank > 0 and self._verbosity == Level.INFO:
+                    self._log(formed(assignment))  # another node logs it for all, but here a user watches
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
@@ -252,10 +277,10 @@ class LocalElasticAgent:
             )
         return path
 
-    def _log_up_to(self, text: str, level: Level) -> None:
+    def _show(self, line: Log) -> None:
         """Write a line for the user unless its level is above the chosen one."""
-        if level <= self._verbosity:
-            self._log(text)
+        if line.level <= self._verbosity:
+            log_line(line, self._log)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
@@ -271,6 +296,16 @@ class LocalElasticAgent:
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
         run.workers.start(envs, dest, prefixes)
+
+    def _live_line(self, workers: LocalWorkers, stack: ExitStack) -> LiveLine | None:
+        """Show who has joined in one line, if the user is at a terminal."""
+        if self._verbosity < Level.INFO or not workers.is_on_terminal or self._environ.get("TERM") == "dumb":
+            return None
+        if (waiting := self._rendezvous.follow_joining()) is None:
+            return None
+        from elastic_launch.agent.live_line import LiveLine  # late: few jobs need it
+
+        return stack.enter_context(closing(LiveLine(waiting, workers.redraw, workers.undraw)))
 
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[LoopSource]]:
         """Start the watchdog of the workers and the health server, if the environment asks for them."""

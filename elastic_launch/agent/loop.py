@@ -33,7 +33,7 @@ from elastic_launch.core.agent.messages import (
     Start,
 )
 from elastic_launch.core.progress.messages import ProgressEvent
-from elastic_launch.job import Assignment, Level
+from elastic_launch.job import Assignment
 
 _MAX_POLL = 86400.0
 """Seconds. poll(2) cannot wait for more than 24 days, but a deadline may be further away."""
@@ -69,7 +69,7 @@ class AgentLoop:
         start: Callable[[Assignment], None],
         ask: Callable[[RendezvousAction], list[AgentEvent]],
         sources: Sequence[LoopSource] = (),
-        log: Callable[[str, Level], None] = lambda text, level: None,
+        log: Callable[[Log], None] = lambda line: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
         watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
     ) -> None:
@@ -149,8 +149,8 @@ class AgentLoop:
                     self._workers.dump_stacks(local_ranks)
                 case ReapLeftovers(kill):
                     self._workers.reap_leftovers(kill)
-                case Log(text, level):
-                    self._log(text, level)
+                case Log():
+                    self._log(action)
                 case Finish():
                     return action
                 case asking:

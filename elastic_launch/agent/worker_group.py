@@ -120,6 +120,9 @@ class LocalWorkers:
         self.lease = self._processes.lease
         self.sample_stacks = self._processes.sample_stacks
         self.log, self.show = self._pump.log, self._pump.show
+        self.redraw, self.undraw = self._pump.redraw, self._pump.undraw
+        self.is_on_terminal = self._pump.is_on_terminal
+        """Whether ``redraw`` has a terminal to draw on."""
 
     def start(self, envs: Mapping[int, dict[str, str]], dest: LogsDest, prefixes: Mapping[int, str]) -> None:
         """Start the workers of a round.

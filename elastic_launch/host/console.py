@@ -12,7 +12,15 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+from elastic_launch.env import environment
+
+if TYPE_CHECKING:
+    from elastic_launch.core.agent.messages import Log
+
+RED, GREEN, YELLOW = "31", "32", "33"
+"""Colours for ``paint``."""
 LINE_PATIENCE = 0.2
 """Seconds that a line may wait for its reader. The agent waits with it."""
 REPORT_PATIENCE = 10.0
@@ -62,6 +70,36 @@ def write(text: str, patience: float) -> None:
         while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
             with contextlib.suppress(BlockingIOError):
                 data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
+def log_line(line: Log, write: Callable[[str], None]) -> None:
+    """Write a line with the colour of its kind; ``write`` as for ``in_colour``."""
+    from elastic_launch.job import Level, LineKind  # late: the command line imports this file first
+
+    colour = RED if line.kind is LineKind.FAILURE else YELLOW if line.level is Level.WARNING else ""
+    in_colour(write, colour)(line.text)
+
+
+def in_colour(write: Callable[[str], None], colour: str) -> Callable[[str], None]:
+    """Return a function that writes lines in a colour: if ``write`` is ``log``, and not one of the program's own."""
+    return (lambda text: write(paint(text, colour))) if write is log and colour else write
+
+
+def shows_colours(stream: int) -> bool:
+    """Return whether to colour what goes to a standard stream: on a terminal, unless the user decides otherwise.
+
+    ``NO_COLOR`` comes before ``FORCE_COLOR``, and that before ``TERM=dumb``. Both count if they are not empty.
+    """
+    environ = environment()
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or (os.isatty(stream) and environ.get("TERM") != "dumb")
+
+
+def paint(text: str, colour: str, stream: int = 2) -> str:
+    """Return a text with its first line in a colour, if the standard stream that it is for shows colours."""
+    first, newline, rest = text.partition("\n")
+    return f"\x1b[{colour}m{first}\x1b[0m{newline}{rest}" if shows_colours(stream) else text
 
 
 @contextlib.contextmanager

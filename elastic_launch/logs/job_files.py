@@ -49,6 +49,10 @@ class DefaultLogsSpecs(LogsSpecs):
         """Whether any output goes to files."""
         return any(any(std.values()) if isinstance(std, dict) else bool(std) for std in (self._redirects, self._tee))
 
+    def asks_for_files(self, has_filters: bool) -> bool:
+        """Return whether the user asked for files; ``has_filters``: for those with lines that match a filter."""
+        return bool(self._root_log_dir) or self.keeps_output or has_filters
+
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Create the workers' directories, and name the files in them.
 
@@ -106,7 +110,7 @@ class JobFiles:
         self.root = specs.root_log_dir or ""
         if not isinstance(specs, DefaultLogsSpecs):
             return  # a plug-in has its own layout
-        self.asked_for = bool(specs.root_log_dir) or specs.keeps_output or has_filters
+        self.asked_for = specs.asks_for_files(has_filters)
         log_dir = specs.root_log_dir
         if not log_dir:
             self._specs = copy.copy(specs)
@@ -120,10 +124,7 @@ class JobFiles:
             os.makedirs(self.root, exist_ok=True)
         except OSError as error:
             if self.asked_for:
-                name = f"--log-dir={log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
-                raise UnavailableError(
-                    f"{name}: cannot create {self.root}: {error.strerror}; choose another directory with --log-dir"
-                ) from error
+                raise cannot_create(specs, self.root, error) from error
             # Otherwise there is no place for temporary files, and the job runs without error files.
 
     def prepare(self, envs: dict[int, dict[str, str]]) -> LogsDest:
@@ -164,6 +165,12 @@ class JobFiles:
     def kept(self) -> bool:
         """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))
+
+
+def cannot_create(specs: LogsSpecs, path: str, error: OSError) -> UnavailableError:
+    """Return the error to raise if a directory for files that the user asked for cannot be created."""
+    name = f"--log-dir={specs.root_log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
+    return UnavailableError(f"{name}: cannot create {path}: {error.strerror}; choose another directory with --log-dir")
 
 
 def as_file_name(text: str) -> str:

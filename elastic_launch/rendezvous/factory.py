@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous import BUILT_IN
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
@@ -88,7 +89,7 @@ def adapt(handler: Any, spec: WorkerSpec, environ: Environ, log: Logger) -> Rend
     from elastic_launch.rendezvous.third_party_tasks import HandlerTasks
 
     node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), spec.local_world_size, spec.role)
-    return ThirdPartyRendezvous(HandlerTasks(handler, node, spec.local_addr, log))
+    return ThirdPartyRendezvous(HandlerTasks(handler, node, spec.local_addr, in_colour(log, YELLOW)))
 
 
 def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConfig:
@@ -141,14 +142,15 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     from elastic_launch.rendezvous.store_link import Timeouts
     from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
-    conf = _read_conf(config, log)
+    warn = in_colour(log, YELLOW)
+    conf = _read_conf(config, warn)
     rank = _rank(config)
     given = {name: conf[name] for name in Settings._fields if name in conf}
     settings = Settings(config.run_id or "none", config.min_nodes, config.max_nodes, policy=config.policy, **given)
     timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in ("store", "read") if f"{name}_timeout" in conf})
     backend: C10dBackend | EtcdBackend
     if config.rdzv_backend.startswith("etcd"):
-        backend = _etcd_backend(config, conf, settings.join_timeout, environ, log)
+        backend = _etcd_backend(config, conf, settings.join_timeout, environ, warn)
     else:
         backend = _c10d_backend(config, conf, rank, environ)
         if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":

@@ -106,7 +106,8 @@ class SingleNodeRendezvous:
         self._run_id = run_id
         self._workers = local_world_size
         self._addr = master_addr
-        self._port = master_port
+        self.port = master_port
+        """The port that the user chose; 0: none."""
         self._backend = backend
         self._reserved = contextlib.ExitStack()
         """Holds the port that is reserved for the workers' store."""
@@ -132,6 +133,9 @@ class SingleNodeRendezvous:
             self._last, self._decided_at = action.decision, time.monotonic()
         return answer_alone(action, self._next_round)
 
+    def follow_joining(self) -> None:
+        """Return None: no other node joins."""
+
     def descriptors(self) -> list[tuple[int, int]]:
         """Return no descriptors: no event comes unasked."""
         return []
@@ -150,8 +154,12 @@ class SingleNodeRendezvous:
 
     def _next_round(self) -> Assignment:
         self.close()
-        sock = self._reserved.enter_context(reserve_port(self._port))
+        sock = self._reserved.enter_context(reserve_port(self.port))
         self._rounds += 1
+        return self.assignment(sock.getsockname()[1])
+
+    def assignment(self, port: int) -> Assignment:
+        """Return the node's assignment in the current round; ``port``: of the workers' store."""
         return Assignment(
             group_rank=0,
             group_world_size=1,
@@ -161,9 +169,9 @@ class SingleNodeRendezvous:
             base_role_rank=0,
             role_world_size=self._workers,
             master_addr=self._addr,
-            master_port=sock.getsockname()[1],
+            master_port=port,
             host=os.uname().nodename,
-            port_picked=self._port == 0,
-            restart_count=self._rounds - 1,
+            port_picked=self.port == 0,
+            restart_count=max(0, self._rounds - 1),
             restart_history=aged(self._last.restart_history, time.monotonic() - self._decided_at),
         )

@@ -88,6 +88,9 @@ class ThirdPartyRendezvous:
                 self._queue.put(partial(self._tasks.leave, reason, status))
         return []
 
+    def follow_joining(self) -> None:
+        """Return None: only the handler knows who has joined."""
+
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptor by which the thread wakes the loop."""
         return [(self._wake, select.POLLIN)] if self._thread else []

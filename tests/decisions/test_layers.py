@@ -12,7 +12,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "elastic_launch"
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
-NEVER = ("torch", "grpc", "etcd3", "logging", "asyncio", "psutil", "subprocess", "tempfile", "json")
+NEVER = (
+    "torch",
+    "grpc",
+    "etcd3",
+    "logging",
+    "asyncio",
+    "psutil",
+    "subprocess",
+    "tempfile",
+    "json",
+    "tomllib",
+    "difflib",
+    "shlex",
+)
 """What the agent does not import before the first worker runs: torch and gRPC start threads, the rest is slow."""
 
 

@@ -6,10 +6,15 @@ import contextlib
 import fcntl
 import os
 import re
+import select
 import struct
+import subprocess
 import termios
+import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from tests.support.waiting import DEADLINE
 
 
 class Console:
@@ -66,10 +71,48 @@ def raw_terminal() -> tuple[int, int]:
     return reading, writing
 
 
+class Terminal:
+    """A terminal of 100 columns that does not change its output, with a program in it."""
+
+    def __init__(self, start: Callable[[int], subprocess.Popen[bytes]]) -> None:
+        """``start`` is called with the descriptor that the program is to have as its standard streams."""
+        self.fd, theirs = raw_terminal()
+        try:
+            self.process = start(theirs)
+        finally:
+            os.close(theirs)
+        self.seen = b""
+        self.end = time.monotonic() + DEADLINE
+
+    def read(self) -> bool:
+        """Wait for output. Returns whether there was any."""
+        assert select.select([self.fd], [], [], self.end - time.monotonic())[0], self.seen
+        try:
+            block = os.read(self.fd, 1 << 16)
+        except OSError:  # EIO: the other end is closed
+            return False
+        self.seen += block
+        return True
+
+    def wait_for(self, text: bytes) -> None:
+        while text not in self.seen:
+            assert self.read(), self.seen
+
+    def finish(self, status: int = 0) -> list[bytes]:
+        """Read until the program ends. Returns the rows of the screen."""
+        try:
+            while self.read():
+                pass
+            assert self.process.wait(DEADLINE) == status, self.seen
+        finally:
+            os.close(self.fd)
+        return screen(self.seen)
+
+
 def screen(written: bytes) -> list[bytes]:
-    """The rows of a terminal of 100 columns after these bytes; of control sequences what the pump writes."""
+    """The rows of a terminal of 100 columns after these bytes, without colours; it knows the launcher's sequences."""
     rows, column, wraps = [bytearray()], 0, True
-    for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", written, re.DOTALL):
+    for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", re.sub(rb"\x1b\[\d+m", b"", written), re.DOTALL):
         if token == b"\x1b[K":
             del rows[-1][column:]
         elif token in (b"\x1b[?7l", b"\x1b[?7h"):

@@ -471,7 +471,7 @@ class Agent:
 
     def _after_step(self, node: NodeState, ready: Ready) -> None:
         self.node = node
-        self.logged += [(level, text) for text, level in ready.log]
+        self.logged += [(level, text) for text, level, _ in ready.log]
         self.world.checks.stepped(node, ready)
 
     def _soon(self, do: Callable[[], None], seconds: float) -> None:

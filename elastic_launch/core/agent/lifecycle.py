@@ -64,7 +64,7 @@ from elastic_launch.core.progress import goodput
 from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.core.text import counted
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
-from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, Level
+from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, Level, LineKind
 
 ESCALATING = frozenset({signal.SIGTERM, signal.SIGINT})
 """The second of these signals kills at once. SIGHUP is not one of them: a closing terminal may send it twice."""
@@ -222,9 +222,13 @@ def _start(state: AgentState, event: Assigned, now: float) -> Step:
     assignment = event.assignment
     ranks = frozenset(range(assignment.local_world_size))
     state = _enter(state, RUNNING, assignment=assignment, running=ranks, started_at=now)
-    formed = "re-formed" if assignment.restart_count else "formed"
-    text = f"{formed}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
-    return state, [Start(assignment), _log_once(state, text)]
+    return state, [Start(assignment), _log_once(state, formed(assignment))]
+
+
+def formed(assignment: Assignment) -> str:
+    """Return the log line of a round that begins."""
+    what = "re-formed" if assignment.restart_count else "formed"
+    return f"{what}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
 
 
 def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
@@ -573,7 +577,9 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
     if not state.may_restart:
         error = f"{_remaining(state)} cannot be killed, so this node does not take part in another round"
         return _enter(state, DONE), [Leave(signal.SIGKILL), Finish(error=error, status=ExitCode.UNAVAILABLE)]
-    logs: list[Action] = [_log_end(state, _restart_line(state, decision))] if decision.failures else []
+    logs: list[Action] = []
+    if decision.failures:
+        logs = [_log_end(state, _restart_line(state, decision))._replace(kind=LineKind.FAILURE)]
     is_alone = _assignment(state).group_world_size == 1
     state = AgentState(state.limits, history=state.history)
     if decision.pause and is_alone:  # several nodes join at once, and the round closes after the pause
@@ -635,7 +641,7 @@ def _log_end_while_stopping(state: AgentState, end: End) -> list[Action]:
         return [Log(_headline(end))]
     if not (end.mine and state.failure_reported and state.running):
         return _log_membership_change(state)  # another line or another node tells the rest
-    return [Log(f"{end.reason}: stopping {counted(len(state.running), 'worker')}")]
+    return [Log(f"{end.reason}: stopping {counted(len(state.running), 'worker')}", kind=LineKind.FAILURE)]
 
 
 def _log_same_step(state: AgentState) -> list[Action]:

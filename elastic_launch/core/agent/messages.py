@@ -13,7 +13,7 @@ from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
 from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.core.progress.messages import ProgressEvent, ProgressRequest
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, Goodput, Level, Policy
+from elastic_launch.job import Assignment, Decision, End, Goodput, Level, LineKind, Policy
 
 # Events: what happened.
 
@@ -233,6 +233,7 @@ class Log(NamedTuple):
 
     text: str
     level: Level = Level.WARNING
+    kind: LineKind = LineKind.NOTE
 
 
 class Finish(NamedTuple):

@@ -21,7 +21,7 @@ from elastic_launch.core.rendezvous.records import NOBODY, Closed, Members, Node
 from elastic_launch.core.store_requests import Get, Set, Swap
 from elastic_launch.core.store_requests import Request as StoreRequest
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, Level, RestartHistory
+from elastic_launch.job import Assignment, Decision, End, Level, LineKind, RestartHistory
 
 BATCH = 256
 """Number of keys that are read or written with one request."""
@@ -310,9 +310,9 @@ class Step:
         """Hand an event to the agent."""
         self._events.append(event)
 
-    def log(self, text: str, level: Level = Level.WARNING) -> None:
+    def log(self, text: str, level: Level = Level.WARNING, kind: LineKind = LineKind.NOTE) -> None:
         """Log a line."""
-        self._log.append(Log(text, level))
+        self._log.append(Log(text, level, kind))
 
     def decide_next(self, decision: Decision) -> None:
         """Decide what follows the failure that ended the round, unless another node has."""
