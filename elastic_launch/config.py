@@ -217,6 +217,9 @@ class LaunchConfig:
     """Number of identical failures in a row, each within 10 s of the last, that end the job; 0 for no limit."""
     verbosity: int = Level.INFO
     """The least important messages that are shown: 0 warnings, 1 events of the job, 2 events of each node."""
+    events: str | None = None
+    """File to which the events of the job are appended, or a directory for it; None for none but that in the log
+    directory."""
 
     @property
     def policy(self) -> Policy:

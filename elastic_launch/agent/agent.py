@@ -27,10 +27,12 @@ from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.parsing import parse_port, parse_signals, read_flag
 from elastic_launch.rendezvous.factory import adapt
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
+    from elastic_launch.agent.journal_writer import JournalWriter
     from elastic_launch.workers.watchdog import Watchdog
 
 
@@ -55,6 +57,9 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    journal: JournalWriter | None
+    log: Callable[[str], None]
+    """Writes a line of the life cycle, which the journal has already."""
     sources: list[LoopSource]
 
 
@@ -76,6 +81,7 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
+        events: str | None = None,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -97,6 +103,8 @@ class LocalElasticAgent:
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
+            events: the file to which events are appended, or a directory; None for the job's directory, if
+                ``logs_specs`` has one.
             log: writes a line for the user.
 
         Raises:
@@ -115,6 +123,7 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
+        self._events = events
         self._log = log
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
@@ -185,12 +194,14 @@ class LocalElasticAgent:
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
         workers = stack.enter_context(closing(LocalWorkers(self._options, self._log, signals.fileno())))
-        stack.enter_context(log_through(workers.log))
+        journal = self._journal(files, stack)
+        stack.enter_context(log_through(journal.writing_lines(workers.log) if journal else workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease
-        return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
+        log = workers.log if self._log is log_to_stderr else self._log
+        return _Run(files, workers, watchdog, telemetry, journal, log, [signals, self._rendezvous, *watches])
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -199,15 +210,18 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            lambda text, level: self._log(text) if level <= self._verbosity else None,
+            lambda text, level: run.log(text) if level <= self._verbosity else None,
             partial(self._observe, run),
+            run.journal.record if run.journal else None,
         )
         try:
             return cast(Finish, loop.run()), loop.state
         except Exception as error:
+            status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
             run.telemetry.fail(str(error))
+            if run.journal:
+                run.journal.record_error(str(error) or type(error).__name__, status)
             with suppress(LaunchError):  # the rendezvous may be what failed
-                status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
                 self._rendezvous.ask(Leave(error=str(error) or type(error).__name__, status=status))
             raise
 
@@ -234,6 +248,26 @@ class LocalElasticAgent:
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
         run.workers.start(envs, dest, prefixes)
+
+    def _journal(self, files: JobFiles, stack: ExitStack) -> JournalWriter | None:
+        """Prepare the events files, if the user has chosen a place for events or for logs."""
+        paths = {"--events": self._events, "--log-dir": files.chosen}
+        if not any(paths.values()):
+            return None
+        from elastic_launch.agent.journal_writer import ATTEMPT, JournalWriter  # late: 3 ms
+        from elastic_launch.logs.event_log import EventLog, path_in
+
+        host = "" if isinstance(self._rendezvous, SingleNodeRendezvous) else os.uname().nodename
+        logs = [
+            EventLog(path_in(path, host) if os.path.isdir(path) else path, f"{option}={path}", self._log)
+            for option, path in paths.items()
+            if path
+        ]
+        spec, run_id = self._spec, self._options.run_id
+        attempt = self._environ.get(ATTEMPT, "")
+        max_restarts = self._limits.policy.max_restarts
+        writer = JournalWriter(logs, run_id, self.name, spec.local_world_size, max_restarts, attempt)
+        return stack.enter_context(closing(writer))
 
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[LoopSource]]:
         """Start the watchdog of the workers and the health server, if the environment asks for them."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import AgentState
+from elastic_launch.core.agent.lifecycle import AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
@@ -67,6 +67,7 @@ class AgentLoop:
         sources: Sequence[LoopSource] = (),
         log: Callable[[str, Level], None] = lambda text, level: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
+        record: Callable[[Transition], None] | None = None,
     ) -> None:
         """Ask the rendezvous for the first round.
 
@@ -78,6 +79,7 @@ class AgentLoop:
             sources: the other sources of events.
             log: writes a line for the user.
             observe: called with each event and the state after it.
+            record: called with each step of the life cycle, once its actions are carried out.
         """
         self._workers = workers
         self._start = start
@@ -85,9 +87,11 @@ class AgentLoop:
         self._sources: list[LoopSource] = [workers, *sources]
         self._log = log
         self._observe = observe
+        self._record = record
         self._events: deque[AgentEvent] = deque()
+        now, wall = time.monotonic(), time.time()
         self.state, actions = lifecycle.begin(limits)
-        self.finish = self._carry_out(actions)
+        self.finish = self._finish_step(Transition(None, None, self.state, actions, now, wall))
 
     def run(
         self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False
@@ -120,9 +124,17 @@ class AgentLoop:
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
             # Not earlier: only now have all workers stopped writing, or the agent has given up on those that have not.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
-        self.state, actions = lifecycle.step(self.state, event, time.monotonic())
+        before, now, wall = self.state, time.monotonic(), time.time()
+        self.state, actions = lifecycle.step(before, event, now)
         self._observe(event, self.state)
-        return self._carry_out(actions)
+        return self._finish_step(Transition(before, event, self.state, actions, now, wall))
+
+    def _finish_step(self, transition: Transition) -> Finish | None:
+        try:
+            return self._carry_out(transition.actions)
+        finally:
+            if self._record:
+                self._record(transition)
 
     def _carry_out(self, actions: list[Action]) -> Finish | None:
         for action in actions:

@@ -167,6 +167,7 @@ OURS = {
     "fatal_exit_codes": "",
     "node_failure_limit": 0,
     "crash_loop": 3,
+    "events": None,
     "quiet": False,
     "verbose": False,
 }
