@@ -17,7 +17,8 @@ from signal import SIGTERM
 from typing import Any
 
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.journal import Journal
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
@@ -326,8 +327,10 @@ class Agent:
         self._timer: float | None = None
         limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout)
         self.state, self._first_actions = lifecycle.begin(limits)
+        self.journal = Journal("train.py", 1, world.settings.policy.max_restarts, world.now)
 
     def begin(self) -> None:
+        self._record(None, None, self._first_actions)
         self._carry_out(self._first_actions)
 
     @property
@@ -453,11 +456,17 @@ class Agent:
             return
         if isinstance(event, Ended | Decided):
             self.world.checks.told(self, event)
-        self.state, actions = lifecycle.step(self.state, event, self.world.now)
+        before = self.state
+        self.state, actions = lifecycle.step(before, event, self.world.now)
+        self._record(before, event, actions)
         self._carry_out(actions)
         if self.state.phase is AgentPhase.PAUSING and self.state.deadline is not None:
             paused, seconds = self.state, self.state.deadline - self.world.now
             self._soon(lambda: self._live(DeadlineReached()) if self.state is paused else None, seconds)
+
+    def _record(self, before: AgentState | None, event: AgentEvent | None, actions: list[Action]) -> None:
+        step = Transition(before, event, self.state, actions, self.world.now, self.world.now)
+        self.world.checks.recorded(self.journal.observe(step))
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:

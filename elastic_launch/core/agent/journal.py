@@ -311,6 +311,8 @@ def _speaks(state: AgentState | None, assignment: Assignment | None) -> bool:
     end = state.end if state else None
     if end is None:
         return False
+    if end.kind is EndKind.MEMBERSHIP_CHANGED and membership_cause(end) == "cut_off":
+        return False  # the others know better
     if end.kind is EndKind.FAILED or end.gone:
         return end.mine
     return assignment.group_rank == (1 if end.rank == 0 else 0)
