@@ -32,7 +32,7 @@ class EventLog:
     """One events file: a regular file, a named pipe, or a device such as ``/dev/stderr``."""
 
     def __init__(self, path: str, option: str, log: Callable[[str], None]) -> None:
-        """Prepare; the first line opens the file.
+        """Prepare without opening anything.
 
         Args:
             path: path of the file, which is created if it is missing.
@@ -43,16 +43,14 @@ class EventLog:
         self._fd = -1
         self._rest = b""
         """What is left of a line of which only the beginning could be written."""
+        self._may_be_cut_off = True
+        """Whether the file may end within a line: of this object, or of a process whose host or disk failed."""
         self._has_warned = False
 
     def append(self, line: bytes) -> None:
         """Write a line with its line end, or lose it."""
         try:
-            self._open()
-            data = self._rest + line
-            written = os.write(self._fd, data)
-            # A line that has not begun is lost whole, so that the next one can begin in its place.
-            self._rest = data[written:] if written > len(self._rest) else self._rest[written:]
+            self._write(line)
         except OSError as error:
             if error.errno not in _FULL:
                 self.close()
@@ -67,21 +65,28 @@ class EventLog:
             os.close(self._fd)
             self._fd = -1
 
-    def _open(self) -> None:
-        """Open the file unless it is open and still has a name: somebody may have removed or rotated it."""
-        if self._fd >= 0 and os.fstat(self._fd).st_nlink:
-            return
-        self.close()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        self._fd = os.open(self._path, flags, 0o666)
-        self._rest = b"\n" if self._ends_within_a_line() else b""
+    def _write(self, line: bytes) -> None:
+        if self._fd < 0:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._fd = os.open(self._path, flags, 0o666)
+        is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        try:
+            if is_file and self._may_be_cut_off:
+                self._rest = (self._rest or b"\n") if self._is_cut_off() else b""
+            data = self._rest + line
+            written = os.write(self._fd, data)
+            # A line that has not begun is lost whole, so that the next one can begin in its place.
+            self._rest = data[written:] if written > len(self._rest) else self._rest[written:]
+            self._may_be_cut_off = bool(self._rest)
+        finally:
+            # A pipe stays open, because its reader would take closing for the end. An open file would keep an
+            # administrator from unmounting its disk, and a file that was rotated away would get what nobody reads.
+            if is_file:
+                self.close()
 
-    def _ends_within_a_line(self) -> bool:
-        """Whether whoever wrote this file before did not finish, because its host or its disk failed."""
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
-            return False
+    def _is_cut_off(self) -> bool:
         with contextlib.suppress(OSError), open(self._path, "rb", 0) as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                return file.read(1) != b"\n"
         return False
