@@ -98,6 +98,7 @@ def launch_agent(
         preload=config.preload,
         verbosity=config.verbosity,
         events=config.events,
+        hang_native=config.hang_native,
     )
     result = agent.run(config.role)
     if result.is_failed():

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
+from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
@@ -57,6 +58,7 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    progress: ProgressWatch | None
     journal: JournalWriter | None
     log: Callable[[str], None]
     """Writes a line of the life cycle, which the journal has already."""
@@ -82,6 +84,7 @@ class LocalElasticAgent:
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
         events: str | None = None,
+        hang_native: bool = False,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -105,6 +108,7 @@ class LocalElasticAgent:
             verbosity: a ``Level``; lines up to this level are logged.
             events: the file to which events are appended, or a directory; None for the job's directory, if
                 ``logs_specs`` has one.
+            hang_native: whether the report of a hang shows native frames as well, with py-spy.
             log: writes a line for the user.
 
         Raises:
@@ -124,6 +128,7 @@ class LocalElasticAgent:
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._events = events
+        self._hang_native = hang_native
         self._log = log
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
@@ -200,8 +205,22 @@ class LocalElasticAgent:
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease
+        progress = None
+        if workers.memory:
+            progress = ProgressWatch(
+                self._limits.policy,
+                workers.memory,
+                workers.sample_stacks,
+                self._py_spy(),
+                self._rendezvous.ask,
+                self._log_up_to,
+                *((journal.record_first_step, journal.record_stall) if journal else ()),
+            )
+            workers.stalled = progress.stalled
+            watches.append(progress)
         log = workers.log if self._log is log_to_stderr else self._log
-        return _Run(files, workers, watchdog, telemetry, journal, log, [signals, self._rendezvous, *watches])
+        sources = [signals, self._rendezvous, *watches]
+        return _Run(files, workers, watchdog, telemetry, progress, journal, log, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -212,6 +231,7 @@ class LocalElasticAgent:
             run.sources,
             lambda text, level: run.log(text) if level <= self._verbosity else None,
             partial(self._observe, run),
+            run.progress.handle if run.progress else lambda event: [],
             run.journal.record if run.journal else None,
         )
         try:
@@ -228,11 +248,30 @@ class LocalElasticAgent:
     def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
         run.telemetry.observe(event, state)
         _update_group(self._group, state)
+        if run.progress:
+            run.progress.observe(state)
         match event:
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
                 run.watchdog.clear()
+
+    def _py_spy(self) -> str:
+        """Return the path of py-spy if native frames are asked for; empty: none are, or it is not installed."""
+        if not self._hang_native:
+            return ""
+        from elastic_launch.agent.stack_sampler import find_py_spy  # late: few jobs ask for it
+
+        if not (path := find_py_spy(self._environ.get("PATH", ""))):
+            self._log(
+                "--hang-native: py-spy is not installed (pip install py-spy), so only Python frames will be shown"
+            )
+        return path
+
+    def _log_up_to(self, text: str, level: Level) -> None:
+        """Write a line for the user unless its level is above the chosen one."""
+        if level <= self._verbosity:
+            self._log(text)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
@@ -303,6 +342,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     group.state = {
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,
+        AgentPhase.HOLDING: WorkerState.HEALTHY,
+        AgentPhase.DRAINING: WorkerState.HEALTHY,
         AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
     }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:

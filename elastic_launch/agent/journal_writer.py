@@ -35,31 +35,33 @@ class JournalWriter:
             attempt: how often the scheduler has started the job before; an empty text counts as 0.
         """
         self._files = files
-        self._journal = Journal(program, workers, max_restarts, time.monotonic())
+        self._began = time.monotonic()
+        self._journal = Journal(program, workers, max_restarts, self._began)
         self._job = {"job": run_id, "attempt": int(attempt) if is_number(attempt) else 0}
         self._agent = {"host": os.uname().nodename, "pid": os.getpid()}
 
     def record(self, step: Transition) -> None:
         """Write what a step of the life cycle led to."""
         for entry in self._journal.observe(step):
-            self._append(entry, step.time)
+            self._append(entry, step.now, step.time)
 
     def record_line(self, text: str) -> None:
         """Write a log line that is not from the life cycle, such as one of the rendezvous."""
         self._append(self._journal.message(text, None, time.monotonic()))
 
     def record_first_step(self, rank: int, at: float) -> None:
-        """Write that the round's first step on this node was made.
+        """Write that the round's first step on this node was made. Later calls in the same round do nothing.
 
         Args:
             rank: global rank of the worker that made it.
             at: when, on ``time.monotonic``.
         """
-        self._append(self._journal.first_step(rank, at), time.time() - (time.monotonic() - at))
+        for entry in self._journal.first_step(rank, at):
+            self._append(entry, time.monotonic(), time.time())
 
-    def record_stall(self, reason: str, seconds: float, rank: int | None, action: str, of_job: bool) -> None:
-        """Write that the workers make no steps any more; the arguments are those of ``Journal.stall``."""
-        self._append(self._journal.stall(reason, seconds, rank, action, of_job, time.monotonic()))
+    def record_stall(self, reason: str, seconds: float, rank: int | None, action: str) -> None:
+        """Write, for the whole job, that no rank makes steps any more; the arguments are those of ``Journal.stall``."""
+        self._append(self._journal.stall(reason, seconds, rank, action, time.monotonic()))
 
     def record_error(self, text: str, status: int) -> None:
         """Write that the launcher itself failed, with this exit status."""
@@ -79,8 +81,17 @@ class JournalWriter:
         for file in self._files:
             file.close()
 
-    def _append(self, entry: Entry, at: float | None = None) -> None:
-        line = json.dumps(as_json(entry, time.time() if at is None else at, self._job, self._agent))
+    def _append(self, entry: Entry, now: float | None = None, wall: float = 0.0) -> None:
+        """Append an entry.
+
+        Args:
+            entry: the entry.
+            now: a moment on the monotonic clock, by which to find out when ``entry.elapsed`` was; None: now.
+            wall: the same moment, in seconds since 1970.
+        """
+        now, wall = (time.monotonic(), time.time()) if now is None else (now, wall)
+        at = wall - (now - self._began - entry.elapsed)
+        line = json.dumps(as_json(entry, at, self._job, self._agent))
         for file in self._files:
             file.append(line.encode() + b"\n")
 

@@ -19,6 +19,7 @@ from elastic_launch.core.agent.messages import (
     AgentEvent,
     DeadlineReached,
     DumpStacks,
+    Ended,
     Exited,
     Finish,
     GroupReaped,
@@ -27,8 +28,11 @@ from elastic_launch.core.agent.messages import (
     ReapLeftovers,
     RendezvousAction,
     SendSignal,
+    SetStop,
+    Signalled,
     Start,
 )
+from elastic_launch.core.progress.messages import ProgressEvent
 from elastic_launch.job import Assignment, Level
 
 _MAX_POLL = 86400.0
@@ -67,6 +71,7 @@ class AgentLoop:
         sources: Sequence[LoopSource] = (),
         log: Callable[[str, Level], None] = lambda text, level: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
+        watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
         record: Callable[[Transition], None] | None = None,
     ) -> None:
         """Ask the rendezvous for the first round.
@@ -79,6 +84,7 @@ class AgentLoop:
             sources: the other sources of events.
             log: writes a line for the user.
             observe: called with each event and the state after it.
+            watch: handles what the rendezvous has to say of the workers' progress; returns events that follow.
             record: called with each step of the life cycle, once its actions are carried out.
         """
         self._workers = workers
@@ -88,6 +94,7 @@ class AgentLoop:
         self._log = log
         self._observe = observe
         self._record = record
+        self._watch = watch
         self._events: deque[AgentEvent] = deque()
         now, wall = time.monotonic(), time.time()
         self.state, actions = lifecycle.begin(limits)
@@ -119,11 +126,16 @@ class AgentLoop:
         self._events.append(event)
 
     def _step(self, event: AgentEvent) -> Finish | None:
+        if isinstance(event, ProgressEvent):
+            self._events.extend(self._watch(event))
+            return None
         if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
             event = self._workers.with_error(event, self.state.pids)
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
             # Not earlier: only now have all workers stopped writing, or the agent has given up on those that have not.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
+        if isinstance(event, Signalled | Ended | DeadlineReached):
+            event = event._replace(calls=max(self._workers.calls().values(), default=0))
         before, now, wall = self.state, time.monotonic(), time.time()
         self.state, actions = lifecycle.step(before, event, now)
         self._observe(event, self.state)
@@ -143,6 +155,8 @@ class AgentLoop:
                     self._start(assignment)
                 case SendSignal():
                     self._workers.send_signal(*action)
+                case SetStop(hold, stop_at):
+                    self._workers.set_stop(hold, stop_at)
                 case DumpStacks(local_ranks):
                     self._workers.dump_stacks(local_ranks)
                 case ReapLeftovers(kill):

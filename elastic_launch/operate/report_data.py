@@ -193,7 +193,7 @@ class Round:
             agent.at(event) - (number(event, "seconds") or 0.0)
             for agent in self.members
             for event in agent.by_round[self.number]
-            if event["name"] == "failed"
+            if event["name"] == "failed" or (event["name"] == "stalled" and event.get("action") != "report")
         ]
         return min([*failed, *self._times("stopping")], default=None)
 
@@ -235,7 +235,9 @@ class Round:
         return [Lateness(self.number, agent, longest - wait) for agent, wait in waits.items()]
 
 
-MEMBERSHIP = ("node_lost", "node_left", "node_joining", "cut_off")
+MEMBERSHIP = (
+    *("node_lost", "node_left", "node_joining", "node_late", "cut_off", "store_restarted", "membership_changed"),
+)
 """Events that end a round although no worker failed."""
 PARTS = ("detection", "stop", "rendezvous", "start", "first step")
 """What the time between two rounds is spent on."""
@@ -297,6 +299,13 @@ class Attempt:
     def outcome(self) -> str:
         """How it ended, in one word; ``unknown`` if the events break off."""
         return text(self.ended, "outcome") or "unknown"
+
+    @property
+    def goodput(self) -> Event:
+        """The last account of the attempt's time; empty if there is none."""
+        known = [event for event in (*(round_.restarting for round_ in self.rounds), self.ended) if event]
+        accounts = [account for event in known if isinstance(account := event.get("goodput"), dict)]
+        return accounts[-1] if accounts else {}
 
     @cached_property
     def failures(self) -> list[tuple[Event, str]]:
@@ -378,12 +387,12 @@ class Job:
         return sorted(shown, key=lambda it: it[1].at(it[2]))
 
     @property
-    def goodput(self) -> tuple[int, float, float] | None:
-        """Steps, seconds in steps, and age of the job in seconds, all attempts together; None if nobody counted."""
-        accounts = [it for attempt in self.attempts if isinstance(it := (attempt.ended or {}).get("goodput"), dict)]
-        steps = sum(count(account, "steps") for account in accounts)
-        seconds = [sum(number(account, name) or 0.0 for account in accounts) for name in ("in_steps", "elapsed")]
-        return (steps, seconds[0], max(seconds)) if steps else None
+    def goodput(self) -> dict[str, float]:
+        """The account of the job's time, all attempts together, as in the events; empty if nobody counted steps."""
+        accounts = [attempt.goodput for attempt in self.attempts]
+        names = ("steps", "repeated", "in_steps", "startup", "lost", "stalled", "elapsed")
+        total = {name: sum(max(0.0, number(account, name) or 0.0) for account in accounts) for name in names}
+        return total if total["steps"] else {}
 
 
 def _recovery(past: Round, present: Round) -> Recovery | None:

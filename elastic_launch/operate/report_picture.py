@@ -127,7 +127,11 @@ CAUSES = {
     "node_lost": "a node was lost",
     "node_left": "a node left",
     "node_joining": "another node joined",
+    "node_late": "a node came too late for its place",
     "cut_off": "a node was cut off from the store",
+    "store_restarted": "the store was restarted",
+    "membership_changed": "the membership changed",
+    "hang": "the job hung",
     "requeued": "the job was started again",
     "startup": "the job started",
 }

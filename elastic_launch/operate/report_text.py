@@ -69,9 +69,9 @@ def summary(job: Job) -> list[tuple[str, str]]:
     ]
     if len(job.attempts) > 1:
         facts.insert(4, ("Attempts", str(len(job.attempts))))
-    if goodput := job.goodput:
-        steps, in_steps, age = goodput
-        facts.append(("Goodput", f"{steps:,} steps, {percent(in_steps, age)} of {span(age)} in steps"))
+    if made := job.goodput:
+        share = percent(made["in_steps"], made["elapsed"])
+        facts.append(("Goodput", f"{made['steps']:,.0f} steps, {share} of {span(made['elapsed'])} in steps"))
     if why := text(ended, "why") or text(ended, "error"):
         facts.append(("Because", why))
     return facts
@@ -89,6 +89,23 @@ def downtime(job: Job) -> Table:
         for cause, found in job.downtime.items()
     ]
     return Table("Downtime by cause", ("because", "times", "together", "of the job's time"), rows)
+
+
+def goodput(job: Job) -> Table:
+    """Return what the job's time went into, if its steps were counted."""
+    made = job.goodput
+    names = {
+        "in_steps": "steps",
+        "startup": "until the first step",
+        "lost": "restarts",
+        "stalled": "stalls after which the workers went on",
+    }
+    parts = {words: made[name] for name, words in names.items()} if made else {}
+    rest = max(0.0, made["elapsed"] - sum(parts.values())) if made else 0.0
+    rows = [(name, span(value), percent(value, made["elapsed"])) for name, value in parts.items()]
+    rows += [("after the latest step", span(rest), percent(rest, made["elapsed"]))] if made else []
+    note = f"{made['repeated']:,.0f} steps were made again after a restart." if made and made["repeated"] else ""
+    return Table("Goodput", ("time in", "together", "of the job's time"), rows, note)
 
 
 def recoveries(job: Job) -> Table:
@@ -212,4 +229,4 @@ def _where(job: Job, attempt: Attempt) -> str:
 
 def tables(job: Job) -> Sequence[Table]:
     """Return the tables that both formats have, in order, without empty ones."""
-    return [table for table in (downtime(job), recoveries(job), latest_to_join(job)) if table.rows]
+    return [table for table in (goodput(job), downtime(job), recoveries(job), latest_to_join(job)) if table.rows]

@@ -20,8 +20,10 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from elastic_launch.core.agent import messages
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
+from elastic_launch.rendezvous.single_node import judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
 
 CLOSE_TIMEOUT = 2.0
@@ -56,7 +58,10 @@ class ThirdPartyRendezvous:
         return str(self._tasks.handler.get_run_id())
 
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
-        """Hand an action to the thread. Only ``ReportFailure`` is answered at once."""
+        """Hand an action to the thread. ``ReportFailure``, ``RequestStop`` and stalls are answered at once.
+
+        The interface has no place for questions to the other nodes, so each node judges its own workers.
+        """
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
@@ -73,6 +78,10 @@ class ThirdPartyRendezvous:
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
+            case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+                return judge_alone(action)
+            case messages.RequestStop():
+                return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
             case messages.Leave(signum, error, status):
                 host = self._tasks.node.host
                 reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from elastic_launch import errors
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.text import counted
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.job import Change, Decision, End, EndKind
 from elastic_launch.rendezvous.handler import RendezvousHandler
 from elastic_launch.rendezvous.third_party_round import Outcome, ThirdPartyRound, form_round
 
@@ -119,7 +120,12 @@ class HandlerTasks:
         waiting = self.handler.num_nodes_waiting()
         if waiting <= 0:
             return None
-        end = End(EndKind.MEMBERSHIP_CHANGED, f"{counted(waiting, 'more node')} can join", self.node.node)
+        end = End(
+            EndKind.MEMBERSHIP_CHANGED,
+            f"{counted(waiting, 'more node')} can join",
+            self.node.node,
+            change=Change.NODE_JOINING,
+        )
         return current.write_outcome(Outcome(end, Decision(True, current.restart_history())))
 
     def report_round(self, end: End | None, decision: Decision) -> None:
@@ -137,7 +143,11 @@ class HandlerTasks:
                 outcome = own  # the store is lost: the failure that is known explains more, and a new round will show
             if outcome is not own:
                 consequences = () if outcome.decision.restart else decision.failures
-                decision = outcome.decision._replace(failures=(*outcome.decision.failures, *consequences))
+                history = outcome.decision.restart_history
+                made = furthest(history.goodput, decision.restart_history.goodput)
+                decision = outcome.decision._replace(
+                    failures=(*outcome.decision.failures, *consequences), restart_history=history._replace(goodput=made)
+                )
         self.decision, self.decided_at = decision, time.monotonic()
         self.report(Decided(decision))
 
@@ -179,7 +189,8 @@ class HandlerTasks:
         if self.round and self.round.size > 1:
             kind = EndKind.ERROR if status else EndKind.MEMBERSHIP_CHANGED
             rank = -1 if status else self.round.assignment.group_rank
-            end = End(kind, reason, self.node.node, status=status, rank=rank)
+            change = Change.NONE if status else Change.NODE_LEFT
+            end = End(kind, reason, self.node.node, status=status, rank=rank, change=change)
             error = reason if status else ""
             decision = Decision(not status, self.round.restart_history(), error=error, status=status)
             with contextlib.suppress(Exception):  # if the store is lost, the others will notice

@@ -10,24 +10,47 @@ import pytest
 
 from elastic_launch.agent.journal_writer import JournalWriter, as_json
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.journal import MAX_CAUSE, MAX_CONSEQUENCE, MAX_FAILURES, Entry, Journal, failure_facts
+from elastic_launch.core.agent.journal import (
+    MAX_CAUSE,
+    MAX_CONSEQUENCE,
+    MAX_FAILURES,
+    UNKNOWN,
+    Entry,
+    Journal,
+    failure_facts,
+)
 from elastic_launch.core.agent.lifecycle import AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
     Assigned,
+    DeadlineReached,
     Decided,
     Ended,
     Exited,
     GroupReaped,
+    Hung,
     LeaseExpired,
     Limits,
     Signalled,
     Started,
+    StopAgreed,
 )
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, EndKind, Level, Policy, RestartHistory
+from elastic_launch.job import (
+    Assignment,
+    Change,
+    Decision,
+    End,
+    EndKind,
+    Goodput,
+    Level,
+    LostTime,
+    Policy,
+    RestartHistory,
+)
 from tests.support import event_lines
 
 ASSIGNMENT = Assignment(1, 3, 2, 6, 2, 2, 6, "127.0.0.1", 29500, "host-b", port_picked=True)
@@ -36,7 +59,9 @@ PIDS = {0: 100, 1: 101}
 BOOM = Evidence(ErrorRecord("ValueError: boom", "Traceback", 1049.5, "error.json"))
 FAILURE = ProcessFailure(0, 100, 1, error="ValueError: boom", message="Traceback", timestamp=1049.5, rank=2, host="b")
 FAILED = End(EndKind.FAILED, "rank 2 failed", failures=(FAILURE,))
-LOST = End(EndKind.MEMBERSHIP_CHANGED, "no heartbeat from host-c for 15 s", gone=("host-c-7-ab",))
+LOST = End(
+    EndKind.MEMBERSHIP_CHANGED, "no heartbeat from host-c for 15 s", gone=("host-c-7-ab",), change=Change.NODE_LOST
+)
 AGAIN = Decision(True, RestartHistory(used=1), (FAILURE,))
 
 
@@ -138,9 +163,11 @@ def test_every_log_line_is_the_text_of_one_event() -> None:
     ("end", "cause"),
     [
         (LOST, "node_lost"),
-        (End(EndKind.MEMBERSHIP_CHANGED, "host-c is leaving (SIGTERM)", rank=2), "node_left"),
-        (End(EndKind.MEMBERSHIP_CHANGED, "1 more node can join"), "node_joining"),
-        (End(EndKind.MEMBERSHIP_CHANGED, "the store has not answered for 9 s", mine=True), "cut_off"),
+        (End(EndKind.MEMBERSHIP_CHANGED, "host-c is leaving (SIGTERM)", rank=2, change=Change.NODE_LEFT), "node_left"),
+        (End(EndKind.MEMBERSHIP_CHANGED, "1 more node can join", change=Change.NODE_JOINING), "node_joining"),
+        (End(EndKind.MEMBERSHIP_CHANGED, "no answer for 9 s", change=Change.CUT_OFF, mine=True), "cut_off"),
+        (End(EndKind.MEMBERSHIP_CHANGED, "the store was restarted", change=Change.STORE_RESTARTED), "store_restarted"),
+        (End(EndKind.MEMBERSHIP_CHANGED, "something new"), "membership_changed"),
     ],
 )
 def test_each_change_of_membership_has_its_event_and_is_a_cause(end: End, cause: str) -> None:
@@ -202,15 +229,65 @@ def test_a_job_that_ends_before_the_node_has_a_place() -> None:
 
 def test_seams_for_progress() -> None:
     agent = Agent().running()
-    first = agent.journal.first_step(2, agent.now + 2)
-    assert (first.name, first.facts) == ("first_step", {"rank": 2, "seconds": 2.0})
-    stall = agent.journal.stall("rank 3 is not in the all_reduce", 61.25, 3, "report", True, agent.now + 70)
+    [first] = agent.journal.first_step(2, agent.now + 2)
+    assert (first.name, first.facts, first.elapsed) == ("first_step", {"rank": 2, "seconds": 2.0}, 4.0)
+    assert agent.journal.first_step(3, agent.now + 3) == []
+    stall = agent.journal.stall("rank 3 is not in the all_reduce", 61.25, 3, "report", agent.now + 70)
     assert (stall.name, stall.of_job, stall.elapsed) == ("stalled", True, 72.0)
     for entry in (first, stall, agent.journal.error("store lost", 69, agent.now), agent.journal.message("x", None, 0)):
         event_lines.check(json.loads(json.dumps(as_json(entry, 1.0, {"job": "j", "attempt": 0}, AGENT))))
 
 
 AGENT: dict[str, Any] = {"host": "host-b", "pid": 7}
+
+
+def test_a_first_step_that_nobody_has_seen_is_written_when_the_round_is_over() -> None:
+    agent = Agent().running()
+    agent(Ended(LOST, 0.0), exited(0, -15, (15,)), exited(1, -15, (15,)))
+    first, stopped = agent(GroupReaped({}, progress=RoundProgress(7, first=52.5, last=52.9)))
+    assert (first.name, first.elapsed, first.facts) == ("first_step", 2.5, {"rank": None, "seconds": 0.5})
+    assert (stopped.name, stopped.elapsed) == ("stopped", 6.0)
+
+
+def test_a_hang_is_a_failure_of_the_rank_that_is_blamed_and_a_cause() -> None:
+    agent = Agent(ALONE).running()
+    failed, stopping = agent(Hung(1, "is stopped by a signal", "the stacks", 1053.0))
+    assert (failed.name, failed.facts["rank"], failed.facts["how"]) == ("failed", 1, "hang")
+    assert (stopping.name, stopping.facts["cause"]) == ("stopping", "hang")
+    assert agent.state.hang
+    end = FAILED._replace(mine=True, failures=(agent.state.hang,))
+    agent(Ended(end, 0.0), exited(0, -15, (15,)), exited(1, -15, (15,)), GroupReaped({}))
+    entry = agent(Decided(Decision(True, RestartHistory(used=1), (agent.state.hang,))))[0]
+    assert (entry.facts["cause"], entry.facts["failures"][0]["traceback"]) == ("hang", "the stacks")
+
+
+def test_workers_that_stop_at_the_same_step_are_stopped_once() -> None:
+    agent = Agent(ALONE).running()
+    signalled, stopping = agent(Signalled(15, 1053.0, calls=4))
+    assert (signalled.name, stopping.name, stopping.facts["cause"]) == ("signalled", "stopping", "signalled")
+    agent(Ended(End(EndKind.STOP, "stopping", signum=15, same_step=True, mine=True), 0.0), DeadlineReached(calls=4))
+    [agreed] = agent(StopAgreed(5))
+    assert (agreed.name, agreed.facts, agreed.level) == ("stop_agreed", {"stop_at": 5}, Level.INFO)
+    assert agent(exited(0)) == agent(exited(1)) == []
+    assert names(agent(GroupReaped({}))) == ["stopped", "ended"]
+
+
+def test_the_account_of_the_time_goes_with_the_end() -> None:
+    agent = Agent(ALONE).running()
+    made = Goodput(120, 60.0, 2.0, 1, LostTime(1, 2, 3, 4), 5.0, 7, since=LostTime(0.5))
+    agent(exited(0), exited(1), GroupReaped({}), Ended(End(EndKind.DONE, ""), 0.0))
+    entry = agent(Decided(Decision(False, RestartHistory(goodput=made))))[0]
+    account = {
+        "steps": 120,
+        "repeated": 7,
+        "in_steps": 60.0,
+        "startup": 2.0,
+        "stalled": 5.0,
+        "lost": 10.0,
+        "elapsed": 77.5,
+    }
+    assert entry.facts["goodput"] == account
+    event_lines.check(json.loads(json.dumps(as_json(entry, 1.0, {"job": "j", "attempt": 0}, AGENT))))
 
 
 def test_everything_that_is_written_is_on_the_page() -> None:
@@ -240,11 +317,12 @@ def test_the_check_against_the_page_finds_what_is_wrong() -> None:
 
 
 def test_the_page_names_the_causes_that_there_are() -> None:
+    """Those of restarts: failures, and the changes of membership."""
     [row] = [line for line in event_lines.PAGE.read_text().splitlines() if line.startswith("| `cause`")]
     _, restarts = row.split("for `restarting`")
-    assert set(re.findall(r"`(\w+)`", restarts)) == {
-        "failed", "port_taken", "node_lost", "node_left", "node_joining", "cut_off"
-    }  # fmt: skip
+    changes = {change.value for change in Change if change}
+    assert set(re.findall(r"`(\w+)`", restarts)) == {"failed", "hang", "port_taken", UNKNOWN, *changes}
+    assert {UNKNOWN, *changes} <= event_lines.EVENTS.keys()
 
 
 def test_the_size_of_an_event_is_bounded() -> None:
@@ -278,8 +356,8 @@ def test_an_attempt_is_what_the_scheduler_counts(text: str, attempt: int) -> Non
     writer = JournalWriter([file], "job", "train.py", 2, 3, text)
     writer.record_line("store lost: \udcff")
     writer.record_error("no store", 69)
-    writer.record_stall("nobody advances", 60.0, None, "report", False)
-    writer.record_first_step(0, writer._journal._began + 2)
+    writer.record_stall("nobody advances", 60.0, None, "report")
+    writer.record_first_step(0, 1.0)  # the node has no place in a round
     for event in file.events():
         event_lines.check(event)
         assert (event["job"], event["attempt"]) == ("job", attempt)

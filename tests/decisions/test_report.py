@@ -201,11 +201,27 @@ def test_jobs_are_reported_one_by_one() -> None:
 
 def test_goodput_of_all_attempts() -> None:
     job = requeued(0, 1)
-    assert job.goodput is None
+    assert job.goodput == {}
     for attempt, steps in zip(job.attempts, (100, 50), strict=True):
         assert attempt.ended
-        attempt.ended["goodput"] = {"steps": steps, "in_steps": 30.0, "elapsed": 40.0}
+        attempt.ended["goodput"] = {"steps": steps, "in_steps": 30.0, "startup": 4.0, "elapsed": 40.0}
     assert ("Goodput", "150 steps, 75.0 % of 1 min 20 s in steps") in report_text.summary(job)
+    assert report_text.goodput(job).rows == [
+        ("steps", "1 min", "75.0 %"),
+        ("until the first step", "8.0 s", "10.0 %"),
+        ("restarts", "0.0 s", "0.0 %"),
+        ("stalls after which the workers went on", "0.0 s", "0.0 %"),
+        ("after the latest step", "12 s", "15.0 %"),
+    ]
+
+
+def test_a_hang_is_detected_from_the_latest_step_on() -> None:
+    node = Node("a").join(0, 10, 0)
+    node(50, "stalled", job=True, reason="rank 1 is stopped", seconds=30.0, rank=1, action="restart")
+    node.restart(51, 55, "hang", failures=[FAILURE]).join(55, 60, 1).succeed(100)
+    assert of(node).recoveries[1].parts == (31, 4, 5, 1, None)
+    node.events[3]["action"] = "report"
+    assert of(node).recoveries[1].parts == (0, 4, 5, 1, None)
 
 
 def test_what_is_missing_is_said() -> None:

@@ -231,3 +231,30 @@ mark("up")
     assert job.run("--events", "e.jsonl", job.script(text)).returncode == 0
     assert "0.0 up" in job.marks()
     assert not [mark for mark in job.marks() if "e.jsonl" in mark]
+
+
+HANG = """
+from elastic_launch.worker import progress
+for step in range(30):
+    progress(step)
+    time.sleep(0.01)
+if restart == 0: wait()
+"""
+
+
+def test_steps_a_hang_and_the_account_of_the_time_are_in_the_events(job: Job) -> None:
+    words = ["--max-restarts", "1", "--hang-timeout", "1", "--hang-action", "restart", "--events", "e.jsonl"]
+    done = job.run(*TWO, *words, job.script(HANG))
+    assert done.returncode == 0
+    events = events_in(job.path / "e.jsonl")
+    in_order = sorted(events, key=lambda event: event["elapsed"])
+    hang = ["joined", "formed", "started", "first_step", "stalled", "failed", "stopping", "stopped", "restarting"]
+    assert names(in_order) == [*hang, "joined", "re_formed", "started", "first_step", "succeeded", "stopped", "ended"]
+    by_name = {event["name"]: event for event in events}
+    assert (by_name["stalled"]["action"], by_name["stalled"]["scope"]) == ("restart", "job")
+    assert by_name["stalled"]["seconds"] >= 1
+    assert by_name["restarting"]["cause"] == by_name["stopping"]["cause"] == "hang"
+    made = by_name["ended"]["goodput"]
+    assert (made["steps"], made["repeated"]) == (60, 30)
+    assert made["lost"] >= by_name["stalled"]["seconds"] - 0.1
+    assert abs(by_name["first_step"]["time"] - by_name["started"]["time"]) < 60

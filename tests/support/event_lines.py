@@ -23,24 +23,23 @@ def _names(cell: str) -> list[str]:
     return re.findall(r"`(\w+)`", cell)
 
 
-def _tables() -> tuple[dict[str, list[str]], dict[str, str], dict[str, str]]:
-    """Return the fields of each event, the type of each field, and the types of a failure's own fields."""
+def _tables() -> tuple[dict[str, list[str]], dict[str, str], dict[str, str], dict[str, str]]:
+    """Return the fields of each event, the type of each field, a failure's own fields, and those of a goodput."""
     events, fields = PAGE.read_text().split("## The events\n")[1].split("## The fields\n")
     common, *rows = _rows(events)[1:]
     common_fields = _names(common[3])
     kinds = {_names(name)[0]: [*common_fields, *_names(cell)] for name, _, _, cell in rows}
-    first, second = fields.split("A *failure*")
-    types = {_names(row[0])[0]: row[1] for row in _rows(first)[1:]}
-    own = {_names(row[0])[0]: row[1] for row in _rows(second)[1:]}
-    return kinds, types, own
+    sections = re.split(r"^A \*", fields, flags=re.MULTILINE)
+    types, failure, goodput = ({_names(row[0])[0]: row[1] for row in _rows(section)[1:]} for section in sections)
+    return kinds, types, failure, goodput
 
 
-EVENTS, TYPES, _OF_FAILURE = _tables()
+EVENTS, TYPES, _OF_FAILURE, GOODPUT_TYPES = _tables()
 FAILURE_TYPES = {name: TYPES[name] for name in FAILURE} | _OF_FAILURE
 
 
-def _is_failure(value: Any) -> bool:
-    return isinstance(value, dict) and not problems_of(value, list(FAILURE_TYPES), FAILURE_TYPES)
+def _is_object(types: dict[str, str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and not problems_of(value, list(types), types)
 
 
 _IS: dict[str, Callable[[Any], bool]] = {
@@ -48,7 +47,8 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
     "null": lambda value: value is None,
-    "failure": _is_failure,
+    "failure": _is_object(FAILURE_TYPES),
+    "goodput": _is_object(GOODPUT_TYPES),
 }
 
 

@@ -19,17 +19,21 @@ from elastic_launch.core.agent.messages import (
     Exited,
     Finish,
     GroupReaped,
+    Hung,
     LeaseExpired,
     Log,
     ReapLeftovers,
     RequestJoin,
     Signalled,
     Started,
+    StopAgreed,
 )
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure, signal_name
-from elastic_launch.job import Assignment, Decision, End, EndKind, Level
+from elastic_launch.job import Assignment, Change, Decision, EndKind, Goodput, Level
 
+UNKNOWN = "membership_changed"
+"""Name of the event, and the cause, if a node that does not know them ended the round."""
 MAX_FAILURES = 64
 """Failures of one entry. A job with more of them has lost its network or its file system."""
 FAILED = ("rank", "local_rank", "worker_pid", "exitcode", "how", "failed_at", "error")
@@ -64,6 +68,8 @@ class Found(NamedTuple):
     name: str
     facts: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
     of_job: bool = False
+    at: float | None = None
+    """When it happened, on the monotonic clock; None: in this step."""
 
 
 class Journal:
@@ -86,6 +92,8 @@ class Journal:
         self._began = now
         self._latest: dict[str, float] = {}
         """When the latest event of each name happened."""
+        self._first_step_in = -1
+        """The latest round whose first step is written."""
 
     def observe(self, step: Transition) -> list[Entry]:
         """Return the entries that a step leads to, the one with the step's first log line first."""
@@ -100,28 +108,35 @@ class Journal:
         """Return the entry of a log line that belongs to no other event; ``level`` is None if it is not known."""
         return self._entry(Found("message"), now)._replace(text=text, level=level)
 
-    def first_step(self, rank: int, now: float) -> Entry:
-        """Return the entry of a round's first step on this node.
+    def first_step(self, rank: int | None, at: float) -> list[Entry]:
+        """Return the entry of a round's first step on this node, unless it is written already.
 
         Args:
-            rank: global rank of the worker that made it first.
-            now: when it was made.
+            rank: global rank of the worker that made it first; None if that is not known.
+            at: when it was made.
         """
-        return self._entry(Found("first_step", {"rank": rank, "seconds": self.since("started", now)}), now)
+        return [self._entry(found, at) for found in self.found_first_step(rank, at)]
 
-    def stall(self, reason: str, seconds: float, rank: int | None, action: str, of_job: bool, now: float) -> Entry:
-        """Return the entry of a stall.
+    def found_first_step(self, rank: int | None, at: float) -> list[Found]:
+        """Return the event that ``first_step`` returns the entry of."""
+        if self.assignment is None or self._first_step_in == self.assignment.restart_count:
+            return []
+        self._first_step_in = self.assignment.restart_count
+        seconds = None if (began := self._latest.get("started")) is None else max(0.0, round(at - began, 6))
+        return [Found("first_step", {"rank": rank, "seconds": seconds}, at=at)]
+
+    def stall(self, reason: str, seconds: float, rank: int | None, action: str, now: float) -> Entry:
+        """Return the entry of a stall of the job, which one node has judged.
 
         Args:
             reason: what was found, in one line.
             seconds: seconds since the latest step of any worker.
             rank: global rank of the worker that is the likely culprit; None if there is none.
             action: what follows: report, restart or stop.
-            of_job: whether this node speaks for the job.
             now: when it was found.
         """
         facts = {"reason": reason, "seconds": round(seconds, 6), "rank": rank, "action": action}
-        return self._entry(Found("stalled", facts, of_job), now)
+        return self._entry(Found("stalled", facts, of_job=True), now)
 
     def error(self, text: str, status: int, now: float) -> Entry:
         """Return the entry of an agent that ends because the launcher itself failed, with that exit status."""
@@ -132,11 +147,13 @@ class Journal:
         return round(now - self._latest[name], 6) if name in self._latest else None
 
     def _entry(self, found: Found, now: float) -> Entry:
+        now = now if found.at is None else found.at
         self._latest[found.name] = now
         rank, number = (None, None)
         if self.assignment:
             rank, number = self.assignment.group_rank, self.assignment.restart_count
-        return Entry(*found, elapsed=round(now - self._began, 6), group_rank=rank, round=number)
+        elapsed = round(now - self._began, 6)
+        return Entry(found.name, found.facts, found.of_job, elapsed, rank, number)
 
 
 def _events(journal: Journal, step: Transition) -> Iterator[Found]:
@@ -191,6 +208,17 @@ def _exited(journal: Journal, step: Transition, event: Exited) -> Iterable[Found
     return [Found("failed", {**facts, "seconds": _ago(failure.timestamp, step)})]
 
 
+def _hung(journal: Journal, step: Transition, event: Hung) -> Iterable[Found]:
+    if (hang := step.after.hang) is None:
+        return []
+    facts = {name: value for name, value in failure_facts(hang, 0).items() if name in FAILED}
+    return [Found("failed", {**facts, "seconds": _ago(hang.timestamp, step)})]
+
+
+def _stop_agreed(journal: Journal, step: Transition, event: StopAgreed) -> Iterable[Found]:
+    return [Found("stop_agreed", {"stop_at": event.stop_at})]
+
+
 def _signalled(journal: Journal, step: Transition, event: Signalled) -> Iterable[Found]:
     return [Found("signalled", {"signal": signal_name(event.signum)})]
 
@@ -203,7 +231,7 @@ def _ended(journal: Journal, step: Transition, event: Ended) -> Iterable[Found]:
     if event.end.kind is not EndKind.MEMBERSHIP_CHANGED:
         return []
     facts = {"reason": event.end.reason, "lost": list(event.end.gone)}
-    return [Found(membership_cause(event.end), facts, _speaks(step.after, journal.assignment))]
+    return [Found(event.end.change or UNKNOWN, facts, _speaks(step.after, journal.assignment))]
 
 
 def _decided(journal: Journal, step: Transition, event: Decided) -> Iterable[Found]:
@@ -217,6 +245,7 @@ def _decided(journal: Journal, step: Transition, event: Decided) -> Iterable[Fou
         "pause": decision.pause,
         "lost": list(decision.gone),
         "failures": _failures(decision.failures),
+        "goodput": _goodput(decision.restart_history.goodput),
     }
     return [Found("restarting", facts, _speaks(before, journal.assignment))]
 
@@ -226,15 +255,17 @@ def _phase_changed(journal: Journal, step: Transition) -> Iterable[Found]:
     before, after = step.before, step.after
     if before is None or before.phase is after.phase:
         return []
-    if after.phase is AgentPhase.STOPPING:
+    if after.phase in (AgentPhase.HOLDING, AgentPhase.STOPPING) and before.phase is AgentPhase.RUNNING:
         if isinstance(step.event, Exited) and not after.running and not after.has_failed:
             return [Found("succeeded", {"seconds": journal.since("started", step.now)})]
         cause, seconds = _stop_cause(step)
         return [Found("stopping", {"cause": cause, "workers": len(after.running), "seconds": seconds})]
     if before.phase is AgentPhase.STOPPING:
         leftovers = list(step.event.leftovers) if isinstance(step.event, GroupReaped) else []
+        first = after.progress.first if after.progress and after.progress.steps else 0.0
+        late = journal.found_first_step(None, first) if first else []
         times = [since for name in ("stopping", "succeeded") if (since := journal.since(name, step.now)) is not None]
-        return [Found("stopped", {"seconds": min(times, default=None), "leftovers": leftovers})]
+        return [*late, Found("stopped", {"seconds": min(times, default=None), "leftovers": leftovers})]
     return []
 
 
@@ -243,28 +274,23 @@ _BY_EVENT: dict[type, Callable[[Journal, Transition, Any], Iterable[Found]]] = {
     Started: _started,
     Exited: _exited,
     Signalled: _signalled,
+    Hung: _hung,
+    StopAgreed: _stop_agreed,
     LeaseExpired: _lease_expired,
     Ended: _ended,
     Decided: _decided,
 }
 
 
-def membership_cause(end: End) -> str:
-    """Return which change of membership ended a round: the name of its event."""
-    if end.gone:
-        return "node_lost"
-    if end.rank >= 0:
-        return "node_left"
-    return "cut_off" if end.mine else "node_joining"
-
-
 def _restart_cause(before: AgentState, decision: Decision) -> str:
     history = before.assignment.restart_history if before.assignment else decision.restart_history
     if decision.failures:
+        if decision.failures[0].is_hang:
+            return "hang"
         return "port_taken" if decision.restart_history.uncharged > history.uncharged else "failed"
     if decision.gone:
-        return "node_lost"
-    return membership_cause(before.end) if before.end else "node_joining"
+        return Change.NODE_LOST
+    return (before.end.change if before.end else "") or UNKNOWN
 
 
 def _stop_cause(step: Transition) -> tuple[str, float | None]:
@@ -275,10 +301,12 @@ def _stop_cause(step: Transition) -> tuple[str, float | None]:
             return "failed", _ago(failed_at, step)
         case Signalled():
             return "signalled", None
+        case Hung():
+            return "hang", None
         case LeaseExpired():
             return "lease_expired", None
         case Ended(end) if end.kind is EndKind.MEMBERSHIP_CHANGED:
-            return membership_cause(end), None
+            return end.change or UNKNOWN, None
         case Ended(end):
             return end.kind.value, None
     return "signalled" if step.after.signum is not None else "failed", None
@@ -311,9 +339,9 @@ def _speaks(state: AgentState | None, assignment: Assignment | None) -> bool:
     end = state.end if state else None
     if end is None:
         return False
-    if end.kind is EndKind.MEMBERSHIP_CHANGED and membership_cause(end) == "cut_off":
+    if end.change is Change.CUT_OFF:
         return False  # the others know better
-    if end.kind is EndKind.FAILED or end.gone:
+    if end.kind is EndKind.FAILED or end.change is Change.NODE_LOST:
         return end.mine
     return assignment.group_rank == (1 if end.rank == 0 else 0)
 
@@ -328,6 +356,21 @@ def _end_facts(journal: Journal, finish: Finish, outcome: str) -> dict[str, Any]
         "why": finish.why,
         "restarts": max(used, finish.restarts),
         "failures": _failures(finish.failures),
+        "goodput": _goodput(finish.goodput),
+    }
+
+
+def _goodput(goodput: Goodput) -> dict[str, Any] | None:
+    """Return the account of the job's time; None if no step was counted."""
+    if not goodput.steps:
+        return None
+    lost, parts = sum(goodput.lost), ("in_steps", "startup", "stalled")
+    return {
+        "steps": goodput.steps,
+        "repeated": goodput.repeated,
+        **{name: round(getattr(goodput, name), 3) for name in parts},
+        "lost": round(lost, 3),
+        "elapsed": round(goodput.elapsed, 3),
     }
 
 
