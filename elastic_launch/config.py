@@ -225,6 +225,9 @@ class LaunchConfig:
     """Whether the report of a hang shows native frames as well, if py-spy is installed."""
     verbosity: int = Level.INFO
     """The least important messages that are shown: 0 warnings, 1 events of the job, 2 events of each node."""
+    events: str | None = None
+    """File to which the events of the job are appended, or a directory for it; None for none but that in the log
+    directory."""
 
     @property
     def policy(self) -> Policy:

@@ -189,6 +189,24 @@ class EndKind(StrEnum):
     """The nodes cannot work together, or did not meet in time."""
 
 
+class Change(StrEnum):
+    """What changed the membership, if that ended a round. The values are names of events."""
+
+    NONE = ""
+    NODE_LOST = "node_lost"
+    """Nodes sent no heartbeat any more."""
+    NODE_LEFT = "node_left"
+    """A node left in good order."""
+    NODE_JOINING = "node_joining"
+    """Nodes that had no place in the round can join another one."""
+    NODE_LATE = "node_late"
+    """A node slept while it got its place in the round."""
+    CUT_OFF = "cut_off"
+    """This node got no answer from the store. The others will find another change."""
+    STORE_RESTARTED = "store_restarted"
+    """The store has forgotten everything."""
+
+
 class End(NamedTuple):
     """The first reason to end a round. All nodes act on the same one."""
 
@@ -209,6 +227,8 @@ class End(NamedTuple):
     """Group rank of the node that leaves; -1 if none does."""
     same_step: bool = False
     """Whether the workers, some of which call ``should_stop()``, are to stop at a step that the nodes agree on."""
+    change: Change = Change.NONE
+    """What changed, for ``MEMBERSHIP_CHANGED``."""
     mine: bool = False
     """Whether this node ended the round."""
 

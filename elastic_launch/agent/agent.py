@@ -38,10 +38,12 @@ from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.parsing import parse_port, parse_signals, read_flag
 from elastic_launch.rendezvous.factory import adapt
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
+    from elastic_launch.agent.journal_writer import JournalWriter
     from elastic_launch.agent.live_line import LiveLine
     from elastic_launch.core.rendezvous.progress import Waiting
     from elastic_launch.workers.watchdog import Watchdog
@@ -76,6 +78,9 @@ class _Run(NamedTuple):
     telemetry: Telemetry
     progress: ProgressWatch | None
     live_line: LiveLine | None
+    journal: JournalWriter | None
+    log: Callable[[str], None]
+    """Writes a line of the life cycle, which the journal has already."""
     sources: list[LoopSource]
 
 
@@ -97,6 +102,7 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
+        events: str | None = None,
         hang_native: bool = False,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
@@ -119,6 +125,8 @@ class LocalElasticAgent:
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
+            events: the file to which events are appended, or a directory; None for the job's directory, if
+                ``logs_specs`` has one.
             hang_native: whether the report of a hang shows native frames as well, with py-spy.
             log: writes a line for the user.
 
@@ -138,6 +146,7 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
+        self._events = events
         self._hang_native = hang_native
         self._log = log
         self._warn = in_colour(log, YELLOW)
@@ -210,7 +219,8 @@ class LocalElasticAgent:
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
         workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno())))
-        stack.enter_context(log_through(workers.log))
+        journal = self._journal(files, stack)
+        stack.enter_context(log_through(journal.writing_lines(workers.log) if journal else workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._warn)
@@ -224,12 +234,14 @@ class LocalElasticAgent:
                 self._py_spy(),
                 self._rendezvous.ask,
                 lambda text, level: self._show(Log(text, level)),
+                *((journal.record_first_step, journal.record_stall) if journal else ()),
             )
             workers.stalled = progress.stalled
             watches.append(progress)
         live_line = self._live_line(workers, stack)
+        log = workers.log if self._log is log_to_stderr else self._log
         sources = [signals, self._rendezvous, *watches, *([live_line] if live_line else [])]
-        return _Run(files, workers, watchdog, telemetry, progress, live_line, sources)
+        return _Run(files, workers, watchdog, telemetry, progress, live_line, journal, log, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -238,16 +250,19 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            self._show,
+            lambda line: self._show(line, run.log),
             partial(self._observe, run),
             run.progress.handle if run.progress else lambda event: [],
+            run.journal.record if run.journal else None,
         )
         try:
             return cast(Finish, loop.run()), loop.state
         except Exception as error:
+            status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
             run.telemetry.fail(str(error))
+            if run.journal:
+                run.journal.record_error(str(error) or type(error).__name__, status)
             with suppress(LaunchError):  # the rendezvous may be what failed
-                status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
                 self._rendezvous.ask(Leave(error=str(error) or type(error).__name__, status=status))
             raise
 
@@ -277,10 +292,10 @@ class LocalElasticAgent:
             )
         return path
 
-    def _show(self, line: Log) -> None:
-        """Write a line for the user unless its level is above the chosen one."""
+    def _show(self, line: Log, to: Callable[[str], None] | None = None) -> None:
+        """Write a line for the user unless its level is above the chosen one; ``to`` as for ``log_line``."""
         if line.level <= self._verbosity:
-            log_line(line, self._log)
+            log_line(line, self._log, to)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
@@ -306,6 +321,26 @@ class LocalElasticAgent:
         from elastic_launch.agent.live_line import LiveLine  # late: few jobs need it
 
         return stack.enter_context(closing(LiveLine(waiting, workers.redraw, workers.undraw)))
+
+    def _journal(self, files: JobFiles, stack: ExitStack) -> JournalWriter | None:
+        """Prepare the events files, if the user has chosen a place for events or for logs."""
+        paths = {"--events": self._events, "--log-dir": files.chosen}
+        if not any(paths.values()):
+            return None
+        from elastic_launch.agent.journal_writer import ATTEMPT, JournalWriter  # late: 3 ms
+        from elastic_launch.logs.event_log import EventLog, path_in
+
+        host = "" if isinstance(self._rendezvous, SingleNodeRendezvous) else os.uname().nodename
+        logs = [
+            EventLog(path_in(path, host) if os.path.isdir(path) else path, f"{option}={path}", self._log)
+            for option, path in paths.items()
+            if path
+        ]
+        spec, run_id = self._spec, self._options.run_id
+        attempt = self._environ.get(ATTEMPT, "")
+        max_restarts = self._limits.policy.max_restarts
+        writer = JournalWriter(logs, run_id, self.name, spec.local_world_size, max_restarts, attempt)
+        return stack.enter_context(closing(writer))
 
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[LoopSource]]:
         """Start the watchdog of the workers and the health server, if the environment asks for them."""

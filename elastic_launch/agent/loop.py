@@ -13,7 +13,7 @@ from typing import Protocol
 
 from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import AgentState
+from elastic_launch.core.agent.lifecycle import AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
@@ -72,6 +72,7 @@ class AgentLoop:
         log: Callable[[Log], None] = lambda line: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
         watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
+        record: Callable[[Transition], None] | None = None,
     ) -> None:
         """Ask the rendezvous for the first round.
 
@@ -84,6 +85,7 @@ class AgentLoop:
             log: writes a line for the user.
             observe: called with each event and the state after it.
             watch: handles what the rendezvous has to say of the workers' progress; returns events that follow.
+            record: called with each step of the life cycle, once its actions are carried out.
         """
         self._workers = workers
         self._start = start
@@ -91,10 +93,12 @@ class AgentLoop:
         self._sources: list[LoopSource] = [workers, *sources]
         self._log = log
         self._observe = observe
+        self._record = record
         self._watch = watch
         self._events: deque[AgentEvent] = deque()
+        now, wall = time.monotonic(), time.time()
         self.state, actions = lifecycle.begin(limits)
-        self.finish = self._carry_out(actions)
+        self.finish = self._finish_step(Transition(None, None, self.state, actions, now, wall))
 
     def run(
         self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False
@@ -132,9 +136,17 @@ class AgentLoop:
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
         if isinstance(event, Signalled | Ended | DeadlineReached):
             event = event._replace(calls=max(self._workers.calls().values(), default=0))
-        self.state, actions = lifecycle.step(self.state, event, time.monotonic())
+        before, now, wall = self.state, time.monotonic(), time.time()
+        self.state, actions = lifecycle.step(before, event, now)
         self._observe(event, self.state)
-        return self._carry_out(actions)
+        return self._finish_step(Transition(before, event, self.state, actions, now, wall))
+
+    def _finish_step(self, transition: Transition) -> Finish | None:
+        try:
+            return self._carry_out(transition.actions)
+        finally:
+            if self._record:
+                self._record(transition)
 
     def _carry_out(self, actions: list[Action]) -> Finish | None:
         for action in actions:

@@ -49,6 +49,8 @@ class ProgressWatch:
         native: str,
         ask: Callable[[RendezvousAction], list[AgentEvent]],
         log: Callable[[str, Level], None],
+        record_first_step: Callable[[int, float], None] = lambda rank, at: None,
+        record_stall: Callable[[str, float, int | None, str], None] = lambda reason, seconds, rank, action: None,
     ) -> None:
         """Prepare without reading anything.
 
@@ -59,8 +61,14 @@ class ProgressWatch:
             native: the path of py-spy, if native frames are to be shown, too; empty: they are not.
             ask: carries out an action of the rendezvous, and returns the events that answer it at once.
             log: writes a line for the user.
+            record_first_step: called when a first step is seen, with its rank and when it was on ``time.monotonic``.
+            record_stall: called on the node that judges a stall, with what was found, the seconds since the latest
+                step, the rank that is the likely culprit (None if there is none), and what follows.
         """
         self._state = StallState(policy)
+        self._policy = policy
+        self._record_first_step = record_first_step
+        self._record_stall = record_stall
         self._memory = memory
         self._signal_stacks = signal_stacks
         self._native = native
@@ -102,7 +110,10 @@ class ProgressWatch:
         if self._sample_at is not None and now >= self._sample_at:
             events += self._continue_sampling()
         if self._state.wake_at is not None and now >= self._state.wake_at:
-            events += self._step(Looked({rank: self._memory.read(rank) for rank in self._pids}))
+            progress = {rank: self._memory.read(rank) for rank in self._pids}
+            if first := min(((it.first, rank) for rank, it in progress.items() if it.first), default=None):
+                self._record_first_step(self._base_rank + first[1], first[0])
+            events += self._step(Looked(progress))
         return events
 
     def observe(self, state: AgentState) -> None:
@@ -219,6 +230,8 @@ class ProgressWatch:
             self._log(f"{what}, but {text}", Level.DEBUG)
         else:
             self._log(f"the job makes no progress: {what}\n{text}", Level.WARNING)
+            rank = next(iter(verdict.ranks), None)
+            self._record_stall(text.split("\n", 1)[0], since or 0.0, rank, self._policy.hang_action.value)
         ended = {rank for group in merged.worker_groups() if group.state == "Z" for rank in group.ranks}
         running = merged.workers.keys() - ended
         blamed = next((rank for rank in verdict.ranks if rank in running), min(running, default=-1))

@@ -202,6 +202,7 @@ GROUPS = {
         Option("duplicate-stderr-filters", [], parse_filters, "TEXTS", "copy stderr lines with one of these to a file"),
         Option("logs-specs", None, str, "NAME", "plug-in that decides where output goes"),
         Option("event-log-handler", "null", str, "NAME", "where events go: null, console or a plug-in"),
+        Option("events", None, str, "PATH", "append the events of the job as JSON lines to a file, or in a directory"),
         Option("quiet", False, _flag, "", "show warnings and errors only", "-q"),
         Option("verbose", False, _flag, "", "show what each node does", "-v"),
     ),

@@ -72,12 +72,13 @@ def write(text: str, patience: float) -> None:
                 data = data[os.write(fd, data[: select.PIPE_BUF]) :]
 
 
-def log_line(line: Log, write: Callable[[str], None]) -> None:
-    """Write a line with the colour of its kind; ``write`` as for ``in_colour``."""
+def log_line(line: Log, write: Callable[[str], None], to: Callable[[str], None] | None = None) -> None:
+    """Write a line with the colour of its kind; ``write`` as for ``in_colour``, ``to`` in its place if it is given."""
     from elastic_launch.job import Level, LineKind  # late: the command line imports this file first
 
     colour = RED if line.kind is LineKind.FAILURE else YELLOW if line.level is Level.WARNING else ""
-    in_colour(write, colour)(line.text)
+    text = line.text
+    in_colour(write, colour)(text) if to is None else to(paint(text, colour) if write is log and colour else text)
 
 
 def in_colour(write: Callable[[str], None], colour: str) -> Callable[[str], None]:

@@ -162,6 +162,11 @@ class JobFiles:
                     os.rmdir(directory)
 
     @property
+    def chosen(self) -> str | None:
+        """The job's directory if the user has chosen where it is; None if not, or if a plug-in has its own layout."""
+        return self.root if isinstance(self._specs, DefaultLogsSpecs) and not self._temporary else None
+
+    @property
     def kept(self) -> bool:
         """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))

@@ -18,7 +18,7 @@ from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.text import counted
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.job import Change, Decision, End, EndKind
 from elastic_launch.rendezvous.handler import RendezvousHandler
 from elastic_launch.rendezvous.third_party_round import Outcome, ThirdPartyRound, form_round
 
@@ -120,7 +120,12 @@ class HandlerTasks:
         waiting = self.handler.num_nodes_waiting()
         if waiting <= 0:
             return None
-        end = End(EndKind.MEMBERSHIP_CHANGED, f"{counted(waiting, 'more node')} can join", self.node.node)
+        end = End(
+            EndKind.MEMBERSHIP_CHANGED,
+            f"{counted(waiting, 'more node')} can join",
+            self.node.node,
+            change=Change.NODE_JOINING,
+        )
         return current.write_outcome(Outcome(end, Decision(True, current.restart_history())))
 
     def report_round(self, end: End | None, decision: Decision) -> None:
@@ -184,7 +189,8 @@ class HandlerTasks:
         if self.round and self.round.size > 1:
             kind = EndKind.ERROR if status else EndKind.MEMBERSHIP_CHANGED
             rank = -1 if status else self.round.assignment.group_rank
-            end = End(kind, reason, self.node.node, status=status, rank=rank)
+            change = Change.NONE if status else Change.NODE_LEFT
+            end = End(kind, reason, self.node.node, status=status, rank=rank, change=change)
             error = reason if status else ""
             decision = Decision(not status, self.round.restart_history(), error=error, status=status)
             with contextlib.suppress(Exception):  # if the store is lost, the others will notice

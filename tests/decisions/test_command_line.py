@@ -169,6 +169,7 @@ OURS: dict[str, Any] = {
     "fatal_exit_codes": "",
     "node_failure_limit": 0,
     "crash_loop": 3,
+    "events": None,
     "hang_timeout": "auto",
     "hang_action": "report",
     "hang_native": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from elastic_launch.core.agent.journal import Entry
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
@@ -30,6 +31,8 @@ class Checks:
         self._decided: set[tuple[str, int]] = set()
         self.asked: set[tuple[type[Question], Phase]] = set()
         """Questions to the store, and the phases in which nodes asked them."""
+        self.recorded_of_job: dict[tuple[str, int | None], Entry] = {}
+        """The entries of the job's life, by name and round."""
 
     def stepped(self, node: NodeState, ready: Ready) -> None:
         """A node's state is valid after each step."""
@@ -76,6 +79,16 @@ class Checks:
                 f"{self._world}: {agent.name} still trains in round {agent.generation}, "
                 f"{starting.name} in {starting.generation}"
             )
+
+    def recorded(self, entries: list[Entry]) -> None:
+        """What is written of the job's life is written by one node."""
+        for entry in entries:
+            if entry.of_job:
+                key = entry.name, entry.round
+                assert key not in self.recorded_of_job, (
+                    f"{self._world}: written twice: {self.recorded_of_job[key]} {entry}"
+                )
+                self.recorded_of_job[key] = entry
 
     def told(self, agent: Agent, event: Ended | Decided) -> None:
         """An agent gets one decision a round."""

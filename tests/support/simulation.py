@@ -17,7 +17,8 @@ from signal import SIGINT, SIGTERM
 from typing import Any
 
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.journal import Journal
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
@@ -351,8 +352,10 @@ class Agent:
         self._timer: float | None = None
         limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout)
         self.state, self._first_actions = lifecycle.begin(limits)
+        self.journal = Journal("train.py", 1, world.settings.policy.max_restarts, world.now)
 
     def begin(self) -> None:
+        self._record(None, None, self._first_actions)
         self._carry_out(self._first_actions)
 
     @property
@@ -497,7 +500,9 @@ class Agent:
             self.world.checks.told(self, event)
         if isinstance(event, Signalled | Ended | DeadlineReached) and self.world.training:
             event = event._replace(calls=self.world.training.calls(self))
-        self.state, actions = lifecycle.step(self.state, event, self.world.now)
+        before = self.state
+        self.state, actions = lifecycle.step(before, event, self.world.now)
+        self._record(before, event, actions)
         self._carry_out(actions)
         has_deadline = self.state.phase in (AgentPhase.PAUSING, AgentPhase.HOLDING, AgentPhase.DRAINING)
         if has_deadline and (deadline := self.state.deadline) is not None:
@@ -508,6 +513,10 @@ class Agent:
                     self._live(DeadlineReached())
 
             self._soon(reach_deadline, max(0.0, deadline - self.world.now))
+
+    def _record(self, before: AgentState | None, event: AgentEvent | None, actions: list[Action]) -> None:
+        step = Transition(before, event, self.state, actions, self.world.now, self.world.now)
+        self.world.checks.recorded(self.journal.observe(step))
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:

@@ -22,7 +22,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastic_launch.core.agent import restart_policy, root_cause
 from elastic_launch.core.agent.messages import (
@@ -169,6 +169,21 @@ class AgentState:
     def has_failed(self) -> bool:
         """Whether a worker of this round failed by itself, not because the agent stopped it."""
         return any(exit_.exitcode != 0 and not exit_.stop_signals for exit_ in self.exits)
+
+
+class Transition(NamedTuple):
+    """What a step did, for those who record it."""
+
+    before: AgentState | None
+    """The state before; None for the first step."""
+    event: AgentEvent | None
+    """What happened; None for the first step."""
+    after: AgentState
+    actions: list[Action]
+    now: float
+    """When it happened, on the agent's monotonic clock."""
+    time: float
+    """When it happened, in seconds since 1970."""
 
 
 Step = tuple[AgentState, list[Action]]

@@ -21,7 +21,7 @@ from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, 
 from elastic_launch.core.store_requests import Add, Append
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
-from elastic_launch.job import Decision, End, EndKind, Level
+from elastic_launch.job import Change, Decision, End, EndKind, Level
 
 MESSAGE = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
@@ -160,7 +160,8 @@ def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> N
     round_, end, me = node.round, node.round.end, node.record.node
     reason = f"no heartbeat from {hosts} for {node.settings.keep_alive_deadline:g} s"
     if end is None:
-        step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes))))
+        end = End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes), change=Change.NODE_LOST)
+        step.create(questions.LearnEnd(), "end", encode(end))
     elif end.kind is not EndKind.FAILED or round_.decision is not None:
         return
     elif round_.report.grace_ends is not None:

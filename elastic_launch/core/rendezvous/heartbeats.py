@@ -12,7 +12,7 @@ from elastic_launch.core.rendezvous.messages import LATENESS, Answer
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.store_requests import Add
-from elastic_launch.job import Assignment, End, EndKind
+from elastic_launch.job import Assignment, Change, End, EndKind
 
 
 def send(node: NodeState, step: Step) -> None:
@@ -66,7 +66,9 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
     slept = node.timers.get(Timer.HEARTBEAT, step.now) < step.now - LATENESS
     what = "this process was stopped" if slept else "the store has not answered"
     reason = f"{what} for {step.now - heartbeat.answered_at:.1f} s"
-    end = End(EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} was cut off: {reason}", node.record.node)
+    end = End(
+        EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} was cut off: {reason}", node.record.node, change=Change.CUT_OFF
+    )
     step.create(
         questions.LearnEnd(), "end", encode(end)
     )  # carried out when the store answers again; the reply says why the round ended

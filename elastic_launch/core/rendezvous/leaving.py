@@ -12,7 +12,7 @@ from elastic_launch.core.rendezvous.records import Closed, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add
 from elastic_launch.errors import signal_name
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.job import Change, Decision, End, EndKind
 
 ANY_TICKET = 1 << 40
 """Above every ticket: closes a round that ends before it begins, for all nodes that come."""
@@ -35,7 +35,7 @@ def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: 
         return  # its workers have succeeded, and the others' need it no more than if it had died
     rest = round_.closed.nodes - 1 + len(round_.closed.spares)
     if rest >= node.settings.min_nodes and not serves:
-        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node)
+        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node, change=Change.NODE_LEFT)
     else:
         end = _final(node, request, "and the job cannot go on without it")
         round_.shutdown.stops_job = True

@@ -11,7 +11,7 @@ from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step
 from elastic_launch.core.rendezvous.stopping import follow_stop
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.job import Change, Decision, End, EndKind
 
 
 def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
@@ -32,7 +32,9 @@ def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnR
     if round_.assignment is None:
         rejoin(node, step)
     elif round_.end is None:
-        end = End(EndKind.MEMBERSHIP_CHANGED, "the store was restarted", node.record.node)
+        end = End(
+            EndKind.MEMBERSHIP_CHANGED, "the store was restarted", node.record.node, change=Change.STORE_RESTARTED
+        )
         end_round(node, step, encode(end))
     elif round_.decision is None:
         round_.decision = Decision(True, node.restart_history(step.now))
