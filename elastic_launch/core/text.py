@@ -9,11 +9,15 @@ from collections.abc import Iterable
 
 MAX_LISTED = 8
 """Names that ``listed`` writes out before it counts the rest."""
+_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+"""Units of durations: seconds and name, and those of the smaller unit beside it."""
+_TENTHS_BELOW = 9.95
+"""Shorter durations, in seconds, are given to a tenth."""
 
 
 def counted(number: int, noun: str) -> str:
-    """Return ``1 node`` or ``2 nodes``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Return ``1 node`` or ``2,000 nodes``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -32,6 +36,15 @@ def shortened(text: str, limit: int) -> str:
         return text
     half = limit // 2
     return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in at most two units, as in ``0.4 s``, ``41 s``, ``4 h 10 min`` or ``2 d``."""
+    for size, unit, part, part_unit in _UNITS:
+        if round(seconds) >= size:
+            whole, rest = divmod(round(seconds / part), size // part)
+            return f"{whole:,} {unit}" + (f" {rest} {part_unit}" if rest else "")
+    return f"{seconds:.1f} s" if seconds < _TENTHS_BELOW else f"{seconds:.0f} s"
 
 
 def is_loopback(address: str) -> bool:
