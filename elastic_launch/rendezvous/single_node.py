@@ -20,6 +20,7 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
 )
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.host.ports import reserve_port
@@ -36,6 +37,8 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
     match action:
         case RequestJoin():
             return [Assigned(next_round())]
+        case RequestRestart(reason):
+            return [Ended(End(EndKind.MEMBERSHIP_CHANGED, reason, mine=True), time.time())]
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
@@ -74,6 +77,8 @@ class SingleNodeRendezvous:
         self._reserved = contextlib.ExitStack()
         """Holds the port that is reserved for the workers' store."""
         self._rounds = 0
+        self._has_ended = True
+        """Whether the current round is over, which the agent may not know yet. There is none at first."""
         self._last = Decision(restart=True)
         self._decided_at = time.monotonic()
 
@@ -93,6 +98,10 @@ class SingleNodeRendezvous:
         """
         if isinstance(action, ReportRound):
             self._last, self._decided_at = action.decision, time.monotonic()
+        ends = isinstance(action, RequestRestart | ReportFailure | ReportSuccess)
+        if ends and self._has_ended:
+            return []  # the first reason wins; the agent is about to learn it
+        self._has_ended |= ends
         return answer_alone(action, self._next_round)
 
     def descriptors(self) -> list[tuple[int, int]]:
@@ -115,6 +124,7 @@ class SingleNodeRendezvous:
         self.close()
         sock = self._reserved.enter_context(reserve_port(self._port))
         self._rounds += 1
+        self._has_ended = False
         return Assignment(
             group_rank=0,
             group_world_size=1,

@@ -42,6 +42,8 @@ class ThirdPartyRendezvous:
         self._thread: threading.Thread | None = None
         self._end: End | None = None
         """How the round ended, as the agent was told."""
+        self._is_in_round = False
+        """Whether the agent was told of a round since it has asked for one."""
         # Shared with the thread:
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: deque[messages.AgentEvent | LaunchError] = deque()
@@ -56,28 +58,34 @@ class ThirdPartyRendezvous:
         return str(self._tasks.handler.get_run_id())
 
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
-        """Hand an action to the thread. Only ``ReportFailure`` is answered at once."""
+        """Hand an action to the thread. Only what ends the round is answered at once."""
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
             self._thread.start()
         match action:
             case messages.RequestJoin():
-                self._end = None
+                self._end, self._is_in_round = None, False
                 self._queue.put(self._tasks.join)
+            case messages.RequestRestart(reason) if self._is_in_round and self._end is None:
+                return [self._end_round(End(EndKind.MEMBERSHIP_CHANGED, reason, self._tasks.node.node, mine=True))]
             case messages.ReportFailure(failure) if self._end is None:
-                self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True)
-                self._queue.put(lambda: None)  # instead of the task that polls
-                return [messages.Ended(self._end, time.time())]
+                return [self._end_round(End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True))]
             case messages.ReportSuccess():
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
-            case messages.Leave(signum, error, status):
+            case messages.Leave(signum, error, status, reason):
                 host = self._tasks.node.host
-                reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"
-                self._queue.put(partial(self._tasks.leave, reason, status))
+                why = f"{host}: {error}" if error else reason or f"{host} is leaving ({signal_name(signum)})"
+                self._queue.put(partial(self._tasks.leave, why, status, signum if reason else 0))
         return []
+
+    def _end_round(self, end: End) -> messages.Ended:
+        """Note that the round has ended for this node, whose report tells the others."""
+        self._end = end
+        self._queue.put(lambda: None)  # instead of the task that polls
+        return messages.Ended(end, time.time())
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptor by which the thread wakes the loop."""
@@ -104,6 +112,7 @@ class ThirdPartyRendezvous:
                 if self._end is not None:
                     continue  # the agent was told of another end of this round
                 self._end = result.end
+            self._is_in_round |= isinstance(result, messages.Assigned)
             events.append(result)
         return events
 

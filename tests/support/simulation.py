@@ -39,6 +39,8 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
+    RestartRequested,
     SendSignal,
     Signalled,
     Start,
@@ -381,8 +383,13 @@ class Agent:
         while self.state.phase is AgentPhase.RUNNING and self.alive:
             self.succeed_worker()
 
-    def signal(self) -> None:
-        self._live(Signalled(SIGTERM, self.world.now))
+    def signal(self, reason: str = "") -> None:
+        """SIGTERM; with a reason the user stops the whole job."""
+        self._live(Signalled(SIGTERM, self.world.now, reason))
+
+    def request_restart(self) -> None:
+        """The user asks for another round."""
+        self._live(RestartRequested(f"restart requested on {self.name}"))
 
     def ask(self, action: RendezvousAction) -> None:
         """Hand an action to the rendezvous, as the agent does."""
@@ -462,7 +469,9 @@ class Agent:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case RequestJoin() | ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
+                case RequestJoin() | RequestRestart() | ReportFailure() | ReportSuccess() | ReportRound():
+                    self.ask(action)
+                case Leave() | Fence():
                     self.ask(action)
                 case Start(assignment):
                     self._start(assignment)

@@ -41,6 +41,8 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
+    RestartRequested,
     SendSignal,
     Signalled,
     Start,
@@ -111,6 +113,8 @@ class AgentState:
     """The signal that ends the job."""
     stopped_by_signal: bool = False
     """Whether the signal in ``signum`` ended the round."""
+    stop_reason: str = ""
+    """Why the whole job stops; empty: it does not, or this node is the only one that leaves."""
     stop_requested_at: float | None = None
     """When the first ``ESCALATING`` signal arrived, in seconds since 1970."""
     deadline: float | None = None
@@ -187,11 +191,11 @@ def _start(state: AgentState, event: Assigned, now: float) -> Step:
 
 
 def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
-    return _leave(state, event.signum)
+    return _leave(_record_stop_request(state, event), event.signum)
 
 
 def _leave(state: AgentState, signum: int) -> Step:
-    return _enter(state, DONE), [Leave(signum), Finish(signum=signum)]
+    return _enter(state, DONE), [Leave(signum, reason=state.stop_reason), Finish(signum=signum)]
 
 
 def _end_without_a_round(state: AgentState, event: Decided, now: float) -> Step:
@@ -238,6 +242,11 @@ def _forward_signal(state: AgentState, event: UserSignalled, now: float) -> Step
     return state, [SendSignal(event.signum, state.running, stop=False)]
 
 
+def _request_restart(state: AgentState, event: RestartRequested, now: float) -> Step:
+    """Have the round end on all nodes. While joining this matters to a spare only: the others run without it."""
+    return state, [RequestRestart(event.reason)]
+
+
 def _ignore(state: AgentState, event: AgentEvent, now: float) -> Step:
     return state, []
 
@@ -247,12 +256,17 @@ def _ignore(state: AgentState, event: AgentEvent, now: float) -> Step:
 
 def _stop_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
     log = Log(
-        f"{signal_name(event.signum)} received: stopping {counted(len(state.running), 'worker')}; SIGKILL in "
+        f"{_stop_cause(event)}: stopping {counted(len(state.running), 'worker')}; SIGKILL in "
         f"{state.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
     state = replace(state, signum=event.signum, stopped_by_signal=True)
     state, actions = _stop(_record_stop_request(state, event), event.signum, event.time, now)
-    return state, [*actions, Leave(event.signum), log]  # the log last: it may have to wait for its reader
+    # The log last: it may have to wait for its reader.
+    return state, [*actions, Leave(event.signum, reason=event.reason), log]
+
+
+def _stop_cause(event: Signalled) -> str:
+    return event.reason or f"{signal_name(event.signum)} received"
 
 
 def _stop_with_others(state: AgentState, event: Ended, now: float) -> Step:
@@ -296,17 +310,18 @@ def _reap_leftovers(state: AgentState, now: float) -> Step:
 
 def _escalate(state: AgentState, event: Signalled, now: float) -> Step:
     """Handle a signal while stopping: the job will not restart, and a second SIGTERM or SIGINT kills at once."""
-    name, requested_at = signal_name(event.signum), state.stop_requested_at
+    cause, requested_at = _stop_cause(event), state.stop_requested_at
     state = _record_stop_request(state, event)
     if state.signum is None:
-        return replace(state, signum=event.signum), [Log(f"{name} received: the job will not restart after this round")]
+        return replace(state, signum=event.signum), [Log(f"{cause}: the job will not restart after this round")]
     is_second = requested_at is not None and event.time - requested_at >= SAME_SIGNAL and event.signum in ESCALATING
     if not is_second or state.killed:
         return state, []
-    return _kill(state, f"{name} received again", now)
+    return _kill(state, f"{cause} again", now)
 
 
 def _record_stop_request(state: AgentState, event: Signalled) -> AgentState:
+    state = replace(state, stop_reason=event.reason or state.stop_reason)
     is_first = state.stop_requested_at is None and event.signum in ESCALATING
     return replace(state, stop_requested_at=event.time) if is_first else state
 
@@ -389,6 +404,8 @@ def _round_report(state: AgentState, now: float) -> ReportRound:
     """Return this node's report, with its own decision in case that one counts."""
     assignment = _assignment(state)
     history = restart_policy.aged(assignment.restart_history, now - state.started_at)
+    if state.end is not None and state.end.kind is EndKind.MEMBERSHIP_CHANGED:
+        return ReportRound(Decision(True, history), state.may_restart)  # whatever failed meanwhile
     decision = restart_policy.follow(
         state.limits.policy, history, state.failures, "", assignment.picked_port, state.may_restart
     )
@@ -422,12 +439,13 @@ def _finish(state: AgentState, decision: Decision) -> Step:
     return _enter(state, DONE), [finish]
 
 
-def _join(state: AgentState, event: DeadlineReached, now: float) -> Step:
+def _join(state: AgentState, event: DeadlineReached | RestartRequested, now: float) -> Step:
     return _enter(state, JOINING), [RequestJoin()]
 
 
 def _leave_while_agreeing(state: AgentState, event: Signalled, now: float) -> Step:
     """Leave, unless the other nodes wait for this node's decision."""
+    state = _record_stop_request(state, event)
     if state.failure_reported and (state.end is None or state.end.mine):
         return replace(state, signum=event.signum), []
     return _leave(state, event.signum)
@@ -509,11 +527,13 @@ TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Handler] = {
     **_row(GroupReaped, _group_reaped, STOPPING, ignored=(AGREEING,)),
     **_row(LeaseExpired, _stop_without_a_lease, RUNNING, ignored=(STOPPING, AGREEING)),
     **_row(TimerExpired, _dump_overdue, RUNNING, ignored=(JOINING, STOPPING, AGREEING, PAUSING)),
-    # Signals.
+    # The user.
     **_row(Signalled, _leave_on_signal, JOINING, PAUSING),
     **_row(Signalled, _stop_on_signal, RUNNING),
     **_row(Signalled, _escalate, STOPPING),
     **_row(Signalled, _leave_while_agreeing, AGREEING),
+    **_row(RestartRequested, _request_restart, JOINING, RUNNING, AGREEING, ignored=(STOPPING,)),
+    **_row(RestartRequested, _join, PAUSING),
     **_row(UserSignalled, _forward_signal, RUNNING, STOPPING, ignored=(JOINING, AGREEING, PAUSING)),
     # Time.
     **_row(DeadlineReached, _kill_overdue, RUNNING),

@@ -43,12 +43,21 @@ class Signalled(NamedTuple):
     signum: int
     time: float
     """When the signal arrived, in seconds since 1970; the agent may handle it later."""
+    reason: str = ""
+    """Why the whole job is to stop, in one line; empty: this node leaves, and the others go on if they can."""
 
 
 class UserSignalled(NamedTuple):
     """The agent received a signal that it forwards to the workers."""
 
     signum: int
+
+
+class RestartRequested(NamedTuple):
+    """The user asks for another round."""
+
+    reason: str
+    """Why the round ends, in one line."""
 
 
 class TimerExpired(NamedTuple):
@@ -95,7 +104,8 @@ class Decided(NamedTuple):
 
 RendezvousEvent = Assigned | Ended | Decided
 WorkerEvent = Started | Exited | LeaseExpired | GroupReaped
-AgentEvent = RendezvousEvent | WorkerEvent | Signalled | UserSignalled | TimerExpired | DeadlineReached
+UserEvent = Signalled | UserSignalled | RestartRequested
+AgentEvent = RendezvousEvent | WorkerEvent | UserEvent | TimerExpired | DeadlineReached
 
 # Actions: what the agent must do.
 
@@ -109,6 +119,16 @@ class ReportFailure(NamedTuple):
 
     failure: ProcessFailure
     """What is known so far about the failure."""
+
+
+class RequestRestart(NamedTuple):
+    """End the running round on all nodes because the user asks for another one; ``Ended`` is the answer.
+
+    If no round runs, there is no answer: another one is on its way.
+    """
+
+    reason: str
+    """One line for the user."""
 
 
 class ReportSuccess(NamedTuple):
@@ -138,6 +158,8 @@ class Leave(NamedTuple):
     error: str = ""
     status: int = 0
     """Exit status for ``error``."""
+    reason: str = ""
+    """Why the whole job stops, in one line; empty: the others go on if they can."""
 
 
 class Start(NamedTuple):
@@ -190,7 +212,7 @@ class Finish(NamedTuple):
     """Restarts that failures used up."""
 
 
-RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
+RendezvousAction = RequestJoin | RequestRestart | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
 """What the agent asks of the rendezvous."""
 Action = RendezvousAction | Start | SendSignal | DumpStacks | ReapLeftovers | Log | Finish
 
