@@ -58,7 +58,7 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("TMPDIR", str(temp))
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in os.environ:
-        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")):
+        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_", "ELASTIC_LAUNCH_", "XDG_RUNTIME_DIR")):
             monkeypatch.delenv(name)
     try:
         with nothing_left(temp):

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
+from elastic_launch.agent.operator import Operator
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
+from elastic_launch.control.server import ControlServer
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
 from elastic_launch.core.agent.messages import AgentEvent, Exited, Finish, GroupReaped, Leave, Limits, RendezvousAction
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
-from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.errors import (
+    ExitCode,
+    LaunchError,
+    RendezvousError,
+    SignalException,
+    UnavailableError,
+    UsageError,
+    signal_name,
+)
 from elastic_launch.host.console import log as log_to_stderr
 from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
@@ -31,7 +43,11 @@ from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, Worke
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
+    from elastic_launch.core.status import Facts, Meeting
     from elastic_launch.workers.watchdog import Watchdog
+
+CONTROL = "ELASTIC_LAUNCH_CONTROL"
+"""Variable that turns the control socket off, if it is 0."""
 
 
 @runtime_checkable
@@ -40,6 +56,9 @@ class AgentRendezvous(Rendezvous, LoopSource, Protocol):
 
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
+
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, for those who look at the job."""
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Carry out an action. Its answers are returned here, or later by ``take``."""
@@ -55,6 +74,9 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    operator: Operator
+    control: ControlServer | None
+    """Asks the operator for those who look at the job; None: nobody can."""
     sources: list[LoopSource]
 
 
@@ -190,7 +212,11 @@ class LocalElasticAgent:
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease
-        return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
+        facts = partial(self._facts, time.time(), files)
+        operator = Operator(AgentState(self._limits), facts, self._rendezvous.meeting, workers.output_files)
+        control = self._serve_control(stack, operator)
+        sources = [signals, self._rendezvous, *watches, *([control] if control else [])]
+        return _Run(files, workers, watchdog, telemetry, operator, control, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -213,6 +239,9 @@ class LocalElasticAgent:
 
     def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
         run.telemetry.observe(event, state)
+        run.operator.observe(event, state)
+        if run.control:
+            run.control.changed()
         _update_group(self._group, state)
         match event:
             case Exited(exit_) if run.watchdog:
@@ -253,6 +282,25 @@ class LocalElasticAgent:
             number = parse_port(port, "TORCHELASTIC_HEALTH_CHECK_PORT=")
             sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
         return watchdog, sources
+
+    def _serve_control(self, stack: ExitStack, operator: Operator) -> ControlServer | None:
+        """Open the control socket. A job that cannot have one runs without."""
+        if read_flag(self._environ.get(CONTROL, "1")) is False:
+            return None
+        try:
+            return stack.enter_context(closing(ControlServer(self._options.run_id, self._environ, operator)))
+        except UnavailableError as error:
+            if self._verbosity >= Level.DEBUG:
+                self._log(f"no control socket, so elastic-job does not find this node: {error}")
+            return None
+
+    def _facts(self, started_at: float, files: JobFiles) -> Facts:
+        from elastic_launch.core.status import Facts  # late: only needed when somebody asks
+
+        limits, host, pid = self._limits, os.uname().nodename, os.getpid()
+        fixed = limits.policy.max_restarts, limits.shutdown_timeout, files.root
+        version = sys.modules["elastic_launch"].__version__  # not imported: the package names the layers above
+        return Facts(self._options.run_id, host, pid, version, self.name, started_at, *fixed)
 
     def _failure_result(self, finish: Finish, files: JobFiles) -> RunResult:
         report = format_report(self.name, finish, self._limits.policy.max_restarts, files.root if files.kept else None)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent.messages import (
     AgentEvent,
@@ -25,6 +26,9 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Assignment, Decision, End, EndKind
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 
 def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:
@@ -89,6 +93,12 @@ class SingleNodeRendezvous:
     def get_run_id(self) -> str:
         """Return the job's id."""
         return self._run_id
+
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet: there is only this one."""
+        from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
+
+        return Meeting(self._backend)
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Answer an action of the agent.

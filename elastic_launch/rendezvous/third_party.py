@@ -18,11 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 CLOSE_TIMEOUT = 2.0
 """Seconds that the handler has for its ``shutdown``."""
@@ -56,6 +60,12 @@ class ThirdPartyRendezvous:
     def get_run_id(self) -> str:
         """Return the job's id, as the handler has it."""
         return str(self._tasks.handler.get_run_id())
+
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, as far as torch's interface tells it."""
+        from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
+
+        return Meeting(self.get_backend(), waits_for="" if self._is_in_round else "the rendezvous handler")
 
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
         """Hand an action to the thread. Only what ends the round is answered at once."""

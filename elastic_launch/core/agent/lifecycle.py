@@ -350,7 +350,7 @@ def _ended_while_stopping(state: AgentState, event: Ended, now: float) -> Step:
         text = f"{event.end.reason}: killed this node's workers, because others may already be taking their place"
         return state, [Log(text)]
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
-        return state, [Log(_headline(event.end))]
+        return state, [] if state.stop_reason else [Log(_headline(event.end))]
     if not (event.end.mine and state.failure_reported and state.running):
         return state, _log_membership_change(state)  # another line or another node tells the rest
     return state, [Log(f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}")]

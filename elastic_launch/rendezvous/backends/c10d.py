@@ -26,7 +26,8 @@ class C10dBackend(Backend):
     """
 
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
-        self.where = f"the store at {join_endpoint(host, port)}"
+        self.endpoint = join_endpoint(host, port)
+        self.where = f"the store at {self.endpoint}"
         self.port = port
         self._host = host
         self._is_host = is_host
