@@ -65,7 +65,10 @@ class ThirdPartyRendezvous:
         """Describe how the nodes meet, as far as torch's interface tells it."""
         from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
 
-        return Meeting(self.get_backend(), waits_for="" if self._is_in_round else "the rendezvous handler")
+        backend = type(self._tasks.handler).__name__
+        with contextlib.suppress(Exception):  # the handler comes from outside, and nobody else may have asked it that
+            backend = self.get_backend()
+        return Meeting(backend, waits_for="" if self._is_in_round else "the rendezvous handler")
 
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
         """Hand an action to the thread. Only what ends the round is answered at once."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -313,3 +315,20 @@ def test_ranks_and_times_are_short() -> None:
     assert (cut("abcdef", 4), cut("abc", 3), cut("abcdef", 0)) == ("abc…", "abc", "abcdef")
     assert clock(1000.0, 1000.0).count(":") == 2
     assert clock(1000.0, 1000.0 + 3 * 86400).startswith("1970-01-01 ")
+
+
+# ---- What is promised
+
+
+def promised(heading: str) -> set[str]:
+    """The names in the first column of the table below a heading of docs/operating.md."""
+    page = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
+    _, _, below = page.partition(f"\n### {heading}\n")
+    rows = re.findall(r"^\| (`.*?) \|", below.partition("\n#")[0], re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_documentation_lists_all_fields_and_no_other() -> None:
+    assert promised("The status of an agent") == status(state()).keys()
+    view = job_view.of_agents("job", [status(state())])
+    assert promised("The view of a job") == {"version", *view}
