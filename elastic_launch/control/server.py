@@ -45,9 +45,7 @@ class ControlServer:
         Raises:
             UnavailableError: there is no private directory for the socket, or no socket.
         """
-        folder = directory(environ)
-        make(folder)
-        self.path = os.path.join(folder, socket_name(run_id))
+        self.path = os.path.join(directory(environ), socket_name(run_id))
         self._operator = operator
         self._clients: list[Connection] = []
         self._paused_until = 0.0
@@ -56,12 +54,14 @@ class ControlServer:
         """When the subscribers' next update is due; None: nothing has changed."""
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            with address(self.path) as where:
-                self._listening.bind(where)
+            self._bind()
             self._listening.listen(MAX_CLIENTS)
         except OSError as error:
             self.close()
             raise UnavailableError(f"{self.path}: {error.strerror}") from error
+        except UnavailableError:
+            self._listening.close()
+            raise
 
     def changed(self) -> None:
         """Note that the agent's status has changed."""
@@ -104,6 +104,17 @@ class ControlServer:
         self._listening.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)
+            os.rmdir(os.path.dirname(self.path))  # unless there are others
+
+    def _bind(self) -> None:
+        folder = os.path.dirname(self.path)
+        for _ in range(3):
+            make(folder)
+            # It may be gone again: an agent that had the last socket there has just removed it.
+            with contextlib.suppress(FileNotFoundError), address(self.path) as where:
+                self._listening.bind(where)
+                return
+        raise UnavailableError(f"{folder}: is removed again and again")
 
     def _update(self, now: float) -> None:
         self._update_at, self._updated_at = None, now

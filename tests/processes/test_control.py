@@ -24,7 +24,7 @@ from elastic_launch.agent.loop import LoopSource
 from elastic_launch.control import client as control_client
 from elastic_launch.control.client import ControlClient, GoneError, ask_all, sockets
 from elastic_launch.control.connection import MAX_LINE, MAX_OUTPUT
-from elastic_launch.control.directory import directory, socket_name
+from elastic_launch.control.directory import directory, make, socket_name
 from elastic_launch.control.server import MAX_CLIENTS, ControlServer
 from elastic_launch.core.agent.messages import AgentEvent, Signalled
 from elastic_launch.errors import UnavailableError, UsageError
@@ -302,6 +302,25 @@ def test_the_directory_is_private_and_the_sockets_name_tells_the_job(server: Con
     assert folder == os.path.join(os.environ["TMPDIR"], f"elastic-run-{os.getuid()}")
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
     assert os.path.basename(server.path).startswith(f"my_job.{os.getpid()}.")
+
+
+def test_the_last_agent_removes_the_directory_even_if_another_is_about_to_use_it(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (ControlServer("job", os.environ, operator) for _ in range(2))
+    folder = os.path.dirname(first.path)
+    first.close()
+    assert os.listdir(folder) == [os.path.basename(second.path)]
+
+    def make_too_early(path: str) -> None:
+        make(path)
+        second.close()
+
+    monkeypatch.setattr("elastic_launch.control.server.make", make_too_early)
+    third = ControlServer("job", os.environ, operator)
+    assert sockets(os.environ) == [third.path]
+    third.close()
+    assert not os.path.exists(folder)
 
 
 def test_the_runtime_directory_is_preferred_if_it_is_this_users(tmp_path: Path) -> None:
