@@ -97,14 +97,13 @@ class StoreReader:
 
     def _connect(self) -> StoreClient:
         """Connect to the first address of the endpoint that answers."""
-        end = time.monotonic() + PATIENCE
         while True:
             client = self._backend.connect()
             try:
                 self._call(client, [f"elastic/{self.run_id}/round"])
             except RendezvousConnectionError as error:
                 client.close()
-                if not getattr(self._backend, "_addresses", None) or time.monotonic() >= end:
+                if not self._backend.has_untried_address() or time.monotonic() >= self._end:
                     raise RendezvousConnectionError(str(self._backend.explain(error))) from error
             else:
                 return client

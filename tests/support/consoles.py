@@ -106,8 +106,6 @@ class LiveScreen:
     def resize(self, rows: int, columns: int) -> None:
         self.rows, self.columns = rows, columns
         self.lines = [" " * columns for _ in range(rows)]
-        self.first: list[str] = []
-        """What is on the first screen."""
         self._row = self._column = 0
 
     def shown(self) -> list[str]:

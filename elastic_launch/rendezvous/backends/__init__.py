@@ -72,6 +72,10 @@ class Backend(Protocol):
             RendezvousConnectionError: the connection cannot be begun.
         """
 
+    def has_untried_address(self) -> bool:
+        """Return whether the next ``connect`` tries another address than the last ones did."""
+        return False
+
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the IP addresses of both ends of a connection that is ready.
 

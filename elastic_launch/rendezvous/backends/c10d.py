@@ -79,6 +79,10 @@ class C10dBackend(Backend):
         family, address = self._addresses.pop(0)
         return connect(address, family, self.where)
 
+    def has_untried_address(self) -> bool:
+        """Return whether the endpoint has another address to try."""
+        return bool(self._addresses)
+
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the addresses of both ends of the connection."""
         try:
