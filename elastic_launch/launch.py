@@ -97,6 +97,7 @@ def launch_agent(
         environ=environ,
         preload=config.preload,
         verbosity=config.verbosity,
+        hang_native=config.hang_native,
     )
     result = agent.run(config.role)
     if result.is_failed():

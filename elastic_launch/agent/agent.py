@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_check
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
 from elastic_launch.agent.operator import Operator
+from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
@@ -74,6 +75,7 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    progress: ProgressWatch | None
     operator: Operator
     control: ControlServer | None
     """Asks the operator for those who look at the job; None: nobody can."""
@@ -98,6 +100,7 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
+        hang_native: bool = False,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -119,6 +122,7 @@ class LocalElasticAgent:
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
+            hang_native: whether the report of a hang shows native frames as well, with py-spy.
             log: writes a line for the user.
 
         Raises:
@@ -137,6 +141,7 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
+        self._hang_native = hang_native
         self._log = log
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
@@ -212,11 +217,24 @@ class LocalElasticAgent:
         watchdog, watches = self._watches(stack)
         telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
         self._rendezvous.lease = workers.lease
+        progress = None
+        if workers.memory:
+            progress = ProgressWatch(
+                self._limits.policy,
+                workers.memory,
+                workers.sample_stacks,
+                self._py_spy(),
+                self._rendezvous.ask,
+                self._log_up_to,
+            )
+            workers.stalled = progress.stalled
+            watches.append(progress)
         facts = partial(self._facts, time.time(), files)
-        operator = Operator(AgentState(self._limits), facts, self._rendezvous.meeting, workers.output_files)
+        asks = self._rendezvous.meeting, workers.output_files, workers.calls
+        operator = Operator(AgentState(self._limits), facts, *asks)
         control = self._serve_control(stack, operator)
         sources = [signals, self._rendezvous, *watches, *([control] if control else [])]
-        return _Run(files, workers, watchdog, telemetry, operator, control, sources)
+        return _Run(files, workers, watchdog, telemetry, progress, operator, control, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -225,8 +243,9 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            lambda text, level: self._log(text) if level <= self._verbosity else None,
+            self._log_up_to,
             partial(self._observe, run),
+            run.progress.handle if run.progress else lambda event: [],
         )
         try:
             return cast(Finish, loop.run()), loop.state
@@ -243,11 +262,30 @@ class LocalElasticAgent:
         if run.control:
             run.control.changed()
         _update_group(self._group, state)
+        if run.progress:
+            run.progress.observe(state)
         match event:
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
                 run.watchdog.clear()
+
+    def _py_spy(self) -> str:
+        """Return the path of py-spy if native frames are asked for; empty: none are, or it is not installed."""
+        if not self._hang_native:
+            return ""
+        from elastic_launch.agent.stack_sampler import find_py_spy  # late: few jobs ask for it
+
+        if not (path := find_py_spy(self._environ.get("PATH", ""))):
+            self._log(
+                "--hang-native: py-spy is not installed (pip install py-spy), so only Python frames will be shown"
+            )
+        return path
+
+    def _log_up_to(self, text: str, level: Level) -> None:
+        """Write a line for the user unless its level is above the chosen one."""
+        if level <= self._verbosity:
+            self._log(text)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
@@ -317,6 +355,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     group.state = {
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,
+        AgentPhase.HOLDING: WorkerState.HEALTHY,
+        AgentPhase.DRAINING: WorkerState.HEALTHY,
         AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
     }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:

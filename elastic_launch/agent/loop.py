@@ -19,6 +19,7 @@ from elastic_launch.core.agent.messages import (
     AgentEvent,
     DeadlineReached,
     DumpStacks,
+    Ended,
     Exited,
     Finish,
     GroupReaped,
@@ -27,8 +28,11 @@ from elastic_launch.core.agent.messages import (
     ReapLeftovers,
     RendezvousAction,
     SendSignal,
+    SetStop,
+    Signalled,
     Start,
 )
+from elastic_launch.core.progress.messages import ProgressEvent
 from elastic_launch.job import Assignment, Level
 
 _MAX_POLL = 86400.0
@@ -67,6 +71,7 @@ class AgentLoop:
         sources: Sequence[LoopSource] = (),
         log: Callable[[str, Level], None] = lambda text, level: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
+        watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
     ) -> None:
         """Ask the rendezvous for the first round.
 
@@ -78,6 +83,7 @@ class AgentLoop:
             sources: the other sources of events.
             log: writes a line for the user.
             observe: called with each event and the state after it.
+            watch: handles what the rendezvous has to say of the workers' progress; returns events that follow.
         """
         self._workers = workers
         self._start = start
@@ -85,6 +91,7 @@ class AgentLoop:
         self._sources: list[LoopSource] = [workers, *sources]
         self._log = log
         self._observe = observe
+        self._watch = watch
         self._events: deque[AgentEvent] = deque()
         self.state, actions = lifecycle.begin(limits)
         self.finish = self._carry_out(actions)
@@ -115,11 +122,16 @@ class AgentLoop:
         self._events.append(event)
 
     def _step(self, event: AgentEvent) -> Finish | None:
+        if isinstance(event, ProgressEvent):
+            self._events.extend(self._watch(event))
+            return None
         if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
             event = self._workers.with_error(event, self.state.pids)
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
             # Not earlier: only now have all workers stopped writing, or the agent has given up on those that have not.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
+        if isinstance(event, Signalled | Ended | DeadlineReached):
+            event = event._replace(calls=max(self._workers.calls().values(), default=0))
         self.state, actions = lifecycle.step(self.state, event, time.monotonic())
         self._observe(event, self.state)
         return self._carry_out(actions)
@@ -131,6 +143,8 @@ class AgentLoop:
                     self._start(assignment)
                 case SendSignal():
                     self._workers.send_signal(*action)
+                case SetStop(hold, stop_at):
+                    self._workers.set_stop(hold, stop_at)
                 case DumpStacks(local_ranks):
                     self._workers.dump_stacks(local_ranks)
                 case ReapLeftovers(kill):

@@ -32,6 +32,7 @@ class Operator:
         facts: Callable[[], Facts],
         meeting: Callable[[], Meeting],
         files: Callable[[], Mapping[int, Mapping[str, str]]],
+        calls: Callable[[], Mapping[int, int]],
         progress: Callable[[], Progress | None] = lambda: None,
     ) -> None:
         """Begin. Nothing is called before somebody asks.
@@ -41,9 +42,11 @@ class Operator:
             facts: returns what does not change.
             meeting: returns how the nodes meet.
             files: returns the paths of the workers' output files, by local rank and name of the stream.
+            calls: returns how often each worker has called ``should_stop()``, by local rank.
             progress: returns what the workers get done; None: that is not known.
         """
-        self._state, self._facts, self._meeting, self._files, self._progress = state, facts, meeting, files, progress
+        self._state = state
+        self._facts, self._meeting, self._files, self._calls, self._progress = facts, meeting, files, calls, progress
         self._rounds: deque[RoundRecord] = deque(maxlen=MAX_ROUNDS)
 
     def observe(self, event: AgentEvent, state: AgentState) -> None:
@@ -90,17 +93,24 @@ class Operator:
             raise UsageError(f"scope={scope!r}: must be job or node")
         if type(signum) is not int or signum not in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             raise UsageError(f"signum={signum!r}: must be the number of a signal that a program can handle")
-        if request.get("checkpoint"):
-            return _refusal("not_available", "stopping at a checkpoint is not available in this version"), []
         if self._state.phase is AgentPhase.DONE:
             return _refusal("too_late", "the job is ending"), []
+        if request.get("checkpoint") and (signum != signal.SIGTERM or not any(self._calls().values())):
+            # Otherwise SIGTERM stops all workers at the same step; see ``Signalled.calls``.
+            return _refusal(
+                "not_available", "no worker of this node has called should_stop(), or it is not SIGTERM"
+            ), []
         reason = f"stop requested on {os.uname().nodename}" if scope == "job" else ""
-        return {"ok": True, "scope": scope, "signum": signum}, [Signalled(signum, time.time(), reason)]
+        return {"ok": True, "scope": scope, "signum": signum}, [Signalled(signum, time.time(), reason=reason)]
 
     def _restart(self, request: Mapping[str, Any]) -> Reply:
-        if self._state.phase in (AgentPhase.STOPPING, AgentPhase.DONE):
+        if self._state.phase in _ENDING:
             return _refusal("too_late", "the round is ending already"), []
         return {"ok": True}, [RestartRequested(f"restart requested on {os.uname().nodename}")]
+
+
+_ENDING = (AgentPhase.HOLDING, AgentPhase.DRAINING, AgentPhase.STOPPING, AgentPhase.DONE)
+"""Phases in which a round or the job is ending."""
 
 
 def _refusal(code: str, error: str) -> dict[str, Any]:

@@ -15,11 +15,13 @@ import elastic_launch
 from elastic_launch.config import DEFAULT_SIGNALS, Std
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
+from elastic_launch.job import HangAction
 from elastic_launch.parsing import (
     is_number,
     parse_backoff,
     parse_exit_codes,
     parse_filters,
+    parse_hang_timeout,
     parse_min_max_nnodes,
     parse_modules,
     parse_port,
@@ -76,6 +78,7 @@ def _one_of(*allowed: str) -> Read:
     return read
 
 
+_hang_action = _one_of(*HangAction)
 _start_method = _one_of("spawn", "fork", "forkserver")
 _numa_mode = _one_of("node", "socket", "exclusive", "core-complex")
 _streams = _checked(Std.from_str)
@@ -159,6 +162,14 @@ GROUPS = {
         Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "SIGNALS", "signals that stop the job"),
         Option("shutdown-timeout", None, _count, "SECONDS", "time from a stop signal to SIGKILL (default: 30)"),
         Option("monitor-interval", 0.1, parse_seconds, "SECONDS", "ignored: the agent does not poll"),
+    ),
+    "hangs": (
+        Option(
+            "hang-timeout", "auto", _checked(parse_hang_timeout), "SECONDS", "time without a step of any rank; 0: never"
+        ),
+        Option("hang-action", "report", _hang_action, "ACTION", "what follows: report, restart or stop"),
+        Option("hang-native", False, _flag, "", "show native frames of hung workers, too, with py-spy"),
+        Option("start-timeout", 0, parse_seconds, "SECONDS", "time until the first steps; 0: any"),
     ),
     "workers": (
         Option("module", False, _flag, "", "SCRIPT is a module, as with python -m", "-m"),

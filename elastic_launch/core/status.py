@@ -172,6 +172,11 @@ def waits_for(state: AgentState, meeting: Meeting, now: float) -> str:
     """Return what an agent waits for, in a few words; empty: for its workers only."""
     left = f"{max(0.0, state.deadline - now):.0f} s" if state.deadline is not None else ""
     match state.phase:
+        case AgentPhase.HOLDING:
+            return "the nodes to agree on the step at which all ranks stop"
+        case AgentPhase.DRAINING if state.assignment:
+            ranks = listed(str(state.assignment.rank(local)) for local in sorted(state.running))
+            return f"rank {ranks} to stop at the agreed step; SIGTERM in {left}"
         case AgentPhase.STOPPING if state.running and state.assignment:
             ranks = listed(str(state.assignment.rank(local)) for local in sorted(state.running))
             return f"rank {ranks} to stop; SIGKILL in {left}" if not state.killed else f"rank {ranks}, killed, to end"

@@ -30,6 +30,17 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Return ranks as ranges, as in ``0-2,5``."""
+    ranges: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
 def shortened(text: str, limit: int) -> str:
     """Return a text without its middle if it exceeds ``limit`` characters; a line says how many are missing."""
     if len(text) <= limit:

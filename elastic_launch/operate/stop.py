@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     """Have the workers stopped as by SIGTERM. Return the exit status; the job may take a while to end."""
     options = parser("stop", "stop a job: its workers get SIGTERM, and SIGKILL when the shutdown timeout is over")
     options.add_argument("--node", metavar="HOST", help="stop only the node on this host; the others go on if they can")
-    options.add_argument("--checkpoint", action="store_true", help="stop all ranks at the same step")
+    options.add_argument("--checkpoint", action="store_true", help="only if all ranks can stop at the same step")
     options.add_argument("--signal", default="SIGTERM", metavar="NAME", help="the signal (default: SIGTERM)")
     args = options.parse_args(argv)
     name = args.signal.upper().removeprefix("SIG")

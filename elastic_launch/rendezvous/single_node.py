@@ -16,14 +16,30 @@ from elastic_launch.core.agent.messages import (
     Assigned,
     Decided,
     Ended,
+    GiveUpStop,
     RendezvousAction,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
     RequestRestart,
+    RequestStop,
+    StopAgreed,
 )
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.messages import (
+    AllStalled,
+    ClaimStall,
+    Judged,
+    ProgressRequest,
+    ReportStacks,
+    ReportVerdict,
+    StacksArrived,
+    StacksComplete,
+    WithdrawClaim,
+)
+from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Assignment, Decision, End, EndKind
 
@@ -46,10 +62,31 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
+        case RequestStop(signum, _):
+            end = End(EndKind.STOP, signal_name(signum), signum=signum, same_step=True, mine=True)
+            return [Ended(end, time.time())]
+        case ReportCalls(calls):
+            return [StopAgreed(calls + 1)]
+        case GiveUpStop():
+            return [StopAgreed(0)]
         case ReportSuccess():
             return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):
             return [Decided(decision)]
+        case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+            return judge_alone(action)
+    return []
+
+
+def judge_alone(request: ProgressRequest) -> list[AgentEvent]:
+    """Answer what a node reports of a stall if it is the only one, or cannot ask the others."""
+    match request:
+        case ClaimStall():
+            return [AllStalled(1)]
+        case ReportStacks(number, stacks):
+            return [StacksArrived(number, stacks), StacksComplete(number)]
+        case ReportVerdict(number, verdict, blamed, text):
+            return [Judged(number, verdict, blamed, text)]
     return []
 
 
@@ -108,7 +145,7 @@ class SingleNodeRendezvous:
         """
         if isinstance(action, ReportRound):
             self._last, self._decided_at = action.decision, time.monotonic()
-        ends = isinstance(action, RequestRestart | ReportFailure | ReportSuccess)
+        ends = isinstance(action, RequestRestart | RequestStop | ReportFailure | ReportSuccess)
         if ends and self._has_ended:
             return []  # the first reason wins; the agent is about to learn it
         self._has_ended |= ends

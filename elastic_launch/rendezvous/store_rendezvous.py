@@ -9,7 +9,15 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended, RendezvousAction, RequestJoin
+from elastic_launch.core.agent.messages import (
+    AgentEvent,
+    Assigned,
+    Decided,
+    Ended,
+    RendezvousAction,
+    RendezvousEvent,
+    RequestJoin,
+)
 from elastic_launch.core.rendezvous import node
 from elastic_launch.core.rendezvous.messages import Close, HostFacts, Input, Join, Ready, Settings, Tick
 from elastic_launch.core.rendezvous.records import NodeRecord
@@ -189,7 +197,7 @@ class StoreRendezvous:
 
     # --- what only this side knows
 
-    def _completed(self, event: Assigned | Ended | Decided) -> AgentEvent:
+    def _completed(self, event: RendezvousEvent) -> AgentEvent:
         """Add what the node does not know: the store's address, the time of day, and why there is no store."""
         match event:
             case Assigned(assignment) if not assignment.master_addr:

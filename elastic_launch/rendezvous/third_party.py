@@ -21,8 +21,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
+from elastic_launch.rendezvous.single_node import judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
 
 if TYPE_CHECKING:
@@ -71,7 +73,10 @@ class ThirdPartyRendezvous:
         return Meeting(backend, waits_for="" if self._is_in_round else "the rendezvous handler")
 
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
-        """Hand an action to the thread. Only what ends the round is answered at once."""
+        """Hand an action to the thread. What ends the round, ``RequestStop`` and stalls are answered at once.
+
+        The interface has no place for questions to the other nodes, so each node judges its own workers.
+        """
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
@@ -88,6 +93,10 @@ class ThirdPartyRendezvous:
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
+            case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+                return judge_alone(action)
+            case messages.RequestStop():
+                return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
             case messages.Leave(signum, error, status, reason):
                 host = self._tasks.node.host
                 why = f"{host}: {error}" if error else reason or f"{host} is leaving ({signal_name(signum)})"

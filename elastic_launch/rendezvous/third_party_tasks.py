@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from elastic_launch import errors
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.text import counted
 from elastic_launch.host.ports import reserve_port
@@ -137,7 +138,11 @@ class HandlerTasks:
                 outcome = own  # the store is lost: the failure that is known explains more, and a new round will show
             if outcome is not own:
                 consequences = () if outcome.decision.restart else decision.failures
-                decision = outcome.decision._replace(failures=(*outcome.decision.failures, *consequences))
+                history = outcome.decision.restart_history
+                made = furthest(history.goodput, decision.restart_history.goodput)
+                decision = outcome.decision._replace(
+                    failures=(*outcome.decision.failures, *consequences), restart_history=history._replace(goodput=made)
+                )
         self.decision, self.decided_at = decision, time.monotonic()
         self.report(Decided(decision))
 

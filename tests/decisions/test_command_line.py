@@ -167,6 +167,10 @@ OURS = {
     "fatal_exit_codes": "",
     "node_failure_limit": 0,
     "crash_loop": 3,
+    "hang_timeout": "auto",
+    "hang_action": "report",
+    "hang_native": False,
+    "start_timeout": 0,
     "quiet": False,
     "verbose": False,
 }
@@ -233,6 +237,7 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     samples = {"nnodes": "2:3", "rdzv_conf": "a=b", "redirects": "3", "tee": "0:1", "local_ranks_filter": "0,1"}
     samples |= {"rdzv_backend": "c10d", "start_method": "fork", "numa_binding": "node", "signals_to_handle": "SIGTERM"}
     samples |= {"preload": "torch,mylib.data", "restart_backoff": "1:60", "fatal_exit_codes": "2,64-78"}
+    samples |= {"hang_action": "restart"}
     text = samples.get(option.dest, "7")
     is_flag = option.default is False
     words = [] if is_flag else [text]

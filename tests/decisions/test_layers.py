@@ -59,6 +59,7 @@ def test_only_one_place_reads_the_environment() -> None:
         "elastic_launch/workers/function_main.py",
         "elastic_launch/workers/keeper_main.py",
         "elastic_launch/workers/preload_main.py",
+        "elastic_launch/workers/step_hook.py",
     ]
 
 

@@ -127,6 +127,16 @@ def test_progress_is_added_where_it_is_known() -> None:
             "rank 4, killed, to end",
         ),
         (state(AgentPhase.STOPPING, deadline=6.0), Meeting("static"), "processes that the workers left behind"),
+        (
+            state(AgentPhase.HOLDING, deadline=15.0),
+            Meeting("c10d"),
+            "the nodes to agree on the step at which all ranks stop",
+        ),
+        (
+            state(AgentPhase.DRAINING, running=frozenset({1}), deadline=15.0),
+            Meeting("c10d"),
+            "rank 5 to stop at the agreed step; SIGTERM in 10 s",
+        ),
         (state(AgentPhase.AGREEING), Meeting("c10d"), "the other nodes"),
         (state(AgentPhase.PAUSING, deadline=65.0), Meeting("static"), "the pause before the restart, 60 s more"),
     ],

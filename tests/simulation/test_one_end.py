@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from signal import SIGTERM
 
 import pytest
 
@@ -394,6 +395,25 @@ def test_a_store_that_is_back_soon_costs_nothing() -> None:
     assert running(made) == [0, 0, 0]
     all_end(made)
     assert one(made) == Finish()
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["host", "other"])
+def test_the_host_of_the_store_and_another_node_leave_at_once_and_the_job_ends_by_the_signal(first: int) -> None:
+    made = world(0, job(1, 3))
+    for number in range(3):
+        agent = Agent(made, number)
+        agent.backend.serves = number == 0
+        made.agents.append(agent)
+        agent.begin()
+    form(made, 3)
+    host, other, _ = made.agents
+    [host, other][1 - first].stall(0.1)
+    host.signal()
+    other.signal()
+    made.run(made.now + 100, stop=lambda: host.gone)
+    made.stop_store()
+    until(made, 30)
+    assert [end.signum for end in finishes(made)] == [SIGTERM] * 3
 
 
 def test_a_store_that_forgets_everything_costs_a_round_but_no_restart() -> None:

@@ -251,6 +251,7 @@ def play(seed: int) -> Scene:
     )
     made = World(seed, settings)
     made.stop_time = chance.choice([2, 2, 25])
+    made.step_time = 0.3
     for _ in range(chance.randint(low, high + 1)):
         made.at(made.now + chance.choice([0, chance.uniform(0, 5), chance.uniform(0, 20)]), made.start)
 

@@ -14,6 +14,9 @@ from elastic_launch.job import Assignment
 if TYPE_CHECKING:
     from tests.support.simulation import Agent, World
 
+BEGINNING = 1000.0
+"""When a world begins, on its clock."""
+
 
 class Checks:
     """Sees everything that happens in a world."""
@@ -51,6 +54,11 @@ class Checks:
         used_before = min((other.restart_history.used for other in before.values()), default=used)
         assert used - used_before in (0, 1) or settings.policy.window, f"{self._world}: counted twice"
         assert used <= settings.policy.max_restarts
+        made = assignment.restart_history.goodput
+        steps_before = min((other.restart_history.goodput.steps for other in before.values()), default=made.steps)
+        assert made.steps >= steps_before, f"{self._world}: steps are forgotten"
+        assert min(made.in_steps, made.startup, *made.lost, *made.since) >= 0
+        assert made.elapsed <= self._world.now - BEGINNING, f"{self._world}: more time than there was"
         assert settings.min_nodes <= assignment.group_world_size <= settings.max_nodes
         assert 0 <= rank < assignment.group_world_size
         assert 0 <= assignment.base_rank <= assignment.world_size - assignment.local_world_size

@@ -11,6 +11,7 @@ from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound
 from elastic_launch.core.agent.restart_policy import follow
 from elastic_launch.core.agent.root_cause import is_consequence
 from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.heartbeats import renew_lease
 from elastic_launch.core.rendezvous.leaving import acknowledge, decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
@@ -97,7 +98,7 @@ def stop_waiting(node: NodeState, step: Step) -> None:
 
 def report_round(node: NodeState, step: Step, request: ReportRound) -> None:
     """Report this node's part of the round, now that its workers are gone."""
-    node.round.report.round = request
+    node.round.report.round, node.round.report.reported_at = request, step.now
     _report(node, step)
 
 
@@ -129,8 +130,9 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
             f"the store holds no valid signal or exit status at {node.key('end')!r}: {data[:60]!r}"
         )
     round_.end = end = end._replace(mine=end.node == me)
+    round_.shutdown.stops_job &= end.mine  # otherwise another reason came first
     enter(node, Phase.ENDED)
-    step.await_key("decision" if end.kind is EndKind.FAILED else None)
+    step.await_key("decision" if end.kind is EndKind.FAILED else "stop_at" if round_.awaits_stop else None)
     history = node.restart_history(step.now)
     match end.kind:
         case EndKind.FAILED:
@@ -142,6 +144,7 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
             round_.decision = Decision(True, history, gone=end.gone)
         case EndKind.STOP:
             round_.decision = Decision(False, history, signum=end.signum)
+            renew_lease(node, step)
         case EndKind.DONE:
             round_.decision = Decision(False, history)
         case EndKind.ERROR:  # nodes that come after others have not met may have better luck
@@ -277,6 +280,8 @@ def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
         case "all_reported":
             step.await_key("decision")
             read_consequences(node, step)
+        case "stop_at":
+            step.get(questions.LearnStopAt(), "stop_at")
         case "all_left":
             node.round.shutdown.is_empty = True
 
@@ -295,7 +300,7 @@ def conclude(node: NodeState, step: Step) -> None:
     round_, decision = node.round, node.round.decision
     if decision is None or node.phase is Phase.LEAVING:
         return
-    if not decision.restart:
+    if not decision.restart and not round_.awaits_stop:
         acknowledge(node, step)
     if round_.assignment is None and decision.restart:
         rejoin(node, step)

@@ -48,6 +48,9 @@ def renew_lease(node: NodeState, step: Step) -> None:
     gone = (*(round_.end.gone if round_.end else ()), *(round_.decision.gone if round_.decision else ()))
     if node.record.node in gone:
         return  # the others do not wait for this node
+    if round_.end and round_.end.kind is EndKind.STOP:
+        step.lease_until = float("inf")  # the job is over: no other node takes this one's place
+        return
     step.lease_until = lease_ends(node, round_.assignment)
     if node.phase is Phase.MEMBER:
         node.timers[Timer.FENCE] = step.lease_until - node.settings.grace

@@ -20,8 +20,15 @@ ANY_TICKET = 1 << 40
 # --- before the job ends
 
 
-def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
-    """Leave the running round: it ends, and the job goes on without this node if it can."""
+def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: bool = False) -> None:
+    """Leave the running round: it ends, and the job goes on without this node if it can.
+
+    Args:
+        node: the state, which is changed.
+        step: collects what to do.
+        request: why this node leaves.
+        same_step: whether the workers of all nodes stop at the same step.
+    """
     node.has_left = True
     round_, serves = node.round, node.record.serves
     if round_.closed is None or (round_.report.round and not serves and not request.reason):
@@ -33,7 +40,7 @@ def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
         end = _final(node, request, "and the job cannot go on without it")
         round_.shutdown.stops_job = True
     rank = round_.assignment.group_rank if round_.assignment else -1  # the others log it, even if this is rank 0
-    step.create(questions.Write(), "end", encode(end._replace(rank=rank)))
+    step.create(questions.LearnEnd(), "end", encode(end._replace(rank=rank, same_step=same_step)))
 
 
 def leave(node: NodeState, step: Step, request: Leave) -> None:
@@ -41,7 +48,10 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
     node.has_left = True
     round_ = node.round
     if (node.record.serves or request.reason) and not node.is_over:
-        round_.number += node.phase is Phase.ENDED  # the others have gone on to the next round, or will
+        round_.shutdown.stops_job = True
+        if node.phase is Phase.ENDED:  # the others have gone on to the next round, or will; this node has no part in it
+            round_.number += 1
+            round_.shutdown.has_acknowledged = True
         step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
         step.create(questions.Write(), "closed", encode(Closed(-1, 0, ANY_TICKET)))
     elif node.phase is Phase.WAITING and round_.leader:
@@ -103,9 +113,14 @@ def close(node: NodeState, step: Step, request: Close) -> None:
     """Shut down. A node that has neither left nor reached the end of the job leaves it first."""
     if not node.has_left and node.phase is Phase.MEMBER:
         leave_membership(node, step, Leave(signal.SIGTERM))
-    elif not node.has_left:
+    elif not node.has_left or (node.phase is Phase.ENDED and _serves_others(node)):
         leave(node, step, Leave(signal.SIGTERM))
     shut_down(node, step)
+
+
+def _serves_others(node: NodeState) -> bool:
+    """Whether the others go on in this node's store, because another one ended the round before this one could."""
+    return node.record.serves and not node.is_over and not node.round.shutdown.stops_job
 
 
 def shut_down(node: NodeState, step: Step, request: Close | None = None) -> None:

@@ -9,6 +9,7 @@ from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
 from elastic_launch.core.rendezvous.monitor import TAKE_OVER, Monitor, number
 from elastic_launch.core.rendezvous.records import Members
+from elastic_launch.core.rendezvous.stalling import check_claims
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.text import listed
 
@@ -76,8 +77,8 @@ def poll(node: NodeState, step: Step) -> None:
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
     if members := node.round.members:
         tickets = [*members.tickets, *node.round.outsiders]
-        names = ["ticket", f"monitor/{node.round.monitors + 1}", *(f"heartbeat/{ticket}" for ticket in tickets)]
-        step.get(questions.PollMembers(tickets, step.now), *names)
+        names = ["ticket", f"monitor/{node.round.monitors + 1}", "stalled", "stall"]
+        step.get(questions.PollMembers(tickets, step.now), *names, *(f"heartbeat/{ticket}" for ticket in tickets))
 
 
 def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.PollMembers, list[bytes]]) -> None:
@@ -85,7 +86,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_ = node.round
     if round_.members is None or round_.monitor is None:
         return
-    count, successor, *counters = answer.value
+    count, successor, claimed, stalls, *counters = answer.value
     if successor and node.phase is not Phase.ENDED:
         _stand_down(node, step)
         return
@@ -93,6 +94,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_.outsiders = sorted(set(range(1, number(count) + 1)) - set(round_.members.tickets))
     round_.heartbeat.polled_at = step.now
     renew_lease(node, step)
+    check_claims(node, step, claimed, stalls)
     suspected = round_.monitor.poll(zip(tickets, counters, strict=True), step.now, asked_at)
     if node.phase is not Phase.ENDED:  # afterwards the leader of the next round reads the counters, too
         reset(node, step, round_.monitor.take_resets())

@@ -10,6 +10,7 @@ from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step
+from elastic_launch.core.rendezvous.stopping import follow_stop
 from elastic_launch.job import Decision, End, EndKind
 
 
@@ -44,6 +45,8 @@ def on_lost(node: NodeState, step: Step, lost: StoreLost) -> None:
     if node.phase is Phase.LEAVING:
         disconnect(node, step)
         return
+    if round_.awaits_stop:
+        follow_stop(node, step, 0)
     if node.is_over:
         return
     round_.ticket = 0

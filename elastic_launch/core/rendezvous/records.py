@@ -96,6 +96,11 @@ NOBODY = Status(0, "", "")
 """The status before the first node has joined."""
 
 
+def newest(node: NodeRecord) -> tuple[int, int]:
+    """Return what to compare nodes by, to find out whose restart history is the job's."""
+    return node.known_round, node.restart_history.goodput.steps
+
+
 def encode(record: NamedTuple) -> bytes:
     """Encode a record as JSON. Fields that have their default value are left out."""
     return _json.encode(_plain(record)).encode()

@@ -1,0 +1,232 @@
+"""Watch the progress of a node's workers: read their counters, have their stacks taken, and judge those of all nodes.
+
+``core.progress.stall`` decides. This is one more source of the agent's loop. It sleeps until a worker begins to count
+its steps, and then wakes about once in the time after which a job counts as hung.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from elastic_launch.agent.progress_memory import ProgressMemory
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
+from elastic_launch.core.agent.messages import AgentEvent, Hung, RendezvousAction
+from elastic_launch.core.progress import stall
+from elastic_launch.core.progress.messages import (
+    AllStalled,
+    Judged,
+    ProgressEvent,
+    ReportHang,
+    ReportVerdict,
+    StacksArrived,
+    StacksComplete,
+    TakeStacks,
+)
+from elastic_launch.core.progress.stall import Begun, Counting, Looked, Over, StacksTaken, StallEvent, StallState, Tell
+from elastic_launch.job import Level, Policy
+
+if TYPE_CHECKING:
+    from elastic_launch.core.progress.stack_groups import Merger, NodeStacks
+    from elastic_launch.core.progress.stacks import Observation
+
+RETAKE_GAP = 0.5
+"""Seconds between the two samples of the stacks if the first one was not taken in advance."""
+REPORT_WIDTH = 120
+"""Columns of the report on the console."""
+
+
+class ProgressWatch:
+    """Watches the workers of one node, round after round; an event source of the agent's loop."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        memory: ProgressMemory,
+        signal_stacks: Callable[[Collection[int]], None],
+        native: str,
+        ask: Callable[[RendezvousAction], list[AgentEvent]],
+        log: Callable[[str, Level], None],
+    ) -> None:
+        """Prepare without reading anything.
+
+        Args:
+            policy: the job's; what counts as a hang, and what follows.
+            memory: the workers' memory.
+            signal_stacks: asks the processes with these pids for the stacks of their threads.
+            native: the path of py-spy, if native frames are to be shown, too; empty: they are not.
+            ask: carries out an action of the rendezvous, and returns the events that answer it at once.
+            log: writes a line for the user.
+        """
+        self._state = StallState(policy)
+        self._memory = memory
+        self._signal_stacks = signal_stacks
+        self._native = native
+        self._ask = ask
+        self._log = log
+        self._pids: Mapping[int, int] = {}
+        """Process ids of the workers that run, by local rank."""
+        self._ended: Mapping[int, int] = {}
+        """Process ids of those that have exited."""
+        self._host = ""
+        self._base_rank = 0
+        self._sampling: Iterator[float | None] | None = None
+        self._sample_at: float | None = None
+        """When the sample that is being taken continues."""
+        self._is_final = False
+        """Whether that sample is the second one."""
+        self._stacks: NodeStacks | None = None
+        self._merger: Merger | None = None
+        """The stacks of all nodes, on the node that judges them."""
+
+    # --- the loop's side
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """See ``LoopSource``: readable when a worker begins to count."""
+        return [(self._memory.fileno(), select.POLLIN)]
+
+    def deadline(self) -> float | None:
+        """See ``LoopSource``."""
+        times = (self._state.wake_at, self._sample_at)
+        return min((at for at in times if at is not None), default=None)
+
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
+        """See ``LoopSource``: read the workers' progress, or continue to take their stacks."""
+        events: list[AgentEvent] = []
+        if self._memory.fileno() in ready:
+            self._memory.clear()
+            events += self._step(Counting())
+        now = time.monotonic()
+        if self._sample_at is not None and now >= self._sample_at:
+            events += self._continue_sampling()
+        if self._state.wake_at is not None and now >= self._state.wake_at:
+            events += self._step(Looked({rank: self._memory.read(rank) for rank in self._pids}))
+        return events
+
+    def observe(self, state: AgentState) -> None:
+        """Follow the agent's life cycle."""
+        assignment = state.assignment
+        is_running = state.phase is AgentPhase.RUNNING and assignment is not None
+        was_running, self._pids = bool(self._pids), {}
+        if is_running and assignment is not None:
+            self._host, self._base_rank = assignment.host, assignment.base_rank
+            pids = {rank: state.pids[rank] for rank in self._memory.ranks() if rank in state.pids}
+            self._pids = {rank: pid for rank, pid in pids.items() if rank in state.running}
+            self._ended = {rank: pid for rank, pid in pids.items() if rank not in state.running}
+            if self._pids and not was_running:
+                self._step(Begun(tuple(self._pids), assignment.base_rank))
+        if was_running and not self._pids:
+            self._sampling = self._sample_at = None
+            self._step(Over())
+
+    def stalled(self) -> float:
+        """Return for how many seconds the workers have been found stalled in this round, before they went on."""
+        return self._state.stalled_seconds
+
+    def handle(self, event: ProgressEvent) -> list[AgentEvent]:
+        """Handle what the rendezvous has to say of a stall. Returns events for the agent."""
+        match event:
+            case AllStalled() | Judged():
+                return self._step(event)
+            case StacksArrived(_, stacks):
+                self._merge().add(stacks)
+                return []
+            case StacksComplete(number, missing):
+                return self._judge(number, missing)
+
+    # --- decisions and what they ask for
+
+    def _step(self, event: StallEvent) -> list[AgentEvent]:
+        self._state, actions = stall.step(self._state, event, time.monotonic())
+        events: list[AgentEvent] = []
+        for action in actions:
+            match action:
+                case TakeStacks(is_final):
+                    self._start_sampling(is_final)
+                case Tell(text, level):
+                    self._log(text, level)
+                case ReportHang(local_rank, verdict, text):
+                    at = f", at {verdict.place}" if verdict.place and verdict.place not in verdict.why else ""
+                    events.append(Hung(local_rank, f"{verdict.why}{at}", text, time.time()))
+                case asking:
+                    events += self._ask(asking)
+        return events
+
+    # --- stacks
+
+    def _start_sampling(self, is_final: bool) -> None:
+        if not is_final or self._sampling is None:
+            self._sampling = self._take_samples()
+            self._sample_at = time.monotonic()
+        self._is_final = is_final
+        if is_final:
+            self._sample_at = time.monotonic()
+
+    def _take_samples(self) -> Iterator[float | None]:
+        """Take the stacks twice, and report them. Yields the seconds until it is to be continued; None: when asked."""
+        from elastic_launch.agent.stack_sampler import POLL, Sampler  # late, as the next one: few jobs hang
+        from elastic_launch.core.progress.stack_groups import summarize
+
+        sampler = Sampler(self._memory, self._signal_stacks, self._native)
+        samples: list[list[Observation]] = []
+        for _ in range(2):
+            taken: list[Observation] = []
+            for seen in sampler.sample(self._pids, self._ended, self._base_rank):
+                taken = seen
+                yield POLL
+            samples.append(taken)
+            if len(samples) == 1:
+                taken_at = time.monotonic()
+                while not self._is_final:
+                    yield None
+                if (early := taken_at + RETAKE_GAP - time.monotonic()) > 0:
+                    yield early
+        now = time.monotonic()
+        progress = {self._base_rank + rank: self._memory.read(rank) for rank in self._pids}
+        steps = {rank: (each.iterations, now - each.last if each.last else -1.0) for rank, each in progress.items()}
+        self._stacks = summarize(self._host, samples[0], samples[1], steps)
+
+    def _continue_sampling(self) -> list[AgentEvent]:
+        assert self._sampling is not None
+        try:
+            seconds = next(self._sampling)
+        except StopIteration:
+            self._sampling = self._sample_at = None
+            assert self._stacks is not None
+            return self._step(StacksTaken(self._stacks))
+        self._sample_at = None if seconds is None else time.monotonic() + seconds
+        return []
+
+    # --- the verdict
+
+    def _judge(self, number: int, missing: tuple[str, ...]) -> list[AgentEvent]:
+        """Judge the stacks of all nodes, tell it, and have all nodes hear of it."""
+        from elastic_launch.core.progress.stack_report import render
+        from elastic_launch.core.progress.verdict import is_busy, judge
+
+        merged = self._merge().result([(host, ()) for host in missing])
+        self._merger = None
+        verdict = judge(merged)
+        if verdict.kind not in stall.NO_STALL and stall.may_be_unlearned(self._state) and is_busy(merged):
+            verdict = verdict._replace(kind=stall.BUSY)
+        text = render(merged, verdict, REPORT_WIDTH)
+        since = min((view.since for view in merged.workers.values() if view.since >= 0), default=None)
+        what = "no rank has made its first step" if since is None else f"no rank has made a step for {since:.0f} s"
+        if verdict.kind in (stall.BUSY, *stall.NO_STALL):
+            self._log(f"{what}, but {text}", Level.DEBUG)
+        else:
+            self._log(f"the job makes no progress: {what}\n{text}", Level.WARNING)
+        ended = {rank for group in merged.worker_groups() if group.state == "Z" for rank in group.ranks}
+        running = merged.workers.keys() - ended
+        blamed = next((rank for rank in verdict.ranks if rank in running), min(running, default=-1))
+        return self._ask(ReportVerdict(number, verdict, blamed, text))
+
+    def _merge(self) -> Merger:
+        """Return what collects the stacks of all nodes."""
+        from elastic_launch.core.progress.stack_groups import Merger
+
+        if self._merger is None:
+            self._merger = Merger()
+        return self._merger
