@@ -180,7 +180,7 @@ class EndKind(StrEnum):
     FAILED = "failed"
     """A worker failed. Its node decides whether another round follows."""
     MEMBERSHIP_CHANGED = "membership_changed"
-    """Nodes join or leave. Another round follows without using up a restart."""
+    """Nodes join or leave, or the user asks for another round, which follows without using up a restart."""
     STOP = "stop"
     """A signal stops the whole job."""
     DONE = "done"

@@ -58,7 +58,8 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("TMPDIR", str(temp))
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in os.environ:
-        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")) or name in ("NO_COLOR", "FORCE_COLOR"):
+        prefixes = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_", "ELASTIC_LAUNCH_", "XDG_RUNTIME_DIR")
+        if name.startswith(prefixes) or name in ("NO_COLOR", "FORCE_COLOR"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TERM", "xterm")
     try:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
+from elastic_launch.agent.operator import Operator
 from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
+from elastic_launch.control.server import ControlServer
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, formed
 from elastic_launch.core.agent.messages import (
     AgentEvent,
@@ -30,7 +34,15 @@ from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
-from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.errors import (
+    ExitCode,
+    LaunchError,
+    RendezvousError,
+    SignalException,
+    UnavailableError,
+    UsageError,
+    signal_name,
+)
 from elastic_launch.host.console import YELLOW, in_colour, log_line, log_through, standard_streams
 from elastic_launch.host.console import log as log_to_stderr
 from elastic_launch.host.signals import SignalQueue
@@ -46,7 +58,11 @@ if TYPE_CHECKING:
     from elastic_launch.agent.journal_writer import JournalWriter
     from elastic_launch.agent.live_line import LiveLine
     from elastic_launch.core.rendezvous.progress import Waiting
+    from elastic_launch.core.status import Facts, Meeting
     from elastic_launch.workers.watchdog import Watchdog
+
+CONTROL = "ELASTIC_LAUNCH_CONTROL"
+"""Variable that turns the control socket off, if it is 0."""
 
 
 @runtime_checkable
@@ -55,6 +71,9 @@ class AgentRendezvous(Rendezvous, LoopSource, Protocol):
 
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
+
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, for those who look at the job."""
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Carry out an action. Its answers are returned here, or later by ``take``."""
@@ -81,6 +100,9 @@ class _Run(NamedTuple):
     journal: JournalWriter | None
     log: Callable[[str], None]
     """Writes a line of the life cycle, which the journal has already."""
+    operator: Operator
+    control: ControlServer | None
+    """Asks the operator for those who look at the job; None: nobody can."""
     sources: list[LoopSource]
 
 
@@ -240,8 +262,13 @@ class LocalElasticAgent:
             watches.append(progress)
         live_line = self._live_line(workers, stack)
         log = workers.log if self._log is log_to_stderr else self._log
-        sources = [signals, self._rendezvous, *watches, *([live_line] if live_line else [])]
-        return _Run(files, workers, watchdog, telemetry, progress, live_line, journal, log, sources)
+        facts = partial(self._facts, time.time(), files)
+        asks = self._rendezvous.meeting, workers.output_files, workers.calls
+        operator = Operator(AgentState(self._limits), facts, *asks)
+        control = self._serve_control(stack, operator)
+        more = [source for source in (live_line, control) if source]
+        sources = [signals, self._rendezvous, *watches, *more]
+        return _Run(files, workers, watchdog, telemetry, progress, live_line, journal, log, operator, control, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -268,6 +295,9 @@ class LocalElasticAgent:
 
     def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
         run.telemetry.observe(event, state)
+        run.operator.observe(event, state)
+        if run.control:
+            run.control.changed()
         _update_group(self._group, state)
         if run.progress:
             run.progress.observe(state)
@@ -360,6 +390,25 @@ class LocalElasticAgent:
             number = parse_port(port, "TORCHELASTIC_HEALTH_CHECK_PORT=")
             sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
         return watchdog, sources
+
+    def _serve_control(self, stack: ExitStack, operator: Operator) -> ControlServer | None:
+        """Open the control socket. A job that cannot have one runs without."""
+        if read_flag(self._environ.get(CONTROL, "1")) is False:
+            return None
+        try:
+            return stack.enter_context(closing(ControlServer(self._options.run_id, self._environ, operator)))
+        except UnavailableError as error:
+            if self._verbosity >= Level.DEBUG:
+                self._log(f"no control socket, so elastic-job does not find this node: {error}")
+            return None
+
+    def _facts(self, started_at: float, files: JobFiles) -> Facts:
+        from elastic_launch.core.status import Facts  # late: only needed when somebody asks
+
+        limits, host, pid = self._limits, os.uname().nodename, os.getpid()
+        fixed = limits.policy.max_restarts, limits.shutdown_timeout, files.root
+        version = sys.modules["elastic_launch"].__version__  # not imported: the package names the layers above
+        return Facts(self._options.run_id, host, pid, version, self.name, started_at, *fixed)
 
     def _failure_result(self, finish: Finish, files: JobFiles) -> RunResult:
         report = format_report(self.name, finish, self._limits.policy.max_restarts, files.root if files.kept else None)

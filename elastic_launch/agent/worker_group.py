@@ -220,6 +220,15 @@ class LocalWorkers:
         path = self._dest.error_files.get(rank)
         return event._replace(evidence=Evidence(read_error_file(path, pids.get(rank, -1)))) if path else event
 
+    def output_files(self) -> dict[int, dict[str, str]]:
+        """Return the paths of the workers' output files, by local rank and ``stdout`` or ``stderr``."""
+        found: dict[int, dict[str, str]] = {}
+        for name, files in (("stdout", self._dest.stdouts), ("stderr", self._dest.stderrs)):
+            for rank, path in files.items():
+                if path not in (INHERIT, os.devnull):
+                    found.setdefault(rank, {})[name] = os.path.abspath(path)
+        return found
+
     def value(self, local_rank: int) -> Any:
         """Return what a worker's function returned; None for a command."""
         return self._functions.value(local_rank) if self._functions else None

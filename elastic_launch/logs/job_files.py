@@ -178,6 +178,34 @@ def cannot_create(specs: LogsSpecs, path: str, error: OSError) -> UnavailableErr
     return UnavailableError(f"{name}: cannot create {path}: {error.strerror}; choose another directory with --log-dir")
 
 
+def output_files(root: str) -> list[tuple[int, int, str, str]]:
+    """Find the output files of all rounds below a job's directory.
+
+    Args:
+        root: ``LOG_DIR/RUN_ID``; it need not exist.
+
+    Returns:
+        Round, global rank, ``stdout`` or ``stderr``, and path of each file.
+    """
+    found = []
+    for attempt in _numbered(root, "attempt_"):
+        for rank in _numbered(os.path.join(root, f"attempt_{attempt}")):
+            for stream in ("stdout", "stderr"):
+                path = os.path.join(root, f"attempt_{attempt}", str(rank), f"{stream}.log")
+                if os.path.isfile(path):
+                    found.append((attempt, rank, stream, path))
+    return found
+
+
+def _numbered(folder: str, prefix: str = "") -> list[int]:
+    """Return the numbers that stand after a prefix in the names of what is in a directory, in order."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder) if folder else []
+    numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return sorted(int(number) for number in numbers if number.isascii() and number.isdigit())
+
+
 def as_file_name(text: str) -> str:
     """Percent-encode what a file name should not contain, as in ``a%2Fb`` for ``a/b``."""
     if text.isalnum() and text.isascii():

@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent.messages import (
     AgentEvent,
@@ -22,6 +23,7 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
     RequestStop,
     StopAgreed,
 )
@@ -41,6 +43,9 @@ from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Assignment, Decision, End, EndKind
 
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
+
 
 def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:
     """Answer an action of the agent for a job of one node: what the node reports is what holds.
@@ -52,10 +57,12 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
     match action:
         case RequestJoin():
             return [Assigned(next_round())]
+        case RequestRestart(reason):
+            return [Ended(End(EndKind.MEMBERSHIP_CHANGED, reason, mine=True), time.time())]
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
-        case RequestStop(signum):
+        case RequestStop(signum, _):
             end = End(EndKind.STOP, signal_name(signum), signum=signum, same_step=True, mine=True)
             return [Ended(end, time.time())]
         case ReportCalls(calls):
@@ -112,6 +119,8 @@ class SingleNodeRendezvous:
         self._reserved = contextlib.ExitStack()
         """Holds the port that is reserved for the workers' store."""
         self._rounds = 0
+        self._has_ended = True
+        """Whether the current round is over, which the agent may not know yet. There is none at first."""
         self._last = Decision(restart=True)
         self._decided_at = time.monotonic()
 
@@ -123,6 +132,12 @@ class SingleNodeRendezvous:
         """Return the job's id."""
         return self._run_id
 
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet: there is only this one."""
+        from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
+
+        return Meeting(self._backend)
+
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Answer an action of the agent.
 
@@ -131,6 +146,10 @@ class SingleNodeRendezvous:
         """
         if isinstance(action, ReportRound):
             self._last, self._decided_at = action.decision, time.monotonic()
+        ends = isinstance(action, RequestRestart | RequestStop | ReportFailure | ReportSuccess)
+        if ends and self._has_ended:
+            return []  # the first reason wins; the agent is about to learn it
+        self._has_ended |= ends
         return answer_alone(action, self._next_round)
 
     def follow_joining(self) -> None:
@@ -156,6 +175,7 @@ class SingleNodeRendezvous:
         self.close()
         sock = self._reserved.enter_context(reserve_port(self.port))
         self._rounds += 1
+        self._has_ended = False
         return self.assignment(sock.getsockname()[1])
 
     def assignment(self, port: int) -> Assignment:

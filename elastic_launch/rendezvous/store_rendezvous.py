@@ -7,6 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent.messages import (
     AgentEvent,
@@ -28,6 +29,9 @@ from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Level, LineKind
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import LinkState, StoreLink, Timeouts
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 CLOSE_TIMEOUT = 5.0
 """Longest time, in seconds, that a node takes to leave a store that does not answer."""
@@ -98,6 +102,25 @@ class StoreRendezvous:
     def get_run_id(self) -> str:
         """Return the job's id."""
         return self.settings.run_id
+
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, and this node's part in it."""
+        # Late: only needed when somebody asks.
+        from elastic_launch.core.rendezvous import view
+        from elastic_launch.core.status import Meeting
+
+        now, settings, backend = self._clock(), self.settings, self.backend
+        is_ready = self._link.state is LinkState.READY
+        return Meeting(
+            self._name,
+            backend.endpoint,
+            backend.settings,
+            settings.min_nodes,
+            settings.max_nodes,
+            view.role(self._node),
+            view.waits_for(self._node, now) if is_ready else backend.where,
+            view.silences(self._node, now),
+        )
 
     # --- what the agent asks for
 

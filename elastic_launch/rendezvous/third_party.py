@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
 from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
@@ -25,6 +26,9 @@ from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
 from elastic_launch.rendezvous.single_node import judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 CLOSE_TIMEOUT = 2.0
 """Seconds that the handler has for its ``shutdown``."""
@@ -44,6 +48,8 @@ class ThirdPartyRendezvous:
         self._thread: threading.Thread | None = None
         self._end: End | None = None
         """How the round ended, as the agent was told."""
+        self._is_in_round = False
+        """Whether the agent was told of a round since it has asked for one."""
         # Shared with the thread:
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: deque[messages.AgentEvent | LaunchError] = deque()
@@ -57,8 +63,17 @@ class ThirdPartyRendezvous:
         """Return the job's id, as the handler has it."""
         return str(self._tasks.handler.get_run_id())
 
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, as far as torch's interface tells it."""
+        from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
+
+        backend = type(self._tasks.handler).__name__
+        with contextlib.suppress(Exception):  # the handler comes from outside, and nobody else may have asked it that
+            backend = self.get_backend()
+        return Meeting(backend, waits_for="" if self._is_in_round else "the rendezvous handler")
+
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
-        """Hand an action to the thread. ``ReportFailure``, ``RequestStop`` and stalls are answered at once.
+        """Hand an action to the thread. What ends the round, ``RequestStop`` and stalls are answered at once.
 
         The interface has no place for questions to the other nodes, so each node judges its own workers.
         """
@@ -68,12 +83,12 @@ class ThirdPartyRendezvous:
             self._thread.start()
         match action:
             case messages.RequestJoin():
-                self._end = None
+                self._end, self._is_in_round = None, False
                 self._queue.put(self._tasks.join)
+            case messages.RequestRestart(reason) if self._is_in_round and self._end is None:
+                return [self._end_round(End(EndKind.MEMBERSHIP_CHANGED, reason, self._tasks.node.node, mine=True))]
             case messages.ReportFailure(failure) if self._end is None:
-                self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True)
-                self._queue.put(lambda: None)  # instead of the task that polls
-                return [messages.Ended(self._end, time.time())]
+                return [self._end_round(End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True))]
             case messages.ReportSuccess():
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
@@ -82,14 +97,20 @@ class ThirdPartyRendezvous:
                 return judge_alone(action)
             case messages.RequestStop():
                 return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
-            case messages.Leave(signum, error, status):
+            case messages.Leave(signum, error, status, reason):
                 host = self._tasks.node.host
-                reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"
-                self._queue.put(partial(self._tasks.leave, reason, status))
+                why = f"{host}: {error}" if error else reason or f"{host} is leaving ({signal_name(signum)})"
+                self._queue.put(partial(self._tasks.leave, why, status, signum if reason else 0))
         return []
 
     def follow_joining(self) -> None:
         """Return None: only the handler knows who has joined."""
+
+    def _end_round(self, end: End) -> messages.Ended:
+        """Note that the round has ended for this node, whose report tells the others."""
+        self._end = end
+        self._queue.put(lambda: None)  # instead of the task that polls
+        return messages.Ended(end, time.time())
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptor by which the thread wakes the loop."""
@@ -116,6 +137,7 @@ class ThirdPartyRendezvous:
                 if self._end is not None:
                     continue  # the agent was told of another end of this round
                 self._end = result.end
+            self._is_in_round |= isinstance(result, messages.Assigned)
             events.append(result)
         return events
 

@@ -178,21 +178,22 @@ class HandlerTasks:
             self.log(f"{self._describe(error)}; this node's workers succeeded, those of other nodes may have failed")
         self.report(Ended(end, time.time()))
 
-    def leave(self, reason: str, status: int) -> None:
+    def leave(self, reason: str, status: int, signum: int = 0) -> None:
         """Report that this node leaves, so that the others need not notice it.
 
         Args:
             reason: for the other nodes' console.
-            status: exit status with which the job ends; 0: the job goes on without this node.
+            status: exit status with which the job ends; 0: it does not end with an error.
+            signum: the signal with which the whole job stops; 0: the job goes on without this node, unless ``status``.
         """
-        self.has_left = not status
+        self.has_left = not status and not signum
         if self.round and self.round.size > 1:
-            kind = EndKind.ERROR if status else EndKind.MEMBERSHIP_CHANGED
-            rank = -1 if status else self.round.assignment.group_rank
-            change = Change.NONE if status else Change.NODE_LEFT
-            end = End(kind, reason, self.node.node, status=status, rank=rank, change=change)
+            kind = EndKind.ERROR if status else EndKind.STOP if signum else EndKind.MEMBERSHIP_CHANGED
+            rank = self.round.assignment.group_rank if self.has_left else -1
+            change = Change.NODE_LEFT if kind is EndKind.MEMBERSHIP_CHANGED else Change.NONE
+            end = End(kind, reason, self.node.node, signum=signum, status=status, rank=rank, change=change)
             error = reason if status else ""
-            decision = Decision(not status, self.round.restart_history(), error=error, status=status)
+            decision = Decision(self.has_left, self.round.restart_history(), signum=signum, error=error, status=status)
             with contextlib.suppress(Exception):  # if the store is lost, the others will notice
                 self.round.write_outcome(Outcome(end, decision))
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from tests.support.control import elastic_job
 from tests.support.jobs import TWO, Job
 from tests.support.nodes import Nodes, c10d
 from tests.support.servers import shared_etcd
@@ -79,3 +80,25 @@ def test_a_script_that_never_asks_gets_the_signal(job: Job) -> None:
     done = job.finish(process)
     assert done.returncode == 128 + signal.SIGTERM
     assert "SIGTERM received: stopping 2 workers" in done.stderr
+
+
+def test_the_whole_job_is_stopped_at_a_checkpoint_from_outside(job: Job) -> None:
+    """Although two of three nodes would be enough to go on."""
+    nodes = c10d(job, "2:3", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5")
+    processes = [nodes(number, script=job.script(TRAINING)) for number in range(3)]
+    job.wait_for("0.0 trains", "1.0 trains", "2.0 trains")
+    assert elastic_job("stop", "--checkpoint").stdout == f"{nodes.run_id}: stopping\n"
+    assert [job.finish(process).returncode for process in processes] == [128 + signal.SIGTERM] * 3
+    assert sorted(stops(job)) == [0, 1, 2]
+    assert len(set(stops(job).values())) == 1
+
+
+def test_a_checkpoint_of_a_script_that_never_asks_is_refused(job: Job) -> None:
+    process = job.start(*TWO, job.script("mark()\nwait()\n"))
+    wait_until(lambda: len(job.marks()) == 2)
+    done = elastic_job("stop", "--checkpoint")
+    assert (done.returncode, done.stderr.count("\n")) == (69, 1)
+    assert "no worker of this node has called should_stop()" in done.stderr
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    job.finish(process)

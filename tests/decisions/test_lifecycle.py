@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from dataclasses import replace
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
 
 import pytest
@@ -43,7 +44,9 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
     RequestStop,
+    RestartRequested,
     SendSignal,
     SetStop,
     Signalled,
@@ -84,6 +87,9 @@ class Agent:
                 event = queue.pop(0)
                 if isinstance(event, Decided):
                     self.decision = event.decision
+                if isinstance(event, Assigned):
+                    self.rendezvous.ask(RequestJoin())  # it knows of the round
+                    self.rendezvous.close()
                 self.state, actions = lifecycle.step(self.state, event, self.now)
                 self.last += actions
                 queue += [e for a in actions if isinstance(a, TO_RENDEZVOUS) for e in self.rendezvous.ask(a)]
@@ -109,7 +115,10 @@ class Agent:
         return self
 
 
-TO_RENDEZVOUS = (ReportFailure, ReportSuccess, ReportRound, Leave, RequestStop, ReportCalls, GiveUpStop)
+TO_RENDEZVOUS = (
+    *(RequestRestart, ReportFailure, ReportSuccess, ReportRound, Leave),
+    *(RequestStop, ReportCalls, GiveUpStop),
+)
 LEFT_OUT = (Log, *TO_RENDEZVOUS)
 
 
@@ -186,6 +195,47 @@ def test_the_last_worker_to_fail_leaves_no_other_to_stop() -> None:
     agent = Agent().running()
     agent(exited(0))
     assert agent(exited(1, 3)) == [ReapLeftovers(kill=False)]
+
+
+def test_a_restart_that_the_user_asks_for_uses_up_none() -> None:
+    agent = Agent(max_restarts=0).running()
+    assert agent(RestartRequested("restart requested on host-a")) == [SendSignal(SIGTERM, ALL, stop=True)]
+    assert agent.warnings() == "restart requested on host-a: stopping 2 workers"
+    assert agent(RestartRequested("restart requested on host-a")) == [], "it is on its way"
+    agent(exited(0, 1, (SIGTERM,)), exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(GroupReaped({})) == [RequestJoin()]
+    assert agent.decision == Decision(True)
+    assert agent(Assigned(agent.assignment())) == [Start(ASSIGNMENT._replace(restart_count=1))]
+
+
+def test_a_worker_that_fails_while_the_user_restarts_uses_up_none() -> None:
+    agent = Agent(max_restarts=0).running()
+    agent(RestartRequested("restart requested on host-a"), exited(0, -signal.SIGSEGV, (SIGTERM,)))
+    agent(exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(GroupReaped({})) == [RequestJoin()]
+    assert agent.decision.restart_history.used == 0
+
+
+def test_a_restart_that_the_user_asks_for_ends_the_pause_before_the_next_round() -> None:
+    agent = Agent(max_restarts=1).running()
+    agent.state = replace(agent.state, limits=Limits(Policy(1, backoff=60, backoff_limit=60), 30))
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)), GroupReaped({}))
+    assert agent.state.phase is AgentPhase.PAUSING
+    assert agent(RestartRequested("restart requested on host-a")) == [RequestJoin()]
+
+
+def test_a_stop_of_the_whole_job_has_its_reason_in_the_log_and_for_the_other_nodes() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(Signalled(SIGTERM, 50, reason="stop requested on host-a"))
+    assert agent.warnings().startswith("stop requested on host-a: stopping 2 workers; SIGKILL in 30 s")
+    assert Leave(SIGTERM, reason="stop requested on host-a") in agent.last
+
+
+def test_a_stop_of_the_whole_job_after_a_failure_is_one_for_the_other_nodes_too() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1), Signalled(SIGTERM, 51, reason="stop requested on host-a"), exited(1, -SIGTERM, (SIGTERM,)))
+    agent(GroupReaped({}))
+    assert Leave(SIGTERM, reason="stop requested on host-a") in agent.last
 
 
 @pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP])
@@ -586,6 +636,7 @@ class World:
         """Workers that the agent killed because their timer expired."""
         self.rounds: list[int] = []
         self.signals_left = self.random.randrange(5)
+        self.restarts = self.restarts_left = self.random.randrange(3)
         self.calls = self.random.choice([0, 7])
         """Number of calls of ``should_stop()``."""
         self.hold = False
@@ -634,6 +685,8 @@ class World:
                 [Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now, self.calls)],
                 [UserSignalled(SIGUSR1)],
             ]
+        if self.restarts_left and self.random.random() < 0.2:
+            can.append([RestartRequested("restart requested on host-a")])
         if state.phase is AgentPhase.JOINING:
             self.agent.rounds = len(self.rounds)
             return self.random.choice([*can, [Assigned(self.agent.assignment(29500 + len(self.rounds)))]])
@@ -674,6 +727,8 @@ class World:
                         self.signals_left, self.signalled = self.signals_left - 1, True
                     case UserSignalled():
                         self.signals_left -= 1
+                    case RestartRequested():
+                        self.restarts_left -= 1
                     case GroupReaped():
                         self.leftovers = False
                 self.agent.now += self.random.choice([0.0, SAME_SIGNAL, 3.0])
@@ -703,11 +758,17 @@ def test_any_order_of_events_ends_properly(block: int) -> None:
         assert world.agent.decision.restart_history.uncharged <= UNCHARGED_RESTARTS
         assert (
             len(world.rounds)
-            <= 1 + world.agent.decision.restart_history.used + world.agent.decision.restart_history.uncharged
+            <= 1
+            + world.agent.decision.restart_history.used
+            + world.agent.decision.restart_history.uncharged
+            + world.restarts
+            - world.restarts_left
         )
         if finish.failures:
             assert finish.signum is None
             assert finish.failures[0].exitcode != 0
+        elif finish.error:
+            assert world.unkillable, f"seed {seed}: {finish.error}"
         elif finish.signum is None:
             assert world.codes == [0, 0], f"seed {seed}: a failure counts as success"
         outcomes.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")

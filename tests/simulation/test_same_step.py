@@ -394,6 +394,17 @@ def test_a_store_that_is_lost_meanwhile_holds_nobody() -> None:
     assert not any(agent.alive for agent in made.agents)
 
 
+def test_the_whole_job_stops_at_the_same_step_when_the_user_asks_for_it() -> None:
+    """Although two nodes would be enough to go on."""
+    made = trained(3, job(1, 3))
+    made.agents[1].signal("stop requested on host-1")
+    until(made, 60)
+    assert_stopped_together(made, 6)
+    assert [agent.finish for agent in made.agents] == [Finish(signum=SIGTERM)] * 3
+    assert list(made.assignments) == [0]
+    assert any("stop requested on host-1" in line for line in made.agents[0].shown())
+
+
 # --- thousands of schedules
 
 
@@ -442,11 +453,14 @@ def play(seed: int) -> str:
         Agent.fail_worker,
         Agent.signal,
         Agent.interrupt,
+        Agent.request_restart,
+        lambda agent: agent.signal("the user stops the job"),
         lambda agent: made.add(),
         lambda agent: agent.end_worker(0),
     ]
     for _ in range(chance.choice([1, 1, 2, high])):
-        made.after(chance.choice([0, chance.uniform(0, 0.5)]), partial(strike, Agent.signal))
+        stop = chance.choice([Agent.signal, Agent.signal, lambda agent: agent.signal("the user stops the job")])
+        made.after(chance.choice([0, chance.uniform(0, 0.5)]), partial(strike, stop))
     for _ in range(chance.choice([0, 0, 1, 2, 4])):
         seconds = chance.choice([chance.uniform(0, 0.3), chance.uniform(0, 3), chance.uniform(0, 30)])
         made.after(seconds, partial(strike, chance.choice(strikes)))

@@ -20,6 +20,7 @@ from elastic_launch.core.agent.messages import (
     ReportFailure,
     ReportRound,
     ReportSuccess,
+    RequestRestart,
     RequestStop,
 )
 from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
@@ -149,6 +150,9 @@ INPUTS: list[tuple[Input, set[Phase]]] = [
     (ReportRound(Decision(False)), {MEMBER, ENDED, LEAVING}),
     # Because of signals, and errors of the launcher:
     (Leave(15), set(Phase)),
+    (Leave(15, reason="the user stops the job"), set(Phase)),
+    # The user asks, whatever the node does, once it has begun to join:
+    (RequestRestart("the user asks for another round"), set(Phase) - {IDLE}),
     (Leave(error="broken", status=70), set(Phase)),
     (Close(), set(Phase)),
     # The store comes and goes, and time passes.
@@ -483,6 +487,9 @@ def rough(seed: int) -> str:
         Agent.succeed,
         lambda agent: list(map(Agent.succeed, made.live())),
         Agent.signal,
+        Agent.request_restart,
+        Agent.request_restart,
+        lambda agent: agent.signal("the user stops the job"),
         lambda agent: None if forgets else start(),
         lambda agent: None if has_host else restart_store(),
         lambda agent: None if has_host else restart_store(),

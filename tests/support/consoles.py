@@ -132,3 +132,64 @@ def screen(written: bytes) -> list[bytes]:
             rows[-1][column : column + 1] = token
             column += 1
     return [bytes(row) for row in rows]
+
+
+class LiveScreen:
+    """A terminal of some size that shows what a full-screen program writes; of control sequences what ours uses."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.resize(rows, columns)
+        self.is_other = False
+        """Whether the program uses the other screen."""
+        self.has_cursor = True
+        self.blank_frames = 0
+        """How often the screen was empty between two updates, which a person sees as flicker."""
+        self._rest = b""
+
+    def resize(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.lines = [" " * columns for _ in range(rows)]
+        self._row = self._column = 0
+
+    def shown(self) -> list[str]:
+        """The rows, without blanks at their ends."""
+        return [line.rstrip() for line in self.lines]
+
+    def feed(self, data: bytes) -> None:
+        """Show what was written."""
+        text = (self._rest + data).decode(errors="ignore")
+        self._rest = b""
+        for token in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|.", text, re.DOTALL):
+            self._take(token)
+
+    def _take(self, token: str) -> None:
+        match token:
+            case "\x1b[?1049h" | "\x1b[?1049l":
+                self.is_other = token.endswith("h")
+                self.lines = [" " * self.columns for _ in range(self.rows)]
+                self._row = self._column = 0
+            case "\x1b[?25h" | "\x1b[?25l":
+                self.has_cursor = token.endswith("h")
+            case "\x1b[?2026h" | "\x1b[?2026l":
+                pass
+            case "\x1b[H":
+                self._row = self._column = 0
+            case "\x1b[K":
+                self.lines[self._row] = self.lines[self._row][: self._column].ljust(self.columns)
+            case "\x1b[J":
+                self.lines[self._row + 1 :] = [" " * self.columns for _ in self.lines[self._row + 1 :]]
+            case "\x1b[2J":
+                self.blank_frames += 1
+            case "\r":
+                self._column = 0
+            case "\n":
+                self._row += 1
+                if self._row == self.rows:
+                    self.lines = [*self.lines[1:], " " * self.columns]
+                    self._row -= 1
+            case _:
+                assert not token.startswith("\x1b"), f"unknown control sequence {token!r}"
+                assert self._column < self.columns, f"a row that is too long: {self.lines[self._row]}"
+                line = self.lines[self._row]
+                self.lines[self._row] = line[: self._column] + token + line[self._column + 1 :]
+                self._column += 1

@@ -42,7 +42,9 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
     RequestStop,
+    RestartRequested,
     SendSignal,
     SetStop,
     Signalled,
@@ -413,14 +415,19 @@ class Agent:
         """A worker ends well by itself, or after its stop signal."""
         self._die(Exit(rank, 0, self.world.now, self._stop_signals))
 
-    def signal(self) -> None:
-        self._get_signal(SIGTERM)
+    def signal(self, reason: str = "") -> None:
+        """SIGTERM; with a reason the user stops the whole job."""
+        self._tell(Signalled(SIGTERM, self.world.now, reason=reason))
 
     def interrupt(self) -> None:
-        self._get_signal(SIGINT)
+        self._tell(Signalled(SIGINT, self.world.now))
 
-    def _get_signal(self, signum: int) -> None:
-        event = Signalled(signum, self.world.now)
+    def request_restart(self) -> None:
+        """The user asks for another round."""
+        self._tell(RestartRequested(f"restart requested on {self.name}"))
+
+    def _tell(self, event: AgentEvent) -> None:
+        """Something comes from outside; a frozen agent learns of it when it resumes."""
         if self.frozen_until > self.world.now:
             self._soon(lambda: self._live(event), 0.0)
         else:
@@ -521,7 +528,9 @@ class Agent:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case RequestJoin() | ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
+                case RequestJoin() | RequestRestart() | ReportFailure() | ReportSuccess() | ReportRound():
+                    self.ask(action)
+                case Leave() | Fence():
                     self.ask(action)
                 case RequestStop() | ReportCalls() | GiveUpStop():
                     self.ask(action)

@@ -49,7 +49,9 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
     RequestStop,
+    RestartRequested,
     SendSignal,
     SetStop,
     Signalled,
@@ -152,6 +154,8 @@ class AgentState:
     """The signal that ends the job."""
     stopped_by_signal: bool = False
     """Whether the signal in ``signum`` ended the round."""
+    stop_reason: str = ""
+    """Why the whole job stops; empty: it does not, or this node is the only one that leaves."""
     stop_requested_at: float | None = None
     """When the first ``ESCALATING`` signal arrived, in seconds since 1970."""
     deadline: float | None = None
@@ -247,11 +251,11 @@ def formed(assignment: Assignment) -> str:
 
 
 def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
-    return _leave(state, event.signum)
+    return _leave(_record_stop_request(state, event), event.signum)
 
 
 def _leave(state: AgentState, signum: int) -> Step:
-    return _enter(state, DONE), [Leave(signum), Finish(signum=signum)]
+    return _enter(state, DONE), [Leave(signum, reason=state.stop_reason), Finish(signum=signum)]
 
 
 def _end_without_a_round(state: AgentState, event: Decided, now: float) -> Step:
@@ -317,6 +321,11 @@ def _forward_signal(state: AgentState, event: UserSignalled, now: float) -> Step
     return state, [SendSignal(event.signum, state.running, stop=False)]
 
 
+def _request_restart(state: AgentState, event: RestartRequested, now: float) -> Step:
+    """Have the round end on all nodes. While joining this matters to a spare only: the others run without it."""
+    return state, [RequestRestart(event.reason)]
+
+
 def _ignore(state: AgentState, event: AgentEvent, now: float) -> Step:
     return state, []
 
@@ -331,10 +340,10 @@ def _signalled(state: AgentState, event: Signalled, now: float) -> Step:
     state = _begin_to_stop(_record_stop_request(state, event), event.time, now)
     state = replace(state, signum=event.signum, stopped_by_signal=True, deadline=_agree_by(state))
     log = Log(
-        f"SIGTERM received: stopping all workers at the same step (they use should_stop()); SIGTERM to workers in "
+        f"{_stop_cause(event)}: stopping all workers at the same step (they use should_stop()); SIGTERM to workers in "
         f"{_stop_by(state) - now:g} s"
     )
-    return state, [RequestStop(event.signum), log]
+    return state, [RequestStop(event.signum, event.reason), log]
 
 
 def _ended(state: AgentState, event: Ended, now: float) -> Step:
@@ -379,7 +388,8 @@ def _holding_deadline_reached(state: AgentState, event: DeadlineReached, now: fl
 def _stop_agreed(state: AgentState, event: StopAgreed, now: float) -> Step:
     if not event.stop_at:
         state, actions = _stop_anyway(state, now, "the nodes could not agree on a step")
-        return state, [*actions, *([Leave(state.signum)] if state.stopped_by_signal and state.signum else [])]
+        leaves = [Leave(state.signum, reason=state.stop_reason)] if state.stopped_by_signal and state.signum else []
+        return state, [*actions, *leaves]
     log = _log_once(state, f"all ranks stop at their call {event.stop_at} of should_stop()")
     actions = [SetStop(hold=False, stop_at=event.stop_at), log]
     if state.running:
@@ -428,12 +438,17 @@ def _late_calls(state: AgentState, event: Ended) -> list[Action]:
 
 def _stop_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
     log = Log(
-        f"{signal_name(event.signum)} received: stopping {counted(len(state.running), 'worker')}; SIGKILL in "
+        f"{_stop_cause(event)}: stopping {counted(len(state.running), 'worker')}; SIGKILL in "
         f"{state.limits.shutdown_timeout:g} s, or on a second SIGTERM or SIGINT"
     )
     state = replace(state, signum=event.signum, stopped_by_signal=True)
     state, actions = _stop(_record_stop_request(state, event), event.signum, event.time, now)
-    return state, [*actions, Leave(event.signum), log]  # the log last: it may have to wait for its reader
+    # The log last: it may have to wait for its reader.
+    return state, [*actions, Leave(event.signum, reason=event.reason), log]
+
+
+def _stop_cause(event: Signalled) -> str:
+    return event.reason or f"{signal_name(event.signum)} received"
 
 
 def _stop_with_others(state: AgentState, event: Ended, now: float) -> Step:
@@ -479,18 +494,19 @@ def _reap_leftovers(state: AgentState, now: float) -> Step:
 
 def _escalate(state: AgentState, event: Signalled, now: float) -> Step:
     """Handle a signal while stopping: the job will not restart, and a second SIGTERM or SIGINT kills at once."""
-    name, requested_at, is_holding = signal_name(event.signum), state.stop_requested_at, state.phase is HOLDING
+    cause, requested_at, is_holding = _stop_cause(event), state.stop_requested_at, state.phase is HOLDING
     state = _record_stop_request(state, event)
     if state.signum is None:
-        return replace(state, signum=event.signum), [Log(f"{name} received: the job will not restart after this round")]
+        return replace(state, signum=event.signum), [Log(f"{cause}: the job will not restart after this round")]
     is_second = requested_at is not None and event.time - requested_at >= SAME_SIGNAL and event.signum in ESCALATING
     if not is_second or state.killed:
         return state, []
-    state, actions = _kill(state, f"{name} received again", now)
+    state, actions = _kill(state, f"{cause} again", now)
     return state, [*actions, *_give_up(state, is_holding)]
 
 
 def _record_stop_request(state: AgentState, event: Signalled) -> AgentState:
+    state = replace(state, stop_reason=event.reason or state.stop_reason)
     is_first = state.stop_requested_at is None and event.signum in ESCALATING
     return replace(state, stop_requested_at=event.time) if is_first else state
 
@@ -571,6 +587,8 @@ def _round_report(state: AgentState, now: float) -> ReportRound:
     assignment = _assignment(state)
     history = restart_policy.aged(assignment.restart_history, now - state.started_at)
     history = history._replace(goodput=_goodput(state, now))
+    if state.end is not None and state.end.kind is EndKind.MEMBERSHIP_CHANGED:
+        return ReportRound(Decision(True, history), state.may_restart)  # whatever failed meanwhile
     decision = restart_policy.follow(
         state.limits.policy, history, state.failures, "", assignment.picked_port, state.may_restart
     )
@@ -618,12 +636,13 @@ def _finish(state: AgentState, decision: Decision, made: Goodput) -> Step:
     return _enter(state, DONE), [Finish(failures, signum, error, decision.status, decision.why, restarts, made)]
 
 
-def _join(state: AgentState, event: DeadlineReached, now: float) -> Step:
+def _join(state: AgentState, event: DeadlineReached | RestartRequested, now: float) -> Step:
     return _enter(state, JOINING), [RequestJoin()]
 
 
 def _leave_while_agreeing(state: AgentState, event: Signalled, now: float) -> Step:
     """Leave, unless the other nodes wait for this node's decision."""
+    state = _record_stop_request(state, event)
     if state.failure_reported and (state.end is None or state.end.mine):
         return replace(state, signum=event.signum), []
     return _leave(state, event.signum)
@@ -653,7 +672,7 @@ def _log_end_while_stopping(state: AgentState, end: End) -> list[Action]:
             Log(f"{end.reason}: killed this node's workers, because others may already be taking their place"),
         ]
     if end.mine and end.kind in (EndKind.STOP, EndKind.ERROR):
-        return [Log(_headline(end))]
+        return [] if state.stop_reason else [Log(_headline(end))]  # with a reason, the line has been logged
     if not (end.mine and state.failure_reported and state.running):
         return _log_membership_change(state)  # another line or another node tells the rest
     return [Log(f"{end.reason}: stopping {counted(len(state.running), 'worker')}", kind=LineKind.FAILURE)]
@@ -727,11 +746,13 @@ TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Handler] = {
     **_row(Hung, _stop_hang, RUNNING, ignored=(JOINING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING)),
     **_row(LeaseExpired, _stop_without_a_lease, RUNNING, ignored=(HOLDING, DRAINING, STOPPING, AGREEING)),
     **_row(TimerExpired, _dump_overdue, RUNNING, ignored=(JOINING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING)),
-    # Signals.
+    # The user.
     **_row(Signalled, _leave_on_signal, JOINING, PAUSING),
     **_row(Signalled, _signalled, RUNNING),
     **_row(Signalled, _escalate, HOLDING, DRAINING, STOPPING),
     **_row(Signalled, _leave_while_agreeing, AGREEING),
+    **_row(RestartRequested, _request_restart, JOINING, RUNNING, AGREEING, ignored=(HOLDING, DRAINING, STOPPING)),
+    **_row(RestartRequested, _join, PAUSING),
     **_row(UserSignalled, _forward_signal, RUNNING, HOLDING, DRAINING, STOPPING, ignored=(JOINING, AGREEING, PAUSING)),
     # Time.
     **_row(DeadlineReached, _kill_overdue, RUNNING),

@@ -47,12 +47,21 @@ class Signalled(NamedTuple):
     """When the signal arrived, in seconds since 1970; the agent may handle it later."""
     calls: int = 0
     """Greatest number of calls of ``should_stop()`` that a worker of this node has begun; 0: none has asked."""
+    reason: str = ""
+    """Why the whole job is to stop, in one line; empty: this node leaves, and the others go on if they can."""
 
 
 class UserSignalled(NamedTuple):
     """The agent received a signal that it forwards to the workers."""
 
     signum: int
+
+
+class RestartRequested(NamedTuple):
+    """The user asks for another round."""
+
+    reason: str
+    """Why the round ends, in one line."""
 
 
 class TimerExpired(NamedTuple):
@@ -126,7 +135,8 @@ class Decided(NamedTuple):
 
 RendezvousEvent = Assigned | Ended | StopAgreed | Decided | ProgressEvent
 WorkerEvent = Started | Exited | LeaseExpired | GroupReaped
-AgentEvent = RendezvousEvent | WorkerEvent | Signalled | UserSignalled | TimerExpired | Hung | DeadlineReached
+UserEvent = Signalled | UserSignalled | RestartRequested
+AgentEvent = RendezvousEvent | WorkerEvent | UserEvent | TimerExpired | Hung | DeadlineReached
 
 # Actions: what the agent must do.
 
@@ -140,6 +150,16 @@ class ReportFailure(NamedTuple):
 
     failure: ProcessFailure
     """What is known so far about the failure."""
+
+
+class RequestRestart(NamedTuple):
+    """End the running round on all nodes because the user asks for another one; ``Ended`` is the answer.
+
+    If no round runs, there is no answer: another one is on its way.
+    """
+
+    reason: str
+    """One line for the user."""
 
 
 class ReportSuccess(NamedTuple):
@@ -169,6 +189,8 @@ class Leave(NamedTuple):
     error: str = ""
     status: int = 0
     """Exit status for ``error``."""
+    reason: str = ""
+    """Why the whole job stops, in one line; empty: the others go on if they can."""
 
 
 class RequestStop(NamedTuple):
@@ -178,6 +200,8 @@ class RequestStop(NamedTuple):
     """
 
     signum: int
+    reason: str = ""
+    """Why the whole job stops, in one line; empty: the others go on if they can."""
 
 
 class ReportCalls(NamedTuple):
@@ -254,9 +278,8 @@ class Finish(NamedTuple):
 
 
 StopAction = RequestStop | ReportCalls | GiveUpStop
-RendezvousAction = (
-    RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave | StopAction | ProgressRequest
-)
+RoundAction = RequestJoin | RequestRestart | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
+RendezvousAction = RoundAction | StopAction | ProgressRequest
 """What the agent asks of the rendezvous."""
 Action = RendezvousAction | Start | SendSignal | SetStop | DumpStacks | ReapLeftovers | Log | Finish
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess, RequestRestart
 from elastic_launch.core.agent.restart_policy import follow
 from elastic_launch.core.agent.root_cause import is_consequence
 from elastic_launch.core.rendezvous import questions
@@ -51,6 +51,12 @@ def report_failure(node: NodeState, step: Step, request: ReportFailure) -> None:
         step.create(questions.LearnEnd(), "end", encode(reason))
     elif end.kind is EndKind.FAILED:
         _tell_failures(node, step, [failure])
+
+
+def request_restart(node: NodeState, step: Step, request: RequestRestart) -> None:
+    """End the round for all nodes, because the user asks for another one. That uses up no restart."""
+    end = End(EndKind.MEMBERSHIP_CHANGED, request.reason, node.record.node)
+    step.create(questions.LearnEnd(), "end", encode(end))
 
 
 def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:

@@ -31,10 +31,10 @@ def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: 
     """
     node.has_left = True
     round_, serves = node.round, node.record.serves
-    if round_.closed is None or (round_.report.round and not serves):
+    if round_.closed is None or (round_.report.round and not serves and not request.reason):
         return  # its workers have succeeded, and the others' need it no more than if it had died
     rest = round_.closed.nodes - 1 + len(round_.closed.spares)
-    if rest >= node.settings.min_nodes and not serves:
+    if rest >= node.settings.min_nodes and not serves and not request.reason:
         end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node, change=Change.NODE_LEFT)
     else:
         end = _final(node, request, "and the job cannot go on without it")
@@ -44,10 +44,10 @@ def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: 
 
 
 def leave(node: NodeState, step: Step, request: Leave) -> None:
-    """Leave while no workers run: hand over the lead, or stop the job if this node hosts the store."""
+    """Leave while no workers run: hand over the lead, or stop the job if this node hosts the store or is to stop it."""
     node.has_left = True
     round_ = node.round
-    if node.record.serves and not node.is_over:
+    if (node.record.serves or request.reason) and not node.is_over:
         round_.shutdown.stops_job = True
         if node.phase is Phase.ENDED:  # the others have gone on to the next round, or will; this node has no part in it
             round_.number += 1
@@ -66,11 +66,12 @@ def _why(node: NodeState, request: Leave) -> str:
 
 
 def _final(node: NodeState, request: Leave, why_final: str) -> End:
-    """Return the end of the job: it cannot go on without this node."""
+    """Return the end of the job: it cannot go on without this node, or is not to go on."""
     id_ = node.record.node
     if request.error:
         return End(EndKind.ERROR, _why(node, request), id_, status=request.status)
-    return End(EndKind.STOP, f"{_why(node, request)}, {why_final}", id_, signum=request.signum)
+    reason = request.reason or f"{_why(node, request)}, {why_final}"
+    return End(EndKind.STOP, reason, id_, signum=request.signum)
 
 
 # --- at its end

@@ -60,6 +60,10 @@ class Monitor:
         counter, at = self._counters.get(ticket, (b"", time))
         return counter != b"" and at > time and ticket not in self._unproven
 
+    def silence(self, ticket: int, now: float) -> float:
+        """Return the seconds since a node's counter was last seen to change; 0 if it has never been polled."""
+        return max(0.0, now - self._counters.get(ticket, (b"", now))[1])
+
     def poll(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
         """Take the counters as they were at ``asked_at`` or later.
 

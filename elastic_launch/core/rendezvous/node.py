@@ -50,6 +50,7 @@ from elastic_launch.core.agent.messages import (
     ReportFailure,
     ReportRound,
     ReportSuccess,
+    RequestRestart,
     RequestStop,
 )
 from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
@@ -186,6 +187,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **{(phase, timer): handler for timer, handler in TIMERS.items() for phase in timer.phases},
     # The agent requests.
     **_row(messages.Join, next_round.join, IDLE, ENDED, ignored=(LEAVING,)),
+    **_row(RequestRestart, ending.request_restart, MEMBER, OUTSIDE, ignored=(JOINING, WAITING, ENDED, LEAVING)),
     **_row(ReportFailure, ending.report_failure, MEMBER, ENDED),
     **_row(ReportSuccess, ending.report_success, MEMBER, ignored=(ENDED,)),
     **_row(ReportRound, ending.report_round, MEMBER, ENDED, ignored=(LEAVING,)),

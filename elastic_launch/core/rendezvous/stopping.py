@@ -22,9 +22,9 @@ POLL = 0.1
 def request_stop(node: NodeState, step: Step, request: RequestStop) -> None:
     """Leave the round, and have all workers stop at the same step. If another node was first, leave after that."""
     if node.phase is Phase.MEMBER:
-        leave_membership(node, step, Leave(request.signum), same_step=True)
+        leave_membership(node, step, Leave(request.signum, reason=request.reason), same_step=True)
     elif not node.round.awaits_stop:  # otherwise this node leaves when it closes
-        leave(node, step, Leave(request.signum))
+        leave(node, step, Leave(request.signum, reason=request.reason))
 
 
 def report_calls(node: NodeState, step: Step, request: ReportCalls) -> None:

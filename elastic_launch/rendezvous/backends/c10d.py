@@ -27,7 +27,8 @@ class C10dBackend(Backend):
     """
 
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
-        self.where = f"the store at {join_endpoint(host, port)}"
+        self.endpoint = join_endpoint(host, port)
+        self.where = f"the store at {self.endpoint}"
         self.host = host
         self.port = port
         self._is_host = is_host
@@ -87,6 +88,10 @@ class C10dBackend(Backend):
             self._addresses = resolve(self.host, self.port)
         family, address = self._addresses.pop(0)
         return connect(address, family, self.where)
+
+    def has_untried_address(self) -> bool:
+        """Return whether the endpoint has another address to try."""
+        return bool(self._addresses)
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the addresses of both ends of the connection."""

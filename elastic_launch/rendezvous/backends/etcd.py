@@ -17,6 +17,9 @@ from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 
+SHOWN_SETTINGS = {"protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username"}
+"""Settings that may be shown: names of files and users, but no passwords."""
+
 
 class EtcdBackend(Backend):
     """An etcd v3 cluster, reached through a bridge process on this node.
@@ -29,6 +32,8 @@ class EtcdBackend(Backend):
     """
 
     def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
+        self.endpoint = endpoints
+        self.settings = {name: text for name, text in conf.items() if name in SHOWN_SETTINGS}
         self.where = f"etcd at {endpoints}"
         self.endpoints, self.conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
