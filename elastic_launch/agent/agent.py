@@ -264,7 +264,7 @@ class LocalElasticAgent:
         log = workers.log if self._log is log_to_stderr else self._log
         facts = partial(self._facts, time.time(), files)
         asks = self._rendezvous.meeting, workers.output_files, workers.calls
-        operator = Operator(AgentState(self._limits), facts, *asks)
+        operator = Operator(AgentState(self._limits), facts, *asks, progress.figures if progress else lambda: None)
         control = self._serve_control(stack, operator)
         more = [source for source in (live_line, control) if source]
         sources = [signals, self._rendezvous, *watches, *more]

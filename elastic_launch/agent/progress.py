@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from elastic_launch.agent.progress_memory import ProgressMemory
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
-from elastic_launch.core.agent.messages import AgentEvent, Hung, RendezvousAction
+from elastic_launch.core.agent.messages import AgentEvent, Hung, Limits, RendezvousAction
 from elastic_launch.core.progress import stall
 from elastic_launch.core.progress.messages import (
     AllStalled,
@@ -25,12 +25,23 @@ from elastic_launch.core.progress.messages import (
     StacksComplete,
     TakeStacks,
 )
-from elastic_launch.core.progress.stall import Begun, Counting, Looked, Over, StacksTaken, StallEvent, StallState, Tell
+from elastic_launch.core.progress.stall import (
+    Begun,
+    Counting,
+    Looked,
+    Over,
+    StacksTaken,
+    StallEvent,
+    StallPhase,
+    StallState,
+    Tell,
+)
 from elastic_launch.job import Level, Policy
 
 if TYPE_CHECKING:
     from elastic_launch.core.progress.stack_groups import Merger, NodeStacks
     from elastic_launch.core.progress.stacks import Observation
+    from elastic_launch.core.status import Progress
 
 RETAKE_GAP = 0.5
 """Seconds between the two samples of the stacks if the first one was not taken in advance."""
@@ -69,6 +80,7 @@ class ProgressWatch:
         self._policy = policy
         self._record_first_step = record_first_step
         self._record_stall = record_stall
+        self._agent = AgentState(Limits(policy, 0.0))
         self._memory = memory
         self._signal_stacks = signal_stacks
         self._native = native
@@ -118,6 +130,7 @@ class ProgressWatch:
 
     def observe(self, state: AgentState) -> None:
         """Follow the agent's life cycle."""
+        self._agent = state
         assignment = state.assignment
         is_running = state.phase is AgentPhase.RUNNING and assignment is not None
         was_running, self._pids = bool(self._pids), {}
@@ -136,6 +149,14 @@ class ProgressWatch:
     def stalled(self) -> float:
         """Return for how many seconds the workers have been found stalled in this round, before they went on."""
         return self._state.stalled_seconds
+
+    def figures(self) -> Progress:
+        """Return what the workers get done, for those who look at the job."""
+        from elastic_launch.core.progress.figures import figures  # late: nobody asks most agents
+
+        workers = {rank: self._memory.read(rank) for rank in self._memory.ranks()}
+        is_stalled = self._state.phase is StallPhase.TOLD
+        return figures(self._agent, workers, self._state.stalled_seconds, is_stalled, time.monotonic())
 
     def handle(self, event: ProgressEvent) -> list[AgentEvent]:
         """Handle what the rendezvous has to say of a stall. Returns events for the agent."""

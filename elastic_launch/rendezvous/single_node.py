@@ -41,7 +41,7 @@ from elastic_launch.core.progress.messages import (
 )
 from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Assignment, Decision, End, EndKind
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind
 
 if TYPE_CHECKING:
     from elastic_launch.core.status import Meeting
@@ -58,7 +58,8 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
         case RequestJoin():
             return [Assigned(next_round())]
         case RequestRestart(reason):
-            return [Ended(End(EndKind.MEMBERSHIP_CHANGED, reason, mine=True), time.time())]
+            end = End(EndKind.MEMBERSHIP_CHANGED, reason, change=Change.RESTART_REQUESTED, mine=True)
+            return [Ended(end, time.time())]
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
