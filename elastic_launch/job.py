@@ -205,6 +205,8 @@ class Change(StrEnum):
     """This node got no answer from the store. The others will find another change."""
     STORE_RESTARTED = "store_restarted"
     """The store has forgotten everything."""
+    RESTART_REQUESTED = "restart_requested"
+    """A person or a program asked for another round."""
 
 
 class End(NamedTuple):

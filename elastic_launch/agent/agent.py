@@ -18,7 +18,7 @@ from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_CHECK_TIMEOUT, DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
 from elastic_launch.control.server import ControlServer
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, formed
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, begin, formed
 from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
@@ -275,8 +275,11 @@ class LocalElasticAgent:
         log = workers.log if self._log is log_to_stderr else self._log
         facts = partial(self._facts, time.time(), files)
         asks = self._rendezvous.meeting, workers.output_files, workers.calls
-        operator = Operator(AgentState(self._limits), facts, *asks)
+        watched = (progress.figures, progress.look) if progress else ()
+        operator = Operator(begin(self._limits, time.monotonic())[0], facts, *asks, *watched)
         control = self._serve_control(stack, operator)
+        if control and progress:
+            progress.on_answer = control.answered
         check = self._check(stack)
         more = [source for source in (live_line, control, check) if source]
         sources = [signals, self._rendezvous, *watches, *more]

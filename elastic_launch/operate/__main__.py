@@ -19,8 +19,11 @@ COMMANDS = {
     "ps": ("ps", "list your jobs on this host"),
     "status": ("status", "show a job: its nodes, ranks, restarts, and what it waits for"),
     "logs": ("logs", "show what a job's ranks on this host have written to its files"),
+    "stacks": ("stacks", "show where all ranks of a job stand in their code"),
     "stop": ("stop", "stop a job, or one of its nodes, in good order"),
     "restart": ("restart", "begin another round now, without using up a restart"),
+    "exporter": ("exporter", "serve metrics of the jobs on this host to Prometheus"),
+    "report": ("report", "make one page of a finished job's events"),
 }
 """The subcommands: module and what it does."""
 _WIDTH = max(map(len, COMMANDS))

@@ -236,7 +236,8 @@ class Round:
 
 
 MEMBERSHIP = (
-    *("node_lost", "node_left", "node_joining", "node_late", "cut_off", "store_restarted", "membership_changed"),
+    *("node_lost", "node_left", "node_joining", "node_late", "cut_off", "store_restarted", "restart_requested"),
+    "membership_changed",
 )
 """Events that end a round although no worker failed."""
 PARTS = ("detection", "stop", "rendezvous", "start", "first step")

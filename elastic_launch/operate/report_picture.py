@@ -130,6 +130,7 @@ CAUSES = {
     "node_late": "a node came too late for its place",
     "cut_off": "a node was cut off from the store",
     "store_restarted": "the store was restarted",
+    "restart_requested": "a restart was requested",
     "membership_changed": "the membership changed",
     "hang": "the job hung",
     "requeued": "the job was started again",

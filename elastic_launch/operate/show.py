@@ -58,7 +58,7 @@ def _summary(view: Mapping[str, Any], now: float) -> list[tuple[str, str]]:
         ("size", _size(view)),
         ("since", f"{clock(started, now)}, {duration(max(0.0, now - started))} ago" if started else ""),
         ("restarts", _restarts(view)),
-        ("progress", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in progress.items())),
+        ("progress", progress.get("summary", "") + (", stalled" if progress.get("stalled") else "")),
         ("waits for", view["waits_for"] or ""),
         ("last", view["last_trouble"] or ""),
         ("files", view["log_dir"] or ""),

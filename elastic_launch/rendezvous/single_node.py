@@ -35,13 +35,15 @@ from elastic_launch.core.progress.messages import (
     ProgressRequest,
     ReportStacks,
     ReportVerdict,
+    RequestStacks,
     StacksArrived,
     StacksComplete,
+    StacksWanted,
     WithdrawClaim,
 )
 from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Assignment, Decision, End, EndKind
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind
 
 if TYPE_CHECKING:
     from elastic_launch.core.status import Meeting
@@ -62,7 +64,8 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
         case RequestJoin():
             return [Assigned(next_round())]
         case RequestRestart(reason):
-            return [Ended(End(EndKind.MEMBERSHIP_CHANGED, reason, mine=True), time.time())]
+            end = End(EndKind.MEMBERSHIP_CHANGED, reason, change=Change.RESTART_REQUESTED, mine=True)
+            return [Ended(end, time.time())]
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
@@ -77,7 +80,7 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
             return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):
             return [Decided(decision)]
-        case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+        case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
             return judge_alone(action)
     return []
 
@@ -85,6 +88,8 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
 def judge_alone(request: ProgressRequest) -> list[AgentEvent]:
     """Answer what a node reports of a stall if it is the only one, or cannot ask the others."""
     match request:
+        case RequestStacks():
+            return [StacksWanted(-1)]
         case ClaimStall():
             return [AllStalled(1)]
         case ReportStacks(number, stacks):

@@ -21,9 +21,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
-from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.errors import LaunchError, signal_name
-from elastic_launch.job import End, EndKind
+from elastic_launch.job import Change, End, EndKind
 from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
 
@@ -87,14 +87,15 @@ class ThirdPartyRendezvous:
                 self._end, self._is_in_round = None, False
                 self._queue.put(self._tasks.join)
             case messages.RequestRestart(reason) if self._is_in_round and self._end is None:
-                return [self._end_round(End(EndKind.MEMBERSHIP_CHANGED, reason, self._tasks.node.node, mine=True))]
+                node, change = self._tasks.node.node, Change.RESTART_REQUESTED
+                return [self._end_round(End(EndKind.MEMBERSHIP_CHANGED, reason, node, change=change, mine=True))]
             case messages.ReportFailure(failure) if self._end is None:
                 return [self._end_round(End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True))]
             case messages.ReportSuccess():
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
-            case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+            case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
                 return judge_alone(action)
             case messages.RequestStop():
                 return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes

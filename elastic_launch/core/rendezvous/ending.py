@@ -55,7 +55,7 @@ def report_failure(node: NodeState, step: Step, request: ReportFailure) -> None:
 
 def request_restart(node: NodeState, step: Step, request: RequestRestart) -> None:
     """End the round for all nodes, because the user asks for another one. That uses up no restart."""
-    end = End(EndKind.MEMBERSHIP_CHANGED, request.reason, node.record.node)
+    end = End(EndKind.MEMBERSHIP_CHANGED, request.reason, node.record.node, change=Change.RESTART_REQUESTED)
     step.create(questions.LearnEnd(), "end", encode(end))
 
 
