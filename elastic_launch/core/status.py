@@ -186,6 +186,10 @@ def waits_for(state: AgentState, meeting: Meeting, now: float) -> str:
     """Return what an agent waits for, in a few words; empty: for its workers only."""
     left = f"{max(0.0, state.deadline - now):.0f} s" if state.deadline is not None else ""
     match state.phase:
+        case AgentPhase.CHECKING:
+            return f"the health check of this node; it is killed in {left}"
+        case AgentPhase.UNFIT:
+            return f"the health check of this node, which failed: {state.check_failure}; it runs again in {left}"
         case AgentPhase.HOLDING:
             return "the nodes to agree on the step at which all ranks stop"
         case AgentPhase.DRAINING if state.assignment:

@@ -14,6 +14,8 @@ from elastic_launch.core.agent import root_cause
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Assigned,
+    CheckFailed,
+    DeadlineReached,
     Decided,
     Ended,
     Exited,
@@ -24,6 +26,7 @@ from elastic_launch.core.agent.messages import (
     Log,
     ReapLeftovers,
     RequestJoin,
+    RunCheck,
     Signalled,
     Started,
     StopAgreed,
@@ -164,6 +167,8 @@ def _events(journal: Journal, step: Transition) -> Iterator[Found]:
         match action:
             case ReapLeftovers(kill=True):
                 yield Found("killed", {"workers": len(step.after.running)})
+            case RunCheck():
+                journal.assignment = None
             case RequestJoin():
                 journal.assignment = None
                 yield Found("joined", journal.about)
@@ -259,6 +264,11 @@ def _phase_changed(journal: Journal, step: Transition) -> Iterable[Found]:
             return [Found("succeeded", {"seconds": journal.since("started", step.now)})]
         cause, seconds = _stop_cause(step)
         return [Found("stopping", {"cause": cause, "workers": len(after.running), "seconds": seconds})]
+    if before.phase is AgentPhase.CHECKING and isinstance(step.event, CheckFailed | DeadlineReached):
+        output = step.event.output if isinstance(step.event, CheckFailed) else ""
+        pause = round(after.deadline - step.now, 6) if after.deadline is not None else 0.0
+        facts = {"reason": after.check_failure, "output": output, "tries": before.attempts, "pause": pause}
+        return [Found("check_failed", facts)]
     if before.phase is AgentPhase.STOPPING:
         leftovers = list(step.event.leftovers) if isinstance(step.event, GroupReaped) else []
         first = after.progress.first if after.progress and after.progress.steps else 0.0

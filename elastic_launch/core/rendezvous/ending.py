@@ -16,12 +16,12 @@ from elastic_launch.core.rendezvous.leaving import acknowledge, decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
-from elastic_launch.core.rendezvous.records import decode, encode
+from elastic_launch.core.rendezvous.records import decode, decode_lines, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Append
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
-from elastic_launch.job import Change, Decision, End, EndKind, Level
+from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory
 
 MESSAGE = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
@@ -123,38 +123,61 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
     """
     if not data:
         return
-    round_, me = node.round, node.record.node
-    end = decode(End, data, node.key("end"))
-    if not (0 <= end.signum < 65 and 0 <= end.status < 256):
-        raise RendezvousStateError(
-            f"the store holds no valid signal or exit status at {node.key('end')!r}: {data[:60]!r}"
-        )
-    round_.end = end = end._replace(mine=end.node == me)
+    round_ = node.round
+    round_.end = end = read_end(node, data)
     round_.shutdown.stops_job &= end.mine  # otherwise another reason came first
     enter(node, Phase.ENDED)
     step.await_key("decision" if end.kind is EndKind.FAILED else "stop_at" if round_.awaits_stop else None)
     history = node.restart_history(step.now)
+    round_.decision = decision_after(end, history, is_late=round_.is_late)
     match end.kind:
         case EndKind.FAILED:
             if round_.report.failure and not end.mine:
                 _tell_failures(node, step, [round_.report.failure])
             elif end.mine and end.failures and is_consequence(end.failures[0]):
                 step.read_members()  # to find out whether the loss of a node was the cause
-        case EndKind.MEMBERSHIP_CHANGED:
-            round_.decision = Decision(True, history, gone=end.gone)
         case EndKind.STOP:
-            round_.decision = Decision(False, history, signum=end.signum)
             renew_lease(node, step)
-        case EndKind.DONE:
-            round_.decision = Decision(False, history)
-        case EndKind.ERROR:  # nodes that come after others have not met may have better luck
-            again = round_.is_late and end.status != ExitCode.UNAVAILABLE
-            round_.decision = Decision(again, history, error="" if again else end.reason, status=end.status)
     node.decided_at = step.now
     if round_.assignment and not round_.heartbeat.is_fenced:
         round_.report.round = None  # a node whose workers have succeeded reports this round again
         step.notify(Ended(end, 0.0))
     _report(node, step)
+
+
+def read_end(node: NodeState, data: bytes) -> End:
+    """Read the record that ended the round.
+
+    Raises:
+        RendezvousStateError: no node of this job can have written it.
+    """
+    end = decode(End, data, node.key("end"))
+    if not (0 <= end.signum < 65 and 0 <= end.status < 256):
+        raise RendezvousStateError(
+            f"the store holds no valid signal or exit status at {node.key('end')!r}: {data[:60]!r}"
+        )
+    return end._replace(mine=end.node == node.record.node)
+
+
+def decision_after(end: End, history: RestartHistory, *, is_late: bool = False) -> Decision | None:
+    """Return what follows a round that has ended; None: that remains to be decided.
+
+    Args:
+        end: how it ended.
+        history: the job's restart history.
+        is_late: whether the node came when the round was over.
+    """
+    match end.kind:
+        case EndKind.MEMBERSHIP_CHANGED:
+            return Decision(True, history, gone=end.gone)
+        case EndKind.STOP:
+            return Decision(False, history, signum=end.signum)
+        case EndKind.DONE:
+            return Decision(False, history)
+        case EndKind.ERROR:  # nodes that come after others have not met may have better luck
+            again = is_late and end.status != ExitCode.UNAVAILABLE
+            return Decision(again, history, error="" if again else end.reason, status=end.status)
+    return None
 
 
 def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> None:
@@ -229,7 +252,10 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
         return
     also, reported, lost = answer.value
     own = {failure.rank: failure for failure in round_.report.round.decision.failures}
-    found = {line.failure.rank: (line.failure, line.node) for line in _lines(node, also)}
+    found = {
+        line.failure.rank: (line.failure, line.node)
+        for line in decode_lines(Consequence, also, node.key("consequences"))
+    }
     found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
     failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
     if failures and is_consequence(failures[0][0]) and not _has_heard_of_all(node, step, number(reported)):
@@ -243,10 +269,6 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
     history, port = node.restart_history(step.now), round_.assignment.picked_port
     may_restart = round_.report.round.may_restart
     step.decide_next(follow(node.settings.policy, history, cut, cause_node, port, may_restart))
-
-
-def _lines(node: NodeState, data: bytes) -> list[Consequence]:
-    return [decode(Consequence, line, node.key("consequences")) for line in data.splitlines()]
 
 
 def _wait_for_cause(node: NodeState, step: Step) -> None:
@@ -303,7 +325,9 @@ def conclude(node: NodeState, step: Step) -> None:
         return
     if not decision.restart and not round_.awaits_stop:
         acknowledge(node, step)
-    if round_.assignment is None and decision.restart:
+    if round_.assignment is None and decision.restart and node.has_check:
+        decide(node, step, decision)  # the agent joins when the check has passed
+    elif round_.assignment is None and decision.restart:
         rejoin(node, step)
     elif round_.assignment is None or round_.report.round is not None:
         decide(node, step, _as_latecomer(node, step, decision) if round_.is_late else decision)

@@ -92,6 +92,16 @@ class Status(NamedTuple):
     missing: str
 
 
+class Unfit(NamedTuple):
+    """A node takes no part in a round, because its health check fails."""
+
+    record: NodeRecord
+    reason: str
+    """Why the check fails, in one line."""
+    is_gone: bool = False
+    """Whether the node has left the job."""
+
+
 NOBODY = Status(0, "", "")
 """The status before the first node has joined."""
 
@@ -104,6 +114,11 @@ def newest(node: NodeRecord) -> tuple[int, int]:
 def encode(record: NamedTuple) -> bytes:
     """Encode a record as JSON. Fields that have their default value are left out."""
     return _json.encode(_plain(record)).encode()
+
+
+def decode_lines(kind: type[T], data: bytes, key: str) -> list[T]:
+    """Decode records that were appended to ``key``, one on each line. Raises as ``decode`` does."""
+    return [decode(kind, line, key) for line in data.splitlines()]
 
 
 def decode(kind: type[T], data: bytes, key: str) -> T:
