@@ -21,6 +21,7 @@ COMMANDS = {
     "logs": ("logs", "show what a job's ranks on this host have written to its files"),
     "stop": ("stop", "stop a job, or one of its nodes, in good order"),
     "restart": ("restart", "begin another round now, without using up a restart"),
+    "ui": ("ui.command", "show your jobs as a page in a browser, live"),
     "report": ("report", "make one page of a finished job's events"),
 }
 """The subcommands: module and what it does."""
