@@ -264,8 +264,11 @@ class LocalElasticAgent:
         log = workers.log if self._log is log_to_stderr else self._log
         facts = partial(self._facts, time.time(), files)
         asks = self._rendezvous.meeting, workers.output_files, workers.calls
-        operator = Operator(AgentState(self._limits), facts, *asks, progress.figures if progress else lambda: None)
+        watched = (progress.figures, progress.look) if progress else ()
+        operator = Operator(AgentState(self._limits), facts, *asks, *watched)
         control = self._serve_control(stack, operator)
+        if control and progress:
+            progress.on_answer = control.answered
         more = [source for source in (live_line, control) if source]
         sources = [signals, self._rendezvous, *watches, *more]
         return _Run(files, workers, watchdog, telemetry, progress, live_line, journal, log, operator, control, sources)

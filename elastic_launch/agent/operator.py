@@ -15,12 +15,14 @@ from elastic_launch.errors import UsageError, signal_name
 from elastic_launch.job import End, EndKind
 
 if TYPE_CHECKING:
+    from elastic_launch.agent.progress import Look
     from elastic_launch.core.status import Facts, Meeting, Progress, RoundRecord
 
 MAX_ROUNDS = 64
 """Latest rounds that the status lists."""
 
-Reply = tuple[dict[str, Any], list[AgentEvent]]
+Reply = tuple["dict[str, Any] | Look", list[AgentEvent]]
+"""A reply, or what will have one, and events for the agent."""
 
 
 class Operator:
@@ -34,6 +36,7 @@ class Operator:
         files: Callable[[], Mapping[int, Mapping[str, str]]],
         calls: Callable[[], Mapping[int, int]],
         progress: Callable[[], Progress | None] = lambda: None,
+        look: Callable[[], tuple[Look, list[AgentEvent]]] | None = None,
     ) -> None:
         """Begin. Nothing is called before somebody asks.
 
@@ -44,9 +47,11 @@ class Operator:
             files: returns the paths of the workers' output files, by local rank and name of the stream.
             calls: returns how often each worker has called ``should_stop()``, by local rank.
             progress: returns what the workers get done; None: that is not known.
+            look: asks for the stacks of all nodes; None: that is turned off.
         """
         self._state = state
         self._facts, self._meeting, self._files, self._calls, self._progress = facts, meeting, files, calls, progress
+        self._look = look
         self._rounds: deque[RoundRecord] = deque(maxlen=MAX_ROUNDS)
 
     def observe(self, event: AgentEvent, state: AgentState) -> None:
@@ -103,6 +108,11 @@ class Operator:
         reason = f"stop requested on {os.uname().nodename}" if scope == "job" else ""
         return {"ok": True, "scope": scope, "signum": signum}, [Signalled(signum, time.time(), reason=reason)]
 
+    def _stacks(self, request: Mapping[str, Any]) -> Reply:
+        if self._look is None:
+            return _refusal("not_available", "the job's progress is not watched (ELASTIC_LAUNCH_PROGRESS=0)"), []
+        return self._look()
+
     def _restart(self, request: Mapping[str, Any]) -> Reply:
         if self._state.phase in _ENDING:
             return _refusal("too_late", "the round is ending already"), []
@@ -121,5 +131,6 @@ _REQUESTS: dict[str, Callable[[Operator, Mapping[str, Any]], Reply]] = {
     "hello": Operator._hello,
     "stop": Operator._stop,
     "restart": Operator._restart,
+    "stacks": Operator._stacks,
 }
 """What carries out each request; ``status`` and ``subscribe`` only read."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic_launch.agent.progress_memory import ProgressMemory
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
@@ -20,9 +20,12 @@ from elastic_launch.core.progress.messages import (
     Judged,
     ProgressEvent,
     ReportHang,
+    ReportStacks,
     ReportVerdict,
+    RequestStacks,
     StacksArrived,
     StacksComplete,
+    StacksWanted,
     TakeStacks,
 )
 from elastic_launch.core.progress.stall import (
@@ -45,8 +48,24 @@ if TYPE_CHECKING:
 
 RETAKE_GAP = 0.5
 """Seconds between the two samples of the stacks if the first one was not taken in advance."""
+LOOK_PATIENCE = 30.0
+"""Seconds after which a request for the stacks of all nodes is given up."""
 REPORT_WIDTH = 120
 """Columns of the report on the console."""
+
+
+class Look:
+    """Somebody's request to see the stacks of all nodes."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        """When it is given up, on ``time.monotonic``."""
+        self.reply: dict[str, Any] | None = None
+        """The reply, as described in ``docs/operating.md``; None: it is not known yet."""
+
+
+def _refusal(code: str, error: str) -> dict[str, Any]:
+    return {"ok": False, "code": code, "error": error}
 
 
 class ProgressWatch:
@@ -100,6 +119,12 @@ class ProgressWatch:
         self._stacks: NodeStacks | None = None
         self._merger: Merger | None = None
         """The stacks of all nodes, on the node that judges them."""
+        self._wanted: list[int] = []
+        """Numbers of the requests for which this node is to report its stacks."""
+        self._looks: list[Look] = []
+        """Those of people and programs who asked this agent, and have no answer yet."""
+        self.on_answer: Callable[[], None] = lambda: None
+        """Called when one of them has an answer."""
 
     # --- the loop's side
 
@@ -109,7 +134,7 @@ class ProgressWatch:
 
     def deadline(self) -> float | None:
         """See ``LoopSource``."""
-        times = (self._state.wake_at, self._sample_at)
+        times = (self._state.wake_at, self._sample_at, *(look.until for look in self._looks))
         return min((at for at in times if at is not None), default=None)
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
@@ -126,6 +151,8 @@ class ProgressWatch:
             if first := min(((it.first, rank) for rank, it in progress.items() if it.first), default=None):
                 self._record_first_step(self._base_rank + first[1], first[0])
             events += self._step(Looked(progress))
+        if self._looks and now >= min(look.until for look in self._looks):
+            self._answer(_refusal("no_answer", f"the stacks did not come within {LOOK_PATIENCE:g} s"))
         return events
 
     def observe(self, state: AgentState) -> None:
@@ -144,6 +171,8 @@ class ProgressWatch:
                 self._step(Begun(tuple(self._pids), assignment.base_rank))
         if was_running and not self._pids:
             self._sampling = self._sample_at = None
+            self._wanted.clear()
+            self._answer(_refusal("too_late", "the round has ended"))
             self._step(Over())
 
     def stalled(self) -> float:
@@ -158,9 +187,32 @@ class ProgressWatch:
         is_stalled = self._state.phase is StallPhase.TOLD
         return figures(self._agent, workers, self._state.stalled_seconds, is_stalled, time.monotonic())
 
+    def look(self) -> tuple[Look, list[AgentEvent]]:
+        """Ask for the stacks of all nodes, for somebody who wants to see them. Returns events for the agent."""
+        look = Look(time.monotonic() + LOOK_PATIENCE)
+        if not self._pids:
+            look.reply = _refusal("not_available", "no workers of this node run")
+            return look, []
+        self._looks.append(look)
+        return look, self._ask(RequestStacks()) if len(self._looks) == 1 else []
+
+    def _answer(self, reply: dict[str, Any]) -> None:
+        for look in self._looks:
+            look.reply = reply
+        if self._looks:
+            self._looks.clear()
+            self.on_answer()
+
     def handle(self, event: ProgressEvent) -> list[AgentEvent]:
         """Handle what the rendezvous has to say of a stall. Returns events for the agent."""
         match event:
+            case StacksWanted(number):
+                self._wanted.append(number)
+                self._start_sampling(True)
+                return []
+            case Judged(number, verdict, _, text) if number < 0:
+                self._answer({"ok": True, "text": text, "ranks": list(verdict.ranks), "kind": verdict.kind})
+                return []
             case AllStalled() | Judged():
                 return self._step(event)
             case StacksArrived(_, stacks):
@@ -190,6 +242,8 @@ class ProgressWatch:
     # --- stacks
 
     def _start_sampling(self, is_final: bool) -> None:
+        if self._wanted and self._sampling is not None:
+            return  # these stacks will do
         if not is_final or self._sampling is None:
             self._sampling = self._take_samples()
             self._sample_at = time.monotonic()
@@ -228,7 +282,9 @@ class ProgressWatch:
         except StopIteration:
             self._sampling = self._sample_at = None
             assert self._stacks is not None
-            return self._step(StacksTaken(self._stacks))
+            wanted, self._wanted = self._wanted, []
+            events = [event for number in wanted for event in self._ask(ReportStacks(number, self._stacks))]
+            return events + self._step(StacksTaken(self._stacks))
         self._sample_at = None if seconds is None else time.monotonic() + seconds
         return []
 
@@ -242,6 +298,8 @@ class ProgressWatch:
         merged = self._merge().result([(host, ()) for host in missing])
         self._merger = None
         verdict = judge(merged)
+        if number < 0:  # somebody wants to see them
+            return self._ask(ReportVerdict(number, verdict, -1, render(merged, verdict, REPORT_WIDTH)))
         if verdict.kind not in stall.NO_STALL and stall.may_be_unlearned(self._state) and is_busy(merged):
             verdict = verdict._replace(kind=stall.BUSY)
         text = render(merged, verdict, REPORT_WIDTH)

@@ -29,14 +29,21 @@ _REQUESTS_PER_TURN = 4
 """Requests of one client that are answered before the agent turns to something else."""
 
 
+class Awaited(Protocol):
+    """Something that will have a reply."""
+
+    reply: dict[str, Any] | None
+    """None: not yet."""
+
+
 class Operator(Protocol):
     """Who answers for the agent."""
 
     def status(self) -> dict[str, Any]:
         """Return the agent's status, as described in ``docs/operating.md``."""
 
-    def carry_out(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[AgentEvent]]:
-        """Return the reply to a request, and the events for the agent that it leads to.
+    def carry_out(self, request: Mapping[str, Any]) -> tuple[dict[str, Any] | Awaited, list[AgentEvent]]:
+        """Return the reply to a request, or what will have one, and the events for the agent that it leads to.
 
         Raises:
             UsageError: the request is not valid.
@@ -56,6 +63,8 @@ class Connection:
         self._out = bytearray()
         self._is_stale = False
         """Whether a subscriber has not been told yet what has changed, because it has not read the last update."""
+        self._awaited: Awaited | None = None
+        """The request whose reply is not known yet; others of this client wait for it."""
         self._has_shut = False
         """Whether the client has said that nothing will follow."""
 
@@ -70,11 +79,14 @@ class Connection:
     @property
     def has_more(self) -> bool:
         """Whether a request waits for its turn."""
-        return not self.is_closed and b"\n" in self._in
+        return not self.is_closed and self._awaited is None and b"\n" in self._in
 
     def turn(self, is_ready: bool) -> list[AgentEvent]:
         """Read and answer requests, and write. Return the events for the agent that they lead to."""
         events: list[AgentEvent] = []
+        if self._awaited and self._awaited.reply is not None:
+            reply, self._awaited = self._awaited.reply, None
+            self._send(reply)
         if is_ready and self._has_shut and not self._out:
             self.close()  # it has gone
         elif is_ready and not self._has_shut and not self.has_more:
@@ -88,7 +100,7 @@ class Connection:
         if len(self._in) > MAX_LINE and not self.has_more:
             self._fail(f"a request has at most {MAX_LINE} bytes")
         self._flush()
-        if self._has_shut and not (self.has_more or self._out or self.is_subscribed):
+        if self._has_shut and not (self.has_more or self._out or self.is_subscribed or self._awaited):
             self.close()
         return events
 
@@ -137,7 +149,10 @@ class Connection:
         except Exception as error:  # the job does not fail because it is looked at
             self._send({"ok": False, "code": "internal", "error": f"{type(error).__name__}: {error}"})
             return []
-        self._send(reply)
+        if isinstance(reply, dict):
+            self._send(reply)
+        else:
+            self._awaited = reply
         return events
 
     def _fail(self, error: str) -> None:

@@ -50,6 +50,8 @@ class ControlServer:
         self._clients: list[Connection] = []
         self._paused_until = 0.0
         self._updated_at = 0.0
+        self._has_answers = False
+        """Whether a reply that clients wait for is there."""
         self._update_at: float | None = None
         """When the subscribers' next update is due; None: nothing has changed."""
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -68,6 +70,10 @@ class ControlServer:
         if self._update_at is None and any(client.is_subscribed for client in self._clients):
             self._update_at = self._updated_at + UPDATE_INTERVAL
 
+    def answered(self) -> None:
+        """Note that a reply is there that was not when it was asked for."""
+        self._has_answers = True
+
     def descriptors(self) -> list[tuple[int, int]]:
         """See ``LoopSource``."""
         accepting = [] if self._paused_until else [(self._listening.fileno(), select.POLLIN)]
@@ -75,7 +81,7 @@ class ControlServer:
 
     def deadline(self) -> float | None:
         """See ``LoopSource``. Without clients nothing is ever due."""
-        if any(client.has_more for client in self._clients):
+        if self._has_answers or any(client.has_more for client in self._clients):
             return 0.0
         times = (self._update_at, self._paused_until or None)
         return min((at for at in times if at is not None), default=None)
@@ -87,6 +93,7 @@ class ControlServer:
             self._paused_until = 0.0
             self._accept(now)
         events: list[AgentEvent] = []
+        self._has_answers = False
         for client in self._clients:
             events += client.turn(client.fileno() in ready)
         if self._update_at is not None and now >= self._update_at:

@@ -19,6 +19,7 @@ COMMANDS = {
     "ps": ("ps", "list your jobs on this host"),
     "status": ("status", "show a job: its nodes, ranks, restarts, and what it waits for"),
     "logs": ("logs", "show what a job's ranks on this host have written to its files"),
+    "stacks": ("stacks", "show where all ranks of a job stand in their code"),
     "stop": ("stop", "stop a job, or one of its nodes, in good order"),
     "restart": ("restart", "begin another round now, without using up a restart"),
     "ui": ("ui.command", "show your jobs as a page in a browser, live"),

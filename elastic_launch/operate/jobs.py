@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from elastic_launch.control.client import ControlClient, ask_all, sockets
+from elastic_launch.control.client import PATIENCE, ControlClient, ask_all, sockets
 from elastic_launch.errors import LaunchError, UnavailableError, UsageError
 
 UNRESPONSIVE = "unresponsive"
@@ -85,19 +85,25 @@ def choose(jobs: Sequence[Job], wanted: str | None) -> Job:
     return found[0]
 
 
-def order(agent: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-    """Have an agent carry out a request.
+def order(agent: Mapping[str, Any], request: Mapping[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
+    """Have an agent carry out a request, and return its reply.
+
+    Args:
+        agent: its status.
+        request: the request.
+        patience: seconds to wait for the reply.
 
     Raises:
         UnavailableError: it does not answer, or refuses.
     """
     client = ControlClient(agent["socket"])
     try:
-        reply = client.ask(request)
+        reply = client.ask(request, patience)
     finally:
         client.close()
     if not reply["ok"]:
         raise UnavailableError(f"{agent['job']} (pid {agent['pid']}): {reply['error']}")
+    return reply
 
 
 def parser(command: str, what: str) -> argparse.ArgumentParser:

@@ -35,8 +35,10 @@ from elastic_launch.core.progress.messages import (
     ProgressRequest,
     ReportStacks,
     ReportVerdict,
+    RequestStacks,
     StacksArrived,
     StacksComplete,
+    StacksWanted,
     WithdrawClaim,
 )
 from elastic_launch.errors import signal_name
@@ -74,7 +76,7 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
             return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):
             return [Decided(decision)]
-        case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+        case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
             return judge_alone(action)
     return []
 
@@ -82,6 +84,8 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
 def judge_alone(request: ProgressRequest) -> list[AgentEvent]:
     """Answer what a node reports of a stall if it is the only one, or cannot ask the others."""
     match request:
+        case RequestStacks():
+            return [StacksWanted(-1)]
         case ClaimStall():
             return [AllStalled(1)]
         case ReportStacks(number, stacks):

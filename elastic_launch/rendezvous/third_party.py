@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
-from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import Change, End, EndKind
 from elastic_launch.rendezvous.single_node import judge_alone
@@ -94,7 +94,7 @@ class ThirdPartyRendezvous:
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
-            case ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+            case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
                 return judge_alone(action)
             case messages.RequestStop():
                 return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes

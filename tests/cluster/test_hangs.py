@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -171,7 +172,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     script = job.script(f"{TRAINING}\ntrain('debugs')")
     process = subprocess.Popen(
         [
-            *(os.sys.executable, "-m", "elastic_launch", *TWO),  # type: ignore[attr-defined]
+            *(sys.executable, "-m", "elastic_launch", *TWO),
             *("--hang-timeout", "1", "--hang-action", "restart", script),
         ],
         cwd=job.path,
@@ -235,3 +236,35 @@ def test_native_frames_are_shown_if_they_are_asked_for(job: Job) -> None:
     assert done.returncode == ExitCode.HANG
     assert f"train.py:{line_of(job, '# in C')}" in done.stderr
     assert "usleep" in done.stderr
+
+
+def test_the_stacks_of_a_job_that_is_well_can_be_asked_for(job: Job) -> None:
+    script = job.script(
+        "from elastic_launch import worker\n"
+        "def waits():\n    while True: time.sleep(0.01); worker.progress()\n"
+        "def is_elsewhere():\n    while True: time.sleep(0.01); worker.progress()\n"
+        "mark('up')\n"
+        "is_elsewhere() if rank == 1 else waits()\n"
+    )
+    nodes = c10d(job, "3")
+    processes = [nodes(number, script=script) for number in range(3)]
+    job.wait_for("0.0 up", "1.0 up", "2.0 up")
+    asked = subprocess.run(
+        [sys.executable, "-m", "elastic_launch.operate", "stacks", nodes.run_id],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(asked.stdout, asked.stderr)
+    assert asked.returncode == 0
+    assert "in is_elsewhere" in asked.stdout
+    assert "2 ranks (0,2): " in asked.stdout
+    stopped = subprocess.run(
+        [sys.executable, "-m", "elastic_launch.operate", "stop", nodes.run_id],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stopped.returncode == 0, stopped.stderr
+    for process in processes:
+        assert job.finish(process).returncode == 128 + signal.SIGTERM

@@ -15,8 +15,10 @@ from elastic_launch.core.progress.messages import (
     ProgressRequest,
     ReportStacks,
     ReportVerdict,
+    RequestStacks,
     StacksArrived,
     StacksComplete,
+    StacksWanted,
     WithdrawClaim,
 )
 from elastic_launch.core.progress.stack_groups import NodeStacks
@@ -43,6 +45,8 @@ class Watch:
             case AllStalled(number) if not self.is_mute:
                 stacks = NodeStacks(self.agent.name, 2.0, (), (), (), ())
                 self.agent.world.after(0.2, lambda: self.ask(ReportStacks(number, stacks)))
+            case StacksWanted(number):
+                self.ask(ReportStacks(number, NodeStacks(self.agent.name, 0.5, (), (), (), ())))
             case StacksComplete(number):
                 self.ask(ReportVerdict(number, VERDICT, 3, "the stacks"))
 
@@ -154,6 +158,41 @@ def test_nobody_asks_for_more_while_the_job_makes_progress_or_once_the_verdict_i
         watch.claim()
     world.run(world.now + 10)
     assert abs(asked(world) - steady) <= 3
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+@pytest.mark.parametrize("asking", [0, 1])
+def test_the_stacks_of_nodes_that_are_well_can_be_asked_for(count: int, asking: int) -> None:
+    world, watches = running(count=count)
+    for number in (1, 2):
+        watches[asking].ask(RequestStacks())
+        world.run(world.now + 15)
+        assert all(watch.of(StacksWanted)[-1] == StacksWanted(-number) for watch in watches)
+        assert watches[asking].of(Judged)[-1] == Judged(-number, VERDICT, 3, "the stacks")
+        arrived = [event.stacks.host for event in monitor(watches).of(StacksArrived)]  # type: ignore[union-attr]
+        assert sorted(arrived[-count:]) == sorted(watch.agent.name for watch in watches)
+    assert sum(len(watch.of(Judged)) for watch in watches) == 2, "only who has asked hears of it"
+    world.run(world.now + 100)
+    assert all(watch.agent.running == 0 for watch in watches), "nobody was taken for dead"
+    for watch in watches:
+        watch.claim()
+    world.run(world.now + 10)
+    assert all(watch.of(AllStalled) for watch in watches), "a stall is still noticed"
+
+
+def test_a_node_that_dies_is_noticed_as_soon_although_stacks_are_asked_for() -> None:
+    for seed in range(60):
+        world, watches = running(seed, 3, trouble=True)
+        asking, dying = world.random.choice(watches), world.random.choice(watches)
+        for _ in range(5):
+            world.after(world.random.uniform(0, 40), lambda asking=asking: asking.ask(RequestStacks()))  # type: ignore[misc]
+        world.run(world.now + world.random.uniform(10, 20))
+        if all(watch.agent.part == 0 for watch in watches):  # no connection was bad for so long
+            killed_at = world.now
+            dying.agent.kill()
+            others = [watch.agent for watch in watches if watch is not dying]
+            world.run(killed_at + 60, lambda others=others: not any(agent.part == 0 for agent in others))  # type: ignore[misc]
+            assert world.now <= killed_at + world.settings.keep_alive_deadline + 10, f"{world}: noticed too late"
 
 
 def lose(world: World, watches: list[Watch]) -> None:

@@ -23,7 +23,7 @@ from elastic_launch.core.agent.messages import (
     RequestRestart,
     RequestStop,
 )
-from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.core.progress.stack_groups import NodeStacks
 from elastic_launch.core.progress.verdict import Verdict
 from elastic_launch.core.rendezvous import questions
@@ -110,6 +110,10 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.PollMembers: {MEMBER, OUTSIDE, ENDED},
     questions.TakeOverMonitoring: {MEMBER, OUTSIDE, ENDED},
     questions.CheckFinished: {MEMBER, OUTSIDE, ENDED},
+    questions.CountLooks: {MEMBER},
+    questions.AwaitLook: {MEMBER},
+    questions.LearnLook: {MEMBER},
+    questions.CheckSucceeded: {MEMBER},
     questions.CountStalls: {MEMBER},
     questions.AwaitStall: {MEMBER},
     questions.AwaitVerdict: {MEMBER},
@@ -136,6 +140,7 @@ INPUTS: list[tuple[Input, set[Phase]]] = [
     # While workers run. The node may know the end of the round before the agent does:
     (ReportFailure(ProcessFailure(0, 1, 1)), {MEMBER, ENDED}),
     (Fence(), {MEMBER, ENDED, LEAVING}),
+    (RequestStacks(), set(Phase)),
     (ClaimStall(), {MEMBER, ENDED, LEAVING}),
     (WithdrawClaim(), {MEMBER, ENDED, LEAVING}),
     (ReportStacks(1, NodeStacks("host", 2.0, (), (), (), ())), {MEMBER, ENDED, LEAVING}),

@@ -9,7 +9,13 @@ if TYPE_CHECKING:  # few jobs hang, and these modules take time
     from elastic_launch.core.progress.verdict import Verdict
 
 
+# A stall has a number in its round, from 1. What somebody asked for has a negative one: -1, -2, ...
+
 # From the node to its rendezvous.
+
+
+class RequestStacks(NamedTuple):
+    """Action: have all nodes take their stacks, whatever their workers do."""
 
 
 class ClaimStall(NamedTuple):
@@ -42,6 +48,12 @@ class ReportVerdict(NamedTuple):
 # From the rendezvous to the node.
 
 
+class StacksWanted(NamedTuple):
+    """Somebody has asked for the stacks of all nodes: take this node's."""
+
+    number: int
+
+
 class AllStalled(NamedTuple):
     """No worker of any node makes progress: take the stacks."""
 
@@ -72,8 +84,8 @@ class Judged(NamedTuple):
     text: str
 
 
-ProgressRequest = ClaimStall | WithdrawClaim | ReportStacks | ReportVerdict
-ProgressEvent = AllStalled | StacksArrived | StacksComplete | Judged
+ProgressRequest = RequestStacks | ClaimStall | WithdrawClaim | ReportStacks | ReportVerdict
+ProgressEvent = StacksWanted | AllStalled | StacksArrived | StacksComplete | Judged
 
 # From the watch to the one who carries it out.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from elastic_launch.core.agent.messages import Ended, Fence
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
+from elastic_launch.core.rendezvous.monitor import LOOK
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.store_requests import Add
@@ -76,9 +77,10 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
 
 
 def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
-    """Reset the counters of other nodes, which shows them that they are monitored."""
+    """Reset the counters of other nodes, which shows them that they are monitored; keep flags that they must see."""
     if tickets:
-        step.write((f"heartbeat/{ticket}", b"0") for ticket in tickets)
+        wanted = node.round.stall.wanted
+        step.write((f"heartbeat/{ticket}", b"%d" % (LOOK if ticket in wanted else 0)) for ticket in tickets)
         step.get(questions.ConfirmReset(tickets), "closed")  # the reply matters, not the key
 
 

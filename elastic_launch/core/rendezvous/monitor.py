@@ -12,6 +12,8 @@ from elastic_launch.errors import RendezvousStateError
 
 TAKE_OVER = 1 << 20
 """Set as a node's counter to have it take over as leader at once."""
+LOOK = 1 << 30
+"""Added to a node's counter to have it learn that somebody asks for the stacks of all nodes."""
 LEFT = 1 << 40
 """Added to a node's counter when it leaves."""
 
@@ -27,6 +29,12 @@ def number(value: bytes) -> int:
             f"expected a number in the store, found {value[:60]!r}; is something else using this store and --rdzv-id?"
         )
     return int(value or b"0")
+
+
+def without_flag(counter: bytes) -> bytes:
+    """Return a counter without ``LOOK``."""
+    count = number(counter)
+    return b"%d" % (count % LOOK) if LOOK <= count < LEFT else counter
 
 
 class Monitor:

@@ -19,8 +19,9 @@ A round r of a job, in the store:
     r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
     r/end             End, created once: the first reason to end the round
     r/stalled         number of the latest stall that a node has claimed; r/stalled/t: the one that node t claims, or 0
+    r/look            number of the latest request for the stacks of all nodes, whatever their workers do
     r/stall           number of the latest stall of all nodes, by the monitor
-    r/stacks/n/t      NodeStacks of node t in stall n
+    r/stacks/n/t      NodeStacks of node t in stall n, or in look -n
     r/verdict/n       Judgement, by the monitor: what the stacks of stall n say
     r/calls/t         how many calls of should_stop() node t's workers have begun, if all are to stop at the same step
     r/stop_at         the call at which they stop, created once; 0: the nodes could not agree
@@ -53,7 +54,7 @@ from elastic_launch.core.agent.messages import (
     RequestRestart,
     RequestStop,
 )
-from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, WithdrawClaim
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.core.rendezvous import (
     ending,
     heartbeats,
@@ -172,6 +173,7 @@ TIMERS: dict[Timer, Handler] = {
     Timer.MONITOR_POLL: monitoring.poll,
     Timer.STALL_POLL: stalling.poll,
     Timer.COLLECT_STACKS: stalling.collect,
+    Timer.LOOK_POLL: stalling.poll_look,
     Timer.EXIT_BARRIER: ending.stop_waiting,
     Timer.CAUSE_GRACE: ending.read_consequences,
     Timer.READ_CALLS: stopping.read_calls,
@@ -228,6 +230,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     **_row(questions.CheckFinished, monitoring.on_finished_checked, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     # The job stalls.
+    **_row(RequestStacks, stalling.request_stacks, MEMBER, ignored=(IDLE, JOINING, WAITING, OUTSIDE, ENDED, LEAVING)),
     **_row(ClaimStall, stalling.claim, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(WithdrawClaim, stalling.withdraw, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(ReportStacks, stalling.report_stacks, MEMBER, ignored=(ENDED, LEAVING)),
@@ -236,6 +239,10 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.AwaitStall, stalling.on_stall, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(questions.AwaitVerdict, stalling.on_verdict, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(questions.CheckClaims, stalling.on_claims, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CountLooks, stalling.on_looks_counted, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.AwaitLook, stalling.on_look_judged, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.LearnLook, stalling.on_look, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CheckSucceeded, stalling.on_succeeded, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(questions.CollectStacks, stalling.on_stacks, MEMBER, ignored=(ENDED, LEAVING)),
     # The round ends.
     **_row(questions.CountFinished, ending.on_finished, MEMBER, LEAVING, ignored=(ENDED,)),

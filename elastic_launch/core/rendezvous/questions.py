@@ -168,6 +168,30 @@ class ConfirmWritten(Question):
     """Has everything that this node sent been carried out? Any reply says so."""
 
 
+class CountLooks(Question):
+    """How often has somebody asked for the stacks of all nodes in the round?"""
+
+
+@dataclass(frozen=True)
+class CheckSucceeded(Question):
+    """Of which members do workers still run, whose stacks somebody has asked for?"""
+
+    look: int
+    """Number of the request."""
+    tickets: tuple[int, ...]
+
+
+class LearnLook(Question):
+    """Which request for stacks does the monitor point to?"""
+
+
+@dataclass(frozen=True)
+class AwaitLook(Question):
+    """What do the stacks say that this node has asked for?"""
+
+    look: int
+
+
 class CountStalls(Question):
     """How many stalls has the round had?"""
 

@@ -5,6 +5,10 @@ that somebody has when it polls the heartbeats, and then reads the claims of all
 succeeded need none. If all others claim, the job stalls: the monitor counts the stall, and all who have claimed send
 their stacks. It hands them to its agent, which judges them, and writes the verdict for all. As long as the job makes
 progress, nobody asks the store anything for this.
+
+Somebody may also ask for the stacks of all nodes while they are well. The monitor sees that request in the same poll,
+and sets a flag in the members' heartbeat counters, so that they learn of it with their next heartbeat. The rest is as
+for a stall, but for the number, which is negative.
 """
 
 from __future__ import annotations
@@ -17,15 +21,18 @@ from elastic_launch.core.progress.messages import (
     Judged,
     ReportStacks,
     ReportVerdict,
+    RequestStacks,
     StacksArrived,
     StacksComplete,
+    StacksWanted,
     WithdrawClaim,
 )
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer
-from elastic_launch.core.rendezvous.monitor import number
+from elastic_launch.core.rendezvous.monitor import LOOK, number
 from elastic_launch.core.rendezvous.records import decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+from elastic_launch.core.store_requests import Add
 from elastic_launch.core.text import shortened
 
 if TYPE_CHECKING:
@@ -92,10 +99,59 @@ def _begin(node: NodeState, step: Step, stall: int) -> None:
     step.notify(AllStalled(stall))
 
 
+def request_stacks(node: NodeState, step: Step, request: RequestStacks) -> None:
+    """Ask for the stacks of all nodes."""
+    step.get(questions.CountLooks(), "look")
+
+
+def on_looks_counted(node: NodeState, step: Step, answer: Answer[questions.CountLooks, list[bytes]]) -> None:
+    """Write the request, and poll for the verdict."""
+    stall = node.round.stall
+    stall.look = number(answer.value[0]) + 1
+    step.write([("look", b"%d" % stall.look)])
+    step.set_timer(Timer.LOOK_POLL, FIRST_POLL)
+
+
+def poll_look(node: NodeState, step: Step) -> None:
+    """Poll for the verdict that this node has asked for."""
+    step.set_timer(Timer.LOOK_POLL, FIRST_POLL)
+    step.get(questions.AwaitLook(node.round.stall.look), f"verdict/-{node.round.stall.look}")
+
+
+def on_look_judged(node: NodeState, step: Step, answer: Answer[questions.AwaitLook, list[bytes]]) -> None:
+    """Tell the agent what the stacks of all nodes say."""
+    from elastic_launch.core.progress.judgement import Judgement  # late: few jobs hang
+
+    stall, look = node.round.stall, answer.question.look
+    if answer.value[0] and look == stall.look:
+        stall.look = 0
+        node.timers.pop(Timer.LOOK_POLL, None)
+        step.notify(Judged(-look, *decode(Judgement, answer.value[0], node.key(f"verdict/-{look}"))))
+
+
+def learn_look(node: NodeState, step: Step) -> None:
+    """Find out what somebody asks for: the flag in this node's counter says that somebody does."""
+    if node.phase is Phase.MEMBER:
+        step.get(questions.LearnLook(), "look")
+
+
+def on_look(node: NodeState, step: Step, answer: Answer[questions.LearnLook, list[bytes]]) -> None:
+    """Have the agent take the stacks, once for each request."""
+    _take_stacks(node, step, number(answer.value[0]))
+
+
+def _take_stacks(node: NodeState, step: Step, look: int) -> None:
+    if look > node.round.stall.looked:
+        node.round.stall.looked = look
+        step.notify(StacksWanted(-look))
+
+
 def report_stacks(node: NodeState, step: Step, request: ReportStacks) -> None:
     """Send this node's stacks, and poll for the verdict."""
     stall = node.round.stall
     step.write([(f"stacks/{request.number}/{node.round.ticket}", encode(request.stacks))])
+    if request.number < 0:
+        return  # only the node that has asked awaits the verdict
     stall.awaits_verdict, stall.polls = True, 0
     step.set_timer(Timer.STALL_POLL, FIRST_POLL)
 
@@ -138,23 +194,57 @@ def on_claims(node: NodeState, step: Step, answer: Answer[questions.CheckClaims,
     stall, (next_one, tickets) = node.round.stall, (answer.question.stall, answer.question.tickets)
     claims, finished = answer.value[: len(tickets)], answer.value[len(tickets) :]
     claiming = [ticket for ticket, value in zip(tickets, claims, strict=True) if number(value) == next_one]
-    if not claiming or stall.collected >= next_one:
+    if not claiming or stall.collected >= next_one or stall.missing:
         return
     if all(number(value) == next_one or done for value, done in zip(claims, finished, strict=True)):
         stall.collected = next_one
-        stall.missing = claiming
-        stall.collect_until = step.now + COLLECT_PATIENCE
+        _begin_to_collect(node, step, next_one, claiming, COLLECT_PATIENCE)
         step.write([("stall", b"%d" % next_one)])
-        step.set_timer(Timer.COLLECT_STACKS, COLLECT_POLL)
         if node.round.ticket in claiming:
             _begin(node, step, next_one)
+
+
+def pass_on_look(node: NodeState, step: Step, look: bytes) -> None:
+    """As the monitor: if somebody asks for the stacks of all nodes, find out which of them still have workers.
+
+    Args:
+        node: the monitor.
+        step: the step.
+        look: the number of the latest request.
+    """
+    members, stall = node.round.members, node.round.stall
+    if node.phase is Phase.MEMBER and members and number(look) > stall.shown and not stall.missing:
+        keys = (f"succeeded/{ticket}" for ticket in members.tickets)
+        step.get(questions.CheckSucceeded(number(look), members.tickets), *keys)
+
+
+def on_succeeded(node: NodeState, step: Step, answer: Answer[questions.CheckSucceeded, list[bytes]]) -> None:
+    """Pass the request on to the members whose workers run, and collect their stacks."""
+    stall, look = node.round.stall, answer.question.look
+    if look <= stall.shown or stall.missing:
+        return
+    stall.shown = look
+    running = [t for t, done in zip(answer.question.tickets, answer.value, strict=True) if not done]
+    _begin_to_collect(node, step, -look, running, node.settings.keep_alive_interval + COLLECT_PATIENCE)
+    if node.round.ticket in running:
+        _take_stacks(node, step, look)
+    for ticket in running:
+        if ticket != node.round.ticket:  # added, because to set a counter could wipe out a heartbeat
+            step.ask(questions.Write(), Add(node.key(f"heartbeat/{ticket}"), LOOK))
+
+
+def _begin_to_collect(node: NodeState, step: Step, stall: int, tickets: list[int], patience: float) -> None:
+    node.round.stall.collecting = stall
+    node.round.stall.missing = tickets
+    node.round.stall.collect_until = step.now + patience
+    step.set_timer(Timer.COLLECT_STACKS, COLLECT_POLL)
 
 
 def collect(node: NodeState, step: Step) -> None:
     """Read stacks that are missing."""
     stall = node.round.stall
     some = stall.missing[:COLLECT_BATCH]
-    step.get(questions.CollectStacks(stall.collected, tuple(some)), *(f"stacks/{stall.collected}/{t}" for t in some))
+    step.get(questions.CollectStacks(stall.collecting, tuple(some)), *(f"stacks/{stall.collecting}/{t}" for t in some))
 
 
 def on_stacks(node: NodeState, step: Step, answer: Answer[questions.CollectStacks, list[bytes]]) -> None:
@@ -174,6 +264,7 @@ def on_stacks(node: NodeState, step: Step, answer: Answer[questions.CollectStack
         members = node.round.members
         hosts = dict(zip(members.tickets, members.hosts, strict=True)) if members else {}
         step.notify(StacksComplete(question.stall, tuple(hosts.get(ticket, "?") for ticket in stall.missing)))
+        stall.missing = []
     elif late:
         step.set_timer(Timer.COLLECT_STACKS, COLLECT_POLL)
     else:
@@ -186,5 +277,5 @@ def report_verdict(node: NodeState, step: Step, request: ReportVerdict) -> None:
 
     judgement = Judgement(request.verdict, request.blamed, shortened(request.text, MAX_TEXT))
     step.write([(f"verdict/{request.number}", encode(judgement))])
-    if node.round.stall.awaits_verdict:
+    if request.number > 0 and node.round.stall.awaits_verdict:
         _hear(node, step, *judgement)

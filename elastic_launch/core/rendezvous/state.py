@@ -67,6 +67,8 @@ class Timer(Enum):
     STALL_POLL = "stall poll", Phase.MEMBER
     """Ask whether the whole job stalls, or what the stacks of all nodes say."""
     COLLECT_STACKS = "collect stacks", Phase.MEMBER
+    LOOK_POLL = "look poll", Phase.MEMBER
+    """Ask what the stacks say that this node has asked for."""
     CAUSE_GRACE = "cause grace", Phase.ENDED
     READ_CALLS = "read calls", Phase.ENDED
     SHUTDOWN = "shutdown", Phase.LEAVING
@@ -105,12 +107,25 @@ class Stall:
     polls: int = 0
     """Number of polls since this node claimed the stall, or reported its stacks."""
     awaits_verdict: bool = False
+    look: int = 0
+    """Number of the request for stacks whose verdict this node awaits; 0: none."""
+    looked: int = 0
+    """Number of the latest request that this node has answered."""
     # As the monitor:
     collected: int = 0
     """Number of the latest stall whose stacks this node has collected or collects."""
+    shown: int = 0
+    """Number of the latest request for stacks that it has passed on to the members."""
+    collecting: int = 0
+    """Number of the stall whose stacks it collects; negative: of the request."""
     missing: list[int] = field(default_factory=list)
     """Tickets of the members whose stacks have not come yet."""
     collect_until: float = 0.0
+
+    @property
+    def wanted(self) -> list[int]:
+        """Tickets of the members that have yet to learn that somebody asks for their stacks."""
+        return self.missing if self.collecting < 0 else []
 
 
 @dataclass
