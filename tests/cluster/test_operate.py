@@ -101,7 +101,7 @@ def test_jobs_are_listed_and_chosen_by_id_prefix_or_pid(job: Job) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "no command: must be one of ps, status, logs, stop, restart"),
+        ([], f"no command: must be one of {', '.join(COMMANDS)} ("),
         (["launch"], "launch: must be one of"),
         (["logs", "--last", "-1"], "--last=-1: must be at least 0"),
         (["stop", "--signal", "BOOM"], "--signal=BOOM: must be the name of a signal"),

@@ -11,7 +11,7 @@ const RETRY = [1, 2, 5, 10]; // Seconds until the server is tried again.
 
 // State of a job, node or worker: tone, sign.
 const STATES = {
-  running: ["go", "running"], succeeded: ["go", "done"], done: ["go", "done"], failed: ["bad", "failed"],
+  running: ["go", "running"], succeeded: ["go", "done"], done: ["off", "stopped"], failed: ["bad", "failed"],
   stopped: ["off", "stopped"], stopping: ["warn", "stopping"], starting: ["info", "waiting"],
   joining: ["info", "waiting"], joined: ["info", "waiting"], waiting: ["info", "waiting"],
   holding: ["warn", "paused"], draining: ["warn", "paused"], pausing: ["warn", "paused"],
@@ -26,7 +26,7 @@ const ENDS = {
 // Parts of a job's time: name, class, and where it is in the job's progress.
 const PARTS = [
   ["in steps", "steps", (p) => p.in_steps], ["first start", "startup", (p) => p.startup],
-  ["stalled", "stalled", (p) => p.stalled_seconds], ["noticing failures", "detection", (p) => p.lost_seconds?.detection],
+  ["stalled", "stalled", (p) => p.stalled_seconds + (p.stalled ? p.seconds_since_step ?? 0 : 0)], ["noticing failures", "detection", (p) => p.lost_seconds?.detection],
   ["stopping", "stopping", (p) => p.lost_seconds?.stopping], ["rendezvous", "rendezvous", (p) => p.lost_seconds?.rendezvous],
   ["starting again", "start", (p) => p.lost_seconds?.start],
 ];
@@ -323,14 +323,14 @@ function showFacts(view) {
   const spares = shown.nodes.filter((node) => node?.role === "spare").length;
   const uncharged = view.uncharged_restarts ? `${view.uncharged_restarts} more, uncharged` : null;
   const lost = Object.values(progress.lost_seconds ?? {}).reduce((sum, part) => sum + (part ?? 0), 0);
+  const inRound = view.round_started_at && view.round ? `round ${view.round} for ${whole(now() - view.round_started_at)}` : null;
   const facts = [
     ["Nodes", nodes?.toLocaleString("en"), [limits, spares ? count(spares, "spare") : null].filter(Boolean).join(", ")],
     ["Workers", view.world_size?.toLocaleString("en")],
-    ["Steps", progress.steps?.toLocaleString("en"), progress.steps_per_second ? `${brief(progress.steps_per_second)} per second` : progress.repeated ? `${progress.repeated} repeated` : null],
+    ["Steps", progress.steps?.toLocaleString("en"), progress.stalled ? "none now" : progress.steps_per_second ? `${brief(progress.steps_per_second)} per second` : progress.repeated ? `${progress.repeated} repeated` : null],
     ["Goodput", progress.goodput === null || progress.goodput === undefined ? null : percent(progress.goodput), lost ? `${duration(lost)} lost to restarts` : "of the time in steps"],
     ["Restarts used", view.max_restarts === null ? view.restarts?.toString() : `${view.restarts} of ${view.max_restarts}`, uncharged],
-    ["This round", view.round_started_at && !view.is_over ? { since: view.round_started_at } : null],
-    ["Running for", view.started_at && !view.is_over ? { since: view.started_at } : null, view.started_at ? `since ${clock(view.started_at)}` : null],
+    ["Running for", view.started_at && !view.is_over ? { since: view.started_at } : null, inRound ?? (view.started_at ? `since ${clock(view.started_at)}` : null)],
   ].filter(([, value]) => value !== null && value !== undefined);
   fillFacts($("facts"), facts);
 }
@@ -364,7 +364,9 @@ function showNodes() {
   const tally = new Map();
   for (const { node } of nodes) tally.set(node.state, (tally.get(node.state) ?? 0) + 1);
   const workers = new Map();
-  for (const { node } of nodes) for (const it of node.workers ?? []) workers.set(it.state, (workers.get(it.state) ?? 0) + 1);
+  for (const { node } of nodes) {
+    for (const it of node.workers ?? []) workers.set(stateOfWorker(it), (workers.get(stateOfWorker(it)) ?? 0) + 1);
+  }
   const counts = [...[...tally].map(([state, number]) => [state, count(number, "node")]), ...[...workers].map(([state, number]) => [state, count(number, "rank")])];
   fill($("counts"), counts, () => counts.map(([state, text]) => {
     const [tone, itsSign] = look(state);
@@ -440,6 +442,10 @@ function updateRow(row, node) {
   for (const worker of node.workers) updateTile(row.tiles.get(worker.rank), worker);
 }
 
+function stateOfWorker(worker) {
+  return worker.state === "running" && shown.view.progress?.stalled ? "stalled" : worker.state;
+}
+
 /** What a rank gets done, in a few words: for its tile, and in full. */
 function doing(worker) {
   const progress = worker.progress;
@@ -453,14 +459,14 @@ function doing(worker) {
 }
 
 function updateTile(tile, worker) {
-  const isStalled = worker.state === "running" && shown.view.progress?.stalled;
+  const itsState = stateOfWorker(worker);
   const isSuspect = shown.suspects.has(worker.rank);
-  const [tone, itsSign] = look(isStalled ? "stalled" : worker.state);
+  const [tone, itsSign] = look(itsState);
   const [text, full] = doing(worker);
   const kind = `tile ${tone}${isSuspect ? " suspect" : ""}`;
   if (tile.button.getAttribute("class") !== kind) tile.button.setAttribute("class", kind);
   tile.button.setAttribute("aria-pressed", String(shown.rank === worker.rank));
-  const state = `${isStalled ? "stalled" : worker.state}${isSuspect ? ", suspect" : ""}`;
+  const state = `${itsState}${isSuspect ? ", suspect" : ""}`;
   const label = `rank ${worker.rank}, ${state}${text === worker.state ? "" : `, ${full || text}`}`;
   if (tile.button.getAttribute("aria-label") !== label) tile.button.setAttribute("aria-label", label);
   fill(tile.name, [itsSign, worker.rank], () => [sign(itsSign), String(worker.rank)]);
@@ -568,7 +574,7 @@ function drawLine(rounds, begin, end, step, width) {
   for (let at = 0; at <= end - begin; at += step) {
     const place = x(begin + at);
     drawn.append(make("svg:line", { class: "tick", x1: place, x2: place, y1: top - 6, y2: top + height + 6 }));
-    if (place < width - 50) drawn.append(make("svg:text", { class: "tick", x: place + 3, y: 12 }, at ? duration(at) : "start"));
+    if (place < width - 50) drawn.append(make("svg:text", { class: "tick", x: place + 3, y: 12 }, at ? whole(at) : "start"));
   }
   rounds.forEach((round, place) => {
     const from = x(round.started_at);
@@ -606,7 +612,7 @@ async function takeStacks() {
   const job = shown.job;
   $("stacks-take").disabled = true;
   $("stacks").setAttribute("aria-busy", "true");
-  setText($("stacks-note"), "Taking the stacks; that may last 10 seconds …");
+  setText($("stacks-note"), "Taking the stacks; nodes learn of it with their next heartbeats …");
   let note = "";
   let reply = null;
   try {

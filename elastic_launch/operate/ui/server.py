@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from elastic_launch.control.client import ControlClient
 from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.operate import stacks
 from elastic_launch.operate.jobs import NoJobError
 from elastic_launch.operate.logs import files_of, why_none
 from elastic_launch.operate.ui.access import Access
@@ -34,8 +35,6 @@ MAX_CLIENTS = 64
 """Connections that are served at once."""
 PATIENCE = 10.0
 """Seconds that a client may take to send its request, or to read what is sent to it."""
-STACKS_PATIENCE = 20.0
-"""Seconds that an agent may take to gather the stacks of all ranks."""
 _LOG_INTERVAL = 0.3
 """Seconds between two looks at a log."""
 _KEEP_ALIVE = 15.0
@@ -60,12 +59,11 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = MAX_CLIENTS
 
     def __init__(self, address: tuple[str, int], family: int, access: Access, feeds: Feeds) -> None:
         self.address_family = family
         self.access, self.feeds = access, feeds
-        self.stacks = threading.Lock()
-        """Stacks are taken for one client after another."""
         self._places = threading.BoundedSemaphore(MAX_CLIENTS)
         super().__init__(address, Handler)
 
@@ -189,8 +187,8 @@ class Handler(BaseHTTPRequestHandler):
     def _stacks(self, query: Mapping[str, str]) -> None:
         """Send the merged stacks of all ranks."""
         path = self.server.feeds.socket(_named(query))
-        with self.server.stacks, contextlib.closing(ControlClient(path)) as client:
-            reply = client.ask({"request": "stacks"}, STACKS_PATIENCE)
+        with contextlib.closing(ControlClient(path)) as client:
+            reply = client.ask({"request": "stacks"}, stacks.PATIENCE)
         self._send(HTTPStatus.OK, "application/json", json.dumps(reply).encode())
 
 
