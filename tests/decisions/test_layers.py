@@ -16,6 +16,7 @@ NEVER = (
     "torch",
     "grpc",
     "etcd3",
+    "prometheus_client",
     "logging",
     "asyncio",
     "psutil",

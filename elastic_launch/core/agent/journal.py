@@ -28,12 +28,11 @@ from elastic_launch.core.agent.messages import (
     Started,
     StopAgreed,
 )
+from elastic_launch.core.agent.restart_policy import UNKNOWN_CHANGE, restart_cause
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure, signal_name
 from elastic_launch.job import Assignment, Change, Decision, EndKind, Goodput, Level
 
-UNKNOWN = "membership_changed"
-"""Name of the event, and the cause, if a node that does not know them ended the round."""
 MAX_FAILURES = 64
 """Failures of one entry. A job with more of them has lost its network or its file system."""
 FAILED = ("rank", "local_rank", "worker_pid", "exitcode", "how", "failed_at", "error")
@@ -231,7 +230,7 @@ def _ended(journal: Journal, step: Transition, event: Ended) -> Iterable[Found]:
     if event.end.kind is not EndKind.MEMBERSHIP_CHANGED:
         return []
     facts = {"reason": event.end.reason, "lost": list(event.end.gone)}
-    return [Found(event.end.change or UNKNOWN, facts, _speaks(step.after, journal.assignment))]
+    return [Found(event.end.change or UNKNOWN_CHANGE, facts, _speaks(step.after, journal.assignment))]
 
 
 def _decided(journal: Journal, step: Transition, event: Decided) -> Iterable[Found]:
@@ -284,13 +283,7 @@ _BY_EVENT: dict[type, Callable[[Journal, Transition, Any], Iterable[Found]]] = {
 
 def _restart_cause(before: AgentState, decision: Decision) -> str:
     history = before.assignment.restart_history if before.assignment else decision.restart_history
-    if decision.failures:
-        if decision.failures[0].is_hang:
-            return "hang"
-        return "port_taken" if decision.restart_history.uncharged > history.uncharged else "failed"
-    if decision.gone:
-        return Change.NODE_LOST
-    return (before.end.change if before.end else "") or UNKNOWN
+    return restart_cause(history, decision, before.end.change if before.end else "")
 
 
 def _stop_cause(step: Transition) -> tuple[str, float | None]:
@@ -306,7 +299,7 @@ def _stop_cause(step: Transition) -> tuple[str, float | None]:
         case LeaseExpired():
             return "lease_expired", None
         case Ended(end) if end.kind is EndKind.MEMBERSHIP_CHANGED:
-            return end.change or UNKNOWN, None
+            return end.change or UNKNOWN_CHANGE, None
         case Ended(end):
             return end.kind.value, None
     return "signalled" if step.after.signum is not None else "failed", None
