@@ -71,6 +71,7 @@ def test_only_one_place_reads_the_environment() -> None:
         "elastic_launch/workers/error_handler.py",
         "elastic_launch/workers/forked.py",
         "elastic_launch/workers/function_main.py",
+        "elastic_launch/workers/health_check_main.py",
         "elastic_launch/workers/keeper_main.py",
         "elastic_launch/workers/preload_main.py",
         "elastic_launch/workers/step_hook.py",
