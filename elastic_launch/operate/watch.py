@@ -69,12 +69,20 @@ class Agents:
                     del self._latest[number]
         return [self._latest[number] for number in sorted(self._latest)]
 
-    def ask(self) -> None:
-        """Ask for statuses as they are now: the agents tell changes by themselves, but not each step."""
+    def ask(self, seconds: float) -> None:
+        """Ask for statuses as they are now: the agents tell changes by themselves, but not each step.
+
+        Args:
+            seconds: how long to wait for the answers; one that comes later is not lost.
+        """
         for number, client in self._clients.items():
             if number not in self._asked_at:
                 self._asked_at[number] = time.monotonic()
                 client.send({"request": "status"})
+        end = time.monotonic() + seconds
+        while self._asked_at and (left := end - time.monotonic()) > 0:
+            self.wait(left)
+            self.statuses()
 
     def wait(self, seconds: float) -> None:
         """Wait until an agent tells something."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,8 @@ from elastic_launch.operate.ui.server import MAX_CLIENTS
 from tests.support.browser import Browser, browser
 from tests.support.control import elastic_job, start_elastic_job
 from tests.support.jobs import TWO, Job
+from tests.support.nodes import QUICK, Nodes, c10d
+from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, wait_until
 
 STEPS = "from elastic_launch import worker\ndef step(n):\n    worker.progress(n)\n    time.sleep(0.02)\n"
@@ -52,6 +55,10 @@ class Page:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def wait_for(self, run_id: str) -> None:
+        """Wait until a job can be asked."""
+        wait_until(lambda: self.ask(f"/api/files?job={run_id}")[0] == 200)
 
     def events(self, query: str = "") -> Iterator[tuple[str, Any]]:
         """Yield the events of a stream as they come."""
@@ -211,6 +218,7 @@ def test_garbage_gets_an_error(job: Job, data: bytes, reply: bytes) -> None:
 def test_clients_that_do_not_read_do_not_keep_others_waiting(job: Job) -> None:
     process = start(job, "watched")
     with page(job) as served:
+        served.wait_for("watched")
         sockets = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(MAX_CLIENTS // 2)]
         for sock in sockets:
             sock.sendall(b"GET /api/events?job=watched HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -266,7 +274,7 @@ def test_a_job_that_ends_is_told_to_the_end_and_its_output_can_still_be_read(job
 def test_a_job_whose_agent_is_killed_is_lost(job: Job) -> None:
     process = start(job, "watched")
     with page(job) as served:
-        wait_until(lambda: served.ask("/api/files?job=watched")[0] == 200)
+        served.wait_for("watched")
         views = []
         for _, view in served.events("job=watched"):
             views.append(view)
@@ -280,7 +288,7 @@ def test_a_job_whose_agent_is_killed_is_lost(job: Job) -> None:
 def test_an_agent_that_is_stopped_is_told(job: Job) -> None:
     process = start(job, "watched")
     with page(job) as served:
-        wait_until(lambda: served.ask("/api/files?job=watched")[0] == 200)
+        served.wait_for("watched")
         remarks = []
         for _, view in served.events("job=watched"):
             if view["remark"] not in remarks:
@@ -290,6 +298,36 @@ def test_an_agent_that_is_stopped_is_told(job: Job) -> None:
                 break
         assert remarks == ["", f"The agent (pid {process.pid}) does not answer: it is stopped, or gets no CPU time."]
     stop(job, process)
+
+
+@pytest.mark.parametrize("backend", ["c10d", "etcd"])
+def test_a_job_of_several_nodes_is_seen_whole_through_a_restart(job: Job, backend: str) -> None:
+    settings = f"{QUICK},last_call_timeout=1"
+    nodes = Nodes(job, "etcd", shared_etcd(), "2", settings) if backend == "etcd" else c10d(job, "2", settings)
+    script = job.script(TRAINS)
+    processes = [nodes(number, script=script) for number in range(2)]
+    with page(job) as served:
+        served.wait_for(nodes.run_id)
+        seen: dict[str, Any] = {}
+        events = served.events(f"job={nodes.run_id}")
+        wanted = 0
+        for _, view in events:
+            seen |= view["nodes"]
+            is_whole = view["node_total"] == len(seen) == 2 and all(node["workers"] for node in seen.values())
+            if is_whole and view["state"] == "running" and view["round"] == wanted:
+                if wanted:
+                    break
+                wanted = 1
+                elastic_job("restart", nodes.run_id)
+        begin = view["now"]
+        later = list(itertools.takewhile(lambda it: it[1]["now"] < begin + 3, events))
+        assert len(later) < 15, "an agent is asked once per second, however many there are"
+        assert (view["source"], view["world_size"], view["remark"]) == ("store", 2, "")
+        assert sorted(node["pid"] for node in seen.values()) == sorted(process.pid for process in processes)
+        assert view["rounds"][0]["reason"].startswith("restart requested on ")
+    elastic_job("stop", nodes.run_id)
+    for process in processes:
+        job.finish(process)
 
 
 # ---- In a browser
@@ -347,6 +385,7 @@ def test_the_page_tells_a_hang_and_shows_the_stacks(job: Job, window: Browser) -
     )
     process = start(job, "hangs", *TWO, "--hang-timeout", "2", script=script)
     with page(job) as served:
+        served.wait_for("hangs")
         window.open(f"{served.url}/#/job/hangs")
         window.wait_for("#state", "stalled")
         window.wait_for("#notices", r"No rank has made a step for \d+ s")

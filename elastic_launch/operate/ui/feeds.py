@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from elastic_launch.control.client import sockets
 from elastic_launch.errors import LaunchError, RendezvousError
-from elastic_launch.operate.jobs import Job, NoJobError, running_jobs
+from elastic_launch.operate.jobs import UNRESPONSIVE, Job, NoJobError, running_jobs
 from elastic_launch.operate.status import View, view_of_job
 from elastic_launch.operate.watch import OVER, Agents
 
@@ -19,6 +19,8 @@ INTERVAL = 1.0
 """Seconds between two looks at a job, if it tells no change before."""
 LIST_INTERVAL = 2.0
 """Seconds between two looks at the list of jobs."""
+CHECK_INTERVAL = 10.0
+"""Seconds after which it is checked whether a job has further agents: one may not have answered before."""
 MAX_ENDED = 16
 """Jobs that have ended while somebody watched, and are still shown."""
 _COARSE = 5
@@ -152,7 +154,7 @@ class Feeds:
             feed = self._jobs.get(key)
         last = feed.latest if feed and feed.latest and feed.latest.kind == "job" else None
         while job := _find(running_jobs(self._environ), key):
-            for last in self._look_at_agents(job):
+            for last in self._look_at_agents(job, key):
                 yield last
                 if last.is_last:
                     return
@@ -160,18 +162,23 @@ class Feeds:
             raise _no_job(key)
         yield last._replace(data={**last.data, "is_over": True}, is_last=True)
 
-    def _look_at_agents(self, job: Job) -> Iterator[Snapshot]:
-        """Yield a job until it has ended, or has other agents on this host than before."""
+    def _look_at_agents(self, job: Job, key: str) -> Iterator[Snapshot]:
+        """Yield a job until it has ended, or has further agents on this host."""
         remark = ""
         try:
             view = view_of_job(job, self._environ)
         except RendezvousError as error:
             view, remark = View(job, None), f"Only what the agents on this host know: {error}"
         with contextlib.closing(view), contextlib.closing(Agents(view)) as agents:
-            known = set(sockets(self._environ))
-            while set(sockets(self._environ)) <= known:
-                agents.ask()
-                agents.wait(INTERVAL / 2)
+            known: set[str] = set()
+            check_at = 0.0
+            while True:
+                paths = set(sockets(self._environ))
+                if paths - known or time.monotonic() >= check_at:
+                    if self._has_more(job, key):
+                        return
+                    known, check_at = paths, time.monotonic() + CHECK_INTERVAL
+                agents.ask(INTERVAL / 2)
                 statuses = agents.statuses()
                 is_over = not agents.are_left
                 yield _snapshot(view.look(statuses), statuses, remark, agents.silent(), is_over=is_over)
@@ -179,11 +186,16 @@ class Feeds:
                     return
                 agents.wait(INTERVAL)  # a change comes sooner
 
+    def _has_more(self, job: Job, key: str) -> bool:
+        """Return whether there are agents of a job that were not known."""
+        now = _find(running_jobs(self._environ), key)
+        return now is not None and not {it["socket"] for it in now.agents} <= {it["socket"] for it in job.agents}
+
 
 def _find(jobs: Sequence[Job], key: str) -> Job | None:
     """Return the job with this id, or with an agent that has this pid."""
-    named = [job for job in jobs if job.id == key]
-    return next(iter(named or [job for job in jobs if key in map(str, job.pids)]), None)
+    found = [job for job in jobs if job.id == key] or [job for job in jobs if key in map(str, job.pids)]
+    return min(found, key=lambda job: job.agents[0]["state"] == UNRESPONSIVE, default=None)
 
 
 def _no_job(key: str) -> NoJobError:
