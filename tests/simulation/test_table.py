@@ -533,6 +533,12 @@ def rough(seed: int) -> str:
     return "live" if made.live() else "ended"
 
 
+@pytest.mark.parametrize("seed", [209, 288, 439, 461])
+def test_the_late_answer_to_a_wait_that_was_cancelled_is_not_that_of_the_next_one(seed: int) -> None:
+    """An unfit node waits for the round to close, joins it, and waits for the same key again."""
+    rough(seed)
+
+
 @pytest.mark.parametrize("block", range(4))
 def test_no_schedule_brings_an_input_that_is_not_listed(block: int) -> None:
     ends = []

@@ -218,6 +218,8 @@ def test_an_unfit_host_that_leaves_ends_the_job_for_all() -> None:
     fail_a_round(made, 2)
     fail_a_round(made, 2)
     host.signal()
+    made.run(made.now + 60, stop=lambda: host.gone)
+    made.stop_store()
     made.run(made.now + 60, stop=lambda: not made.live())
     ends = [agent.finish for agent in made.agents]
     assert [end.signum for end in ends if end] == [SIGTERM] * 3

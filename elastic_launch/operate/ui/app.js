@@ -13,6 +13,7 @@ const RETRY = [1, 2, 5, 10]; // Seconds until the server is tried again.
 const STATES = {
   running: ["go", "running"], succeeded: ["go", "done"], done: ["off", "stopped"], failed: ["bad", "failed"],
   stopped: ["off", "stopped"], stopping: ["warn", "stopping"], starting: ["info", "waiting"],
+  checking: ["info", "waiting"], unfit: ["bad", "failed"],
   joining: ["info", "waiting"], joined: ["info", "waiting"], waiting: ["info", "waiting"],
   holding: ["warn", "paused"], draining: ["warn", "paused"], pausing: ["warn", "paused"],
   agreeing: ["warn", "again"], restarting: ["warn", "again"], left: ["off", "stopped"],
