@@ -22,6 +22,7 @@ from elastic_launch.core.agent.messages import (
     RequestJoin,
 )
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.text import visible
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Assignment, Decision, End, EndKind
 
@@ -125,7 +126,7 @@ class SingleNodeRendezvous:
             role_world_size=self._workers,
             master_addr=self._addr,
             master_port=sock.getsockname()[1],
-            host=os.uname().nodename,
+            host=visible(os.uname().nodename),
             port_picked=self._port == 0,
             restart_count=self._rounds - 1,
             restart_history=aged(self._last.restart_history, time.monotonic() - self._decided_at),

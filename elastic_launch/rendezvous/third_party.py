@@ -20,6 +20,8 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from elastic_launch.core.agent import messages
+from elastic_launch.core.rendezvous.ending import brief
+from elastic_launch.core.text import headline
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
@@ -66,7 +68,8 @@ class ThirdPartyRendezvous:
                 self._end = None
                 self._queue.put(self._tasks.join)
             case messages.ReportFailure(failure) if self._end is None:
-                self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True)
+                told = (brief(failure),)
+                self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, failures=told, mine=True)
                 self._queue.put(lambda: None)  # instead of the task that polls
                 return [messages.Ended(self._end, time.time())]
             case messages.ReportSuccess():
@@ -75,7 +78,7 @@ class ThirdPartyRendezvous:
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
             case messages.Leave(signum, error, status):
                 host = self._tasks.node.host
-                reason = f"{host}: {error}" if error else f"{host} is leaving ({signal_name(signum)})"
+                reason = f"{host}: {headline(error)}" if error else f"{host} is leaving ({signal_name(signum)})"
                 self._queue.put(partial(self._tasks.leave, reason, status))
         return []
 

@@ -49,7 +49,7 @@ from elastic_launch.core.agent.messages import (
     UserSignalled,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
-from elastic_launch.core.text import counted
+from elastic_launch.core.text import counted, headline
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
 from elastic_launch.job import Assignment, Decision, End, EndKind, Level
 
@@ -258,7 +258,7 @@ def _stop_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
 def _stop_with_others(state: AgentState, event: Ended, now: float) -> Step:
     """Stop because another node ended the round."""
     state, actions = _stop(replace(state, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    text = f"{_headline(event.end)}: stopping {counted(len(state.running), 'worker')}"
+    text = f"{headline(event.end.reason)}: stopping {counted(len(state.running), 'worker')}"
     return state, [*actions, _log_end(state, text)]
 
 
@@ -335,7 +335,7 @@ def _ended_while_stopping(state: AgentState, event: Ended, now: float) -> Step:
         text = f"{event.end.reason}: killed this node's workers, because others may already be taking their place"
         return state, [Log(text)]
     if event.end.mine and event.end.kind in (EndKind.STOP, EndKind.ERROR):
-        return state, [Log(_headline(event.end))]
+        return state, [Log(headline(event.end.reason))]
     if not (event.end.mine and state.failure_reported and state.running):
         return state, _log_membership_change(state)  # another line or another node tells the rest
     return state, [Log(f"{event.end.reason}: stopping {counted(len(state.running), 'worker')}")]
@@ -436,12 +436,6 @@ def _leave_while_agreeing(state: AgentState, event: Signalled, now: float) -> St
 # --- log lines
 
 
-def _headline(end: End) -> str:
-    """Return the reason in one line; an error of the launcher's may include a traceback."""
-    first, *more = end.reason.splitlines() or [""]
-    return " ".join([first, *more[-1:]])
-
-
 def _restart_line(state: AgentState, decision: Decision) -> str:
     assignment = _assignment(state)
     if decision.restart_history.uncharged > assignment.restart_history.uncharged:
@@ -456,7 +450,7 @@ def _log_membership_change(state: AgentState) -> list[Action]:
     end = state.end
     if end is None or end.kind is not EndKind.MEMBERSHIP_CHANGED or state.lease_expired or state.stopped_by_signal:
         return []
-    return [_log_end(state, _headline(end))]
+    return [_log_end(state, headline(end.reason))]
 
 
 def _log_end(state: AgentState, text: str) -> Log:

@@ -7,15 +7,13 @@ import signal
 from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
-from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER, number
-from elastic_launch.core.rendezvous.records import Closed, encode
+from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
+from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add
+from elastic_launch.core.text import headline
 from elastic_launch.errors import signal_name
 from elastic_launch.job import Decision, End, EndKind
-
-ANY_TICKET = 1 << 40
-"""Above every ticket: closes a round that ends before it begins, for all nodes that come."""
 
 # --- before the job ends
 
@@ -43,7 +41,8 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
     if node.record.serves and not node.is_over:
         round_.number += node.phase is Phase.ENDED  # the others have gone on to the next round, or will
         step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
-        step.create(questions.Write(), "closed", encode(Closed(-1, 0, ANY_TICKET)))
+        # For all nodes that come: the round ends before it begins.
+        step.create(questions.Write(), "closed", encode(Closed(-1, 0, MAX_TICKETS)))
     elif node.phase is Phase.WAITING and round_.leader:
         heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)
         step.write((f"heartbeat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
@@ -51,7 +50,7 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
 
 def _why(node: NodeState, request: Leave) -> str:
     if request.error:
-        return f"{node.record.host}: {request.error}"
+        return f"{node.record.host}: {headline(request.error)}"
     return f"{node.record.host} is leaving ({signal_name(request.signum)})"
 
 
@@ -92,7 +91,7 @@ def on_left(node: NodeState, step: Step, answer: Answer[questions.CountLeft, int
 
 def on_left_compared(node: NodeState, step: Step, answer: Answer[questions.CompareLeft, list[bytes]]) -> None:
     """If all nodes know that the job has ended, tell them so."""
-    if answer.question.left >= number(answer.value[0]):
+    if answer.question.left >= node.count_tickets(answer.value[0]):
         step.write([("all_left", b"1")])
     node.round.shutdown.has_counted = True
     _confirm(node, step)

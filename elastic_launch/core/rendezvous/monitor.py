@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from elastic_launch.errors import RendezvousStateError
+from elastic_launch.core.rendezvous.records import refused
 
 TAKE_OVER = 1 << 20
 """Set as a node's counter to have it take over as leader at once."""
@@ -16,17 +16,21 @@ LEFT = 1 << 40
 """Added to a node's counter when it leaves."""
 
 
-def number(value: bytes) -> int:
+def number(value: bytes, key: str, high: int = 2**31) -> int:
     """Read a counter; 0 if there is none.
 
     Raises:
-        RendezvousStateError: ``value`` is not a number.
+        RendezvousStateError: what ``key`` holds is not a number from 0 to ``high``.
     """
-    if value and not (value.isdigit() and len(value) <= 18):
-        raise RendezvousStateError(
-            f"expected a number in the store, found {value[:60]!r}; is something else using this store and --rdzv-id?"
-        )
-    return int(value or b"0")
+    if not value:
+        return 0
+    if not (_is_number(value) and int(value) <= high):
+        raise refused(key, f"must be a number from 0 to {high}, not {value[:40]!r}")
+    return int(value)
+
+
+def _is_number(value: bytes) -> bool:
+    return value.isdigit() and len(value) <= 18
 
 
 class Monitor:
@@ -61,7 +65,7 @@ class Monitor:
         return counter != b"" and at > time and ticket not in self._unproven
 
     def poll(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
-        """Take the counters as they were at ``asked_at`` or later.
+        """Take the counters as they were at ``asked_at`` or later. What is not a number counts once, and is then reset.
 
         Returns:
             The nodes that had been silent up to the deadline by then, or have left.
@@ -70,7 +74,7 @@ class Monitor:
         self._polled_at = now
         suspected: set[int] = set()
         for ticket, counter in counters:
-            if number(counter) >= LEFT:
+            if _is_number(counter) and int(counter) >= LEFT:
                 suspected.add(ticket)
                 self.left.add(ticket)
                 continue

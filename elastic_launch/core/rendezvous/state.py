@@ -15,8 +15,8 @@ from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Ready, Request, Settings
-from elastic_launch.core.rendezvous.monitor import Monitor
-from elastic_launch.core.rendezvous.records import NOBODY, Closed, Members, NodeRecord, Status, encode
+from elastic_launch.core.rendezvous.monitor import Monitor, number
+from elastic_launch.core.rendezvous.records import MAX_TICKETS, NOBODY, Closed, Members, NodeRecord, Status, encode
 from elastic_launch.core.store_requests import Get, Set, Swap
 from elastic_launch.core.store_requests import Request as StoreRequest
 from elastic_launch.errors import ProcessFailure
@@ -96,6 +96,8 @@ class Report:
     """What the node reports of its own part of the round."""
 
     round: ReportRound | None = None
+    has_succeeded: bool = False
+    """Whether this node's workers have all ended well."""
     failure: ProcessFailure | None = None
     """The failure that the agent reported first."""
     told: set[int] = field(default_factory=set)
@@ -212,6 +214,14 @@ class NodeState:
         is_standby = self.round.ticket == 2 if assignment is None else assignment.group_rank == 1
         return self.settings.tick if is_standby else self.settings.keep_alive_interval
 
+    def count_tickets(self, value: bytes, *, past: bool = False) -> int:
+        """Return how many tickets of the round, or of the one before, have been drawn.
+
+        Raises:
+            RendezvousStateError: the counter breaks its rule.
+        """
+        return number(value, self.key("ticket", past=past), MAX_TICKETS)
+
     def restart_history(self, now: float) -> RestartHistory:
         """Return the job's restart history, if the end of the round adds nothing to it."""
         if assignment := self.round.assignment:
@@ -278,7 +288,7 @@ class Step:
     def read_members(self) -> None:
         """Find out who the members of the round are."""
         if closed := self.node.round.closed:
-            self.get(questions.ReadMembers(), f"members/{closed.leader}")
+            self.get(questions.ReadMembers(), f"members/{closed.leader}", "closed")
 
     def ready(self) -> Ready:
         """Return what the step leads to."""
