@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 VALUE_LIMIT = 8 << 20
 """Most bytes of a value in a request, and of one in a reply unless the request says otherwise."""
-APPENDED_LIMIT = 32 << 20
-"""Most bytes of a value that was appended to, and of all values in one reply together."""
+ANSWER_LIMIT = 24 << 20
+"""Most bytes of all values in one reply together. An agent holds such a reply about twice while it arrives."""
 
 
 class Get(NamedTuple):

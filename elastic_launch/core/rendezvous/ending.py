@@ -16,7 +16,7 @@ from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.records import MAX_FAILURES, Consequence, Members, decode, encode, refused
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
-from elastic_launch.core.store_requests import APPENDED_LIMIT, Add, Append, Get
+from elastic_launch.core.store_requests import ANSWER_LIMIT, Add, Append, Get
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
 from elastic_launch.job import Decision, End, EndKind, Level
@@ -238,7 +238,7 @@ def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountRepor
 def read_consequences(node: NodeState, step: Step) -> None:
     """Read the other nodes' failures, how many nodes have reported, and which are lost."""
     names = "consequences", "reported", "lost", f"members/{node.round.closed.leader if node.round.closed else 0}"
-    step.ask(questions.ReadConsequences(), Get(tuple(map(node.key, names)), APPENDED_LIMIT))
+    step.ask(questions.ReadConsequences(), Get(tuple(map(node.key, names)), ANSWER_LIMIT))  # appended to
 
 
 def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadConsequences, list[bytes]]) -> None:
