@@ -16,6 +16,7 @@ from elastic_launch.core.agent.root_cause import Evidence, Exit
 from elastic_launch.errors import UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
+from elastic_launch.host.files import open_regular
 from elastic_launch.job import Assignment
 from elastic_launch.logs.job_files import STACKS
 from elastic_launch.logs.pump import LogPump
@@ -206,7 +207,7 @@ class LocalWorkers:
             return ""  # the worker does not run Python, or wrote something else
         path = os.path.join(os.path.dirname(error_file), STACKS)
         try:
-            with open(path, "wb") as file:
+            with open(path, "wb", opener=open_regular) as file:
                 file.write(stacks)
         except OSError:
             return "the stacks of its threads are on its stderr"

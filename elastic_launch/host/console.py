@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from elastic_launch.core.text import visible
+
 LINE_PATIENCE = 0.2
 """Seconds that a line may wait for its reader. The agent waits with it."""
 REPORT_PATIENCE = 10.0
@@ -50,11 +52,14 @@ def begin_with_new_line(needed: bool) -> None:
 
 
 def write(text: str, patience: float) -> None:
-    """Write to standard error, and give up after ``patience`` seconds. Ignores errors."""
+    """Write to standard error, and give up after ``patience`` seconds. Ignores errors.
+
+    Control characters are made visible: the text may quote file names, hosts and errors.
+    """
     if getattr(_thread, "needs_new_line", False):
         text = f"\n{text}"
         _thread.needs_new_line = False
-    data = memoryview(text.encode(errors="backslashreplace"))
+    data = memoryview(visible(text, lines=True).encode(errors="backslashreplace"))
     end = time.monotonic() + patience
     with contextlib.suppress(OSError), unblocked(2) as fd:
         poller = select.poll()

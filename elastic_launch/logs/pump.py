@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 
+from elastic_launch.core.text import visible
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.console import unblocked
 from elastic_launch.logs.channel import DEFAULT_SIZE, make_channel, raise_limit
@@ -241,9 +242,10 @@ class LogPump:
     def log(self, text: str) -> None:
         """Write a line of the launcher's to standard error, after what the workers have written so far.
 
-        Never waits. If nobody reads the console, the line may be lost.
+        Never waits. If nobody reads the console, the line may be lost. Control characters are made visible: the text
+        may quote file names, hosts and errors.
         """
-        self.show(f"elastic-run: {text}\n")
+        self.show(f"elastic-run: {visible(text, lines=True)}\n")
 
     def show(self, text: str) -> None:
         """Write whole lines as ``log`` does, but without a prefix."""
