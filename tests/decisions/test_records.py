@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from elastic_launch.config import LaunchConfig
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.records import (
     MAX_TICKETS,
@@ -21,9 +22,10 @@ from elastic_launch.core.rendezvous.records import (
     encode,
     field_names,
 )
-from elastic_launch.errors import ProcessFailure, RendezvousStateError
+from elastic_launch.errors import ProcessFailure, RendezvousStateError, UsageError
 from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
 from elastic_launch.rendezvous import third_party_round
+from elastic_launch.rendezvous.factory import create_built_in
 
 FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="host-a", timestamp=1.5)
 ASSIGNMENT = Assignment(1, 2, 2, 4, 2, 2, 4, "10.0.0.1", 29400, "host-a", False)
@@ -158,6 +160,12 @@ def test_what_is_for_people_is_made_visible() -> None:
     assert read.reason == r"\x1b]0;title\x07\nz"
     assert read.failures[0].message == "a\n\tb\\x1b[2J\\r"
     assert read.failures[0].note == r"x\ny"
+
+
+def test_options_that_the_others_would_refuse_are_refused_at_the_start() -> None:
+    config = LaunchConfig(1, 2, 1, role="x" * 2000, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:29400")
+    with pytest.raises(UsageError, match="role: must be a text of 0 to 1000 characters, not 'xxx"):
+        create_built_in(config, {}, print)
 
 
 @pytest.mark.parametrize("nonsense", [b"-1", b"x", b"1.5", b"1" * 30, b"65537", b"200000", b"1000000000", b"\xd9\xa1"])

@@ -111,6 +111,12 @@ def test_an_end_that_breaks_a_rule_is_named(record: NamedTuple | bytes, changes:
     refused(made, "0/end", rule)
 
 
+def test_a_record_that_breaks_no_rule_is_believed() -> None:
+    made = formed(2, job(2, 2))
+    forge(made, "0/end", ERROR)
+    assert finishes(made) == [Finish(error="broken", status=1)] * 2
+
+
 @pytest.mark.parametrize("node", ["nobody", ""])
 def test_a_failure_of_no_member_costs_a_round_but_no_restart(node: str) -> None:
     made = formed(3, job(3, 3))
@@ -266,6 +272,17 @@ def test_a_node_that_breaks_a_rule_is_ignored(changes: dict[str, Any]) -> None:
     assert len(lines) == 1
     assert "elastic/job/0/node/2 " in lines[0]
     all_end(made)
+
+
+def test_a_stranger_that_breaks_no_rule_joins() -> None:
+    made = world(1, job(2, 2))
+    made.run(made.now + 2)
+    forge(made, "0/ticket", b"2")
+    forge(made, "0/node/2", STRANGER, options=made.settings.options)
+    made.run(made.now + 2)
+    assert [agent.running for agent in made.agents] == [0]
+    [end] = finishes(made)
+    assert end.error.startswith("lost elsewhere; still there: host-0")
 
 
 def test_a_stranger_in_place_of_the_leader_is_named() -> None:
