@@ -32,7 +32,12 @@ def log(text: str) -> None:
 
 
 def _write_line(text: str) -> None:
-    write(f"elastic-run: {text}\n", LINE_PATIENCE)
+    write(launcher_line(text), LINE_PATIENCE)
+
+
+def launcher_line(text: str) -> str:
+    """Return a text as a line of the launcher's. No further line of the text can be mistaken for one."""
+    return f"elastic-run: {visible(text, lines=True)}\n".replace("\n", "\n  ").removesuffix("  ")
 
 
 @contextlib.contextmanager

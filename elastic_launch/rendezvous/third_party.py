@@ -21,7 +21,8 @@ from functools import partial
 
 from elastic_launch.core.agent import messages
 from elastic_launch.core.rendezvous.ending import brief
-from elastic_launch.core.text import headline
+from elastic_launch.core.rendezvous.records import MAX_ERROR
+from elastic_launch.core.text import shortened
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import End, EndKind
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
@@ -78,7 +79,9 @@ class ThirdPartyRendezvous:
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
             case messages.Leave(signum, error, status):
                 host = self._tasks.node.host
-                reason = f"{host}: {headline(error)}" if error else f"{host} is leaving ({signal_name(signum)})"
+                reason = (
+                    f"{host}: {shortened(error, MAX_ERROR)}" if error else f"{host} is leaving ({signal_name(signum)})"
+                )
                 self._queue.put(partial(self._tasks.leave, reason, status))
         return []
 

@@ -8,10 +8,10 @@ from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
-from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, encode
+from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add
-from elastic_launch.core.text import headline
+from elastic_launch.core.text import shortened
 from elastic_launch.errors import signal_name
 from elastic_launch.job import Decision, End, EndKind
 
@@ -50,7 +50,7 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
 
 def _why(node: NodeState, request: Leave) -> str:
     if request.error:
-        return f"{node.record.host}: {headline(request.error)}"
+        return f"{node.record.host}: {shortened(request.error, MAX_ERROR)}"
     return f"{node.record.host} is leaving ({signal_name(request.signum)})"
 
 

@@ -241,8 +241,10 @@ _HOST = line(300)
 _ADDRESS = name(300)
 _ID = name(400)
 """A node's id, which begins with its host; empty: none."""
-_REASON = line(10_000)
-"""Why a round ends, or a job; twice the options, in the longest case."""
+MAX_ERROR = 9000
+"""Most characters of an error of the launcher's that other nodes get to see."""
+_REASON = lines(10_000)
+"""Why a round ends, or a job: an error, or twice the options, in the longest cases."""
 _YEARS = seconds(1e9)
 _EPOCH = seconds(1e11)
 """A time since 1970; 0: unknown."""
