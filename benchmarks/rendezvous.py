@@ -43,6 +43,7 @@ from elastic_launch.core.agent.messages import (
     ReportRound,
     RequestJoin,
 )
+from elastic_launch.core.progress.messages import AllStalled, Judged, ProgressEvent, StacksArrived, StacksComplete
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.store_requests import Get, Request
@@ -238,6 +239,8 @@ class Fleet:
         while events:
             event = events.pop(0)
             match event:
+                case AllStalled() | StacksArrived() | StacksComplete() | Judged():
+                    events += self.on_stall(agent, event)
                 case Assigned(assignment):
                     agent.rank = assignment.group_rank
                     self.placed += 1
@@ -257,6 +260,10 @@ class Fleet:
                 case _:
                     raise SystemExit(f"unexpected: {event}")
         self.look_after(agent)
+
+    def on_stall(self, agent: Agent, event: ProgressEvent) -> list[AgentEvent]:
+        """Handle what the rendezvous has to say of a stall; nothing stalls in this benchmark."""
+        raise SystemExit(f"unexpected: {event}")
 
     def look_after(self, agent: Agent) -> None:
         """Register the descriptors and the time that the agent waits for now."""
@@ -279,7 +286,9 @@ class Fleet:
             heappush(self.heap, (deadline, self.pushed, agent))
 
 
-def run_agents(job: Job, count: int, first: int, control: Connection, inherited: list[Connection]) -> None:
+def run_agents(
+    job: Job, count: int, first: int, control: Connection, inherited: list[Connection], kind: type[Fleet]
+) -> None:
     for other in inherited:
         other.close()  # otherwise this process would not notice that the other end is closed
     environ = dict(os.environ)
@@ -291,7 +300,7 @@ def run_agents(job: Job, count: int, first: int, control: Connection, inherited:
             client = StoreClient(bridge.connect(), "bridge")
             client.call(Get(("none",)), PATIENCE)  # it has started
             client.close()
-        fleet = Fleet(job, count, first, control, bridge)
+        fleet = kind(job, count, first, control, bridge)
         gc.collect()
         gc.freeze()  # a real agent has one rendezvous to traverse, not thousands
         control.send("ready")
@@ -371,7 +380,7 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
 
 
 @contextlib.contextmanager
-def fleets(job: Job, shares: Sequence[int]) -> Iterator[list[Connection]]:
+def fleets(job: Job, shares: Sequence[int], kind: type[Fleet] = Fleet) -> Iterator[list[Connection]]:
     """Run the processes of agents. They end when their control connections are closed."""
     controls: list[Connection] = []
     processes = []
@@ -379,7 +388,7 @@ def fleets(job: Job, shares: Sequence[int]) -> Iterator[list[Connection]]:
         for number, share in enumerate(shares):
             ours, theirs = Context.Pipe()
             controls.append(ours)
-            arguments = (job, share, sum(shares[:number]), theirs, list(controls))
+            arguments = (job, share, sum(shares[:number]), theirs, list(controls), kind)
             processes.append(Context.Process(target=run_agents, args=arguments))
             processes[-1].start()
             theirs.close()

@@ -12,8 +12,8 @@ from enum import IntFlag
 from typing import Any
 
 from elastic_launch.errors import UsageError
-from elastic_launch.job import Level, Policy
-from elastic_launch.parsing import is_number, parse_backoff, parse_exit_codes, parse_signals
+from elastic_launch.job import HangAction, Level, Policy
+from elastic_launch.parsing import is_number, parse_backoff, parse_exit_codes, parse_hang_timeout, parse_signals
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 """Signals that stop the job, unless ``--signals-to-handle`` names others."""
@@ -215,16 +215,37 @@ class LaunchConfig:
     """Number of failures in a row after which a spare replaces a node; 0 for no limit."""
     crash_loop: int = 3
     """Number of identical failures in a row, each within 10 s of the last, that end the job; 0 for no limit."""
+    hang_timeout: str = "auto"
+    """Seconds without a step of any rank after which the job counts as hung; ``auto``: by its steps; 0: never."""
+    start_timeout: float = 0.0
+    """Seconds without a step of any rank, before the first ones, after which it does; 0: never."""
+    hang_action: str = HangAction.REPORT
+    """What follows when the job hangs: ``report`` it, ``restart`` the workers, or ``stop`` the job."""
+    hang_native: bool = False
+    """Whether the report of a hang shows native frames as well, if py-spy is installed."""
     verbosity: int = Level.INFO
     """The least important messages that are shown: 0 warnings, 1 events of the job, 2 events of each node."""
+    events: str | None = None
+    """File to which the events of the job are appended, or a directory for it; None for none but that in the log
+    directory."""
 
     @property
     def policy(self) -> Policy:
         """When the job restarts."""
         first, limit = parse_backoff(str(self.restart_backoff))  # a program may pass 5 instead of "5"
         codes = parse_exit_codes(str(self.fatal_exit_codes))
-        limits = self.node_failure_limit, self.crash_loop
-        return Policy(self.max_restarts, self.restart_window, first, limit, codes, *limits)
+        return Policy(
+            max_restarts=self.max_restarts,
+            window=self.restart_window,
+            backoff=first,
+            backoff_limit=limit,
+            fatal_exit_codes=codes,
+            node_failure_limit=self.node_failure_limit,
+            crash_loop=self.crash_loop,
+            hang_timeout=parse_hang_timeout(str(self.hang_timeout)),
+            start_timeout=self.start_timeout,
+            hang_action=HangAction(self.hang_action),
+        )
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_nodes <= self.max_nodes:
@@ -236,7 +257,10 @@ class LaunchConfig:
             raise UsageError("crash_loop=1: must be at least 2, or 0 to turn this off")
         if self.shutdown_timeout is not None and self.shutdown_timeout < 0:
             raise UsageError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0 seconds")
-        if not 0 <= self.restart_window < float("inf"):
-            raise UsageError(f"restart_window={self.restart_window}: must be a number of seconds, at least 0")
+        for name in ("restart_window", "start_timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{name}={getattr(self, name)}: must be a number of seconds, at least 0")
+        if self.hang_action not in tuple(HangAction):
+            raise UsageError(f"hang_action={self.hang_action!r}: must be one of {', '.join(HangAction)}")
         parse_signals(self.signals_to_handle)
         _ = self.policy

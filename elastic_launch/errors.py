@@ -26,6 +26,8 @@ class ExitCode(IntEnum):
     """The launcher failed because of a defect in it."""
     TIMEOUT = 75
     """Not enough nodes met in time. Trying again later may help."""
+    HANG = 124
+    """The workers made no progress any more, and ``--hang-action`` ended the job; timeout(1) has the same status."""
     CANNOT_EXECUTE = 126
     """A worker's command was found but could not be executed, by the shell's convention."""
     NOT_FOUND = 127
@@ -165,6 +167,8 @@ class ProcessFailure:
     """Global rank; -1 if unknown."""
     host: str = ""
     """Name of the worker's host."""
+    is_hang: bool = False
+    """Whether the worker was running, but made no progress; ``exitcode`` is then ``ExitCode.HANG``."""
 
     def __post_init__(self) -> None:
         if not self.error and not self.message:
@@ -185,8 +189,8 @@ class ProcessFailure:
         return signal_name(-self.exitcode) if self.exitcode < 0 else "<N/A>"
 
     def how(self) -> str:
-        """Return how the process ended: ``exit code 42`` or ``killed by SIGKILL``."""
-        return how_it_ended(self.exitcode)
+        """Return how the process ended: ``exit code 42``, ``killed by SIGKILL``, or ``hang`` if it did not."""
+        return "hang" if self.is_hang else how_it_ended(self.exitcode)
 
     def error_line(self) -> str:
         """Return the first line of the exception, at most 500 characters of it: some of torch's are pages long."""

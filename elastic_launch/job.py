@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import NamedTuple
 
 from elastic_launch.errors import ProcessFailure
+
+
+class HangAction(StrEnum):
+    """What follows when no worker of the job makes progress any more."""
+
+    REPORT = "report"
+    """Tell it, with the stacks of all ranks, and go on watching."""
+    RESTART = "restart"
+    """Treat it as a failure of the rank that stands out."""
+    STOP = "stop"
+    """End the job."""
 
 
 class Policy(NamedTuple):
@@ -24,10 +35,62 @@ class Policy(NamedTuple):
     """Number of failures in a row after which a spare replaces the node that caused them; 0: never."""
     crash_loop: int = 3
     """Number of identical failures in a row, each shortly after the previous one, that end the job; 0: no limit."""
+    hang_timeout: float | None = None
+    """Seconds without a step of any rank after which the job counts as hung; None: chosen by its steps; 0: never."""
+    start_timeout: float = 0.0
+    """Seconds without a step of any rank, before the first ones, after which it does; 0: never."""
+    hang_action: HangAction = HangAction.REPORT
+    """What follows then."""
+
+
+class LostTime(NamedTuple):
+    """The seconds from the latest step before a restart to the first one after it, by what they were spent on."""
+
+    detection: float = 0.0
+    """Until the agent began to stop the workers."""
+    stopping: float = 0.0
+    """Until no process of the round was left."""
+    rendezvous: float = 0.0
+    """Until the nodes had agreed on what follows and had met again, with any pause before that."""
+    start: float = 0.0
+    """Until the first step had ended."""
+
+    @property
+    def total(self) -> float:
+        """All of them, in seconds."""
+        return sum(self)
+
+
+class Goodput(NamedTuple):
+    """How many steps the job has made, and what its time was spent on, in seconds, from its first assignment on."""
+
+    steps: int = 0
+    """Steps of the rank that made most, added up over the rounds."""
+    in_steps: float = 0.0
+    """From the first to the latest step of each round, without ``stalled``."""
+    startup: float = 0.0
+    """Until the job's first step had ended."""
+    restarts: int = 0
+    """Rounds that began after the job's first step, whatever ended the round before."""
+    lost: LostTime = LostTime()
+    """What these restarts cost."""
+    stalled: float = 0.0
+    """Stalls after which the workers went on."""
+    repeated: int = 0
+    """Steps whose number the job had reached before; only known of scripts that number their steps."""
+    number: int = -1
+    """The highest number of a step; -1: the script numbers none."""
+    since: LostTime = LostTime()
+    """Since the latest step. It is lost to a restart only if one follows."""
+
+    @property
+    def elapsed(self) -> float:
+        """Age of the job: the sum of all of its time, in seconds."""
+        return self.in_steps + self.startup + self.lost.total + self.stalled + self.since.total
 
 
 class RestartHistory(NamedTuple):
-    """What the job remembers about its failures."""
+    """What the job remembers about its failures and its progress."""
 
     used: int = 0
     """Restarts that count against ``max_restarts``."""
@@ -43,6 +106,8 @@ class RestartHistory(NamedTuple):
     """Id of the node that caused the latest failure."""
     in_a_row: int = 0
     """Number of failures in a row that ``node`` has caused."""
+    goodput: Goodput = Goodput()
+    """What the job has got done; empty if nobody counts steps."""
 
 
 class Level(IntEnum):
@@ -54,6 +119,17 @@ class Level(IntEnum):
     """Events of the job, each logged by one node. This is the default."""
     DEBUG = 2
     """What each node does."""
+
+
+class LineKind(Enum):
+    """What a terminal makes of a log line."""
+
+    NOTE = "note"
+    """A line; a warning is yellow."""
+    FAILURE = "failure"
+    """A red line."""
+    PROGRESS = "progress"
+    """Who has joined: not a line, if one that is redrawn in place tells it."""
 
 
 class Assignment(NamedTuple):
@@ -104,13 +180,33 @@ class EndKind(StrEnum):
     FAILED = "failed"
     """A worker failed. Its node decides whether another round follows."""
     MEMBERSHIP_CHANGED = "membership_changed"
-    """Nodes join or leave. Another round follows without using up a restart."""
+    """Nodes join or leave, or the user asks for another round, which follows without using up a restart."""
     STOP = "stop"
     """A signal stops the whole job."""
     DONE = "done"
     """All workers of all nodes succeeded."""
     ERROR = "error"
     """The nodes cannot work together, or did not meet in time."""
+
+
+class Change(StrEnum):
+    """What changed the membership, if that ended a round. The values are names of events."""
+
+    NONE = ""
+    NODE_LOST = "node_lost"
+    """Nodes sent no heartbeat any more."""
+    NODE_LEFT = "node_left"
+    """A node left in good order."""
+    NODE_JOINING = "node_joining"
+    """Nodes that had no place in the round can join another one."""
+    NODE_LATE = "node_late"
+    """A node slept while it got its place in the round."""
+    CUT_OFF = "cut_off"
+    """This node got no answer from the store. The others will find another change."""
+    STORE_RESTARTED = "store_restarted"
+    """The store has forgotten everything."""
+    RESTART_REQUESTED = "restart_requested"
+    """A person or a program asked for another round."""
 
 
 class End(NamedTuple):
@@ -131,6 +227,10 @@ class End(NamedTuple):
     """The failures that are known so far, for ``FAILED``."""
     rank: int = -1
     """Group rank of the node that leaves; -1 if none does."""
+    same_step: bool = False
+    """Whether the workers, some of which call ``should_stop()``, are to stop at a step that the nodes agree on."""
+    change: Change = Change.NONE
+    """What changed, for ``MEMBERSHIP_CHANGED``."""
     mine: bool = False
     """Whether this node ended the round."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_launch.agent.agent import LocalElasticAgent
@@ -68,7 +68,7 @@ def launch_agent(
         LaunchError: the launcher could not do its work.
     """
     environ = environment()
-    shutdown_timeout = _shutdown_timeout(config, environ)
+    timeout = shutdown_timeout(config, environ)
     _share_out_cpus(config, environ)
     spec = WorkerSpec(
         role=config.role,
@@ -91,17 +91,24 @@ def launch_agent(
         config.logs_specs,
         config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
-        shutdown_timeout=shutdown_timeout,
+        shutdown_timeout=timeout,
         health_check_server=health_check_server,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
         preload=config.preload,
         verbosity=config.verbosity,
+        events=config.events,
+        hang_native=config.hang_native,
     )
     result = agent.run(config.role)
     if result.is_failed():
         raise ChildFailedError(agent.name, result.failures, result.report)
     return result.return_values
+
+
+def threads_per_worker(cpus: int, workers: int) -> int:
+    """Return the OMP_NUM_THREADS of a worker if the user sets none: its share of the CPUs, at least 1."""
+    return max(1, cpus // workers)
 
 
 def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
@@ -110,7 +117,7 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
         from elastic_launch.host.devices import cpu_count
 
         cpus = cpu_count()
-        environ["OMP_NUM_THREADS"] = str(max(1, cpus // config.nproc_per_node))
+        environ["OMP_NUM_THREADS"] = str(threads_per_worker(cpus, config.nproc_per_node))
         level = Level.INFO if config.max_nodes == 1 else Level.DEBUG  # otherwise every node would print it
         if config.nproc_per_node > 1 and config.verbosity >= level:
             log(
@@ -119,7 +126,8 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
             )
 
 
-def _shutdown_timeout(config: LaunchConfig, environ: dict[str, str]) -> float:
+def shutdown_timeout(config: LaunchConfig, environ: Mapping[str, str]) -> float:
+    """Return the seconds between a worker's stop signal and SIGKILL: the option's, the variable's, or the default."""
     if config.shutdown_timeout is not None:
         return config.shutdown_timeout
     text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(DEFAULT_SHUTDOWN_TIMEOUT))

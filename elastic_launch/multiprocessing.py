@@ -145,6 +145,7 @@ class PContext:
             start_method=start_method,
             filters={1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []},
             numa_options=numa_options,
+            is_watched=False,  # there is no job here that could stall, or stop at a step
         )
         workers = len(args)
         self._assignment = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)

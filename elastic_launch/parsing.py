@@ -58,6 +58,20 @@ def parse_seconds(text: str, prefix: str = "", *, above_zero: bool = False) -> f
     return seconds
 
 
+def parse_hang_timeout(text: str) -> float | None:
+    """Read a number of seconds, at least 0; ``auto``, which leaves the choice to the launcher, is None.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    if text == "auto":
+        return None
+    try:
+        return parse_seconds(text)
+    except UsageError as error:
+        raise UsageError(f"{error}, or auto") from error
+
+
 def read_flag(value: object) -> bool | None:
     """Read 1, true, t, yes or y as True, and 0, false, f, no or n as False, in any case; None for anything else."""
     return _FLAGS.get(str(value).lower())

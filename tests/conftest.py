@@ -63,8 +63,10 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("TMPDIR", str(temp))
     monkeypatch.setattr(tempfile, "tempdir", None)
     for name in os.environ:
-        if name.startswith(("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_")):
+        prefixes = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_", "ELASTIC_LAUNCH_", "XDG_RUNTIME_DIR")
+        if name.startswith(prefixes) or name in ("NO_COLOR", "FORCE_COLOR"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("TERM", "xterm")
     try:
         with nothing_left(temp):
             yield

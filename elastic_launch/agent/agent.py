@@ -4,34 +4,65 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from elastic_launch.agent.loop import AgentLoop, LoopSource
+from elastic_launch.agent.operator import Operator
+from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
-from elastic_launch.core.agent.messages import AgentEvent, Exited, Finish, GroupReaped, Leave, Limits, RendezvousAction
+from elastic_launch.control.server import ControlServer
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, formed
+from elastic_launch.core.agent.messages import (
+    AgentEvent,
+    Assigned,
+    Exited,
+    Finish,
+    GroupReaped,
+    Leave,
+    Limits,
+    Log,
+    RendezvousAction,
+)
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment
-from elastic_launch.errors import ExitCode, LaunchError, RendezvousError, SignalException, UsageError, signal_name
+from elastic_launch.errors import (
+    ExitCode,
+    LaunchError,
+    RendezvousError,
+    SignalException,
+    UnavailableError,
+    UsageError,
+    signal_name,
+)
+from elastic_launch.host.console import YELLOW, in_colour, log_line, log_through, standard_streams
 from elastic_launch.host.console import log as log_to_stderr
-from elastic_launch.host.console import log_through, standard_streams
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.parsing import parse_port, parse_signals, read_flag
 from elastic_launch.rendezvous.factory import adapt
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, WorkerSpec, WorkerState
 from elastic_launch.workers.orphans import subreaper
 
 if TYPE_CHECKING:
+    from elastic_launch.agent.journal_writer import JournalWriter
+    from elastic_launch.agent.live_line import LiveLine
+    from elastic_launch.core.rendezvous.progress import Waiting
+    from elastic_launch.core.status import Facts, Meeting
     from elastic_launch.workers.watchdog import Watchdog
+
+CONTROL = "ELASTIC_LAUNCH_CONTROL"
+"""Variable that turns the control socket off, if it is 0."""
 
 
 @runtime_checkable
@@ -41,8 +72,17 @@ class AgentRendezvous(Rendezvous, LoopSource, Protocol):
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
 
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, for those who look at the job."""
+
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Carry out an action. Its answers are returned here, or later by ``take``."""
+
+    def follow_joining(self) -> Callable[[], Waiting | None] | None:
+        """Return what describes the nodes that have joined, for a line that is redrawn; None: there are none.
+
+        From then on the rendezvous logs no lines about that.
+        """
 
     def close(self) -> None:
         """Notify the other nodes that this one is done, and release everything, in bounded time."""
@@ -55,6 +95,14 @@ class _Run(NamedTuple):
     workers: LocalWorkers
     watchdog: Watchdog | None
     telemetry: Telemetry
+    progress: ProgressWatch | None
+    live_line: LiveLine | None
+    journal: JournalWriter | None
+    log: Callable[[str], None]
+    """Writes a line of the life cycle, which the journal has already."""
+    operator: Operator
+    control: ControlServer | None
+    """Asks the operator for those who look at the job; None: nobody can."""
     sources: list[LoopSource]
 
 
@@ -76,6 +124,8 @@ class LocalElasticAgent:
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
+        events: str | None = None,
+        hang_native: bool = False,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -97,6 +147,9 @@ class LocalElasticAgent:
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
+            events: the file to which events are appended, or a directory; None for the job's directory, if
+                ``logs_specs`` has one.
+            hang_native: whether the report of a hang shows native frames as well, with py-spy.
             log: writes a line for the user.
 
         Raises:
@@ -115,7 +168,10 @@ class LocalElasticAgent:
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
+        self._events = events
+        self._hang_native = hang_native
         self._log = log
+        self._warn = in_colour(log, YELLOW)
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
             handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
@@ -179,18 +235,43 @@ class LocalElasticAgent:
         stack.callback(lambda: files.close(keep=self._has_failed))
         signals = stack.enter_context(SignalQueue(self._stop_signals))
         if not stack.enter_context(subreaper()):
-            self._log("this system has no subreapers: daemons of workers may survive if the launcher is killed")
+            self._warn("this system has no subreapers: daemons of workers may survive if the launcher is killed")
         if self._health_check_server:
             stack.callback(self._health_check_server.stop)
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
-        workers = stack.enter_context(closing(LocalWorkers(self._options, self._log, signals.fileno())))
-        stack.enter_context(log_through(workers.log))
+        workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno())))
+        journal = self._journal(files, stack)
+        stack.enter_context(log_through(journal.writing_lines(workers.log) if journal else workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.
         watchdog, watches = self._watches(stack)
-        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._log)
+        telemetry = Telemetry(self._spec, self._options.run_id, workers.show, self._warn)
         self._rendezvous.lease = workers.lease
-        return _Run(files, workers, watchdog, telemetry, [signals, self._rendezvous, *watches])
+        progress = None
+        if workers.memory:
+            progress = ProgressWatch(
+                self._limits.policy,
+                workers.memory,
+                workers.sample_stacks,
+                self._py_spy(),
+                self._rendezvous.ask,
+                lambda text, level: self._show(Log(text, level)),
+                *((journal.record_first_step, journal.record_stall) if journal else ()),
+            )
+            workers.stalled = progress.stalled
+            watches.append(progress)
+        live_line = self._live_line(workers, stack)
+        log = workers.log if self._log is log_to_stderr else self._log
+        facts = partial(self._facts, time.time(), files)
+        asks = self._rendezvous.meeting, workers.output_files, workers.calls
+        watched = (progress.figures, progress.look) if progress else ()
+        operator = Operator(AgentState(self._limits), facts, *asks, *watched)
+        control = self._serve_control(stack, operator)
+        if control and progress:
+            progress.on_answer = control.answered
+        more = [source for source in (live_line, control) if source]
+        sources = [signals, self._rendezvous, *watches, *more]
+        return _Run(files, workers, watchdog, telemetry, progress, live_line, journal, log, operator, control, sources)
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -199,26 +280,55 @@ class LocalElasticAgent:
             partial(self._start, run),
             self._rendezvous.ask,
             run.sources,
-            lambda text, level: self._log(text) if level <= self._verbosity else None,
+            lambda line: self._show(line, run.log),
             partial(self._observe, run),
+            run.progress.handle if run.progress else lambda event: [],
+            run.journal.record if run.journal else None,
         )
         try:
             return cast(Finish, loop.run()), loop.state
         except Exception as error:
+            status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
             run.telemetry.fail(str(error))
+            if run.journal:
+                run.journal.record_error(str(error) or type(error).__name__, status)
             with suppress(LaunchError):  # the rendezvous may be what failed
-                status = error.exit_code if isinstance(error, LaunchError) else ExitCode.SOFTWARE
                 self._rendezvous.ask(Leave(error=str(error) or type(error).__name__, status=status))
             raise
 
     def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
         run.telemetry.observe(event, state)
+        run.operator.observe(event, state)
+        if run.control:
+            run.control.changed()
         _update_group(self._group, state)
+        if run.progress:
+            run.progress.observe(state)
         match event:
+            case Assigned(assignment) if run.live_line and run.live_line.is_shown:
+                if assignment.group_rank > 0 and self._verbosity == Level.INFO:
+                    self._log(formed(assignment))  # another node logs it for all, but here a user watches
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
                 run.watchdog.clear()
+
+    def _py_spy(self) -> str:
+        """Return the path of py-spy if native frames are asked for; empty: none are, or it is not installed."""
+        if not self._hang_native:
+            return ""
+        from elastic_launch.agent.stack_sampler import find_py_spy  # late: few jobs ask for it
+
+        if not (path := find_py_spy(self._environ.get("PATH", ""))):
+            self._log(
+                "--hang-native: py-spy is not installed (pip install py-spy), so only Python frames will be shown"
+            )
+        return path
+
+    def _show(self, line: Log, to: Callable[[str], None] | None = None) -> None:
+        """Write a line for the user unless its level is above the chosen one; ``to`` as for ``log_line``."""
+        if line.level <= self._verbosity:
+            log_line(line, self._log, to)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""
@@ -234,6 +344,36 @@ class LocalElasticAgent:
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
         run.workers.start(envs, dest, prefixes)
+
+    def _live_line(self, workers: LocalWorkers, stack: ExitStack) -> LiveLine | None:
+        """Show who has joined in one line, if the user is at a terminal."""
+        if self._verbosity < Level.INFO or not workers.is_on_terminal or self._environ.get("TERM") == "dumb":
+            return None
+        if (waiting := self._rendezvous.follow_joining()) is None:
+            return None
+        from elastic_launch.agent.live_line import LiveLine  # late: few jobs need it
+
+        return stack.enter_context(closing(LiveLine(waiting, workers.redraw, workers.undraw)))
+
+    def _journal(self, files: JobFiles, stack: ExitStack) -> JournalWriter | None:
+        """Prepare the events files, if the user has chosen a place for events or for logs."""
+        paths = {"--events": self._events, "--log-dir": files.chosen}
+        if not any(paths.values()):
+            return None
+        from elastic_launch.agent.journal_writer import ATTEMPT, JournalWriter  # late: 3 ms
+        from elastic_launch.logs.event_log import EventLog, path_in
+
+        host = "" if isinstance(self._rendezvous, SingleNodeRendezvous) else os.uname().nodename
+        logs = [
+            EventLog(path_in(path, host) if os.path.isdir(path) else path, f"{option}={path}", self._log)
+            for option, path in paths.items()
+            if path
+        ]
+        spec, run_id = self._spec, self._options.run_id
+        attempt = self._environ.get(ATTEMPT, "")
+        max_restarts = self._limits.policy.max_restarts
+        writer = JournalWriter(logs, run_id, self.name, spec.local_world_size, max_restarts, attempt)
+        return stack.enter_context(closing(writer))
 
     def _watches(self, stack: ExitStack) -> tuple[Watchdog | None, list[LoopSource]]:
         """Start the watchdog of the workers and the health server, if the environment asks for them."""
@@ -254,6 +394,25 @@ class LocalElasticAgent:
             sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
         return watchdog, sources
 
+    def _serve_control(self, stack: ExitStack, operator: Operator) -> ControlServer | None:
+        """Open the control socket. A job that cannot have one runs without."""
+        if read_flag(self._environ.get(CONTROL, "1")) is False:
+            return None
+        try:
+            return stack.enter_context(closing(ControlServer(self._options.run_id, self._environ, operator)))
+        except UnavailableError as error:
+            if self._verbosity >= Level.DEBUG:
+                self._log(f"no control socket, so elastic-job does not find this node: {error}")
+            return None
+
+    def _facts(self, started_at: float, files: JobFiles) -> Facts:
+        from elastic_launch.core.status import Facts  # late: only needed when somebody asks
+
+        limits, host, pid = self._limits, os.uname().nodename, os.getpid()
+        fixed = limits.policy.max_restarts, limits.shutdown_timeout, files.root
+        version = sys.modules["elastic_launch"].__version__  # not imported: the package names the layers above
+        return Facts(self._options.run_id, host, pid, version, self.name, started_at, *fixed)
+
     def _failure_result(self, finish: Finish, files: JobFiles) -> RunResult:
         report = format_report(self.name, finish, self._limits.policy.max_restarts, files.root if files.kept else None)
         return RunResult(WorkerState.FAILED, failures={f.rank: f for f in finish.failures}, report=report)
@@ -269,6 +428,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     group.state = {
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,
+        AgentPhase.HOLDING: WorkerState.HEALTHY,
+        AgentPhase.DRAINING: WorkerState.HEALTHY,
         AgentPhase.STOPPING: WorkerState.UNHEALTHY if state.has_failed else WorkerState.HEALTHY,
     }.get(state.phase, WorkerState.FAILED if state.has_failed else WorkerState.SUCCEEDED)
     for worker in group.workers:

@@ -13,12 +13,13 @@ from typing import Protocol
 
 from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import AgentState
+from elastic_launch.core.agent.lifecycle import AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
     DeadlineReached,
     DumpStacks,
+    Ended,
     Exited,
     Finish,
     GroupReaped,
@@ -27,9 +28,12 @@ from elastic_launch.core.agent.messages import (
     ReapLeftovers,
     RendezvousAction,
     SendSignal,
+    SetStop,
+    Signalled,
     Start,
 )
-from elastic_launch.job import Assignment, Level
+from elastic_launch.core.progress.messages import ProgressEvent
+from elastic_launch.job import Assignment
 
 _MAX_POLL = 86400.0
 """Seconds. poll(2) cannot wait for more than 24 days, but a deadline may be further away."""
@@ -65,8 +69,10 @@ class AgentLoop:
         start: Callable[[Assignment], None],
         ask: Callable[[RendezvousAction], list[AgentEvent]],
         sources: Sequence[LoopSource] = (),
-        log: Callable[[str, Level], None] = lambda text, level: None,
+        log: Callable[[Log], None] = lambda line: None,
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
+        watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
+        record: Callable[[Transition], None] | None = None,
     ) -> None:
         """Ask the rendezvous for the first round.
 
@@ -78,6 +84,8 @@ class AgentLoop:
             sources: the other sources of events.
             log: writes a line for the user.
             observe: called with each event and the state after it.
+            watch: handles what the rendezvous has to say of the workers' progress; returns events that follow.
+            record: called with each step of the life cycle, once its actions are carried out.
         """
         self._workers = workers
         self._start = start
@@ -85,9 +93,12 @@ class AgentLoop:
         self._sources: list[LoopSource] = [workers, *sources]
         self._log = log
         self._observe = observe
+        self._record = record
+        self._watch = watch
         self._events: deque[AgentEvent] = deque()
+        now, wall = time.monotonic(), time.time()
         self.state, actions = lifecycle.begin(limits)
-        self.finish = self._carry_out(actions)
+        self.finish = self._finish_step(Transition(None, None, self.state, actions, now, wall))
 
     def run(
         self, until: float | None = None, enough: Callable[[AgentState], bool] = lambda state: False
@@ -115,14 +126,27 @@ class AgentLoop:
         self._events.append(event)
 
     def _step(self, event: AgentEvent) -> Finish | None:
+        if isinstance(event, ProgressEvent):
+            self._events.extend(self._watch(event))
+            return None
         if isinstance(event, Exited) and event.exit.exitcode != 0 and not event.exit.stop_signals:
             event = self._workers.with_error(event, self.state.pids)
         if isinstance(event, GroupReaped) or (isinstance(event, DeadlineReached) and self.state.killed):
             # Not earlier: only now have all workers stopped writing, or the agent has given up on those that have not.
             event = self._workers.with_evidence(event, self.state.exits, self.state.pids)
-        self.state, actions = lifecycle.step(self.state, event, time.monotonic())
+        if isinstance(event, Signalled | Ended | DeadlineReached):
+            event = event._replace(calls=max(self._workers.calls().values(), default=0))
+        before, now, wall = self.state, time.monotonic(), time.time()
+        self.state, actions = lifecycle.step(before, event, now)
         self._observe(event, self.state)
-        return self._carry_out(actions)
+        return self._finish_step(Transition(before, event, self.state, actions, now, wall))
+
+    def _finish_step(self, transition: Transition) -> Finish | None:
+        try:
+            return self._carry_out(transition.actions)
+        finally:
+            if self._record:
+                self._record(transition)
 
     def _carry_out(self, actions: list[Action]) -> Finish | None:
         for action in actions:
@@ -131,12 +155,14 @@ class AgentLoop:
                     self._start(assignment)
                 case SendSignal():
                     self._workers.send_signal(*action)
+                case SetStop(hold, stop_at):
+                    self._workers.set_stop(hold, stop_at)
                 case DumpStacks(local_ranks):
                     self._workers.dump_stacks(local_ranks)
                 case ReapLeftovers(kill):
                     self._workers.reap_leftovers(kill)
-                case Log(text, level):
-                    self._log(text, level)
+                case Log():
+                    self._log(action)
                 case Finish():
                     return action
                 case asking:

@@ -54,7 +54,8 @@ class Telemetry:
                 self._put_round("healthy", state)
             case GroupReaped():
                 self._join_requested_at = now
-                stopped = state.stopped_at != float("inf") and any(exit_.stop_signals for exit_ in state.exits)
+                at_same_step = state.end is not None and state.end.same_step
+                stopped = at_same_step or any(exit_.stop_signals for exit_ in state.exits)
                 self._put_round("failed" if state.has_failed else "unhealthy" if stopped else "succeeded", state)
 
     def end(self, state: AgentState, finish: Finish) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from elastic_launch.agent.progress_memory import VARIABLE, progress_memory
 from elastic_launch.config import INHERIT, LogsDest
 from elastic_launch.core.agent.messages import AgentEvent, DeadlineReached, Exited, GroupReaped
 from elastic_launch.core.agent.root_cause import Evidence, Exit
-from elastic_launch.errors import UsageError
+from elastic_launch.core.progress.goodput import RoundProgress, round_progress
+from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
 from elastic_launch.host.files import open_regular
@@ -58,6 +60,8 @@ class WorkerOptions(NamedTuple):
     """Texts by stream (1 or 2). Lines that contain one of them are copied to a file, one for all workers."""
     numa_options: Any = None
     """How workers are bound to CPUs, as for ``--numa-binding``; None for no binding."""
+    is_watched: bool = True
+    """Whether the workers get memory in which they tell their progress."""
 
 
 class LocalWorkers:
@@ -100,7 +104,14 @@ class LocalWorkers:
             start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
             self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)
             stack.callback(self._processes.close)
+            self.memory = progress_memory(options.environ) if options.is_watched else None
+            """Where the workers tell their progress; None if that is turned off, or from a round on for which the
+            system granted no memory."""
+            if self.memory:
+                stack.callback(self.memory.close)
             self._stack = stack.pop_all()
+        self.stalled: Callable[[], float] = lambda: 0.0
+        """Returns for how many seconds the workers have been found stalled in this round."""
         self._oom = OomCounter()
         self._dest = LogsDest()
         self._dumped: set[int] = set()
@@ -108,7 +119,11 @@ class LocalWorkers:
         self.send_signal = self._processes.send_signal
         self.reap_leftovers = self._processes.reap_leftovers
         self.lease = self._processes.lease
+        self.sample_stacks = self._processes.sample_stacks
         self.log, self.show = self._pump.log, self._pump.show
+        self.redraw, self.undraw = self._pump.redraw, self._pump.undraw
+        self.is_on_terminal = self._pump.is_on_terminal
+        """Whether ``redraw`` has a terminal to draw on."""
 
     def start(self, envs: Mapping[int, dict[str, str]], dest: LogsDest, prefixes: Mapping[int, str]) -> None:
         """Start the workers of a round.
@@ -122,6 +137,12 @@ class LocalWorkers:
         self._dumped.clear()
         self._oom = OomCounter()
         filters = self._options.filters
+        if self.memory:
+            try:
+                self.memory.prepare(envs)
+            except UnavailableError as error:
+                self.log(f"{error}; going on without")
+                self.memory = None
         with contextlib.ExitStack() as stack:
             ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
             stack.callback(self._pump.close_workers_ends)
@@ -134,17 +155,38 @@ class LocalWorkers:
                         descriptors.append((ends[rank, stream], stream))
                     elif files.get(rank) == os.devnull:
                         descriptors.append((null.fileno(), stream))
+                environ = dict(environ)
+                if VARIABLE in self._options.environ:
+                    environ[VARIABLE] = ""  # it names the memory that a launcher above has made for this one
+                if self.memory:
+                    environ |= self.memory.environ(rank)
+                    descriptors += self.memory.descriptors(rank)  # last, as the keeper expects them
                 if path := dest.error_files.get(rank):
-                    environ = {**environ, "TORCHELASTIC_ERROR_FILE": path}
+                    environ["TORCHELASTIC_ERROR_FILE"] = path
                 commands.append(Command(rank, argv, environ, tuple(descriptors), self._cpus.get(rank, frozenset())))
             self._processes.start(commands)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""
         for rank in local_ranks:
+            if self.memory:
+                self.memory.rewind(rank)
             self._pump.mark(rank)
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
+
+    def calls(self) -> dict[int, int]:
+        """Return the number of calls of ``should_stop()`` that each worker of the round has begun, by local rank.
+
+        Workers that have exited still count, until the next round starts.
+        """
+        memory = self.memory
+        return {rank: memory.read(rank).calls for rank in memory.ranks()} if memory else {}
+
+    def set_stop(self, hold: bool, stop_at: int) -> None:
+        """Tell all workers when to stop; see ``SetStop``. ``stop_at`` is set before ``hold`` ends."""
+        if self.memory:
+            self.memory.set_stop(int(hold), stop_at)
 
     def descriptors(self) -> list[tuple[int, int]]:
         """See ``LoopSource``."""
@@ -162,16 +204,31 @@ class LocalWorkers:
     def with_evidence(
         self, event: GroupReaped | DeadlineReached, exits: Iterable[Exit], pids: Mapping[int, int]
     ) -> GroupReaped | DeadlineReached:
-        """Return the event with what is known about the workers that did not exit with 0."""
+        """Return the event with the workers' progress, and what is known about those that did not exit with 0."""
         self._pump.drain()
         evidence = {exit_.local_rank: self._evidence(exit_, pids) for exit_ in exits if exit_.exitcode != 0}
-        return event._replace(evidence={**evidence, **event.evidence})
+        return event._replace(evidence={**evidence, **event.evidence}, progress=self.progress())
+
+    def progress(self) -> RoundProgress | None:
+        """Return what the workers have made in this round; None: nobody counts."""
+        if self.memory is None:
+            return None
+        return round_progress(map(self.memory.read, self.memory.ranks()), self.stalled())
 
     def with_error(self, event: Exited, pids: Mapping[int, int]) -> Exited:
         """Return the event with the exception that the worker wrote, if it wrote one."""
         rank = event.exit.local_rank
         path = self._dest.error_files.get(rank)
         return event._replace(evidence=Evidence(read_error_file(path, pids.get(rank, -1)))) if path else event
+
+    def output_files(self) -> dict[int, dict[str, str]]:
+        """Return the paths of the workers' output files, by local rank and ``stdout`` or ``stderr``."""
+        found: dict[int, dict[str, str]] = {}
+        for name, files in (("stdout", self._dest.stdouts), ("stderr", self._dest.stderrs)):
+            for rank, path in files.items():
+                if path not in (INHERIT, os.devnull):
+                    found.setdefault(rank, {})[name] = os.path.abspath(path)
+        return found
 
     def value(self, local_rank: int) -> Any:
         """Return what a worker's function returned; None for a command."""
@@ -201,8 +258,10 @@ class LocalWorkers:
         return Evidence(error, self._pump.tail(rank), note)
 
     def _stacks(self, rank: int, error_file: str | None) -> str:
-        """Save the stacks that a worker wrote to stderr, and return a note that says where they are."""
-        stacks = self._pump.since_mark(rank)
+        """Save the stacks that a worker wrote to its memory or to stderr. Returns a note that says where they are."""
+        stacks = self.memory.stacks(rank) if self.memory else b""
+        if is_on_stderr := FAULTHANDLER not in stacks:
+            stacks = self._pump.since_mark(rank)
         if FAULTHANDLER not in stacks or not error_file:
             return ""  # the worker does not run Python, or wrote something else
         path = os.path.join(os.path.dirname(error_file), STACKS)
@@ -210,7 +269,10 @@ class LocalWorkers:
             with open(path, "wb", opener=open_regular) as file:
                 file.write(stacks)
         except OSError:
-            return "the stacks of its threads are on its stderr"
+            if is_on_stderr:
+                return "the stacks of its threads are on its stderr"
+            self.show(stacks.decode(errors="replace"))
+            return "the stacks of its threads are shown above"
         return f"the stacks of its threads are in {path}"
 
 

@@ -24,7 +24,7 @@ LOGS_SPECS = "torchrun.logs_specs"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the job that a parsed command line describes.
+    """Run the job that a parsed command line describes. With ``--dry-run``, print what would run instead.
 
     Args:
         args: as from ``parse_args``.
@@ -35,6 +35,11 @@ def run(args: argparse.Namespace) -> None:
         UsageError: an option or a variable is wrong.
         LaunchError: the launcher could not do its work.
     """
+    if getattr(args, "dry_run", False):
+        from elastic_launch.cli import dry_run  # late: it runs no job
+
+        dry_run.show(args)
+        return
     config, command, command_args = config_from_args(args)
     elastic_launch(config, command)(*command_args)
 

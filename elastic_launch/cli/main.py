@@ -11,7 +11,7 @@ import signal
 from typing import NoReturn
 
 from elastic_launch.host import signals
-from elastic_launch.host.console import REPORT_PATIENCE, log, write
+from elastic_launch.host.console import RED, REPORT_PATIENCE, YELLOW, Shown, log, paint, shown, write
 
 
 def main() -> int:
@@ -29,19 +29,19 @@ def main() -> int:
 
             run(args)
         except ChildFailedError as error:
-            write(f"{error}\n", REPORT_PATIENCE)
+            write(_with_colour(f"{error}\n"), REPORT_PATIENCE)
             from elastic_launch.workers.error_handler import get_error_handler
 
             get_error_handler().record_exception(error)  # for a launcher that runs this one as a worker
             return error.exit_code
         except (LaunchError, SignalException) as error:
-            log(str(error))
+            log(paint(str(error), YELLOW if isinstance(error, SignalException) else RED))
             return error.exit_code
         except Exception:
             import traceback
 
             write(traceback.format_exc(), REPORT_PATIENCE)
-            log("this is a defect of the launcher; please report it with the lines above")
+            log(paint("this is a defect of the launcher; please report it with the lines above", RED))
             return ExitCode.SOFTWARE
     except KeyboardInterrupt:
         return 130  # before the agent handles signals
@@ -51,6 +51,13 @@ def main() -> int:
 def console() -> NoReturn:
     """Exit with the status of ``main``, without the interpreter's own shutdown, which restores signal handlers."""
     os._exit(main())
+
+
+def _with_colour(report: str) -> str:
+    """Return a report with its headline, the line that says what failed, in red."""
+    return Shown(
+        "\n".join(paint(line, RED) if line.endswith(" FAILED") else shown(line) for line in report.split("\n"))
+    )
 
 
 def _ignore(signum: int, frame: object) -> None:

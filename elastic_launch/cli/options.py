@@ -1,7 +1,8 @@
 """The table of ``elastic-run``'s options, and the parser that is built from it.
 
 Names, defaults and meanings are those of torchrun. Values keep torchrun's types, most of which are text. Each value is
-checked when it is read, whether it comes from the command line or from a ``PET_<NAME>`` variable.
+checked when it is read, whether it comes from the command line, from a ``PET_<NAME>`` variable, or from the file that
+``--config`` names. The first of these that has the option wins.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import elastic_launch
 from elastic_launch.config import DEFAULT_SIGNALS, Std
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
+from elastic_launch.job import HangAction
 from elastic_launch.parsing import (
     is_number,
     parse_backoff,
     parse_exit_codes,
     parse_filters,
+    parse_hang_timeout,
     parse_min_max_nnodes,
     parse_modules,
     parse_port,
@@ -29,9 +32,14 @@ from elastic_launch.parsing import (
     parse_signals,
 )
 
+if TYPE_CHECKING:
+    from elastic_launch.cli.config_file import ConfigFile
+
 Read = Callable[[str], Any]
 """Turns the text of an option into its value, or raises UsageError."""
 
+SHELLS = ("bash", "zsh", "fish")
+"""Shells that can complete the command line."""
 VERSION = f"elastic-run {elastic_launch.__version__} (Python {'.'.join(map(str, sys.version_info[:3]))})"
 SHORT_USAGE = """\
 usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]
@@ -76,8 +84,11 @@ def _one_of(*allowed: str) -> Read:
     return read
 
 
-_start_method = _one_of("spawn", "fork", "forkserver")
-_numa_mode = _one_of("node", "socket", "exclusive", "core-complex")
+START_METHODS = ("spawn", "fork", "forkserver")
+NUMA_MODES = ("node", "socket", "exclusive", "core-complex")
+_hang_action = _one_of(*HangAction)
+_start_method = _one_of(*START_METHODS)
+_numa_mode = _one_of(*NUMA_MODES)
 _streams = _checked(Std.from_str)
 
 
@@ -132,6 +143,10 @@ class Option(NamedTuple):
 
 
 GROUPS = {
+    "before the job": (
+        Option("config", None, str, "FILE", "options, script and arguments from a TOML file; what is given here wins"),
+        Option("dry-run", False, _flag, "", "show what would run, and what checks find; start nothing"),
+    ),
     "where the job runs": (
         Option("nnodes", "1:1", _checked(parse_min_max_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
         Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
@@ -160,6 +175,14 @@ GROUPS = {
         Option("shutdown-timeout", None, _count, "SECONDS", "time from a stop signal to SIGKILL (default: 30)"),
         Option("monitor-interval", 0.1, parse_seconds, "SECONDS", "ignored: the agent does not poll"),
     ),
+    "hangs": (
+        Option(
+            "hang-timeout", "auto", _checked(parse_hang_timeout), "SECONDS", "time without a step of any rank; 0: never"
+        ),
+        Option("hang-action", "report", _hang_action, "ACTION", "what follows: report, restart or stop"),
+        Option("hang-native", False, _flag, "", "show native frames of hung workers, too, with py-spy"),
+        Option("start-timeout", 0, parse_seconds, "SECONDS", "time until the first steps; 0: any"),
+    ),
     "workers": (
         Option("module", False, _flag, "", "SCRIPT is a module, as with python -m", "-m"),
         Option("no-python", False, _flag, "", "SCRIPT is a program of any kind; run it without Python"),
@@ -179,6 +202,7 @@ GROUPS = {
         Option("duplicate-stderr-filters", [], parse_filters, "TEXTS", "copy stderr lines with one of these to a file"),
         Option("logs-specs", None, str, "NAME", "plug-in that decides where output goes"),
         Option("event-log-handler", "null", str, "NAME", "where events go: null, console or a plug-in"),
+        Option("events", None, str, "PATH", "append the events of the job as JSON lines to a file, or in a directory"),
         Option("quiet", False, _flag, "", "show warnings and errors only", "-q"),
         Option("verbose", False, _flag, "", "show what each node does", "-v"),
     ),
@@ -192,7 +216,25 @@ class Arguments(argparse.Namespace):
     """A parsed command line."""
 
     __slots__ = ("given",)
-    """``given``: the options that a flag or a variable has set. It is not in ``vars()``, because torchrun lacks it."""
+    """``given``: where each value that is not a default comes from, by its name here: ``--nnodes``, ``PET_NNODES`` or
+    the path of the file. It is not in ``vars()``, because torchrun lacks it."""
+
+
+class CompletionAction(argparse.Action):
+    """``--completion SHELL``: print the script for the shell, and exit."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        """Print the script for the shell that ``values`` names."""
+        from elastic_launch.cli import completion  # late: a launch does not need it
+
+        print(completion.script(str(values)), end="", flush=True)
+        parser.exit()
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -222,20 +264,19 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse the options before the script. The script's arguments are never among the remaining ones."""
-        args = sys.argv[1:] if args is None else args
-        if not args:
+        args, environ = sys.argv[1:] if args is None else args, environment()
+        if not args and not environ.get("PET_CONFIG"):
             self.exit(2, SHORT_USAGE)
         script = self._script_position(args)
         namespace = Arguments() if namespace is None else namespace
         _, rest = super().parse_known_args(list(args[:script]), namespace)
-        if script >= len(args):
-            self.error(f"unrecognized arguments: {' '.join(rest)}" if rest else "the script to run is missing")
         try:
-            _read_values(namespace, environment())
+            words = _read_values(namespace, environ, list(args[script:]))
         except UsageError as error:
             self.error(str(error))
-        namespace.training_script = args[script]
-        namespace.training_script_args = list(args[script + 1 :])
+        if not words:
+            self.error(f"unrecognized arguments: {' '.join(rest)}" if rest else "the script to run is missing")
+        namespace.training_script, *namespace.training_script_args = words
         return namespace, [word for word in rest if word != "--"]
 
     def _script_position(self, args: Sequence[str]) -> int:
@@ -259,7 +300,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        from elastic_launch.host.console import RED, paint  # late, like what only errors need
+
+        self.exit(2, f"{self.prog}: {paint(message, RED)} (see {self.prog} --help)\n")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -277,6 +320,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=VERSION, help="show the version and exit")
+    parser.add_argument(
+        "--completion",
+        action=CompletionAction,
+        choices=SHELLS,
+        metavar="SHELL",
+        help="print what completes this command line in a shell: bash, zsh or fish",
+    )
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
         for option in options:
@@ -288,22 +338,50 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str]) -> None:
-    """Set each option to the value of its flag, else of its variable, else to its default."""
-    given = set()
+def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str], words: list[str]) -> list[str]:
+    """Set each option to the value of its flag, else of its variable, else of the file, else to its default.
+
+    Args:
+        namespace: has the options that were given as flags.
+        environ: the variables.
+        words: the script and its arguments, as given on the command line.
+
+    Returns:
+        The script and its arguments. Those of the file if none were given; empty if there are none.
+    """
+    given: dict[str, str] = {}
+    file = _config_file(namespace, environ)
     for option in OPTIONS:
         source, value = f"--{option.name}", getattr(namespace, option.dest, None)
         if value is None:
             source, value = option.variable, environ.get(option.variable) or None  # an empty variable counts as unset
-        if value is None:
-            value = option.default
+        if value is not None:
+            given[option.dest] = source
+        elif file and option.dest in file.values:
+            source, value = f"{file.path}: {option.name}", file.values[option.dest]
+            given[option.dest] = file.path
         else:
-            given.add(option.dest)
+            value = option.default
         if value is not option.default and isinstance(value, str):
             try:
                 value = option.read(value)
             except UsageError as error:
                 raise UsageError(f"{source}={error}") from error
         setattr(namespace, option.dest, value)
+    if file and not words:
+        words = file.command
+        given["training_script"] = file.path
     if isinstance(namespace, Arguments):
         namespace.given = given
+    return words
+
+
+def _config_file(namespace: argparse.Namespace, environ: Mapping[str, str]) -> ConfigFile | None:
+    path, source = getattr(namespace, "config", None), "--config"
+    if path is None:
+        path, source = environ.get("PET_CONFIG"), "PET_CONFIG"
+    if not path:
+        return None
+    from elastic_launch.cli import config_file  # late: few jobs have a file
+
+    return config_file.read(path, source, OPTIONS)

@@ -11,11 +11,15 @@ MAX_LISTED = 8
 """Names that ``listed`` writes out before it counts the rest."""
 _MAX_HEADLINE = 2000
 """Most characters of each of a headline's two lines."""
+_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+"""Units of durations: seconds and name, and those of the smaller unit beside it."""
+_TENTHS_BELOW = 9.95
+"""Shorter durations, in seconds, are given to a tenth."""
 
 
 def counted(number: int, noun: str) -> str:
-    """Return ``1 node`` or ``2 nodes``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Return ``1 node`` or ``2,000 nodes``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -26,6 +30,17 @@ def listed(names: Iterable[str]) -> str:
     shown = [name if count == 1 else f"{name} ({count} nodes)" for name, count in list(counts.items())[:MAX_LISTED]]
     more = len(counts) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Return ranks as ranges, as in ``0-2,5``."""
+    ranges: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if ranges and ranges[-1][1] == rank - 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def shortened(text: str, limit: int) -> str:
@@ -57,6 +72,15 @@ def visible(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
     return "".join([character if character.isprintable() else repr(character)[1:-1] for character in text])
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in at most two units, as in ``0.4 s``, ``41 s``, ``4 h 10 min`` or ``2 d``."""
+    for size, unit, part, part_unit in _UNITS:
+        if round(seconds) >= size:
+            whole, rest = divmod(round(seconds / part), size // part)
+            return f"{whole:,} {unit}" + (f" {rest} {part_unit}" if rest else "")
+    return f"{seconds:.1f} s" if seconds < _TENTHS_BELOW else f"{seconds:.0f} s"
 
 
 def is_loopback(address: str) -> bool:

@@ -12,9 +12,16 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.text import visible
+from elastic_launch.env import environment
 
+if TYPE_CHECKING:
+    from elastic_launch.core.agent.messages import Log
+
+RED, GREEN, YELLOW = "31", "32", "33"
+"""Colours for ``paint``."""
 LINE_PATIENCE = 0.2
 """Seconds that a line may wait for its reader. The agent waits with it."""
 REPORT_PATIENCE = 10.0
@@ -23,6 +30,12 @@ REPORT_PATIENCE = 10.0
 
 _thread = threading.local()
 """Where a thread's lines go. Agents may run in several threads of a program."""
+
+
+class Shown(str):
+    """A text in which control characters have been made visible, and then colours added."""
+
+    __slots__ = ()
 
 
 def log(text: str) -> None:
@@ -35,9 +48,14 @@ def _write_line(text: str) -> None:
     write(launcher_line(text), LINE_PATIENCE)
 
 
-def launcher_line(text: str) -> str:
+def launcher_line(text: str) -> Shown:
     """Return a text as a line of the launcher's. No further line of the text can be mistaken for one."""
-    return f"elastic-run: {visible(text, lines=True)}\n".replace("\n", "\n  ").removesuffix("  ")
+    return Shown(f"elastic-run: {shown(text)}\n".replace("\n", "\n  ").removesuffix("  "))
+
+
+def shown(text: str) -> Shown:
+    """Return a text with its control characters made visible, apart from line breaks and the launcher's colours."""
+    return text if isinstance(text, Shown) else Shown(visible(text, lines=True))
 
 
 @contextlib.contextmanager
@@ -61,10 +79,9 @@ def write(text: str, patience: float) -> None:
 
     Control characters are made visible: the text may quote file names, hosts and errors.
     """
-    if getattr(_thread, "needs_new_line", False):
-        text = f"\n{text}"
-        _thread.needs_new_line = False
-    data = memoryview(visible(text, lines=True).encode(errors="backslashreplace"))
+    begin = "\n" if getattr(_thread, "needs_new_line", False) else ""
+    _thread.needs_new_line = False
+    data = memoryview(f"{begin}{shown(text)}".encode(errors="backslashreplace"))
     end = time.monotonic() + patience
     with contextlib.suppress(OSError), unblocked(2) as fd:
         poller = select.poll()
@@ -72,6 +89,39 @@ def write(text: str, patience: float) -> None:
         while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
             with contextlib.suppress(BlockingIOError):
                 data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
+def log_line(line: Log, write: Callable[[str], None], to: Callable[[str], None] | None = None) -> None:
+    """Write a line with the colour of its kind; ``write`` as for ``in_colour``, ``to`` in its place if it is given."""
+    from elastic_launch.job import Level, LineKind  # late: the command line imports this file first
+
+    colour = RED if line.kind is LineKind.FAILURE else YELLOW if line.level is Level.WARNING else ""
+    text = line.text
+    in_colour(write, colour)(text) if to is None else to(paint(text, colour) if write is log and colour else text)
+
+
+def in_colour(write: Callable[[str], None], colour: str) -> Callable[[str], None]:
+    """Return a function that writes lines in a colour: if ``write`` is ``log``, and not one of the program's own."""
+    return (lambda text: write(paint(text, colour))) if write is log and colour else write
+
+
+def shows_colours(stream: int) -> bool:
+    """Return whether to colour what goes to a standard stream: on a terminal, unless the user decides otherwise.
+
+    ``NO_COLOR`` comes before ``FORCE_COLOR``, and that before ``TERM=dumb``. Both count if they are not empty.
+    """
+    environ = environment()
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or (os.isatty(stream) and environ.get("TERM") != "dumb")
+
+
+def paint(text: str, colour: str, stream: int = 2) -> str:
+    """Return a text with its first line in a colour, if the standard stream that it is for shows colours."""
+    if not shows_colours(stream):
+        return text
+    first, newline, rest = shown(text).partition("\n")
+    return Shown(f"\x1b[{colour}m{first}\x1b[0m{newline}{rest}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ DEFAULT_SIZE = 64 << 10
 """Bytes that a pipe holds unless more is asked for."""
 _TERMINAL_SIZE = 4 << 10
 """Bytes that a terminal holds."""
+RESERVE = 64
+"""Open files that this process should be able to have besides those of the workers' streams."""
 _MIN_COLUMNS = 20
 """A terminal is not made narrower than this."""
 
@@ -63,11 +65,16 @@ def _terminal(console: int, margin: int) -> tuple[int, int] | None:
     return ours, theirs
 
 
+def needed_files(streams: int) -> int:
+    """Return how many open files this process needs for so many streams beside those that it has, and ``RESERVE``."""
+    return len(os.listdir("/proc/self/fd")) + 3 * streams + RESERVE
+
+
 def raise_limit(streams: int) -> None:
     """Raise this process's limit of open files to what so many streams need, as far as the system allows it."""
     import resource  # late: jobs without a pump do not need it
 
-    needed = len(os.listdir("/proc/self/fd")) + 3 * streams + 64
+    needed = needed_files(streams)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         with contextlib.suppress(OSError, ValueError):

@@ -50,6 +50,10 @@ class DefaultLogsSpecs(LogsSpecs):
         """Whether any output goes to files."""
         return any(any(std.values()) if isinstance(std, dict) else bool(std) for std in (self._redirects, self._tee))
 
+    def asks_for_files(self, has_filters: bool) -> bool:
+        """Return whether the user asked for files; ``has_filters``: for those with lines that match a filter."""
+        return bool(self._root_log_dir) or self.keeps_output or has_filters
+
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Create the workers' directories, and name the files in them.
 
@@ -116,7 +120,7 @@ class JobFiles:
         self.root = specs.root_log_dir or ""
         if not isinstance(specs, DefaultLogsSpecs):
             return  # a plug-in has its own layout
-        self.asked_for = bool(specs.root_log_dir) or specs.keeps_output or has_filters
+        self.asked_for = specs.asks_for_files(has_filters)
         log_dir = specs.root_log_dir
         if not log_dir:
             self._specs = copy.copy(specs)
@@ -132,10 +136,7 @@ class JobFiles:
             os.makedirs(self.root, exist_ok=True)
         except OSError as error:
             if self.asked_for:
-                name = f"--log-dir={log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
-                raise UnavailableError(
-                    f"{name}: cannot create {self.root}: {error.strerror}; choose another directory with --log-dir"
-                ) from error
+                raise cannot_create(specs, self.root, error) from error
             # Otherwise there is no place for temporary files, and the job runs without error files.
 
     def prepare(self, envs: dict[int, dict[str, str]]) -> LogsDest:
@@ -173,6 +174,11 @@ class JobFiles:
                     os.rmdir(directory)
 
     @property
+    def chosen(self) -> str | None:
+        """The job's directory if the user has chosen where it is; None if not, or if a plug-in has its own layout."""
+        return self.root if isinstance(self._specs, DefaultLogsSpecs) and not self._temporary else None
+
+    @property
     def kept(self) -> bool:
         """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))
@@ -191,6 +197,40 @@ def _check_others(root: str, log_dir: str, log: Callable[[str], None]) -> None:
         )
     if above := replaceable_part(root):
         log(f"--log-dir={log_dir}: every user may replace files below {above}, which has no sticky bit")
+
+
+def cannot_create(specs: LogsSpecs, path: str, error: OSError) -> UnavailableError:
+    """Return the error to raise if a directory for files that the user asked for cannot be created."""
+    name = f"--log-dir={specs.root_log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
+    return UnavailableError(f"{name}: cannot create {path}: {error.strerror}; choose another directory with --log-dir")
+
+
+def output_files(root: str) -> list[tuple[int, int, str, str]]:
+    """Find the output files of all rounds below a job's directory.
+
+    Args:
+        root: ``LOG_DIR/RUN_ID``; it need not exist.
+
+    Returns:
+        Round, global rank, ``stdout`` or ``stderr``, and path of each file.
+    """
+    found = []
+    for attempt in _numbered(root, "attempt_"):
+        for rank in _numbered(os.path.join(root, f"attempt_{attempt}")):
+            for stream in ("stdout", "stderr"):
+                path = os.path.join(root, f"attempt_{attempt}", str(rank), f"{stream}.log")
+                if os.path.isfile(path):
+                    found.append((attempt, rank, stream, path))
+    return found
+
+
+def _numbered(folder: str, prefix: str = "") -> list[int]:
+    """Return the numbers that stand after a prefix in the names of what is in a directory, in order."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder) if folder else []
+    numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return sorted(int(number) for number in numbers if number.isascii() and number.isdigit())
 
 
 def as_file_name(text: str) -> str:

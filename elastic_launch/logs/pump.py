@@ -115,10 +115,7 @@ class LogPump:
                 self._sources[ours] = self._by_stream[route.local_rank, route.stream] = source
         except OSError as error:
             self.drain()
-            raise UnavailableError(
-                f"cannot create pipes for the {many} output streams of the workers: {error.strerror}; "
-                "allow more open files (`ulimit -n`) or start fewer workers"
-            ) from error
+            raise no_pipes(many, error) from error
         self._report_losses()
         return ends
 
@@ -255,6 +252,21 @@ class LogPump:
             console.add(text.encode(errors="backslashreplace"), self._own_lines)
         self._update_consoles()
 
+    @property
+    def is_on_terminal(self) -> bool:
+        """Whether standard error is a terminal."""
+        return STDERR in self._consoles and self._consoles[STDERR].is_terminal
+
+    def redraw(self, row: Callable[[], bytes]) -> None:
+        """Show what ``row`` returns in the terminal's last row, below all lines, until ``undraw``."""
+        self._consoles[STDERR].redraw(row)
+        self._update_consoles()
+
+    def undraw(self, row: Callable[[], bytes]) -> None:
+        """Stop showing that row."""
+        self._consoles[STDERR].undraw(row)
+        self._update_consoles()
+
     def flush(self, patience: float, interrupt: int | None = None) -> int:
         """Write what still waits for the consoles, as long as they accept it.
 
@@ -299,6 +311,14 @@ class LogPump:
         if losses and not self._has_warned:
             self._has_warned = True
             self._warn(losses[0])
+
+
+def no_pipes(streams: int, error: OSError) -> UnavailableError:
+    """Return the error to raise if the system does not grant pipes for so many streams."""
+    return UnavailableError(
+        f"cannot create pipes for the {streams} output streams of the workers: {error.strerror}; "
+        "allow more open files (`ulimit -n`) or start fewer workers"
+    )
 
 
 class _OwnLines:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from elastic_launch.config import LaunchConfig
 from elastic_launch.core.text import visible
 from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
+from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous import BUILT_IN
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
@@ -91,7 +92,8 @@ def adapt(handler: Any, spec: WorkerSpec, environ: Environ, log: Logger) -> Rend
 
     node = NodeRecord(os.urandom(8).hex(), host_name(), os.getpid(), spec.local_world_size, spec.role)
     max_pause = spec.get_policy().backoff_limit
-    return ThirdPartyRendezvous(HandlerTasks(handler, check_own(node), spec.local_addr, log, max_pause=max_pause))
+    warn = in_colour(log, YELLOW)
+    return ThirdPartyRendezvous(HandlerTasks(handler, check_own(node), spec.local_addr, warn, max_pause=max_pause))
 
 
 def host_name() -> str:
@@ -163,14 +165,15 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     from elastic_launch.rendezvous.store_link import Timeouts
     from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
-    conf = _read_conf(config, log)
+    warn = in_colour(log, YELLOW)
+    conf = _read_conf(config, warn)
     rank = _rank(config)
     given = {name: conf[name] for name in Settings._fields if name in conf}
     settings = Settings(config.run_id or "none", config.min_nodes, config.max_nodes, policy=config.policy, **given)
     timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in ("store", "read") if f"{name}_timeout" in conf})
     backend: C10dBackend | EtcdBackend
     if config.rdzv_backend.startswith("etcd"):
-        backend = _etcd_backend(config, conf, settings.join_timeout, environ, log)
+        backend = _etcd_backend(config, conf, settings.join_timeout, environ, warn)
     else:
         backend = _c10d_backend(config, conf, rank, environ)
         if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":

@@ -9,22 +9,45 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
     Decided,
     Ended,
+    GiveUpStop,
     RendezvousAction,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
+    RequestStop,
+    StopAgreed,
 )
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.messages import (
+    AllStalled,
+    ClaimStall,
+    Judged,
+    ProgressRequest,
+    ReportStacks,
+    ReportVerdict,
+    RequestStacks,
+    StacksArrived,
+    StacksComplete,
+    StacksWanted,
+    WithdrawClaim,
+)
 from elastic_launch.core.text import visible
+from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Assignment, Decision, End, EndKind
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 
 def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:
@@ -37,13 +60,39 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
     match action:
         case RequestJoin():
             return [Assigned(next_round())]
+        case RequestRestart(reason):
+            end = End(EndKind.MEMBERSHIP_CHANGED, reason, change=Change.RESTART_REQUESTED, mine=True)
+            return [Ended(end, time.time())]
         case ReportFailure(failure):
             end = End(EndKind.FAILED, failure.headline(with_host=False), failures=(failure,), mine=True)
             return [Ended(end, time.time())]
+        case RequestStop(signum, _):
+            end = End(EndKind.STOP, signal_name(signum), signum=signum, same_step=True, mine=True)
+            return [Ended(end, time.time())]
+        case ReportCalls(calls):
+            return [StopAgreed(calls + 1)]
+        case GiveUpStop():
+            return [StopAgreed(0)]
         case ReportSuccess():
             return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):
             return [Decided(decision)]
+        case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+            return judge_alone(action)
+    return []
+
+
+def judge_alone(request: ProgressRequest) -> list[AgentEvent]:
+    """Answer what a node reports of a stall if it is the only one, or cannot ask the others."""
+    match request:
+        case RequestStacks():
+            return [StacksWanted(-1)]
+        case ClaimStall():
+            return [AllStalled(1)]
+        case ReportStacks(number, stacks):
+            return [StacksArrived(number, stacks), StacksComplete(number)]
+        case ReportVerdict(number, verdict, blamed, text):
+            return [Judged(number, verdict, blamed, text)]
     return []
 
 
@@ -70,11 +119,14 @@ class SingleNodeRendezvous:
         self._run_id = run_id
         self._workers = local_world_size
         self._addr = master_addr
-        self._port = master_port
+        self.port = master_port
+        """The port that the user chose; 0: none."""
         self._backend = backend
         self._reserved = contextlib.ExitStack()
         """Holds the port that is reserved for the workers' store."""
         self._rounds = 0
+        self._has_ended = True
+        """Whether the current round is over, which the agent may not know yet. There is none at first."""
         self._last = Decision(restart=True)
         self._decided_at = time.monotonic()
 
@@ -86,6 +138,12 @@ class SingleNodeRendezvous:
         """Return the job's id."""
         return self._run_id
 
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet: there is only this one."""
+        from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
+
+        return Meeting(self._backend)
+
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Answer an action of the agent.
 
@@ -94,7 +152,14 @@ class SingleNodeRendezvous:
         """
         if isinstance(action, ReportRound):
             self._last, self._decided_at = action.decision, time.monotonic()
+        ends = isinstance(action, RequestRestart | RequestStop | ReportFailure | ReportSuccess)
+        if ends and self._has_ended:
+            return []  # the first reason wins; the agent is about to learn it
+        self._has_ended |= ends
         return answer_alone(action, self._next_round)
+
+    def follow_joining(self) -> None:
+        """Return None: no other node joins."""
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return no descriptors: no event comes unasked."""
@@ -114,8 +179,13 @@ class SingleNodeRendezvous:
 
     def _next_round(self) -> Assignment:
         self.close()
-        sock = self._reserved.enter_context(reserve_port(self._port))
+        sock = self._reserved.enter_context(reserve_port(self.port))
         self._rounds += 1
+        self._has_ended = False
+        return self.assignment(sock.getsockname()[1])
+
+    def assignment(self, port: int) -> Assignment:
+        """Return the node's assignment in the current round; ``port``: of the workers' store."""
         return Assignment(
             group_rank=0,
             group_world_size=1,
@@ -125,9 +195,9 @@ class SingleNodeRendezvous:
             base_role_rank=0,
             role_world_size=self._workers,
             master_addr=self._addr,
-            master_port=sock.getsockname()[1],
+            master_port=port,
             host=visible(os.uname().nodename),
-            port_picked=self._port == 0,
-            restart_count=self._rounds - 1,
+            port_picked=self.port == 0,
+            restart_count=max(0, self._rounds - 1),
             restart_history=aged(self._last.restart_history, time.monotonic() - self._decided_at),
         )

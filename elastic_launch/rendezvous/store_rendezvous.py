@@ -7,17 +7,31 @@ import select
 import socket
 import time
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
-from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended, RendezvousAction, RequestJoin
-from elastic_launch.core.rendezvous import node
+from elastic_launch.core.agent.messages import (
+    AgentEvent,
+    Assigned,
+    Decided,
+    Ended,
+    RendezvousAction,
+    RendezvousEvent,
+    RequestJoin,
+)
+from elastic_launch.core.rendezvous import node, progress
 from elastic_launch.core.rendezvous.messages import Close, HostFacts, Input, Join, Ready, Settings, Tick
+from elastic_launch.core.rendezvous.progress import Waiting
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
 from elastic_launch.errors import ExitCode, RendezvousError
+from elastic_launch.host.console import YELLOW, in_colour, log_line
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Level
+from elastic_launch.job import Level, LineKind
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import LinkState, StoreLink, Timeouts
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 CLOSE_TIMEOUT = 5.0
 """Longest time, in seconds, that a node takes to leave a store that does not answer."""
@@ -57,15 +71,20 @@ class StoreRendezvous:
         """
         self.lease: Callable[[float], None] = lambda until: None
         """Called with the time until which the workers may live, whenever that is extended."""
-        self.log = log
-        self._settings = settings
+        self.log = in_colour(log, YELLOW)
+        """Logs a warning."""
+        self._write = log
+        self._is_followed = False
+        self.settings = settings
+        """What the nodes of the job agree on beforehand."""
         self._verbosity = verbosity
         self._name = name
         self._clock = clock
         self._wall_clock = wall_clock
         self._reserve = reserve
         self._on_step = on_step
-        self._backend = backend
+        self.backend = backend
+        """The store, as this node sees it."""
         self._node = node.begin(record, settings)
         self._wake_at: float | None = None
         self._events: list[AgentEvent] = []
@@ -82,7 +101,26 @@ class StoreRendezvous:
 
     def get_run_id(self) -> str:
         """Return the job's id."""
-        return self._settings.run_id
+        return self.settings.run_id
+
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, and this node's part in it."""
+        # Late: only needed when somebody asks.
+        from elastic_launch.core.rendezvous import view
+        from elastic_launch.core.status import Meeting
+
+        now, settings, backend = self._clock(), self.settings, self.backend
+        is_ready = self._link.state is LinkState.READY
+        return Meeting(
+            self._name,
+            backend.endpoint,
+            backend.settings,
+            settings.min_nodes,
+            settings.max_nodes,
+            view.role(self._node),
+            view.waits_for(self._node, now) if is_ready else backend.where,
+            view.silences(self._node, now),
+        )
 
     # --- what the agent asks for
 
@@ -90,6 +128,11 @@ class StoreRendezvous:
         """Accept an action of the agent; most answers come later, from ``take``."""
         self.deliver(Join(self._port()) if isinstance(action, RequestJoin) else action)
         return self.take()
+
+    def follow_joining(self) -> Callable[[], Waiting | None]:
+        """Return what describes the nodes that have joined; see ``AgentRendezvous``."""
+        self._is_followed = True
+        return lambda: progress.live(self._node, self._clock())
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptors of the connections and of the backend, with their poll masks."""
@@ -129,7 +172,7 @@ class StoreRendezvous:
         finally:
             self._link.close()
             self._reserved.close()
-            self._backend.close()
+            self.backend.close()
 
     def begin_close(self) -> None:
         """Begin to leave the job; ``is_closed`` tells when that is done."""
@@ -153,12 +196,12 @@ class StoreRendezvous:
         self._wake_at = ready.wake_at
         if ready.lease_until is not None:
             self.lease(ready.lease_until)
-        for text, level in ready.log:
-            if level <= self._verbosity:
-                self.log(text)
+        for line in ready.log:
+            if line.level <= self._verbosity and not (self._is_followed and line.kind is LineKind.PROGRESS):
+                log_line(line, self._write)
         self._events += map(self._completed, ready.events)
         if ready.wants_store:
-            self.deliver(HostFacts(port=self._backend.fresh_store()))
+            self.deliver(HostFacts(port=self.backend.fresh_store()))
 
     def needs_store(self) -> bool:
         """Return whether the job is not over for this node."""
@@ -166,7 +209,7 @@ class StoreRendezvous:
 
     # --- what only this side knows
 
-    def _completed(self, event: Assigned | Ended | Decided) -> AgentEvent:
+    def _completed(self, event: RendezvousEvent) -> AgentEvent:
         """Add what the node does not know: the store's address, the time of day, and why there is no store."""
         match event:
             case Assigned(assignment) if not assignment.master_addr:
@@ -174,7 +217,7 @@ class StoreRendezvous:
             case Ended(end, _):
                 return Ended(end, self._wall_clock())
             case Decided(decision) if decision.status == ExitCode.TIMEOUT and not self._link.has_answered:
-                why = self._backend.explain(self._link.why_silent(self._settings.join_timeout))
+                why = self.backend.explain(self._link.why_silent(self.settings.join_timeout))
                 return Decided(decision._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
 
@@ -188,7 +231,7 @@ class StoreRendezvous:
         if is_first:
             self._is_open = True
             self._link.open()
-        if self._settings.store_port:
-            return 0 if is_first else self._backend.fresh_store()
+        if self.settings.store_port:
+            return 0 if is_first else self.backend.fresh_store()
         self._reserved.close()
         return int(self._reserved.enter_context(self._reserve()).getsockname()[1])

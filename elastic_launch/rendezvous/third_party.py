@@ -18,14 +18,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.core.rendezvous.ending import brief
 from elastic_launch.core.rendezvous.records import MAX_ERROR
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import LaunchError, signal_name
-from elastic_launch.job import End, EndKind
+from elastic_launch.job import Change, End, EndKind
+from elastic_launch.rendezvous.single_node import judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
+
+if TYPE_CHECKING:
+    from elastic_launch.core.status import Meeting
 
 CLOSE_TIMEOUT = 2.0
 """Seconds that the handler has for its ``shutdown``."""
@@ -45,6 +51,8 @@ class ThirdPartyRendezvous:
         self._thread: threading.Thread | None = None
         self._end: End | None = None
         """How the round ended, as the agent was told."""
+        self._is_in_round = False
+        """Whether the agent was told of a round since it has asked for one."""
         # Shared with the thread:
         self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: deque[messages.AgentEvent | LaunchError] = deque()
@@ -58,32 +66,59 @@ class ThirdPartyRendezvous:
         """Return the job's id, as the handler has it."""
         return str(self._tasks.handler.get_run_id())
 
+    def meeting(self) -> Meeting:
+        """Describe how the nodes meet, as far as torch's interface tells it."""
+        from elastic_launch.core.status import Meeting  # late: only needed when somebody asks
+
+        backend = type(self._tasks.handler).__name__
+        with contextlib.suppress(Exception):  # the handler comes from outside, and nobody else may have asked it that
+            backend = self.get_backend()
+        return Meeting(backend, waits_for="" if self._is_in_round else "the rendezvous handler")
+
     def ask(self, action: messages.RendezvousAction) -> list[messages.AgentEvent]:
-        """Hand an action to the thread. Only ``ReportFailure`` is answered at once."""
+        """Hand an action to the thread. What ends the round, ``RequestStop`` and stalls are answered at once.
+
+        The interface has no place for questions to the other nodes, so each node judges its own workers.
+        """
         if self._thread is None:
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._thread = threading.Thread(target=self._work, name="elastic-launch-rendezvous", daemon=True)
             self._thread.start()
         match action:
             case messages.RequestJoin():
-                self._end = None
+                self._end, self._is_in_round = None, False
                 self._queue.put(self._tasks.join)
+            case messages.RequestRestart(reason) if self._is_in_round and self._end is None:
+                node, change = self._tasks.node.node, Change.RESTART_REQUESTED
+                return [self._end_round(End(EndKind.MEMBERSHIP_CHANGED, reason, node, change=change, mine=True))]
             case messages.ReportFailure(failure) if self._end is None:
-                told = (brief(failure),)
-                self._end = End(EndKind.FAILED, failure.headline(), self._tasks.node.node, failures=told, mine=True)
-                self._queue.put(lambda: None)  # instead of the task that polls
-                return [messages.Ended(self._end, time.time())]
+                node, told = self._tasks.node.node, (brief(failure),)
+                return [self._end_round(End(EndKind.FAILED, failure.headline(), node, failures=told, mine=True))]
             case messages.ReportSuccess():
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
-            case messages.Leave(signum, error, status):
+            case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
+                return judge_alone(action)
+            case messages.RequestStop():
+                return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
+            case messages.Leave(signum, error, status, reason):
                 host = self._tasks.node.host
-                reason = (
+                leaving = (
                     f"{host}: {shortened(error, MAX_ERROR)}" if error else f"{host} is leaving ({signal_name(signum)})"
                 )
-                self._queue.put(partial(self._tasks.leave, reason, status))
+                why = leaving if error else reason or leaving
+                self._queue.put(partial(self._tasks.leave, why, status, signum if reason else 0))
         return []
+
+    def follow_joining(self) -> None:
+        """Return None: only the handler knows who has joined."""
+
+    def _end_round(self, end: End) -> messages.Ended:
+        """Note that the round has ended for this node, whose report tells the others."""
+        self._end = end
+        self._queue.put(lambda: None)  # instead of the task that polls
+        return messages.Ended(end, time.time())
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptor by which the thread wakes the loop."""
@@ -110,6 +145,7 @@ class ThirdPartyRendezvous:
                 if self._end is not None:
                     continue  # the agent was told of another end of this round
                 self._end = result.end
+            self._is_in_round |= isinstance(result, messages.Assigned)
             events.append(result)
         return events
 

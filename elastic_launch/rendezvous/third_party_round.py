@@ -20,7 +20,7 @@ from typing import NamedTuple, cast
 
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.ranks import assign
-from elastic_launch.core.rendezvous.records import RULES, NodeRecord, decode, encode, record_of, refused
+from elastic_launch.core.rendezvous.records import RULES, NodeRecord, decode, encode, newest, record_of, refused
 from elastic_launch.core.rendezvous.rules import Rules, name
 from elastic_launch.errors import RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
@@ -180,8 +180,8 @@ def _read_registrations(store: Store, size: int) -> list[_Registration]:
 
 def _assign(info: RendezvousInfo, nodes: list[NodeRecord], is_shared: bool, local_addr: str | None) -> list[Assignment]:
     """Return the assignments of all nodes, by group rank."""
-    newest = max(nodes, key=lambda node: node.known_round)
-    rounds, history = newest.known_round + 1, newest.restart_history
+    latest = max(nodes, key=newest)
+    rounds, history = latest.known_round + 1, latest.restart_history
     # In a store that served an earlier round, torch's process groups would find the keys of that one.
     is_served = is_shared and rounds == 0
     where = info.bootstrap_store_info if is_served or not is_shared else None

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from elastic_launch import errors
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous.ending import bounded
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.text import counted
 from elastic_launch.host.ports import reserve_port
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.job import Change, Decision, End, EndKind
 from elastic_launch.rendezvous.handler import RendezvousHandler
 from elastic_launch.rendezvous.third_party_round import Outcome, ThirdPartyRound, form_round
 
@@ -122,7 +123,12 @@ class HandlerTasks:
         waiting = self.handler.num_nodes_waiting()
         if waiting <= 0:
             return None
-        end = End(EndKind.MEMBERSHIP_CHANGED, f"{counted(waiting, 'more node')} can join", self.node.node)
+        end = End(
+            EndKind.MEMBERSHIP_CHANGED,
+            f"{counted(waiting, 'more node')} can join",
+            self.node.node,
+            change=Change.NODE_JOINING,
+        )
         return current.write_outcome(Outcome(end, Decision(True, current.restart_history())))
 
     def report_round(self, end: End | None, decision: Decision) -> None:
@@ -143,7 +149,11 @@ class HandlerTasks:
                 outcome = own  # the store is lost: the failure that is known explains more, and a new round will show
             if outcome is not own:
                 consequences = () if outcome.decision.restart else decision.failures
-                decision = outcome.decision._replace(failures=(*outcome.decision.failures, *consequences))
+                history = outcome.decision.restart_history
+                made = furthest(history.goodput, decision.restart_history.goodput)
+                decision = outcome.decision._replace(
+                    failures=(*outcome.decision.failures, *consequences), restart_history=history._replace(goodput=made)
+                )
         self.decision, self.decided_at = decision, time.monotonic()
         self.report(Decided(decision))
 
@@ -176,20 +186,22 @@ class HandlerTasks:
             self.log(f"{self._describe(error)}; this node's workers succeeded, those of other nodes may have failed")
         self.report(Ended(end, time.time()))
 
-    def leave(self, reason: str, status: int) -> None:
+    def leave(self, reason: str, status: int, signum: int = 0) -> None:
         """Report that this node leaves, so that the others need not notice it.
 
         Args:
             reason: for the other nodes' console.
-            status: exit status with which the job ends; 0: the job goes on without this node.
+            status: exit status with which the job ends; 0: it does not end with an error.
+            signum: the signal with which the whole job stops; 0: the job goes on without this node, unless ``status``.
         """
-        self.has_left = not status
+        self.has_left = not status and not signum
         if self.round and self.round.size > 1:
-            kind = EndKind.ERROR if status else EndKind.MEMBERSHIP_CHANGED
-            rank = -1 if status else self.round.assignment.group_rank
-            end = End(kind, reason, self.node.node, status=status, rank=rank)
+            kind = EndKind.ERROR if status else EndKind.STOP if signum else EndKind.MEMBERSHIP_CHANGED
+            rank = self.round.assignment.group_rank if self.has_left else -1
+            change = Change.NODE_LEFT if kind is EndKind.MEMBERSHIP_CHANGED else Change.NONE
+            end = End(kind, reason, self.node.node, signum=signum, status=status, rank=rank, change=change)
             error = reason if status else ""
-            decision = Decision(not status, self.round.restart_history(), error=error, status=status)
+            decision = Decision(self.has_left, self.round.restart_history(), signum=signum, error=error, status=status)
             with contextlib.suppress(Exception):  # if the store is lost, the others will notice
                 self.round.write_outcome(Outcome(end, decision))
 

@@ -19,6 +19,7 @@ import sys
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every worker milliseconds
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
     from types import CodeType, TracebackType
     from typing import Any
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 importlib = sys.modules["_frozen_importlib_external"]  # what importlib.machinery is made of, without importing it
 
+PROGRESS = "ELASTIC_LAUNCH_PROGRESS_FD"
+MAGIC = b"ELPROG1\0"
+STACKS = 3
+"""The variable that names the memory for progress, its first bytes, and the word that says whether stacks go there."""
 MAX_TEXT = 1000000
 """Characters of a text that an error file holds at most."""
 
@@ -85,12 +90,75 @@ def load_script(file: str) -> "CodeType":
     return code
 
 
-def register_stack_dump() -> None:
-    """Have Python write the stacks of all threads to stderr on the keeper's DUMP_SIGNAL."""
+# ---- its progress
+
+
+def open_memory() -> "tuple[int, int]":
+    """Find the memory that the agent made for this worker.
+
+    Returns:
+        Its descriptor, or -1; and the descriptor to write stacks to, which is stderr unless the agent reads the memory.
+    """
+    if os.environ.get("ELASTIC_LAUNCH_PROGRESS") == "0":
+        return -1, 2
+    try:
+        memory = int(os.environ.get(PROGRESS, "").partition(",")[0])
+        head = os.pread(memory, 8 * (STACKS + 1), 0)
+    except (OSError, ValueError):
+        return -1, 2
+    if not head.startswith(MAGIC):  # the number belongs to another file now
+        return -1, 2
+    return memory, memory if any(head[8 * STACKS :]) else 2
+
+
+def register_stack_dump(file: int) -> None:
+    """Have Python write the stacks of all threads to a descriptor on the keeper's DUMP_SIGNAL."""
     import faulthandler
 
-    faulthandler.register(63, file=2)
+    faulthandler.register(63, file=file)
     del sys.modules["faulthandler"]  # the program finds loaded what plain Python has loaded
+
+
+class TorchFinder:
+    """Looks on while modules are imported. Once torch's optimizers are there, it has their steps counted, and leaves.
+
+    Importing torch imports further modules after those, so there is always a next time to look.
+    """
+
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
+        """Find nothing. After the last look, ask the other finders, because the import skips one when this leaves."""
+        if not has_optimizers() or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        count_steps()
+        spec: ModuleSpec | None = sys.modules["_frozen_importlib"]._find_spec(name, path, target)
+        return spec
+
+
+def watch_for_torch() -> None:
+    """Have the steps of torch's optimizers counted, now or when the program imports them."""
+    if has_optimizers():
+        count_steps()
+    else:
+        sys.meta_path.insert(0, TorchFinder())
+
+
+def has_optimizers() -> bool:
+    """Return whether the base class of torch's optimizers has been imported."""
+    return hasattr(sys.modules.get("torch.optim.optimizer"), "Optimizer")
+
+
+def count_steps() -> None:
+    """Count the steps of torch's optimizers. If that fails, the program runs as it would without."""
+    try:
+        name = "_elastic_launch_step_hook"
+        spec = importlib.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), "step_hook.py"))
+        # torch.compile looks a function's module up by its name.
+        sys.modules[name] = hook = sys.modules["_frozen_importlib"].module_from_spec(spec)
+        spec.loader.exec_module(hook)
+        hook.count_steps(sys.modules["torch.optim.optimizer"])
+    except Exception:
+        return
 
 
 # ---- its failure
@@ -263,7 +331,10 @@ if __name__ == "__main__":
     if not is_safe:
         del sys.path[0]  # this file's directory
     sys.path_importer_cache.pop(__file__, None)
-    register_stack_dump()
+    memory, stack_file = open_memory()
+    register_stack_dump(stack_file)
+    if memory >= 0:
+        watch_for_torch()
     library = sys.path[:]
     create_main_module()
     try:

@@ -30,6 +30,8 @@ def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any]) 
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environb.clear()
     os.environb.update(environment)
+    if step_hook := sys.modules.get("elastic_launch.workers.step_hook"):
+        step_hook.words = None  # type: ignore[attr-defined]  # this fork is a worker, with a memory of its own
 
 
 def use_line_buffering() -> None:

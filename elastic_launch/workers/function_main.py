@@ -16,6 +16,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from importlib import util
 from multiprocessing import process, spawn
 from typing import Any, NoReturn
 
@@ -96,7 +97,11 @@ def run(load: Callable[[], FunctionProcess], result: int) -> int:
         load: gets the worker.
         result: the descriptor of the memory file for the return value.
     """
-    faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True)
+    bootstrap = import_bootstrap()
+    memory, stack_file = bootstrap.open_memory()
+    faulthandler.register(DUMP_SIGNAL, file=stack_file, all_threads=True)
+    if memory >= 0:
+        bootstrap.watch_for_torch()
     try:
         worker = load()
     except BaseException as error:  # most likely a module that cannot be imported here
@@ -111,6 +116,16 @@ def run(load: Callable[[], FunctionProcess], result: int) -> int:
         return worker._bootstrap(parent_sentinel=parent)  # type: ignore[attr-defined, no-any-return]
     except Exception:  # multiprocessing could not print the function's exception: sys.stderr is None, closed or full
         return 1
+
+
+def import_bootstrap() -> Any:
+    """Import what is shared with workers that run a script. The package need not be on the search path yet."""
+    spec = util.spec_from_file_location("bootstrap", os.path.join(os.path.dirname(__file__), "bootstrap.py"))
+    assert spec
+    assert spec.loader
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_worker(preparation: int, payload: int) -> FunctionProcess:
@@ -148,9 +163,9 @@ def serve_functions(
         keeper_main.serve(sock, agent, environment, forks=True)
     except keeper_main.ForkedWorker as worker:
         local_rank, environment, descriptors = worker.order[0], worker.environment, worker.descriptors
-    (result,) = (fd for fd in descriptors if fd > 2)  # the others are standard streams
+    result, *others = descriptors
     forked.reset_process(environment, {})
-    if len(descriptors) > 1:
+    if {1, 2} & {*others}:
         forked.use_line_buffering()
     os._exit(run(lambda: workers[local_rank], result))
 

@@ -13,7 +13,6 @@ A function arrives in a memory file, and its return value comes back in one, so 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import pickle
@@ -23,13 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.host.memory_files import memory_file
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import function_main
 from elastic_launch.workers.keeper_client import StartKeeper, execute_keeper, preload_keeper
 
 START_METHODS = ("spawn", "fork", "forkserver")
-_FIRST_FREE = 200
-"""From here on, descriptors are likely to be free in any process."""
 
 
 class Functions:
@@ -106,7 +104,7 @@ class Functions:
         """Return how to start a worker in a new round: its argv, and its descriptors with their numbers there."""
         if local_rank in self._results:
             os.close(self._results.pop(local_rank))
-        self._results[local_rank] = result = _memory_file("result")
+        self._results[local_rank] = result = memory_file("result")
         if self._method == "fork":
             return [], [(result, -1)]
         payload, referred = self._payloads[local_rank]
@@ -197,21 +195,10 @@ def _pickled(value: object) -> tuple[int, list[int]]:
         reduction.dump(value, buffer)
     finally:
         context.set_spawning_popen(None)
-    fd = _memory_file("pickle")
+    fd = memory_file("pickle")
     with open(fd, "wb", closefd=False) as file:
         file.write(buffer.getbuffer())
     return fd, referred
-
-
-def _memory_file(name: str) -> int:
-    """Return a memory file. Its number is likely to be free in a worker that is a fork of a running program."""
-    fd = os.memfd_create(name)
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE)
-    except OSError:  # above the limit of this process
-        return os.dup(fd)
-    finally:
-        os.close(fd)
 
 
 def _explain(fn: Callable[..., Any], start_method: str, error: Exception) -> str:

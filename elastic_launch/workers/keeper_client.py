@@ -152,7 +152,7 @@ class Command(NamedTuple):
     environ: dict[str, str]
     """Changes to the inherited environment."""
     descriptors: tuple[tuple[int, int], ...] = ()
-    """Pairs of a descriptor of this process and its number in the worker, where -1 means any."""
+    """Pairs of a descriptor of this process and its number in the worker, where -N means any from N on."""
     cpus: frozenset[int] = frozenset()
     """CPUs to bind the worker to; empty: those of this process."""
 
@@ -249,8 +249,12 @@ class KeeperClient:
         self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
-        """Have Python workers write the stacks of their threads to stderr."""
+        """Have Python workers write the stacks of their threads, to their memory or to stderr."""
         self._keeper.send("dump_stacks", sorted(local_ranks))
+
+    def sample_stacks(self, pids: Collection[int]) -> None:
+        """Have processes of this node's workers write the stacks of their threads into their memory, and go on."""
+        self._keeper.send("sample_stacks", sorted(pids))
 
     def reap_leftovers(self, kill: bool) -> None:
         """End what is left, with SIGTERM or SIGKILL. ``GroupReaped`` follows once nothing is."""

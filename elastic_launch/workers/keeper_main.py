@@ -18,9 +18,11 @@ Messages are marshalled tuples behind a length of four bytes. Both ends run the 
 
 To the keeper, with the name of a method of ``Keeper``:
     ("spawn", [(local rank, argv, environment changes, [descriptor's number in the worker, ...], [cpu, ...]), ...])
-        -- start a round. The descriptors arrive with the message, in this order; number -1 means any.
+        -- start a round. The descriptors arrive with the message, in this order; number -N means any from N on. With
+        PROGRESS among the changes, the last two are those that it names.
     ("send_signal", signum, [local rank, ...], is_stop)
-    ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads to stderr
+    ("dump_stacks", [local rank, ...])  -- have these workers write the stacks of their threads
+    ("sample_stacks", [pid, ...])  -- have these processes below write theirs; they are about to go on
     ("reap_leftovers", with_kill)  -- end what the workers left, with SIGTERM or with SIGKILL
     ("renew_lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
 To the agent:
@@ -62,6 +64,8 @@ COMMAND = (sys.executable, "-I", "-S", "-c", PROGRAM, os.path.dirname(__file__))
 
 DUMP_SIGNAL = 63
 """Python workers answer this signal with the stacks of their threads (``bootstrap``, ``function_main``)."""
+PROGRESS = b"ELASTIC_LAUNCH_PROGRESS_FD"
+"""The variable with the numbers of the two descriptors by which a worker tells its progress."""
 MAX_DESCRIPTORS = 250
 """Descriptors sent with one message. The kernel's limit is 253."""
 
@@ -275,6 +279,13 @@ class Keeper:
                     kill(pid, signal.SIGCONT)
                     break
 
+    def sample_stacks(self, pids: list[int]) -> None:
+        """Have processes write their stacks. One that is stopped stays so: that is what the agent wants to see."""
+        below = set(descendants(self.pid))
+        for pid in pids:
+            if pid in below and has_handler(pid, DUMP_SIGNAL):
+                kill(pid, DUMP_SIGNAL)
+
     def reap_leftovers(self, with_kill: bool) -> None:
         """Begin to end what is left. ``advance`` tells the agent when nothing is."""
         if self.phase is KeeperPhase.REAPED or (self.phase is KeeperPhase.KILLING and not with_kill):
@@ -396,9 +407,16 @@ class Keeper:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != self.pid:
                 os._exit(127)
-            lowest = max((2, *targets)) + 1
+            lowest = max((2, *map(abs, targets))) + 1
             errors = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, lowest)  # its number may be a target
+            if self.forks:
+                while self.received_descriptors:
+                    os.close(self.received_descriptors.pop())  # those of other workers: their numbers may be wanted
+            else:
+                targets = list(map(abs, targets))  # the new program has none of its own
             numbers = renumber(descriptors, targets, lowest)
+            if changes.get(PROGRESS):
+                environment[PROGRESS] = b"%d,%d" % tuple(numbers[-2:])
             resource.setrlimit(resource.RLIMIT_NOFILE, self.worker_limits)
             if cpus:
                 os.sched_setaffinity(0, cpus)
@@ -408,7 +426,7 @@ class Keeper:
                 signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 os.execvpe(argv[0], argv, environment)
             self.socket.detach()  # or its destructor would close whatever has its number by then
-            unneeded = {reading, writing, *self.private_descriptors, *descriptors, *self.received_descriptors}
+            unneeded = {reading, writing, *self.private_descriptors, *descriptors}
             for fd in unneeded - set(numbers):
                 os.close(fd)
         except BaseException as error:
@@ -422,14 +440,22 @@ class Keeper:
 
 
 def renumber(descriptors: Sequence[int], targets: Sequence[int], lowest: int) -> list[int]:
-    """Give descriptors the numbers that the worker expects; -1 means any from ``lowest`` on. Returns the numbers."""
+    """Give descriptors the numbers that the worker expects. Returns these numbers.
+
+    Args:
+        descriptors: the descriptors.
+        targets: their numbers in the worker, where -N means the lowest from N on that is free.
+        lowest: a number above all of these.
+    """
     # Move all of them out of the way first: the number of one may be the target of another.
     numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in descriptors]
-    for index, target in enumerate(targets):
+    for index, target in sorted(enumerate(targets), key=lambda item: item[1] < 0):  # fixed numbers first
+        number = numbers[index]
         if target >= 0:
-            os.dup2(numbers[index], target)
-            os.close(numbers[index])
-            numbers[index] = target
+            numbers[index] = os.dup2(number, target)
+        else:
+            numbers[index] = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, max(3, -target))
+        os.close(number)
     return numbers
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from elastic_launch import LaunchError, WorkerSpec
+from elastic_launch.control.client import sockets
 from elastic_launch.errors import (
     ExitCode,
     RendezvousClosedError,
@@ -44,6 +45,7 @@ from elastic_launch.rendezvous.registry import (
 )
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
+from tests.support.control import asked
 from tests.support.files import install_package
 from tests.support.jobs import Job
 from tests.support.third_party import Files, MemoryStore, OneNode, run_agent, third_party
@@ -438,6 +440,22 @@ def test_node_joins(job: Job) -> None:
     ends = [job.finish(process) for process in (first, second)]
     assert [end.returncode for end in ends] == [0, 0], ends
     assert sorted(job.marks()) == ["0.0 1", "0.1 2", "1.1 2"]
+
+
+def test_the_user_restarts_and_stops_the_job_on_one_of_its_nodes(job: Job) -> None:
+    want(job, 2)
+    agents = [start(job, "mark $WORLD_SIZE; exec sleep 1000") for _ in range(2)]
+    job.wait_for("0.0 2", "1.0 2")
+    assert asked(sockets(os.environ)[0], request="restart")["ok"]
+    job.wait_for("0.1 2", "1.1 2")
+    path = sockets(os.environ)[1]
+    status = asked(path, request="status")["status"]
+    assert (status["state"], status["restarts"], status["uncharged_restarts"], status["nodes"]) == ("running", 0, 1, 2)
+    assert asked(path, request="stop")["ok"]
+    ends = [job.finish(agent) for agent in agents]
+    assert [end.returncode for end in ends] == [143, 143]
+    for text in ("restart", "stop"):
+        assert any(f"{text} requested on {os.uname().nodename}: stopping 1 worker" in end.stderr for end in ends)
 
 
 def test_node_leaves(job: Job) -> None:

@@ -7,6 +7,7 @@ and each test checks by them that no worker of an old round was alive beside one
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import sys
@@ -406,3 +407,35 @@ def test_a_host_with_a_member_of_embedded_etcd_is_powered_off(network: Make) -> 
     net.formed(3, restart=2)
     net.end()
     assert ends(*programs[1:], replacement) == [0, 0, 0]
+
+
+def test_a_job_is_seen_whole_and_operated_from_any_of_its_hosts(network: Make) -> None:
+    net = network(3)
+
+    def operate(host: int, *words: str) -> tuple[int, str]:
+        program = net.hosts[host].run(sys.executable, "-m", "elastic_launch.operate", *words)
+        return program.wait(), program.said()
+
+    programs = start_three(net, net.script())
+    for host in (1, 2, 3):
+        status, said = operate(host, "status", "--json")
+        seen = json.loads(said)
+        assert (status, seen["source"], seen["state"]) == (0, "store", "running")
+        assert [node["host"] for node in seen["nodes"]] == ["host-1", "host-2", "host-3"]
+        assert [node["host"] for node in seen["nodes"] if node["workers"]] == [f"host-{host}"]
+    assert operate(3, "restart", "job-1") == (0, "job-1: restarting\n")
+    net.formed(3, restart=1)
+    status, said = operate(1, "stop", "--node", "host-2")
+    assert status == 3
+    assert "--node=host-2: job-1 has no such node on this host (there is host-1); run this command there" in said
+    assert operate(2, "stop", "--node", "host-2")[0] == 0
+    assert programs[1].wait() == 143
+    net.formed(2, restart=2)
+    status, said = operate(3, "status", "--json")
+    seen = json.loads(said)
+    assert [node["host"] for node in seen["nodes"]] == ["host-1", "host-3"]
+    assert (seen["restarts"], seen["uncharged_restarts"]) == (0, 2)
+    assert [round_["reason"] for round_ in seen["rounds"][:1]] == ["restart requested on host-3"]
+    assert operate(3, "stop") == (0, "job-1: stopping\n")
+    assert ends(*programs) == [143, 143, 143]
+    assert "stop requested on host-3: stopping 1 worker" in programs[0].said()

@@ -160,13 +160,20 @@ def test_option_overrides_a_wrong_variable(monkeypatch: pytest.MonkeyPatch) -> N
     assert parse_args(["--max-restarts", "2", "train.py"]).max_restarts == 2
 
 
-OURS = {
+OURS: dict[str, Any] = {
+    "config": None,
+    "dry_run": False,
     "preload": [],
     "restart_window": 0.0,
     "restart_backoff": "0",
     "fatal_exit_codes": "",
     "node_failure_limit": 0,
     "crash_loop": 3,
+    "events": None,
+    "hang_timeout": "auto",
+    "hang_action": "report",
+    "hang_native": False,
+    "start_timeout": 0,
     "quiet": False,
     "verbose": False,
 }
@@ -224,7 +231,7 @@ def test_torchrun_has_the_same_options_and_defaults() -> None:
     flags, defaults = torchrun.stdout.splitlines()
     ours = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     own = {flag for option in OPTIONS if option.dest in OURS for flag in option.flags}
-    assert sorted(ours - own - {"--version"}) == eval(flags)
+    assert sorted(ours - own - {"--version", "--completion"}) == eval(flags)
     assert vars(parse_args(["train.py"])) == {**eval(defaults), **OURS}
 
 
@@ -233,6 +240,9 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     samples = {"nnodes": "2:3", "rdzv_conf": "a=b", "redirects": "3", "tee": "0:1", "local_ranks_filter": "0,1"}
     samples |= {"rdzv_backend": "c10d", "start_method": "fork", "numa_binding": "node", "signals_to_handle": "SIGTERM"}
     samples |= {"preload": "torch,mylib.data", "restart_backoff": "1:60", "fatal_exit_codes": "2,64-78"}
+    samples |= {"config": "job.toml"}
+    Path("job.toml").touch()
+    samples |= {"hang_action": "restart"}
     text = samples.get(option.dest, "7")
     is_flag = option.default is False
     words = [] if is_flag else [text]

@@ -17,6 +17,11 @@ from hypothesis import strategies as st
 
 from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import LaunchConfig
+from elastic_launch.core.progress.judgement import Judgement
+from elastic_launch.core.progress.stack_groups import Group, NodeStacks, RankView, merge
+from elastic_launch.core.progress.stack_report import render
+from elastic_launch.core.progress.stacks import Frame
+from elastic_launch.core.progress.verdict import Verdict, judge
 from elastic_launch.core.rendezvous.records import RULES, Closed, Members, NodeRecord, decode, encode, field_names
 from elastic_launch.core.store_requests import Add, Append, Delete, Get, Request, Set, Swap, Wait
 from elastic_launch.core.text import visible
@@ -43,6 +48,8 @@ GOOD: dict[type, Any] = {
     Assignment: Assignment(1, 2, 2, 4, 2, 2, 4, "10.0.0.1", 29400, "host-a", False),
     End: End(EndKind.FAILED, "rank 3 failed", "node-a", failures=(FAILURE,)),
     Decision: Decision(True, failures=(FAILURE,), pause=3.0),
+    NodeStacks: NodeStacks("host-a", 2.0, (RankView(3, 7),), (Frame("a.py", 4, "f"),), (Group((3,)),), ((0,),)),
+    Judgement: Judgement(Verdict((3,), "it loops", "a.py:4 in f", True, "lock"), 3, "the stacks"),
 }
 
 
@@ -86,6 +93,21 @@ def test_a_good_record_with_one_odd_field(kind: type, data: st.DataObject) -> No
     fields = json.loads(encode(GOOD[kind]))
     fields[data.draw(st.sampled_from(field_names(kind)))] = data.draw(JSON)
     read(kind, json.dumps(fields).encode())
+
+
+@given(st.data())
+def test_odd_stacks_can_be_judged_and_shown(data: st.DataObject) -> None:
+    """Others may write to the store."""
+    fields = json.loads(encode(GOOD[NodeStacks]))
+    name = data.draw(st.sampled_from(["ranks", "frames", "groups"]))
+    [good] = fields[name]
+    odd = st.dictionaries(
+        st.sampled_from([*good, "steps", "since", "io_bytes", "state", "is_stuck", "command"]), LEAVES
+    )
+    fields[name] = [{**good, **data.draw(odd)}]
+    if stacks := read(NodeStacks, json.dumps(fields).encode()):
+        merged = merge([stacks, GOOD[NodeStacks]])
+        assert render(merged, judge(merged), 100)
 
 
 @given(TEXT)

@@ -12,7 +12,20 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "elastic_launch"
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
-NEVER = ("torch", "grpc", "etcd3", "logging", "asyncio", "psutil", "subprocess", "tempfile", "json")
+NEVER = (
+    "torch",
+    "grpc",
+    "etcd3",
+    "logging",
+    "asyncio",
+    "psutil",
+    "subprocess",
+    "tempfile",
+    "json",
+    "tomllib",
+    "difflib",
+    "shlex",
+)
 """What the agent does not import before the first worker runs: torch and gRPC start threads, the rest is slow."""
 
 
@@ -59,6 +72,7 @@ def test_only_one_place_reads_the_environment() -> None:
         "elastic_launch/workers/function_main.py",
         "elastic_launch/workers/keeper_main.py",
         "elastic_launch/workers/preload_main.py",
+        "elastic_launch/workers/step_hook.py",
     ]
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 import signal
+from dataclasses import replace
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1
 
 import pytest
 
 from elastic_launch.core.agent import lifecycle
 from elastic_launch.core.agent.lifecycle import (
+    AGREEMENT_TIME,
     DUMP_TIME,
+    FINAL_GRACE,
+    HOLD_TIME,
     KILL_PATIENCE,
     LEFTOVER_GRACE,
     SAME_SIGNAL,
@@ -24,27 +28,38 @@ from elastic_launch.core.agent.messages import (
     DeadlineReached,
     Decided,
     DumpStacks,
+    Ended,
     Exited,
     Finish,
+    GiveUpStop,
     GroupReaped,
+    Hung,
+    LeaseExpired,
     Leave,
     Limits,
     Log,
     ReapLeftovers,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
+    RequestStop,
+    RestartRequested,
     SendSignal,
+    SetStop,
     Signalled,
     Start,
     Started,
+    StopAgreed,
     TimerExpired,
     UserSignalled,
 )
 from elastic_launch.core.agent.restart_policy import UNCHARGED_RESTARTS
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.job import Assignment, Decision, Level, Policy
+from elastic_launch.errors import ExitCode
+from elastic_launch.job import Assignment, Decision, End, EndKind, Level, Policy
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 
 PIDS = {0: 100, 1: 101}
@@ -72,6 +87,9 @@ class Agent:
                 event = queue.pop(0)
                 if isinstance(event, Decided):
                     self.decision = event.decision
+                if isinstance(event, Assigned):
+                    self.rendezvous.ask(RequestJoin())  # it knows of the round
+                    self.rendezvous.close()
                 self.state, actions = lifecycle.step(self.state, event, self.now)
                 self.last += actions
                 queue += [e for a in actions if isinstance(a, TO_RENDEZVOUS) for e in self.rendezvous.ask(a)]
@@ -97,7 +115,10 @@ class Agent:
         return self
 
 
-TO_RENDEZVOUS = (ReportFailure, ReportSuccess, ReportRound, Leave)
+TO_RENDEZVOUS = (
+    *(RequestRestart, ReportFailure, ReportSuccess, ReportRound, Leave),
+    *(RequestStop, ReportCalls, GiveUpStop),
+)
 LEFT_OUT = (Log, *TO_RENDEZVOUS)
 
 
@@ -124,6 +145,38 @@ def test_failure_stops_the_others_and_fails_the_job() -> None:
     assert [(f.rank, f.exitcode, f.pid, f.host) for f in finish.failures] == [(1, 42, 101, "host-a")]
 
 
+HUNG = Hung(1, "it loops, at train.py:41 in step", "the stacks of all ranks", 50.0)
+
+
+def test_a_hang_is_a_failure_of_the_rank_that_stands_out() -> None:
+    agent = Agent(max_restarts=1).running()
+    assert agent(HUNG) == [SendSignal(SIGTERM, ALL, stop=True)]
+    agent(exited(0, -SIGTERM, (SIGTERM,)), exited(1, -SIGKILL, (SIGTERM, SIGKILL)))
+    assert agent(GroupReaped({})) == [RequestJoin()]
+    assert "rank 1 failed (hang, it loops, at train.py:41 in step): restart 1 of 1" in agent.warnings()
+    agent.running()
+    agent(HUNG, exited(0, -SIGTERM, (SIGTERM,)), exited(1, -SIGTERM, (SIGTERM,)))
+    [finish] = agent(GroupReaped({}))
+    assert isinstance(finish, Finish)
+    (failure,) = finish.failures
+    assert (failure.rank, failure.status(), failure.message) == (1, ExitCode.HANG, "the stacks of all ranks")
+
+
+def test_errors_that_follow_a_hang_are_consequences() -> None:
+    agent = Agent().running()
+    agent(HUNG, exited(0, 1, (SIGTERM,)), exited(1, -SIGTERM, (SIGTERM,)))
+    error = ErrorRecord("RuntimeError: Connection closed by peer", "Traceback", 49.0, "error.json")
+    [finish] = agent(GroupReaped({0: Evidence(error)}))
+    assert isinstance(finish, Finish)
+    assert [(failure.rank, failure.is_hang) for failure in finish.failures] == [(1, True), (0, False)]
+
+
+def test_a_hang_of_a_worker_that_has_just_ended_is_none() -> None:
+    agent = Agent().running()
+    assert agent(exited(1), HUNG) == []
+    assert agent.state.phase is AgentPhase.RUNNING
+
+
 def test_a_restart_has_a_new_number_and_is_counted() -> None:
     agent = Agent(max_restarts=1).running()
     agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)))
@@ -142,6 +195,47 @@ def test_the_last_worker_to_fail_leaves_no_other_to_stop() -> None:
     agent = Agent().running()
     agent(exited(0))
     assert agent(exited(1, 3)) == [ReapLeftovers(kill=False)]
+
+
+def test_a_restart_that_the_user_asks_for_uses_up_none() -> None:
+    agent = Agent(max_restarts=0).running()
+    assert agent(RestartRequested("restart requested on host-a")) == [SendSignal(SIGTERM, ALL, stop=True)]
+    assert agent.warnings() == "restart requested on host-a: stopping 2 workers"
+    assert agent(RestartRequested("restart requested on host-a")) == [], "it is on its way"
+    agent(exited(0, 1, (SIGTERM,)), exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(GroupReaped({})) == [RequestJoin()]
+    assert agent.decision == Decision(True)
+    assert agent(Assigned(agent.assignment())) == [Start(ASSIGNMENT._replace(restart_count=1))]
+
+
+def test_a_worker_that_fails_while_the_user_restarts_uses_up_none() -> None:
+    agent = Agent(max_restarts=0).running()
+    agent(RestartRequested("restart requested on host-a"), exited(0, -signal.SIGSEGV, (SIGTERM,)))
+    agent(exited(1, -SIGTERM, (SIGTERM,)))
+    assert agent(GroupReaped({})) == [RequestJoin()]
+    assert agent.decision.restart_history.used == 0
+
+
+def test_a_restart_that_the_user_asks_for_ends_the_pause_before_the_next_round() -> None:
+    agent = Agent(max_restarts=1).running()
+    agent.state = replace(agent.state, limits=Limits(Policy(1, backoff=60, backoff_limit=60), 30))
+    agent(exited(0, 1), exited(1, -SIGTERM, (SIGTERM,)), GroupReaped({}))
+    assert agent.state.phase is AgentPhase.PAUSING
+    assert agent(RestartRequested("restart requested on host-a")) == [RequestJoin()]
+
+
+def test_a_stop_of_the_whole_job_has_its_reason_in_the_log_and_for_the_other_nodes() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(Signalled(SIGTERM, 50, reason="stop requested on host-a"))
+    assert agent.warnings().startswith("stop requested on host-a: stopping 2 workers; SIGKILL in 30 s")
+    assert Leave(SIGTERM, reason="stop requested on host-a") in agent.last
+
+
+def test_a_stop_of_the_whole_job_after_a_failure_is_one_for_the_other_nodes_too() -> None:
+    agent = Agent(max_restarts=3).running()
+    agent(exited(0, 1), Signalled(SIGTERM, 51, reason="stop requested on host-a"), exited(1, -SIGTERM, (SIGTERM,)))
+    agent(GroupReaped({}))
+    assert Leave(SIGTERM, reason="stop requested on host-a") in agent.last
 
 
 @pytest.mark.parametrize("signum", [SIGTERM, SIGINT, SIGHUP])
@@ -284,6 +378,154 @@ def test_a_worker_whose_timer_expired_writes_its_stacks_and_is_killed() -> None:
     ]
 
 
+# --- stopping at the same step
+
+
+HOLD, RELEASE = SetStop(hold=True, stop_at=0), SetStop(hold=False, stop_at=0)
+SAME_STEP = Ended(End(EndKind.MEMBERSHIP_CHANGED, "host-b is leaving (SIGTERM)", "node-b", same_step=True), 50)
+"""Another node ends the round."""
+
+
+def member() -> tuple[AgentState, list[Action]]:
+    """Return a node that runs workers beside another node's."""
+    state, actions = lifecycle.begin(Limits(Policy(3), 30))
+    for event in (Assigned(ASSIGNMENT._replace(group_world_size=2, world_size=4)), Started(PIDS)):
+        state, actions = lifecycle.step(state, event, 1000)
+    return state, actions
+
+
+def fed(*events: AgentEvent, seconds: float = 0.0) -> tuple[AgentState, list[Action]]:
+    """Return the state of such a node after events, and what the last one led to, except log lines."""
+    state, actions = member()
+    for event in events:
+        state, actions = lifecycle.step(state, event, 1000 + seconds)
+    return state, [action for action in actions if not isinstance(action, Log)]
+
+
+def test_workers_that_ask_are_held_and_counted_and_go_on_to_the_next_call() -> None:
+    agent = Agent(shutdown_timeout=30).running()
+    assert agent(Signalled(SIGTERM, 50, calls=7)) == [HOLD]
+    assert agent.state.deadline == agent.now + HOLD_TIME
+    agent.now += HOLD_TIME
+    assert agent(DeadlineReached(calls=9)) == [SetStop(hold=False, stop_at=10)]
+    assert agent.state.deadline == agent.now - HOLD_TIME + 30 - FINAL_GRACE
+    assert agent(exited(0), exited(1)) == [ReapLeftovers(kill=False)]
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
+
+
+@pytest.mark.parametrize("event", [Signalled(SIGTERM, 50), Signalled(SIGINT, 50, calls=3), Signalled(SIGHUP, 50, 3)])
+def test_without_a_worker_that_asks_or_with_another_signal_the_workers_are_signalled(event: Signalled) -> None:
+    assert Agent().running()(event) == [SendSignal(event.signum, ALL, stop=True)]
+
+
+def test_workers_that_do_not_stop_at_the_step_are_signalled_before_the_timeout() -> None:
+    agent = Agent(shutdown_timeout=30).running()
+    signalled_at = agent.now
+    agent(Signalled(SIGTERM, 50, calls=7), DeadlineReached(calls=7), exited(1))
+    agent.now += 30 - FINAL_GRACE
+    assert agent(DeadlineReached()) == [SendSignal(SIGTERM, frozenset({0}), stop=True), RELEASE]
+    assert "worker rank 0 (pid 100) did not stop at the agreed step: stopping 1 worker" in agent.warnings()
+    assert agent.state.deadline == signalled_at + 30 - DUMP_TIME
+    assert agent(DeadlineReached()) == [DumpStacks(frozenset({0}))]
+    assert agent(DeadlineReached()) == [ReapLeftovers(kill=True)]
+
+
+def test_without_time_to_stop_nobody_is_held_for_long() -> None:
+    agent = Agent(shutdown_timeout=0).running()
+    agent(Signalled(SIGTERM, 50, calls=7))
+    agent.now += HOLD_TIME
+    assert agent(DeadlineReached(calls=7)) == [SendSignal(SIGTERM, ALL, stop=True), RELEASE]
+    assert agent(DeadlineReached()) == [DumpStacks(ALL)]
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["held", "on their way"])
+def test_a_second_signal_kills_workers_that_go_on_to_a_step(counted: bool) -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50, calls=7), *[DeadlineReached(calls=7)] * counted)
+    assert agent(Signalled(SIGTERM, 50 + SAME_SIGNAL / 2, calls=7)) == []
+    agent.now += 1
+    assert agent(Signalled(SIGINT, 51, calls=7)) == [ReapLeftovers(kill=True)]
+    agent(*(exited(rank, -SIGKILL, (SIGKILL,)) for rank in ALL))
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["held", "on their way"])
+def test_nobody_waits_for_a_worker_that_failed(counted: bool) -> None:
+    agent = Agent().running()
+    agent(Signalled(SIGTERM, 50, calls=7), *[DeadlineReached(calls=7)] * counted)
+    assert agent(exited(1, 3)) == [SendSignal(SIGTERM, frozenset({0}), stop=True), RELEASE]
+    assert "rank 1 failed (exit code 3): stopping 1 worker" in agent.warnings()
+    agent(exited(0, -SIGTERM, (SIGTERM,)))
+    assert agent(GroupReaped({})) == [Finish(signum=SIGTERM)]
+
+
+def test_a_node_asks_the_others_first_and_stops_alone_if_none_answers() -> None:
+    state, actions = fed(Signalled(SIGTERM, 50, calls=7))
+    assert actions == [RequestStop(SIGTERM)]
+    assert state.deadline == 1000 + AGREEMENT_TIME
+    state, actions = fed(Signalled(SIGTERM, 50, calls=7), DeadlineReached(calls=7))
+    assert actions == [SendSignal(SIGTERM, ALL, stop=True), RELEASE]
+    state, actions = lifecycle.step(state, SAME_STEP._replace(calls=8), 1020)
+    assert GiveUpStop() in actions, "its workers have been signalled"
+
+
+def test_a_node_that_cannot_ask_the_others_leaves_in_the_ordinary_way() -> None:
+    _, actions = fed(Signalled(SIGTERM, 50, calls=7), StopAgreed(0))
+    assert actions == [SendSignal(SIGTERM, ALL, stop=True), RELEASE, Leave(SIGTERM)]
+
+
+def test_another_end_of_the_round_frees_the_workers() -> None:
+    joins = Ended(End(EndKind.MEMBERSHIP_CHANGED, "host-c joins"), 51)
+    _, actions = fed(Signalled(SIGTERM, 50, calls=7), joins)
+    assert actions == [SendSignal(SIGTERM, ALL, stop=True), RELEASE]
+
+
+def test_a_node_reports_once_and_then_gives_up_and_then_stops() -> None:
+    held: list[AgentEvent] = [SAME_STEP, DeadlineReached(calls=9)]
+    state, actions = fed(*held)
+    assert (actions, state.deadline) == ([ReportCalls(9)], 1000 + AGREEMENT_TIME)
+    state, actions = fed(*held, DeadlineReached(calls=9))
+    assert (actions, state.deadline) == ([GiveUpStop()], 1000 + 30 - FINAL_GRACE)
+    _, actions = fed(*held, DeadlineReached(calls=9), StopAgreed(0))
+    assert actions == [SendSignal(SIGTERM, ALL, stop=True), RELEASE]
+    state, _ = fed(*held, DeadlineReached(calls=9))
+    _, actions = lifecycle.step(state, DeadlineReached(calls=9), 1000 + 30 - FINAL_GRACE)
+    assert actions[:2] == [SendSignal(SIGTERM, ALL, stop=True), RELEASE], "the store does not answer"
+
+
+def test_a_node_whose_workers_have_ended_reports_before_it_goes_on() -> None:
+    ended = [exited(0), exited(1)]
+    state, actions = fed(SAME_STEP, *ended)
+    assert (state.phase, actions) == (AgentPhase.HOLDING, [])
+    _, actions = fed(SAME_STEP, *ended, DeadlineReached(calls=9), StopAgreed(12))
+    assert actions == [SetStop(hold=False, stop_at=12), ReapLeftovers(kill=False)]
+    _, actions = fed(*ended, SAME_STEP._replace(calls=9))
+    assert actions == [ReportCalls(9)]
+    _, actions = fed(*ended, GroupReaped({}), SAME_STEP._replace(calls=9))
+    assert [type(action) for action in actions] == [ReportCalls, ReportRound]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [exited(0, 1)],
+        [exited(0, 1), exited(1, 0, (SIGTERM,))],
+        [LeaseExpired()],
+        [exited(0, 1), exited(1, 0, (SIGTERM,)), GroupReaped({})],
+    ],
+    ids=["failed", "signalled", "cut off", "gone"],
+)
+def test_a_node_whose_workers_were_stopped_before_gives_up_for_all(before: list[AgentEvent]) -> None:
+    _, actions = fed(*before, SAME_STEP._replace(calls=9))
+    assert GiveUpStop() in actions
+    assert not any(isinstance(action, ReportCalls) for action in actions)
+
+
+def test_a_node_that_fails_while_it_is_to_report_gives_up_for_all() -> None:
+    _, actions = fed(SAME_STEP, exited(1, 3))
+    assert actions == [SendSignal(SIGTERM, frozenset({0}), stop=True), RELEASE, GiveUpStop()]
+
+
 def test_what_a_successful_job_leaves_behind_is_killed_soon() -> None:
     agent = Agent(shutdown_timeout=30).running()
     agent(exited(0), exited(1))
@@ -376,6 +618,9 @@ def test_every_phase_handles_every_signal() -> None:
             assert (phase, event) in lifecycle.TABLE
 
 
+TO_STOP = (AgentPhase.HOLDING, AgentPhase.DRAINING, AgentPhase.STOPPING)
+
+
 class World:
     """A node on which workers, their leftovers, the keeper, the clock and users do anything possible, in any order."""
 
@@ -391,6 +636,10 @@ class World:
         """Workers that the agent killed because their timer expired."""
         self.rounds: list[int] = []
         self.signals_left = self.random.randrange(5)
+        self.restarts = self.restarts_left = self.random.randrange(3)
+        self.calls = self.random.choice([0, 7])
+        """Number of calls of ``should_stop()``."""
+        self.hold = False
         self.signalled = False
         self.finish: Finish | None = None
 
@@ -405,6 +654,7 @@ class World:
                     assert not self.leftovers, "a round beside the leftovers of another"
                     self.rounds.append(assignment.restart_count)
                     self.alive, self.codes, self.stop_signals, self.timed_out = {0, 1}, [], {}, set()
+                    self.hold = False
                     self.leftovers = self.random.random() < 0.3
                     self.unkillable = self.random.random() < 0.1
                     self.started = self.reaping = self.killed = False
@@ -413,6 +663,10 @@ class World:
                     self.timed_out |= ranks if signum == SIGKILL else set()
                     if stop:
                         self.stop_signals |= {rank: (*self.stop_signals.get(rank, ()), signum) for rank in ranks}
+                case SetStop(hold, stop_at):
+                    assert hold != self.hold or not stop_at, "stopped without being held"
+                    assert stop_at in (0, self.calls + 1)
+                    self.hold = hold
                 case DumpStacks(ranks):
                     assert ranks <= self.alive, "stacks of a worker that has ended"
                 case ReapLeftovers(kill):
@@ -428,9 +682,11 @@ class World:
         state, can = self.agent.state, list[list[AgentEvent]]()
         if self.signals_left:
             can += [
-                [Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now)],
+                [Signalled(self.random.choice([SIGTERM, SIGINT, SIGHUP]), self.agent.now, self.calls)],
                 [UserSignalled(SIGUSR1)],
             ]
+        if self.restarts_left and self.random.random() < 0.2:
+            can.append([RestartRequested("restart requested on host-a")])
         if state.phase is AgentPhase.JOINING:
             self.agent.rounds = len(self.rounds)
             return self.random.choice([*can, [Assigned(self.agent.assignment(29500 + len(self.rounds)))]])
@@ -447,7 +703,7 @@ class World:
         if self.random.random() < 0.1:
             can.append([TimerExpired(self.random.choice([*PIDS.values()]), "its timer expired")])
         if state.deadline is not None and (stuck or not self.killed):
-            can.append([DeadlineReached()])
+            can.append([DeadlineReached(calls=self.calls)])
         return self.random.choice(can)
 
     def exit_code(self, rank: int) -> int:
@@ -471,6 +727,8 @@ class World:
                         self.signals_left, self.signalled = self.signals_left - 1, True
                     case UserSignalled():
                         self.signals_left -= 1
+                    case RestartRequested():
+                        self.restarts_left -= 1
                     case GroupReaped():
                         self.leftovers = False
                 self.agent.now += self.random.choice([0.0, SAME_SIGNAL, 3.0])
@@ -478,9 +736,8 @@ class World:
                 self.carry_out(self.agent.last)
                 state = self.agent.state
                 if state.phase is not AgentPhase.RUNNING or not state.expired_timers:
-                    assert (state.deadline is not None) == (state.phase is AgentPhase.STOPPING), (
-                        "a deadline is for stopping"
-                    )
+                    assert (state.deadline is not None) == (state.phase in TO_STOP), "a deadline is for stopping"
+                assert not self.hold or state.phase is AgentPhase.HOLDING or self.killed, "held for nothing"
             if self.finish is not None:
                 return
         raise AssertionError("the run does not end")
@@ -501,11 +758,17 @@ def test_any_order_of_events_ends_properly(block: int) -> None:
         assert world.agent.decision.restart_history.uncharged <= UNCHARGED_RESTARTS
         assert (
             len(world.rounds)
-            <= 1 + world.agent.decision.restart_history.used + world.agent.decision.restart_history.uncharged
+            <= 1
+            + world.agent.decision.restart_history.used
+            + world.agent.decision.restart_history.uncharged
+            + world.restarts
+            - world.restarts_left
         )
         if finish.failures:
             assert finish.signum is None
             assert finish.failures[0].exitcode != 0
+        elif finish.error:
+            assert world.unkillable, f"seed {seed}: {finish.error}"
         elif finish.signum is None:
             assert world.codes == [0, 0], f"seed {seed}: a failure counts as success"
         outcomes.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")

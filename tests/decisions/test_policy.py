@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from elastic_launch.core.agent.restart_policy import BACK_TO_BACK, UNCHARGED_RESTARTS, aged, follow, is_deprioritized
-from elastic_launch.errors import ProcessFailure, signal_name
-from elastic_launch.job import Decision, Policy, RestartHistory
+from elastic_launch.errors import ExitCode, ProcessFailure, signal_name
+from elastic_launch.job import Decision, HangAction, Policy, RestartHistory
 
 
 def failure(rank: int = 0, exitcode: int = 1, error: str = "ValueError: boom") -> tuple[ProcessFailure, ...]:
@@ -38,6 +38,16 @@ def test_thousands_of_restarts_do_not_overflow_the_pause() -> None:
     for backoff in (0.0, 1.0):
         decision = follow(Policy(9999, backoff=backoff, backoff_limit=300), RestartHistory(9998), failure(), "n")
         assert (decision.restart, decision.pause) == (True, 300 * backoff)
+
+
+@pytest.mark.parametrize(
+    ("action", "restarts"), [(HangAction.REPORT, True), (HangAction.RESTART, True), (HangAction.STOP, False)]
+)
+def test_a_hang_may_end_the_job_although_restarts_are_left(action: HangAction, restarts: bool) -> None:
+    policy = Policy(3, hang_action=action)
+    hang = ProcessFailure(0, 100, ExitCode.HANG, error="it loops", is_hang=True)
+    assert follow(policy, RestartHistory(), (hang,), "n").restart is restarts
+    assert follow(policy, RestartHistory(), failure(), "n").restart
 
 
 def test_a_round_without_failures_ends_the_job() -> None:

@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from elastic_launch.config import LaunchConfig
+from elastic_launch.core.progress.goodput import MAX_STEPS, RoundProgress, with_round
+from elastic_launch.core.progress.judgement import Judgement
+from elastic_launch.core.progress.stack_groups import Group, NodeStacks, RankView
+from elastic_launch.core.progress.stacks import Frame
+from elastic_launch.core.progress.verdict import Verdict
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.records import (
     MAX_TICKETS,
@@ -23,12 +28,15 @@ from elastic_launch.core.rendezvous.records import (
     field_names,
 )
 from elastic_launch.errors import ProcessFailure, RendezvousStateError, UsageError
-from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory
 from elastic_launch.rendezvous import third_party_round
 from elastic_launch.rendezvous.factory import create_built_in
 
 FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="host-a", timestamp=1.5)
 ASSIGNMENT = Assignment(1, 2, 2, 4, 2, 2, 4, "10.0.0.1", 29400, "host-a", False)
+FRAME = Frame("train.py", 41, "step")
+STACKS = NodeStacks("host-a", 2.0, (RankView(3, 7),), (FRAME,), (Group((3,)), Group((4,))), ((0,), ()))
+VERDICT = Verdict((3,), "it loops", "train.py:41 in step", True, "lock")
 GOOD: dict[type, NamedTuple] = {
     NodeRecord: NodeRecord("node-a", "host-a", 1, 2, "default"),
     Closed: Closed(0, 2, 3, (3,)),
@@ -38,13 +46,20 @@ GOOD: dict[type, NamedTuple] = {
     Consequence: Consequence(FAILURE, "node-a"),
     End: End(EndKind.FAILED, "rank 3 failed", "node-a", failures=(FAILURE,)),
     Decision: Decision(True, RestartHistory(1, ages=(0.5,)), (FAILURE,), pause=3.0),
+    Goodput: Goodput(12, 3.5, 1.0, 1, LostTime(1.0), number=7),
+    Frame: FRAME,
+    RankView: RankView(3, 7, 12, -1.0),
+    Group: Group((3,), state="D", wchan="nfs_wait"),
+    NodeStacks: STACKS,
+    Verdict: VERDICT,
+    Judgement: Judgement(VERDICT, 3, "the stacks"),
 }
 
 
 def test_every_record_has_a_rule_for_every_field() -> None:
     """Other types cannot be decoded, because ``RULES`` has no row for them; these are all that are."""
     own = {third_party_round.Outcome, third_party_round._Registration, third_party_round._Reply}
-    assert set(RULES) == {*GOOD, *own, RestartHistory, ProcessFailure}
+    assert set(RULES) == {*GOOD, *own, RestartHistory, LostTime, ProcessFailure}
     for kind, rules in RULES.items():
         assert set(rules.fields) == set(field_names(kind)), kind
 
@@ -68,7 +83,7 @@ def test_no_field_takes_a_value_of_another_type(kind: type) -> None:
     for name in field_names(kind):
         nonsense: Any
         for nonsense in (None, [[]], [None], 10**400, -(10**400), 1e308, float("nan"), "\x00" * 100_000):
-            with pytest.raises(RendezvousStateError, match=f"key ({name}: |has )"):
+            with pytest.raises(RendezvousStateError, match=f"key ({name}: |has |must have a stack)"):
                 decode(kind, json.dumps({**good, name: nonsense}).encode(), "key")
 
 
@@ -136,6 +151,34 @@ BAD: dict[str, tuple[type, bytes, str]] = {
     "an id with a surrogate": (NodeRecord, changed(GOOD[NodeRecord], node="\ud800"), "node: .* printable characters"),
     "no id": (NodeRecord, changed(GOOD[NodeRecord], node=""), "node: must be a text of 1 to 400"),
     "no workers": (NodeRecord, changed(GOOD[NodeRecord], workers=0), "workers: must be a whole number from 1"),
+    "a failure at the same step": (End, changed(END, same_step=True), "must be the leaving of a node"),
+    "a change that nobody knows": (End, changed(END, change="x"), "change: must be one of "),
+    "more steps than can be": (
+        Decision,
+        changed(NEXT, restart_history={"goodput": {"steps": 10**30}}),
+        "restart_history: goodput: steps: must be a whole number from 0 to 9007199254740992",
+    ),
+    "time lost without end": (
+        Decision,
+        changed(NEXT, restart_history={"goodput": {"lost": {"start": 1e308}}}),
+        "restart_history: goodput: lost: start: must be a number of seconds",
+    ),
+    "stacks that are missing": (NodeStacks, changed(STACKS, stacks=[[0]]), "must have a stack for each group"),
+    "frames that are missing": (NodeStacks, changed(STACKS, stacks=[[], [1]]), "must have the frames of all stacks"),
+    "a frame before the first": (NodeStacks, changed(STACKS, stacks=[[], [-1]]), "stacks: must be a whole number"),
+    "a group with frames": (
+        NodeStacks,
+        changed(STACKS, groups=[{"ranks": [3], "frames": [{"file": "x", "line": 1, "function": "f"}]}], stacks=[[]]),
+        "groups: frames: must be a list of at most 0 values",
+    ),
+    "a group of nobody": (NodeStacks, changed(STACKS, groups=[{"ranks": []}], stacks=[[]]), "must have a rank"),
+    "more than the stacks of a node": (NodeStacks, b" " * 65_537, "has 65537 bytes; 65536 are allowed"),
+    "blame for a negative rank": (
+        Judgement,
+        changed(GOOD[Judgement], verdict={**VERDICT._asdict(), "ranks": [-1]}),
+        "verdict: ranks: must be a whole number",
+    ),
+    "a verdict without an end": (Judgement, changed(GOOD[Judgement], text="x" * 70_000), "text: must be a text"),
     "no JSON": (NodeRecord, b'{"node":', "is no JSON: "),
     "brackets": (NodeRecord, b"[" * 100_000, "is no JSON: "),
     "digits": (NodeRecord, b"1" * 100_000, "is no JSON: "),
@@ -160,6 +203,20 @@ def test_what_is_for_people_is_made_visible() -> None:
     assert read.reason == "\\x1b]0;title\\x07\nz"
     assert read.failures[0].message == "a\n\tb\\x1b[2J\\r"
     assert read.failures[0].note == r"x\ny"
+
+
+def test_what_workers_write_of_their_steps_keeps_to_the_rules() -> None:
+    """Workers write these numbers to memory, where anything may stand, and the other nodes get them in records."""
+    made, most = Goodput(), 2**64 - 1
+    for _ in range(3):
+        made = with_round(made, RoundProgress(most, 1e10, 2e10, 0, most, 1e10), 1.0, 2.0, 3.0, 4.0)
+    assert (made.steps, made.repeated, made.number) == (MAX_STEPS,) * 3
+    assert decode(Goodput, encode(made), "key") == made
+
+
+def test_how_a_node_leaves_is_told() -> None:
+    end = End(EndKind.MEMBERSHIP_CHANGED, "host-a is leaving", "node-a", same_step=True, change=Change.NODE_LEFT)
+    assert decode(End, encode(end), "key") == end
 
 
 def test_options_that_the_others_would_refuse_are_refused_at_the_start() -> None:

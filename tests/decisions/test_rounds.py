@@ -16,7 +16,7 @@ from elastic_launch.core.rendezvous.progress import joined_of
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
-from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
+from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, LostTime, RestartHistory
 
 
 def node(**changes: object) -> NodeRecord:
@@ -77,7 +77,7 @@ FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", 
         Closed(0, 2, 5, (4, 5)),
         Members((1, 2), ("a", "b"), ("x", "y")),
         End(EndKind.MEMBERSHIP_CHANGED, "why", "id", ("a",)),
-        Decision(True, RestartHistory(1, 2, (0.5,), "x"), (FAILURE,)),
+        Decision(True, RestartHistory(1, 2, (0.5,), "x", goodput=Goodput(9, 0.5, lost=LostTime(1, 2))), (FAILURE,)),
         Assignment(0, 1, 0, 2, 2, 0, 2, "", 29400, "host", False, True, 3, RestartHistory(1)),
     ],
     ids=lambda record: type(record).__name__,

@@ -7,13 +7,38 @@ from urllib.parse import quote
 
 import pytest
 
-from elastic_launch.core.text import counted, headline, is_loopback, listed, shortened, visible
+from elastic_launch.core.text import counted, duration, headline, is_loopback, listed, shortened, visible
 from elastic_launch.host.console import launcher_line
 from elastic_launch.logs.job_files import as_file_name
 
 
 def test_numbers_have_their_plural() -> None:
-    assert [counted(number, "node") for number in (0, 1, 2)] == ["0 nodes", "1 node", "2 nodes"]
+    assert [counted(number, "node") for number in (0, 1, 2, 12_480)] == ["0 nodes", "1 node", "2 nodes", "12,480 nodes"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (41.2, "41 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (125.0, "2 min 5 s"),
+        (720.0, "12 min"),
+        (3599.4, "59 min 59 s"),
+        (3599.6, "1 h"),
+        (15_000.0, "4 h 10 min"),
+        (85_200.0, "23 h 40 min"),
+        (172_800.0, "2 d"),
+        (187_200.0, "2 d 4 h"),
+        (1e8, "1,157 d 10 h"),
+    ],
+)
+def test_a_duration_has_two_units_at_most(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_a_list_counts_repeated_names_and_the_rest() -> None:

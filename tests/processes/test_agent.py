@@ -101,7 +101,7 @@ def test_torchruns_workers_get_no_variable_that_ours_do_not(job: Job) -> None:
     ours, theirs = (set(eval(mark.split(" ", 1)[1])) for mark in job.marks())
     # Theirs is read by torchrun's own agent only.
     assert theirs - ours <= {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
-    assert ours - theirs == set()
+    assert ours - theirs == {"ELASTIC_LAUNCH_PROGRESS_FD"}
 
 
 def test_five_variables_of_kubernetes_operators_launch_a_job(job: Job) -> None:
@@ -284,12 +284,13 @@ def test_standard_input_is_left_to_the_workers(job: Job) -> None:
 
 def test_descriptors_of_the_caller_do_not_reach_the_workers(job: Job) -> None:
     script = job.script("mark(str(len([fd for fd in os.listdir('/proc/self/fd') if int(fd) > 2])))")
+    progress = 2  # descriptors that every worker gets
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "elastic_launch", "--nproc-per-node", "1", script]
     subprocess.run(command, pass_fds=[reading, writing], check=True)
     os.close(reading)
     os.close(writing)
-    assert job.marks() == ["0.0 1"], "the descriptor of the listing itself, and no other"
+    assert job.marks() == [f"0.0 {progress + 1}"], "also the descriptor of the listing itself, and no other"
 
 
 def test_closed_standard_streams(job: Job) -> None:
@@ -689,7 +690,8 @@ def test_full_disk_hides_no_failure(job: Job) -> None:
     assert done.returncode == 1
     assert "ValueError: boom" in done.stderr
     assert "exit    : exit code 1" in done.stderr
-    assert not [path for path in job.path.glob("logs/**/*") if path.is_file()]
+    assert "cannot make memory for the workers' progress: File too large; " in done.stderr
+    assert not [path for path in job.path.glob("logs/**/*") if path.is_file() and path.stat().st_size]
 
 
 @pytest.mark.parametrize(

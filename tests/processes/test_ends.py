@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from elastic_launch import ChildFailedError, DefaultLogsSpecs, LaunchConfig, elastic_launch
+from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
+from elastic_launch.core.progress.goodput import RoundProgress
 from tests.support.jobs import TWO, Job
 from tests.support.waiting import is_alive, wait_until
 
@@ -95,9 +97,18 @@ def test_a_worker_that_hangs_however_it_was_started(job: Job, how: str) -> None:
     assert done.returncode == 3
     assert "in deep_down\n" in stacks(done.stderr)
     if how in ("-t", "-r"):
-        assert "in deep_down\n" in next((job.path / "logs").rglob("1/stderr.log")).read_text()
+        assert "deep_down" not in next((job.path / "logs").rglob("1/stderr.log")).read_text()
     shown = [line for line in done.stderr.splitlines() if line.endswith(" in deep_down")]
-    assert len(shown) == (how != "-r"), "stacks are on the console where the worker's stderr is"
+    assert len(shown) == (how == "nested"), "a launcher below another one leaves stacks on stderr for it"
+
+
+def test_stacks_are_on_stderr_without_memory_for_them(job: Job) -> None:
+    script = job.script(FIRST_FAILS + IGNORE + HANG)
+    logs = job.path / "logs"
+    done = job.run(*TWO, "--shutdown-timeout", "1", "--log-dir", str(logs), script, ELASTIC_LAUNCH_PROGRESS="0")
+    assert done.returncode == 3
+    assert "in deep_down\n" in stacks(done.stderr)
+    assert len([line for line in done.stderr.splitlines() if line.endswith(" in deep_down")]) == 1
 
 
 def hang_as_rank_1(path: Path) -> None:
@@ -185,17 +196,26 @@ def test_a_program_that_is_not_python_hangs(job: Job) -> None:
     assert 1.0 <= killed_after(done.stderr) < 2.5
 
 
-@pytest.mark.parametrize("where", ["closed", "own"])
-def test_a_worker_that_hangs_with_another_stderr(job: Job, where: str) -> None:
-    other = "os.close(2)\n" if where == "closed" else "os.dup2(os.open('own.log', os.O_WRONLY | os.O_CREAT), 2)\n"
+OWN = "os.dup2(os.open('own.log', os.O_WRONLY | os.O_CREAT), 2)\n"
+
+
+@pytest.mark.parametrize("other", ["os.close(2)\n", OWN], ids=["closed", "own"])
+def test_a_worker_that_hangs_with_another_stderr(job: Job, other: str) -> None:
     script = job.script(f"{FIRST_FAILS}{IGNORE}{other}{HANG}")
+    done = job.run(*TWO, "--shutdown-timeout", "1", "--log-dir", str(job.path / "logs"), script)
+    assert done.returncode == 3
+    assert "in deep_down\n" in stacks(done.stderr)
+    if other == OWN:
+        assert not (job.path / "own.log").read_bytes()
+
+
+def test_a_worker_that_hangs_and_has_closed_all_files(job: Job) -> None:
+    script = job.script(f"{FIRST_FAILS}{IGNORE}os.closerange(3, 1000)\n{HANG}")
     done = job.run(*TWO, "--shutdown-timeout", "1", "--log-dir", str(job.path / "logs"), script)
     assert done.returncode == 3
     assert 1.0 <= killed_after(done.stderr) < 2.5
     assert not POINTER.search(done.stderr), "there are none that this launcher knows of"
     assert not list((job.path / "logs").rglob("stacks.log"))
-    if where == "own":
-        assert "in deep_down\n" in (job.path / "own.log").read_text()
 
 
 def test_a_second_sigterm_kills_at_once_what_hangs(job: Job) -> None:
@@ -379,7 +399,7 @@ def test_a_full_disk_hides_nothing(job: Job, small_disk: Path, tee: tuple[str, .
 
 
 def test_a_full_disk_hides_no_stacks(job: Job, small_disk: Path) -> None:
-    """They cannot be kept beside the error file then, but they were on the console."""
+    """They cannot be kept beside the error file then, so they are shown."""
     script = job.script("mark('runs')\nwait_for('go')\n" + FIRST_FAILS + IGNORE + HANG)
     process = job.start(*TWO, "--shutdown-timeout", "1", "--log-dir", str(small_disk), script)
     job.wait_for("0.0 runs", "1.0 runs")
@@ -387,7 +407,7 @@ def test_a_full_disk_hides_no_stacks(job: Job, small_disk: Path) -> None:
     job.mark("go")
     done = job.finish(process)
     assert done.returncode == 3
-    assert re.search(r"rank 1 .*: killed by SIGKILL; the stacks of its threads are on its stderr\n", done.stderr)
+    assert re.search(r"rank 1 .*: killed by SIGKILL; the stacks of its threads are shown above\n", done.stderr)
     assert "in deep_down\n" in done.stderr
 
 
@@ -417,6 +437,33 @@ def test_a_log_directory_that_cannot_be_made_is_an_error_before_anything_runs(jo
         done.stderr,
     )
     assert job.marks() == []
+
+
+# ---- What the job got done
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round's workers have made 617 steps when they end."""
+
+    def progress(self: LocalWorkers) -> RoundProgress:
+        return RoundProgress(617, time.monotonic(), time.monotonic())
+
+    monkeypatch.setattr(LocalWorkers, "progress", progress)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_last_line_and_the_report_say_what_the_job_got_done(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = elastic_launch(LaunchConfig(1, 1, 1, max_restarts=1), "sh")
+    made = r"; 1,234 steps, 0\.0 % of \d+\.\d s in steps, 1 restart cost \d+\.\d s\n"
+    job("-c", f"test -e {tmp_path}/failed || {{ touch {tmp_path}/failed; exit 3; }}")
+    assert re.search(f"done: 1 worker succeeded{made}", capfd.readouterr().err)
+    with pytest.raises(ChildFailedError) as caught:
+        job("-c", "exit 3")
+    assert re.search(f"\nprogress  : {made.removeprefix('; ')}", str(caught.value))
 
 
 def fill(folder: Path) -> None:

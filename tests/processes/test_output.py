@@ -21,7 +21,8 @@ from elastic_launch.config import LogsDest
 from elastic_launch.core.agent.lifecycle import SAME_SIGNAL
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
 from elastic_launch.logs.pump import BLOCK
-from tests.support.consoles import raw_terminal, screen
+from tests.support import consoles
+from tests.support.consoles import screen
 from tests.support.files import install_package
 from tests.support.jobs import TWO, Job, report_of
 from tests.support.waiting import DEADLINE, wait_until
@@ -52,41 +53,11 @@ def run(job: Job, *args: str, status: int = 0, **how: Any) -> tuple[bytes, bytes
     return out, err
 
 
-class Terminal:
-    """A terminal of 100 columns that does not change its output, with a launcher in it."""
+class Terminal(consoles.Terminal):
+    """A terminal with a launcher in it."""
 
     def __init__(self, job: Job, *args: str, stdin: Any = subprocess.DEVNULL, **env: str) -> None:
-        self.fd, theirs = raw_terminal()
-        try:
-            self.process = start(job, *args, stdin=stdin, stdout=theirs, stderr=theirs, **env)
-        finally:
-            os.close(theirs)
-        self.seen = b""
-        self.end = time.monotonic() + DEADLINE
-
-    def read(self) -> bool:
-        """Wait for output. Returns whether there was any."""
-        assert select.select([self.fd], [], [], self.end - time.monotonic())[0], self.seen
-        try:
-            block = os.read(self.fd, 1 << 16)
-        except OSError:  # EIO: the other end is closed
-            return False
-        self.seen += block
-        return True
-
-    def wait_for(self, text: bytes) -> None:
-        while text not in self.seen:
-            assert self.read(), self.seen
-
-    def finish(self, status: int = 0) -> list[bytes]:
-        """Read until the launcher ends. Returns the rows of the screen."""
-        try:
-            while self.read():
-                pass
-            assert self.process.wait(DEADLINE) == status, self.seen
-        finally:
-            os.close(self.fd)
-        return screen(self.seen)
+        super().__init__(lambda theirs: start(job, *args, stdin=stdin, stdout=theirs, stderr=theirs, **env))
 
 
 def files_in(directory: Path) -> dict[str, str]:

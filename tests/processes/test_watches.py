@@ -674,7 +674,8 @@ def is_healthy(port: int) -> bool:
 def test_nothing_is_left_of_a_worker_that_is_about_to_be_killed(job: Job) -> None:
     """The keeper dies between the messages to dump stacks and to kill. The report still has the cause."""
     script = job.script(f"import threading\n{CLIENT}takes_too_long()\n")
-    process = job.start("--log-dir", str(job.path / "logs"), script, **ENABLED)
+    # Without the memory for progress, stacks are on stderr, where they can be waited for.
+    process = job.start("--log-dir", str(job.path / "logs"), script, **ENABLED, ELASTIC_LAUNCH_PROGRESS="0")
     (keeper,) = wait_for_children(process)
     job.wait_for("0.0 is in")
     assert process.stderr

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from elastic_launch.core.agent.messages import Finish
+from elastic_launch.core.progress.judgement import Judgement
+from elastic_launch.core.progress.messages import Judged, RequestStacks, StacksArrived, StacksWanted
+from elastic_launch.core.progress.stack_groups import NodeStacks
+from elastic_launch.core.progress.verdict import Verdict
 from elastic_launch.core.rendezvous import ending
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, Consequence, Members, NodeRecord, decode, encode
@@ -16,6 +20,8 @@ from elastic_launch.core.store_requests import Set
 from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Assignment, Decision, End, EndKind, Policy
 from tests.support.simulation import Agent, World
+from tests.support.stalls import VERDICT, Watch
+from tests.support.training import Training
 from tests.support.worlds import RESET, all_end, form, running, world
 
 DEADLINE = 15.0
@@ -354,6 +360,176 @@ def test_a_round_number_of_nobody_is_named() -> None:
     refused(made, "round", "must be a number from 0 to 2147483648")
 
 
+# --- stalls
+
+
+def watched() -> tuple[World, list[Watch]]:
+    """A job of three nodes, with what watches their progress."""
+    made = World(1, job(3, 3))
+    made.trouble = False
+    watches = [Watch(made.add(rank=number)) for number in range(3)]
+    form(made, 3)
+    made.run(made.now + 2)
+    return made, watches
+
+
+def goes_on(made: World) -> None:
+    """The job still runs in its first round."""
+    made.run(made.now + 2 * DEADLINE)
+    assert running(made) == [0, 0, 0], [line for agent in made.agents for line in agent.shown()]
+
+
+def lines_of(made: World, text: str) -> list[str]:
+    return [line for agent in made.agents for line in agent.shown() if text in line]
+
+
+BLAME = Judgement(Verdict((0,), "it loops", "train.py:4 in step", True, "lock"), 0, "forged")
+HUGE = b"x" * (8 << 20)
+
+
+@pytest.mark.parametrize("verdict", [BLAME, NONSENSE, HUGE], ids=["good", "nonsense", "huge"])
+def test_a_verdict_on_workers_that_make_progress_is_not_even_read(verdict: NamedTuple | bytes) -> None:
+    made, watches = watched()
+    for number in (1, 2, -1):
+        forge(made, f"0/verdict/{number}", verdict)
+        forge(made, f"0/stacks/{number}/1", NONSENSE)
+    goes_on(made)
+    assert not any(watch.events for watch in watches)
+    assert not lines_of(made, "ignored")
+
+
+@pytest.mark.parametrize(
+    "verdict", [NONSENSE, HUGE, b'{"verdict":{},"blamed":0,"text":""}'], ids=["nonsense", "huge", "empty"]
+)
+def test_a_verdict_that_breaks_a_rule_is_ignored_with_a_line(verdict: bytes) -> None:
+    made, watches = watched()
+    forge(made, "0/verdict/1", verdict)
+    for watch in watches[1:]:
+        watch.claim()
+    watches[0].is_mute = True  # the judge waits for its stacks, so nobody replaces the verdict
+    watches[0].claim()
+    goes_on(made)
+    lines = lines_of(made, "ignored a verdict: ")
+    assert len(lines) == 2, "each node that awaits it says so once"
+    assert all("elastic/job/0/verdict/1 " in line for line in lines)
+    assert not any(watch.of(Judged) for watch in watches)
+
+
+def test_a_verdict_that_nobody_asked_for_reaches_no_more_than_who_waits_for_one() -> None:
+    made, watches = watched()
+    forge(made, "0/stall", b"1")
+    forge(made, "0/verdict/2", BLAME)
+    watches[1].claim()
+    goes_on(made)
+    assert not any(watch.events for watch in watches)
+
+
+def test_stacks_that_break_a_rule_are_ignored_with_a_line_and_their_node_is_judged_without_them() -> None:
+    made, watches = watched()
+    watches[2].is_mute = True
+    ticket = watches[2].agent.node.round.ticket
+    forge(made, f"0/stacks/1/{ticket}", NodeStacks("elsewhere", 1.0, (), (), (), ()), stacks=[[0]])
+    for watch in watches:
+        watch.claim()
+    goes_on(made)
+    assert all(watch.of(Judged) == [Judged(1, VERDICT, 3, "the stacks")] for watch in watches[:2])
+    hosts = [event.stacks.host for watch in watches for event in watch.of(StacksArrived)]  # type: ignore[union-attr]
+    assert sorted(hosts) == ["host-0", "host-1"]
+    [line] = lines_of(made, "ignored stacks: ")
+    assert f"elastic/job/0/stacks/1/{ticket} must have a stack for each group" in line
+
+
+@pytest.mark.parametrize("name", ["stalled", "stall", "look", "stalled/1"])
+@pytest.mark.parametrize("value", [b"x", b"-1", b"9" * 18, b"2147483649"])
+def test_the_number_of_a_stall_has_a_bound(name: str, value: bytes) -> None:
+    made, watches = watched()
+    forge(made, f"0/{name}", value)
+    if "/" in name:
+        watches[1].claim()
+    ends = finishes(made)
+    assert any(f"elastic/job/0/{name} must be a number from 0 to 2147483648" in end.error for end in ends), ends
+    assert {end.status for end in ends} == {69}
+
+
+@pytest.mark.parametrize("number", [1, 7, 2**31])
+def test_a_stall_that_no_member_has_claimed_costs_nothing(number: int) -> None:
+    made, watches = watched()
+    for name in ("stalled", "stalled/1", "stall"):
+        forge(made, f"0/{name}", b"%d" % number)
+    goes_on(made)
+    assert not any(watch.events for watch in watches)
+
+
+def test_a_stall_of_the_greatest_number_is_not_counted_further() -> None:
+    made, watches = watched()
+    forge(made, "0/stall", b"%d" % 2**31)
+    for watch in watches:
+        watch.claim()
+    goes_on(made)
+    assert not any(watch.of(Judged) for watch in watches)
+
+
+@pytest.mark.parametrize("number", [1, 7, 2**31])
+def test_a_forged_wish_for_stacks_costs_one_look_and_ends_no_job(number: int) -> None:
+    made, watches = watched()
+    forge(made, "0/look", b"%d" % number)
+    goes_on(made)
+    assert all(watch.of(StacksWanted) == [StacksWanted(-number)] for watch in watches)
+    watches[1].ask(RequestStacks())
+    goes_on(made)
+    assert len(watches[1].of(Judged)) == 1
+
+
+# --- stopping at the same step
+
+
+def stepping(count: int, settings: Settings) -> World:
+    """A job whose workers call ``should_stop()``."""
+    made = World(1, settings)
+    made.trouble = False
+    made.training = Training(made)
+    for _ in range(count):
+        made.add()
+    form(made, count)
+    made.run(made.now + 5)
+    return made
+
+
+def keep_forging(made: World, name: str, value: bytes) -> None:
+    """Write a key again and again, for a while in which its owner writes it, too."""
+
+    def forge_again() -> bool:
+        forge(made, name, value)
+        return not made.live()
+
+    made.run(made.now + 3, stop=forge_again)
+
+
+@pytest.mark.parametrize("value", [b"x", b"-1", b"9" * 18, b"9" * 40])
+@pytest.mark.parametrize(("name", "high"), [("calls/2", 10**15), ("stop_at", 10**15 + 1)])
+def test_the_call_at_which_workers_stop_has_a_bound(name: str, high: int, value: bytes) -> None:
+    made = stepping(2, job(2, 2))
+    made.agents[0].signal()
+    keep_forging(made, f"0/{name}", value)
+    ends = finishes(made)
+    assert any(f"elastic/job/0/{name} must be a number from 0 to {high}" in end.error for end in ends), ends
+
+
+@pytest.mark.parametrize("name", ["calls/2", "stop_at"])
+@pytest.mark.parametrize("value", [1, 10**15])
+def test_a_forged_call_keeps_no_worker_from_stopping(name: str, value: int) -> None:
+    made = stepping(2, job(2, 2))
+    made.agents[0].signal()
+    keep_forging(made, f"0/{name}", b"%d" % value)
+    assert [(end.signum, end.error) for end in finishes(made)] == [(15, ""), (15, "")]
+
+
+def test_an_end_at_the_same_step_that_nobody_decides_on_keeps_no_worker_from_stopping() -> None:
+    made = stepping(2, job(2, 2))
+    forge(made, "0/end", STOP._replace(same_step=True))
+    assert [(end.signum, end.error) for end in finishes(made)] == [(15, ""), (15, "")]
+
+
 # --- any of it
 
 
@@ -361,7 +537,7 @@ def test_no_forged_record_makes_an_unfinished_job_end_well() -> None:
     """Each record of a round, of any kind, under each key of a round, before it and in it."""
     keys = ["end", "decision", "closed", "members/0", "assignment/0/1", "assignment/0/2", "node/1", "node/2", "lost"]
     keys += ["consequences", "reported", "all_reported", "left", "all_left", "succeeded", "succeeded/1", "status"]
-    keys += ["leader/1", "monitor/1", "ticket"]
+    keys += ["leader/1", "monitor/1", "ticket", "stall", "stalled", "look", "stop_at", "calls/1", "verdict/1"]
     place = Assignment(0, 2, 0, 4, 2, 0, 4, "10.0.0.1", 29500, "elsewhere", False)
     values: list[NamedTuple | bytes] = [DONE, STOP, ERROR, FAILED, FINAL, Closed(0, 2, 2), STRANGER, place]
     values += [Members((1, 2), ("node-0", "node-1"), ("a", "b")), b"1", b"7", b"99999999999999999999", b"\xff{"]

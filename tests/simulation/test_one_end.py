@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from signal import SIGTERM
 
 import pytest
 
@@ -120,6 +121,74 @@ def test_an_error_on_the_node_that_logs_for_all_is_logged_by_another() -> None:
     first.ask(Leave(error="cannot start the workers", status=69))
     until(made, 30)
     assert any("cannot start the workers: stopping" in line for line in other.shown(Level.INFO))
+
+
+# --- the user asks
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_restart_that_is_asked_for_anywhere_is_one_of_all_that_costs_nothing(number: int) -> None:
+    """Also on a spare: the fourth node of a job of three."""
+    made = world(4, job(3, 3, Policy(0)))
+    form(made, 3)
+    until(made, 5)
+    made.agents[number].request_restart()
+    made.run(made.now + 100, stop=lambda: running(made).count(1) == 3)
+    assert sorted(made.assignments[1]) == [0, 1, 2]
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {0}
+    reasons = {agent.node.round.end.reason for agent in made.agents if agent.node.round.end}
+    assert reasons <= {f"restart requested on host-{number}"}
+    all_end(made)
+
+
+def test_two_restarts_at_once_are_one() -> None:
+    made = world(3, job(3, 3))
+    form(made, 3)
+    for agent in made.agents:
+        agent.request_restart()
+    until(made, 60)
+    assert running(made) == [1, 1, 1]
+
+
+def test_a_worker_that_fails_after_a_restart_was_asked_for_uses_up_none() -> None:
+    made = world(3, job(3, 3, Policy(0)))
+    form(made, 3)
+    made.agents[1].request_restart()
+    made.run(made.now + 10, stop=lambda: made.agents[1].node.round.end is not None)
+    made.agents[2].fail_worker(7)
+    until(made, 60)
+    assert running(made) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_stop_of_the_job_that_is_asked_for_anywhere_ends_all_nodes_with_the_signal(number: int) -> None:
+    """Although two nodes would be enough to go on, and the fourth is a spare."""
+    made = world(4, job(2, 3))
+    form(made, 3)
+    until(made, 5)
+    made.agents[number].signal("stop requested on host-x")
+    until(made, 60)
+    assert one(made) == Finish(signum=15)
+    assert list(made.assignments) == [0]
+    assert sum("stop requested on host-x: stopping 2 workers" in line for a in made.agents for line in a.shown()) <= 3
+
+
+def test_a_stop_of_the_job_ends_also_those_that_wait_for_the_first_round() -> None:
+    made = world(2, job(3, 3))
+    until(made, 5)
+    made.agents[1].signal("stop requested on host-1")
+    until(made, 60)
+    assert one(made) == Finish(signum=15)
+
+
+def test_a_stop_of_the_job_between_two_rounds_ends_all_nodes() -> None:
+    made = world(3, job(1, 3))
+    form(made, 3)
+    made.agents[0].fail_worker()
+    made.run(made.now + 10, stop=lambda: not any(agent.running == 0 for agent in made.agents))
+    made.agents[1].signal("stop requested on host-1")
+    until(made, 60)
+    assert {end.signum for end in finishes(made)} == {15}
 
 
 # --- one count
@@ -326,6 +395,25 @@ def test_a_store_that_is_back_soon_costs_nothing() -> None:
     assert running(made) == [0, 0, 0]
     all_end(made)
     assert one(made) == Finish()
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["host", "other"])
+def test_the_host_of_the_store_and_another_node_leave_at_once_and_the_job_ends_by_the_signal(first: int) -> None:
+    made = world(0, job(1, 3))
+    for number in range(3):
+        agent = Agent(made, number)
+        agent.backend.serves = number == 0
+        made.agents.append(agent)
+        agent.begin()
+    form(made, 3)
+    host, other, _ = made.agents
+    [host, other][1 - first].stall(0.1)
+    host.signal()
+    other.signal()
+    made.run(made.now + 100, stop=lambda: host.gone)
+    made.stop_store()
+    until(made, 30)
+    assert [end.signum for end in finishes(made)] == [SIGTERM] * 3
 
 
 def test_a_store_that_forgets_everything_costs_a_round_but_no_restart() -> None:

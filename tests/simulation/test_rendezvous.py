@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -249,6 +251,7 @@ def play(seed: int) -> Scene:
     )
     made = World(seed, settings)
     made.stop_time = chance.choice([2, 2, 25])
+    made.step_time = 0.3
     for _ in range(chance.randint(low, high + 1)):
         made.at(made.now + chance.choice([0, chance.uniform(0, 5), chance.uniform(0, 20)]), made.start)
 
@@ -268,6 +271,7 @@ def play(seed: int) -> Scene:
             "fail": agent.fail_worker,
             "break": lambda: break_down(agent),
             "signal": agent.signal,
+            "restart": agent.request_restart,
         }[what]()
 
     def break_down(agent: Agent) -> None:
@@ -279,6 +283,7 @@ def play(seed: int) -> Scene:
         made.after(chance.uniform(0, 0.2), chance.choice([agent.kill, lambda: agent.fail_worker(-9)]))
 
     strikes = ["kill", "freeze", "disconnect", "cut", "stall", "fail", "fail", "break", "succeed", "signal", "add"]
+    strikes += ["restart", "restart"]
     for _ in range(chance.randint(0, 8)):
         what = chance.choice(strikes)
         made.after(chance.uniform(0, 60), lambda what=what: strike(what))  # type: ignore[misc]
@@ -318,6 +323,40 @@ def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
             raise AssertionError(f"seed {seed}: play({seed}) shows it again") from error
     assert {scene.ends for scene in scenes} == {"succeeded", "failed", "gone"}
     assert max(scene.rounds for scene in scenes) >= 4
+
+
+def test_no_schedule_charges_a_restart_that_the_user_asks_for() -> None:
+    """Nor does it start a round beside another: the simulation checks that at all times."""
+    assert max(map(_restart_often, range(200))) >= 5
+
+
+def _do(strike: Callable[[Agent], object], agent: Agent) -> None:
+    strike(agent)
+
+
+def _restart_often(seed: int) -> int:
+    """Return the number of rounds of a job whose user restarts it now and then, while the network has its troubles."""
+    chance = random.Random(seed)
+    made = World(seed, Settings("job", 2, 3, join_timeout=10_000, last_call_timeout=2, policy=Policy(0)))
+    for _ in range(chance.randint(2, 4)):
+        made.add()
+    form(made, min(3, len(made.agents)))
+    strikes: list[Callable[[Agent], object]] = [
+        Agent.request_restart,
+        Agent.request_restart,
+        lambda agent: list(map(Agent.request_restart, made.live())),
+        Agent.disconnect,
+        lambda agent: agent.stall(5),
+        lambda agent: agent.freeze(5),
+    ]
+    for _ in range(8):
+        strike, agent = chance.choice(strikes), chance.choice(made.agents)
+        made.after(chance.uniform(0, 60), partial(_do, strike, agent))
+    made.run(made.now + 300)
+    assert len(made.live()) == len(made.agents), f"{made}: a restart has ended the job"
+    histories = {a.restart_history for given in made.assignments.values() for a in given.values()}
+    assert {(history.used, history.node) for history in histories} == {(0, "")}, f"{made}"
+    return len(made.assignments)
 
 
 def test_states_of_the_simulation_are_those_of_the_agent() -> None:

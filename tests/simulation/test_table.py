@@ -13,12 +13,19 @@ from elastic_launch.core.agent.messages import (
     AgentEvent,
     Fence,
     Finish,
+    GiveUpStop,
     Leave,
     RendezvousAction,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
+    RequestRestart,
+    RequestStop,
 )
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
+from elastic_launch.core.progress.stack_groups import NodeStacks
+from elastic_launch.core.progress.verdict import Verdict
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import (
     Answer,
@@ -39,6 +46,7 @@ from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous.store_link import Timeouts
 from tests.support.simulation import Agent, World
+from tests.support.training import Training
 from tests.support.worlds import RESET, form, running
 
 IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
@@ -102,12 +110,23 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.PollMembers: {MEMBER, OUTSIDE, ENDED},
     questions.TakeOverMonitoring: {MEMBER, OUTSIDE, ENDED},
     questions.CheckFinished: {MEMBER, OUTSIDE, ENDED},
+    questions.CountLooks: {MEMBER},
+    questions.AwaitLook: {MEMBER},
+    questions.LearnLook: {MEMBER},
+    questions.CheckSucceeded: {MEMBER},
+    questions.CountStalls: {MEMBER},
+    questions.AwaitStall: {MEMBER},
+    questions.AwaitVerdict: {MEMBER},
+    questions.CheckClaims: {MEMBER},
+    questions.CollectStacks: {MEMBER},
     questions.CountFinished: {MEMBER},
     questions.ReadFinished: {MEMBER, LEAVING},
     questions.LearnEnd: {JOINING, WAITING, MEMBER, OUTSIDE, LEAVING},
     questions.CountReported: {ENDED},
     questions.ReadConsequences: {ENDED, LEAVING},
     questions.LearnDecision: {ENDED},
+    questions.ReadCalls: {ENDED},
+    questions.LearnStopAt: {ENDED},
     questions.CountLeft: {ENDED, LEAVING},
     questions.CompareLeft: {ENDED, LEAVING},
     questions.ConfirmWritten: {LEAVING},
@@ -121,12 +140,24 @@ INPUTS: list[tuple[Input, set[Phase]]] = [
     # While workers run. The node may know the end of the round before the agent does:
     (ReportFailure(ProcessFailure(0, 1, 1)), {MEMBER, ENDED}),
     (Fence(), {MEMBER, ENDED, LEAVING}),
+    (RequestStacks(), set(Phase)),
+    (ClaimStall(), {MEMBER, ENDED, LEAVING}),
+    (WithdrawClaim(), {MEMBER, ENDED, LEAVING}),
+    (ReportStacks(1, NodeStacks("host", 2.0, (), (), (), ())), {MEMBER, ENDED, LEAVING}),
+    (ReportVerdict(1, Verdict((), "", "", False, "unknown"), -1, ""), {MEMBER, ENDED, LEAVING}),
+    # A signal stops them, or another node's:
+    (RequestStop(15), {MEMBER, ENDED}),
+    (ReportCalls(3), {ENDED}),
+    (GiveUpStop(), {ENDED}),
     # When they have ended:
     (ReportSuccess(), {MEMBER, ENDED}),
     # After Ended, also from the node's own lease; the exit barrier may come at the same time:
     (ReportRound(Decision(False)), {MEMBER, ENDED, LEAVING}),
     # Because of signals, and errors of the launcher:
     (Leave(15), set(Phase)),
+    (Leave(15, reason="the user stops the job"), set(Phase)),
+    # The user asks, whatever the node does, once it has begun to join:
+    (RequestRestart("the user asks for another round"), set(Phase) - {IDLE}),
     (Leave(error="broken", status=70), set(Phase)),
     (Close(), set(Phase)),
     # The store comes and goes, and time passes.
@@ -420,6 +451,8 @@ def rough(seed: int) -> str:
     made.exit_barrier_timeout = chance.choice([0, 3, 20, float("inf")])
     has_host = not forgets and chance.random() < 0.4
     stays = not has_host and chance.random() < 0.2
+    if chance.random() < 0.5:
+        made.training = Training(made, together=chance.random() < 0.5, pace=lambda: chance.uniform(0.2, 3))
 
     def start() -> None:
         agent = Agent(made, len(made.agents))
@@ -459,6 +492,9 @@ def rough(seed: int) -> str:
         Agent.succeed,
         lambda agent: list(map(Agent.succeed, made.live())),
         Agent.signal,
+        Agent.request_restart,
+        Agent.request_restart,
+        lambda agent: agent.signal("the user stops the job"),
         lambda agent: None if forgets else start(),
         lambda agent: None if has_host else restart_store(),
         lambda agent: None if has_host else restart_store(),

@@ -23,8 +23,10 @@ from typing import Any
 import psutil
 import pytest
 
+from elastic_launch.cli import store_checks
 from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError, UsageError
+from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
@@ -563,6 +565,18 @@ def test_tls_with_a_client_certificate(secured: str, certificates: Path, agents:
     ca, cert, key = path["ca.pem"], path["client.pem"], path["client.key"]
     assert agents(secured, protocol="https", cacert=ca, cert=cert, key=key)(Add("n", 1)) == 1
     assert agents(secured, ca_cert=ca, ssl_cert=cert, ssl_cert_key=key)(Add("n", 1)) == 1
+
+
+@pytest.mark.xdist_group("etcd-tls")
+def test_dry_run_asks_over_tls(secured: str, certificates: Path) -> None:
+    files = {name: str(certificates / file) for name, file in (("cert", "client.pem"), ("key", "client.key"))}
+    conf = {"cacert": str(certificates / "ca.pem"), **files}
+    assert f"{secured} is healthy (etcd " in str(store_checks.store(EtcdBackend(secured, "j", conf, {}), 600))
+    wrong = {**conf, "cacert": str(certificates / "another-ca.pem")}
+    with pytest.raises(RendezvousConnectionError, match="certificate"):
+        store_checks.store(EtcdBackend(secured, "j", wrong, {}), 600)
+    with pytest.raises(RendezvousConnectionError, match="cannot use cacert, cert and key of --rdzv-conf"):
+        store_checks.store(EtcdBackend(secured, "j", {**conf, "key": str(certificates / "ca.key")}, {}), 600)
 
 
 @pytest.mark.xdist_group("etcd-tls")

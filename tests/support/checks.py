@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from elastic_launch.core.agent.journal import Entry
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
@@ -13,6 +14,9 @@ from elastic_launch.job import Assignment
 
 if TYPE_CHECKING:
     from tests.support.simulation import Agent, World
+
+BEGINNING = 1000.0
+"""When a world begins, on its clock."""
 
 
 class Checks:
@@ -27,6 +31,8 @@ class Checks:
         self._decided: set[tuple[str, int]] = set()
         self.asked: set[tuple[type[Question], Phase]] = set()
         """Questions to the store, and the phases in which nodes asked them."""
+        self.recorded_of_job: dict[tuple[str, int | None], Entry] = {}
+        """The entries of the job's life, by name and round."""
 
     def stepped(self, node: NodeState, ready: Ready) -> None:
         """A node's state is valid after each step."""
@@ -51,6 +57,11 @@ class Checks:
         used_before = min((other.restart_history.used for other in before.values()), default=used)
         assert used - used_before in (0, 1) or settings.policy.window, f"{self._world}: counted twice"
         assert used <= settings.policy.max_restarts
+        made = assignment.restart_history.goodput
+        steps_before = min((other.restart_history.goodput.steps for other in before.values()), default=made.steps)
+        assert made.steps >= steps_before, f"{self._world}: steps are forgotten"
+        assert min(made.in_steps, made.startup, *made.lost, *made.since) >= 0
+        assert made.elapsed <= self._world.now - BEGINNING, f"{self._world}: more time than there was"
         assert settings.min_nodes <= assignment.group_world_size <= settings.max_nodes
         assert 0 <= rank < assignment.group_world_size
         assert 0 <= assignment.base_rank <= assignment.world_size - assignment.local_world_size
@@ -68,6 +79,16 @@ class Checks:
                 f"{self._world}: {agent.name} still trains in round {agent.generation}, "
                 f"{starting.name} in {starting.generation}"
             )
+
+    def recorded(self, entries: list[Entry]) -> None:
+        """What is written of the job's life is written by one node."""
+        for entry in entries:
+            if entry.of_job:
+                key = entry.name, entry.round
+                assert key not in self.recorded_of_job, (
+                    f"{self._world}: written twice: {self.recorded_of_job[key]} {entry}"
+                )
+                self.recorded_of_job[key] = entry
 
     def told(self, agent: Agent, event: Ended | Decided) -> None:
         """An agent gets one decision a round."""

@@ -6,10 +6,15 @@ import contextlib
 import fcntl
 import os
 import re
+import select
 import struct
+import subprocess
 import termios
+import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from tests.support.waiting import DEADLINE
 
 
 class Console:
@@ -66,10 +71,48 @@ def raw_terminal() -> tuple[int, int]:
     return reading, writing
 
 
+class Terminal:
+    """A terminal of 100 columns that does not change its output, with a program in it."""
+
+    def __init__(self, start: Callable[[int], subprocess.Popen[bytes]]) -> None:
+        """``start`` is called with the descriptor that the program is to have as its standard streams."""
+        self.fd, theirs = raw_terminal()
+        try:
+            self.process = start(theirs)
+        finally:
+            os.close(theirs)
+        self.seen = b""
+        self.end = time.monotonic() + DEADLINE
+
+    def read(self) -> bool:
+        """Wait for output. Returns whether there was any."""
+        assert select.select([self.fd], [], [], self.end - time.monotonic())[0], self.seen
+        try:
+            block = os.read(self.fd, 1 << 16)
+        except OSError:  # EIO: the other end is closed
+            return False
+        self.seen += block
+        return True
+
+    def wait_for(self, text: bytes) -> None:
+        while text not in self.seen:
+            assert self.read(), self.seen
+
+    def finish(self, status: int = 0) -> list[bytes]:
+        """Read until the program ends. Returns the rows of the screen."""
+        try:
+            while self.read():
+                pass
+            assert self.process.wait(DEADLINE) == status, self.seen
+        finally:
+            os.close(self.fd)
+        return screen(self.seen)
+
+
 def screen(written: bytes) -> list[bytes]:
-    """The rows of a terminal of 100 columns after these bytes; of control sequences what the pump writes."""
+    """The rows of a terminal of 100 columns after these bytes, without colours; it knows the launcher's sequences."""
     rows, column, wraps = [bytearray()], 0, True
-    for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", written, re.DOTALL):
+    for token in re.findall(rb"\x1b\[\??\d*[A-Za-z]|.", re.sub(rb"\x1b\[\d+m", b"", written), re.DOTALL):
         if token == b"\x1b[K":
             del rows[-1][column:]
         elif token in (b"\x1b[?7l", b"\x1b[?7h"):
@@ -89,3 +132,64 @@ def screen(written: bytes) -> list[bytes]:
             rows[-1][column : column + 1] = token
             column += 1
     return [bytes(row) for row in rows]
+
+
+class LiveScreen:
+    """A terminal of some size that shows what a full-screen program writes; of control sequences what ours uses."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.resize(rows, columns)
+        self.is_other = False
+        """Whether the program uses the other screen."""
+        self.has_cursor = True
+        self.blank_frames = 0
+        """How often the screen was empty between two updates, which a person sees as flicker."""
+        self._rest = b""
+
+    def resize(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+        self.lines = [" " * columns for _ in range(rows)]
+        self._row = self._column = 0
+
+    def shown(self) -> list[str]:
+        """The rows, without blanks at their ends."""
+        return [line.rstrip() for line in self.lines]
+
+    def feed(self, data: bytes) -> None:
+        """Show what was written."""
+        text = (self._rest + data).decode(errors="ignore")
+        self._rest = b""
+        for token in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|.", text, re.DOTALL):
+            self._take(token)
+
+    def _take(self, token: str) -> None:
+        match token:
+            case "\x1b[?1049h" | "\x1b[?1049l":
+                self.is_other = token.endswith("h")
+                self.lines = [" " * self.columns for _ in range(self.rows)]
+                self._row = self._column = 0
+            case "\x1b[?25h" | "\x1b[?25l":
+                self.has_cursor = token.endswith("h")
+            case "\x1b[?2026h" | "\x1b[?2026l":
+                pass
+            case "\x1b[H":
+                self._row = self._column = 0
+            case "\x1b[K":
+                self.lines[self._row] = self.lines[self._row][: self._column].ljust(self.columns)
+            case "\x1b[J":
+                self.lines[self._row + 1 :] = [" " * self.columns for _ in self.lines[self._row + 1 :]]
+            case "\x1b[2J":
+                self.blank_frames += 1
+            case "\r":
+                self._column = 0
+            case "\n":
+                self._row += 1
+                if self._row == self.rows:
+                    self.lines = [*self.lines[1:], " " * self.columns]
+                    self._row -= 1
+            case _:
+                assert not token.startswith("\x1b"), f"unknown control sequence {token!r}"
+                assert self._column < self.columns, f"a row that is too long: {self.lines[self._row]}"
+                line = self.lines[self._row]
+                self.lines[self._row] = line[: self._column] + token + line[self._column + 1 :]
+                self._column += 1

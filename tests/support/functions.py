@@ -291,3 +291,27 @@ def fail_beside_one_that_ignores_sigterm(path: str) -> None:
 def speak() -> None:
     os.write(1, f"out {rank()}\n".encode())  # pytest has its own in place of sys.stdout
     os.write(2, f"err {rank()}\n".encode())
+
+
+def train(steps: int) -> None:
+    """Step an optimizer."""
+    import torch
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(2)
+    for _ in range(steps):
+        optimizer.step()
+
+
+def tell(steps: int) -> None:
+    """Tell of iterations, in the worker and in a child."""
+    from elastic_launch import worker
+
+    for step in range(steps):
+        worker.progress(step)
+    pid = os.fork()
+    worker.progress(1000)
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)

@@ -14,11 +14,12 @@ import random
 import socket
 from collections import deque
 from collections.abc import Callable
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 from elastic_launch.core.agent import lifecycle
-from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.journal import Journal
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
@@ -29,6 +30,7 @@ from elastic_launch.core.agent.messages import (
     Exited,
     Fence,
     Finish,
+    GiveUpStop,
     GroupReaped,
     LeaseExpired,
     Leave,
@@ -36,16 +38,23 @@ from elastic_launch.core.agent.messages import (
     Log,
     ReapLeftovers,
     RendezvousAction,
+    ReportCalls,
     ReportFailure,
     ReportRound,
     ReportSuccess,
     RequestJoin,
+    RequestRestart,
+    RequestStop,
+    RestartRequested,
     SendSignal,
+    SetStop,
     Signalled,
     Start,
     Started,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress
+from elastic_launch.core.progress.messages import ProgressEvent
 from elastic_launch.core.rendezvous.messages import Ready, Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
@@ -55,8 +64,15 @@ from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import Timeouts
 from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
-from tests.support.checks import Checks
+from tests.support.checks import BEGINNING, Checks
 from tests.support.memory_store import MemoryStore
+from tests.support.training import VISIBLE_AFTER, Training
+
+WITH_WORKERS = (AgentPhase.RUNNING, AgentPhase.HOLDING, AgentPhase.DRAINING, AgentPhase.STOPPING)
+"""The phases in which workers may run."""
+
+CHECKPOINT = 10
+"""Number of steps after which workers can resume."""
 
 
 class World:
@@ -69,11 +85,15 @@ class World:
         self.timeouts = timeouts
         self.store = MemoryStore()
         self.is_store_up = True
-        self.now = 1000.0
+        self.now = BEGINNING
         self.agents: list[Agent] = []
         self.checks = Checks(self)
         self.exit_barrier_timeout = float("inf")
         self.stop_time = 2.0
+        self.step_time = 0.0
+        """Seconds that a step of the workers takes; 0: they count none."""
+        self.training: Training | None = None
+        """What the workers do; None: nothing."""
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -130,7 +150,7 @@ class World:
         self.is_store_up = True
 
     def __str__(self) -> str:
-        return f"seed {self.seed} at {self.now - 1000:.3f} s"
+        return f"seed {self.seed} at {self.now - BEGINNING:.3f} s"
 
 
 class Pending:
@@ -319,16 +339,26 @@ class Agent:
         self.generation = -1
         """The round that they belong to."""
         self.lease = float("inf")
+        self.hold, self.stop_at = False, 0
+        """What its workers see of what it has written into their memory."""
         self._stop_signals: tuple[int, ...] = ()
         self._evidence: dict[int, Evidence] = {}
+        self.watch: Callable[[ProgressEvent], None] = lambda event: None
+        """Gets what the rendezvous has to say of the workers' progress."""
+        self._started_at = self._last_alive_at = 0.0
+        """When its workers came to life, and when the last of them that has ended did."""
+        self._resumed_at = 0
+        """The number of their first step."""
         self.asked = 0
         """Number of requests to the store."""
         self._is_woken = False
         self._timer: float | None = None
         limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout)
         self.state, self._first_actions = lifecycle.begin(limits)
+        self.journal = Journal("train.py", 1, world.settings.policy.max_restarts, world.now)
 
     def begin(self) -> None:
+        self._record(None, None, self._first_actions)
         self._carry_out(self._first_actions)
 
     @property
@@ -382,8 +412,27 @@ class Agent:
         while self.state.phase is AgentPhase.RUNNING and self.alive:
             self.succeed_worker()
 
-    def signal(self) -> None:
-        self._live(Signalled(SIGTERM, self.world.now))
+    def end_worker(self, rank: int) -> None:
+        """A worker ends well by itself, or after its stop signal."""
+        self._die(Exit(rank, 0, self.world.now, self._stop_signals))
+
+    def signal(self, reason: str = "") -> None:
+        """SIGTERM; with a reason the user stops the whole job."""
+        self._tell(Signalled(SIGTERM, self.world.now, reason=reason))
+
+    def interrupt(self) -> None:
+        self._tell(Signalled(SIGINT, self.world.now))
+
+    def request_restart(self) -> None:
+        """The user asks for another round."""
+        self._tell(RestartRequested(f"restart requested on {self.name}"))
+
+    def _tell(self, event: AgentEvent) -> None:
+        """Something comes from outside; a frozen agent learns of it when it resumes."""
+        if self.frozen_until > self.world.now:
+            self._soon(lambda: self._live(event), 0.0)
+        else:
+            self._live(event)
 
     def ask(self, action: RendezvousAction) -> None:
         """Hand an action to the rendezvous, as the agent does."""
@@ -446,7 +495,7 @@ class Agent:
 
     def _after_step(self, node: NodeState, ready: Ready) -> None:
         self.node = node
-        self.logged += [(level, text) for text, level in ready.log]
+        self.logged += [(level, text) for text, level, _ in ready.log]
         self.world.checks.stepped(node, ready)
 
     def _soon(self, do: Callable[[], None], seconds: float) -> None:
@@ -465,19 +514,42 @@ class Agent:
     def _live(self, event: AgentEvent) -> None:
         if self.dead or self.finish is not None:
             return
+        if isinstance(event, ProgressEvent):
+            self.watch(event)
+            return
         if isinstance(event, Ended | Decided):
             self.world.checks.told(self, event)
-        self.state, actions = lifecycle.step(self.state, event, self.world.now)
+        if isinstance(event, Signalled | Ended | DeadlineReached) and self.world.training:
+            event = event._replace(calls=self.world.training.calls(self))
+        before = self.state
+        self.state, actions = lifecycle.step(before, event, self.world.now)
+        self._record(before, event, actions)
         self._carry_out(actions)
-        if self.state.phase is AgentPhase.PAUSING and self.state.deadline is not None:
-            paused, seconds = self.state, self.state.deadline - self.world.now
-            self._soon(lambda: self._live(DeadlineReached()) if self.state is paused else None, seconds)
+        has_deadline = self.state.phase in (AgentPhase.PAUSING, AgentPhase.HOLDING, AgentPhase.DRAINING)
+        if has_deadline and (deadline := self.state.deadline) is not None:
+            phase = self.state.phase
+
+            def reach_deadline() -> None:
+                if (self.state.phase, self.state.deadline) == (phase, deadline):
+                    self._live(DeadlineReached())
+
+            self._soon(reach_deadline, max(0.0, deadline - self.world.now))
+
+    def _record(self, before: AgentState | None, event: AgentEvent | None, actions: list[Action]) -> None:
+        step = Transition(before, event, self.state, actions, self.world.now, self.world.now)
+        self.world.checks.recorded(self.journal.observe(step))
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case RequestJoin() | ReportFailure() | ReportSuccess() | ReportRound() | Leave() | Fence():
+                case RequestJoin() | RequestRestart() | ReportFailure() | ReportSuccess() | ReportRound():
                     self.ask(action)
+                case Leave() | Fence():
+                    self.ask(action)
+                case RequestStop() | ReportCalls() | GiveUpStop():
+                    self.ask(action)
+                case SetStop(hold, stop_at):
+                    self._set_stop(hold, stop_at)
                 case Start(assignment):
                     self._start(assignment)
                 case SendSignal(signum, ranks, True):
@@ -486,7 +558,7 @@ class Agent:
                         self._stop_soon(Exit(rank, -signum, self.world.now, (signum,)), seconds)
                 case ReapLeftovers(kill):
                     self.alive = set() if kill else self.alive
-                    self._soon(lambda: self._live(GroupReaped(self._evidence)), 0.01)
+                    self._soon(lambda: self._live(GroupReaped(self._evidence, progress=self._progress())), 0.01)
                 case Finish():
                     self.finish = action
                     self.close()
@@ -498,20 +570,50 @@ class Agent:
         self.generation = assignment.restart_count
         self._stop_signals = ()
         self._evidence = {}
+        self._started_at = self._last_alive_at = self.world.now
+        self._resumed_at = max(0, assignment.restart_history.goodput.number + 1) // CHECKPOINT * CHECKPOINT
         self.alive = set(range(assignment.local_world_size))
         self.world.checks.started(self)
         self._look_at_lease()
+        self.hold, self.stop_at = False, 0
+        if self.world.training:
+            self.world.training.start(self, assignment)
         pids = {rank: 100 + rank for rank in range(assignment.local_world_size)}
         self._soon(lambda: self._live(Started(pids)), 0.01)
 
+    def _progress(self) -> RoundProgress | None:
+        """The steps that its workers made while they lived, from the latest checkpoint on."""
+        if not (step := self.world.step_time):
+            return None
+        steps = int((self._last_alive_at - self._started_at) / step)
+        first, last = self._started_at + step, self._started_at + steps * step
+        number = self._resumed_at
+        return RoundProgress(steps, first, last, number, number + steps - 1) if steps else RoundProgress()
+
+    def _set_stop(self, hold: bool, stop_at: int) -> None:
+        """Write into the workers' memory, which they see a moment later."""
+        generation = self.generation
+
+        def show() -> None:
+            if self.generation == generation:
+                self.hold, self.stop_at = hold, stop_at
+
+        if self.world.training:
+            self.world.training.held |= {generation} if hold else set()
+            self.world.after(self.world.random.choice([0.0, VISIBLE_AFTER]), show)
+
     def _stop_soon(self, exit_: Exit, seconds: float) -> None:
         self._stop_signals = exit_.stop_signals
-        self.world.after(seconds, lambda: self._die(exit_))
+        if self.world.training:
+            self.world.training.signal(self, exit_.local_rank)
+        generation = self.generation
+        self.world.after(seconds, lambda: self._die(exit_) if self.generation == generation else None)
 
     def _die(self, exit_: Exit) -> None:
         """A worker's process ends; the agent learns of it when it can."""
         if exit_.local_rank in self.alive:
             self.alive.discard(exit_.local_rank)
+            self._last_alive_at = self.world.now
             event = Exited(exit_, self._evidence.get(exit_.local_rank, NOTHING))
             if self.frozen_until > self.world.now:
                 self._soon(lambda: self._exit(event), 0.0)
@@ -519,18 +621,18 @@ class Agent:
                 self._exit(event)
 
     def _exit(self, event: Exited) -> None:
-        is_watched = self.state.phase in (AgentPhase.RUNNING, AgentPhase.STOPPING)
+        is_watched = self.state.phase in WITH_WORKERS
         if is_watched and event.exit.local_rank in self.state.running:
             self._live(event)
 
     def _renew(self, until: float) -> None:
         self.lease = until
-        self.world.at(max(until, self.world.now), self._look_at_lease)
+        if until < float("inf"):
+            self.world.at(max(until, self.world.now), self._look_at_lease)
 
     def _look_at_lease(self) -> None:
         """What the keeper does."""
         if self.alive and self.world.now >= self.lease:
-            phases = (AgentPhase.RUNNING, AgentPhase.STOPPING)
-            self._soon(lambda: self._live(LeaseExpired()) if self.state.phase in phases else None, 0.0)
+            self._soon(lambda: self._live(LeaseExpired()) if self.state.phase in WITH_WORKERS else None, 0.0)
             for rank in sorted(self.alive):
                 self._die(Exit(rank, -9, self.world.now, (9,)))

@@ -10,8 +10,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from elastic_launch.core.agent.root_cause import NOTHING, Evidence, Exit
+from elastic_launch.core.progress.goodput import RoundProgress
+from elastic_launch.core.progress.messages import ProgressEvent, ProgressRequest
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, Level, Policy
+from elastic_launch.job import Assignment, Decision, End, Goodput, Level, LineKind, Policy
 
 # Events: what happened.
 
@@ -43,6 +45,10 @@ class Signalled(NamedTuple):
     signum: int
     time: float
     """When the signal arrived, in seconds since 1970; the agent may handle it later."""
+    calls: int = 0
+    """Greatest number of calls of ``should_stop()`` that a worker of this node has begun; 0: none has asked."""
+    reason: str = ""
+    """Why the whole job is to stop, in one line; empty: this node leaves, and the others go on if they can."""
 
 
 class UserSignalled(NamedTuple):
@@ -51,12 +57,31 @@ class UserSignalled(NamedTuple):
     signum: int
 
 
+class RestartRequested(NamedTuple):
+    """The user asks for another round."""
+
+    reason: str
+    """Why the round ends, in one line."""
+
+
 class TimerExpired(NamedTuple):
     """A worker stayed in a timer's scope for too long."""
 
     pid: int
     reason: str
     """A few words on the timer, for the failure report."""
+
+
+class Hung(NamedTuple):
+    """The job makes no progress, this node's worker is the likeliest cause, and ``--hang-action`` is not ``report``."""
+
+    local_rank: int
+    error: str
+    """What it does, in one line."""
+    report: str
+    """The stacks of all ranks, merged."""
+    time: float
+    """When that was found, in seconds since 1970."""
 
 
 class LeaseExpired(NamedTuple):
@@ -68,6 +93,10 @@ class DeadlineReached(NamedTuple):
 
     evidence: Mapping[int, Evidence] = MappingProxyType({})
     """What is known about workers that failed, by local rank; only after SIGKILL."""
+    progress: RoundProgress | None = None
+    """What the workers made; None: nobody counts. Only after SIGKILL."""
+    calls: int = 0
+    """As in ``Signalled``."""
 
 
 class GroupReaped(NamedTuple):
@@ -77,6 +106,8 @@ class GroupReaped(NamedTuple):
     """What is known about workers that failed, by local rank."""
     leftovers: tuple[str, ...] = ()
     """Names of the processes that outlived their worker and had to be killed."""
+    progress: RoundProgress | None = None
+    """What the workers made; None: nobody counts."""
 
 
 class Ended(NamedTuple):
@@ -85,6 +116,15 @@ class Ended(NamedTuple):
     end: End
     time: float
     """When this node learned of it, in seconds since 1970."""
+    calls: int = 0
+    """As in ``Signalled``."""
+
+
+class StopAgreed(NamedTuple):
+    """The nodes agreed at which step the workers stop, after an ``Ended`` with ``same_step``."""
+
+    stop_at: int
+    """The call of ``should_stop()`` that returns true on every rank, counted from 1; 0: they could not agree."""
 
 
 class Decided(NamedTuple):
@@ -93,9 +133,10 @@ class Decided(NamedTuple):
     decision: Decision
 
 
-RendezvousEvent = Assigned | Ended | Decided
+RendezvousEvent = Assigned | Ended | StopAgreed | Decided | ProgressEvent
 WorkerEvent = Started | Exited | LeaseExpired | GroupReaped
-AgentEvent = RendezvousEvent | WorkerEvent | Signalled | UserSignalled | TimerExpired | DeadlineReached
+UserEvent = Signalled | UserSignalled | RestartRequested
+AgentEvent = RendezvousEvent | WorkerEvent | UserEvent | TimerExpired | Hung | DeadlineReached
 
 # Actions: what the agent must do.
 
@@ -109,6 +150,16 @@ class ReportFailure(NamedTuple):
 
     failure: ProcessFailure
     """What is known so far about the failure."""
+
+
+class RequestRestart(NamedTuple):
+    """End the running round on all nodes because the user asks for another one; ``Ended`` is the answer.
+
+    If no round runs, there is no answer: another one is on its way.
+    """
+
+    reason: str
+    """One line for the user."""
 
 
 class ReportSuccess(NamedTuple):
@@ -138,6 +189,30 @@ class Leave(NamedTuple):
     error: str = ""
     status: int = 0
     """Exit status for ``error``."""
+    reason: str = ""
+    """Why the whole job stops, in one line; empty: the others go on if they can."""
+
+
+class RequestStop(NamedTuple):
+    """Leave the job because of a signal, once the workers of all nodes have stopped at the same step.
+
+    ``Ended`` with ``same_step`` is the answer, or ``StopAgreed(0)`` if this rendezvous cannot do that.
+    """
+
+    signum: int
+    reason: str = ""
+    """Why the whole job stops, in one line; empty: the others go on if they can."""
+
+
+class ReportCalls(NamedTuple):
+    """Report how far this node's workers have come, which stay there; ``StopAgreed`` is the answer."""
+
+    calls: int
+    """As in ``Signalled``."""
+
+
+class GiveUpStop(NamedTuple):
+    """Report that this node cannot stop at the same step as the others; ``StopAgreed`` is the answer."""
 
 
 class Start(NamedTuple):
@@ -153,6 +228,15 @@ class SendSignal(NamedTuple):
     local_ranks: frozenset[int]
     stop: bool
     """True: stop the workers and their process groups. False: signal only the leader of each process group."""
+
+
+class SetStop(NamedTuple):
+    """Tell the workers through their memory when to stop."""
+
+    hold: bool
+    """Whether ``should_stop()`` waits until ``stop_at`` is set, or ``hold`` is false again."""
+    stop_at: int
+    """The call of ``should_stop()`` from which on it returns true; 0: none."""
 
 
 class DumpStacks(NamedTuple):
@@ -173,6 +257,7 @@ class Log(NamedTuple):
 
     text: str
     level: Level = Level.WARNING
+    kind: LineKind = LineKind.NOTE
 
 
 class Finish(NamedTuple):
@@ -188,11 +273,15 @@ class Finish(NamedTuple):
     """Why the job did not restart although restarts were left."""
     restarts: int = 0
     """Restarts that failures used up."""
+    goodput: Goodput = Goodput()
+    """What the job got done, as far as this node knows."""
 
 
-RendezvousAction = RequestJoin | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
+StopAction = RequestStop | ReportCalls | GiveUpStop
+RoundAction = RequestJoin | RequestRestart | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
+RendezvousAction = RoundAction | StopAction | ProgressRequest
 """What the agent asks of the rendezvous."""
-Action = RendezvousAction | Start | SendSignal | DumpStacks | ReapLeftovers | Log | Finish
+Action = RendezvousAction | Start | SendSignal | SetStop | DumpStacks | ReapLeftovers | Log | Finish
 
 
 class Limits(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from elastic_launch.core.agent.messages import Finish
+from elastic_launch.core.progress import goodput
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure
 
@@ -46,6 +47,8 @@ def format_report(name: str, finish: Finish, max_restarts: int, log_dir: str | N
         lines += ["Then", *(f"  {_consequence(failure)}" for failure in consequences)]
     why = f"; {finish.why}" if finish.why else ""
     lines += ["-" * _WIDTH, f"restarts  : {finish.restarts} of {max_restarts} used{why}"]
+    if progress := goodput.summary(finish.goodput):
+        lines += [f"progress  : {progress}"]
     if log_dir:
         lines += [f"logs      : {log_dir}"]
     return "\n".join([*lines, "=" * _WIDTH])

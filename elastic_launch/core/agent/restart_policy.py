@@ -10,9 +10,10 @@ import re
 import signal
 
 from elastic_launch.core.agent.root_cause import is_port_clash
+from elastic_launch.core.progress import goodput
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Decision, Policy, RestartHistory
+from elastic_launch.job import Decision, HangAction, Policy, RestartHistory
 
 UNCHARGED_RESTARTS = 3
 """How often a taken port is replaced without using up a restart."""
@@ -51,7 +52,9 @@ def follow(
     ages, used = _counted_failures(policy, history)
     signature, status = _signature(cause), cause.status()
     repeats = _repeats(history, signature)
-    if used >= policy.max_restarts or not may_restart:
+    if cause.is_hang and policy.hang_action is HangAction.STOP:
+        why = "a hang ends the job (--hang-action=stop)"
+    elif used >= policy.max_restarts or not may_restart:
         why = ""
     elif status in policy.fatal_exit_codes:
         why = f"exit status {status} is fatal (--fatal-exit-codes)"
@@ -62,22 +65,22 @@ def follow(
         )
     else:
         pause = min(policy.backoff_limit, policy.backoff * 2.0 ** min(used, 1000))
-        after = RestartHistory(
-            used + 1,
-            history.uncharged,
-            (*ages, 0.0) if policy.window else (0.0,),
-            signature,
-            repeats,
-            node,
-            history.in_a_row + 1 if node == history.node else 1,
+        after = history._replace(
+            used=used + 1,
+            ages=(*ages, 0.0) if policy.window else (0.0,),
+            failure=signature,
+            repeats=repeats,
+            node=node,
+            in_a_row=history.in_a_row + 1 if node == history.node else 1,
         )
         return Decision(True, after, failures, pause=pause)
     return Decision(False, history._replace(used=used, ages=ages), failures, why=why)
 
 
 def aged(history: RestartHistory, seconds: float) -> RestartHistory:
-    """Return the history with all ages increased by ``seconds``."""
-    return history._replace(ages=tuple(round(age + seconds, 3) for age in history.ages))
+    """Return the history ``seconds`` later."""
+    ages = tuple(round(age + seconds, 3) for age in history.ages)
+    return history._replace(ages=ages, goodput=goodput.aged(history.goodput, seconds))
 
 
 def is_deprioritized(policy: Policy, history: RestartHistory, node: str) -> bool:

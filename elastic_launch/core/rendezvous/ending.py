@@ -6,10 +6,11 @@ import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess, RequestRestart
 from elastic_launch.core.agent.restart_policy import follow
 from elastic_launch.core.agent.root_cause import is_consequence
 from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.heartbeats import renew_lease
 from elastic_launch.core.rendezvous.leaving import acknowledge, decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
@@ -19,7 +20,7 @@ from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, 
 from elastic_launch.core.store_requests import ANSWER_LIMIT, Add, Append, Get
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
-from elastic_launch.job import Decision, End, EndKind, Level
+from elastic_launch.job import Change, Decision, End, EndKind, Level
 
 MESSAGE = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
@@ -46,6 +47,12 @@ def report_failure(node: NodeState, step: Step, request: ReportFailure) -> None:
         step.create(questions.LearnEnd(), "end", encode(reason))
     elif end.kind is EndKind.FAILED:
         _tell_failures(node, step, [failure])
+
+
+def request_restart(node: NodeState, step: Step, request: RequestRestart) -> None:
+    """End the round for all nodes, because the user asks for another one. That uses up no restart."""
+    end = End(EndKind.MEMBERSHIP_CHANGED, request.reason, node.record.node, change=Change.RESTART_REQUESTED)
+    step.create(questions.LearnEnd(), "end", encode(end))
 
 
 def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:
@@ -88,7 +95,7 @@ def stop_waiting(node: NodeState, step: Step) -> None:
 
 def report_round(node: NodeState, step: Step, request: ReportRound) -> None:
     """Report this node's part of the round, now that its workers are gone."""
-    node.round.report.round = request
+    node.round.report.round, node.round.report.reported_at = request, step.now
     _report(node, step)
 
 
@@ -124,8 +131,9 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
     if end.kind is EndKind.DONE and (round_.assignment or is_member) and not round_.report.has_succeeded:
         raise refused(node.key("end"), "says that all workers succeeded, but this node's have not")
     round_.end = end = end._replace(mine=end.node == me)
+    round_.shutdown.stops_job &= end.mine  # otherwise another reason came first
     enter(node, Phase.ENDED)
-    step.await_key("decision" if end.kind is EndKind.FAILED else None)
+    step.await_key("decision" if end.kind is EndKind.FAILED else "stop_at" if round_.awaits_stop else None)
     history = node.restart_history(step.now)
     match end.kind:
         case EndKind.FAILED:
@@ -138,6 +146,7 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
             round_.decision = Decision(True, history, gone=end.gone)
         case EndKind.STOP:
             round_.decision = Decision(False, history, signum=end.signum)
+            renew_lease(node, step)
         case EndKind.DONE:
             round_.decision = Decision(False, history)
         case EndKind.ERROR:  # nodes that come after others have not met may have better luck
@@ -185,7 +194,8 @@ def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> N
     round_, end, me = node.round, node.round.end, node.record.node
     reason = f"no heartbeat from {hosts} for {node.settings.keep_alive_deadline:g} s"
     if end is None:
-        step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes))))
+        end = End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes), change=Change.NODE_LOST)
+        step.create(questions.LearnEnd(), "end", encode(end))
     elif end.kind is not EndKind.FAILED or round_.decision is not None:
         return
     elif round_.report.grace_ends is not None:
@@ -366,6 +376,8 @@ def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
         case "all_reported":
             step.await_key("decision")
             read_consequences(node, step)
+        case "stop_at":
+            step.get(questions.LearnStopAt(), "stop_at")
         case "all_left":
             node.round.shutdown.is_empty = True
 
@@ -390,7 +402,7 @@ def conclude(node: NodeState, step: Step) -> None:
     round_, decision = node.round, node.round.decision
     if decision is None or node.phase is Phase.LEAVING:
         return
-    if not decision.restart:
+    if not decision.restart and not round_.awaits_stop:
         acknowledge(node, step)
     if round_.assignment is None and decision.restart:
         rejoin(node, step)

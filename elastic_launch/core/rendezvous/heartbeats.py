@@ -9,10 +9,11 @@ from __future__ import annotations
 from elastic_launch.core.agent.messages import Ended, Fence
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
+from elastic_launch.core.rendezvous.monitor import LOOK
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.store_requests import Add
-from elastic_launch.job import Assignment, End, EndKind
+from elastic_launch.job import Assignment, Change, End, EndKind
 
 
 def send(node: NodeState, step: Step) -> None:
@@ -48,6 +49,9 @@ def renew_lease(node: NodeState, step: Step) -> None:
     gone = (*(round_.end.gone if round_.end else ()), *(round_.decision.gone if round_.decision else ()))
     if node.record.node in gone:
         return  # the others do not wait for this node
+    if round_.end and round_.end.kind is EndKind.STOP:
+        step.lease_until = float("inf")  # the job is over: no other node takes this one's place
+        return
     step.lease_until = lease_ends(node, round_.assignment)
     if node.phase is Phase.MEMBER:
         node.timers[Timer.FENCE] = step.lease_until - node.settings.grace
@@ -63,7 +67,9 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
     slept = node.timers.get(Timer.HEARTBEAT, step.now) < step.now - LATENESS
     what = "this process was stopped" if slept else "the store has not answered"
     reason = f"{what} for {step.now - heartbeat.answered_at:.1f} s"
-    end = End(EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} was cut off: {reason}", node.record.node)
+    end = End(
+        EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} was cut off: {reason}", node.record.node, change=Change.CUT_OFF
+    )
     step.create(
         questions.LearnEnd(), "end", encode(end)
     )  # carried out when the store answers again; the reply says why the round ended
@@ -71,9 +77,10 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
 
 
 def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
-    """Reset the counters of other nodes, which shows them that they are monitored."""
+    """Reset the counters of other nodes, which shows them that they are monitored; keep flags that they must see."""
     if tickets:
-        step.write((f"heartbeat/{ticket}", b"0") for ticket in tickets)
+        wanted = node.round.stall.wanted
+        step.write((f"heartbeat/{ticket}", b"%d" % (LOOK if ticket in wanted else 0)) for ticket in tickets)
         step.get(questions.ConfirmReset(tickets), "closed")  # the reply matters, not the key
 
 

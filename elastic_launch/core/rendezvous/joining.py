@@ -48,7 +48,7 @@ def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, 
 def on_join_timeout(node: NodeState, step: Step) -> None:
     """Give up: alone, or for all nodes if this one hosts the store."""
     status = node.round.leader.status() if node.round.leader else node.round.status
-    text = f"{waiting(node, step, status)}; gave up (join_timeout={node.settings.join_timeout:g} s)"
+    text = f"{waiting(node, step.now, status)}; gave up (join_timeout={node.settings.join_timeout:g} s)"
     if node.record.serves:
         refuse(node, step, text, ExitCode.TIMEOUT)
     else:

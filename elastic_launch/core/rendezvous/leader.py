@@ -9,7 +9,7 @@ from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.messages import LATENESS, Settings
 from elastic_launch.core.rendezvous.monitor import Monitor
 from elastic_launch.core.rendezvous.ranks import choose
-from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status
+from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status, newest
 from elastic_launch.core.text import listed
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import RestartHistory
@@ -168,8 +168,8 @@ class Leader:
                 (self.left if ticket in self._past_monitor.left else self.lost).append(host)
 
     def restart_history(self, now: float) -> RestartHistory:
-        """Return the restart history of the node that knows of the latest round."""
-        ticket, node = max(self.joined.items(), key=lambda item: item[1].known_round)
+        """Return the restart history of the node that knows of the latest round, and whose workers got furthest."""
+        ticket, node = max(self.joined.items(), key=lambda item: newest(item[1]))
         if node.known_round < self._round - 1 and self.past_restart_history is not None:
             return self.past_restart_history  # no node is left that was there
         return aged(node.restart_history, now - self._arrived[ticket])

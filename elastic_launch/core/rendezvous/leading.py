@@ -15,7 +15,7 @@ from elastic_launch.core.rendezvous.state import BATCH, NodeState, Step, Timer
 from elastic_launch.core.store_requests import Get
 from elastic_launch.core.text import MAX_LISTED
 from elastic_launch.errors import RendezvousStateError
-from elastic_launch.job import Decision, End, EndKind, Level
+from elastic_launch.job import Decision, End, EndKind, Level, LineKind
 
 
 def become_leader(node: NodeState, step: Step) -> None:
@@ -96,7 +96,8 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords
         leader.note_nodes([(ticket, record)], step.now)
         is_new = ticket in leader.joined and ticket != node.round.ticket and leader.is_new(record)
         if is_new and node.settings.max_nodes <= MAX_LISTED:  # not those that the previous leader has logged
-            step.log(f"{record.host} has joined: {joined_of(node, len(leader.joined))}", Level.INFO)
+            text = f"{record.host} has joined: {joined_of(node, len(leader.joined))}"
+            step.log(text, Level.INFO, LineKind.PROGRESS)
     _read_records(node, step, leader, answer.question.others)
     consider(node, step)
 

@@ -13,33 +13,43 @@ from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, 
 from elastic_launch.core.store_requests import Add
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import signal_name
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.job import Change, Decision, End, EndKind
 
 # --- before the job ends
 
 
-def leave_membership(node: NodeState, step: Step, request: Leave) -> None:
-    """Leave the running round: it ends, and the job goes on without this node if it can."""
+def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: bool = False) -> None:
+    """Leave the running round: it ends, and the job goes on without this node if it can.
+
+    Args:
+        node: the state, which is changed.
+        step: collects what to do.
+        request: why this node leaves.
+        same_step: whether the workers of all nodes stop at the same step.
+    """
     node.has_left = True
     round_, serves = node.round, node.record.serves
-    if round_.closed is None or (round_.report.round and not serves):
+    if round_.closed is None or (round_.report.round and not serves and not request.reason):
         return  # its workers have succeeded, and the others' need it no more than if it had died
     rest = round_.closed.nodes - 1 + len(round_.closed.spares)
-    if rest >= node.settings.min_nodes and not serves:
-        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node)
+    if rest >= node.settings.min_nodes and not serves and not request.reason:
+        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node, change=Change.NODE_LEFT)
     else:
         end = _final(node, request, "and the job cannot go on without it")
         round_.shutdown.stops_job = True
     rank = round_.assignment.group_rank if round_.assignment else -1  # the others log it, even if this is rank 0
-    step.create(questions.Write(), "end", encode(end._replace(rank=rank)))
+    step.create(questions.LearnEnd(), "end", encode(end._replace(rank=rank, same_step=same_step)))
 
 
 def leave(node: NodeState, step: Step, request: Leave) -> None:
-    """Leave while no workers run: hand over the lead, or stop the job if this node hosts the store."""
+    """Leave while no workers run: hand over the lead, or stop the job if this node hosts the store or is to stop it."""
     node.has_left = True
     round_ = node.round
-    if node.record.serves and not node.is_over:
-        round_.number += node.phase is Phase.ENDED  # the others have gone on to the next round, or will
+    if (node.record.serves or request.reason) and not node.is_over:
+        round_.shutdown.stops_job = True
+        if node.phase is Phase.ENDED:  # the others have gone on to the next round, or will; this node has no part in it
+            round_.number += 1
+            round_.shutdown.has_acknowledged = True
         step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
         # For all nodes that come: the round ends before it begins.
         step.create(questions.Write(), "closed", encode(Closed(-1, 0, MAX_TICKETS)))
@@ -55,11 +65,12 @@ def _why(node: NodeState, request: Leave) -> str:
 
 
 def _final(node: NodeState, request: Leave, why_final: str) -> End:
-    """Return the end of the job: it cannot go on without this node."""
+    """Return the end of the job: it cannot go on without this node, or is not to go on."""
     id_ = node.record.node
     if request.error:
         return End(EndKind.ERROR, _why(node, request), id_, status=request.status)
-    return End(EndKind.STOP, f"{_why(node, request)}, {why_final}", id_, signum=request.signum)
+    reason = request.reason or f"{_why(node, request)}, {why_final}"
+    return End(EndKind.STOP, reason, id_, signum=request.signum)
 
 
 # --- at its end
@@ -101,9 +112,14 @@ def close(node: NodeState, step: Step, request: Close) -> None:
     """Shut down. A node that has neither left nor reached the end of the job leaves it first."""
     if not node.has_left and node.phase is Phase.MEMBER:
         leave_membership(node, step, Leave(signal.SIGTERM))
-    elif not node.has_left:
+    elif not node.has_left or (node.phase is Phase.ENDED and _serves_others(node)):
         leave(node, step, Leave(signal.SIGTERM))
     shut_down(node, step)
+
+
+def _serves_others(node: NodeState) -> bool:
+    """Whether the others go on in this node's store, because another one ended the round before this one could."""
+    return node.record.serves and not node.is_over and not node.round.shutdown.stops_job
 
 
 def shut_down(node: NodeState, step: Step, request: Close | None = None) -> None:

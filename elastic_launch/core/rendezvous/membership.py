@@ -15,7 +15,7 @@ from elastic_launch.core.rendezvous.records import Closed, Members, decode, enco
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.text import counted
 from elastic_launch.errors import ExitCode
-from elastic_launch.job import Assignment, Decision, End, EndKind
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind
 
 
 def on_closed(node: NodeState, step: Step, answer: Answer[questions.CloseRound, bytes]) -> None:
@@ -99,7 +99,8 @@ def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> 
     """The node slept after its last heartbeat: the others have gone on without it, or wait for it to monitor them."""
     if assignment.group_rank == 0:
         reason = f"{node.record.host} joined too late for its assignment"
-        step.create(questions.LearnEnd(), "end", encode(End(EndKind.MEMBERSHIP_CHANGED, reason, node.record.node)))
+        end = End(EndKind.MEMBERSHIP_CHANGED, reason, node.record.node, change=Change.NODE_LATE)
+        step.create(questions.LearnEnd(), "end", encode(end))
     else:
         heartbeats.send(node, step)
         step.set_timer(Timer.RETRY_ASSIGNMENT, node.settings.tick)
@@ -163,5 +164,5 @@ def _wait_outside(node: NodeState, step: Step, closed: Closed) -> None:
 
 def join_running(node: NodeState, step: Step) -> None:
     """End the running round, so that this node can join the next one."""
-    end = End(EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} joins", node.record.node)
+    end = End(EndKind.MEMBERSHIP_CHANGED, f"{node.record.host} joins", node.record.node, change=Change.NODE_JOINING)
     step.create(questions.LearnEnd(), "end", encode(end))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
-from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, RendezvousAction
+from elastic_launch.core.agent.messages import Log, RendezvousAction, RendezvousEvent
 from elastic_launch.core.rendezvous.questions import Question
 from elastic_launch.core.store_requests import Reply
 from elastic_launch.core.store_requests import Request as StoreRequest
@@ -50,6 +50,9 @@ class Settings(NamedTuple):
         words += [f"--fatal-exit-codes={codes}"] if codes else []
         words += [f"--node-failure-limit={policy.node_failure_limit}"] if policy.node_failure_limit else []
         words += [f"--crash-loop={policy.crash_loop}"] if policy.crash_loop != Policy().crash_loop else []
+        words += [f"--hang-timeout={policy.hang_timeout:g}"] if policy.hang_timeout is not None else []
+        words += [f"--start-timeout={policy.start_timeout:g}"] if policy.start_timeout else []
+        words += [f"--hang-action={policy.hang_action}"] if policy.hang_action != Policy().hang_action else []
         return " ".join(words)
 
     @property
@@ -163,7 +166,7 @@ class Ready(NamedTuple):
 
     requests: list[Request]
     """To be sent in order."""
-    events: list[Assigned | Ended | Decided]
+    events: list[RendezvousEvent]
     """For the agent."""
     log: list[Log]
     lease_until: float | None

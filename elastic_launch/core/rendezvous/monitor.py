@@ -12,6 +12,8 @@ from elastic_launch.core.rendezvous.records import refused
 
 TAKE_OVER = 1 << 20
 """Set as a node's counter to have it take over as leader at once."""
+LOOK = 1 << 30
+"""Added to a node's counter to have it learn that somebody asks for the stacks of all nodes."""
 LEFT = 1 << 40
 """Added to a node's counter when it leaves."""
 
@@ -31,6 +33,17 @@ def number(value: bytes, key: str, high: int = 2**31) -> int:
 
 def _is_number(value: bytes) -> bool:
     return value.isdigit() and len(value) <= 18
+
+
+def has_left(counter: bytes) -> bool:
+    """Whether a node's counter says that it has left."""
+    return _is_number(counter) and int(counter) >= LEFT
+
+
+def without_flag(counter: bytes) -> bytes:
+    """Return a counter without ``LOOK``. What is not a number stays as it is."""
+    count = int(counter) if _is_number(counter) else 0
+    return b"%d" % (count % LOOK) if LOOK <= count < LEFT else counter
 
 
 class Monitor:
@@ -64,6 +77,10 @@ class Monitor:
         counter, at = self._counters.get(ticket, (b"", time))
         return counter != b"" and at > time and ticket not in self._unproven
 
+    def silence(self, ticket: int, now: float) -> float:
+        """Return the seconds since a node's counter was last seen to change; 0 if it has never been polled."""
+        return max(0.0, now - self._counters.get(ticket, (b"", now))[1])
+
     def poll(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
         """Take the counters as they were at ``asked_at`` or later. What is not a number counts once, and is then reset.
 
@@ -74,7 +91,7 @@ class Monitor:
         self._polled_at = now
         suspected: set[int] = set()
         for ticket, counter in counters:
-            if _is_number(counter) and int(counter) >= LEFT:
+            if has_left(counter):
                 suspected.add(ticket)
                 self.left.add(ticket)
                 continue

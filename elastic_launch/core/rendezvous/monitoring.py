@@ -7,8 +7,9 @@ from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members
 from elastic_launch.core.rendezvous.heartbeats import renew_lease, reset
 from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
-from elastic_launch.core.rendezvous.monitor import TAKE_OVER, Monitor
+from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, without_flag
 from elastic_launch.core.rendezvous.records import Members
+from elastic_launch.core.rendezvous.stalling import check_claims, learn_look, pass_on_look
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.text import listed
 
@@ -16,6 +17,9 @@ from elastic_launch.core.text import listed
 def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeartbeat, int]) -> None:
     """Renew the lease. A counter that has not been reset for too long shows that nobody monitors this node."""
     round_, heartbeat, count = node.round, node.round.heartbeat, answer.value
+    if LOOK <= count < LEFT:
+        count %= LOOK
+        learn_look(node, step)
     heartbeat.in_flight = False
     slept = heartbeat.sent_at - heartbeat.answered_at > 2 * node.heartbeat_period + LATENESS
     heartbeat.answered_at = heartbeat.sent_at
@@ -78,8 +82,8 @@ def poll(node: NodeState, step: Step) -> None:
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
     if members := node.round.members:
         tickets = [*members.tickets, *node.round.outsiders]
-        names = ["ticket", f"monitor/{node.round.monitors + 1}", *(f"heartbeat/{ticket}" for ticket in tickets)]
-        step.get(questions.PollMembers(tickets, step.now), *names)
+        names = ["ticket", f"monitor/{node.round.monitors + 1}", "stalled", "stall", "look"]
+        step.get(questions.PollMembers(tickets, step.now), *names, *(f"heartbeat/{ticket}" for ticket in tickets))
 
 
 def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.PollMembers, list[bytes]]) -> None:
@@ -87,7 +91,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_ = node.round
     if round_.members is None or round_.monitor is None:
         return
-    count, successor, *counters = answer.value
+    count, successor, claimed, stalls, look, *counters = answer.value
     if successor and node.phase is not Phase.ENDED:
         _stand_down(node, step)
         return
@@ -95,7 +99,9 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_.outsiders = sorted(set(range(1, node.count_tickets(count) + 1)) - set(round_.members.tickets))
     round_.heartbeat.polled_at = step.now
     renew_lease(node, step)
-    suspected = round_.monitor.poll(zip(tickets, counters, strict=True), step.now, asked_at)
+    check_claims(node, step, claimed, stalls)
+    pass_on_look(node, step, look)
+    suspected = round_.monitor.poll(zip(tickets, map(without_flag, counters), strict=True), step.now, asked_at)
     if node.phase is not Phase.ENDED:  # afterwards the leader of the next round reads the counters, too
         reset(node, step, round_.monitor.take_resets())
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}

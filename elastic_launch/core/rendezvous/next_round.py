@@ -27,6 +27,7 @@ def look_for_round(node: NodeState, step: Step) -> None:
     past = node.round
     if past.decision and (past.assignment or (past.end and past.end.kind is EndKind.FAILED)):
         history = aged(past.decision.restart_history, step.now - node.decided_at)
+        history = node.with_own_goodput(history, step.now)
         aside = node.record.deprioritized or is_deprioritized(node.settings.policy, history, node.record.node)
         node.record = node.record._replace(restart_history=history, known_round=past.number, deprioritized=aside)
     node.record = node.record._replace(previous_rank=past.assignment.group_rank if past.assignment else -1)

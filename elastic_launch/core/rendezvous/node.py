@@ -18,6 +18,13 @@ A round r of a job, in the store:
     r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0
     r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
     r/end             End, created once: the first reason to end the round
+    r/stalled         number of the latest stall that a node has claimed; r/stalled/t: the one that node t claims, or 0
+    r/look            number of the latest request for the stacks of all nodes, whatever their workers do
+    r/stall           number of the latest stall of all nodes, by the monitor
+    r/stacks/n/t      NodeStacks of node t in stall n, or in look -n
+    r/verdict/n       Judgement, by the monitor: what the stacks of stall n say
+    r/calls/t         how many calls of should_stop() node t's workers have begun, if all are to stop at the same step
+    r/stop_at         the call at which they stop, created once; 0: the nodes could not agree
     r/consequences    Consequence, one JSON a line: failures of the other nodes
     r/lost            End, created once: members that were lost after a failure had ended the round
     r/reported        how many nodes have reported a round that a failure ended; r/all_reported: all have
@@ -36,7 +43,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from elastic_launch.core.agent.messages import Fence, Leave, ReportFailure, ReportRound, ReportSuccess
+from elastic_launch.core.agent.messages import (
+    Fence,
+    GiveUpStop,
+    Leave,
+    ReportCalls,
+    ReportFailure,
+    ReportRound,
+    ReportSuccess,
+    RequestRestart,
+    RequestStop,
+)
+from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.core.rendezvous import (
     ending,
     heartbeats,
@@ -50,6 +68,8 @@ from elastic_launch.core.rendezvous import (
     progress,
     questions,
     reconnecting,
+    stalling,
+    stopping,
 )
 from elastic_launch.core.rendezvous.messages import Answer, Input, KeyAppeared, Ready, Settings, Tick
 from elastic_launch.core.rendezvous.records import NodeRecord
@@ -151,8 +171,12 @@ TIMERS: dict[Timer, Handler] = {
     Timer.HEARTBEAT: heartbeats.send,
     Timer.FENCE: heartbeats.fence,
     Timer.MONITOR_POLL: monitoring.poll,
+    Timer.STALL_POLL: stalling.poll,
+    Timer.COLLECT_STACKS: stalling.collect,
+    Timer.LOOK_POLL: stalling.poll_look,
     Timer.EXIT_BARRIER: ending.stop_waiting,
     Timer.CAUSE_GRACE: ending.read_consequences,
+    Timer.READ_CALLS: stopping.read_calls,
     Timer.SHUTDOWN: leaving.disconnect,
 }
 
@@ -165,12 +189,16 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **{(phase, timer): handler for timer, handler in TIMERS.items() for phase in timer.phases},
     # The agent requests.
     **_row(messages.Join, next_round.join, IDLE, ENDED, ignored=(LEAVING,)),
+    **_row(RequestRestart, ending.request_restart, MEMBER, OUTSIDE, ignored=(JOINING, WAITING, ENDED, LEAVING)),
     **_row(ReportFailure, ending.report_failure, MEMBER, ENDED),
     **_row(ReportSuccess, ending.report_success, MEMBER, ignored=(ENDED,)),
     **_row(ReportRound, ending.report_round, MEMBER, ENDED, ignored=(LEAVING,)),
     **_row(Fence, heartbeats.fence, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(Leave, leaving.leave_membership, MEMBER),
     **_row(Leave, leaving.leave, JOINING, WAITING, OUTSIDE, ENDED, ignored=(IDLE, LEAVING)),
+    **_row(RequestStop, stopping.request_stop, MEMBER, ENDED),
+    **_row(ReportCalls, stopping.report_calls, ENDED),
+    **_row(GiveUpStop, stopping.give_up, ENDED),
     **_row(messages.Close, leaving.shut_down, IDLE),
     **_row(messages.Close, leaving.close, JOINING, *JOINED, ignored=(LEAVING,)),
     # The store comes and goes.
@@ -201,6 +229,21 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.PollMembers, monitoring.on_members_polled, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     **_row(questions.CheckFinished, monitoring.on_finished_checked, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
+    # The job stalls.
+    **_row(RequestStacks, stalling.request_stacks, MEMBER, ignored=(IDLE, JOINING, WAITING, OUTSIDE, ENDED, LEAVING)),
+    **_row(ClaimStall, stalling.claim, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(WithdrawClaim, stalling.withdraw, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(ReportStacks, stalling.report_stacks, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(ReportVerdict, stalling.report_verdict, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CountStalls, stalling.on_stalls_counted, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.AwaitStall, stalling.on_stall, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.AwaitVerdict, stalling.on_verdict, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CheckClaims, stalling.on_claims, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CountLooks, stalling.on_looks_counted, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.AwaitLook, stalling.on_look_judged, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.LearnLook, stalling.on_look, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CheckSucceeded, stalling.on_succeeded, MEMBER, ignored=(ENDED, LEAVING)),
+    **_row(questions.CollectStacks, stalling.on_stacks, MEMBER, ignored=(ENDED, LEAVING)),
     # The round ends.
     **_row(questions.CountFinished, ending.on_finished, MEMBER, LEAVING, ignored=(ENDED,)),
     **_row(questions.ReadFinished, ending.on_all_finished, MEMBER, LEAVING, ignored=(ENDED,)),
@@ -209,6 +252,8 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.CountReported, ending.on_reported, ENDED, LEAVING),
     **_row(questions.ReadConsequences, ending.on_consequences, ENDED, ignored=(LEAVING,)),
     **_row(questions.LearnDecision, ending.on_decision, ENDED, ignored=(LEAVING,)),
+    **_row(questions.ReadCalls, stopping.on_calls, ENDED, ignored=(LEAVING,)),
+    **_row(questions.LearnStopAt, stopping.on_stop_at, ENDED, ignored=(LEAVING,)),
     **_row(KeyAppeared, ending.on_key, ENDED),
     # Leaving.
     **_row(questions.CountLeft, leaving.on_left, ENDED, LEAVING),

@@ -144,6 +144,17 @@ class LearnDecision(Question):
     """What follows the failure, perhaps because this node has just decided it?"""
 
 
+@dataclass(frozen=True)
+class ReadCalls(Question):
+    """How far have the workers of these nodes come?"""
+
+    tickets: list[int]
+
+
+class LearnStopAt(Question):
+    """At which step do the workers stop, perhaps because this node has just decided it?"""
+
+
 class CountLeft(Question):
     """Add this node to those that know the job has ended; how many are they?"""
 
@@ -157,6 +168,59 @@ class CompareLeft(Question):
 
 class ConfirmWritten(Question):
     """Has everything that this node sent been carried out? Any reply says so."""
+
+
+class CountLooks(Question):
+    """How often has somebody asked for the stacks of all nodes in the round?"""
+
+
+@dataclass(frozen=True)
+class CheckSucceeded(Question):
+    """Of which members do workers still run, whose stacks somebody has asked for?"""
+
+    look: int
+    """Number of the request."""
+    tickets: tuple[int, ...]
+
+
+class LearnLook(Question):
+    """Which request for stacks does the monitor point to?"""
+
+
+@dataclass(frozen=True)
+class AwaitLook(Question):
+    """What do the stacks say that this node has asked for?"""
+
+    look: int
+
+
+class CountStalls(Question):
+    """How many stalls has the round had?"""
+
+
+@dataclass(frozen=True)
+class CheckClaims(Question):
+    """Do the workers of all these members stall, or have they succeeded?"""
+
+    stall: int
+    """The number that the stall would have."""
+    tickets: tuple[int, ...]
+
+
+class AwaitStall(Question):
+    """Does the whole job stall?"""
+
+
+@dataclass(frozen=True)
+class CollectStacks(Question):
+    """Have these members sent their stacks?"""
+
+    stall: int
+    tickets: tuple[int, ...]
+
+
+class AwaitVerdict(Question):
+    """What do the stacks of all nodes say?"""
 
 
 class ReadOwnRecord(Question):

@@ -9,7 +9,8 @@ from elastic_launch.core.rendezvous.messages import Answer, StoreLost, StoreReco
 from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step
-from elastic_launch.job import Decision, End, EndKind
+from elastic_launch.core.rendezvous.stopping import follow_stop
+from elastic_launch.job import Change, Decision, End, EndKind
 
 
 def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
@@ -30,7 +31,9 @@ def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnR
     if round_.assignment is None:
         rejoin(node, step)
     elif round_.end is None:
-        end = End(EndKind.MEMBERSHIP_CHANGED, "the store was restarted", node.record.node)
+        end = End(
+            EndKind.MEMBERSHIP_CHANGED, "the store was restarted", node.record.node, change=Change.STORE_RESTARTED
+        )
         end_round(node, step, encode(end))
     elif round_.decision is None:
         round_.decision = Decision(True, node.restart_history(step.now))
@@ -43,6 +46,8 @@ def on_lost(node: NodeState, step: Step, lost: StoreLost) -> None:
     if node.phase is Phase.LEAVING:
         disconnect(node, step)
         return
+    if round_.awaits_stop:
+        follow_stop(node, step, 0)
     if node.is_over:
         return
     round_.ticket = 0

@@ -10,6 +10,7 @@ import json
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
+from elastic_launch.core.progress.goodput import MAX_STEPS
 from elastic_launch.core.rendezvous.rules import (
     Reader,
     RuleError,
@@ -26,7 +27,7 @@ from elastic_launch.core.rendezvous.rules import (
     whole,
 )
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
-from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory
 
 T = TypeVar("T")
 
@@ -123,6 +124,11 @@ class Consequence(NamedTuple):
     failure: ProcessFailure
     node: str
     """The id of its node."""
+
+
+def newest(node: NodeRecord) -> tuple[int, int]:
+    """Return what to compare nodes by, to find out whose restart history is the job's."""
+    return node.known_round, node.restart_history.goodput.steps
 
 
 def encode(record: NamedTuple) -> bytes:
@@ -277,6 +283,21 @@ def _fits(assignment: Assignment) -> bool:
 
 
 RULES: dict[Any, Rules] = {
+    LostTime: Rules(1000, {"detection": _YEARS, "stopping": _YEARS, "rendezvous": _YEARS, "start": _YEARS}),
+    Goodput: Rules(
+        4000,
+        {
+            "steps": whole(0, MAX_STEPS),
+            "in_steps": _YEARS,
+            "startup": _YEARS,
+            "restarts": _COUNT,
+            "lost": record_of(LostTime),
+            "stalled": _YEARS,
+            "repeated": whole(0, MAX_STEPS),
+            "number": whole(-1, MAX_STEPS),
+            "since": record_of(LostTime),
+        },
+    ),
     RestartHistory: Rules(
         1 << 20,
         {
@@ -287,6 +308,7 @@ RULES: dict[Any, Rules] = {
             "repeats": _COUNT,
             "node": _ID,
             "in_a_row": _COUNT,
+            "goodput": record_of(Goodput),
         },
     ),
     ProcessFailure: Rules(
@@ -303,6 +325,7 @@ RULES: dict[Any, Rules] = {
             "timestamp": _EPOCH,
             "rank": whole(-1, 2**31),
             "host": _HOST,
+            "is_hang": flag,
         },
     ),
     NodeRecord: Rules(
@@ -388,9 +411,17 @@ RULES: dict[Any, Rules] = {
             "status": _STATUS,
             "failures": each(record_of(ProcessFailure), MAX_FAILURES),
             "rank": _RANK,
+            "same_step": flag,
+            "change": one_of(Change),
             "mine": not_sent,
         },
-        (("must have the failure, the signal, or the reason and the status that its kind needs", _is_complete),),
+        (
+            ("must have the failure, the signal, or the reason and the status that its kind needs", _is_complete),
+            (
+                "must be the leaving of a node, because all workers are to stop at the same step",
+                lambda it: not it.same_step or it.kind in (EndKind.STOP, EndKind.MEMBERSHIP_CHANGED),
+            ),
+        ),
     ),
     Decision: Rules(
         4 << 20,
@@ -414,4 +445,7 @@ RULES: dict[Any, Rules] = {
         ),
     ),
 }
-"""How each type of record is judged. Texts that a node writes are cut to their limits where they are made."""
+"""How each type of record is judged. Texts that a node writes are cut to their limits where they are made.
+
+Modules that are only imported when they are needed add the rows of their own types.
+"""

@@ -47,12 +47,12 @@ def whole(low: int, high: int, besides: int | None = None) -> Reader:
     return read
 
 
-def seconds(high: float) -> Reader:
-    """A number of seconds from 0 to ``high``."""
-    rule = f"must be a number of seconds from 0 to {high:g}"
+def seconds(high: float, low: float = 0.0) -> Reader:
+    """A number of seconds from ``low`` to ``high``."""
+    rule = f"must be a number of seconds from {low:g} to {high:g}"
 
     def read(value: Any) -> float:
-        if type(value) in (float, int) and 0 <= value <= high:  # false for NaN
+        if type(value) in (float, int) and low <= value <= high:  # false for NaN
             return float(value)
         raise _broken(rule, value)
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from elastic_launch.core.agent.messages import Assigned, Decided, Ended, Log, ReportRound
+from elastic_launch.core.agent.messages import Log, RendezvousEvent, ReportRound
 from elastic_launch.core.agent.restart_policy import aged
+from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Ready, Request, Settings
@@ -20,7 +21,7 @@ from elastic_launch.core.rendezvous.records import MAX_TICKETS, NOBODY, Closed, 
 from elastic_launch.core.store_requests import Get, Set, Swap
 from elastic_launch.core.store_requests import Request as StoreRequest
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, Level, RestartHistory
+from elastic_launch.job import Assignment, Decision, End, Level, LineKind, RestartHistory
 
 BATCH = 256
 """Number of keys that are read or written with one request."""
@@ -63,7 +64,13 @@ class Timer(Enum):
     EXIT_BARRIER = "exit barrier", Phase.MEMBER
     JOIN_RUNNING = "join running", Phase.OUTSIDE
     """End the running round, so that this node can join."""
+    STALL_POLL = "stall poll", Phase.MEMBER
+    """Ask whether the whole job stalls, or what the stacks of all nodes say."""
+    COLLECT_STACKS = "collect stacks", Phase.MEMBER
+    LOOK_POLL = "look poll", Phase.MEMBER
+    """Ask what the stacks say that this node has asked for."""
     CAUSE_GRACE = "cause grace", Phase.ENDED
+    READ_CALLS = "read calls", Phase.ENDED
     SHUTDOWN = "shutdown", Phase.LEAVING
 
     __hash__ = object.__hash__
@@ -92,12 +99,44 @@ class Heartbeat:
 
 
 @dataclass
+class Stall:
+    """What the node knows of stalls in the round."""
+
+    number: int = 0
+    """Number of the latest stall that this node knows of, from 1; 0: none."""
+    polls: int = 0
+    """Number of polls since this node claimed the stall, or reported its stacks."""
+    awaits_verdict: bool = False
+    look: int = 0
+    """Number of the request for stacks whose verdict this node awaits; 0: none."""
+    looked: int = 0
+    """Number of the latest request that this node has answered."""
+    # As the monitor:
+    collected: int = 0
+    """Number of the latest stall whose stacks this node has collected or collects."""
+    shown: int = 0
+    """Number of the latest request for stacks that it has passed on to the members."""
+    collecting: int = 0
+    """Number of the stall whose stacks it collects; negative: of the request."""
+    missing: list[int] = field(default_factory=list)
+    """Tickets of the members whose stacks have not come yet."""
+    collect_until: float = 0.0
+
+    @property
+    def wanted(self) -> list[int]:
+        """Tickets of the members that have yet to learn that somebody asks for their stacks."""
+        return self.missing if self.collecting < 0 else []
+
+
+@dataclass
 class Report:
     """What the node reports of its own part of the round."""
 
     round: ReportRound | None = None
     has_succeeded: bool = False
     """Whether this node's workers have all ended well."""
+    reported_at: float = 0.0
+    """When the agent reported the round."""
     failure: ProcessFailure | None = None
     """The failure that the agent reported first."""
     told: set[int] = field(default_factory=set)
@@ -149,15 +188,26 @@ class Round:
     """The members' heartbeats, if this node polls them."""
     monitors: int = 0
     """Number of failover monitors there have been."""
+    stall: Stall = field(default_factory=Stall)
     lost: set[int] = field(default_factory=set)
     """Tickets of members that were lost after the round had ended."""
     finished: set[int] = field(default_factory=set)
     """Tickets of lost members that are not needed: all their workers had succeeded."""
     # When it ends.
     end: End | None = None
+    calls: dict[int, int] = field(default_factory=dict)
+    """How many calls of ``should_stop()`` the workers of the nodes have begun, by ticket, if this node decides."""
+    stop_at: int | None = None
+    """The call at which all workers stop, 0 if the nodes could not agree; None: that is not known."""
     decision: Decision | None = None
     report: Report = field(default_factory=Report)
     shutdown: Shutdown = field(default_factory=Shutdown)
+
+    @property
+    def awaits_stop(self) -> bool:
+        """Whether the node's workers wait until the nodes agree at which step to stop."""
+        is_running = self.assignment is not None and self.report.round is None and not self.heartbeat.is_fenced
+        return is_running and self.end is not None and self.end.same_step and self.stop_at is None
 
     @property
     def is_late(self) -> bool:
@@ -192,7 +242,8 @@ class NodeState:
     def is_over(self) -> bool:
         """Whether the job is over for this node, whatever becomes of the store."""
         decision = self.round.decision
-        return self.phase is Phase.LEAVING or (decision is not None and not decision.restart)
+        has_ended = decision is not None and not decision.restart and not self.round.awaits_stop
+        return self.phase is Phase.LEAVING or has_ended
 
     def key(self, name: str, *, past: bool = False) -> str:
         """A key of the round, or of the one before."""
@@ -225,8 +276,15 @@ class NodeState:
     def restart_history(self, now: float) -> RestartHistory:
         """Return the job's restart history, if the end of the round adds nothing to it."""
         if assignment := self.round.assignment:
-            return aged(assignment.restart_history, now - self.round.assigned_at)
+            return self.with_own_goodput(aged(assignment.restart_history, now - self.round.assigned_at), now)
         return self.round.closed.restart_history if self.round.closed else self.record.restart_history
+
+    def with_own_goodput(self, history: RestartHistory, now: float) -> RestartHistory:
+        """Return a history of now with what the agent has reported of this round, if its workers made more steps."""
+        if (report := self.round.report).round is None:
+            return history
+        own = aged(report.round.decision.restart_history, now - report.reported_at).goodput
+        return history._replace(goodput=furthest(history.goodput, own))
 
 
 def enter(node: NodeState, phase: Phase) -> None:
@@ -242,7 +300,7 @@ class Step:
         self.node = node
         self.now = now
         self._requests: list[Request] = []
-        self._events: list[Assigned | Ended | Decided] = []
+        self._events: list[RendezvousEvent] = []
         self._log: list[Log] = []
         self.lease_until: float | None = None
         self.wants_store = False
@@ -273,13 +331,13 @@ class Step:
         """Set a timer to so many seconds from now."""
         self.node.timers[timer] = self.now + seconds
 
-    def notify(self, event: Assigned | Ended | Decided) -> None:
+    def notify(self, event: RendezvousEvent) -> None:
         """Hand an event to the agent."""
         self._events.append(event)
 
-    def log(self, text: str, level: Level = Level.WARNING) -> None:
+    def log(self, text: str, level: Level = Level.WARNING, kind: LineKind = LineKind.NOTE) -> None:
         """Log a line."""
-        self._log.append(Log(text, level))
+        self._log.append(Log(text, level, kind))
 
     def decide_next(self, decision: Decision) -> None:
         """Decide what follows the failure that ended the round, unless another node has."""

@@ -7,6 +7,7 @@ connections that do not block. It does not retry: that is left to its user, the 
 from __future__ import annotations
 
 import select
+from collections.abc import Mapping
 from typing import Protocol
 
 from elastic_launch.errors import RendezvousConnectionError
@@ -35,6 +36,10 @@ class Backend(Protocol):
 
     where: str
     """Name of the store in messages, such as ``the store at host-a:29400``."""
+    endpoint: str = ""
+    """Where the store is, as in ``--rdzv-endpoint``."""
+    settings: Mapping[str, str] = {}
+    """Settings of ``--rdzv-conf`` that others need to reach it, without passwords."""
     serves: bool = False
     """Whether this node hosts the store."""
     stays: bool = False
@@ -66,6 +71,10 @@ class Backend(Protocol):
         Raises:
             RendezvousConnectionError: the connection cannot be begun.
         """
+
+    def has_untried_address(self) -> bool:
+        """Return whether the next ``connect`` tries another address than the last ones did."""
+        return False
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the IP addresses of both ends of a connection that is ready.

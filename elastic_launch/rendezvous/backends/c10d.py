@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -26,9 +27,10 @@ class C10dBackend(Backend):
     """
 
     def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
-        self.where = f"the store at {join_endpoint(host, port)}"
+        self.endpoint = join_endpoint(host, port)
+        self.where = f"the store at {self.endpoint}"
+        self.host = host
         self.port = port
-        self._host = host
         self._is_host = is_host
         self._environ = environ
         self._process: TCPStoreServer | None = None
@@ -41,21 +43,30 @@ class C10dBackend(Backend):
         Raises:
             UnavailableError: the port cannot be bound, or the process cannot be started.
         """
-        if self._is_host is None:
-            try:
-                self._is_host = any(map(is_own, resolve(self._host, self.port)))
-            except RendezvousConnectionError:
-                return  # a name that cannot be resolved yet is not this host's
-        if not self._is_host:
+        if not self.is_host():
             return
         try:
             listening = listen(self.port)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return  # by another agent, which hosts the store, or by a stranger: the connection will show
-            raise UnavailableError(f"cannot host {self.where}: {error.strerror}; choose another port") from error
+            raise self.cannot_host(error) from error
         self._process = TCPStoreServer(listening, self._environ)
         self.serves = True
+
+    def is_host(self) -> bool:
+        """Return whether this node is to host the store: as told, or because the endpoint is an address of this host.
+
+        A name that cannot be resolved yet is not this host's. The next call tries again.
+        """
+        if self._is_host is None:
+            with contextlib.suppress(RendezvousConnectionError):
+                self._is_host = any(map(is_own, resolve(self.host, self.port)))
+        return bool(self._is_host)
+
+    def cannot_host(self, error: OSError) -> UnavailableError:
+        """Return the error to raise if the port cannot be bound."""
+        return UnavailableError(f"cannot host {self.where}: {error.strerror}; choose another port")
 
     def fresh_store(self) -> int:
         """Serve an empty store on a free port; see ``Backend``."""
@@ -74,9 +85,13 @@ class C10dBackend(Backend):
         if self._is_host is None:
             self.open()  # the name may resolve by now
         if not self._addresses:
-            self._addresses = resolve(self._host, self.port)
+            self._addresses = resolve(self.host, self.port)
         family, address = self._addresses.pop(0)
         return connect(address, family, self.where)
+
+    def has_untried_address(self) -> bool:
+        """Return whether the endpoint has another address to try."""
+        return bool(self._addresses)
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the addresses of both ends of the connection."""

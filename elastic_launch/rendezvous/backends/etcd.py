@@ -17,6 +17,9 @@ from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 
+SHOWN_SETTINGS = {"protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username"}
+"""Settings that may be shown: names of files and users, but no passwords."""
+
 
 class EtcdBackend(Backend):
     """An etcd v3 cluster, reached through a bridge process on this node.
@@ -29,8 +32,10 @@ class EtcdBackend(Backend):
     """
 
     def __init__(self, endpoints: str, run_id: str, conf: Mapping[str, str], environ: Mapping[str, str]) -> None:
+        self.endpoint = endpoints
+        self.settings = {name: text for name, text in conf.items() if name in SHOWN_SETTINGS}
         self.where = f"etcd at {endpoints}"
-        self._endpoints, self._conf, self._environ = endpoints, conf, environ
+        self.endpoints, self.conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
         self._process: EtcdBridge | None = None
 
@@ -41,7 +46,7 @@ class EtcdBackend(Backend):
             UsageError: a setting is wrong, or the file that it names cannot be read.
             RendezvousConnectionError: the process cannot be started.
         """
-        self._process = EtcdBridge(self._endpoints, self._prefix, self._conf, self._environ)
+        self._process = EtcdBridge(self.endpoints, self._prefix, self.conf, self._environ)
 
     def connect(self) -> StoreClient:
         """Connect to the bridge."""
@@ -51,7 +56,7 @@ class EtcdBackend(Backend):
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the address by which this node reaches an endpoint, and an empty one: etcd does not serve workers."""
-        for endpoint in self._endpoints.split(","):
+        for endpoint in self.endpoints.split(","):
             with contextlib.suppress(OSError, RendezvousConnectionError):
                 return own_address(split_endpoint(endpoint)[0]), ""
         return "127.0.0.1", ""
@@ -78,8 +83,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         log_dir: str | None,
         log: Callable[[str], None],
     ) -> None:
-        self._members = tuple(sorted(endpoints))  # all nodes need the same order, whatever their users wrote
-        self._names = [join_endpoint(host, port) for host, port in self._members]
+        self.members = tuple(sorted(endpoints))  # all nodes need the same order, whatever their users wrote
+        self._names = [join_endpoint(host, port) for host, port in self.members]
         super().__init__(",".join(self._names), run_id, conf, environ)
         self.stays = True
         self._run_id = run_id
@@ -99,8 +104,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         from elastic_launch.store.etcd.plan import MemberPlan
         from elastic_launch.store.etcd.server import etcd_binary
 
-        plan = MemberPlan(endpoints=self._members, token=f"elastic-launch/{as_file_name(self._run_id)}")
-        self._conf = {**self._conf, "cluster_id": str(plan.cluster_id)}
+        plan = MemberPlan(endpoints=self.members, token=f"elastic-launch/{as_file_name(self._run_id)}")
+        self.conf = {**self.conf, "cluster_id": str(plan.cluster_id)}
         if claimed := self._claim_own():
             own, address = claimed
             plan = plan._replace(
@@ -152,15 +157,23 @@ class EmbeddedEtcdBackend(EtcdBackend):
         Returns:
             Its index, and the IP address to listen on; None: this node runs no member.
         """
-        for index, (host, port) in enumerate(self._members):
-            try:
-                addresses = [str(address[1][0]) for address in resolve(host, port) if is_own(address)]
-            except RendezvousConnectionError:
-                continue  # a name that cannot be resolved yet is not this host's
-            address = min(addresses, key=is_loopback, default=None)
+        for index, (host, port) in enumerate(self.members):
+            address = own_address_of(host, port)
             if address and (claimed := claim_endpoint(self._names[index], self._run_id)):
                 self._own.enter_context(claimed)
                 if is_loopback(address) and host not in (address, "localhost"):
                     self._log(f"{host} is {address} on this host, which others cannot reach: use its IP address")
                 return index, address
         return None
+
+
+def own_address_of(host: str, port: int) -> str | None:
+    """Return the address of this host that a member's name stands for, rather not a loopback one; None: another host's.
+
+    A name that cannot be resolved yet is not this host's.
+    """
+    try:
+        addresses = [str(address[1][0]) for address in resolve(host, port) if is_own(address)]
+    except RendezvousConnectionError:
+        return None
+    return min(addresses, key=is_loopback, default=None)

@@ -57,7 +57,7 @@ class EtcdBridge(Child):
         """
         self.where = f"etcd at {endpoints}"
         """The name of the store in messages."""
-        message = {"prefix": prefix, "path": list(map(str, sys.path)), **_parse_settings(endpoints, conf)}
+        message = {"prefix": prefix, "path": list(map(str, sys.path)), **parse_settings(endpoints, conf)}
         module = "elastic_launch.store.etcd.bridge_main"
         super().__init__("the bridge to etcd", "elastic-etcd", module, environ, flags=["-I"], message=message)
 
@@ -103,9 +103,18 @@ class EtcdBridge(Child):
         self.end(CLOSE_PATIENCE)
 
 
-def _parse_settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of ``cluster.EtcdSettings``."""
-    given = {name: conf[key] for name, keys in _NAMES.items() for key in keys if conf.get(key)}
+def given_settings(conf: Mapping[str, str]) -> dict[str, str]:
+    """The settings of ``--rdzv-conf`` that are for the connection to etcd, under one name each."""
+    return {name: conf[key] for name, keys in _NAMES.items() for key in keys if conf.get(key)}
+
+
+def parse_settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of ``cluster.EtcdSettings``.
+
+    Raises:
+        UsageError: A setting is wrong, or its file cannot be read.
+    """
+    given = given_settings(conf)
     files = {name: _read_file(name, given[name]) if name in given else None for name in ("cacert", "cert", "key")}
     if (files["cert"] is None) != (files["key"] is None):
         raise UsageError("--rdzv-conf has one of cert and key; a client certificate needs both")

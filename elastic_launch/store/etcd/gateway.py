@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 TIMEOUT = 1.0
 """Seconds to wait for a member's reply."""
@@ -21,9 +24,25 @@ class HttpReply(NamedTuple):
     """The id of the member's cluster, which it sends on the port for other members only; otherwise 0."""
 
 
-def ask(host: str, port: int, path: str, body: dict[str, Any] | None = None) -> HttpReply:
-    """Send a member a request: POST if there is a body, otherwise GET. Raises nothing."""
+NOT_HTTP = "it is not etcd"
+"""The reason if the reply is not HTTP, or not JSON. A member may serve gRPC alone on its port for clients."""
+
+
+def ask(
+    host: str, port: int, path: str, body: dict[str, Any] | None = None, tls: SSLContext | None = None
+) -> HttpReply:
+    """Send a member a request: POST if there is a body, otherwise GET. Raises nothing.
+
+    Args:
+        host: The member's name or address.
+        port: Its port for clients or for other members.
+        path: The path of the URL.
+        body: The JSON value to send.
+        tls: How to set up TLS; None: without TLS.
+    """
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+    if tls:
+        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=tls)
     try:
         connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
         response = connection.getresponse()
@@ -36,7 +55,7 @@ def ask(host: str, port: int, path: str, body: dict[str, Any] | None = None) -> 
     except OSError as error:
         return HttpReply(None, (error.strerror or str(error)).lower())
     except (http.client.HTTPException, ValueError):
-        return HttpReply(None, "it is not etcd")
+        return HttpReply(None, NOT_HTTP)
     finally:
         connection.close()
 

@@ -1,0 +1,1 @@
+"""What a job's workers get done: steps, stalls, stacks, goodput. Pure."""

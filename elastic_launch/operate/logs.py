@@ -1,0 +1,187 @@
+"""``elastic-job logs``: the output of a job's ranks on this host, from the files that the job writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from elastic_launch.control.client import ControlClient, GoneError
+from elastic_launch.env import environment
+from elastic_launch.errors import LaunchError, UnavailableError, UsageError
+from elastic_launch.logs.job_files import output_files
+from elastic_launch.operate.jobs import Job, choose, parser, running_jobs
+
+POLL = 0.2
+"""Seconds between two looks at files that are followed."""
+_BLOCK = 1 << 16
+
+
+class NoFilesError(LaunchError):
+    """The job writes no such output to files."""
+
+    exit_code = 1
+
+
+class LogFile(NamedTuple):
+    """A file with one stream of one rank in one round."""
+
+    round: int
+    rank: int
+    stream: str
+    """``stdout`` or ``stderr``."""
+    path: str
+
+    @property
+    def title(self) -> str:
+        """Return the line that is shown above what comes from this file."""
+        return f"==> round {self.round}, rank {self.rank}, {self.stream} <=="
+
+
+class Output:
+    """Standard output, where each part has a title that says which file it is from, if there are several."""
+
+    def __init__(self, *, titles: bool) -> None:
+        self._titles = titles
+        self._latest: LogFile | None = None
+
+    def write(self, file: LogFile, data: bytes) -> None:
+        """Write a part of a file."""
+        if not data:
+            return
+        out = sys.stdout.buffer
+        if self._titles and file != self._latest:
+            out.write((b"\n" if self._latest else b"") + f"{file.title}\n".encode())
+        self._latest = file
+        out.write(data)
+        out.flush()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show the files' last lines, and what follows. Return the exit status."""
+    options = parser("logs", "show what a job's ranks on this host have written to its files, in all rounds")
+    options.add_argument("--rank", type=int, metavar="N", help="only this global rank")
+    options.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+    options.add_argument("--last", type=int, default=100, metavar="N", help="lines of each stream (default: 100)")
+    args = options.parse_args(argv)
+    if args.last < 0:
+        raise UsageError(f"--last={args.last}: must be at least 0")
+    job = choose(running_jobs(environment()), args.job)
+    files = files_of(job.agents, args.rank)
+    if not files and not (args.follow and _may_follow(job)):
+        raise NoFilesError(_why_none(job, args.rank))
+    output = Output(titles=args.follow or len(files) > 1)
+    ends = show_last(files, args.last, output)
+    if args.follow:
+        follow(job, args.rank, ends, output)
+    return 0
+
+
+def files_of(agents: Sequence[Mapping[str, Any]], rank: int | None) -> list[LogFile]:
+    """Return the files of the ranks that agents of this host have run, by round, rank and stream.
+
+    Args:
+        agents: their statuses.
+        rank: only this rank; None: all.
+    """
+    found: dict[str, LogFile] = {}
+    for agent in agents:
+        own = {it["round"]: range(it["ranks"][0], it["ranks"][1] + 1) for it in agent.get("rounds", [])}
+        for attempt, its_rank, stream, path in output_files(agent.get("log_dir") or ""):
+            if its_rank in own.get(attempt, ()):
+                found[path] = LogFile(attempt, its_rank, stream, path)
+        for worker in agent.get("workers", []):  # a plug-in may have a layout of its own
+            for stream, path in worker["files"].items():
+                found.setdefault(path, LogFile(agent["round"], worker["rank"], stream, path))
+    return sorted(file for file in found.values() if rank in (None, file.rank))
+
+
+def show_last(files: Sequence[LogFile], lines: int, output: Output) -> dict[str, int]:
+    """Show the last lines of each rank's streams, which may be spread over rounds. Return where each file ended."""
+    ends: dict[str, int] = {}
+    starts: dict[str, int] = {}
+    left: dict[tuple[int, str], int] = {}
+    for file in reversed(files):
+        key = file.rank, file.stream
+        with contextlib.suppress(OSError), open(file.path, "rb") as opened:
+            starts[file.path], count, ends[file.path] = _find_last(opened, left.get(key, lines))
+            left[key] = left.get(key, lines) - count
+    for file in files:
+        with contextlib.suppress(OSError), open(file.path, "rb") as opened:
+            opened.seek(starts[file.path])
+            size = ends[file.path] - starts[file.path]
+            while size > 0 and (data := opened.read(min(size, _BLOCK))):
+                output.write(file, data)
+                size -= len(data)
+    return ends
+
+
+def _find_last(opened: BinaryIO, lines: int) -> tuple[int, int, int]:
+    """Return where the last lines begin, how many there are, and where the file ends."""
+    end = at = opened.seek(0, os.SEEK_END)
+    found = 0
+    while at > 0 and lines > 0:
+        size = min(_BLOCK, at)
+        at -= size
+        opened.seek(at)
+        data = opened.read(size)
+        stop = len(data) - 1 if at + size == end else len(data)  # the end of the last line begins no other
+        while (stop := data.rfind(b"\n", 0, max(0, stop))) >= 0:
+            found += 1
+            if found == lines:
+                return at + stop + 1, lines, end
+    return (0, found + bool(end), end) if lines > 0 else (end, 0, end)
+
+
+def follow(job: Job, rank: int | None, ends: dict[str, int], output: Output) -> None:
+    """Show what is appended to the files, also to those of later rounds, until the job's agents on this host end."""
+    files: dict[str, LogFile] = {file.path: file for file in files_of(job.agents, rank)}
+    with contextlib.ExitStack() as stack:
+        for statuses in _statuses(job, stack):
+            files |= {file.path: file for file in files_of(statuses, rank)}
+            for path, file in files.items():
+                with contextlib.suppress(OSError), open(path, "rb") as opened:
+                    opened.seek(min(ends.get(path, 0), os.fstat(opened.fileno()).st_size))
+                    while data := opened.read(_BLOCK):
+                        output.write(file, data)
+                    ends[path] = opened.tell()
+
+
+def _statuses(job: Job, stack: contextlib.ExitStack) -> Iterator[list[dict[str, Any]]]:
+    """Yield the statuses of a job's agents again and again, and once more when all have ended."""
+    clients: dict[int, ControlClient] = {}
+    latest = list(job.agents)
+    for number, agent in enumerate(job.agents):
+        with contextlib.suppress(UnavailableError):
+            clients[number] = stack.enter_context(contextlib.closing(ControlClient(agent["socket"])))
+            clients[number].send({"request": "subscribe"})
+    while clients:
+        for number, client in list(clients.items()):
+            try:
+                for reply in client.take():
+                    latest[number] = reply.get("status") or latest[number]
+            except GoneError:
+                del clients[number]
+        yield latest
+        if clients:
+            time.sleep(POLL)
+    yield latest
+
+
+def _may_follow(job: Job) -> bool:
+    """Whether files may come: no round has begun yet."""
+    return all(not agent.get("rounds") for agent in job.agents)
+
+
+def _why_none(job: Job, rank: int | None) -> str:
+    all_files = files_of(job.agents, None)
+    if not all_files:
+        return (
+            f"{job.id} writes its output to no files: start it with -t 3 (files and console) or -r 3 (files only), "
+            "and --log-dir DIR"
+        )
+    ranks = sorted({file.rank for file in all_files})
+    return f"--rank={rank}: this host has files of ranks {', '.join(map(str, ranks))}"

@@ -1,0 +1,143 @@
+"""Read what a job's nodes have written to their store. Nothing is written there."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from elastic_launch.core.job_view import MAX_ROUNDS, Records
+from elastic_launch.core.rendezvous.monitor import number
+from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, decode
+from elastic_launch.core.store_requests import Get
+from elastic_launch.errors import RendezvousConnectionError, UsageError
+from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.store.client import StoreClient
+
+PATIENCE = 5.0
+"""Seconds to wait for the store."""
+_BATCH = 1024
+"""Keys that are read with one request."""
+_OF_ROUND = ("ticket", "status", "closed", "end", "decision")
+
+
+class StoreReader:
+    """A connection to the store of one job, for reading.
+
+    Args:
+        run_id: the job's id.
+        backend: ``c10d``, ``static`` or ``etcd``.
+        endpoint: where the store is, as in ``--rdzv-endpoint``.
+        settings: ``--rdzv-conf``.
+        environ: variables of the bridge to etcd.
+
+    Raises:
+        UsageError: there is no such backend, or a setting is wrong.
+        RendezvousConnectionError: the store cannot be reached.
+    """
+
+    def __init__(
+        self, run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str]
+    ) -> None:
+        self.run_id = run_id
+        self._opened = contextlib.ExitStack()
+        self._backend = _backend(run_id, backend, endpoint, settings, environ)
+        self._end = time.monotonic() + PATIENCE
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._backend.close)
+            if backend.startswith("etcd"):
+                self._backend.open()
+            self._client = stack.enter_context(contextlib.closing(self._connect()))
+            self._opened = stack.pop_all()
+
+    def read(self) -> Records | None:
+        """Read what there is of the current round and of those before it; None: no such job has met there.
+
+        Raises:
+            RendezvousConnectionError: the store is lost, or does not answer.
+            RendezvousStateError: it holds something else.
+        """
+        self._end = time.monotonic() + PATIENCE
+        prefix = f"elastic/{self.run_id}"
+        (value,) = self._get([f"{prefix}/round"])
+        round_ = number(value, "round")
+        keys = self._named(f"{prefix}/{round_}/", _OF_ROUND)
+        if not keys["ticket"] and not value:
+            return None
+        closed = decode(Closed, keys["closed"], "closed") if keys["closed"] else None
+        leader = max(0, closed.leader) if closed else 0
+        tickets = range(1, number(keys["ticket"], "ticket", MAX_TICKETS) + 1)
+        kinds = ("node/", "heartbeat/", "succeeded/", f"assignment/{leader}/")
+        names = [f"members/{leader}", f"leader/{max(1, leader)}", *(f"{kind}{t}" for kind in kinds for t in tickets)]
+        keys |= self._named(f"{prefix}/{round_}/", names)
+        past = range(max(0, round_ - MAX_ROUNDS), round_)
+        before = self._named(f"{prefix}/", [f"{r}/{name}" for r in past for name in ("closed", "end", "decision")])
+        found = [(r, {name: before[f"{r}/{name}"] for name in ("closed", "end", "decision")}) for r in past]
+        return Records(round_, keys, found)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._opened.close()
+
+    def _named(self, prefix: str, names: Iterable[str]) -> dict[str, bytes]:
+        names = list(names)
+        return dict(zip(names, self._get([f"{prefix}{name}" for name in names]), strict=True))
+
+    def _get(self, keys: Sequence[str]) -> list[bytes]:
+        found: list[bytes] = []
+        for at in range(0, len(keys), _BATCH):
+            found += self._call(self._client, keys[at : at + _BATCH])
+        return found
+
+    def _call(self, client: StoreClient, keys: Sequence[str]) -> list[bytes]:
+        reply = client.call(Get(tuple(keys)), max(0.1, self._end - time.monotonic()))
+        assert isinstance(reply, list)
+        return reply
+
+    def _connect(self) -> StoreClient:
+        """Connect to the first address of the endpoint that answers."""
+        while True:
+            client = self._backend.connect()
+            try:
+                self._call(client, [f"elastic/{self.run_id}/round"])
+            except RendezvousConnectionError as error:
+                client.close()
+                if not self._backend.has_untried_address() or time.monotonic() >= self._end:
+                    raise RendezvousConnectionError(str(self._backend.explain(error))) from error
+            else:
+                return client
+
+
+def _backend(
+    run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str]
+) -> Backend:
+    made = _BACKENDS.get(backend)
+    if made is None:
+        raise UsageError(f"--rdzv-backend={backend}: must be one of {', '.join(_BACKENDS)}")
+    if not endpoint:
+        raise UsageError("--rdzv-endpoint: must say where the job's store is, as for elastic-run")
+    return made(run_id, backend, endpoint, settings, environ)
+
+
+def _tcp_store(run_id: str, backend: str, endpoint: str, *_: Any) -> Backend:
+    from elastic_launch.parsing import split_endpoint
+    from elastic_launch.rendezvous.backends.c10d import C10dBackend
+    from elastic_launch.rendezvous.factory import DEFAULT_PORTS
+
+    host, port = split_endpoint(endpoint)
+    return C10dBackend(host, port or DEFAULT_PORTS[backend], False, {})
+
+
+def _etcd(run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str]) -> Backend:
+    from elastic_launch.rendezvous.backends.etcd import EtcdBackend
+
+    return EtcdBackend(endpoint, run_id, {"read_timeout": str(PATIENCE), **settings}, environ)
+
+
+_BACKENDS: dict[str, Callable[..., Backend]] = {
+    "c10d": _tcp_store,
+    "static": _tcp_store,
+    "etcd": _etcd,
+    "etcd-v2": _etcd,
+}
