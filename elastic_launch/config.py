@@ -13,12 +13,21 @@ from typing import Any
 
 from elastic_launch.errors import UsageError
 from elastic_launch.job import HangAction, Level, Policy
-from elastic_launch.parsing import is_number, parse_backoff, parse_exit_codes, parse_hang_timeout, parse_signals
+from elastic_launch.parsing import (
+    is_number,
+    parse_backoff,
+    parse_command,
+    parse_exit_codes,
+    parse_hang_timeout,
+    parse_signals,
+)
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 """Signals that stop the job, unless ``--signals-to-handle`` names others."""
 DEFAULT_SHUTDOWN_TIMEOUT = 30
 """Seconds between a worker's stop signal and SIGKILL."""
+DEFAULT_CHECK_TIMEOUT = 60
+"""Seconds that a node's health check may take."""
 
 
 class Std(IntFlag):
@@ -229,6 +238,11 @@ class LaunchConfig:
     """File to which the events of the job are appended, or a directory for it; None for none but that in the log
     directory."""
 
+    health_check: str = ""
+    """Command that must exit with 0 before this node joins a round, as for ``--health-check``; ``""`` for none."""
+    health_check_timeout: float = DEFAULT_CHECK_TIMEOUT
+    """Seconds that it may take."""
+
     @property
     def policy(self) -> Policy:
         """When the job restarts."""
@@ -262,5 +276,8 @@ class LaunchConfig:
                 raise UsageError(f"{name}={getattr(self, name)}: must be a number of seconds, at least 0")
         if self.hang_action not in tuple(HangAction):
             raise UsageError(f"hang_action={self.hang_action!r}: must be one of {', '.join(HangAction)}")
+        if not 0 < self.health_check_timeout < float("inf"):
+            raise UsageError(f"health_check_timeout={self.health_check_timeout}: must be a number of seconds above 0")
+        parse_command(self.health_check)
         parse_signals(self.signals_to_handle)
         _ = self.policy

@@ -11,7 +11,7 @@ from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError
 from elastic_launch.host.console import log
 from elastic_launch.job import Level
-from elastic_launch.parsing import parse_seconds
+from elastic_launch.parsing import parse_command, parse_seconds
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
@@ -99,6 +99,8 @@ def launch_agent(
         verbosity=config.verbosity,
         events=config.events,
         hang_native=config.hang_native,
+        health_check=parse_command(config.health_check),
+        health_check_timeout=config.health_check_timeout,
     )
     result = agent.run(config.role)
     if result.is_failed():

@@ -58,6 +58,28 @@ def parse_seconds(text: str, prefix: str = "", *, above_zero: bool = False) -> f
     return seconds
 
 
+def parse_command(text: str) -> list[str]:
+    """Split a command into words, by the rules of a POSIX shell for quotes. No shell is involved.
+
+    >>> parse_command("sh -c 'test -w /data'")
+    ['sh', '-c', 'test -w /data']
+
+    Raises:
+        UsageError: a quotation is not closed, or the program is missing in a text that is not empty.
+    """
+    if not text:
+        return []
+    import shlex  # late: few jobs have a command
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r}: {str(error).lower()}") from error
+    if not words or not words[0]:
+        raise UsageError(f"{text!r}: must be a command")
+    return words
+
+
 def parse_hang_timeout(text: str) -> float | None:
     """Read a number of seconds, at least 0; ``auto``, which leaves the choice to the launcher, is None.
 

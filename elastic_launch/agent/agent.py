@@ -16,12 +16,13 @@ from elastic_launch.agent.operator import Operator
 from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
+from elastic_launch.config import DEFAULT_CHECK_TIMEOUT, DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
 from elastic_launch.control.server import ControlServer
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, formed
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, begin, formed
 from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
+    CheckLimits,
     Exited,
     Finish,
     GroupReaped,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from elastic_launch.agent.live_line import LiveLine
     from elastic_launch.core.rendezvous.progress import Waiting
     from elastic_launch.core.status import Facts, Meeting
+    from elastic_launch.workers.health_check import HealthCheck
     from elastic_launch.workers.watchdog import Watchdog
 
 CONTROL = "ELASTIC_LAUNCH_CONTROL"
@@ -69,6 +71,8 @@ CONTROL = "ELASTIC_LAUNCH_CONTROL"
 class AgentRendezvous(Rendezvous, LoopSource, Protocol):
     """A rendezvous as the agent sees it: it carries out actions, and answers with events."""
 
+    patience: float
+    """Seconds that this node may be unfit before a round; infinite if the rendezvous decides that."""
     lease: Callable[[float], None]
     """Extends the workers' lease to a time on ``time.monotonic``. The agent sets it before its first action."""
 
@@ -104,6 +108,7 @@ class _Run(NamedTuple):
     control: ControlServer | None
     """Asks the operator for those who look at the job; None: nobody can."""
     sources: list[LoopSource]
+    check: HealthCheck | None
 
 
 class LocalElasticAgent:
@@ -126,6 +131,8 @@ class LocalElasticAgent:
         verbosity: int = Level.INFO,
         events: str | None = None,
         hang_native: bool = False,
+        health_check: Sequence[str] = (),
+        health_check_timeout: float = DEFAULT_CHECK_TIMEOUT,
         log: Callable[[str], None] = log_to_stderr,
     ) -> None:
         """Prepare a run without starting anything. The positional arguments are those of torch's agent.
@@ -150,6 +157,8 @@ class LocalElasticAgent:
             events: the file to which events are appended, or a directory; None for the job's directory, if
                 ``logs_specs`` has one.
             hang_native: whether the report of a hang shows native frames as well, with py-spy.
+            health_check: the command that checks the node before each round; empty for none.
+            health_check_timeout: seconds that it may take.
             log: writes a line for the user.
 
         Raises:
@@ -164,18 +173,20 @@ class LocalElasticAgent:
         self._prefix_template = log_line_prefix_template
         self._health_check_server = health_check_server
         self._stop_signals = parse_signals(signals_to_handle)
-        self._limits = Limits(spec.get_policy(), shutdown_timeout, exit_barrier_timeout)
         self._environ = environment() if environ is None else environ
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._events = events
         self._hang_native = hang_native
+        self._health_check = health_check
         self._log = log
         self._warn = in_colour(log, YELLOW)
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
             handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
         self._rendezvous = handler
+        check = CheckLimits(health_check_timeout, handler.patience) if health_check else None
+        self._limits = Limits(spec.get_policy(), shutdown_timeout, exit_barrier_timeout, check)
         self._options = WorkerOptions(
             self.name,
             entrypoint,
@@ -265,13 +276,16 @@ class LocalElasticAgent:
         facts = partial(self._facts, time.time(), files)
         asks = self._rendezvous.meeting, workers.output_files, workers.calls
         watched = (progress.figures, progress.look) if progress else ()
-        operator = Operator(AgentState(self._limits), facts, *asks, *watched)
+        operator = Operator(begin(self._limits, time.monotonic())[0], facts, *asks, *watched)
         control = self._serve_control(stack, operator)
         if control and progress:
             progress.on_answer = control.answered
-        more = [source for source in (live_line, control) if source]
+        check = self._check(stack)
+        more = [source for source in (live_line, control, check) if source]
         sources = [signals, self._rendezvous, *watches, *more]
-        return _Run(files, workers, watchdog, telemetry, progress, live_line, journal, log, operator, control, sources)
+        return _Run(
+            files, workers, watchdog, telemetry, progress, live_line, journal, log, operator, control, sources, check
+        )
 
     def _run_loop(self, run: _Run) -> tuple[Finish, AgentState]:
         loop = AgentLoop(
@@ -284,6 +298,7 @@ class LocalElasticAgent:
             partial(self._observe, run),
             run.progress.handle if run.progress else lambda event: [],
             run.journal.record if run.journal else None,
+            run.check,
         )
         try:
             return cast(Finish, loop.run()), loop.state
@@ -394,6 +409,14 @@ class LocalElasticAgent:
             sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
         return watchdog, sources
 
+    def _check(self, stack: ExitStack) -> HealthCheck | None:
+        if not self._health_check:
+            return None
+        from elastic_launch.workers.health_check import HealthCheck  # late: few jobs have one
+
+        about = self._options.run_id, self._spec.local_world_size
+        return stack.enter_context(closing(HealthCheck(self._health_check, self._environ, *about)))
+
     def _serve_control(self, stack: ExitStack, operator: Operator) -> ControlServer | None:
         """Open the control socket. A job that cannot have one runs without."""
         if read_flag(self._environ.get(CONTROL, "1")) is False:
@@ -426,6 +449,8 @@ def _update_group(group: WorkerGroup, state: AgentState) -> None:
     group.master_addr = group.spec.master_addr or assignment.master_addr
     group.master_port = group.spec.master_port or assignment.master_port
     group.state = {
+        AgentPhase.CHECKING: WorkerState.INIT,
+        AgentPhase.UNFIT: WorkerState.INIT,
         AgentPhase.JOINING: WorkerState.INIT,
         AgentPhase.RUNNING: WorkerState.HEALTHY,
         AgentPhase.HOLDING: WorkerState.HEALTHY,

@@ -9,7 +9,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from elastic_launch.agent.worker_group import LocalWorkers
 from elastic_launch.core.agent import lifecycle
@@ -27,13 +27,18 @@ from elastic_launch.core.agent.messages import (
     Log,
     ReapLeftovers,
     RendezvousAction,
+    RunCheck,
     SendSignal,
     SetStop,
     Signalled,
     Start,
+    StopCheck,
 )
 from elastic_launch.core.progress.messages import ProgressEvent
 from elastic_launch.job import Assignment
+
+if TYPE_CHECKING:
+    from elastic_launch.workers.health_check import HealthCheck
 
 _MAX_POLL = 86400.0
 """Seconds. poll(2) cannot wait for more than 24 days, but a deadline may be further away."""
@@ -73,6 +78,7 @@ class AgentLoop:
         observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
         watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
         record: Callable[[Transition], None] | None = None,
+        check: HealthCheck | None = None,
     ) -> None:
         """Ask the rendezvous for the first round.
 
@@ -86,18 +92,20 @@ class AgentLoop:
             observe: called with each event and the state after it.
             watch: handles what the rendezvous has to say of the workers' progress; returns events that follow.
             record: called with each step of the life cycle, once its actions are carried out.
+            check: the node's health check, which is among the ``sources``; None: it has none.
         """
         self._workers = workers
         self._start = start
         self._ask = ask
         self._sources: list[LoopSource] = [workers, *sources]
+        self._check = check
         self._log = log
         self._observe = observe
         self._record = record
         self._watch = watch
         self._events: deque[AgentEvent] = deque()
         now, wall = time.monotonic(), time.time()
-        self.state, actions = lifecycle.begin(limits)
+        self.state, actions = lifecycle.begin(limits, now)
         self.finish = self._finish_step(Transition(None, None, self.state, actions, now, wall))
 
     def run(
@@ -151,6 +159,10 @@ class AgentLoop:
     def _carry_out(self, actions: list[Action]) -> Finish | None:
         for action in actions:
             match action:
+                case RunCheck() if self._check:
+                    self._events.extend(self._check.start(*action))
+                case StopCheck() if self._check:
+                    self._check.stop()
                 case Start(assignment):
                     self._start(assignment)
                 case SendSignal():
@@ -166,7 +178,7 @@ class AgentLoop:
                 case Finish():
                     return action
                 case asking:
-                    self._events.extend(self._ask(asking))
+                    self._events.extend(self._ask(cast(RendezvousAction, asking)))
         return None
 
     def _wait(self, until: float | None) -> list[AgentEvent]:

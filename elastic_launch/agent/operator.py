@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
-from elastic_launch.core.agent.messages import AgentEvent, Assigned, Ended, RestartRequested, Signalled
+from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended, RestartRequested, Signalled
+from elastic_launch.core.agent.restart_policy import restart_cause
 from elastic_launch.errors import UsageError, signal_name
-from elastic_launch.job import End, EndKind
+from elastic_launch.job import Decision, End, EndKind
 
 if TYPE_CHECKING:
     from elastic_launch.agent.progress import Look
@@ -53,17 +54,33 @@ class Operator:
         self._facts, self._meeting, self._files, self._calls, self._progress = facts, meeting, files, calls, progress
         self._look = look
         self._rounds: deque[RoundRecord] = deque(maxlen=MAX_ROUNDS)
+        self._joined_at = time.monotonic()
+        self._round_count, self._rendezvous_seconds = 0, 0.0
+        self._restarts: dict[str, int] = {}
+        """Rounds that followed another one, by cause."""
 
     def observe(self, event: AgentEvent, state: AgentState) -> None:
         """Note an event; ``state`` is the state after it."""
-        self._state = state
+        before, self._state = self._state, state
         if isinstance(event, Assigned):
             self._rounds.append((event.assignment, time.time(), None, None))
+            self._round_count += 1
+            self._rendezvous_seconds += time.monotonic() - self._joined_at
+        elif isinstance(event, Decided) and state.phase is not AgentPhase.DONE:
+            self._count_restart(before, event.decision)
         elif isinstance(event, Ended):
             self._end_round(event.end._replace(failures=()), event.time)  # their tracebacks may be long
         elif state.phase is AgentPhase.DONE and state.signum is not None:
             reason = state.stop_reason or f"stopped by {signal_name(state.signum)}"
             self._end_round(End(EndKind.STOP, reason, signum=state.signum), time.time())
+
+        if state.phase is AgentPhase.JOINING is not before.phase:
+            self._joined_at = time.monotonic()
+
+    def _count_restart(self, before: AgentState, decision: Decision) -> None:
+        history = before.assignment.restart_history if before.assignment else decision.restart_history
+        cause = restart_cause(history, decision, before.end.change if before.end else "")
+        self._restarts[cause] = self._restarts.get(cause, 0) + 1
 
     def _end_round(self, end: End, now: float) -> None:
         if self._rounds and self._rounds[-1][2] is None:
@@ -71,10 +88,11 @@ class Operator:
 
     def status(self) -> dict[str, Any]:
         """Return the agent's status, as described in ``docs/operating.md``."""
-        from elastic_launch.core.status import agent_status  # late: nobody asks most agents
+        from elastic_launch.core.status import Totals, agent_status  # late: nobody asks most agents
 
         facts, meeting, files, progress = self._facts(), self._meeting(), self._files(), self._progress()
-        return agent_status(facts, self._state, meeting, list(self._rounds), files, time.monotonic(), progress)
+        totals = Totals(self._round_count, round(self._rendezvous_seconds, 3), self._restarts)
+        return agent_status(facts, self._state, meeting, list(self._rounds), files, time.monotonic(), progress, totals)
 
     def carry_out(self, request: Mapping[str, Any]) -> Reply:
         """Return the reply to a request, and the events for the agent that it leads to.

@@ -173,6 +173,8 @@ class ProgressWatch:
             self._sampling = self._sample_at = None
             self._wanted.clear()
             self._answer(_refusal("too_late", "the round has ended"))
+            if self._state.phase is StallPhase.TOLD:  # it may have gone on, and ended, since the last look
+                self._step(Looked({rank: self._memory.read(rank) for rank in self._memory.ranks()}))
             self._step(Over())
 
     def stalled(self) -> float:

@@ -238,8 +238,14 @@ def _size(size: float) -> str:
     return f"{size:.3g} TiB"
 
 
+def _health_check(subject: Subject) -> str | None:
+    """Say what checks the node; ``config_from_args`` has found the program. It may take long, so it is not run."""
+    return f"{subject.config.health_check} (not run)" if subject.config.health_check else None
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("script", _script),
+    ("health check", _health_check),
     ("log directory", _log_directory),
     ("event handler", _event_handler),
     ("CPUs", _binding),

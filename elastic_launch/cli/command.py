@@ -16,7 +16,7 @@ from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
 from elastic_launch.logs.job_files import DefaultLogsSpecs
-from elastic_launch.parsing import parse_min_max_nnodes, parse_ranks, parse_rdzv_conf
+from elastic_launch.parsing import parse_command, parse_min_max_nnodes, parse_ranks, parse_rdzv_conf
 from elastic_launch.workers import BOOTSTRAP
 
 LOGS_SPECS = "torchrun.logs_specs"
@@ -70,6 +70,8 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
             f"--nnodes={args.nnodes}: several nodes need a rendezvous endpoint: pass --rdzv-backend c10d "
             "--rdzv-endpoint HOST:PORT, where HOST is one of them; or --master-addr, the address of the node of rank 0"
         )
+    if check := parse_command(getattr(args, "health_check", "")):
+        _check_program("--health-check=", check[0])
     pinned = args.rdzv_backend == "static" or "node_rank" in given
     fields = LaunchConfig.__dataclass_fields__
     settings = {option.dest: getattr(args, option.dest) for option in OPTIONS if option.dest in fields}

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import elastic_launch
-from elastic_launch.config import DEFAULT_SIGNALS, Std
+from elastic_launch.config import DEFAULT_CHECK_TIMEOUT, DEFAULT_SIGNALS, Std
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
 from elastic_launch.job import HangAction
 from elastic_launch.parsing import (
     is_number,
     parse_backoff,
+    parse_command,
     parse_exit_codes,
     parse_filters,
     parse_hang_timeout,
@@ -61,6 +62,10 @@ def _checked(parse: Callable[[str], object]) -> Read:
         return text
 
     return read
+
+
+def _above_zero(text: str) -> float:
+    return parse_seconds(text, above_zero=True)
 
 
 def _count(text: str) -> int:
@@ -182,6 +187,10 @@ GROUPS = {
         Option("hang-action", "report", _hang_action, "ACTION", "what follows: report, restart or stop"),
         Option("hang-native", False, _flag, "", "show native frames of hung workers, too, with py-spy"),
         Option("start-timeout", 0, parse_seconds, "SECONDS", "time until the first steps; 0: any"),
+    ),
+    "health": (
+        Option("health-check", "", _checked(parse_command), "CMD", "command that must succeed before each round"),
+        Option("health-check-timeout", DEFAULT_CHECK_TIMEOUT, _above_zero, "SECONDS", "time that it may take"),
     ),
     "workers": (
         Option("module", False, _flag, "", "SCRIPT is a module, as with python -m", "-m"),

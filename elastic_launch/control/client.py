@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elastic_launch.control.directory import SUFFIX, address, check, directory
+from elastic_launch.control.directory import SUFFIX, address, check, everybodys, own_directories
 from elastic_launch.errors import UnavailableError
 
 PATIENCE = 2.0
@@ -21,6 +21,8 @@ PATIENCE = 2.0
 _YOUNG = 2.0
 """Seconds in which a socket that refuses connections may belong to an agent that has not begun to listen."""
 _CHUNK = 1 << 16
+_MAX_REPLY = 16 << 20
+"""Bytes of a reply. No agent sends that many, but root asks what other users have put there, too."""
 
 
 class GoneError(UnavailableError):
@@ -43,18 +45,22 @@ class ControlClient:
         self.pid = 0
         """The agent's pid; 0 if it is in a PID namespace that cannot be seen from here."""
         self._in = bytearray()
+        owner = _owner(os.path.dirname(path))
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             with address(path) as where:
                 self._sock.connect(where)
             size = struct.calcsize("3i")
-            self.pid, _, _ = struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+            self.pid, uid, _ = struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+            if uid != owner:  # the way there has been bent, which root would follow
+                raise PermissionError(errno.EPERM, "the agent is another user's")
             if self.pid and not _exists(self.pid):  # a process that was forked from it still has the socket
                 raise ConnectionRefusedError
         except OSError as error:
             self.close()
             if isinstance(error, ConnectionRefusedError | FileNotFoundError):
-                _remove_leftover(path)
+                if owner == os.geteuid():  # else what is removed could be chosen by them
+                    _remove_leftover(path)
                 raise GoneError(f"{path}: the agent has ended") from error
             raise UnavailableError(f"{path}: {error.strerror}") from error
 
@@ -82,10 +88,11 @@ class ControlClient:
 
         Raises:
             GoneError: the agent has ended, or has closed the connection, and there are no more replies.
+            UnavailableError: what comes is no reply.
         """
         is_open = True
         try:
-            while is_open:
+            while is_open and len(self._in) <= _MAX_REPLY:
                 data = self._sock.recv(_CHUNK)
                 self._in += data
                 is_open = bool(data)
@@ -97,7 +104,13 @@ class ControlClient:
         self._in = rest
         if not lines and not is_open:
             raise GoneError(f"{self.path}: the agent has ended")
-        return [json.loads(line) for line in lines]
+        try:
+            replies = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            replies = [None]
+        if len(rest) > _MAX_REPLY or not all(isinstance(reply, dict) for reply in replies):
+            raise UnavailableError(f"{self.path}: what answers there is no agent")
+        return replies
 
     def ask(self, request: Mapping[str, Any], patience: float = PATIENCE) -> dict[str, Any]:
         """Send a request, and return the reply.
@@ -130,12 +143,33 @@ def sockets(environ: Mapping[str, str]) -> list[str]:
         UnavailableError: the directory is not private.
     """
     found: list[str] = []
-    without = {name: value for name, value in environ.items() if name != "XDG_RUNTIME_DIR"}
-    for folder in dict.fromkeys((directory(environ), directory(without))):
+    for folder in own_directories(environ):
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            check(folder)
-            found += (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(SUFFIX))
+            found += _listed(folder, os.geteuid())
     return found
+
+
+def everybodys_sockets(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the paths of the sockets of all agents on this host that this user may ask: as root, of all users.
+
+    Args:
+        environ: as for ``sockets``.
+
+    Returns:
+        The paths; and for each directory that exists and cannot be used, a line that says why.
+    """
+    found: list[str] = []
+    troubles: list[str] = []
+    for folder, owner in everybodys(environ):
+        try:
+            found += _listed(folder, owner)
+        except FileNotFoundError:
+            pass
+        except UnavailableError as error:
+            troubles.append(str(error))
+        except OSError as error:
+            troubles.append(f"{folder}: {error.strerror}")
+    return found, troubles
 
 
 def ask_all(paths: Sequence[str], patience: float = PATIENCE) -> list[tuple[str, int, dict[str, Any] | None]]:
@@ -164,7 +198,7 @@ def ask_all(paths: Sequence[str], patience: float = PATIENCE) -> list[tuple[str,
             for client in clients:
                 poller.register(client, select.POLLIN)
             ready = {fd for fd, _ in poller.poll(max(0.0, end - time.monotonic()) * 1000)}
-            if not ready:
+            if not ready or time.monotonic() > end:
                 break
             for client in [client for client in clients if client.fileno() in ready]:
                 try:
@@ -173,10 +207,26 @@ def ask_all(paths: Sequence[str], patience: float = PATIENCE) -> list[tuple[str,
                     del found[client.path]
                     clients.remove(client)
                     continue
+                except UnavailableError:
+                    clients.remove(client)
+                    continue
                 if replies:
                     clients.remove(client)
                     found[client.path] = (client.pid, replies[0].get("status"))
     return [(path, *found[path]) for path in paths if path in found]
+
+
+def _listed(folder: str, owner: int) -> list[str]:
+    check(folder, owner)
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(SUFFIX)]
+
+
+def _owner(folder: str) -> int:
+    """Return the uid of a directory's owner; -1 if it is gone."""
+    try:
+        return os.stat(folder).st_uid
+    except OSError:
+        return -1
 
 
 def _exists(pid: int) -> bool:

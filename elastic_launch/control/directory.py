@@ -30,11 +30,42 @@ def directory(environ: Mapping[str, str]) -> str:
         with contextlib.suppress(OSError):
             if os.stat(run).st_uid == os.geteuid():
                 return os.path.join(run, "elastic-run")
-    return os.path.join(environ.get("TMPDIR") or "/tmp", f"elastic-run-{os.geteuid()}")
+    return os.path.join(_temporary(environ), f"elastic-run-{os.geteuid()}")
 
 
-def check(path: str) -> None:
+def everybodys(environ: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Return the directories whose sockets this user may reach, each with the uid of its owner: root's are all.
+
+    Args:
+        environ: as for ``directory``; of others, their usual directories are known.
+    """
+    own = [(path, os.geteuid()) for path in own_directories(environ)]
+    if os.geteuid() != 0:
+        return own
+    found: list[tuple[str, int]] = []
+    for folder, prefix, below in (("/run/user", "", "/elastic-run"), (_temporary(environ), "elastic-run-", "")):
+        with contextlib.suppress(OSError):
+            uids = [name.removeprefix(prefix) for name in sorted(os.listdir(folder)) if name.startswith(prefix)]
+            found += ((f"{folder}/{prefix}{uid}{below}", int(uid)) for uid in uids if uid.isdecimal())
+    return list(dict.fromkeys(own + found))
+
+
+def own_directories(environ: Mapping[str, str]) -> list[str]:
+    """Return the directories of this user; agents may have been started without ``XDG_RUNTIME_DIR``."""
+    without = {name: value for name, value in environ.items() if name != "XDG_RUNTIME_DIR"}
+    return list(dict.fromkeys((directory(environ), directory(without))))
+
+
+def _temporary(environ: Mapping[str, str]) -> str:
+    return environ.get("TMPDIR") or "/tmp"
+
+
+def check(path: str, owner: int) -> None:
     """Check that a directory is private.
+
+    Args:
+        path: the directory.
+        owner: uid of the user whose it must be.
 
     Raises:
         UnavailableError: it is another user's, open to others, or no directory.
@@ -43,7 +74,7 @@ def check(path: str) -> None:
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise UnavailableError(f"{path}: must be a directory; remove it")
-    if found.st_uid != os.geteuid():
+    if found.st_uid != owner:
         raise UnavailableError(f"{path}: belongs to another user (uid {found.st_uid}); set XDG_RUNTIME_DIR or TMPDIR")
     if found.st_mode & 0o077:
         raise UnavailableError(f"{path}: is open to other users; run chmod 700 on it, or remove it")
@@ -58,7 +89,7 @@ def make(path: str) -> None:
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        check(path)
+        check(path, os.geteuid())
     except OSError as error:
         raise UnavailableError(f"{path}: {error.strerror}; set XDG_RUNTIME_DIR or TMPDIR to another place") from error
 

@@ -59,6 +59,17 @@ class Meeting(NamedTuple):
     """Seconds since each member's last heartbeat, by group rank, if this node is the monitor; None: it has left."""
 
 
+class Totals(NamedTuple):
+    """What has happened since the agent started, counted."""
+
+    rounds: int = 0
+    """Rounds in which this node got a place."""
+    rendezvous_seconds: float = 0.0
+    """Time until it got them, each from when it joined."""
+    restarts: Mapping[str, int] = {}
+    """Rounds that followed another one, by ``restart_policy.CAUSES``."""
+
+
 class Progress(NamedTuple):
     """What the workers get done; all values are such as JSON can carry."""
 
@@ -76,6 +87,7 @@ def agent_status(
     files: Mapping[int, Mapping[str, str]],
     now: float,
     progress: Progress | None = None,
+    totals: Totals = Totals(),  # noqa: B008 - a value
 ) -> dict[str, Any]:
     """Return the status of an agent.
 
@@ -87,6 +99,7 @@ def agent_status(
         files: paths of the workers' output files, by local rank and ``stdout`` or ``stderr``.
         now: the time on the agent's monotonic clock.
         progress: what the workers get done; None: that is not known.
+        totals: what has happened since the agent started.
     """
     assignment, progress = state.assignment, progress or Progress()
     ends = [end for _, _, end, _ in rounds if end is not None and end.kind is not EndKind.DONE]
@@ -121,6 +134,7 @@ def agent_status(
         "log_dir": facts.log_dir or None,
         "store": {"backend": meeting.backend, "endpoint": meeting.endpoint or None, "settings": dict(meeting.settings)},
         "progress": dict(progress.job) or None,
+        "totals": {**totals._asdict(), "restarts": dict(totals.restarts)},
     }
 
 
@@ -172,6 +186,10 @@ def waits_for(state: AgentState, meeting: Meeting, now: float) -> str:
     """Return what an agent waits for, in a few words; empty: for its workers only."""
     left = f"{max(0.0, state.deadline - now):.0f} s" if state.deadline is not None else ""
     match state.phase:
+        case AgentPhase.CHECKING:
+            return f"the health check of this node; it is killed in {left}"
+        case AgentPhase.UNFIT:
+            return f"the health check of this node, which failed: {state.check_failure}; it runs again in {left}"
         case AgentPhase.HOLDING:
             return "the nodes to agree on the step at which all ranks stop"
         case AgentPhase.DRAINING if state.assignment:

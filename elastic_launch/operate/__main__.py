@@ -22,6 +22,8 @@ COMMANDS = {
     "stacks": ("stacks", "show where all ranks of a job stand in their code"),
     "stop": ("stop", "stop a job, or one of its nodes, in good order"),
     "restart": ("restart", "begin another round now, without using up a restart"),
+    "ui": ("ui.command", "show your jobs as a page in a browser, live"),
+    "exporter": ("exporter", "serve metrics of the jobs on this host to Prometheus"),
     "report": ("report", "make one page of a finished job's events"),
 }
 """The subcommands: module and what it does."""

@@ -12,7 +12,10 @@ from elastic_launch.errors import LaunchError, UnavailableError, UsageError
 
 UNRESPONSIVE = "unresponsive"
 """State of an agent that does not answer: it is stopped, or gets no CPU time."""
-_ORDER = {state: number for number, state in enumerate(("running", "joining", "stopping", "agreeing", "pausing"))}
+_ORDER = {
+    state: number
+    for number, state in enumerate(("running", "joining", "checking", "unfit", "stopping", "agreeing", "pausing"))
+}
 """States of agents; the one whose state comes first speaks for a job."""
 
 

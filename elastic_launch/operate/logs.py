@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     job = choose(running_jobs(environment()), args.job)
     files = files_of(job.agents, args.rank)
     if not files and not (args.follow and _may_follow(job)):
-        raise NoFilesError(_why_none(job, args.rank))
+        raise NoFilesError(why_none(job.agents, args.rank))
     output = Output(titles=args.follow or len(files) > 1)
     ends = show_last(files, args.last, output)
     if args.follow:
@@ -107,7 +107,7 @@ def show_last(files: Sequence[LogFile], lines: int, output: Output) -> dict[str,
     for file in reversed(files):
         key = file.rank, file.stream
         with contextlib.suppress(OSError), open(file.path, "rb") as opened:
-            starts[file.path], count, ends[file.path] = _find_last(opened, left.get(key, lines))
+            starts[file.path], count, ends[file.path] = find_last(opened, left.get(key, lines))
             left[key] = left.get(key, lines) - count
     for file in files:
         with contextlib.suppress(OSError), open(file.path, "rb") as opened:
@@ -119,7 +119,7 @@ def show_last(files: Sequence[LogFile], lines: int, output: Output) -> dict[str,
     return ends
 
 
-def _find_last(opened: BinaryIO, lines: int) -> tuple[int, int, int]:
+def find_last(opened: BinaryIO, lines: int) -> tuple[int, int, int]:
     """Return where the last lines begin, how many there are, and where the file ends."""
     end = at = opened.seek(0, os.SEEK_END)
     found = 0
@@ -176,12 +176,13 @@ def _may_follow(job: Job) -> bool:
     return all(not agent.get("rounds") for agent in job.agents)
 
 
-def _why_none(job: Job, rank: int | None) -> str:
-    all_files = files_of(job.agents, None)
+def why_none(agents: Sequence[Mapping[str, Any]], rank: int | None) -> str:
+    """Say why a job, or one of its ranks, has no output in files."""
+    all_files = files_of(agents, None)
     if not all_files:
         return (
-            f"{job.id} writes its output to no files: start it with -t 3 (files and console) or -r 3 (files only), "
-            "and --log-dir DIR"
+            f"{agents[0]['job']} writes its output to no files: start it with -t 3 (files and console) or -r 3 "
+            "(files only), and --log-dir DIR"
         )
     ranks = sorted({file.rank for file in all_files})
     return f"--rank={rank}: this host has files of ranks {', '.join(map(str, ranks))}"

@@ -89,13 +89,26 @@ def _view(args: Any, environ: Mapping[str, str]) -> View:
         job = args.rdzv_id or "none"
         return View(None, StoreReader(job, args.rdzv_backend or "c10d", args.rdzv_endpoint, settings, environ))
     job = choose(running_jobs(environ), args.job)
-    store = job.agents[0]["store"]
-    if not store["endpoint"] or job.agents[0].get("max_nodes") == 1:
-        return View(job, None)
     try:
-        return View(
-            job, StoreReader(job.id, store["backend"], store["endpoint"], {**store["settings"], **settings}, environ)
-        )
+        return view_of_job(job, environ, settings)
     except RendezvousError as error:
         print(f"elastic-job: only what the agents on this host know: {error}", file=sys.stderr)
         return View(job, None)
+
+
+def view_of_job(job: Job, environ: Mapping[str, str], settings: Mapping[str, str] | None = None) -> View:
+    """Return the view of a job that has agents on this host.
+
+    Args:
+        job: the job.
+        environ: variables of the bridge to etcd.
+        settings: further ones of ``--rdzv-conf`` for the store.
+
+    Raises:
+        RendezvousError: the job's store cannot be reached.
+    """
+    store = job.agents[0]["store"]
+    if not store["endpoint"] or job.agents[0].get("max_nodes") == 1:
+        return View(job, None)
+    given = {**store["settings"], **(settings or {})}
+    return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ))

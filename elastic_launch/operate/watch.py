@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from elastic_launch.control.client import ControlClient, GoneError
+from elastic_launch.control.client import PATIENCE, ControlClient, GoneError
 from elastic_launch.errors import RendezvousError, UnavailableError
 from elastic_launch.operate.show import one_line, screen
 from elastic_launch.operate.status import View
@@ -26,7 +26,7 @@ _LEAVE = "\x1b[?25h\x1b[?1049l"
 _HOME, _END_OF_LINE, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _BEGIN, _COMMIT = "\x1b[?2026h", "\x1b[?2026l"
 """Between these, terminals that can do so show nothing of what changes."""
-_OVER = ("succeeded", "failed", "stopped")
+OVER = ("succeeded", "failed", "stopped")
 """States after which nothing follows."""
 
 
@@ -41,6 +41,8 @@ class Agents:
                 client = self._clients[number] = ControlClient(agent["socket"])
                 client.send({"request": "subscribe"})
             self._latest[number] = agent
+        self._asked_at: dict[int, float] = {}
+        """When those were asked that have not answered yet, in seconds of the monotonic clock."""
         self.were_any = bool(self._clients)
 
     @property
@@ -57,13 +59,34 @@ class Agents:
         for number, client in list(self._clients.items()):
             try:
                 for reply in client.take():
+                    self._asked_at.pop(number, None)
                     self._latest[number] = reply.get("status") or self._latest[number]
             except GoneError:
                 client.close()
                 del self._clients[number]
+                self._asked_at.pop(number, None)
                 if len(self._latest) > 1:
                     del self._latest[number]
         return [self._latest[number] for number in sorted(self._latest)]
+
+    def ask(self) -> None:
+        """Ask for statuses as they are now: the agents tell changes by themselves, but not each step."""
+        for number, client in self._clients.items():
+            if number not in self._asked_at:
+                self._asked_at[number] = time.monotonic()
+                client.send({"request": "status"})
+
+    def wait(self, seconds: float) -> None:
+        """Wait until an agent tells something."""
+        poller = select.poll()
+        for fd in self.descriptors():
+            poller.register(fd, select.POLLIN)
+        poller.poll(seconds * 1000)
+
+    def silent(self) -> list[int]:
+        """Return the pids of those that should have answered long ago."""
+        late = time.monotonic() - PATIENCE
+        return [self._clients[number].pid for number, asked in self._asked_at.items() if asked < late]
 
     def close(self) -> None:
         """Disconnect."""
@@ -89,7 +112,7 @@ def watch(view: View, as_json: bool) -> int:
                 if not seen:
                     raise
             before = _show(seen, before, as_json=as_json, is_live=is_live)
-            if (agents.were_any and not agents.are_left) or seen["state"] in _OVER:
+            if (agents.were_any and not agents.are_left) or seen["state"] in OVER:
                 break
     if is_live:
         print("\n".join(screen(seen, time.time(), os.get_terminal_size(1).columns)))

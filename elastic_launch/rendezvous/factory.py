@@ -12,7 +12,7 @@ from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
 from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous import BUILT_IN
-from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
+from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec
 
 if TYPE_CHECKING:
@@ -150,7 +150,19 @@ def create_built_in(config: LaunchConfig, environ: Environ, log: Logger) -> Rend
         host, port = split_endpoint(config.rdzv_endpoint)
     run_id = config.run_id or os.urandom(8).hex()
     backend = config.rdzv_backend or "static"
-    return SingleNodeRendezvous(run_id, config.nproc_per_node, config.local_addr or host, port, backend)
+    address = config.local_addr or host
+    return SingleNodeRendezvous(run_id, config.nproc_per_node, address, port, backend, _patience(config))
+
+
+def _patience(config: LaunchConfig) -> float:
+    """Return how long a single node may be unfit: ``join_timeout``, which it needs for nothing else."""
+    if not config.health_check:
+        return DEFAULT_JOIN_TIMEOUT
+    given = {name: config.rdzv_configs.get(name) for name in ("join_timeout", "timeout")}
+    if config.rdzv_timeout != -1:
+        given["timeout"] = config.rdzv_timeout
+    values = [_seconds(str(text), f"--rdzv-conf {name}=") for name, text in given.items() if text is not None]
+    return next(iter(values), DEFAULT_JOIN_TIMEOUT)
 
 
 def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from elastic_launch.core.status import Meeting
 
 
+DEFAULT_JOIN_TIMEOUT = 600.0
+"""Seconds that nodes have to meet; a single node that long to be fit."""
+
+
 def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:
     """Answer an action of the agent for a job of one node: what the node reports is what holds.
 
@@ -105,6 +109,7 @@ class SingleNodeRendezvous:
         master_addr: address of the workers' store.
         master_port: its port; 0: a free port, chosen for each round.
         backend: name of the backend that the user chose. A single node does not need it.
+        patience: seconds that the node may be unfit before a round.
     """
 
     def __init__(
@@ -114,7 +119,9 @@ class SingleNodeRendezvous:
         master_addr: str = "127.0.0.1",
         master_port: int = 0,
         backend: str = "static",
+        patience: float = DEFAULT_JOIN_TIMEOUT,
     ) -> None:
+        self.patience = patience
         self.lease: Callable[[float], None] = lambda until: None  # unused: nobody takes the place of the only node
         self._run_id = run_id
         self._workers = local_world_size

@@ -95,8 +95,8 @@ class StoreLink:
         """The requests without a reply, and when each was sent on the present connection."""
         self._wanted: str | None = None
         """The key that the node waits for."""
-        self._awaited: str | None = None
-        """The key that the present connection waits for."""
+        self._wait: Wait | None = None
+        """What the present connection waits for. A wait for the same key that was cancelled before is another one."""
         self._has_met = False
         self._connected_at = self._retry_at = 0.0
         """When the last connection was begun, and when the next one is due."""
@@ -220,19 +220,19 @@ class StoreLink:
             while self._unanswered.popleft()[0] is not request:
                 pass
             self._user.deliver(messages.Answer(request.question, request.round, value))
-        for key, has_appeared in self._waits.take():
-            if key == self._awaited:
-                self._awaited = None
-            if has_appeared and key == self._wanted:
-                self._user.deliver(messages.KeyAppeared(key))
+        for wait, has_appeared in self._waits.take():
+            if wait is self._wait:
+                self._wait = None
+            if has_appeared and wait.keys[0] == self._wanted:
+                self._user.deliver(messages.KeyAppeared(wait.keys[0]))
 
     def _send(self) -> None:
-        if self._waits and self._wanted != self._awaited:
-            if self._awaited is not None:
+        if self._waits and self._wanted != (self._wait.keys[0] if self._wait else None):
+            if self._wait:
                 self._waits.submit(Cancel())
-            self._awaited = self._wanted
-            if self._awaited is not None:
-                self._waits.submit(Wait((self._awaited,)), self._awaited)
+            self._wait = None if self._wanted is None else Wait((self._wanted,))
+            if self._wait:
+                self._waits.submit(self._wait, self._wait)
         for client in (self._requests, self._waits):
             if client:
                 client.flush()
@@ -241,7 +241,7 @@ class StoreLink:
         for client in (self._requests, self._waits):
             if client:
                 client.close()
-        self._requests = self._waits = self._awaited = None
+        self._requests = self._waits = self._wait = None
 
     # --- patience
 

@@ -17,6 +17,7 @@ from elastic_launch.core.agent.messages import (
     RendezvousAction,
     RendezvousEvent,
     RequestJoin,
+    Withdraw,
 )
 from elastic_launch.core.rendezvous import node, progress
 from elastic_launch.core.rendezvous.messages import Close, HostFacts, Input, Join, Ready, Settings, Tick
@@ -69,6 +70,8 @@ class StoreRendezvous:
             reserve: reserves a port for the store that the worker of rank 0 serves.
             on_step: called after each step, with the node's state and the result; for tests.
         """
+        self.patience = float("inf")
+        """How long this node may be unfit; it gives up when ``join_timeout`` is over and the job does not run."""
         self.lease: Callable[[float], None] = lambda until: None
         """Called with the time until which the workers may live, whenever that is extended."""
         self.log = in_colour(log, YELLOW)
@@ -126,7 +129,11 @@ class StoreRendezvous:
 
     def ask(self, action: RendezvousAction) -> list[AgentEvent]:
         """Accept an action of the agent; most answers come later, from ``take``."""
-        self.deliver(Join(self._port()) if isinstance(action, RequestJoin) else action)
+        is_first = not self._is_open
+        if is_first and isinstance(action, RequestJoin | Withdraw):
+            self._is_open = True
+            self._link.open()
+        self.deliver(Join(self._port(is_first), action.has_check) if isinstance(action, RequestJoin) else action)
         return self.take()
 
     def follow_joining(self) -> Callable[[], Waiting | None]:
@@ -221,16 +228,12 @@ class StoreRendezvous:
                 return Decided(decision._replace(error=str(why), status=ExitCode.UNAVAILABLE))
         return event
 
-    def _port(self) -> int:
+    def _port(self, is_first: bool) -> int:
         """Return the port that this node offers for the workers' store in the next round; 0: none.
 
         In a store that served an earlier round, torch's process groups would find the keys of that round. So the job's
         store serves only the workers of the first round, and a fresh store those of each further round.
         """
-        is_first = not self._is_open
-        if is_first:
-            self._is_open = True
-            self._link.open()
         if self.settings.store_port:
             return 0 if is_first else self.backend.fresh_store()
         self._reserved.close()

@@ -27,7 +27,7 @@ from elastic_launch.core.rendezvous.records import MAX_ERROR
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import Change, End, EndKind
-from elastic_launch.rendezvous.single_node import judge_alone
+from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class ThirdPartyRendezvous:
     """
 
     def __init__(self, tasks: HandlerTasks) -> None:
+        self.patience = DEFAULT_JOIN_TIMEOUT
         self.lease: Callable[[float], None] = lambda until: None  # unused: the handler decides who is there
         self._tasks = tasks
         self._tasks.report = self._report

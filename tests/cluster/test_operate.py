@@ -101,7 +101,7 @@ def test_jobs_are_listed_and_chosen_by_id_prefix_or_pid(job: Job) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "no command: must be one of ps, status, logs, stop, restart"),
+        ([], "no command: must be one of ps, status, logs, "),
         (["launch"], "launch: must be one of"),
         (["logs", "--last", "-1"], "--last=-1: must be at least 0"),
         (["stop", "--signal", "BOOM"], "--signal=BOOM: must be the name of a signal"),
@@ -117,7 +117,8 @@ def test_wrong_arguments_are_one_line(words: list[str], text: str) -> None:
 
 
 def test_help_and_version_need_no_job() -> None:
-    assert "  status   show a job: " in elastic_job("--help").stdout
+    listed = re.findall(r"^  (\w+) +(.+)$", elastic_job("--help").stdout, re.MULTILINE)
+    assert listed == [(command, what) for command, (_, what) in COMMANDS.items()]
     assert elastic_job("--version").stdout == "elastic-job 0.1.0\n"
     for command in COMMANDS:
         assert f"usage: elastic-job {command} " in elastic_job(command, "--help").stdout

@@ -172,6 +172,8 @@ OURS: dict[str, Any] = {
     "events": None,
     "hang_timeout": "auto",
     "hang_action": "report",
+    "health_check": "",
+    "health_check_timeout": 60,
     "hang_native": False,
     "start_timeout": 0,
     "quiet": False,

@@ -14,7 +14,6 @@ from elastic_launch.core.agent.journal import (
     MAX_CAUSE,
     MAX_CONSEQUENCE,
     MAX_FAILURES,
-    UNKNOWN,
     Entry,
     Journal,
     failure_facts,
@@ -36,6 +35,7 @@ from elastic_launch.core.agent.messages import (
     Started,
     StopAgreed,
 )
+from elastic_launch.core.agent.restart_policy import CAUSES, UNKNOWN_CHANGE
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.core.progress.goodput import RoundProgress
 from elastic_launch.errors import ProcessFailure
@@ -321,8 +321,9 @@ def test_the_page_names_the_causes_that_there_are() -> None:
     [row] = [line for line in event_lines.PAGE.read_text().splitlines() if line.startswith("| `cause`")]
     _, restarts = row.split("for `restarting`")
     changes = {change.value for change in Change if change}
-    assert set(re.findall(r"`(\w+)`", restarts)) == {"failed", "hang", "port_taken", UNKNOWN, *changes}
-    assert {UNKNOWN, *changes} <= event_lines.EVENTS.keys()
+    assert set(re.findall(r"`(\w+)`", restarts)) == set(CAUSES)
+    assert changes < set(CAUSES)
+    assert {UNKNOWN_CHANGE, *changes} <= event_lines.EVENTS.keys()
 
 
 def test_the_size_of_an_event_is_bounded() -> None:

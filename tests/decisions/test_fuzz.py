@@ -22,7 +22,16 @@ from elastic_launch.core.progress.stack_groups import Group, NodeStacks, RankVie
 from elastic_launch.core.progress.stack_report import render
 from elastic_launch.core.progress.stacks import Frame
 from elastic_launch.core.progress.verdict import Verdict, judge
-from elastic_launch.core.rendezvous.records import RULES, Closed, Members, NodeRecord, decode, encode, field_names
+from elastic_launch.core.rendezvous.records import (
+    RULES,
+    Closed,
+    Members,
+    NodeRecord,
+    Unfit,
+    decode,
+    encode,
+    field_names,
+)
 from elastic_launch.core.store_requests import Add, Append, Delete, Get, Request, Set, Swap, Wait
 from elastic_launch.core.text import visible
 from elastic_launch.errors import ProcessFailure, RendezvousConnectionError, RendezvousStateError, UsageError
@@ -43,6 +52,7 @@ KINDS = st.sampled_from(sorted(RULES, key=lambda kind: kind.__name__))
 FAILURE = ProcessFailure(0, 7, 1, rank=3, host="host-a")
 GOOD: dict[type, Any] = {
     NodeRecord: NodeRecord("node-a", "host-a", 1, 2, "default"),
+    Unfit: Unfit(NodeRecord("node-a", "host-a", 1, 2, "default"), "GPU 3: fell off the bus"),
     Closed: Closed(0, 2, 3, (3,)),
     Members: Members((1, 2), ("a", "b"), ("host-a", "host-b"), (-1, -1)),
     Assignment: Assignment(1, 2, 2, 4, 2, 2, 4, "10.0.0.1", 29400, "host-a", False),

@@ -23,6 +23,7 @@ from elastic_launch.core.rendezvous.records import (
     Members,
     NodeRecord,
     Status,
+    Unfit,
     decode,
     encode,
     field_names,
@@ -43,6 +44,7 @@ GOOD: dict[type, NamedTuple] = {
     Members: Members((1, 2), ("a", "b"), ("host-a", "host-b"), (-1, -1)),
     Assignment: ASSIGNMENT,
     Status: Status(1, "host-a", ""),
+    Unfit: Unfit(NodeRecord("node-a", "host-a", 1, 2, "default"), "GPU 3: fell off the bus (exit code 1)"),
     Consequence: Consequence(FAILURE, "node-a"),
     End: End(EndKind.FAILED, "rank 3 failed", "node-a", failures=(FAILURE,)),
     Decision: Decision(True, RestartHistory(1, ages=(0.5,)), (FAILURE,), pause=3.0),
@@ -87,7 +89,7 @@ def test_no_field_takes_a_value_of_another_type(kind: type) -> None:
                 decode(kind, json.dumps({**good, name: nonsense}).encode(), "key")
 
 
-def changed(record: NamedTuple, **changes: Any) -> bytes:
+def changed(record: NamedTuple, /, **changes: Any) -> bytes:
     """A record as JSON, with fields that may be of any type."""
     return json.dumps({**json.loads(encode(record)), **changes}).encode()
 
@@ -151,6 +153,14 @@ BAD: dict[str, tuple[type, bytes, str]] = {
     "an id with a surrogate": (NodeRecord, changed(GOOD[NodeRecord], node="\ud800"), "node: .* printable characters"),
     "no id": (NodeRecord, changed(GOOD[NodeRecord], node=""), "node: must be a text of 1 to 400"),
     "no workers": (NodeRecord, changed(GOOD[NodeRecord], workers=0), "workers: must be a whole number from 1"),
+    "unfit for no reason": (Unfit, changed(GOOD[Unfit], reason=""), "reason: must be a text of 1 to 1000"),
+    "unfit for a long reason": (Unfit, changed(GOOD[Unfit], reason="x" * 1001), "reason: must be a text of 1 to 1000"),
+    "nobody is unfit": (Unfit, b'{"reason":"x"}', "lacks a field"),
+    "unfit with a record that breaks a rule": (
+        Unfit,
+        changed(GOOD[Unfit], record={**GOOD[NodeRecord]._asdict(), "restart_history": {}, "port": 65536}),
+        "record: port: must be a whole number from 0 to 65535",
+    ),
     "a failure at the same step": (End, changed(END, same_step=True), "must be the leaving of a node"),
     "a change that nobody knows": (End, changed(END, change="x"), "change: must be one of "),
     "more steps than can be": (

@@ -22,7 +22,7 @@ import pytest
 from elastic_launch import LaunchConfig, SignalException, elastic_launch
 from elastic_launch.agent.loop import LoopSource
 from elastic_launch.control import client as control_client
-from elastic_launch.control.client import ControlClient, GoneError, ask_all, sockets
+from elastic_launch.control.client import ControlClient, GoneError, ask_all, everybodys_sockets, sockets
 from elastic_launch.control.connection import MAX_LINE, MAX_OUTPUT
 from elastic_launch.control.directory import directory, make, socket_name
 from elastic_launch.control.server import MAX_CLIENTS, ControlServer
@@ -474,6 +474,114 @@ def test_a_process_that_was_forked_from_a_dead_agent_does_not_pass_for_it(monkey
     wait_until(lambda: not is_alive(copy))
 
 
+# ---- Sockets of other users, which root reaches
+
+
+def test_root_finds_the_directories_of_all_users(operator: Operator) -> None:
+    temp = Path(os.environ["TMPDIR"])
+    for name, uid, mode in (
+        ("12345", 12345, 0o700),
+        ("12346", 12347, 0o700),
+        ("12348", 12348, 0o755),
+        ("me", 0, 0o700),
+    ):
+        folder = temp / f"elastic-run-{name}"
+        folder.mkdir()
+        folder.chmod(mode)
+        os.chown(folder, uid, uid)
+    (temp / "elastic-run-12345" / "a.1.b.sock").touch()
+    server = ControlServer("job", os.environ, operator)
+    found, troubles = everybodys_sockets(os.environ)
+    assert found == [server.path, f"{temp}/elastic-run-12345/a.1.b.sock"]
+    assert [line.partition(": ")[0] for line in troubles] == [f"{temp}/elastic-run-{uid}" for uid in (12346, 12348)]
+    os.seteuid(12345)
+    try:
+        (folders, _) = everybodys_sockets({"TMPDIR": str(temp)})
+    finally:
+        os.seteuid(0)
+    assert folders == [], "of others, even their directories are not looked for"
+    os.unlink(found[1])
+    server.close()
+
+
+def test_root_follows_no_link_to_an_agent_of_somebody_else_and_removes_nothing(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_client, "_YOUNG", 0.0)
+    server = ControlServer("job", os.environ, operator)
+    folder = Path(os.environ["TMPDIR"], "elastic-run-12345")
+    folder.mkdir(mode=0o700)
+    link, leftover = folder / "a.1.b.sock", folder / "a.1.c.sock"
+    link.symlink_to(server.path)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(leftover))
+    os.chown(folder, 12345, 12345)
+    assert ask_all([str(link), str(leftover)]) == [(str(link), 0, None)]
+    assert turn(server) == []
+    assert leftover.exists()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"hello\n", b"[]\n", b"[" * 60_000 + b"\n", b"1\n{}\n", b"\xff\n", b"flood"], ids=range(6)
+)
+def test_what_answers_with_nonsense_harms_nobody_else(
+    nonsense: bytes, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_client, "_MAX_REPLY", 1 << 20)
+    server = ControlServer("job", os.environ, operator)
+    path = f"{os.path.dirname(server.path)}/a.1.b.sock"
+    with socket.socket(socket.AF_UNIX) as odd:
+        odd.bind(path)
+        odd.listen()
+
+        def answer() -> None:
+            sock, _ = odd.accept()
+            with sock, contextlib.suppress(ConnectionError):
+                sock.recv(100)
+                sock.sendall(nonsense)
+                while nonsense == b"flood":
+                    sock.sendall(b"x" * 65536)
+
+        ended = threading.Event()
+
+        def serve() -> None:
+            while not ended.is_set():
+                turn(server, 0.01)
+
+        threads = [threading.Thread(target=answer), threading.Thread(target=serve)]
+        for thread in threads:
+            thread.start()
+        try:
+            found = {found: status for found, _, status in ask_all([path, server.path], DEADLINE)}
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+    assert found == {path: None, server.path: {"number": 0, "padding": ""}}
+    os.unlink(path)
+    server.close()
+
+
+def test_a_reply_without_an_end_is_not_read_for_ever(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_client, "_MAX_REPLY", 1000)
+
+    class Flood:
+        blocks = 0
+
+        def recv(self, size: int) -> bytes:
+            self.blocks += 1
+            assert self.blocks < 100
+            return b"x" * 100
+
+    server = ControlServer("job", os.environ, operator)
+    with contextlib.closing(ControlClient(server.path)) as client, monkeypatch.context() as patched:
+        patched.setattr(client, "_sock", Flood())
+        with pytest.raises(UnavailableError):
+            client.take()
+    server.close()
+
+
 # ---- Real agents
 
 
@@ -565,6 +673,9 @@ def test_rounds_and_their_ends_are_told(job: Job) -> None:
     job.wait_for("0.1 up", "1.1 up")
     status = asked(path, request="status")["status"]
     assert (status["restarts"], status["round"]) == (1, 1)
+    assert (status["totals"]["rounds"], status["totals"]["restarts"]) == (2, {"failed": 1})
+    waited = status["totals"]["rendezvous_seconds"]
+    assert 0 <= waited <= status["rounds"][1]["started_at"] - status["started_at"]
     assert "ZeroDivisionError: division by zero" in status["last_failure"]
     first, second = status["rounds"]
     assert (first["end"], first["reason"]) == ("failed", status["last_failure"])
@@ -574,6 +685,8 @@ def test_rounds_and_their_ends_are_told(job: Job) -> None:
     job.wait_for("0.2 up", "1.2 up")
     status = asked(path, request="status")["status"]
     assert (status["restarts"], status["uncharged_restarts"]) == (1, 1)
+    assert (status["totals"]["rounds"], status["totals"]["restarts"]) == (3, {"failed": 1, "restart_requested": 1})
+    assert status["totals"]["rendezvous_seconds"] >= waited
     process.send_signal(signal.SIGTERM)
     job.finish(process)
 

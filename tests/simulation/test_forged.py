@@ -13,9 +13,20 @@ from elastic_launch.core.progress.judgement import Judgement
 from elastic_launch.core.progress.messages import Judged, RequestStacks, StacksArrived, StacksWanted
 from elastic_launch.core.progress.stack_groups import NodeStacks
 from elastic_launch.core.progress.verdict import Verdict
-from elastic_launch.core.rendezvous import ending
+from elastic_launch.core.rendezvous import records
 from elastic_launch.core.rendezvous.messages import Settings
-from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, Consequence, Members, NodeRecord, decode, encode
+from elastic_launch.core.rendezvous.records import (
+    MAX_TICKETS,
+    MAX_UNFIT,
+    Closed,
+    Consequence,
+    Members,
+    NodeRecord,
+    Unfit,
+    decode,
+    encode,
+)
+from elastic_launch.core.rendezvous.state import Phase
 from elastic_launch.core.store_requests import Set
 from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Assignment, Decision, End, EndKind, Policy
@@ -66,6 +77,19 @@ def refused(made: World, key: str, rule: str) -> None:
     ends = finishes(made)
     assert [(end.status, end.failures, end.signum) for end in ends] == [(69, (), None)] * len(ends), ends
     assert any(f"elastic/job/{key} " in end.error and rule in end.error for end in ends), ends
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of the records that are read line by line, one for each line."""
+    keys: list[str] = []
+
+    def noted(kind: type, data: bytes, key: str) -> Any:
+        keys.append(key)
+        return decode(kind, data, key)
+
+    monkeypatch.setattr(records, "decode", noted)
+    return keys
 
 
 DONE = End(EndKind.DONE, "all workers succeeded")
@@ -199,19 +223,12 @@ def test_reports_of_no_members_are_ignored_and_told_of_once() -> None:
     assert 1 <= len(lines) < 10
 
 
-def test_of_a_flood_of_reports_few_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_flood_of_reports_few_are_read(read: list[str]) -> None:
     made = formed(2, job(2, 2, Policy(0)))
     forge(made, "0/consequences", b"{}\n" * (2 << 20))
-    read: list[str] = []
-
-    def counted(kind: type, data: bytes, key: str) -> Any:
-        read.append(key)
-        return decode(kind, data, key)
-
-    monkeypatch.setattr(ending, "decode", counted)
     made.agents[1].fail_worker(1)
     assert {end.failures[0].host for end in finishes(made)} == {"host-1"}
-    assert len(read) < 100
+    assert 0 < read.count("elastic/job/0/consequences") < 100
 
 
 @pytest.mark.parametrize("lost", [NONSENSE, encode(END_OF_NOBODY := End(EndKind.MEMBERSHIP_CHANGED, "x", gone=("y",)))])
@@ -480,6 +497,103 @@ def test_a_forged_wish_for_stacks_costs_one_look_and_ends_no_job(number: int) ->
     assert len(watches[1].of(Judged)) == 1
 
 
+# --- health checks
+
+SICK = Unfit(STRANGER, "the fan is loud")
+
+
+def checked(count: int, settings: Settings, *unfit: int) -> World:
+    """A job whose nodes are checked before each round; those with these numbers fail always."""
+    made = World(1, settings)
+    made.trouble = False
+    made.check = lambda agent: (0.5, agent.number not in unfit)
+    for _ in range(count):
+        made.add()
+    return made
+
+
+def test_a_note_that_breaks_a_rule_is_ignored_with_one_line() -> None:
+    made = world(1, job(2, 2))
+    forge(made, "0/unfit", b"\n".join([NONSENSE] * 3 + [encode(SICK), b""]))
+    made.run(made.now + 8)
+    assert len(lines_of(made, "elastic/job/0/unfit is no JSON")) == 1, "however often it is read"
+    assert len(lines_of(made, "elsewhere: health check failed: the fan is loud; waiting for it")) == 1
+    made.add()
+    form(made, 2)
+    all_end(made)
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def test_of_a_flood_of_notes_few_are_read_and_fewer_are_shown(count: int, read: list[str]) -> None:
+    made = world(1, job(2, 2))
+    notes = [encode(Unfit(STRANGER._replace(node=f"node-{n}-of-nobody"), "x")) for n in range(count)]
+    forge(made, "0/unfit", b"\n".join([*notes, *[b"{}"] * (2 << 20)]))
+    made.run(made.now + 10)
+    assert count < read.count("elastic/job/0/unfit") < count + 20, "and each only once"
+    assert 1 <= len(lines_of(made, "health check failed")) < 12
+    made.add()
+    form(made, 2)
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_note_in_a_members_name_costs_a_round_at_most(is_gone: bool) -> None:
+    made = formed(3, job(2, 3))
+    victim = made.agents[1]
+    forge(made, "1/unfit", encode(Unfit(victim.node.record, "forged", is_gone)) + b"\n")
+    made.agents[0].fail_worker(1)
+    made.run(made.now + 60, stop=lambda: all((agent.running or 0) >= 1 for agent in made.agents))
+    form(made, 3)
+    last = max(made.assignments)
+    assert last <= 2
+    assert {assignment.restart_history.used for assignment in made.assignments[last].values()} == {1}
+
+
+def test_a_store_whose_host_is_said_to_be_unfit_is_waited_for_until_join_timeout() -> None:
+    made = formed(2, job(2, 2, join_timeout=30))
+    forge(made, "0/unfit", encode(SICK._replace(record=STRANGER._replace(serves=True))) + b"\n")
+    made.agents[0].fail_worker(1)
+    ends = finishes(made)
+    assert {end.status for end in ends} == {75}
+    assert all("gave up (join_timeout=30 s)" in end.error for end in ends)
+
+
+def test_an_unfit_node_believes_no_round_that_is_over_before_it_began() -> None:
+    made = checked(1, job(2, 2, join_timeout=300), 0)
+    made.run(made.now + 2)
+    forge(made, "0/closed", Closed(-1, 0, 2))
+    refused(made, "0/closed", "says that there is no round, but nobody has ended it")
+
+
+def test_an_unfit_node_makes_no_longer_a_pause_than_its_job() -> None:
+    made = checked(3, job(2, 3, Policy(3, backoff=1, backoff_limit=60)), 2)
+    form(made, 2)
+    forge(made, "0/decision", FINAL, restart=True, pause=1e8)
+    made.agents[0].fail_worker(1)
+    refused(made, "0/decision", "pause: must be at most 60 s (--restart-backoff), not 1e+08")
+
+
+@pytest.mark.parametrize("value", [b"x", b"9" * 18])
+def test_an_unfit_node_is_led_to_no_round_of_nobody(value: bytes) -> None:
+    made = checked(1, job(2, 2, join_timeout=300), 0)
+    forge(made, "round", value)
+    refused(made, "round", "must be a number from 0 to 2147483648")
+
+
+def test_what_a_check_writes_keeps_to_the_rules() -> None:
+    made = checked(0, job(1, 2), 1)
+    made.check_output = "GPU 3: \x9b2J" + "x" * 8000
+    made.add()
+    made.add()
+    form(made, 1)
+    made.run(made.now + 5)
+    [note, *_] = made.store.values["elastic/job/0/unfit"].split(b"\n")
+    read = decode(Unfit, note, "key")
+    assert len(json.loads(note)["reason"]) <= MAX_UNFIT
+    assert read.reason.startswith("GPU 3: \\x9b2Jxx")
+    assert read.reason.endswith("xx (exit code 1)")
+    assert made.agents[1].node.phase is Phase.UNFIT
+
+
 # --- stopping at the same step
 
 
@@ -537,9 +651,9 @@ def test_no_forged_record_makes_an_unfinished_job_end_well() -> None:
     """Each record of a round, of any kind, under each key of a round, before it and in it."""
     keys = ["end", "decision", "closed", "members/0", "assignment/0/1", "assignment/0/2", "node/1", "node/2", "lost"]
     keys += ["consequences", "reported", "all_reported", "left", "all_left", "succeeded", "succeeded/1", "status"]
-    keys += ["leader/1", "monitor/1", "ticket", "stall", "stalled", "look", "stop_at", "calls/1", "verdict/1"]
+    keys += ["leader/1", "monitor/1", "ticket", "stall", "stalled", "look", "stop_at", "calls/1", "verdict/1", "unfit"]
     place = Assignment(0, 2, 0, 4, 2, 0, 4, "10.0.0.1", 29500, "elsewhere", False)
-    values: list[NamedTuple | bytes] = [DONE, STOP, ERROR, FAILED, FINAL, Closed(0, 2, 2), STRANGER, place]
+    values: list[NamedTuple | bytes] = [DONE, STOP, ERROR, FAILED, FINAL, Closed(0, 2, 2), STRANGER, place, SICK]
     values += [Members((1, 2), ("node-0", "node-1"), ("a", "b")), b"1", b"7", b"99999999999999999999", b"\xff{"]
     for key in keys:
         for value in values:

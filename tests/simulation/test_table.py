@@ -49,11 +49,12 @@ from tests.support.simulation import Agent, World
 from tests.support.training import Training
 from tests.support.worlds import RESET, form, running
 
-IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
+IDLE, UNFIT, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
 AFTER = {
     IDLE: {JOINING, LEAVING},
     JOINING: {WAITING, ENDED, LEAVING},
     WAITING: {MEMBER, OUTSIDE, ENDED, LEAVING},
+    UNFIT: {JOINING, LEAVING},
     MEMBER: {ENDED, LEAVING},
     OUTSIDE: {ENDED, LEAVING},
     ENDED: {LEAVING},
@@ -130,6 +131,8 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.CountLeft: {ENDED, LEAVING},
     questions.CompareLeft: {ENDED, LEAVING},
     questions.ConfirmWritten: {LEAVING},
+    questions.FindRound: {UNFIT},
+    questions.FollowRound: {UNFIT},
 }
 """The phases in which a node asks each question; ``Write`` is asked in all."""
 IN_ORDER = {questions.LearnRound, questions.DrawTicket}
@@ -181,7 +184,7 @@ def test_every_answer_is_listed_in_each_phase_in_which_it_can_come_and_in_no_oth
         assert {phase for phase, kind in TABLE if kind is question} == answered(question), question
     assert set(Question.__subclasses__()) == {*ASKED, questions.Write}
     assert {phase for phase, kind in TABLE if kind is questions.Write} == set(Phase)
-    assert {phase for phase, kind in TABLE if kind is KeyAppeared} == {WAITING, MEMBER, OUTSIDE, ENDED, LEAVING}
+    assert {phase for phase, kind in TABLE if kind is KeyAppeared} == {UNFIT, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING}
 
 
 def test_every_timer_is_listed_in_the_phases_that_own_it() -> None:
@@ -426,6 +429,13 @@ def test_a_spare_that_slept_leaves_the_watch_to_the_node_that_took_over() -> Non
 # --- schedules in which the store comes and goes, and agents are interrupted
 
 
+def random_check(seed: int) -> Callable[[Agent], tuple[float, bool]] | None:
+    """Health checks that fail at random and take their time, sometimes too much; none in half of the jobs."""
+    chance = random.Random(f"check {seed}")
+    rate = chance.choice([0, 0, 0.2, 0.6])
+    return (lambda agent: (chance.choice([0.05, 3, 30, 90]), chance.random() >= rate)) if rate else None
+
+
 def rough(seed: int) -> str:
     """A random job with a store that ends, is restarted and forgets, and agents that leave at any time.
 
@@ -449,6 +459,7 @@ def rough(seed: int) -> str:
     # A node that takes longer to stop than the others wait for it would find them in another round.
     made.stop_time = chance.choice([2, 25]) if settings.join_timeout > 25 else 2
     made.exit_barrier_timeout = chance.choice([0, 3, 20, float("inf")])
+    made.check = random_check(seed)
     has_host = not forgets and chance.random() < 0.4
     stays = not has_host and chance.random() < 0.2
     if chance.random() < 0.5:
@@ -510,6 +521,8 @@ def rough(seed: int) -> str:
     look_after_store()
     made.run(1100)
     made.trouble = False
+    if made.check:
+        made.check = lambda agent: (0.1, True)
     made.run(1400)
     for question, phase in made.checks.asked:
         assert question is questions.Write or phase in answered(question), f"{made}: {question} asked while {phase}"

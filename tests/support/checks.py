@@ -92,6 +92,8 @@ class Checks:
 
     def told(self, agent: Agent, event: Ended | Decided) -> None:
         """An agent gets one decision a round."""
+        if isinstance(event, Decided) and event.decision.restart and agent.state.assignment is None:
+            return  # a spare, which is checked before each round
         number = agent.state.assignment.restart_count if agent.state.assignment else -1
         if isinstance(event, Ended):
             self._ended.add((agent.name, number))
@@ -126,6 +128,7 @@ def validate(node: NodeState) -> None:
     assert (round_.assignment is not None) or phase is not Phase.MEMBER, "a member without an assignment"
     assert (round_.end is not None) or phase is not Phase.ENDED or round_.decision, "ended without a reason"
     assert (round_.monitor is None) or round_.members is not None, "monitors members that it does not know"
-    assert round_.ticket or phase in (Phase.IDLE, Phase.JOINING, Phase.ENDED, Phase.LEAVING), f"{phase}: no ticket"
+    has_none = (Phase.IDLE, Phase.UNFIT, Phase.JOINING, Phase.ENDED, Phase.LEAVING)
+    assert round_.ticket or phase in has_none, f"{phase}: no ticket"
     assert Timer.HEARTBEAT in node.timers or phase not in (Phase.WAITING, Phase.MEMBER, Phase.OUTSIDE), "no heartbeat"
     assert not (node.may_disconnect and node.timers), "timers after the shutdown"

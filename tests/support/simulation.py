@@ -24,6 +24,9 @@ from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
     Assigned,
+    CheckFailed,
+    CheckLimits,
+    CheckPassed,
     DeadlineReached,
     Decided,
     Ended,
@@ -46,11 +49,14 @@ from elastic_launch.core.agent.messages import (
     RequestRestart,
     RequestStop,
     RestartRequested,
+    RunCheck,
     SendSignal,
     SetStop,
     Signalled,
     Start,
     Started,
+    StopCheck,
+    Withdraw,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, ErrorRecord, Evidence, Exit
 from elastic_launch.core.progress.goodput import RoundProgress
@@ -70,6 +76,15 @@ from tests.support.training import VISIBLE_AFTER, Training
 
 WITH_WORKERS = (AgentPhase.RUNNING, AgentPhase.HOLDING, AgentPhase.DRAINING, AgentPhase.STOPPING)
 """The phases in which workers may run."""
+
+WITH_DEADLINE = (
+    AgentPhase.CHECKING,
+    AgentPhase.UNFIT,
+    AgentPhase.PAUSING,
+    AgentPhase.HOLDING,
+    AgentPhase.DRAINING,
+)
+"""The phases whose deadline is reached; workers of the simulation stop in time."""
 
 CHECKPOINT = 10
 """Number of steps after which workers can resume."""
@@ -94,6 +109,10 @@ class World:
         """Seconds that a step of the workers takes; 0: they count none."""
         self.training: Training | None = None
         """What the workers do; None: nothing."""
+        self.check: Callable[[Agent], tuple[float, bool]] | None = None
+        """Returns how many seconds a node's health check takes, and whether it passes; None: there are no checks."""
+        self.check_output = "GPU 3: fell off the bus"
+        """What a check that fails writes."""
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -353,8 +372,10 @@ class Agent:
         """Number of requests to the store."""
         self._is_woken = False
         self._timer: float | None = None
-        limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout)
-        self.state, self._first_actions = lifecycle.begin(limits)
+        self._checks = 0
+        """How many health checks it has started or stopped."""
+        limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout, CheckLimits() if world.check else None)
+        self.state, self._first_actions = lifecycle.begin(limits, world.now)
         self.journal = Journal("train.py", 1, world.settings.policy.max_restarts, world.now)
 
     def begin(self) -> None:
@@ -525,8 +546,7 @@ class Agent:
         self.state, actions = lifecycle.step(before, event, self.world.now)
         self._record(before, event, actions)
         self._carry_out(actions)
-        has_deadline = self.state.phase in (AgentPhase.PAUSING, AgentPhase.HOLDING, AgentPhase.DRAINING)
-        if has_deadline and (deadline := self.state.deadline) is not None:
+        if self.state.phase in WITH_DEADLINE and (deadline := self.state.deadline) is not None:
             phase = self.state.phase
 
             def reach_deadline() -> None:
@@ -542,7 +562,11 @@ class Agent:
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case RequestJoin() | RequestRestart() | ReportFailure() | ReportSuccess() | ReportRound():
+                case RunCheck():
+                    self._run_check()
+                case StopCheck():
+                    self._end_check(0.1, passes=False)
+                case RequestJoin() | Withdraw() | RequestRestart() | ReportFailure() | ReportSuccess() | ReportRound():
                     self.ask(action)
                 case Leave() | Fence():
                     self.ask(action)
@@ -564,6 +588,18 @@ class Agent:
                     self.close()
                 case Log(text, level):
                     self.logged.append((level, text))
+
+    def _run_check(self) -> None:
+        assert self.world.check
+        seconds, passes = self.world.check(self)
+        self._end_check(seconds, passes=passes)
+
+    def _end_check(self, seconds: float, *, passes: bool) -> None:
+        """A check ends after some seconds, unless it is stopped before."""
+        self._checks += 1
+        number = self._checks
+        event = CheckPassed() if passes else CheckFailed("exit code 1", self.world.check_output)
+        self._soon(lambda: self._live(event) if self._checks == number else None, seconds)
 
     def _start(self, assignment: Assignment) -> None:
         """Workers come to life: none of another generation may be."""

@@ -14,6 +14,8 @@ from elastic_launch.core.agent import root_cause
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, Transition
 from elastic_launch.core.agent.messages import (
     Assigned,
+    CheckFailed,
+    DeadlineReached,
     Decided,
     Ended,
     Exited,
@@ -24,16 +26,16 @@ from elastic_launch.core.agent.messages import (
     Log,
     ReapLeftovers,
     RequestJoin,
+    RunCheck,
     Signalled,
     Started,
     StopAgreed,
 )
+from elastic_launch.core.agent.restart_policy import UNKNOWN_CHANGE, restart_cause
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure, signal_name
 from elastic_launch.job import Assignment, Change, Decision, EndKind, Goodput, Level
 
-UNKNOWN = "membership_changed"
-"""Name of the event, and the cause, if a node that does not know them ended the round."""
 MAX_FAILURES = 64
 """Failures of one entry. A job with more of them has lost its network or its file system."""
 FAILED = ("rank", "local_rank", "worker_pid", "exitcode", "how", "failed_at", "error")
@@ -165,6 +167,8 @@ def _events(journal: Journal, step: Transition) -> Iterator[Found]:
         match action:
             case ReapLeftovers(kill=True):
                 yield Found("killed", {"workers": len(step.after.running)})
+            case RunCheck():
+                journal.assignment = None
             case RequestJoin():
                 journal.assignment = None
                 yield Found("joined", journal.about)
@@ -231,7 +235,7 @@ def _ended(journal: Journal, step: Transition, event: Ended) -> Iterable[Found]:
     if event.end.kind is not EndKind.MEMBERSHIP_CHANGED:
         return []
     facts = {"reason": event.end.reason, "lost": list(event.end.gone)}
-    return [Found(event.end.change or UNKNOWN, facts, _speaks(step.after, journal.assignment))]
+    return [Found(event.end.change or UNKNOWN_CHANGE, facts, _speaks(step.after, journal.assignment))]
 
 
 def _decided(journal: Journal, step: Transition, event: Decided) -> Iterable[Found]:
@@ -260,6 +264,11 @@ def _phase_changed(journal: Journal, step: Transition) -> Iterable[Found]:
             return [Found("succeeded", {"seconds": journal.since("started", step.now)})]
         cause, seconds = _stop_cause(step)
         return [Found("stopping", {"cause": cause, "workers": len(after.running), "seconds": seconds})]
+    if before.phase is AgentPhase.CHECKING and isinstance(step.event, CheckFailed | DeadlineReached):
+        output = step.event.output if isinstance(step.event, CheckFailed) else ""
+        pause = round(after.deadline - step.now, 6) if after.deadline is not None else 0.0
+        facts = {"reason": after.check_failure, "output": output, "tries": before.attempts, "pause": pause}
+        return [Found("check_failed", facts)]
     if before.phase is AgentPhase.STOPPING:
         leftovers = list(step.event.leftovers) if isinstance(step.event, GroupReaped) else []
         first = after.progress.first if after.progress and after.progress.steps else 0.0
@@ -284,13 +293,7 @@ _BY_EVENT: dict[type, Callable[[Journal, Transition, Any], Iterable[Found]]] = {
 
 def _restart_cause(before: AgentState, decision: Decision) -> str:
     history = before.assignment.restart_history if before.assignment else decision.restart_history
-    if decision.failures:
-        if decision.failures[0].is_hang:
-            return "hang"
-        return "port_taken" if decision.restart_history.uncharged > history.uncharged else "failed"
-    if decision.gone:
-        return Change.NODE_LOST
-    return (before.end.change if before.end else "") or UNKNOWN
+    return restart_cause(history, decision, before.end.change if before.end else "")
 
 
 def _stop_cause(step: Transition) -> tuple[str, float | None]:
@@ -306,7 +309,7 @@ def _stop_cause(step: Transition) -> tuple[str, float | None]:
         case LeaseExpired():
             return "lease_expired", None
         case Ended(end) if end.kind is EndKind.MEMBERSHIP_CHANGED:
-            return end.change or UNKNOWN, None
+            return end.change or UNKNOWN_CHANGE, None
         case Ended(end):
             return end.kind.value, None
     return "signalled" if step.after.signum is not None else "failed", None

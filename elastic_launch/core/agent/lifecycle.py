@@ -2,6 +2,8 @@
 
     JOINING -> RUNNING -> ([HOLDING -> [DRAINING ->]] STOPPING -> AGREEING -> [PAUSING ->] JOINING)* -> DONE
 
+With a health check, CHECKING (-> UNFIT -> CHECKING)* comes before each JOINING.
+
 ``step`` takes the state, an event and the time. It returns the next state and the actions that the agent must carry
 out. To change how the agent reacts to an event, find its row in ``TABLE`` at the end of this file.
 
@@ -29,6 +31,9 @@ from elastic_launch.core.agent.messages import (
     Action,
     AgentEvent,
     Assigned,
+    CheckFailed,
+    CheckLimits,
+    CheckPassed,
     DeadlineReached,
     Decided,
     DumpStacks,
@@ -52,14 +57,17 @@ from elastic_launch.core.agent.messages import (
     RequestRestart,
     RequestStop,
     RestartRequested,
+    RunCheck,
     SendSignal,
     SetStop,
     Signalled,
     Start,
     Started,
     StopAgreed,
+    StopCheck,
     TimerExpired,
     UserSignalled,
+    Withdraw,
 )
 from elastic_launch.core.agent.root_cause import NOTHING, Exit
 from elastic_launch.core.progress import goodput
@@ -90,11 +98,17 @@ At most a third of the timeout.
 """
 KILL_PATIENCE = 5.0
 """Seconds after SIGKILL until a process counts as unkillable, usually one in state D on a hung file system."""
+CHECK_PAUSE, MAX_CHECK_PAUSE = 5.0, 60.0
+"""Seconds after a failed health check until the next one: after the first, doubled up to the second number."""
 
 
 class AgentPhase(Enum):
     """What the agent is doing."""
 
+    CHECKING = "checking"
+    """The node's health check runs."""
+    UNFIT = "unfit"
+    """The health check has failed, and is tried again after a pause. The other nodes do not wait."""
     JOINING = "joining"
     RUNNING = "running"
     HOLDING = "holding"
@@ -109,7 +123,7 @@ class AgentPhase(Enum):
     DONE = "done"
 
 
-JOINING, RUNNING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING, DONE = AgentPhase
+CHECKING, UNFIT, JOINING, RUNNING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING, DONE = AgentPhase
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,16 @@ class AgentState:
 
     limits: Limits
     phase: AgentPhase = JOINING
+    restart_count: int = 0
+    """Number of the round to join, as far as the node knows."""
+    attempts: int = 0
+    """How often the health check was run before this round."""
+    checked_since: float = 0.0
+    """When it was run first, on the agent's monotonic clock."""
+    is_overdue: bool = False
+    """Whether the check was stopped because it took too long."""
+    check_failure: str = ""
+    """Why it has failed before this round, in one line; empty: it has not."""
     assignment: Assignment | None = None
     end: End | None = None
     """Why the round is over; None until that is known."""
@@ -203,9 +227,9 @@ class UnexpectedEventError(LaunchError):
         )
 
 
-def begin(limits: Limits) -> Step:
-    """Return an agent's initial state and first action."""
-    return AgentState(limits), [RequestJoin()]
+def begin(limits: Limits, now: float = 0.0) -> Step:
+    """Return an agent's initial state and first action; ``now`` as for ``step``, only a health check needs it."""
+    return _seek_round(AgentState(limits), now)
 
 
 def step(state: AgentState, event: AgentEvent, now: float) -> Step:
@@ -234,6 +258,74 @@ def _enter(state: AgentState, phase: AgentPhase, deadline: float | None = None, 
     return replace(state, phase=phase, deadline=deadline, **changes)
 
 
+# --- the health check
+
+
+def _seek_round(state: AgentState, now: float) -> Step:
+    """Join the next round, once the health check has passed if there is one."""
+    if state.limits.check is None:
+        return _enter(state, JOINING), [RequestJoin()]
+    return _run_check(replace(state, attempts=0, checked_since=now, check_failure=""), now)
+
+
+def _run_check(state: AgentState, now: float) -> Step:
+    attempts = state.attempts + 1
+    state = _enter(state, CHECKING, now + _check_limits(state).timeout, attempts=attempts, is_overdue=False)
+    return state, [RunCheck(attempts, state.restart_count)]
+
+
+def _check_again(state: AgentState, event: DeadlineReached | RestartRequested, now: float) -> Step:
+    return _run_check(state, now)
+
+
+def _check_passed(state: AgentState, event: CheckPassed, now: float) -> Step:
+    actions: list[Action] = [RequestJoin(has_check=True)]
+    if state.check_failure:
+        actions.append(Log("health check passed: joining", Level.INFO))
+    return _enter(state, JOINING, check_failure=""), actions
+
+
+def _check_failed(state: AgentState, event: CheckFailed, now: float) -> Step:
+    """Try again after a pause, until there is no time left."""
+    limits = _check_limits(state)
+    how = f"no result within {limits.timeout:g} s" if state.is_overdue else event.how
+    *_, last_line = event.output.splitlines() or [""]
+    reason = f"{last_line.strip()} ({how})" if last_line.strip() else how
+    left = state.checked_since + limits.patience - now
+    if left <= 0:
+        text = f"health check failed: {reason}; gave up after {limits.patience:g} s (join_timeout)"
+        leave = Leave(error=text, status=ExitCode.UNAVAILABLE)
+        finish = Finish(error=text, status=ExitCode.UNAVAILABLE)
+        return _enter(state, DONE, check_failure=reason), [leave, finish]
+    pause = min(CHECK_PAUSE * 2.0 ** min(state.attempts - 1, 16), MAX_CHECK_PAUSE, left)
+    text = f"health check failed: {reason}; checking again in {pause:.3g} s"
+    if reason != state.check_failure and "\n" in event.output:  # one line is in the reason
+        text = "\n    ".join([text, *event.output.splitlines()])
+    return _enter(state, UNFIT, now + pause, check_failure=reason), [Withdraw(reason), Log(text)]
+
+
+def _check_overdue(state: AgentState, event: DeadlineReached, now: float) -> Step:
+    """Kill the check. One that cannot be killed, because a device hangs, has failed, too."""
+    if state.is_overdue:
+        return _check_failed(state, CheckFailed(""), now)
+    return replace(state, is_overdue=True, deadline=now + KILL_PATIENCE), [StopCheck()]
+
+
+def _leave_while_checking(state: AgentState, event: Signalled, now: float) -> Step:
+    state, actions = _leave_on_signal(state, event, now)
+    return state, [StopCheck(), *actions]
+
+
+def _end_while_checking(state: AgentState, event: Decided, now: float) -> Step:
+    state, actions = _end_without_a_round(state, event, now)
+    return state, [StopCheck(), *actions]
+
+
+def _check_limits(state: AgentState) -> CheckLimits:
+    assert state.limits.check is not None, f"no health check while {state.phase.value}"
+    return state.limits.check
+
+
 # --- joining and running
 
 
@@ -256,6 +348,13 @@ def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
 
 def _leave(state: AgentState, signum: int) -> Step:
     return _enter(state, DONE), [Leave(signum, reason=state.stop_reason), Finish(signum=signum)]
+
+
+def _decided_while_joining(state: AgentState, event: Decided, now: float) -> Step:
+    """End with the job. If another round follows, this spare is to be checked before it."""
+    if event.decision.restart and state.limits.check:
+        return _seek_round(state, now)
+    return _end_without_a_round(state, event, now)
 
 
 def _end_without_a_round(state: AgentState, event: Decided, now: float) -> Step:
@@ -613,11 +712,12 @@ def _follow_decision(state: AgentState, event: Decided, now: float) -> Step:
     logs: list[Action] = []
     if decision.failures:
         logs = [_log_end(state, _restart_line(state, decision))._replace(kind=LineKind.FAILURE)]
-    is_alone = _assignment(state).group_world_size == 1
-    state = AgentState(state.limits, history=state.history)
+    is_alone, restart_count = _assignment(state).group_world_size == 1, _assignment(state).restart_count + 1
+    state = AgentState(state.limits, restart_count=restart_count, history=state.history)
     if decision.pause and is_alone:  # several nodes join at once, and the round closes after the pause
         return _enter(state, PAUSING, deadline=now + decision.pause), logs
-    return state, [*logs, RequestJoin()]
+    state, actions = _seek_round(state, now)
+    return state, [*logs, *actions]
 
 
 def _goodput(state: AgentState, now: float) -> Goodput:
@@ -637,7 +737,7 @@ def _finish(state: AgentState, decision: Decision, made: Goodput) -> Step:
 
 
 def _join(state: AgentState, event: DeadlineReached | RestartRequested, now: float) -> Step:
-    return _enter(state, JOINING), [RequestJoin()]
+    return _seek_round(state, now)
 
 
 def _leave_while_agreeing(state: AgentState, event: Signalled, now: float) -> Step:
@@ -724,6 +824,9 @@ def _row(
     return {(phase, kind): handler for phase in phases} | {(phase, kind): _ignore for phase in ignored}
 
 
+WITHOUT_WORKERS = (CHECKING, UNFIT, JOINING, PAUSING)
+"""The phases between two rounds."""
+
 TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Handler] = {
     # The rendezvous.
     **_row(Assigned, _start, JOINING),
@@ -732,25 +835,36 @@ TABLE: dict[tuple[AgentPhase, type[AgentEvent]], Handler] = {
     **_row(Ended, _report_round, AGREEING),
     **_row(StopAgreed, _stop_agreed, HOLDING, ignored=(STOPPING, AGREEING)),
     **_row(Decided, _follow_decision, AGREEING),
-    **_row(Decided, _end_without_a_round, JOINING, PAUSING),
+    **_row(Decided, _decided_while_joining, JOINING),
+    **_row(Decided, _end_without_a_round, UNFIT, PAUSING),
+    **_row(Decided, _end_while_checking, CHECKING),
+    # The health check. UNFIT ignores one that was given up because it could not be killed.
+    **_row(CheckPassed, _check_passed, CHECKING, ignored=(UNFIT,)),
+    **_row(CheckFailed, _check_failed, CHECKING, ignored=(UNFIT,)),
     # The workers. AGREEING ignores what comes from a round that was given up because a process could not be killed.
     **_row(Started, _record_pids, RUNNING, HOLDING, DRAINING, STOPPING, ignored=(AGREEING,)),
     **_row(Exited, _worker_exited, RUNNING),
     **_row(Exited, _worker_exited_early, HOLDING, DRAINING),
     **_row(Exited, _stopped_worker_exited, STOPPING, ignored=(AGREEING,)),
     **_row(GroupReaped, _group_reaped, STOPPING, ignored=(AGREEING,)),
-    **_row(Hung, _stop_hang, RUNNING, ignored=(JOINING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING)),
+    **_row(Hung, _stop_hang, RUNNING, ignored=(*WITHOUT_WORKERS, HOLDING, DRAINING, STOPPING, AGREEING)),
     **_row(LeaseExpired, _stop_without_a_lease, RUNNING, ignored=(HOLDING, DRAINING, STOPPING, AGREEING)),
-    **_row(TimerExpired, _dump_overdue, RUNNING, ignored=(JOINING, HOLDING, DRAINING, STOPPING, AGREEING, PAUSING)),
+    **_row(TimerExpired, _dump_overdue, RUNNING, ignored=(*WITHOUT_WORKERS, HOLDING, DRAINING, STOPPING, AGREEING)),
     # The user.
-    **_row(Signalled, _leave_on_signal, JOINING, PAUSING),
+    **_row(Signalled, _leave_on_signal, UNFIT, JOINING, PAUSING),
+    **_row(Signalled, _leave_while_checking, CHECKING),
     **_row(Signalled, _signalled, RUNNING),
     **_row(Signalled, _escalate, HOLDING, DRAINING, STOPPING),
     **_row(Signalled, _leave_while_agreeing, AGREEING),
-    **_row(RestartRequested, _request_restart, JOINING, RUNNING, AGREEING, ignored=(HOLDING, DRAINING, STOPPING)),
+    **_row(
+        RestartRequested, _request_restart, JOINING, RUNNING, AGREEING, ignored=(CHECKING, HOLDING, DRAINING, STOPPING)
+    ),
+    **_row(RestartRequested, _check_again, UNFIT),
     **_row(RestartRequested, _join, PAUSING),
-    **_row(UserSignalled, _forward_signal, RUNNING, HOLDING, DRAINING, STOPPING, ignored=(JOINING, AGREEING, PAUSING)),
+    **_row(UserSignalled, _forward_signal, RUNNING, HOLDING, DRAINING, STOPPING, ignored=(*WITHOUT_WORKERS, AGREEING)),
     # Time.
+    **_row(DeadlineReached, _check_overdue, CHECKING),
+    **_row(DeadlineReached, _check_again, UNFIT),
     **_row(DeadlineReached, _kill_overdue, RUNNING),
     **_row(DeadlineReached, _holding_deadline_reached, HOLDING),
     **_row(DeadlineReached, _draining_deadline_reached, DRAINING),

@@ -51,6 +51,19 @@ class Signalled(NamedTuple):
     """Why the whole job is to stop, in one line; empty: this node leaves, and the others go on if they can."""
 
 
+class CheckPassed(NamedTuple):
+    """The node's health check has succeeded."""
+
+
+class CheckFailed(NamedTuple):
+    """The node's health check has failed, or could not be started."""
+
+    how: str
+    """How it ended, as in ``exit code 1``."""
+    output: str = ""
+    """The last lines of its output."""
+
+
 class UserSignalled(NamedTuple):
     """The agent received a signal that it forwards to the workers."""
 
@@ -136,13 +149,41 @@ class Decided(NamedTuple):
 RendezvousEvent = Assigned | Ended | StopAgreed | Decided | ProgressEvent
 WorkerEvent = Started | Exited | LeaseExpired | GroupReaped
 UserEvent = Signalled | UserSignalled | RestartRequested
-AgentEvent = RendezvousEvent | WorkerEvent | UserEvent | TimerExpired | Hung | DeadlineReached
+CheckEvent = CheckPassed | CheckFailed
+AgentEvent = RendezvousEvent | WorkerEvent | UserEvent | CheckEvent | TimerExpired | Hung | DeadlineReached
 
 # Actions: what the agent must do.
 
 
 class RequestJoin(NamedTuple):
     """Ask the rendezvous for an assignment in the next round; ``Assigned`` is the answer."""
+
+    has_check: bool = False
+    """Whether this node has a health check. Then a spare does not go on to another round by itself: the answer is
+    ``Decided`` with ``restart``, and the agent asks again once the check has passed."""
+
+
+class Withdraw(NamedTuple):
+    """Tell the other nodes not to wait for this one, because its health check fails.
+
+    There is no answer before the job ends (``Decided``). ``RequestJoin`` ends this.
+    """
+
+    reason: str
+    """Why it fails, in one line."""
+
+
+class RunCheck(NamedTuple):
+    """Run the node's health check; ``CheckPassed`` or ``CheckFailed`` is the answer."""
+
+    attempt: int
+    """How often it has been run before this round, including this time."""
+    restart_count: int
+    """Number of the round to join, as far as the node knows."""
+
+
+class StopCheck(NamedTuple):
+    """Kill the health check and all that it has started; ``CheckFailed`` is the answer."""
 
 
 class ReportFailure(NamedTuple):
@@ -278,10 +319,22 @@ class Finish(NamedTuple):
 
 
 StopAction = RequestStop | ReportCalls | GiveUpStop
-RoundAction = RequestJoin | RequestRestart | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
+RoundAction = RequestJoin | Withdraw | RequestRestart | ReportFailure | ReportSuccess | Fence | ReportRound | Leave
 RendezvousAction = RoundAction | StopAction | ProgressRequest
 """What the agent asks of the rendezvous."""
-Action = RendezvousAction | Start | SendSignal | SetStop | DumpStacks | ReapLeftovers | Log | Finish
+Action = (
+    RendezvousAction | RunCheck | StopCheck | Start | SendSignal | SetStop | DumpStacks | ReapLeftovers | Log | Finish
+)
+
+
+class CheckLimits(NamedTuple):
+    """How long a node's health check may take, and may fail."""
+
+    timeout: float = 60.0
+    """Seconds after which a check that still runs has failed."""
+    patience: float = float("inf")
+    """Seconds before a round, since the first check, after which the node gives up; infinite if the rendezvous decides
+    that."""
 
 
 class Limits(NamedTuple):
@@ -292,3 +345,5 @@ class Limits(NamedTuple):
     """Seconds between a worker's stop signal and SIGKILL."""
     exit_barrier_timeout: float = float("inf")
     """Seconds to wait, once this node's workers have succeeded, for those of other nodes."""
+    check: CheckLimits | None = None
+    """Those of the health check; None: the node has none."""

@@ -13,7 +13,7 @@ from elastic_launch.core.agent.root_cause import is_port_clash
 from elastic_launch.core.progress import goodput
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Decision, HangAction, Policy, RestartHistory
+from elastic_launch.job import Change, Decision, HangAction, Policy, RestartHistory
 
 UNCHARGED_RESTARTS = 3
 """How often a taken port is replaced without using up a restart."""
@@ -21,6 +21,10 @@ BACK_TO_BACK = 10.0
 """Failures this close together, in seconds, count as back-to-back."""
 _MAX_SIGNATURE = 200
 """Maximum characters of a failure's signature."""
+UNKNOWN_CHANGE = "membership_changed"
+"""Name of a change of membership if a node that does not tell ended the round."""
+CAUSES = ("failed", "hang", "port_taken", *(change.value for change in Change if change), UNKNOWN_CHANGE)
+"""What ``restart_cause`` returns."""
 _CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 """Signals that a program causes itself. Any other signal was probably sent from outside."""
 
@@ -75,6 +79,23 @@ def follow(
         )
         return Decision(True, after, failures, pause=pause)
     return Decision(False, history._replace(used=used, ages=ages), failures, why=why)
+
+
+def restart_cause(history: RestartHistory, decision: Decision, change: str) -> str:
+    """Return why another round follows, one of ``CAUSES``.
+
+    Args:
+        history: the job's restart history in the round that is over.
+        decision: what the nodes agreed on.
+        change: what changed the membership; empty if nothing did, or if that is not known.
+    """
+    if decision.failures:
+        if decision.failures[0].is_hang:
+            return "hang"
+        return "port_taken" if decision.restart_history.uncharged > history.uncharged else "failed"
+    if decision.gone:
+        return Change.NODE_LOST.value
+    return change or UNKNOWN_CHANGE
 
 
 def aged(history: RestartHistory, seconds: float) -> RestartHistory:

@@ -15,19 +15,26 @@ from elastic_launch.core.rendezvous.leaving import acknowledge, decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
-from elastic_launch.core.rendezvous.records import MAX_FAILURES, Consequence, Members, decode, encode, refused
+from elastic_launch.core.rendezvous.records import (
+    MAX_FAILURES,
+    MAX_LINES,
+    Consequence,
+    Members,
+    decode,
+    decode_lines,
+    encode,
+    refused,
+)
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import ANSWER_LIMIT, Add, Append, Get
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
-from elastic_launch.job import Change, Decision, End, EndKind, Level
+from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory
 
 MESSAGE = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
 STDERR = 9000
 """Number of characters of what the cause wrote to stderr last that the others get to see."""
-MAX_LINES = 65_536
-"""Most reports of other nodes' failures that are read."""
 GRACE = 1.0
 """Shortest time, in seconds, that a failure which looks like a consequence waits for its cause."""
 MAX_PATH = 4096
@@ -126,15 +133,16 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
     """
     if not data:
         return
-    round_, me = node.round, node.record.node
-    end = decode(End, data, node.key("end"))
+    round_ = node.round
+    end = read_end(node, data)
     if end.kind is EndKind.DONE and (round_.assignment or is_member) and not round_.report.has_succeeded:
         raise refused(node.key("end"), "says that all workers succeeded, but this node's have not")
-    round_.end = end = end._replace(mine=end.node == me)
+    round_.end = end
     round_.shutdown.stops_job &= end.mine  # otherwise another reason came first
     enter(node, Phase.ENDED)
     step.await_key("decision" if end.kind is EndKind.FAILED else "stop_at" if round_.awaits_stop else None)
     history = node.restart_history(step.now)
+    round_.decision = decision_after(end, history, is_late=round_.is_late)
     match end.kind:
         case EndKind.FAILED:
             if round_.report.failure and not end.mine:
@@ -142,21 +150,44 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
             elif end.mine and end.failures and is_consequence(end.failures[0]):
                 step.read_members()  # to find out whether the loss of a node was the cause
             replace_stranger(node, step)
-        case EndKind.MEMBERSHIP_CHANGED:
-            round_.decision = Decision(True, history, gone=end.gone)
         case EndKind.STOP:
-            round_.decision = Decision(False, history, signum=end.signum)
             renew_lease(node, step)
-        case EndKind.DONE:
-            round_.decision = Decision(False, history)
-        case EndKind.ERROR:  # nodes that come after others have not met may have better luck
-            again = round_.is_late and end.status != ExitCode.UNAVAILABLE
-            round_.decision = Decision(again, history, error="" if again else end.reason, status=end.status)
     node.decided_at = step.now
     if round_.assignment and not round_.heartbeat.is_fenced:
         round_.report.round = None  # a node whose workers have succeeded reports this round again
         step.notify(Ended(end, 0.0))
     _report(node, step)
+
+
+def read_end(node: NodeState, data: bytes) -> End:
+    """Read the record that ended the round.
+
+    Raises:
+        RendezvousStateError: no node of this job can have written it.
+    """
+    end = decode(End, data, node.key("end"))
+    return end._replace(mine=end.node == node.record.node)
+
+
+def decision_after(end: End, history: RestartHistory, *, is_late: bool = False) -> Decision | None:
+    """Return what follows a round that has ended; None: that remains to be decided.
+
+    Args:
+        end: how it ended.
+        history: the job's restart history.
+        is_late: whether the node came when the round was over.
+    """
+    match end.kind:
+        case EndKind.MEMBERSHIP_CHANGED:
+            return Decision(True, history, gone=end.gone)
+        case EndKind.STOP:
+            return Decision(False, history, signum=end.signum)
+        case EndKind.DONE:
+            return Decision(False, history)
+        case EndKind.ERROR:  # nodes that come after others have not met may have better luck
+            again = is_late and end.status != ExitCode.UNAVAILABLE
+            return Decision(again, history, error="" if again else end.reason, status=end.status)
+    return None
 
 
 def _decider(end: End, members: Members) -> str:
@@ -264,7 +295,7 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
     if round_.members is None and everybody:
         take_members(node, everybody)
     own = {failure.rank: failure for failure in round_.report.round.decision.failures}
-    found = {line.failure.rank: (line.failure, line.node) for line in _lines(node, step, also)}
+    found = {line.failure.rank: (line.failure, line.node) for line in _reports(node, step, also)}
     found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
     failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
     if (
@@ -296,23 +327,12 @@ def _decide_without_failure(node: NodeState, step: Step, may_restart: bool) -> N
         step.decide_next(Decision(False, node.restart_history(step.now), error=text, status=ExitCode.UNAVAILABLE))
 
 
-def _lines(node: NodeState, step: Step, data: bytes) -> list[Consequence]:
+def _reports(node: NodeState, step: Step, data: bytes) -> list[Consequence]:
     """Return the failures that members have reported. Others cannot be members' and are ignored."""
-    members, found, ignored = node.round.members, list[Consequence](), 0
+    members = node.round.members
     ids = set(members.nodes) if members else set[str]()
-    for line in data.split(b"\n", MAX_LINES)[:MAX_LINES] if data else ():
-        try:
-            report = decode(Consequence, line, node.key("consequences")) if line else None
-        except RendezvousStateError as error:
-            ignored += 1
-            if ignored == 1:
-                step.log(f"ignored: {error}")
-            if ignored == MAX_LISTED:
-                break
-            continue
-        if report and report.node in ids:
-            found.append(report)
-    return found
+    reports = decode_lines(Consequence, data, node.key("consequences"), step.log)
+    return [report for report in reports if report.node in ids]
 
 
 def _take_lost(node: NodeState, step: Step, data: bytes) -> None:
@@ -385,16 +405,24 @@ def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
 def on_decision(node: NodeState, step: Step, answer: Answer[questions.LearnDecision, list[bytes] | bytes]) -> None:
     """Do what was decided first."""
     if (data := questions.held(answer.value)) and node.round.decision is None:
-        decision, longest = decode(Decision, data, node.key("decision")), node.settings.policy.backoff_limit
-        if decision.pause > longest:
-            raise refused(
-                node.key("decision"),
-                f"pause: must be at most {longest:g} s (--restart-backoff), not {decision.pause:g}",
-            )
-        node.round.decision, node.decided_at = decision, step.now
+        node.round.decision, node.decided_at = read_decision(node, data), step.now
         node.awaited_key = None
         node.timers.pop(Timer.CAUSE_GRACE, None)
         conclude(node, step)
+
+
+def read_decision(node: NodeState, data: bytes) -> Decision:
+    """Read what was decided after a failure.
+
+    Raises:
+        RendezvousStateError: no node of this job can have written it.
+    """
+    decision, longest = decode(Decision, data, node.key("decision")), node.settings.policy.backoff_limit
+    if decision.pause > longest:
+        raise refused(
+            node.key("decision"), f"pause: must be at most {longest:g} s (--restart-backoff), not {decision.pause:g}"
+        )
+    return decision
 
 
 def conclude(node: NodeState, step: Step) -> None:
@@ -404,7 +432,9 @@ def conclude(node: NodeState, step: Step) -> None:
         return
     if not decision.restart and not round_.awaits_stop:
         acknowledge(node, step)
-    if round_.assignment is None and decision.restart:
+    if round_.assignment is None and decision.restart and node.has_check:
+        decide(node, step, decision)  # the agent joins when the check has passed
+    elif round_.assignment is None and decision.restart:
         rejoin(node, step)
     elif round_.assignment is None or round_.report.round is not None:
         decide(node, step, _as_latecomer(node, step, decision) if round_.is_late else decision)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from elastic_launch.core.agent.messages import Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leading import become_leader, refuse
-from elastic_launch.core.rendezvous.leaving import decide
+from elastic_launch.core.rendezvous.leaving import decide, leave
 from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.progress import FIRST_LINE, waiting
@@ -47,6 +48,12 @@ def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, 
 
 def on_join_timeout(node: NodeState, step: Step) -> None:
     """Give up: alone, or for all nodes if this one hosts the store."""
+    if node.phase is Phase.UNFIT:
+        limit = f"{node.settings.join_timeout:g} s (join_timeout)"
+        text = f"health check failed: {node.unfit}; gave up, because no round has formed within {limit}"
+        leave(node, step, Leave(error=text, status=ExitCode.UNAVAILABLE))
+        decide(node, step, Decision(False, error=text, status=ExitCode.UNAVAILABLE))
+        return
     status = node.round.leader.status() if node.round.leader else node.round.status
     text = f"{waiting(node, step.now, status)}; gave up (join_timeout={node.settings.join_timeout:g} s)"
     if node.record.serves:

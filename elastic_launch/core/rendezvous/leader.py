@@ -9,7 +9,7 @@ from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.messages import LATENESS, Settings
 from elastic_launch.core.rendezvous.monitor import Monitor
 from elastic_launch.core.rendezvous.ranks import choose
-from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status, newest
+from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status, Unfit, newest
 from elastic_launch.core.text import listed
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import RestartHistory
@@ -79,6 +79,13 @@ class Leader:
         self.past_restart_history: RestartHistory | None = None
         """The restart history that the store holds."""
         self.published = NOBODY
+        self.unfit: dict[str, Unfit] = {}
+        """Notes of nodes whose health check fails, by node id; they may come when it passes."""
+        self.unfit_read = 0
+        """Number of bytes of these notes that have been read."""
+        self.past_host = ""
+        """Id of the store's host, if that was unfit in the round before. Its next note, or its record, names the port
+        of a fresh store for the workers. It needs no heartbeats: without it there is no store."""
         self._settings = settings
         self._record = record
         self._round = round_
@@ -120,6 +127,7 @@ class Leader:
                     self.monitor.register([ticket], now)
                 if self.expected is not None:
                     self.expected.pop(record.node, None)
+                self.unfit.pop(record.node, None)
 
     def ignore(self, ticket: int) -> None:
         """No longer wait for the record of a ticket: it breaks a rule, so no node of this job has drawn the ticket."""
@@ -134,8 +142,33 @@ class Leader:
         self.expected = {}
         for ticket, record in nodes:
             self._past[record.node] = record.host
-            if record.node not in self._tickets and record.node not in gone:
+            if record.node not in self._tickets and record.node not in self.unfit and record.node not in gone:
                 self.expected[record.node] = (ticket, record.host)
+
+    def note_unfit(self, notes: Iterable[Unfit]) -> list[Unfit]:
+        """Do not wait for nodes whose health check fails, by their notes in order. Returns the notes that are new."""
+        new = []
+        for note in notes:
+            id_ = note.record.node
+            known = self.unfit.get(id_)
+            is_known = known is not None and known.is_gone >= note.is_gone
+            if id_ not in self._tickets and not is_known:  # one that has joined has passed its check since
+                self.unfit[id_] = note
+                new.append(note)
+                (self.expected or {}).pop(id_, None)
+        return new
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are enough nodes without those that are unfit, if all that are expected come."""
+        there = len(self.joined) + len(self.unconfirmed) + len(self.expected or {})
+        return there >= self._settings.min_nodes
+
+    @property
+    def host(self) -> NodeRecord | None:
+        """The node that hosts the store, if it has joined or is unfit."""
+        records = [*self.joined.values(), *(note.record for note in self.unfit.values())]
+        return next((record for record in records if record.serves), None)
 
     def next_ticket(self, now: float) -> int:
         """Return the ticket whose record will probably come next."""
@@ -183,9 +216,12 @@ class Leader:
             return Refuse(refusal, ExitCode.USAGE)
         if self.expected is None or self.expected:
             return None
+        if self.past_host and self.past_host not in self._tickets.keys() | self.unfit.keys():
+            return None
+        may_come = any(not note.is_gone for note in self.unfit.values())
         is_coming = bool(self.missing) and now < self._late_at[next(reversed(self.missing))]  # the last one drawn
         if len(self.joined) < settings.min_nodes:
-            if self._past and not (self.unconfirmed or is_coming):
+            if self._past and not (self.unconfirmed or is_coming or may_come):
                 return Refuse(self._who_is_left(), ExitCode.UNAVAILABLE)
             return None
         if self.unconfirmed and now < self._confirmed_by:
@@ -207,6 +243,7 @@ class Leader:
     def status(self) -> Status:
         """Describe who is there and who is missing."""
         missing = [host for _, host in (self.expected or {}).values()]
+        missing += [f"{note.record.host} (health check failed)" for note in self.unfit.values() if not note.is_gone]
         ranks = {node.rank for node in self.joined.values()}
         if not missing and -1 not in ranks and self._settings.min_nodes == self._settings.max_nodes:
             missing = [f"node rank {rank}" for rank in sorted(set(range(self._settings.max_nodes)) - ranks)]

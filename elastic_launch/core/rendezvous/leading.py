@@ -8,12 +8,21 @@ from elastic_launch.core.rendezvous.leader import Form, Later, Leader, Refuse
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
-from elastic_launch.core.rendezvous.progress import joined_of, log_departures, publish
+from elastic_launch.core.rendezvous.progress import joined_of, log_departures, log_unfit, publish
 from elastic_launch.core.rendezvous.ranks import assign
-from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode, refused
+from elastic_launch.core.rendezvous.records import (
+    Closed,
+    Members,
+    NodeRecord,
+    Unfit,
+    decode,
+    decode_lines,
+    encode,
+    refused,
+)
 from elastic_launch.core.rendezvous.state import BATCH, NodeState, Step, Timer
-from elastic_launch.core.store_requests import Get
-from elastic_launch.core.text import MAX_LISTED
+from elastic_launch.core.store_requests import ANSWER_LIMIT, Get
+from elastic_launch.core.text import MAX_LISTED, counted
 from elastic_launch.errors import RendezvousStateError
 from elastic_launch.job import Decision, End, EndKind, Level, LineKind
 
@@ -25,8 +34,8 @@ def become_leader(node: NodeState, step: Step) -> None:
     step.await_key("node/1")
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
     if round_.number:
-        keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "decision", "closed"))
-        step.ask(questions.ReadPastRound(), Get(keys))
+        keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "decision", "closed", "unfit"))
+        step.ask(questions.ReadPastRound(), Get(keys, ANSWER_LIMIT))  # appended to
 
 
 def stand_down(node: NodeState, step: Step) -> None:
@@ -44,7 +53,7 @@ def stand_down(node: NodeState, step: Step) -> None:
 
 def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPastRound, list[bytes]]) -> None:
     """Learn how the round before ended, and ask which nodes were in it."""
-    count, end, following, closed = answer.value
+    count, end, following, closed, unfit = answer.value
     gone = decode(End, end, node.key("end", past=True)).gone if end else ()
     history = decode(Closed, closed, node.key("closed", past=True)).restart_history if closed else None
     if following:
@@ -52,6 +61,8 @@ def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPast
         gone, history = gone + decision.gone, decision.restart_history
     if node.round.leader:
         node.round.leader.past_restart_history = history
+        notes = decode_lines(Unfit, unfit, node.key("unfit", past=True), step.log)
+        node.round.leader.past_host = next((note.record.node for note in notes if note.record.serves), "")
     tickets = range(1, node.count_tickets(count, past=True) + 1)
     keys = tuple(node.key(f"node/{ticket}", past=True) for ticket in tickets)
     step.ask(questions.ReadPastNodes(keys, gone), Get(keys))
@@ -136,11 +147,16 @@ def poll(node: NodeState, step: Step) -> None:
     if leader := node.round.leader:
         joined = [*leader.joined, *leader.unconfirmed]
         past = {id_: ticket for id_, (ticket, _) in (leader.expected or {}).items()}
-        names = ["closed", f"leader/{node.round.leaders + 1}", "ticket", *(f"heartbeat/{ticket}" for ticket in joined)]
+        names = [
+            "closed",
+            f"leader/{node.round.leaders + 1}",
+            "ticket",
+            "unfit",
+            *(f"heartbeat/{ticket}" for ticket in joined),
+        ]
         past_keys = (node.key(f"heartbeat/{ticket}", past=True) for ticket in past.values())
-        step.ask(
-            questions.PollJoining(joined, past, step.now), Get((node.round_key, *map(node.key, names), *past_keys))
-        )
+        keys = node.round_key, *map(node.key, names), *past_keys
+        step.ask(questions.PollJoining(joined, past, step.now), Get(keys, ANSWER_LIMIT))  # "unfit" is appended to
         publish(node, step, leader)
 
 
@@ -149,7 +165,7 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
     leader = node.round.leader
     if leader is None or leader.is_closing:
         return
-    current, closed, successor, count, *counters = answer.value
+    current, closed, successor, count, unfit, *counters = answer.value
     joined, past, asked_at = answer.question.joined, answer.question.past, answer.question.asked_at
     if number(current, node.round_key) > node.round.number:
         rejoin(node, step)  # the store had forgotten the number; nodes that remembered it are ahead
@@ -160,9 +176,21 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
         before = list(zip(past.values(), counters[len(joined) :], strict=True))
         leader.poll_past(list(past), before, step.now, asked_at)
         log_departures(node, step, leader)
+        _note_unfit(node, step, leader, unfit)
         leader.note_tickets(node.count_tickets(count), step.now)
         _read_records(node, step, leader, list(leader.missing))
         consider(node, step)
+
+
+def _note_unfit(node: NodeState, step: Step, leader: Leader, data: bytes) -> None:
+    """Note the nodes whose health check fails, by the notes that have come since the last poll."""
+    since = leader.unfit_read if leader.unfit_read <= len(data) else 0
+    leader.unfit_read = len(data)
+    new = leader.note_unfit(decode_lines(Unfit, data[since:], node.key("unfit"), step.log))
+    for note in new[:MAX_LISTED]:
+        log_unfit(step, note, leader.is_enough)
+    if len(new) > MAX_LISTED:
+        step.log(f"health check failed on {counted(len(new) - MAX_LISTED, 'more node')}", Level.INFO)
 
 
 # --- what follows
@@ -189,7 +217,7 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
     node.awaited_key = None
     node.round.heartbeat.polled_at = step.now
     records = [leader.joined[ticket] for ticket in members]
-    host = next((record for record in leader.joined.values() if record.serves), None)
+    host = leader.host
     store_port = node.settings.store_port
     assignments = assign(
         records,

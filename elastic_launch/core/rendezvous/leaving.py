@@ -8,9 +8,9 @@ from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
-from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, encode
+from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, Unfit, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
-from elastic_launch.core.store_requests import Add
+from elastic_launch.core.store_requests import Add, Append
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import signal_name
 from elastic_launch.job import Change, Decision, End, EndKind
@@ -47,12 +47,17 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
     round_ = node.round
     if (node.record.serves or request.reason) and not node.is_over:
         round_.shutdown.stops_job = True
-        if node.phase is Phase.ENDED:  # the others have gone on to the next round, or will; this node has no part in it
+        if node.phase is Phase.ENDED or (
+            node.phase is Phase.UNFIT and round_.end
+        ):  # the others have gone on to the next round, or will; this node has no part in it
             round_.number += 1
             round_.shutdown.has_acknowledged = True
         step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
         # For all nodes that come: the round ends before it begins.
         step.create(questions.Write(), "closed", encode(Closed(-1, 0, MAX_TICKETS)))
+    elif node.phase is Phase.UNFIT:
+        note = encode(Unfit(node.record, node.unfit, is_gone=True)) + b"\n"
+        step.ask(questions.Write(), Append(node.key("unfit"), note))
     elif node.phase is Phase.WAITING and round_.leader:
         heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)
         step.write((f"heartbeat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
@@ -130,13 +135,15 @@ def shut_down(node: NodeState, step: Step, request: Close | None = None) -> None
     is_over = shutdown.stops_job or (round_.end is not None and node.is_over)
     shutdown.is_last = node.record.serves or (node.stays and is_over)
     round_.leader = None
+    shutdown.has_counted |= node.phase is Phase.UNFIT  # nobody waits for it, but what it has written must arrive
     enter(node, Phase.LEAVING)
     node.awaited_key = None
-    if not round_.ticket:
+    if round_.ticket:
+        step.ask(questions.Write(), Add(node.key(f"heartbeat/{round_.ticket}"), LEFT))
+        acknowledge(node, step)
+    elif not shutdown.has_counted:
         node.may_disconnect = True
         return
-    step.ask(questions.Write(), Add(node.key(f"heartbeat/{round_.ticket}"), LEFT))
-    acknowledge(node, step)
     if shutdown.is_last and shutdown.is_empty:
         disconnect(node, step)
     elif shutdown.is_last:

@@ -100,6 +100,8 @@ class Join(NamedTuple):
 
     port: int = 0
     """Reserved for the workers' store; 0: none."""
+    has_check: bool = False
+    """As in ``RequestJoin``."""
 
 
 class HostFacts(NamedTuple):

@@ -14,6 +14,7 @@ A round r of a job, in the store:
     r/assignment/g/t  Assignment, by leader g, which decides who is in
     r/members/g       Members, likewise
     r/status          Status while nodes join, by the leader
+    r/unfit           Unfit, one JSON a line: nodes that take no part because their health check fails
     r/closed          Closed, created once: the membership is final
     r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0
     r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
@@ -53,6 +54,7 @@ from elastic_launch.core.agent.messages import (
     ReportSuccess,
     RequestRestart,
     RequestStop,
+    Withdraw,
 )
 from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.core.rendezvous import (
@@ -70,13 +72,14 @@ from elastic_launch.core.rendezvous import (
     reconnecting,
     stalling,
     stopping,
+    unfit,
 )
 from elastic_launch.core.rendezvous.messages import Answer, Input, KeyAppeared, Ready, Settings, Tick
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.errors import LaunchError
 
-IDLE, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
+IDLE, UNFIT, JOINING, WAITING, MEMBER, OUTSIDE, ENDED, LEAVING = Phase
 Handler = Callable[..., None]
 
 
@@ -188,24 +191,30 @@ AFTER_WAITING = (MEMBER, OUTSIDE, ENDED, LEAVING)
 TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **{(phase, timer): handler for timer, handler in TIMERS.items() for phase in timer.phases},
     # The agent requests.
-    **_row(messages.Join, next_round.join, IDLE, ENDED, ignored=(LEAVING,)),
+    **_row(messages.Join, next_round.join, IDLE, ENDED, UNFIT, ignored=(LEAVING,)),
+    **_row(Withdraw, unfit.withdraw, IDLE, ENDED, UNFIT, ignored=(LEAVING,)),
     **_row(RequestRestart, ending.request_restart, MEMBER, OUTSIDE, ignored=(JOINING, WAITING, ENDED, LEAVING)),
     **_row(ReportFailure, ending.report_failure, MEMBER, ENDED),
     **_row(ReportSuccess, ending.report_success, MEMBER, ignored=(ENDED,)),
     **_row(ReportRound, ending.report_round, MEMBER, ENDED, ignored=(LEAVING,)),
     **_row(Fence, heartbeats.fence, MEMBER, ignored=(ENDED, LEAVING)),
     **_row(Leave, leaving.leave_membership, MEMBER),
-    **_row(Leave, leaving.leave, JOINING, WAITING, OUTSIDE, ENDED, ignored=(IDLE, LEAVING)),
+    **_row(Leave, leaving.leave, JOINING, WAITING, OUTSIDE, ENDED, UNFIT, ignored=(IDLE, LEAVING)),
     **_row(RequestStop, stopping.request_stop, MEMBER, ENDED),
     **_row(ReportCalls, stopping.report_calls, ENDED),
     **_row(GiveUpStop, stopping.give_up, ENDED),
     **_row(messages.Close, leaving.shut_down, IDLE),
-    **_row(messages.Close, leaving.close, JOINING, *JOINED, ignored=(LEAVING,)),
+    **_row(messages.Close, leaving.close, JOINING, *JOINED, UNFIT, ignored=(LEAVING,)),
     # The store comes and goes.
     **_row(messages.StoreReconnected, reconnecting.on_reconnected, *JOINED, ignored=(IDLE, JOINING, LEAVING)),
     **_row(messages.StoreLost, reconnecting.on_lost, *Phase),
     **_row(questions.ReadOwnRecord, reconnecting.on_own_record, *JOINED, ignored=(LEAVING,)),
+    **_row(messages.StoreReconnected, unfit.find_round, UNFIT),
     **_row(questions.Write, ignore, *Phase),
+    # Its health check fails.
+    **_row(questions.FindRound, unfit.on_round_found, UNFIT, ignored=(JOINING, *JOINED, LEAVING)),
+    **_row(questions.FollowRound, unfit.on_followed, UNFIT, ignored=(JOINING, *JOINED, LEAVING)),
+    **_row(KeyAppeared, unfit.look, UNFIT),
     # Joining.
     **_row(questions.LearnRound, joining.on_round, JOINING, ignored=(ENDED, LEAVING)),
     **_row(questions.DrawTicket, joining.on_ticket, JOINING, ignored=(ENDED, LEAVING)),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Answer
-from elastic_launch.core.rendezvous.records import NOBODY, Status, decode, encode
+from elastic_launch.core.rendezvous.records import NOBODY, Status, Unfit, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.text import counted, listed
 from elastic_launch.job import Level, LineKind
@@ -35,6 +35,12 @@ def log_departures(node: NodeState, step: Step, leader: Leader) -> None:
     if leader.left:
         step.log(f"left: {listed(leader.left)}", Level.INFO)
     leader.lost, leader.left = [], []
+
+
+def log_unfit(step: Step, note: Unfit, is_enough: bool) -> None:
+    """Log that a node is not there because its health check fails, and whether the job goes on without it."""
+    what = "has left" if note.is_gone else "going on without it" if is_enough else "waiting for it, or for another node"
+    step.log(f"{note.record.host}: health check failed: {note.reason}; {what}", Level.INFO)
 
 
 def log_progress(node: NodeState, step: Step) -> None:

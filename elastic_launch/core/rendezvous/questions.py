@@ -227,6 +227,14 @@ class ReadOwnRecord(Question):
     """Does the store still have this node's record and ticket?"""
 
 
+class FindRound(Question):
+    """Which round is the current one? Asked by a node that takes no part in it."""
+
+
+class FollowRound(Question):
+    """Has the round closed, and how has it ended? Asked by a node that takes no part in it."""
+
+
 class Write(Question):
     """No question: the reply says nothing."""
 

@@ -7,6 +7,7 @@ every type and a rule for every field. What depends on the job or the round besi
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -26,6 +27,7 @@ from elastic_launch.core.rendezvous.rules import (
     seconds,
     whole,
 )
+from elastic_launch.core.text import MAX_LISTED
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
 from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory
 
@@ -38,6 +40,8 @@ _SCALARS = frozenset({str, int, float, bool, type(None)})
 MAX_TICKETS = 65_536
 """Most tickets of a round. 16,384 nodes may each draw some, because a request may be carried out twice. The bound keeps
 the work of the nodes that count tickets bounded, whoever has drawn them."""
+MAX_LINES = 65_536
+"""Most records that are read of those appended to one key."""
 MAX_FAILURES = 64
 """Most failures in a record."""
 
@@ -114,6 +118,16 @@ class Status(NamedTuple):
     missing: str
 
 
+class Unfit(NamedTuple):
+    """A node takes no part in a round, because its health check fails."""
+
+    record: NodeRecord
+    reason: str
+    """Why the check fails, in one line."""
+    is_gone: bool = False
+    """Whether the node has left the job."""
+
+
 NOBODY = Status(0, "", "")
 """The status before the first node has joined."""
 
@@ -134,6 +148,32 @@ def newest(node: NodeRecord) -> tuple[int, int]:
 def encode(record: NamedTuple) -> bytes:
     """Encode a record as JSON. Fields that have their default value are left out."""
     return _json.encode(_plain(record)).encode()
+
+
+def decode_lines(kind: type[T], data: bytes, key: str, log: Callable[[str], None]) -> list[T]:
+    """Decode records that were appended to ``key``, one on each line. What breaks a rule is ignored, with one line.
+
+    The caller decides whether the rest can come from nodes of this job.
+
+    Args:
+        kind: the records' type.
+        data: what the key holds. Lines after the first ``MAX_LINES`` are not read, nor those after some bad ones.
+        key: the key.
+        log: takes a line for the log.
+    """
+    found: list[T] = []
+    ignored = 0
+    for record in data.split(b"\n", MAX_LINES)[:MAX_LINES] if data else ():
+        try:
+            if record:
+                found.append(decode(kind, record, key))
+        except RendezvousStateError as error:
+            ignored += 1
+            if ignored == 1:
+                log(f"ignored: {error}")
+            if ignored == MAX_LISTED:
+                break
+    return found
 
 
 def decode(kind: type[T], data: bytes, key: str) -> T:
@@ -249,6 +289,8 @@ _ID = name(400)
 """A node's id, which begins with its host; empty: none."""
 MAX_ERROR = 9000
 """Most characters of an error of the launcher's that other nodes get to see."""
+MAX_UNFIT = 1000
+"""Most characters of the reason why a node's health check fails that other nodes get to see."""
 _REASON = lines(10_000)
 """Why a round ends, or a job: an error, or twice the options, in the longest cases."""
 _YEARS = seconds(1e9)
@@ -398,6 +440,7 @@ RULES: dict[Any, Rules] = {
         },
         (("must have ranks below the number of nodes or workers", _fits),),
     ),
+    Unfit: Rules(1 << 20, {"record": record_of(NodeRecord), "reason": line(MAX_UNFIT, least=1), "is_gone": flag}),
     Status: Rules(1 << 16, {"joined": whole(0, MAX_TICKETS), "hosts": line(5000), "missing": line(5000)}),
     Consequence: Rules(1 << 16, {"failure": record_of(ProcessFailure), "node": name(400, least=1)}),
     End: Rules(

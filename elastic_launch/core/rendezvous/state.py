@@ -34,6 +34,8 @@ class Phase(Enum):
 
     IDLE = "idle"
     """Before the first round."""
+    UNFIT = "unfit"
+    """Its health check fails: it has no ticket, and follows the rounds that the others form."""
     JOINING = "joining"
     """It has asked for the round's number and a ticket."""
     WAITING = "waiting"
@@ -52,7 +54,7 @@ class Phase(Enum):
 class Timer(Enum):
     """What a node waits for besides the store, and the phases that own the timer."""
 
-    JOIN_TIMEOUT = "join timeout", Phase.JOINING, Phase.WAITING
+    JOIN_TIMEOUT = "join timeout", Phase.JOINING, Phase.WAITING, Phase.UNFIT
     PROGRESS = "progress", Phase.WAITING
     """Log who has joined."""
     LEADER_POLL = "leader poll", Phase.WAITING
@@ -176,6 +178,8 @@ class Round:
     """Number of the leader that the node follows, or is; it counts the takeovers."""
     status: Status = NOBODY
     closed: Closed | None = None
+    has_told: bool = False
+    """Whether the node has told the others that it is unfit."""
     # While the round runs.
     assignment: Assignment | None = None
     assigned_at: float = 0.0
@@ -230,10 +234,16 @@ class NodeState:
     awaited_key: str | None = None
     began_at: float = 0.0
     """When the node began to join the round, or when the pause before the round ends."""
+    carried_at: float = 0.0
+    """When the node took its record of the job's restarts from a round to the next."""
     decided_at: float = 0.0
     """When the node learned what follows the round before."""
     progress_lines: int = 0
     """How often this node has logged who has joined."""
+    has_check: bool = False
+    """Whether the agent has to check the node before each round."""
+    unfit: str = ""
+    """Why its health check fails, or failed when it was last unfit."""
     has_left: bool = False
     may_disconnect: bool = False
     history: deque[tuple[Phase, type | Timer]] = field(default_factory=lambda: deque(maxlen=HISTORY))
