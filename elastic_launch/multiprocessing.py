@@ -171,7 +171,8 @@ class PContext:
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
             stack.enter_context(subreaper())
-            files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=any(self._options.filters.values()))
+            has_filters = any(self._options.filters.values())
+            files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=has_filters, log=log)
             stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
             self._dest = files.prepare(named)
             self._workers = LocalWorkers(self._options._replace(environ=environ), log)

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from elastic_launch.workers.keeper_main import set_subreaper
 from tests.support.jobs import Job
 from tests.support.leaks import nothing_left
 from tests.support.servers import stop_shared
+
+settings.register_profile("small", max_examples=50, deadline=None, database=None, derandomize=True)
+settings.register_profile("long", max_examples=20_000, deadline=None, database=None)
+settings.load_profile("small")  # "--hypothesis-profile=long" tries more, with a seed that it prints if a test fails
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -242,7 +242,7 @@ class LocalElasticAgent:
         """Acquire everything that the run needs, to be released by ``stack``."""
         stack.enter_context(standard_streams())
         has_filters = any(self._options.filters.values())
-        files = JobFiles(self._logs_specs, self._options.run_id, self._temp_dir, has_filters=has_filters)
+        files = JobFiles(self._logs_specs, self._options.run_id, self._temp_dir, has_filters=has_filters, log=self._log)
         stack.callback(lambda: files.close(keep=self._has_failed))
         signals = stack.enter_context(SignalQueue(self._stop_signals))
         if not stack.enter_context(subreaper()):

@@ -18,6 +18,7 @@ from elastic_launch.core.progress.goodput import RoundProgress, round_progress
 from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
+from elastic_launch.host.files import open_regular
 from elastic_launch.job import Assignment
 from elastic_launch.logs.job_files import STACKS
 from elastic_launch.logs.pump import LogPump
@@ -265,7 +266,7 @@ class LocalWorkers:
             return ""  # the worker does not run Python, or wrote something else
         path = os.path.join(os.path.dirname(error_file), STACKS)
         try:
-            with open(path, "wb") as file:
+            with open(path, "wb", opener=open_regular) as file:
                 file.write(stacks)
         except OSError:
             if is_on_stderr:

@@ -11,7 +11,7 @@ import signal
 from typing import NoReturn
 
 from elastic_launch.host import signals
-from elastic_launch.host.console import RED, REPORT_PATIENCE, YELLOW, log, paint, write
+from elastic_launch.host.console import RED, REPORT_PATIENCE, YELLOW, Shown, log, paint, shown, write
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
 
             run(args)
         except ChildFailedError as error:
-            write(f"{_with_colour(str(error))}\n", REPORT_PATIENCE)
+            write(_with_colour(f"{error}\n"), REPORT_PATIENCE)
             from elastic_launch.workers.error_handler import get_error_handler
 
             get_error_handler().record_exception(error)  # for a launcher that runs this one as a worker
@@ -55,7 +55,9 @@ def console() -> NoReturn:
 
 def _with_colour(report: str) -> str:
     """Return a report with its headline, the line that says what failed, in red."""
-    return "\n".join(paint(line, RED) if line.endswith(" FAILED") else line for line in report.split("\n"))
+    return Shown(
+        "\n".join(paint(line, RED) if line.endswith(" FAILED") else shown(line) for line in report.split("\n"))
+    )
 
 
 def _ignore(signum: int, frame: object) -> None:

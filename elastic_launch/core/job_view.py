@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from elastic_launch.core.rendezvous.monitor import LEFT, number
-from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, Status, decode
+from elastic_launch.core.rendezvous.monitor import has_left, number
+from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, Members, NodeRecord, Status, decode
 from elastic_launch.core.status import first_line, joined_text
 from elastic_launch.job import Assignment, Decision, End, EndKind
 
@@ -199,8 +199,9 @@ def _nodes(
     leader = closed.leader if closed and closed.leader >= 0 else 0
     members = decode(Members, keys[name], name) if keys.get(name := f"members/{leader}") else None
     order = list(members.tickets) if members else []
-    order += [ticket for ticket in range(1, number(keys.get("ticket", b"")) + 1) if ticket not in set(order)]
-    leads = number(keys[f"leader/{leader}"]) if leader and keys.get(f"leader/{leader}") else 1
+    drawn = range(1, number(keys.get("ticket", b""), "ticket", MAX_TICKETS) + 1)
+    order = list(dict.fromkeys([*order, *drawn]))
+    leads = number(keys.get(f"leader/{leader}", b""), f"leader/{leader}") or 1 if leader else 1
     found = []
     for place, ticket in enumerate(order):
         if not (data := keys.get(f"node/{ticket}")):
@@ -229,7 +230,7 @@ def _nodes(
 
 
 def _node_state(keys: Mapping[str, bytes], ticket: int, is_member: bool, is_closed: bool) -> str:
-    if number(keys.get(f"heartbeat/{ticket}", b"")) >= LEFT:
+    if has_left(keys.get(f"heartbeat/{ticket}", b"")):
         return "left"
     if not is_member:
         return "waiting" if is_closed else "joined"

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+VALUE_LIMIT = 8 << 20
+"""Most bytes of a value in a request, and of one in a reply unless the request says otherwise."""
+ANSWER_LIMIT = 24 << 20
+"""Most bytes of all values in one reply together. An agent holds such a reply about twice while it arrives."""
+
 
 class Get(NamedTuple):
     """Read keys. The reply is a list of their values, ``b""`` for each key that does not exist."""
 
     keys: tuple[str, ...]
+    limit: int = VALUE_LIMIT
+    """Most bytes of each value. A store that sends more is not answered any more."""
 
 
 class Set(NamedTuple):

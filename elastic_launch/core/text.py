@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 MAX_LISTED = 8
 """Names that ``listed`` writes out before it counts the rest."""
+_MAX_HEADLINE = 2000
+"""Most characters of each of a headline's two lines."""
 _UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 """Units of durations: seconds and name, and those of the smaller unit beside it."""
 _TENTHS_BELOW = 9.95
@@ -47,6 +49,29 @@ def shortened(text: str, limit: int) -> str:
         return text
     half = limit // 2
     return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+def headline(text: str) -> str:
+    """Return an error in one line of moderate length: its first line, and the last one if it ends with a traceback."""
+    first, *more = text.splitlines() or [""]
+    return " ".join(line[:_MAX_HEADLINE] for line in (first, *more[-1:]))
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """Return a text with everything that is not printable written as ``repr`` writes it, as in ``\\x1b[2J``.
+
+    Texts from elsewhere go through this before they reach a line or a report. They could clear a screen, or look like
+    a line of the launcher's.
+
+    Args:
+        text: the text, which may hold surrogates.
+        lines: whether line breaks and tabs stay as they are.
+    """
+    if text.isprintable():
+        return text
+    if lines:
+        return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+    return "".join([character if character.isprintable() else repr(character)[1:-1] for character in text])
 
 
 def duration(seconds: float) -> str:

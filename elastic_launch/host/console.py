@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from elastic_launch.core.text import visible
 from elastic_launch.env import environment
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ _thread = threading.local()
 """Where a thread's lines go. Agents may run in several threads of a program."""
 
 
+class Shown(str):
+    """A text in which control characters have been made visible, and then colours added."""
+
+    __slots__ = ()
+
+
 def log(text: str) -> None:
     """Write one line of the launcher's."""
     writer: Callable[[str], None] = getattr(_thread, "writer", _write_line)
@@ -38,7 +45,17 @@ def log(text: str) -> None:
 
 
 def _write_line(text: str) -> None:
-    write(f"elastic-run: {text}\n", LINE_PATIENCE)
+    write(launcher_line(text), LINE_PATIENCE)
+
+
+def launcher_line(text: str) -> Shown:
+    """Return a text as a line of the launcher's. No further line of the text can be mistaken for one."""
+    return Shown(f"elastic-run: {shown(text)}\n".replace("\n", "\n  ").removesuffix("  "))
+
+
+def shown(text: str) -> Shown:
+    """Return a text with its control characters made visible, apart from line breaks and the launcher's colours."""
+    return text if isinstance(text, Shown) else Shown(visible(text, lines=True))
 
 
 @contextlib.contextmanager
@@ -58,11 +75,13 @@ def begin_with_new_line(needed: bool) -> None:
 
 
 def write(text: str, patience: float) -> None:
-    """Write to standard error, and give up after ``patience`` seconds. Ignores errors."""
-    if getattr(_thread, "needs_new_line", False):
-        text = f"\n{text}"
-        _thread.needs_new_line = False
-    data = memoryview(text.encode(errors="backslashreplace"))
+    """Write to standard error, and give up after ``patience`` seconds. Ignores errors.
+
+    Control characters are made visible: the text may quote file names, hosts and errors.
+    """
+    begin = "\n" if getattr(_thread, "needs_new_line", False) else ""
+    _thread.needs_new_line = False
+    data = memoryview(f"{begin}{shown(text)}".encode(errors="backslashreplace"))
     end = time.monotonic() + patience
     with contextlib.suppress(OSError), unblocked(2) as fd:
         poller = select.poll()
@@ -99,8 +118,10 @@ def shows_colours(stream: int) -> bool:
 
 def paint(text: str, colour: str, stream: int = 2) -> str:
     """Return a text with its first line in a colour, if the standard stream that it is for shows colours."""
-    first, newline, rest = text.partition("\n")
-    return f"\x1b[{colour}m{first}\x1b[0m{newline}{rest}" if shows_colours(stream) else text
+    if not shows_colours(stream):
+        return text
+    first, newline, rest = shown(text).partition("\n")
+    return Shown(f"\x1b[{colour}m{first}\x1b[0m{newline}{rest}")
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
 from elastic_launch.errors import LaunchError, UnavailableError
+from elastic_launch.host.files import belongs_to_another, replaceable_part
 
 STACKS = "stacks.log"
 """The file beside a worker's error file with the stacks of its threads, if the worker hung and was killed."""
@@ -93,7 +94,15 @@ class DefaultLogsSpecs(LogsSpecs):
 class JobFiles:
     """The files of one job on this node."""
 
-    def __init__(self, specs: LogsSpecs, run_id: str, temp_dir: str, *, has_filters: bool = False) -> None:
+    def __init__(
+        self,
+        specs: LogsSpecs,
+        run_id: str,
+        temp_dir: str,
+        *,
+        has_filters: bool = False,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Create the directory.
 
         Args:
@@ -101,9 +110,10 @@ class JobFiles:
             run_id: the job's id. Characters that a file name cannot have are percent-encoded.
             temp_dir: the system's directory for temporary files.
             has_filters: whether the lines that match a filter go to a separate file.
+            log: prints a line on the console.
 
         Raises:
-            UnavailableError: the directory cannot be created.
+            UnavailableError: the directory cannot be created, or is another user's.
         """
         self._specs = specs
         self._temporary: str | None = None
@@ -119,7 +129,9 @@ class JobFiles:
         self.root = os.path.join(log_dir, as_file_name(run_id))
         try:
             self.root = os.path.abspath(self.root)
-            if self._temporary:
+            if not self._temporary:
+                _check_others(self.root, str(log_dir), log)
+            else:
                 os.mkdir(self._temporary, mode=0o700)
             os.makedirs(self.root, exist_ok=True)
         except OSError as error:
@@ -170,6 +182,21 @@ class JobFiles:
     def kept(self) -> bool:
         """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))
+
+
+def _check_others(root: str, log_dir: str, log: Callable[[str], None]) -> None:
+    """Check what other users can do to the directory of a job's files. Say so if they can replace it.
+
+    Raises:
+        UnavailableError: one of them has put it, or what is above it, where everybody may write.
+    """
+    if theirs := belongs_to_another(root):
+        raise UnavailableError(
+            f"--log-dir={log_dir}: {theirs} belongs to another user, and is where everybody may write; "
+            "choose another directory"
+        )
+    if above := replaceable_part(root):
+        log(f"--log-dir={log_dir}: every user may replace files below {above}, which has no sticky bit")
 
 
 def cannot_create(specs: LogsSpecs, path: str, error: OSError) -> UnavailableError:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 from elastic_launch.errors import UnavailableError
-from elastic_launch.host.console import unblocked
+from elastic_launch.host.console import launcher_line, unblocked
 from elastic_launch.logs.channel import DEFAULT_SIZE, make_channel, raise_limit
 from elastic_launch.logs.sinks import NAMES, Console, File
 from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route, Source
@@ -238,9 +238,10 @@ class LogPump:
     def log(self, text: str) -> None:
         """Write a line of the launcher's to standard error, after what the workers have written so far.
 
-        Never waits. If nobody reads the console, the line may be lost.
+        Never waits. If nobody reads the console, the line may be lost. Control characters are made visible: the text
+        may quote file names, hosts and errors.
         """
-        self.show(f"elastic-run: {text}\n")
+        self.show(launcher_line(text))
 
     def show(self, text: str) -> None:
         """Write whole lines as ``log`` does, but without a prefix."""

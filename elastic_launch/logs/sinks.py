@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Protocol
 
+from elastic_launch.host.files import open_regular
+
 NAMES = {1: "stdout", 2: "stderr"}
 _CLEAR_ROW = b"\r\x1b[K"
 _WRAP_OFF, _WRAP_ON = b"\x1b[?7l", b"\x1b[?7h"
@@ -169,9 +171,8 @@ class File:
         self._report = report
         self._fd: int | None = None
         try:
-            # O_APPEND: logrotate may truncate it. O_NONBLOCK: it may be a pipe, which must not hold up the job.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
-            self._fd = os.open(path, flags, 0o666)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # to append, because logrotate may truncate it
+            self._fd = os.open(path, os.O_WRONLY) if path == os.devnull else open_regular(path, flags)
         except OSError as error:
             self._lose(error)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_launch.core.job_view import MAX_ROUNDS, Records
 from elastic_launch.core.rendezvous.monitor import number
-from elastic_launch.core.rendezvous.records import Closed, decode
+from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, decode
 from elastic_launch.core.store_requests import Get
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.rendezvous.backends import Backend
@@ -61,13 +61,13 @@ class StoreReader:
         self._end = time.monotonic() + PATIENCE
         prefix = f"elastic/{self.run_id}"
         (value,) = self._get([f"{prefix}/round"])
-        round_ = number(value)
+        round_ = number(value, "round")
         keys = self._named(f"{prefix}/{round_}/", _OF_ROUND)
         if not keys["ticket"] and not value:
             return None
         closed = decode(Closed, keys["closed"], "closed") if keys["closed"] else None
         leader = max(0, closed.leader) if closed else 0
-        tickets = range(1, number(keys["ticket"]) + 1)
+        tickets = range(1, number(keys["ticket"], "ticket", MAX_TICKETS) + 1)
         kinds = ("node/", "heartbeat/", "succeeded/", f"assignment/{leader}/")
         names = [f"members/{leader}", f"leader/{max(1, leader)}", *(f"{kind}{t}" for kind in kinds for t in tickets)]
         keys |= self._named(f"{prefix}/{round_}/", names)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from elastic_launch.config import LaunchConfig
-from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.core.text import visible
+from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
 from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous import BUILT_IN
@@ -15,6 +16,7 @@ from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, SingleNo
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec
 
 if TYPE_CHECKING:
+    from elastic_launch.core.rendezvous.records import NodeRecord
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
     from elastic_launch.rendezvous.backends.etcd import EtcdBackend
     from elastic_launch.rendezvous.handler import RendezvousParameters
@@ -88,8 +90,29 @@ def adapt(handler: Any, spec: WorkerSpec, environ: Environ, log: Logger) -> Rend
     from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
     from elastic_launch.rendezvous.third_party_tasks import HandlerTasks
 
-    node = NodeRecord(os.urandom(8).hex(), os.uname().nodename, os.getpid(), spec.local_world_size, spec.role)
-    return ThirdPartyRendezvous(HandlerTasks(handler, node, spec.local_addr, in_colour(log, YELLOW)))
+    node = NodeRecord(os.urandom(8).hex(), host_name(), os.getpid(), spec.local_world_size, spec.role)
+    max_pause = spec.get_policy().backoff_limit
+    warn = in_colour(log, YELLOW)
+    return ThirdPartyRendezvous(HandlerTasks(handler, check_own(node), spec.local_addr, warn, max_pause=max_pause))
+
+
+def host_name() -> str:
+    """Return the name of this host, as other nodes and the user get to see it."""
+    return visible(os.uname().nodename)
+
+
+def check_own(record: NodeRecord) -> NodeRecord:
+    """Return this node's own record if the other nodes will accept it.
+
+    Raises:
+        UsageError: they would not: an option that goes into it breaks a rule.
+    """
+    from elastic_launch.core.rendezvous.records import decode, encode
+
+    try:
+        return decode(type(record), encode(record), "this node's record")
+    except RendezvousStateError as error:
+        raise UsageError(f"the options of this node cannot be told to the others: {error}") from error
 
 
 def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConfig:
@@ -167,12 +190,14 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
         backend = _c10d_backend(config, conf, rank, environ)
         if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
             settings = settings._replace(store_port=backend.port)
-    host, pid = os.uname().nodename, os.getpid()
+    host, pid = host_name(), os.getpid()
     node = f"{host}-{pid}-{os.urandom(4).hex()}"
     record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
     if config.local_addr:
         record = record._replace(address=config.local_addr, named=True)
-    return StoreRendezvous(settings, record, backend, log, timeouts, config.verbosity, config.rdzv_backend or "c10d")
+    return StoreRendezvous(
+        settings, check_own(record), backend, log, timeouts, config.verbosity, config.rdzv_backend or "c10d"
+    )
 
 
 def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ) -> C10dBackend:

@@ -41,6 +41,7 @@ from elastic_launch.core.progress.messages import (
     StacksWanted,
     WithdrawClaim,
 )
+from elastic_launch.core.text import visible
 from elastic_launch.errors import signal_name
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Assignment, Change, Decision, End, EndKind
@@ -202,7 +203,7 @@ class SingleNodeRendezvous:
             role_world_size=self._workers,
             master_addr=self._addr,
             master_port=port,
-            host=os.uname().nodename,
+            host=visible(os.uname().nodename),
             port_picked=self.port == 0,
             restart_count=max(0, self._rounds - 1),
             restart_history=aged(self._last.restart_history, time.monotonic() - self._decided_at),

@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
 from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
+from elastic_launch.core.rendezvous.ending import brief
+from elastic_launch.core.rendezvous.records import MAX_ERROR
+from elastic_launch.core.text import shortened
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import Change, End, EndKind
 from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, judge_alone
@@ -90,7 +93,8 @@ class ThirdPartyRendezvous:
                 node, change = self._tasks.node.node, Change.RESTART_REQUESTED
                 return [self._end_round(End(EndKind.MEMBERSHIP_CHANGED, reason, node, change=change, mine=True))]
             case messages.ReportFailure(failure) if self._end is None:
-                return [self._end_round(End(EndKind.FAILED, failure.headline(), self._tasks.node.node, mine=True))]
+                node, told = self._tasks.node.node, (brief(failure),)
+                return [self._end_round(End(EndKind.FAILED, failure.headline(), node, failures=told, mine=True))]
             case messages.ReportSuccess():
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
@@ -101,7 +105,10 @@ class ThirdPartyRendezvous:
                 return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
             case messages.Leave(signum, error, status, reason):
                 host = self._tasks.node.host
-                why = f"{host}: {error}" if error else reason or f"{host} is leaving ({signal_name(signum)})"
+                leaving = (
+                    f"{host}: {shortened(error, MAX_ERROR)}" if error else f"{host} is leaving ({signal_name(signum)})"
+                )
+                why = leaving if error else reason or leaving
                 self._queue.put(partial(self._tasks.leave, why, status, signum if reason else 0))
         return []
 

@@ -20,9 +20,10 @@ from typing import NamedTuple, cast
 
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.rendezvous.ranks import assign
-from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode, newest
+from elastic_launch.core.rendezvous.records import RULES, NodeRecord, decode, encode, newest, record_of, refused
+from elastic_launch.core.rendezvous.rules import Rules, name
 from elastic_launch.errors import RendezvousStateError
-from elastic_launch.job import Assignment, Decision, End, RestartHistory
+from elastic_launch.job import Assignment, Decision, End, EndKind, RestartHistory
 from elastic_launch.rendezvous.handler import RendezvousInfo, RendezvousStoreInfo, Store
 
 PREFIX = "elastic-launch/"
@@ -56,14 +57,28 @@ class Outcome(NamedTuple):
     decision: Decision
 
 
+_KEY = name(300, least=1)
+RULES |= {
+    _Registration: Rules(1 << 20, {"node": record_of(NodeRecord), "reply_key": _KEY}),
+    _Reply: Rules(1 << 20, {"assignment": record_of(Assignment), "token": _KEY}),
+    Outcome: Rules(
+        4 << 20,
+        {"end": record_of(End), "decision": record_of(Decision)},
+        # That all have succeeded is counted, not told.
+        (("must tell of an end other than success", lambda it: it.end.kind is not EndKind.DONE),),
+    ),
+}
+
+
 class ThirdPartyRound:
     """A round from this node's point of view."""
 
-    def __init__(self, store: Store, assignment: Assignment, token: str) -> None:
+    def __init__(self, store: Store, assignment: Assignment, token: str, max_pause: float = 0.0) -> None:
         self.assignment = assignment
         self.size = assignment.group_world_size
         """Number of nodes."""
         self._store = store
+        self._max_pause = max_pause
         self._keys = f"{PREFIX}{token}/"
         self._began_at = time.monotonic()
         self._outcome: Outcome | None = None
@@ -76,7 +91,10 @@ class ThirdPartyRound:
         """Return how the round ended; None: it has not."""
         key = f"{self._keys}end"
         if self._outcome is None and self._store.check([key]):
-            self._outcome = decode(Outcome, self._store.get(key), key)
+            outcome = decode(Outcome, self._store.get(key), key)
+            if outcome.decision.pause > self._max_pause:
+                raise refused(key, f"decision: pause: must be at most {self._max_pause:g} s (--restart-backoff)")
+            self._outcome = outcome
         return self._outcome
 
     def write_outcome(self, outcome: Outcome) -> Outcome:
@@ -108,7 +126,7 @@ class ThirdPartyRound:
 
 
 def form_round(
-    info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, local_addr: str | None
+    info: RendezvousInfo, node: NodeRecord, use_agent_store: bool, local_addr: str | None, max_pause: float = 0.0
 ) -> ThirdPartyRound:
     """Register this node with the node of rank 0, and learn its assignment.
 
@@ -120,6 +138,7 @@ def form_round(
         node: this node; ``known_round`` is the number of its last round.
         use_agent_store: the handler's.
         local_addr: address of this node, in case the handler does not say where the workers' store is.
+        max_pause: the longest pause before a restart that the job allows, in seconds.
 
     Raises:
         RendezvousStateError: the handler's rank is impossible, or the store holds something else.
@@ -133,12 +152,15 @@ def form_round(
         store.set(f"{PREFIX}node/{rank}", encode(own).decode())
         reply = decode(_Reply, store.get(own.reply_key), own.reply_key)
         store.delete_key(own.reply_key)
-        return ThirdPartyRound(store, *reply)
+        place = reply.assignment
+        if (place.group_rank, place.group_world_size, place.local_world_size) != (rank, size, node.workers):
+            raise refused(own.reply_key, f"must be for rank {rank} of {size} with {node.workers} workers")
+        return ThirdPartyRound(store, *reply, max_pause)
     others = _read_registrations(store, size)
     assignments = _assign(info, [node, *(other.node for other in others)], use_agent_store, local_addr)
     for other, assignment in zip(others, assignments[1:], strict=True):
         store.set(other.reply_key, encode(_Reply(assignment, token)).decode())
-    return ThirdPartyRound(store, assignments[0], token)
+    return ThirdPartyRound(store, assignments[0], token, max_pause)
 
 
 def _read_registrations(store: Store, size: int) -> list[_Registration]:
@@ -149,7 +171,11 @@ def _read_registrations(store: Store, size: int) -> list[_Registration]:
     found = cast(list[bytes], store.multi_get(keys) if many else [store.get(key) for key in keys])  # type: ignore[attr-defined]
     for key in keys:
         store.delete_key(key)
-    return [decode(_Registration, data, key) for data, key in zip(found, keys, strict=True)]
+    others = [decode(_Registration, data, key) for data, key in zip(found, keys, strict=True)]
+    for rank, (other, key) in enumerate(zip(others, keys, strict=True), 1):
+        if not other.reply_key.startswith(f"{PREFIX}assignment/{rank}/"):
+            raise refused(key, "reply_key: must be a key for the assignment of that rank")
+    return others
 
 
 def _assign(info: RendezvousInfo, nodes: list[NodeRecord], is_shared: bool, local_addr: str | None) -> list[Assignment]:

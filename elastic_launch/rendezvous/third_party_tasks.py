@@ -15,6 +15,7 @@ from elastic_launch import errors
 from elastic_launch.core.agent.messages import AgentEvent, Assigned, Decided, Ended
 from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.progress.goodput import furthest
+from elastic_launch.core.rendezvous.ending import bounded
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.text import counted
 from elastic_launch.host.ports import reserve_port
@@ -47,6 +48,8 @@ class HandlerTasks:
     """Seconds between two checks for nodes that wait and for the end of the round: the interface cannot notify."""
     exit_barrier_timeout: float = 300.0
     """Seconds that a node whose workers have succeeded waits for the other nodes to succeed; torch's default."""
+    max_pause: float = 0.0
+    """The longest pause before a restart that the job allows, in seconds."""
     report: Callable[[AgentEvent], None] = field(init=False)
     """Hands an event to the agent."""
     is_closing: bool = False
@@ -85,7 +88,7 @@ class HandlerTasks:
         node = self.node._replace(restart_history=history, known_round=self.rounds - 1)
         # The handler comes from outside and need not be a subclass of ours, so it may lack the attribute.
         use_agent_store = bool(getattr(self.handler, "use_agent_store", False))
-        self.round = current = form_round(info, node, use_agent_store, self.local_addr)
+        self.round = current = form_round(info, node, use_agent_store, self.local_addr, self.max_pause)
         assignment = current.assignment
         self.rounds = assignment.restart_count + 1
         self.has_succeeded = False
@@ -136,9 +139,12 @@ class HandlerTasks:
             decision: this node's, which holds if no other node was first.
         """
         if self.round and end is not None and end.kind is not EndKind.DONE:
-            own = Outcome(end._replace(mine=False), decision)
+            told = decision._replace(failures=bounded(decision.failures))
+            own = Outcome(end._replace(mine=False), told)
             try:
                 outcome = self.round.write_outcome(own)
+            except errors.RendezvousStateError:
+                raise
             except Exception:
                 outcome = own  # the store is lost: the failure that is known explains more, and a new round will show
             if outcome is not own:
@@ -174,6 +180,8 @@ class HandlerTasks:
             else:
                 with contextlib.suppress(Exception):  # the node that hosts the store knew, and has gone
                     current.linger()
+        except errors.RendezvousStateError:
+            raise
         except Exception as error:
             self.log(f"{self._describe(error)}; this node's workers succeeded, those of other nodes may have failed")
         self.report(Ended(end, time.time()))

@@ -24,6 +24,8 @@ DEAD_HOST_PATIENCE = 20
 """Seconds without an acknowledgement after which a host is presumed dead, and the connection lost."""
 
 _CHUNK: Final = 1 << 16
+_TURN: Final = 8 << 20
+"""Bytes that are read before replies are returned, so that a server which never stops cannot fill the memory."""
 
 
 class NotAStoreError(RendezvousConnectionError):
@@ -113,6 +115,8 @@ class StoreClient:
         self._kept: list[tuple[Any, Reply]] = []
         """Replies that ``call`` has read, and that ``take`` will return."""
         self._failure: RendezvousConnectionError | None = None
+        self._is_refused = False
+        """Whether the server has sent something that is not a reply."""
         self._queue(None, None, *encode_handshake())
 
     def fileno(self) -> int:
@@ -272,24 +276,39 @@ class StoreClient:
         self._pending.append(_Pending(request, tag, reader, self._queued))
 
     def _collect(self) -> list[tuple[Any, Reply]]:
-        """Read everything that has come, and record a failure."""
+        """Read what has come, parse it piece by piece, and record a failure.
+
+        Of what is read, no more is kept than the replies, and the part of a value that has come. If more than
+        ``_TURN`` has come, the rest stays in the socket, which is then still readable.
+        """
+        replies: list[tuple[Any, Reply]] = []
+        left = _TURN
         try:
-            while True:
+            while left > 0:
                 data = self._sock.recv(_CHUNK)
+                left -= len(data)
                 self._in += data
                 if not data:
                     self.fail(None)
-                if len(data) < _CHUNK:
+                if len(data) < _CHUNK or self._is_refused:
                     break
+                replies += self._take_replies()
         except BlockingIOError:
             pass
         except OSError as error:
             self.fail(error)
+        return replies + self._take_replies()
+
+    def _take_replies(self) -> list[tuple[Any, Reply]]:
+        """Parse what has come so far."""
+        if self._is_refused:
+            self._in.clear()
+            return []
         with memoryview(self._in) as view:
             replies, end = self._parse(view)
         del self._in[:end]
         if self._in and not self._pending:
-            self._refuse(bytes(self._in))
+            self._refuse(bytes(self._in[:40]))
         return replies
 
     def _parse(self, view: memoryview) -> tuple[list[tuple[Any, Reply]], int]:
@@ -302,20 +321,20 @@ class StoreClient:
             if reader is None and self._sent < pending.end:
                 break
             while reader:
-                data = bytes(view[at : at + pending.needed])
-                if len(data) < pending.needed:
+                if len(view) - at < pending.needed:
                     return replies, at
+                data = bytes(view[at : at + pending.needed])
                 try:
                     pending.needed = reader.send(data)
                 except StopIteration as stop:
                     reply, reader = stop.value, None
-                except ProtocolError:
-                    self._refuse(bytes(view[at:]))
+                except ProtocolError as error:
+                    self._refuse(bytes(view[at : at + 40]), pending.request, str(error))
                     return replies, at
                 at += len(data)
             if isinstance(pending.request, Wait) and not reply:
                 if len(self._pending) < 2:
-                    self._refuse(bytes(view[at - 1 :]))
+                    self._refuse(bytes(view[at - 1 : at + 39]))
                     break
                 del self._pending[1]  # the request to cancel has no reply of its own then
             self._pending.popleft()
@@ -325,13 +344,16 @@ class StoreClient:
                 replies.append((pending.tag, reply))
         return replies, at
 
-    def _refuse(self, data: bytes) -> None:
-        """Record that the server has sent something that is not a reply."""
-        self._failure = self._failure or NotAStoreError(
-            f"{self.where} answers, but not as a TCPStore does (it sent {data[:40]!r}); "
-            "check which program listens there, or pass another port in --rdzv-endpoint",
-            certain=True,
+    def _refuse(self, data: bytes, request: Request | None = None, excess: str = "") -> None:
+        """Record that the server has sent something that is not a reply, or more than was asked for."""
+        self._is_refused = True
+        text = (
+            f"{self.where} answers, but not as a TCPStore does (it sent {data!r}); "
+            "check which program listens there, or pass another port in --rdzv-endpoint"
         )
+        if request and excess:
+            text = f"{self.where} answers {describe(request)} with {excess}; does something else write to that store?"
+        self._failure = self._failure or NotAStoreError(text, certain=True)
         self._out.clear()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes a loop that waits for the socket

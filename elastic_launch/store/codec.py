@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from typing import Final
 
-from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
+from elastic_launch.core.store_requests import (
+    ANSWER_LIMIT,
+    VALUE_LIMIT,
+    Add,
+    Append,
+    Cancel,
+    Delete,
+    Get,
+    Reply,
+    Request,
+    Set,
+    Swap,
+    Wait,
+)
 from elastic_launch.errors import UsageError
 from elastic_launch.store import wire
 from elastic_launch.store.wire import I64, U32, U64, Op, ProtocolError
 
 Reader = Generator[int, bytes, Reply]
 
-_VALUE_LIMIT: Final = 1 << 30
-"""Bytes of a value in a reply; more is nonsense. A value that was appended to may exceed ``wire.VALUE_LIMIT``."""
+_NONSENSE = 1 << 30
+"""A value of so many bytes was never stored: what looks like its length is something else."""
 
 
 def encode(request: Request) -> tuple[bytes, Reader | None]:
@@ -32,8 +44,8 @@ def encode(request: Request) -> tuple[bytes, Reader | None]:
     """
     check(request)
     match request:
-        case Get(keys):
-            return wire.pack_many(Op.MULTI_GET, len(keys), _names(keys)), _read_values(len(keys))
+        case Get(keys, limit):
+            return wire.pack_many(Op.MULTI_GET, len(keys), _names(keys)), _read_values(len(keys), limit)
         case Set(((key, value),)):
             return wire.pack(Op.SET, _name(key), value), None
         case Set(items):
@@ -68,20 +80,25 @@ def encode_handshake() -> tuple[bytes, Reader]:
     return wire.pack_handshake(nonce), read()
 
 
-def _read_values(count: int) -> Generator[int, bytes, list[bytes]]:
+def _read_values(count: int, limit: int) -> Generator[int, bytes, list[bytes]]:
+    """Read values of at most ``limit`` bytes each, and ``ANSWER_LIMIT`` together."""
     yield 0  # even the reader of an empty reply must yield
     values: list[bytes] = []
+    left = ANSWER_LIMIT
     for _ in range(count):
         (length,) = U64.unpack((yield U64.size))
-        if length > _VALUE_LIMIT:
+        left -= length
+        if length > _NONSENSE:
             raise ProtocolError
+        if length > limit or left < 0:
+            raise ProtocolError(f"a value of {length} bytes, after {ANSWER_LIMIT - left - length} bytes of others")
         values.append((yield length))
     return values
 
 
 def _read_value(missing: bytes) -> Reader:
     """Read a value; ``missing`` is what TCPStore sends for a key that does not exist."""
-    (value,) = yield from _read_values(1)
+    (value,) = yield from _read_values(1, VALUE_LIMIT)
     return b"" if value == missing else value
 
 

@@ -277,7 +277,7 @@ def read_record(path: str) -> "Record":
     """
     import json
 
-    with open(path, encoding="utf-8", errors="replace") as stream:
+    with open(path, encoding="utf-8", errors="replace", opener=_open_regular) as stream:
         record = json.load(stream)
     if not isinstance(record, dict) or "message" not in record:
         raise ValueError(f"{path}: not an error file: it has no message")
@@ -285,6 +285,17 @@ def read_record(path: str) -> "Record":
     if isinstance(message, dict) and isinstance(extra := message.get("extraInfo"), dict):
         extra.update(py_callstack=shortened(str(extra.get("py_callstack", ""))), session=os.getsid(0))
     return record
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file. A pipe could make this process wait, and a link could lead it elsewhere."""
+    import stat
+
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{path}: not a regular file")
+    return fd
 
 
 def write_record(record: "Record", path: str) -> None:
@@ -298,11 +309,13 @@ def write_record(record: "Record", path: str) -> None:
     content = json.dumps(record)
     temporary = f"{path}.{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="ascii") as stream:
+        if os.path.lexists(temporary):  # left by a process with the same pid, or planted
+            os.unlink(temporary)
+        with open(temporary, "x", encoding="ascii") as stream:
             stream.write(content)
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        if os.path.lexists(temporary):
             os.unlink(temporary)
         raise
 

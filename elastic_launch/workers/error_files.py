@@ -7,14 +7,13 @@ can, the failure is what the exit status says.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import stat
 from typing import Any, BinaryIO
 
 from elastic_launch.core.agent.root_cause import ErrorRecord
 from elastic_launch.core.text import shortened
+from elastic_launch.host.files import open_regular
 
 _MAX_ERROR, _MAX_TRACEBACK = 10_000, 1_000_000
 """Characters of the exception's line and of its traceback that are kept. Their ends are worth more than the middle."""
@@ -50,7 +49,7 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
         same id and directory.
     """
     try:
-        with open(path, "rb", opener=_open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             status = os.fstat(file.fileno())
             message = _message(file, status.st_size)
         if isinstance(message, str):
@@ -68,15 +67,6 @@ def read_error_file(path: str, pid: int) -> ErrorRecord | None:
         return ErrorRecord(shortened(error, _MAX_ERROR), stack, time if plausible else written, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError):
         return None
-
-
-def _open_regular(path: str, flags: int) -> int:
-    """Open a regular file. A pipe could make the reader wait, and a link could lead it elsewhere."""
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return fd
 
 
 def _message(file: BinaryIO, size: int) -> Any:

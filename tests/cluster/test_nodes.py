@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from elastic_launch.core.store_requests import Set
+from elastic_launch.core.store_requests import Set, Wait
 from elastic_launch.store.client import connect
 from tests.support.etcd import Trio
 from tests.support.jobs import Job
@@ -23,7 +23,7 @@ from tests.support.leaks import children
 from tests.support.nodes import ALL_REDUCE, QUICK, Nodes, c10d, listens, start_three, up
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
-from tests.support.waiting import is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 MARK = "e = os.environ\nmark(' '.join(f'{k}={e[k]}' for k in sys.argv[1:]))\n"
 RUN = "mark('up'); wait()"
@@ -438,18 +438,60 @@ def test_nodes_with_different_options_are_named(job: Job) -> None:
         assert "was started with --nnodes=" in result.stderr
 
 
-def test_garbage_in_the_store_ends_the_job_with_a_one_line_error(job: Job) -> None:
-    nodes = c10d(job, "2", f"{QUICK},store_timeout=2")
-    script = job.script(RUN)
+def forge(nodes: Nodes, **values: bytes) -> None:
+    """Write to the first round's keys, as everybody can who reaches the store; ``__`` stands for a slash."""
+    host, port = nodes.endpoint.rsplit(":", 1)
+    items = tuple((nodes.key(f"0/{name.replace('__', '/')}"), value) for name, value in values.items())
+    with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as stranger:
+        stranger.call(Set(items), DEADLINE)
+        stranger.call(Wait(tuple(key for key, _ in items)), DEADLINE)  # they have arrived
+
+
+def test_a_stranger_among_the_nodes_is_ignored(job: Job) -> None:
+    nodes = c10d(job, "2")
+    script = job.script("mark('up')")
     first = nodes(0, script=script)
     nodes.wait_for_first()
-    host, port = nodes.endpoint.rsplit(":", 1)
-    with contextlib.closing(connect((host, int(port)), socket.AF_INET, "store")) as stranger:
-        stranger.call(Set(((nodes.key("0/node/2"), b'{"node": 1}'), (nodes.key("0/ticket"), b"2"))), 30)
-        result = job.finish(first)
+    forge(nodes, node__2=b'{"node": 1}', ticket=b"2")
+    second = nodes(1, script=script)
+    results = [job.finish(process) for process in (first, second)]
+    assert [result.returncode for result in results] == [0, 0]
+    assert f"ignored a node: unexpected data in the store: {nodes.key('0/node/2')} node: must be" in results[0].stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "line"),
+    [
+        (
+            b'{"kind":"done","reason":"all workers succeeded"}',
+            "says that all workers succeeded, but this node's have not",
+        ),
+        (b'{"kind":"stop","reason":"stop","signum":0}', "must have the failure, the signal, or the reason"),
+        (b'{"kind":"error","reason":"\\u001b[2J","status":0}', "must have the failure, the signal, or the reason"),
+        (b"\xff" * 100, "is no JSON"),
+    ],
+)
+def test_a_forged_end_ends_the_job_with_one_line_and_never_well(job: Job, end: bytes, line: str) -> None:
+    nodes = c10d(job, "2")
+    script = job.script(RUN)
+    processes = [nodes(number, script=script) for number in range(2)]
+    wait_until(lambda: up(job, 0, 2))
+    forge(nodes, end=end)
+    for result in map(job.finish, processes):
+        assert result.returncode == 69
+        assert f"unexpected data in the store: {nodes.key('0/end')} {line}" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert "\x1b" not in result.stderr
+
+
+def test_tickets_of_nobody_end_the_job_with_one_line(job: Job) -> None:
+    nodes = c10d(job, "2")
+    first = nodes(0, script=job.script(RUN))
+    nodes.wait_for_first()
+    forge(nodes, ticket=b"1000000000")
+    result = job.finish(first)
     assert result.returncode == 69
-    assert nodes.key("0/node/2") in result.stderr
-    assert "Traceback" not in result.stderr
+    assert f"{nodes.key('0/ticket')} must be a number from 0 to 65536" in result.stderr
 
 
 def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:

@@ -74,7 +74,7 @@ FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", 
     "record",
     [
         node(rank=3),
-        Closed(0, 2, 3, (4, 5)),
+        Closed(0, 2, 5, (4, 5)),
         Members((1, 2), ("a", "b"), ("x", "y")),
         End(EndKind.MEMBERSHIP_CHANGED, "why", "id", ("a",)),
         Decision(True, RestartHistory(1, 2, (0.5,), "x", goodput=Goodput(9, 0.5, lost=LostTime(1, 2))), (FAILURE,)),

@@ -32,6 +32,7 @@ from elastic_launch.core.progress.verdict import Verdict, judge
 from elastic_launch.core.progress.waits import collective_of, is_idle, wait_of
 from elastic_launch.core.rendezvous.records import decode, encode
 from elastic_launch.core.text import ranks_text
+from elastic_launch.errors import RendezvousStateError
 from tests.support.recorded_stacks import recorded
 
 Steps = Mapping[int, tuple[int, float]]
@@ -582,12 +583,12 @@ def test_random_nodes_fit_and_come_back_unchanged() -> None:
         assert len(render(merged, verdict, 100).splitlines()) <= MAX_LINES
 
 
-def test_a_part_that_contradicts_itself_is_survived() -> None:
-    """Others may write to the store."""
+def test_what_a_node_says_of_real_stacks_keeps_to_the_rules() -> None:
+    """Other nodes refuse a part that contradicts itself, because strangers may write to the store."""
     part = node(*recorded("skip"))
-    wrong = part._replace(stacks=((10**9,), (-1,), *part.stacks[2:]))
-    assert merge([wrong]).groups == ()
-    assert judge(merge([wrong, part])).ranks == (1,)
+    assert decode(NodeStacks, encode(part), "key") == part
+    with pytest.raises(RendezvousStateError, match="key must have the frames of all stacks"):
+        decode(NodeStacks, encode(part._replace(stacks=((65_536,), *part.stacks[1:]))), "key")
 
 
 def test_a_merger_keeps_a_bounded_number_of_groups() -> None:

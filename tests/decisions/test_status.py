@@ -175,7 +175,16 @@ def nodes(count: int, members: int | None = None) -> Nodes:
 
 
 FAILED = ProcessFailure(local_rank=1, pid=9, exitcode=1, rank=3, host="host-1", timestamp=1500.0)
-PAST = [(0, {"closed": encode(Closed(0, 3, 3)), "end": encode(End(EndKind.FAILED, "first")), "decision": b""})]
+PAST = [
+    (
+        0,
+        {
+            "closed": encode(Closed(0, 3, 3)),
+            "end": encode(End(EndKind.FAILED, "first", failures=(FAILED,))),
+            "decision": b"",
+        },
+    )
+]
 
 
 def test_a_running_round_with_a_spare() -> None:
@@ -227,9 +236,17 @@ def test_nodes_that_have_left_or_succeeded() -> None:
 @pytest.mark.parametrize(
     ("end", "decision", "expected"),
     [
-        (End(EndKind.FAILED, "rank 3 failed"), None, "agreeing"),
-        (End(EndKind.FAILED, "rank 3 failed"), Decision(True, RestartHistory(2), (FAILED,)), "restarting"),
-        (End(EndKind.FAILED, "rank 3 failed"), Decision(False, RestartHistory(2), (FAILED,)), "failed"),
+        (End(EndKind.FAILED, "rank 3 failed", failures=(FAILED,)), None, "agreeing"),
+        (
+            End(EndKind.FAILED, "rank 3 failed", failures=(FAILED,)),
+            Decision(True, RestartHistory(2), (FAILED,)),
+            "restarting",
+        ),
+        (
+            End(EndKind.FAILED, "rank 3 failed", failures=(FAILED,)),
+            Decision(False, RestartHistory(2), (FAILED,)),
+            "failed",
+        ),
         (End(EndKind.MEMBERSHIP_CHANGED, "host-9 joins"), None, "restarting"),
         (End(EndKind.STOP, "stop requested on host-0", signum=15), None, "stopped"),
         (End(EndKind.DONE, "all workers succeeded"), None, "succeeded"),

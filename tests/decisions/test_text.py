@@ -7,7 +7,8 @@ from urllib.parse import quote
 
 import pytest
 
-from elastic_launch.core.text import counted, duration, is_loopback, listed, shortened
+from elastic_launch.core.text import counted, duration, headline, is_loopback, listed, shortened, visible
+from elastic_launch.host.console import launcher_line
 from elastic_launch.logs.job_files import as_file_name
 
 
@@ -63,3 +64,19 @@ def test_no_file_name_is_empty_or_a_directory() -> None:
 def test_loopback_addresses() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1")))
     assert not any(map(is_loopback, ("10.0.0.1", "128.0.0.1", "::", "fe80::1")))
+
+
+def test_what_is_not_printable_is_made_visible() -> None:
+    assert visible("plain \u00e4 \u4e2d") == "plain \u00e4 \u4e2d"
+    assert visible("\x1b[2J\x00\x9b\u202e\udcff\r\n\t") == r"\x1b[2J\x00\x9b\u202e\udcff\r\n\t"
+    assert visible("a\n\tb\r\n", lines=True) == "a\n\tb\\r\n"
+
+
+def test_no_line_of_a_text_can_pass_for_one_of_the_launchers() -> None:
+    assert launcher_line("lost\nelastic-run: done\x1b") == "elastic-run: lost\n  elastic-run: done\\x1b\n"
+
+
+def test_a_headline_is_one_line_of_moderate_length() -> None:
+    assert headline("boom\nTraceback\n  x\nValueError: y") == "boom ValueError: y"
+    assert headline("") == ""
+    assert len(headline(f"{'x' * 9000}\n{'y' * 9000}")) == 4001

@@ -184,7 +184,8 @@ def test_module_that_cannot_be_imported_fails_the_launch_with_its_traceback(job:
     ended = job.run("--preload", "json,broken", "--max-restarts", "3", job.script("mark('started')"))
     assert ended.returncode == 69
     assert (
-        "elastic-run: --preload broken: cannot import the module:\nTraceback (most recent call last):\n" in ended.stderr
+        "elastic-run: --preload broken: cannot import the module:\n  Traceback (most recent call last):\n"
+        in ended.stderr
     )
     assert 'broken.py", line 2, in f' in ended.stderr
     assert "RuntimeError: no such luck" in ended.stderr

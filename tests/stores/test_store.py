@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -225,6 +227,75 @@ def test_nonsense_after_the_handshake(request_: Request, answer: bytes) -> None:
         client.submit(request_)
         with pytest.raises(NotAStoreError, match="not as a TCPStore does"):
             wait_until(lambda: step(client) and False)
+
+
+def pour(connection: socket.socket, data: bytes, enough: threading.Event) -> None:
+    """Send data to a client that may have stopped reading."""
+    rest = memoryview(data)
+    with contextlib.suppress(OSError):
+        while rest and not enough.is_set():
+            if select.select([], [connection], [], 0.05)[1]:
+                rest = rest[connection.send(rest, socket.MSG_DONTWAIT) :]
+
+
+GET = Get(("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "lengths", "found"),
+    [
+        (GET, [(8 << 20) + 1], "get 'a' and 3 more with a value of 8388609 bytes, after 0 bytes of others"),
+        (GET, [8 << 20] * 3 + [1], "a value of 1 bytes, after 25165824 bytes of others"),
+        (Get(("a",), 10), [11], "get 'a' with a value of 11 bytes"),
+        (Swap("k", b"", b"v"), [(8 << 20) + 1], "swap 'k' with a value of 8388609 bytes"),
+    ],
+)
+def test_no_server_gives_more_than_was_asked_for(request_: Request, lengths: list[int], found: str) -> None:
+    """The memory of the agent is what is spent: a value, or all values that have come, and a part of the next one."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:])
+        for length in lengths:
+            pour(connection, wire.U64.pack(length) + bytes(min(length, 8 << 20)), enough)
+        enough.wait(DEADLINE)
+
+    enough = threading.Event()
+    with Server(serve) as client:
+        with pytest.raises(NotAStoreError, match=found) as caught:
+            client.call(request_, DEADLINE)
+        enough.set()
+    assert "does something else write to that store?" in str(caught.value)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_server_that_never_stops_does_not_fill_the_memory(is_asked: bool) -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:])
+        for _ in range(200):
+            pour(connection, piece, enough)
+
+    enough, piece = threading.Event(), wire.pack_blob(bytes(1 << 20))
+    taken: list[object] = []
+
+    def take_all(client: StoreClient) -> None:
+        while True:
+            client.flush()
+            select.select([client], [], [], 1.0)
+            taken.extend(tag for tag, _ in client.take())
+
+    with Server(serve) as client:
+        for _ in range(100 if is_asked else 0):
+            client.submit(Get(("k",)))
+        tracemalloc.start()
+        try:
+            with pytest.raises(NotAStoreError, match="not as a TCPStore does"):
+                take_all(client)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            enough.set()
+    assert len(taken) == (100 if is_asked else 0)
+    assert peak < 32 << 20
 
 
 def test_nothing_listens() -> None:

@@ -7,6 +7,7 @@ agents are killed, frozen, started late, signalled; workers fail. The same seed 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import random
@@ -64,7 +65,7 @@ from elastic_launch.core.rendezvous.messages import Ready, Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
 from elastic_launch.core.store_requests import Append, Cancel, Request, Set, Wait
-from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.errors import RendezvousConnectionError, RendezvousStateError
 from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.store_link import Timeouts
@@ -110,6 +111,8 @@ class World:
         """What the workers do; None: nothing."""
         self.check: Callable[[Agent], tuple[float, bool]] | None = None
         """Returns how many seconds a node's health check takes, and whether it passes; None: there are no checks."""
+        self.check_output = "GPU 3: fell off the bus"
+        """What a check that fails writes."""
         self.trouble = True
         """Whether the network loses and delays."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -454,7 +457,7 @@ class Agent:
 
     def ask(self, action: RendezvousAction) -> None:
         """Hand an action to the rendezvous, as the agent does."""
-        self._handle(self.rendezvous.ask(action))
+        self._call(lambda: self.rendezvous.ask(action))
 
     def close(self) -> None:
         """Take leave, as the agent does at its end."""
@@ -474,7 +477,20 @@ class Agent:
     def _take(self) -> None:
         self._is_woken = False
         if not self.gone:
-            self._handle(self.rendezvous.take())
+            self._call(self.rendezvous.take)
+
+    def _call(self, do: Callable[[], list[AgentEvent]]) -> None:
+        """Do something on the rendezvous. If it cannot go on, the agent leaves, and its workers are killed."""
+        try:
+            self._handle(do())
+        except RendezvousStateError as error:
+            if self.finish is None:
+                self.finish = Finish(error=str(error), status=error.exit_code)
+                self.alive.clear()
+                with contextlib.suppress(RendezvousStateError):
+                    self.rendezvous.ask(Leave(error=str(error), status=error.exit_code))
+            with contextlib.suppress(RendezvousStateError):
+                self.close()
 
     def _hang_up(self) -> None:
         self.gone = True
@@ -582,7 +598,7 @@ class Agent:
         """A check ends after some seconds, unless it is stopped before."""
         self._checks += 1
         number = self._checks
-        event = CheckPassed() if passes else CheckFailed("exit code 1", "GPU 3: fell off the bus")
+        event = CheckPassed() if passes else CheckFailed("exit code 1", self.world.check_output)
         self._soon(lambda: self._live(event) if self._checks == number else None, seconds)
 
     def _start(self, assignment: Assignment) -> None:

@@ -72,7 +72,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.agent.root_cause import NOTHING, Exit
 from elastic_launch.core.progress import goodput
 from elastic_launch.core.progress.goodput import RoundProgress
-from elastic_launch.core.text import counted
+from elastic_launch.core.text import counted, headline
 from elastic_launch.errors import ExitCode, LaunchError, ProcessFailure, signal_name
 from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, Level, LineKind
 
@@ -554,7 +554,7 @@ def _stop_with_others(state: AgentState, event: Ended, now: float) -> Step:
     """Stop because another node ended the round."""
     is_holding = state.phase is HOLDING
     state, actions = _stop(replace(state, end=event.end), event.end.signum or signal.SIGTERM, event.time, now)
-    text = f"{_headline(event.end)}: stopping {counted(len(state.running), 'worker')}"
+    text = f"{headline(event.end.reason)}: stopping {counted(len(state.running), 'worker')}"
     return state, [*actions, *([SetStop(hold=False, stop_at=0)] if is_holding else []), _log_end(state, text)]
 
 
@@ -751,12 +751,6 @@ def _leave_while_agreeing(state: AgentState, event: Signalled, now: float) -> St
 # --- log lines
 
 
-def _headline(end: End) -> str:
-    """Return the reason in one line; an error of the launcher's may include a traceback."""
-    first, *more = end.reason.splitlines() or [""]
-    return " ".join([first, *more[-1:]])
-
-
 def _restart_line(state: AgentState, decision: Decision) -> str:
     assignment = _assignment(state)
     if decision.restart_history.uncharged > assignment.restart_history.uncharged:
@@ -772,7 +766,7 @@ def _log_end_while_stopping(state: AgentState, end: End) -> list[Action]:
             Log(f"{end.reason}: killed this node's workers, because others may already be taking their place"),
         ]
     if end.mine and end.kind in (EndKind.STOP, EndKind.ERROR):
-        return [] if state.stop_reason else [Log(_headline(end))]  # with a reason, the line has been logged
+        return [] if state.stop_reason else [Log(headline(end.reason))]  # with a reason, the line has been logged
     if not (end.mine and state.failure_reported and state.running):
         return _log_membership_change(state)  # another line or another node tells the rest
     return [Log(f"{end.reason}: stopping {counted(len(state.running), 'worker')}", kind=LineKind.FAILURE)]
@@ -782,7 +776,9 @@ def _log_same_step(state: AgentState) -> list[Action]:
     end, assignment = state.end, _assignment(state)
     if end is None or assignment.group_world_size == 1:
         return []
-    return [_log_end(state, f"{_headline(end)}: stopping {counted(len(state.running), 'worker')} at the same step")]
+    return [
+        _log_end(state, f"{headline(end.reason)}: stopping {counted(len(state.running), 'worker')} at the same step")
+    ]
 
 
 def _log_membership_change(state: AgentState) -> list[Action]:
@@ -790,7 +786,7 @@ def _log_membership_change(state: AgentState) -> list[Action]:
     end = state.end
     if end is None or end.kind is not EndKind.MEMBERSHIP_CHANGED or state.lease_expired or state.stopped_by_signal:
         return []
-    return [_log_end(state, _headline(end))]
+    return [_log_end(state, headline(end.reason))]
 
 
 def _log_end(state: AgentState, text: str) -> Log:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from elastic_launch.core.text import visible
 from elastic_launch.errors import ProcessFailure
 from elastic_launch.job import Assignment
 
@@ -114,18 +115,21 @@ def is_consequence(failure: ProcessFailure) -> bool:
 def failure_of(
     exit_: Exit, evidence: Mapping[int, Evidence], pids: Mapping[int, int], assignment: Assignment
 ) -> ProcessFailure:
-    """Describe a worker's exit as a failure; the arguments are those of ``judge``."""
+    """Describe a worker's exit as a failure; the arguments are those of ``judge``.
+
+    What the worker has written is made visible here, because lines and reports show it.
+    """
     error, stderr, note = evidence.get(exit_.local_rank, NOTHING)
     return ProcessFailure(
         local_rank=exit_.local_rank,
         pid=pids.get(exit_.local_rank, -1),
         exitcode=exit_.exitcode,
         error_file=error.path if error else "<N/A>",
-        error=error.error if error else "",
-        message=error.traceback if error else "",
+        error=visible(error.error, lines=True) if error else "",
+        message=visible(error.traceback, lines=True) if error else "",
         timestamp=min(error.time, exit_.time) if error else exit_.time,
         rank=assignment.rank(exit_.local_rank),
         host=assignment.host,
-        stderr="" if error else stderr,
+        stderr="" if error else visible(stderr, lines=True),
         note=note,
     )

@@ -13,6 +13,9 @@ from typing import NamedTuple, Protocol
 from elastic_launch.core.text import counted, duration
 from elastic_launch.job import Goodput, LostTime
 
+MAX_STEPS = 1 << 53
+"""More steps are not counted, because workers write the numbers. All nodes refuse greater ones."""
+
 
 class RoundProgress(NamedTuple):
     """What the workers of one node made in one round: the rank that made most steps stands for all.
@@ -94,14 +97,14 @@ def with_round(past: Goodput, progress: RoundProgress, began: float, over: float
     idle = past.since._replace(start=first - began)
     is_restart = past.steps > 0
     return past._replace(
-        steps=past.steps + steps,
+        steps=min(MAX_STEPS, past.steps + steps),
         in_steps=_ms(past.in_steps + last - first - stalled),
         startup=past.startup if is_restart else _ms(past.startup + idle.total),
         restarts=past.restarts + is_restart,
         lost=LostTime(*(_ms(sum(both)) for both in zip(past.lost, idle, strict=True))) if is_restart else past.lost,
         stalled=_ms(past.stalled + stalled),
-        repeated=past.repeated + _repeated(past, progress),
-        number=max(past.number, progress.last_number),
+        repeated=min(MAX_STEPS, past.repeated + _repeated(past, progress)),
+        number=min(MAX_STEPS, max(past.number, progress.last_number)),
         since=LostTime(_ms(over - last), _ms(gone - over), _ms(max(0.0, now - gone))),
     )
 

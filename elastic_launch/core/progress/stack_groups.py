@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from elastic_launch.core.progress import waits
 from elastic_launch.core.progress.stacks import Frame, KernelView, Observation, Thread, is_users, short_path
-from elastic_launch.core.rendezvous.records import encode
+from elastic_launch.core.rendezvous.records import RULES, encode, record_of
+from elastic_launch.core.rendezvous.rules import Rules, each, flag, line, seconds, whole
 
 MAX_BYTES = 65536
 """Bytes of a node's part, encoded."""
@@ -92,6 +93,62 @@ class NodeStacks(NamedTuple):
     """For each group the numbers of its frames."""
     left_out: int = 0
     """Number of groups that had no room."""
+
+
+_TEXT = line(1000)
+_RANK = whole(0, 2**31)
+_NUMBER = whole(0, MAX_BYTES)
+"""How many of something, or which one: each takes more than a byte."""
+RULES |= {
+    Frame: Rules(MAX_BYTES, {"file": _TEXT, "line": whole(0, 2**31), "function": _TEXT}),
+    Group: Rules(
+        MAX_BYTES,
+        {
+            "ranks": each(_RANK, MAX_BYTES),
+            "frames": each(record_of(Frame), 0),  # ``NodeStacks.stacks`` stands for them
+            "state": line(8),
+            "is_stuck": flag,
+            "child": _TEXT,
+            "thread": _TEXT,
+            "syscall": _TEXT,
+            "wchan": _TEXT,
+            "is_traced": flag,
+            "reads_stdin": flag,
+            "command": _TEXT,
+        },
+        (("must have a rank", lambda it: it.ranks),),
+    ),
+    RankView: Rules(
+        MAX_BYTES,
+        {
+            "rank": _RANK,
+            "pid": whole(-1, 2**31),
+            "steps": whole(-1, 2**64),
+            "since": seconds(1e11, -1e11),
+            "cpu": seconds(1e11, -1e11),
+            "io_bytes": whole(-(2**64), 2**64),
+        },
+    ),
+    NodeStacks: Rules(
+        MAX_BYTES,
+        {
+            "host": line(300),
+            "seconds": seconds(1e9),
+            "ranks": each(record_of(RankView), _MAX_RANKS),
+            "frames": each(record_of(Frame), MAX_BYTES),
+            "groups": each(record_of(Group), MAX_BYTES),
+            "stacks": each(each(_NUMBER, MAX_BYTES), MAX_BYTES),
+            "left_out": _NUMBER,
+        },
+        (
+            ("must have a stack for each group", lambda it: len(it.groups) == len(it.stacks)),
+            (
+                "must have the frames of all stacks",
+                lambda it: max((number for stack in it.stacks for number in stack), default=-1) < len(it.frames),
+            ),
+        ),
+    ),
+}
 
 
 class Merged(NamedTuple):
@@ -191,7 +248,8 @@ def _groups_of(then: Observation | None, now: Observation, share: float, has_adv
             # Threads have no name before Python 3.14.
             stays = then is not None and _has(then.threads, thread)
             name = thread.name[:_MAX_TEXT] or "thread"
-            yield Group((), _trimmed(thread.frames), is_stuck=stays and not has_advanced, child=now.child, thread=name)
+            child, is_stuck = now.child[:_MAX_TEXT], stays and not has_advanced
+            yield Group((), _trimmed(thread.frames), is_stuck=is_stuck, child=child, thread=name)
 
 
 def _state(then: str, now: str, share: float) -> str:
@@ -278,15 +336,13 @@ class Merger:
         self._left_out = 0
 
     def add(self, part: NodeStacks) -> None:
-        """Add a node's part. What does not fit together in it is ignored."""
+        """Add a node's part."""
         self._seconds = max(self._seconds, part.seconds)
         self._left_out += part.left_out
         for view in part.ranks:
             self._workers[view.rank] = view
             self._hosts[view.rank] = part.host
-        for group, stack in zip(part.groups, part.stacks, strict=False):
-            if not all(0 <= number < len(part.frames) for number in stack):
-                continue
+        for group, stack in zip(part.groups, part.stacks, strict=True):
             key = group._replace(ranks=(), frames=tuple(part.frames[number] for number in stack))
             if key not in self._found:
                 if len(self._found) == _MAX_GROUPS:

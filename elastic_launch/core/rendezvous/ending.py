@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess, RequestRestart
 from elastic_launch.core.agent.restart_policy import follow
@@ -16,28 +15,32 @@ from elastic_launch.core.rendezvous.leaving import acknowledge, decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
-from elastic_launch.core.rendezvous.records import decode, decode_lines, encode
+from elastic_launch.core.rendezvous.records import (
+    MAX_FAILURES,
+    MAX_LINES,
+    Consequence,
+    Members,
+    decode,
+    decode_lines,
+    encode,
+    refused,
+)
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
-from elastic_launch.core.store_requests import Add, Append
+from elastic_launch.core.store_requests import ANSWER_LIMIT, Add, Append, Get
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
 from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory
 
 MESSAGE = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
+STDERR = 9000
+"""Number of characters of what the cause wrote to stderr last that the others get to see."""
 GRACE = 1.0
 """Shortest time, in seconds, that a failure which looks like a consequence waits for its cause."""
+MAX_PATH = 4096
+"""Number of characters of the path of an error file that the others get to see."""
 NOTE = 1000
 """Number of characters of a failure's note, and of what stands in for its traceback, that the others get to see."""
-
-
-class Consequence(NamedTuple):
-    """A failure on a node that does not decide what follows."""
-
-    failure: ProcessFailure
-    node: str
-    """The id of its node."""
-
 
 # --- the agent reports
 
@@ -47,7 +50,7 @@ def report_failure(node: NodeState, step: Step, request: ReportFailure) -> None:
     failure, end = request.failure, node.round.end
     node.round.report.failure = failure
     if end is None:
-        reason = End(EndKind.FAILED, failure.headline(), node.record.node, failures=(_brief(failure),))
+        reason = End(EndKind.FAILED, failure.headline(), node.record.node, failures=(brief(failure),))
         step.create(questions.LearnEnd(), "end", encode(reason))
     elif end.kind is EndKind.FAILED:
         _tell_failures(node, step, [failure])
@@ -61,6 +64,7 @@ def request_restart(node: NodeState, step: Step, request: RequestRestart) -> Non
 
 def report_success(node: NodeState, step: Step, request: ReportSuccess) -> None:
     """Count this node among those whose workers have succeeded."""
+    node.round.report.has_succeeded = True
     node.round.report.round = ReportRound(Decision(False))
     if request.patience < float("inf"):
         step.set_timer(Timer.EXIT_BARRIER, request.patience)
@@ -115,8 +119,14 @@ def on_end(node: NodeState, step: Step, answer: Answer[questions.LearnEnd, list[
     end_round(node, step, questions.held(answer.value))
 
 
-def end_round(node: NodeState, step: Step, data: bytes) -> None:
+def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = False) -> None:
     """Act on the record that ended the round, as all nodes do.
+
+    Args:
+        node: the state.
+        step: the step.
+        data: the record; empty: there is none.
+        is_member: whether this node was to be a member, although it has no assignment.
 
     Raises:
         RendezvousStateError: no node of this job can have written it.
@@ -124,7 +134,10 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
     if not data:
         return
     round_ = node.round
-    round_.end = end = read_end(node, data)
+    end = read_end(node, data)
+    if end.kind is EndKind.DONE and (round_.assignment or is_member) and not round_.report.has_succeeded:
+        raise refused(node.key("end"), "says that all workers succeeded, but this node's have not")
+    round_.end = end
     round_.shutdown.stops_job &= end.mine  # otherwise another reason came first
     enter(node, Phase.ENDED)
     step.await_key("decision" if end.kind is EndKind.FAILED else "stop_at" if round_.awaits_stop else None)
@@ -136,6 +149,7 @@ def end_round(node: NodeState, step: Step, data: bytes) -> None:
                 _tell_failures(node, step, [round_.report.failure])
             elif end.mine and end.failures and is_consequence(end.failures[0]):
                 step.read_members()  # to find out whether the loss of a node was the cause
+            replace_stranger(node, step)
         case EndKind.STOP:
             renew_lease(node, step)
     node.decided_at = step.now
@@ -152,10 +166,6 @@ def read_end(node: NodeState, data: bytes) -> End:
         RendezvousStateError: no node of this job can have written it.
     """
     end = decode(End, data, node.key("end"))
-    if not (0 <= end.signum < 65 and 0 <= end.status < 256):
-        raise RendezvousStateError(
-            f"the store holds no valid signal or exit status at {node.key('end')!r}: {data[:60]!r}"
-        )
     return end._replace(mine=end.node == node.record.node)
 
 
@@ -180,6 +190,32 @@ def decision_after(end: End, history: RestartHistory, *, is_late: bool = False) 
     return None
 
 
+def _decider(end: End, members: Members) -> str:
+    """Return the id of the node that decides what follows a failure: the one that had it, if it is a member."""
+    return end.node if end.node in members.nodes else members.nodes[0]
+
+
+def deciding_ticket(node: NodeState) -> int:
+    """Return the ticket of the member that the others wait for to decide what follows a failure; 0: for none."""
+    end, members = node.round.end, node.round.members
+    if end is None or members is None or end.kind is not EndKind.FAILED or node.round.decision:
+        return 0
+    return members.tickets[members.nodes.index(_decider(end, members))]
+
+
+def replace_stranger(node: NodeState, step: Step) -> None:
+    """Decide what follows a failure if no member had it: nobody else would. The first in rank does that."""
+    round_, end, members = node.round, node.round.end, node.round.members
+    if end and members and end.node not in members.nodes and deciding_ticket(node) == round_.ticket:
+        _restart_after_stranger(node, step, end)
+
+
+def _restart_after_stranger(node: NodeState, step: Step, end: End, gone: tuple[str, ...] = ()) -> None:
+    who = end.node or "a node"
+    step.log(f"the round was ended by {who}, which is no member; restarting without using up a restart")
+    step.decide_next(Decision(True, node.restart_history(step.now), gone=gone))
+
+
 def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> None:
     """End the round, because members are lost.
 
@@ -196,6 +232,8 @@ def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> N
     elif round_.report.grace_ends is not None:
         step.log(f"{reason}, which caused this failure; restarting without using up a restart", Level.INFO)
         step.decide_next(Decision(True, node.restart_history(step.now), gone=tuple(nodes)))
+    elif round_.members and end.node not in round_.members.nodes and _decider(end, round_.members) in nodes:
+        _restart_after_stranger(node, step, end, tuple(nodes))
     elif end.node in nodes:
         step.log(f"{reason}, before it decided what follows its failure; deciding in its place", Level.INFO)
         decision = follow(node.settings.policy, node.restart_history(step.now), end.failures, end.node)
@@ -221,10 +259,12 @@ def _report(node: NodeState, step: Step) -> None:
 def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailure]) -> None:
     """Report failures to the node that decides: consequences, or the cause if its own failure is a consequence."""
     told = node.round.report.told
-    new = [failure for failure in failures if failure.rank not in told][:MAX_LISTED]
+    nodes = node.round.closed.nodes if node.round.closed else 1
+    most = max(1, min(MAX_LISTED, MAX_LINES // 8 // nodes))  # one node reads them all
+    new = [failure for failure in failures if failure.rank not in told][:most]
     told |= {failure.rank for failure in new}
     if new:
-        lines = b"".join(encode(Consequence(_brief(failure), node.record.node)) + b"\n" for failure in new)
+        lines = b"".join(encode(Consequence(brief(failure), node.record.node)) + b"\n" for failure in new)
         step.ask(questions.Write(), Append(node.key("consequences"), lines))
 
 
@@ -238,7 +278,8 @@ def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountRepor
 
 def read_consequences(node: NodeState, step: Step) -> None:
     """Read the other nodes' failures, how many nodes have reported, and which are lost."""
-    step.get(questions.ReadConsequences(), "consequences", "reported", "lost")
+    names = "consequences", "reported", "lost", f"members/{node.round.closed.leader if node.round.closed else 0}"
+    step.ask(questions.ReadConsequences(), Get(tuple(map(node.key, names)), ANSWER_LIMIT))  # appended to
 
 
 def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadConsequences, list[bytes]]) -> None:
@@ -250,25 +291,77 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
     round_ = node.round
     if round_.report.round is None or round_.assignment is None or round_.decision is not None:
         return
-    also, reported, lost = answer.value
+    also, reported, lost, everybody = answer.value
+    if round_.members is None and everybody:
+        take_members(node, everybody)
     own = {failure.rank: failure for failure in round_.report.round.decision.failures}
-    found = {
-        line.failure.rank: (line.failure, line.node)
-        for line in decode_lines(Consequence, also, node.key("consequences"))
-    }
+    found = {line.failure.rank: (line.failure, line.node) for line in _reports(node, step, also)}
     found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
     failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
-    if failures and is_consequence(failures[0][0]) and not _has_heard_of_all(node, step, number(reported)):
+    if (
+        failures
+        and is_consequence(failures[0][0])
+        and not _has_heard_of_all(node, step, number(reported, node.key("reported")))
+    ):
         _wait_for_cause(node, step)
         if lost:
-            end = decode(End, lost, node.key("lost"))
-            lose_members(node, step, list(end.gone), end.reason)
+            _take_lost(node, step, lost)
         return
-    cause_node = failures[0][1] if failures else ""
-    cut = (_cut(failures[0][0]), *(_brief(failure) for failure, _ in failures[1:64])) if failures else ()
     history, port = node.restart_history(step.now), round_.assignment.picked_port
     may_restart = round_.report.round.may_restart
-    step.decide_next(follow(node.settings.policy, history, cut, cause_node, port, may_restart))
+    if not failures:
+        _decide_without_failure(node, step, may_restart)
+        return
+    cause_node = failures[0][1]
+    told = bounded([failure for failure, _ in failures])
+    step.decide_next(follow(node.settings.policy, history, told, cause_node, port, may_restart))
+
+
+def _decide_without_failure(node: NodeState, step: Step, may_restart: bool) -> None:
+    """Decide what follows a round that was ended in this node's name, without a failure of its own or of another."""
+    text = f"the round was ended in the name of {node.record.host}, where nothing has failed"
+    if may_restart:
+        step.log(f"{text}; restarting without using up a restart")
+        step.decide_next(Decision(True, node.restart_history(step.now)))
+    else:
+        step.decide_next(Decision(False, node.restart_history(step.now), error=text, status=ExitCode.UNAVAILABLE))
+
+
+def _reports(node: NodeState, step: Step, data: bytes) -> list[Consequence]:
+    """Return the failures that members have reported. Others cannot be members' and are ignored."""
+    members = node.round.members
+    ids = set(members.nodes) if members else set[str]()
+    reports = decode_lines(Consequence, data, node.key("consequences"), step.log)
+    return [report for report in reports if report.node in ids]
+
+
+def _take_lost(node: NodeState, step: Step, data: bytes) -> None:
+    """Take a node's word for it that members are lost, if they are members."""
+    members = node.round.members
+    try:
+        end = decode(End, data, node.key("lost"))
+    except RendezvousStateError as error:
+        step.log(f"ignored: {error}")
+        return
+    if members and end.gone and set(end.gone) <= set(members.nodes):
+        lose_members(node, step, list(end.gone), end.reason)
+
+
+def take_members(node: NodeState, data: bytes) -> None:
+    """Learn who the members of the round are.
+
+    Raises:
+        RendezvousStateError: no leader of this round can have written it.
+    """
+    round_ = node.round
+    assert round_.closed, "members are read once the round has closed"
+    key = node.key(f"members/{round_.closed.leader}")
+    members = decode(Members, data, key)
+    if len(members.nodes) != round_.closed.nodes:
+        raise refused(key, f"must name {round_.closed.nodes} nodes, not {len(members.nodes)}")
+    if round_.assignment and members.nodes[round_.assignment.group_rank] != node.record.node:
+        raise refused(key, f"must name {node.record.node} at its rank, {round_.assignment.group_rank}")
+    round_.members = members
 
 
 def _wait_for_cause(node: NodeState, step: Step) -> None:
@@ -312,10 +405,24 @@ def on_key(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
 def on_decision(node: NodeState, step: Step, answer: Answer[questions.LearnDecision, list[bytes] | bytes]) -> None:
     """Do what was decided first."""
     if (data := questions.held(answer.value)) and node.round.decision is None:
-        node.round.decision, node.decided_at = decode(Decision, data, node.key("decision")), step.now
+        node.round.decision, node.decided_at = read_decision(node, data), step.now
         node.awaited_key = None
         node.timers.pop(Timer.CAUSE_GRACE, None)
         conclude(node, step)
+
+
+def read_decision(node: NodeState, data: bytes) -> Decision:
+    """Read what was decided after a failure.
+
+    Raises:
+        RendezvousStateError: no node of this job can have written it.
+    """
+    decision, longest = decode(Decision, data, node.key("decision")), node.settings.policy.backoff_limit
+    if decision.pause > longest:
+        raise refused(
+            node.key("decision"), f"pause: must be at most {longest:g} s (--restart-backoff), not {decision.pause:g}"
+        )
+    return decision
 
 
 def conclude(node: NodeState, step: Step) -> None:
@@ -346,15 +453,27 @@ def _as_latecomer(node: NodeState, step: Step, decision: Decision) -> Decision:
     return decision
 
 
-def _brief(failure: ProcessFailure) -> ProcessFailure:
+def bounded(failures: Sequence[ProcessFailure]) -> tuple[ProcessFailure, ...]:
+    """Return the failures that every node gets to see, the cause first and in full: not too many, nor too long."""
+    return (*map(cut, failures[:1]), *map(brief, failures[1:MAX_FAILURES]))
+
+
+def brief(failure: ProcessFailure) -> ProcessFailure:
     """Return a failure without its traceback, for a list of many."""
     stderr = (
         failure.stderr[-NOTE:] if failure.exitcode == -signal.SIGABRT else ""
     )  # it may show that this is a consequence
-    return replace(failure, error=failure.error_line(), message="", stderr=stderr, note=failure.note[:NOTE])
+    return replace(_within_limits(failure), message="", stderr=stderr)
 
 
-def _cut(failure: ProcessFailure) -> ProcessFailure:
+def cut(failure: ProcessFailure) -> ProcessFailure:
     """Return a failure of moderate size, because every node reads it."""
-    message = shortened(failure.message, MESSAGE)
-    return replace(failure, error=failure.error_line(), message=message, note=failure.note[:NOTE])
+    return replace(
+        _within_limits(failure), message=shortened(failure.message, MESSAGE), stderr=failure.stderr[-STDERR:]
+    )
+
+
+def _within_limits(failure: ProcessFailure) -> ProcessFailure:
+    return replace(
+        failure, error=failure.error_line(), note=failure.note[:NOTE], error_file=failure.error_file[:MAX_PATH]
+    )

@@ -9,7 +9,7 @@ from elastic_launch.core.rendezvous.leaving import decide, leave
 from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.progress import FIRST_LINE, waiting
-from elastic_launch.core.rendezvous.records import encode
+from elastic_launch.core.rendezvous.records import encode, refused
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Swap
 from elastic_launch.errors import ExitCode
@@ -19,7 +19,7 @@ from elastic_launch.job import Decision
 def on_round(node: NodeState, step: Step, answer: Answer[questions.LearnRound, list[bytes] | bytes]) -> None:
     """Join the current round: the next one, or a later one."""
     found = questions.held(answer.value)
-    round_, current = node.round, number(found)
+    round_, current = node.round, number(found, node.round_key)
     if current < round_.number:  # the store has forgotten it
         step.ask(questions.LearnRound(), Swap(node.round_key, found, b"%d" % round_.number))
         return
@@ -33,7 +33,9 @@ def on_round(node: NodeState, step: Step, answer: Answer[questions.LearnRound, l
 
 def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, int]) -> None:
     """Write the node's record; lead the round with the first ticket, else wait for it to close."""
-    node.round.ticket = answer.value
+    node.round.ticket = node.count_tickets(b"%d" % answer.value)
+    if not node.round.ticket:
+        raise refused(node.key("ticket"), "must count from 1")
     enter(node, Phase.WAITING)
     step.create(questions.Write(), f"node/{node.round.ticket}", encode(node.record))
     node.timers[Timer.PROGRESS] = max(step.now, node.began_at) + FIRST_LINE

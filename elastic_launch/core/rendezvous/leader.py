@@ -62,6 +62,8 @@ class Leader:
         self._confirmed_by = now + settings.keep_alive_interval + 2 * settings.tick
         """When each of them that lives has sent a heartbeat."""
         self.is_closing = False
+        self.closing = b""
+        """The record that this leader has closed the round with."""
         self.joined: dict[int, NodeRecord] = {}
         """Nodes that are there and send heartbeats."""
         self.lost: list[str] = []
@@ -70,8 +72,8 @@ class Leader:
         """Hosts of nodes that have left and are not logged yet."""
         self.tickets = 0
         """Number of tickets drawn."""
-        self.missing: list[int] = []
-        """Tickets whose record has not come."""
+        self.missing: dict[int, None] = {}
+        """Tickets whose record has not come, in order."""
         self.expected: dict[str, tuple[int, str]] | None = {} if round_ == 0 else None
         """Nodes of the round before that have not joined yet: ticket and host, by node id. None: not known yet."""
         self.past_restart_history: RestartHistory | None = None
@@ -79,6 +81,8 @@ class Leader:
         self.published = NOBODY
         self.unfit: dict[str, Unfit] = {}
         """Notes of nodes whose health check fails, by node id; they may come when it passes."""
+        self.unfit_read = 0
+        """Number of bytes of these notes that have been read."""
         self.past_host = ""
         """Id of the store's host, if that was unfit in the round before. Its next note, or its record, names the port
         of a fresh store for the workers. It needs no heartbeats: without it there is no store."""
@@ -105,13 +109,14 @@ class Leader:
         """Note how many tickets have been drawn."""
         if self._unconfirmed_tickets is None:
             self._unconfirmed_tickets = count
-        self.missing += range(self.tickets + 1, count + 1)
+        self.missing |= dict.fromkeys(range(self.tickets + 1, count + 1))
         self._late_at |= dict.fromkeys(range(self.tickets + 1, count + 1), now + self._settings.tick + LATENESS)
         self.tickets = max(self.tickets, count)
 
     def note_nodes(self, records: Iterable[tuple[int, NodeRecord]], now: float) -> None:
         """Note the records of nodes that have joined, by ticket."""
         for ticket, record in records:
+            self.missing.pop(ticket, None)
             if ticket not in self._arrived:
                 self.joined.pop(self._tickets.get(record.node, 0), None)  # the same node has come twice
                 doubt = ticket <= (self._unconfirmed_tickets or 0) and record.node != self._record.node
@@ -123,7 +128,10 @@ class Leader:
                 if self.expected is not None:
                     self.expected.pop(record.node, None)
                 self.unfit.pop(record.node, None)
-        self.missing = [ticket for ticket in self.missing if ticket not in self._arrived]
+
+    def ignore(self, ticket: int) -> None:
+        """No longer wait for the record of a ticket: it breaks a rule, so no node of this job has drawn the ticket."""
+        self.missing.pop(ticket, None)
 
     def is_new(self, node: NodeRecord) -> bool:
         """Whether a node was not in the round before, as far as is known."""
@@ -211,7 +219,7 @@ class Leader:
         if self.past_host and self.past_host not in self._tickets.keys() | self.unfit.keys():
             return None
         may_come = any(not note.is_gone for note in self.unfit.values())
-        is_coming = any(now < self._late_at[ticket] for ticket in self.missing)
+        is_coming = bool(self.missing) and now < self._late_at[next(reversed(self.missing))]  # the last one drawn
         if len(self.joined) < settings.min_nodes:
             if self._past and not (self.unconfirmed or is_coming or may_come):
                 return Refuse(self._who_is_left(), ExitCode.UNAVAILABLE)

@@ -10,10 +10,20 @@ from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.progress import joined_of, log_departures, log_unfit, publish
 from elastic_launch.core.rendezvous.ranks import assign
-from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, Unfit, decode, decode_lines, encode
+from elastic_launch.core.rendezvous.records import (
+    Closed,
+    Members,
+    NodeRecord,
+    Unfit,
+    decode,
+    decode_lines,
+    encode,
+    refused,
+)
 from elastic_launch.core.rendezvous.state import BATCH, NodeState, Step, Timer
-from elastic_launch.core.store_requests import Get
-from elastic_launch.core.text import MAX_LISTED
+from elastic_launch.core.store_requests import ANSWER_LIMIT, Get
+from elastic_launch.core.text import MAX_LISTED, counted
+from elastic_launch.errors import RendezvousStateError
 from elastic_launch.job import Decision, End, EndKind, Level, LineKind
 
 
@@ -25,7 +35,7 @@ def become_leader(node: NodeState, step: Step) -> None:
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
     if round_.number:
         keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "decision", "closed", "unfit"))
-        step.ask(questions.ReadPastRound(), Get(keys))
+        step.ask(questions.ReadPastRound(), Get(keys, ANSWER_LIMIT))  # appended to
 
 
 def stand_down(node: NodeState, step: Step) -> None:
@@ -51,9 +61,10 @@ def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPast
         gone, history = gone + decision.gone, decision.restart_history
     if node.round.leader:
         node.round.leader.past_restart_history = history
-        notes = decode_lines(Unfit, unfit, node.key("unfit", past=True))
+        notes = decode_lines(Unfit, unfit, node.key("unfit", past=True), step.log)
         node.round.leader.past_host = next((note.record.node for note in notes if note.record.serves), "")
-    keys = tuple(node.key(f"node/{ticket}", past=True) for ticket in range(1, number(count) + 1))
+    tickets = range(1, node.count_tickets(count, past=True) + 1)
+    keys = tuple(node.key(f"node/{ticket}", past=True) for ticket in tickets)
     step.ask(questions.ReadPastNodes(keys, gone), Get(keys))
 
 
@@ -61,8 +72,8 @@ def on_past_nodes(node: NodeState, step: Step, answer: Answer[questions.ReadPast
     """Expect the nodes that were in the round before."""
     if leader := node.round.leader:
         keys, gone = answer.question.keys, answer.question.gone
-        nodes = [(t, decode(NodeRecord, data, keys[t - 1])) for t, data in enumerate(answer.value, 1) if data]
-        leader.note_past(nodes, gone)
+        records = [(t, _read_record(node, step, data, keys[t - 1])) for t, data in enumerate(answer.value, 1) if data]
+        leader.note_past([(ticket, record) for ticket, record in records if record], gone)
         consider(node, step)
 
 
@@ -77,29 +88,52 @@ def on_arrival(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
 def on_tickets(node: NodeState, step: Step, answer: Answer[questions.CountTickets, list[bytes]]) -> None:
     """Read the records of the nodes that have come."""
     if leader := node.round.leader:
-        leader.note_tickets(number(answer.value[0]), step.now)
-        _read_records(node, step, leader, leader.missing)
+        leader.note_tickets(node.count_tickets(answer.value[0]), step.now)
+        _read_records(node, step, leader, list(leader.missing))
 
 
 def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords, list[bytes]]) -> None:
     """Note the nodes that have come, and close the round if that is possible."""
-    leader, read = node.round.leader, answer.question.tickets
+    leader = node.round.leader
     if leader is None or leader.is_closing:
         return
-    found = ((ticket, data) for ticket, data in zip(read, answer.value, strict=True) if data)
-    for ticket, record in [(ticket, decode(NodeRecord, data, node.key(f"node/{ticket}"))) for ticket, data in found]:
+    for ticket, data in zip(answer.question.tickets, answer.value, strict=True):
+        if not data:
+            continue
+        record = _read_record(node, step, data, node.key(f"node/{ticket}"))
+        if record is None:
+            leader.ignore(ticket)
+            continue
         leader.note_nodes([(ticket, record)], step.now)
         is_new = ticket in leader.joined and ticket != node.round.ticket and leader.is_new(record)
         if is_new and node.settings.max_nodes <= MAX_LISTED:  # not those that the previous leader has logged
             text = f"{record.host} has joined: {joined_of(node, len(leader.joined))}"
             step.log(text, Level.INFO, LineKind.PROGRESS)
-    _read_records(node, step, leader, [ticket for ticket in leader.missing if ticket > read[-1]])
+    _read_records(node, step, leader, answer.question.others)
     consider(node, step)
+
+
+def _read_record(node: NodeState, step: Step, data: bytes, key: str) -> NodeRecord | None:
+    """Decode the record of a node; None, with a line, if it breaks a rule, so that its writer is no node of this job.
+
+    Raises:
+        RendezvousStateError: it does, and stands in place of this node's own.
+    """
+    try:
+        record = decode(NodeRecord, data, key)
+        if record.known_round >= node.round.number:
+            raise refused(key, f"known_round: must be below {node.round.number}, not {record.known_round}")
+    except RendezvousStateError as error:
+        if key == node.key(f"node/{node.round.ticket}"):
+            raise
+        step.log(f"ignored a node: {error}")
+        return None
+    return record
 
 
 def _read_records(node: NodeState, step: Step, leader: Leader, tickets: list[int]) -> None:
     if some := tickets[:BATCH]:
-        step.get(questions.ReadRecords(some), *(f"node/{ticket}" for ticket in some))
+        step.get(questions.ReadRecords(some, tickets[BATCH:]), *(f"node/{ticket}" for ticket in some))
     elif not leader.is_closing:
         step.await_key(f"node/{leader.next_ticket(step.now)}")
 
@@ -121,9 +155,8 @@ def poll(node: NodeState, step: Step) -> None:
             *(f"heartbeat/{ticket}" for ticket in joined),
         ]
         past_keys = (node.key(f"heartbeat/{ticket}", past=True) for ticket in past.values())
-        step.ask(
-            questions.PollJoining(joined, past, step.now), Get((node.round_key, *map(node.key, names), *past_keys))
-        )
+        keys = node.round_key, *map(node.key, names), *past_keys
+        step.ask(questions.PollJoining(joined, past, step.now), Get(keys, ANSWER_LIMIT))  # "unfit" is appended to
         publish(node, step, leader)
 
 
@@ -134,7 +167,7 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
         return
     current, closed, successor, count, unfit, *counters = answer.value
     joined, past, asked_at = answer.question.joined, answer.question.past, answer.question.asked_at
-    if number(current) > node.round.number:
+    if number(current, node.round_key) > node.round.number:
         rejoin(node, step)  # the store had forgotten the number; nodes that remembered it are ahead
     elif closed or successor:
         stand_down(node, step)
@@ -143,11 +176,21 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
         before = list(zip(past.values(), counters[len(joined) :], strict=True))
         leader.poll_past(list(past), before, step.now, asked_at)
         log_departures(node, step, leader)
-        for note in leader.note_unfit(decode_lines(Unfit, unfit, node.key("unfit"))):
-            log_unfit(step, note, leader.is_enough)
-        leader.note_tickets(number(count), step.now)
-        _read_records(node, step, leader, leader.missing)
+        _note_unfit(node, step, leader, unfit)
+        leader.note_tickets(node.count_tickets(count), step.now)
+        _read_records(node, step, leader, list(leader.missing))
         consider(node, step)
+
+
+def _note_unfit(node: NodeState, step: Step, leader: Leader, data: bytes) -> None:
+    """Note the nodes whose health check fails, by the notes that have come since the last poll."""
+    since = leader.unfit_read if leader.unfit_read <= len(data) else 0
+    leader.unfit_read = len(data)
+    new = leader.note_unfit(decode_lines(Unfit, data[since:], node.key("unfit"), step.log))
+    for note in new[:MAX_LISTED]:
+        log_unfit(step, note, leader.is_enough)
+    if len(new) > MAX_LISTED:
+        step.log(f"health check failed on {counted(len(new) - MAX_LISTED, 'more node')}", Level.INFO)
 
 
 # --- what follows
@@ -193,7 +236,8 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
     step.write([(f"members/{leader.number}", encode(everybody))])
     history = assignments[0].restart_history
     closed = Closed(leader.number, len(members), leader.tickets, tuple(spares), node.record.options, history)
-    step.create(questions.CloseRound(), "closed", encode(closed))
+    leader.closing = encode(closed)
+    step.create(questions.CloseRound(), "closed", leader.closing)
 
 
 def refuse(node: NodeState, step: Step, reason: str, status: int) -> None:

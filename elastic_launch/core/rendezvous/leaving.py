@@ -7,15 +7,13 @@ import signal
 from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
-from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER, number
-from elastic_launch.core.rendezvous.records import Closed, Unfit, encode
+from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
+from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, Unfit, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Append
+from elastic_launch.core.text import shortened
 from elastic_launch.errors import signal_name
 from elastic_launch.job import Change, Decision, End, EndKind
-
-ANY_TICKET = 1 << 40
-"""Above every ticket: closes a round that ends before it begins, for all nodes that come."""
 
 # --- before the job ends
 
@@ -55,7 +53,8 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
             round_.number += 1
             round_.shutdown.has_acknowledged = True
         step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
-        step.create(questions.Write(), "closed", encode(Closed(-1, 0, ANY_TICKET)))
+        # For all nodes that come: the round ends before it begins.
+        step.create(questions.Write(), "closed", encode(Closed(-1, 0, MAX_TICKETS)))
     elif node.phase is Phase.UNFIT:
         note = encode(Unfit(node.record, node.unfit, is_gone=True)) + b"\n"
         step.ask(questions.Write(), Append(node.key("unfit"), note))
@@ -66,7 +65,7 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
 
 def _why(node: NodeState, request: Leave) -> str:
     if request.error:
-        return f"{node.record.host}: {request.error}"
+        return f"{node.record.host}: {shortened(request.error, MAX_ERROR)}"
     return f"{node.record.host} is leaving ({signal_name(request.signum)})"
 
 
@@ -108,7 +107,7 @@ def on_left(node: NodeState, step: Step, answer: Answer[questions.CountLeft, int
 
 def on_left_compared(node: NodeState, step: Step, answer: Answer[questions.CompareLeft, list[bytes]]) -> None:
     """If all nodes know that the job has ended, tell them so."""
-    if answer.question.left >= number(answer.value[0]):
+    if answer.question.left >= node.count_tickets(answer.value[0]):
         step.write([("all_left", b"1")])
     node.round.shutdown.has_counted = True
     _confirm(node, step)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from elastic_launch.core.agent.messages import Assigned
 from elastic_launch.core.rendezvous import heartbeats, questions
-from elastic_launch.core.rendezvous.ending import end_round, read_finished
+from elastic_launch.core.rendezvous.ending import end_round, read_finished, replace_stranger, take_members
 from elastic_launch.core.rendezvous.leader import disagreement
 from elastic_launch.core.rendezvous.leaving import decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitoring import start_monitoring
-from elastic_launch.core.rendezvous.records import Closed, Members, decode, encode
+from elastic_launch.core.rendezvous.records import Closed, Members, decode, encode, refused
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.text import counted
 from elastic_launch.errors import ExitCode
@@ -18,7 +20,10 @@ from elastic_launch.job import Assignment, Change, Decision, End, EndKind
 
 def on_closed(node: NodeState, step: Step, answer: Answer[questions.CloseRound, bytes]) -> None:
     """Ask for the node's place in the round that it has closed as leader."""
-    node.round.closed = decode(Closed, answer.value, node.key("closed"))
+    closed, leader = decode(Closed, answer.value, node.key("closed")), node.round.leader
+    if leader and closed.leader == leader.number and answer.value != leader.closing:
+        raise refused(node.key("closed"), "was written in this node's name, which leads the round")
+    node.round.closed = closed
     ask_for_assignment(node, step)
 
 
@@ -46,7 +51,9 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
     if round_.closed.leader != answer.question.leader and round_.closed.leader >= 0:
         ask_for_assignment(node, step)
         return
-    assignment = decode(Assignment, place, node.key("assignment")) if place and not end else None
+    if round_.closed.leader < 0 and not end:
+        raise refused(node.key("closed"), "says that there is no round, but nobody has ended it")
+    assignment = _read_assignment(node, round_.closed, place) if place and not end else None
     if assignment and step.now >= heartbeats.lease_ends(node, assignment):
         _on_late_assignment(node, step, assignment)
         return
@@ -54,7 +61,7 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
     round_.heartbeat.monitored_at = step.now
     enter(node, Phase.MEMBER if assignment else Phase.OUTSIDE)
     if end:
-        end_round(node, step, end)
+        end_round(node, step, end, is_member=bool(place))
         return
     step.await_key("end")
     if assignment is None:
@@ -68,6 +75,24 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
         step.read_members()
     heartbeats.renew_lease(node, step)
     step.notify(Assigned(assignment))
+
+
+def _read_assignment(node: NodeState, closed: Closed, data: bytes) -> Assignment:
+    """Decode this node's assignment.
+
+    Raises:
+        RendezvousStateError: the leader cannot have written it.
+    """
+    key = node.key(f"assignment/{closed.leader}/{node.round.ticket}")
+    assignment = decode(Assignment, data, key)
+    for field, found, expected in (
+        ("local_world_size", assignment.local_world_size, node.record.workers),
+        ("group_world_size", assignment.group_world_size, closed.nodes),
+        ("restart_count", assignment.restart_count, node.round.number),
+    ):
+        if found != expected:
+            raise refused(key, f"{field}: must be {expected}, not {found}")
+    return assignment
 
 
 def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> None:
@@ -84,12 +109,15 @@ def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> 
 def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers, list[bytes]]) -> None:
     """Do what the members were read for: report who has the node's rank, monitor them, or see who has succeeded."""
     round_, phase = node.round, node.phase
-    if not answer.value[0]:
+    data, closed = answer.value
+    if not data:
+        if closed:
+            raise refused(node.key("closed"), "names a leader that has written no members")
         return  # the store was restarted empty; the node's record is missing, too
     if round_.members is None:
-        round_.members = decode(Members, answer.value[0], node.key("members"))
-    members, rank = round_.members, node.record.rank
-    if phase is Phase.OUTSIDE and round_.closed and rank in members.ranks:
+        take_members(node, data)
+    members, rank = cast(Members, round_.members), node.record.rank
+    if phase is Phase.OUTSIDE and round_.closed and rank >= 0 and rank in members.ranks:
         host = members.hosts[members.ranks.index(rank)]
         step.log(f"--node-rank={rank} is already taken by {host}; waiting as a spare")
     elif phase is Phase.OUTSIDE and round_.closed and rank >= 0:
@@ -100,6 +128,7 @@ def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers
         start_monitoring(node, step, members)
     if round_.report.round is not None and round_.end is None:
         read_finished(node, step)
+    replace_stranger(node, step)
 
 
 def _stand_by(node: NodeState, step: Step, closed: Closed) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from elastic_launch.errors import RendezvousStateError
+from elastic_launch.core.rendezvous.records import refused
 
 TAKE_OVER = 1 << 20
 """Set as a node's counter to have it take over as leader at once."""
@@ -18,22 +18,31 @@ LEFT = 1 << 40
 """Added to a node's counter when it leaves."""
 
 
-def number(value: bytes) -> int:
+def number(value: bytes, key: str, high: int = 2**31) -> int:
     """Read a counter; 0 if there is none.
 
     Raises:
-        RendezvousStateError: ``value`` is not a number.
+        RendezvousStateError: what ``key`` holds is not a number from 0 to ``high``.
     """
-    if value and not (value.isdigit() and len(value) <= 18):
-        raise RendezvousStateError(
-            f"expected a number in the store, found {value[:60]!r}; is something else using this store and --rdzv-id?"
-        )
-    return int(value or b"0")
+    if not value:
+        return 0
+    if not (_is_number(value) and int(value) <= high):
+        raise refused(key, f"must be a number from 0 to {high}, not {value[:40]!r}")
+    return int(value)
+
+
+def _is_number(value: bytes) -> bool:
+    return value.isdigit() and len(value) <= 18
+
+
+def has_left(counter: bytes) -> bool:
+    """Whether a node's counter says that it has left."""
+    return _is_number(counter) and int(counter) >= LEFT
 
 
 def without_flag(counter: bytes) -> bytes:
-    """Return a counter without ``LOOK``."""
-    count = number(counter)
+    """Return a counter without ``LOOK``. What is not a number stays as it is."""
+    count = int(counter) if _is_number(counter) else 0
     return b"%d" % (count % LOOK) if LOOK <= count < LEFT else counter
 
 
@@ -73,7 +82,7 @@ class Monitor:
         return max(0.0, now - self._counters.get(ticket, (b"", now))[1])
 
     def poll(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
-        """Take the counters as they were at ``asked_at`` or later.
+        """Take the counters as they were at ``asked_at`` or later. What is not a number counts once, and is then reset.
 
         Returns:
             The nodes that had been silent up to the deadline by then, or have left.
@@ -82,7 +91,7 @@ class Monitor:
         self._polled_at = now
         suspected: set[int] = set()
         for ticket, counter in counters:
-            if number(counter) >= LEFT:
+            if has_left(counter):
                 suspected.add(ticket)
                 self.left.add(ticket)
                 continue

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.ending import lose_members
+from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members
 from elastic_launch.core.rendezvous.heartbeats import renew_lease, reset
 from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
-from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, number, without_flag
+from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, without_flag
 from elastic_launch.core.rendezvous.records import Members
 from elastic_launch.core.rendezvous.stalling import check_claims, learn_look, pass_on_look
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
@@ -70,6 +70,8 @@ def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOver
 def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
     """Poll the members' heartbeats from now on."""
     node.round.monitor = Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+    # The first poll renews this node's lease, so the spares, which may take its place, must hear of it as well.
+    node.round.outsiders = list(node.round.closed.spares) if node.round.closed else []
     if node.phase is Phase.MEMBER and node.round.assignment and node.round.assignment.group_rank == 0:
         node.round.monitor.register(members.tickets, step.now)
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
@@ -94,7 +96,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
         _stand_down(node, step)
         return
     tickets, asked_at = answer.question.tickets, answer.question.asked_at
-    round_.outsiders = sorted(set(range(1, number(count) + 1)) - set(round_.members.tickets))
+    round_.outsiders = sorted(set(range(1, node.count_tickets(count) + 1)) - set(round_.members.tickets))
     round_.heartbeat.polled_at = step.now
     renew_lease(node, step)
     check_claims(node, step, claimed, stalls)
@@ -102,7 +104,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     suspected = round_.monitor.poll(zip(tickets, map(without_flag, counters), strict=True), step.now, asked_at)
     if node.phase is not Phase.ENDED:  # afterwards the leader of the next round reads the counters, too
         reset(node, step, round_.monitor.take_resets())
-    suspected -= round_.finished | round_.lost | {round_.ticket}
+    suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
     _check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 
 
@@ -127,7 +129,7 @@ def on_finished_checked(node: NodeState, step: Step, answer: Answer[questions.Ch
     """Lose the suspected members that are still needed."""
     round_, tickets = node.round, answer.question.tickets
     round_.finished |= {ticket for ticket, done in zip(tickets, answer.value, strict=True) if done}
-    lost = set(tickets) - round_.finished
+    lost = set(tickets) - (round_.finished - {deciding_ticket(node)})
     round_.lost |= lost if round_.end else set()  # before, they stay suspected until that has ended the round
     if lost and round_.members:
         members = round_.members

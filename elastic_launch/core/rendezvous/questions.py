@@ -45,6 +45,8 @@ class ReadRecords(Question):
     """What do the nodes with these tickets say of themselves?"""
 
     tickets: list[int]
+    others: list[int]
+    """Tickets to ask about next."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.ending import conclude, end_round
 from elastic_launch.core.rendezvous.leaving import disconnect
 from elastic_launch.core.rendezvous.messages import Answer, StoreLost, StoreReconnected
-from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step
@@ -27,7 +26,7 @@ def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnR
     """
     round_, (data, tickets) = node.round, answer.value
     is_own = bool(data) and decode(NodeRecord, data, node.key(f"node/{round_.ticket}")).node == node.record.node
-    if is_own and number(tickets) >= round_.ticket:
+    if is_own and node.count_tickets(tickets) >= round_.ticket:
         return
     if round_.assignment is None:
         rejoin(node, step)

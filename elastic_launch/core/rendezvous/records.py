@@ -1,23 +1,49 @@
-"""What nodes write to the job's store for each other: the records of a round, and their JSON.
+"""What nodes write to the job's store for each other: the records of a round, their JSON, and the rules for it.
 
-Records are checked against their types when they are read: everybody who can reach the store can write to it.
+Everybody who can reach the store can write to it. So ``decode`` judges each record by ``RULES``, which has a row for
+every type and a rule for every field. What depends on the job or the round besides is checked where it is used.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import is_dataclass
-from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple, TypeVar, cast
 
-from elastic_launch.errors import RendezvousStateError
-from elastic_launch.job import RestartHistory
+from elastic_launch.core.progress.goodput import MAX_STEPS
+from elastic_launch.core.rendezvous.rules import (
+    Reader,
+    RuleError,
+    Rules,
+    each,
+    flag,
+    line,
+    lines,
+    name,
+    named_signal,
+    not_sent,
+    one_of,
+    seconds,
+    whole,
+)
+from elastic_launch.core.text import MAX_LISTED
+from elastic_launch.errors import ProcessFailure, RendezvousStateError
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory
 
 T = TypeVar("T")
 
 _json = json.JSONEncoder(separators=(",", ":"))
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 """Types that JSON has, too; most parts of a record are of these."""
+
+MAX_TICKETS = 65_536
+"""Most tickets of a round. 16,384 nodes may each draw some, because a request may be carried out twice. The bound keeps
+the work of the nodes that count tickets bounded, whoever has drawn them."""
+MAX_LINES = 65_536
+"""Most records that are read of those appended to one key."""
+MAX_FAILURES = 64
+"""Most failures in a record."""
 
 
 class NodeRecord(NamedTuple):
@@ -106,6 +132,14 @@ NOBODY = Status(0, "", "")
 """The status before the first node has joined."""
 
 
+class Consequence(NamedTuple):
+    """A failure on a node that does not decide what follows."""
+
+    failure: ProcessFailure
+    node: str
+    """The id of its node."""
+
+
 def newest(node: NodeRecord) -> tuple[int, int]:
     """Return what to compare nodes by, to find out whose restart history is the job's."""
     return node.known_round, node.restart_history.goodput.steps
@@ -116,24 +150,66 @@ def encode(record: NamedTuple) -> bytes:
     return _json.encode(_plain(record)).encode()
 
 
-def decode_lines(kind: type[T], data: bytes, key: str) -> list[T]:
-    """Decode records that were appended to ``key``, one on each line. Raises as ``decode`` does."""
-    return [decode(kind, line, key) for line in data.splitlines()]
+def decode_lines(kind: type[T], data: bytes, key: str, log: Callable[[str], None]) -> list[T]:
+    """Decode records that were appended to ``key``, one on each line. What breaks a rule is ignored, with one line.
+
+    The caller decides whether the rest can come from nodes of this job.
+
+    Args:
+        kind: the records' type.
+        data: what the key holds. Lines after the first ``MAX_LINES`` are not read, nor those after some bad ones.
+        key: the key.
+        log: takes a line for the log.
+    """
+    found: list[T] = []
+    ignored = 0
+    for record in data.split(b"\n", MAX_LINES)[:MAX_LINES] if data else ():
+        try:
+            if record:
+                found.append(decode(kind, record, key))
+        except RendezvousStateError as error:
+            ignored += 1
+            if ignored == 1:
+                log(f"ignored: {error}")
+            if ignored == MAX_LISTED:
+                break
+    return found
 
 
 def decode(kind: type[T], data: bytes, key: str) -> T:
     """Decode a record of the type ``kind``, found at ``key``.
 
     Raises:
-        RendezvousStateError: ``data`` is not such a record.
+        RendezvousStateError: ``data`` is not such a record, or breaks one of its rules. The message names the key and
+            the rule.
     """
+    size = RULES[kind].size
+    if len(data) > size:
+        raise refused(key, f"has {len(data)} bytes; {size} are allowed")
     try:
-        return cast(T, _reader(kind)(json.loads(data)))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RendezvousStateError(
-            f"unexpected data in the store at {key!r}: {data[:60]!r}; is another job, or another version of "
-            "elastic-launch, using the same --rdzv-id?"
-        ) from error
+        return cast(T, record_of(kind)(json.loads(data)))
+    except RuleError as error:
+        raise refused(key, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise refused(key, f"is no JSON: {data[:60]!r}") from error
+
+
+def refused(key: str, why: str) -> RendezvousStateError:
+    """Return the error to raise if no node of this job can have written what a key holds.
+
+    Args:
+        key: the key.
+        why: the rule that is broken, to be read after the key.
+    """
+    return RendezvousStateError(
+        f"unexpected data in the store: {key} {why}; is another job, or another version of elastic-launch, using the "
+        "same --rdzv-id?"
+    )
+
+
+def field_names(kind: type) -> tuple[str, ...]:
+    """Return the names of the fields of a record's type."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else kind._fields  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:
@@ -154,41 +230,265 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _reader(hint: Any) -> Callable[[Any], Any]:
-    """Return the function that turns decoded JSON into a value of the type ``hint``."""
-    if hint not in _readers:
-        _readers[hint] = _make_reader(hint)
-    return _readers[hint]
+def record_of(kind: Any) -> Reader:
+    """Return the reader of records of the type ``kind``, which must have a row in ``RULES``."""
+
+    def read(value: Any) -> Any:
+        if kind not in _readers:
+            _readers[kind] = _make_reader(kind)
+        return _readers[kind](value)
+
+    return _readers.get(kind, read)
 
 
-_readers: dict[Any, Callable[[Any], Any]] = {}
+_readers: dict[Any, Reader] = {}
 
 
-def _make_reader(hint: Any) -> Callable[[Any], Any]:
-    if get_origin(hint) is tuple:
-        part = _reader(get_args(hint)[0])
+def _make_reader(kind: Any) -> Reader:
+    rules = RULES[kind]
+    if missing := set(field_names(kind)) ^ rules.fields.keys():
+        raise TypeError(f"RULES: {kind.__name__}: no rule, or no field: {', '.join(sorted(missing))}")
+    readers, relations = list(rules.fields.items()), rules.relations
 
-        def read_tuple(value: Any) -> Any:
-            if not isinstance(value, list):
-                raise TypeError(hint)
-            return tuple(map(part, value))
+    def read_record(value: Any) -> Any:
+        if type(value) is not dict:
+            raise RuleError(f"must be a record, not a {type(value).__name__}")
+        found: dict[str, Any] = {}
+        for field, read in readers:
+            if field in value:
+                try:
+                    found[field] = read(value[field])
+                except RuleError as error:
+                    raise RuleError(f"{field}: {error}") from None
+        try:
+            record = kind(**found)
+        except TypeError:
+            raise RuleError("lacks a field") from None
+        for rule, holds in relations:
+            if not holds(record):
+                raise RuleError(rule)
+        return record
 
-        return read_tuple
-    if is_dataclass(hint) or hasattr(hint, "_fields"):
-        fields = {name: _reader(field) for name, field in get_type_hints(hint).items()}
+    return read_record
 
-        def read_record(value: Any) -> Any:
-            return hint(**{name: read(value[name]) for name, read in fields.items() if name in value})
 
-        return read_record
+# --- the rules
 
-    def read_plain(value: Any) -> Any:
-        if type(value) is hint:
-            return value
-        if hint is float and type(value) is int:
-            return float(value)
-        if issubclass(hint, str) and type(value) is str:
-            return hint(value)  # a member of an enumeration
-        raise TypeError(hint)
+_COUNT = whole(0, 2**31)
+_PORT = whole(0, 65_535)
+_RANK = whole(-1, MAX_TICKETS)
+"""A group rank; -1: none."""
+_TICKET = whole(1, MAX_TICKETS)
+_WORKERS = whole(1, 65_536)
+"""Workers of a node."""
+_WORLD = whole(1, 2**31)
+"""Workers of all nodes."""
+_HOST = line(300)
+_ADDRESS = name(300)
+_ID = name(400)
+"""A node's id, which begins with its host; empty: none."""
+MAX_ERROR = 9000
+"""Most characters of an error of the launcher's that other nodes get to see."""
+MAX_UNFIT = 1000
+"""Most characters of the reason why a node's health check fails that other nodes get to see."""
+_REASON = lines(10_000)
+"""Why a round ends, or a job: an error, or twice the options, in the longest cases."""
+_YEARS = seconds(1e9)
+_EPOCH = seconds(1e11)
+"""A time since 1970; 0: unknown."""
+_STATUS = whole(0, 255)
 
-    return read_plain
+
+def _is_final(decision: Decision) -> bool:
+    return bool(decision.failures or decision.signum or (decision.error and decision.status))
+
+
+def _is_complete(end: End) -> bool:
+    match end.kind:
+        case EndKind.FAILED:
+            return bool(end.failures)
+        case EndKind.STOP:
+            return end.signum > 0
+        case EndKind.ERROR:
+            return bool(end.reason) and end.status > 0
+    return True
+
+
+def _fits(assignment: Assignment) -> bool:
+    place = assignment
+    return (
+        place.group_rank < place.group_world_size
+        and place.group_world_size <= place.world_size
+        and place.base_rank + place.local_world_size <= place.world_size
+        and place.base_role_rank + place.local_world_size <= place.role_world_size <= place.world_size
+    )
+
+
+RULES: dict[Any, Rules] = {
+    LostTime: Rules(1000, {"detection": _YEARS, "stopping": _YEARS, "rendezvous": _YEARS, "start": _YEARS}),
+    Goodput: Rules(
+        4000,
+        {
+            "steps": whole(0, MAX_STEPS),
+            "in_steps": _YEARS,
+            "startup": _YEARS,
+            "restarts": _COUNT,
+            "lost": record_of(LostTime),
+            "stalled": _YEARS,
+            "repeated": whole(0, MAX_STEPS),
+            "number": whole(-1, MAX_STEPS),
+            "since": record_of(LostTime),
+        },
+    ),
+    RestartHistory: Rules(
+        1 << 20,
+        {
+            "used": _COUNT,
+            "uncharged": _COUNT,
+            "ages": each(_YEARS, 65_536),
+            "failure": lines(400),
+            "repeats": _COUNT,
+            "node": _ID,
+            "in_a_row": _COUNT,
+            "goodput": record_of(Goodput),
+        },
+    ),
+    ProcessFailure: Rules(
+        1 << 20,
+        {
+            "local_rank": whole(0, 65_535),
+            "pid": whole(-1, 2**31),
+            "exitcode": whole(-64, 255, besides=0),
+            "error_file": line(5000),
+            "error": line(600),
+            "message": lines(70_000),
+            "stderr": lines(10_000),
+            "note": line(1100),
+            "timestamp": _EPOCH,
+            "rank": whole(-1, 2**31),
+            "host": _HOST,
+            "is_hang": flag,
+        },
+    ),
+    NodeRecord: Rules(
+        1 << 20,
+        {
+            "node": name(400, least=1),
+            "host": _HOST,
+            "pid": _COUNT,
+            "workers": _WORKERS,
+            "role": line(1000),
+            "rank": _RANK,
+            "previous_rank": _RANK,
+            "address": _ADDRESS,
+            "named": flag,
+            "outward": _ADDRESS,
+            "port": _PORT,
+            "serves": flag,
+            "restart_history": record_of(RestartHistory),
+            "known_round": whole(-1, 2**31),
+            "deprioritized": flag,
+            "options": line(4000),
+        },
+    ),
+    Closed: Rules(
+        2 << 20,
+        {
+            "leader": whole(-1, MAX_TICKETS),
+            "nodes": whole(0, MAX_TICKETS),
+            "tickets": whole(0, MAX_TICKETS),
+            "spares": each(_TICKET, MAX_TICKETS),
+            "options": line(4000),
+            "restart_history": record_of(RestartHistory),
+        },
+        (
+            ("must have no nodes without a leader", lambda it: (it.leader >= 0) == (it.nodes > 0)),
+            ("must have a ticket for each node", lambda it: it.nodes + len(it.spares) <= it.tickets),
+        ),
+    ),
+    Members: Rules(
+        8 << 20,
+        {
+            "tickets": each(_TICKET, MAX_TICKETS),
+            "nodes": each(name(400, least=1), MAX_TICKETS),
+            "hosts": each(_HOST, MAX_TICKETS),
+            "ranks": each(_RANK, MAX_TICKETS),
+        },
+        (
+            ("must have lists of one length", lambda it: len(it.tickets) == len(it.nodes) == len(it.hosts) > 0),
+            ("must have a rank for each node, or none", lambda it: len(it.ranks) in (0, len(it.nodes))),
+            ("must not have a ticket twice", lambda it: len(set(it.tickets)) == len(it.tickets)),
+        ),
+    ),
+    Assignment: Rules(
+        1 << 20,
+        {
+            "group_rank": whole(0, MAX_TICKETS),
+            "group_world_size": whole(1, MAX_TICKETS),
+            "base_rank": _COUNT,
+            "world_size": _WORLD,
+            "local_world_size": _WORKERS,
+            "base_role_rank": _COUNT,
+            "role_world_size": _WORLD,
+            "master_addr": _ADDRESS,
+            "master_port": _PORT,
+            "host": _HOST,
+            "port_picked": flag,
+            "agent_store": flag,
+            "restart_count": _COUNT,
+            "restart_history": record_of(RestartHistory),
+        },
+        (("must have ranks below the number of nodes or workers", _fits),),
+    ),
+    Unfit: Rules(1 << 20, {"record": record_of(NodeRecord), "reason": line(MAX_UNFIT, least=1), "is_gone": flag}),
+    Status: Rules(1 << 16, {"joined": whole(0, MAX_TICKETS), "hosts": line(5000), "missing": line(5000)}),
+    Consequence: Rules(1 << 16, {"failure": record_of(ProcessFailure), "node": name(400, least=1)}),
+    End: Rules(
+        4 << 20,
+        {
+            "kind": one_of(EndKind),
+            "reason": _REASON,
+            "node": _ID,
+            "gone": each(_ID, MAX_TICKETS),
+            "signum": named_signal,
+            "status": _STATUS,
+            "failures": each(record_of(ProcessFailure), MAX_FAILURES),
+            "rank": _RANK,
+            "same_step": flag,
+            "change": one_of(Change),
+            "mine": not_sent,
+        },
+        (
+            ("must have the failure, the signal, or the reason and the status that its kind needs", _is_complete),
+            (
+                "must be the leaving of a node, because all workers are to stop at the same step",
+                lambda it: not it.same_step or it.kind in (EndKind.STOP, EndKind.MEMBERSHIP_CHANGED),
+            ),
+        ),
+    ),
+    Decision: Rules(
+        4 << 20,
+        {
+            "restart": flag,
+            "restart_history": record_of(RestartHistory),
+            "failures": each(record_of(ProcessFailure), MAX_FAILURES),
+            "signum": named_signal,
+            "error": _REASON,
+            "status": _STATUS,
+            "why": line(1000),
+            "pause": _YEARS,
+            "gone": each(_ID, MAX_TICKETS),
+            "node": _ID,
+        },
+        (
+            (
+                "must have a failure, a signal, or an error with a status, because the job ends",
+                lambda it: it.restart or _is_final(it),
+            ),
+        ),
+    ),
+}
+"""How each type of record is judged. Texts that a node writes are cut to their limits where they are made.
+
+Modules that are only imported when they are needed add the rows of their own types.
+"""

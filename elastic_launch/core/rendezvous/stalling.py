@@ -34,9 +34,10 @@ from elastic_launch.core.rendezvous.records import decode, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.store_requests import Add
 from elastic_launch.core.text import shortened
+from elastic_launch.errors import RendezvousStateError
 
 if TYPE_CHECKING:
-    from elastic_launch.core.progress.verdict import Verdict
+    from elastic_launch.core.progress.judgement import Judgement
 
 FIRST_POLL, LAST_POLL = 0.25, 5.0
 """Seconds between two polls for a stall or a verdict: at first, when either may come at any moment, and later."""
@@ -48,8 +49,8 @@ COLLECT_PATIENCE = 5.0
 """Seconds after which it goes on without them."""
 COLLECT_BATCH = 32
 """Number of members whose stacks are read with one request; each may have 64 KiB."""
-MAX_TEXT = 60_000
-"""Characters of the merged stacks that the other nodes get to see."""
+MAX_NUMBER = 2**31
+"""Greatest number of a stall, or of a request for stacks, in a round. Others can only be forged."""
 
 
 # --- the members
@@ -63,9 +64,9 @@ def claim(node: NodeState, step: Step, request: ClaimStall) -> None:
 def on_stalls_counted(node: NodeState, step: Step, answer: Answer[questions.CountStalls, list[bytes]]) -> None:
     """Write the claim, and poll for the stall of all."""
     stall = node.round.stall
-    stall.number = number(answer.value[0])
+    stall.number = _number(node, "stall", answer.value[0])
     stall.polls = 0
-    next_one = b"%d" % (stall.number + 1)
+    next_one = b"%d" % min(stall.number + 1, MAX_NUMBER)
     step.write([(f"stalled/{node.round.ticket}", next_one), ("stalled", next_one)])
     step.set_timer(Timer.STALL_POLL, FIRST_POLL)
 
@@ -89,8 +90,9 @@ def poll(node: NodeState, step: Step) -> None:
 
 def on_stall(node: NodeState, step: Step, answer: Answer[questions.AwaitStall, list[bytes]]) -> None:
     """Have the agent take the stacks if the whole job stalls."""
-    if number(answer.value[0]) > node.round.stall.number and Timer.STALL_POLL in node.timers:
-        _begin(node, step, number(answer.value[0]))
+    stall = _number(node, "stall", answer.value[0])
+    if stall > node.round.stall.number and Timer.STALL_POLL in node.timers:
+        _begin(node, step, stall)
 
 
 def _begin(node: NodeState, step: Step, stall: int) -> None:
@@ -107,7 +109,7 @@ def request_stacks(node: NodeState, step: Step, request: RequestStacks) -> None:
 def on_looks_counted(node: NodeState, step: Step, answer: Answer[questions.CountLooks, list[bytes]]) -> None:
     """Write the request, and poll for the verdict."""
     stall = node.round.stall
-    stall.look = number(answer.value[0]) + 1
+    stall.look = min(_number(node, "look", answer.value[0]) + 1, MAX_NUMBER)
     step.write([("look", b"%d" % stall.look)])
     step.set_timer(Timer.LOOK_POLL, FIRST_POLL)
 
@@ -120,13 +122,12 @@ def poll_look(node: NodeState, step: Step) -> None:
 
 def on_look_judged(node: NodeState, step: Step, answer: Answer[questions.AwaitLook, list[bytes]]) -> None:
     """Tell the agent what the stacks of all nodes say."""
-    from elastic_launch.core.progress.judgement import Judgement  # late: few jobs hang
-
     stall, look = node.round.stall, answer.question.look
     if answer.value[0] and look == stall.look:
         stall.look = 0
         node.timers.pop(Timer.LOOK_POLL, None)
-        step.notify(Judged(-look, *decode(Judgement, answer.value[0], node.key(f"verdict/-{look}"))))
+        if judgement := _read_judgement(node, step, answer.value[0], -look):
+            step.notify(Judged(-look, *judgement))
 
 
 def learn_look(node: NodeState, step: Step) -> None:
@@ -137,7 +138,7 @@ def learn_look(node: NodeState, step: Step) -> None:
 
 def on_look(node: NodeState, step: Step, answer: Answer[questions.LearnLook, list[bytes]]) -> None:
     """Have the agent take the stacks, once for each request."""
-    _take_stacks(node, step, number(answer.value[0]))
+    _take_stacks(node, step, _number(node, "look", answer.value[0]))
 
 
 def _take_stacks(node: NodeState, step: Step, look: int) -> None:
@@ -160,15 +161,25 @@ def on_verdict(node: NodeState, step: Step, answer: Answer[questions.AwaitVerdic
     """Tell the agent what the stacks of all nodes say."""
     stall = node.round.stall
     if answer.value[0] and stall.awaits_verdict:
-        from elastic_launch.core.progress.judgement import Judgement  # late: few jobs hang
-
-        _hear(node, step, *decode(Judgement, answer.value[0], node.key(f"verdict/{stall.number}")))
+        _hear(node, step, _read_judgement(node, step, answer.value[0], stall.number))
 
 
-def _hear(node: NodeState, step: Step, verdict: Verdict, blamed: int, text: str) -> None:
+def _hear(node: NodeState, step: Step, judgement: Judgement | None) -> None:
     node.round.stall.awaits_verdict = False
     node.timers.pop(Timer.STALL_POLL, None)
-    step.notify(Judged(node.round.stall.number, verdict, blamed, text))
+    if judgement:
+        step.notify(Judged(node.round.stall.number, *judgement))
+
+
+def _read_judgement(node: NodeState, step: Step, data: bytes, stall: int) -> Judgement | None:
+    """Decode a verdict; None, with a line, if it breaks a rule. The job goes on as if there were none."""
+    from elastic_launch.core.progress.judgement import Judgement  # late: few jobs hang
+
+    try:
+        return decode(Judgement, data, node.key(f"verdict/{stall}"))
+    except RendezvousStateError as error:
+        step.log(f"ignored a verdict: {error}")
+        return None
 
 
 # --- the monitor
@@ -183,8 +194,8 @@ def check_claims(node: NodeState, step: Step, claimed: bytes, stalls: bytes) -> 
         claimed: the number of the latest stall that anybody has claimed.
         stalls: the number of the latest stall.
     """
-    members, stall = node.round.members, number(stalls)
-    if node.phase is Phase.MEMBER and members and number(claimed) > stall:
+    members, stall = node.round.members, _number(node, "stall", stalls)
+    if node.phase is Phase.MEMBER and members and _number(node, "stalled", claimed) > stall:
         keys = (f"{name}/{ticket}" for name in ("stalled", "succeeded") for ticket in members.tickets)
         step.get(questions.CheckClaims(stall + 1, members.tickets), *keys)
 
@@ -192,11 +203,12 @@ def check_claims(node: NodeState, step: Step, claimed: bytes, stalls: bytes) -> 
 def on_claims(node: NodeState, step: Step, answer: Answer[questions.CheckClaims, list[bytes]]) -> None:
     """If all members claim a stall, count it, and collect their stacks."""
     stall, (next_one, tickets) = node.round.stall, (answer.question.stall, answer.question.tickets)
-    claims, finished = answer.value[: len(tickets)], answer.value[len(tickets) :]
-    claiming = [ticket for ticket, value in zip(tickets, claims, strict=True) if number(value) == next_one]
+    finished = answer.value[len(tickets) :]
+    claims = [_number(node, f"stalled/{t}", value) for t, value in zip(tickets, answer.value, strict=False)]
+    claiming = [ticket for ticket, claimed in zip(tickets, claims, strict=True) if claimed == next_one]
     if not claiming or stall.collected >= next_one or stall.missing:
         return
-    if all(number(value) == next_one or done for value, done in zip(claims, finished, strict=True)):
+    if all(claimed == next_one or done for claimed, done in zip(claims, finished, strict=True)):
         stall.collected = next_one
         _begin_to_collect(node, step, next_one, claiming, COLLECT_PATIENCE)
         step.write([("stall", b"%d" % next_one)])
@@ -212,10 +224,10 @@ def pass_on_look(node: NodeState, step: Step, look: bytes) -> None:
         step: the step.
         look: the number of the latest request.
     """
-    members, stall = node.round.members, node.round.stall
-    if node.phase is Phase.MEMBER and members and number(look) > stall.shown and not stall.missing:
+    members, stall, wanted = node.round.members, node.round.stall, _number(node, "look", look)
+    if node.phase is Phase.MEMBER and members and wanted > stall.shown and not stall.missing:
         keys = (f"succeeded/{ticket}" for ticket in members.tickets)
-        step.get(questions.CheckSucceeded(number(look), members.tickets), *keys)
+        step.get(questions.CheckSucceeded(wanted, members.tickets), *keys)
 
 
 def on_succeeded(node: NodeState, step: Step, answer: Answer[questions.CheckSucceeded, list[bytes]]) -> None:
@@ -248,15 +260,19 @@ def collect(node: NodeState, step: Step) -> None:
 
 
 def on_stacks(node: NodeState, step: Step, answer: Answer[questions.CollectStacks, list[bytes]]) -> None:
-    """Hand stacks to the agent as they come, and tell it when no more will."""
+    """Hand stacks to the agent as they come, and tell it when no more will. Those that break a rule are ignored."""
     from elastic_launch.core.progress.stack_groups import NodeStacks  # late: few jobs hang
 
     stall, question = node.round.stall, answer.question
     late = []
     for ticket, data in zip(question.tickets, answer.value, strict=True):
         if data:
-            key = node.key(f"stacks/{question.stall}/{ticket}")
-            step.notify(StacksArrived(question.stall, decode(NodeStacks, data, key)))
+            try:
+                stacks = decode(NodeStacks, data, node.key(f"stacks/{question.stall}/{ticket}"))
+            except RendezvousStateError as error:
+                step.log(f"ignored stacks: {error}")
+            else:
+                step.notify(StacksArrived(question.stall, stacks))
         else:
             late.append(ticket)
     stall.missing = [*stall.missing[len(question.tickets) :], *late]
@@ -273,9 +289,14 @@ def on_stacks(node: NodeState, step: Step, answer: Answer[questions.CollectStack
 
 def report_verdict(node: NodeState, step: Step, request: ReportVerdict) -> None:
     """Tell all nodes what the stacks say, this one included."""
-    from elastic_launch.core.progress.judgement import Judgement  # late: few jobs hang
+    from elastic_launch.core.progress.judgement import MAX_TEXT, Judgement  # late: few jobs hang
 
     judgement = Judgement(request.verdict, request.blamed, shortened(request.text, MAX_TEXT))
     step.write([(f"verdict/{request.number}", encode(judgement))])
     if request.number > 0 and node.round.stall.awaits_verdict:
-        _hear(node, step, *judgement)
+        _hear(node, step, judgement)
+
+
+def _number(node: NodeState, name: str, value: bytes) -> int:
+    """Read the number of a stall or of a request; 0: there is none."""
+    return number(value, node.key(name), MAX_NUMBER)

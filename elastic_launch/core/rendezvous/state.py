@@ -16,8 +16,8 @@ from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
 from elastic_launch.core.rendezvous.messages import Ready, Request, Settings
-from elastic_launch.core.rendezvous.monitor import Monitor
-from elastic_launch.core.rendezvous.records import NOBODY, Closed, Members, NodeRecord, Status, encode
+from elastic_launch.core.rendezvous.monitor import Monitor, number
+from elastic_launch.core.rendezvous.records import MAX_TICKETS, NOBODY, Closed, Members, NodeRecord, Status, encode
 from elastic_launch.core.store_requests import Get, Set, Swap
 from elastic_launch.core.store_requests import Request as StoreRequest
 from elastic_launch.errors import ProcessFailure
@@ -135,6 +135,8 @@ class Report:
     """What the node reports of its own part of the round."""
 
     round: ReportRound | None = None
+    has_succeeded: bool = False
+    """Whether this node's workers have all ended well."""
     reported_at: float = 0.0
     """When the agent reported the round."""
     failure: ProcessFailure | None = None
@@ -273,6 +275,14 @@ class NodeState:
         is_standby = self.round.ticket == 2 if assignment is None else assignment.group_rank == 1
         return self.settings.tick if is_standby else self.settings.keep_alive_interval
 
+    def count_tickets(self, value: bytes, *, past: bool = False) -> int:
+        """Return how many tickets of the round, or of the one before, have been drawn.
+
+        Raises:
+            RendezvousStateError: the counter breaks its rule.
+        """
+        return number(value, self.key("ticket", past=past), MAX_TICKETS)
+
     def restart_history(self, now: float) -> RestartHistory:
         """Return the job's restart history, if the end of the round adds nothing to it."""
         if assignment := self.round.assignment:
@@ -346,7 +356,7 @@ class Step:
     def read_members(self) -> None:
         """Find out who the members of the round are."""
         if closed := self.node.round.closed:
-            self.get(questions.ReadMembers(), f"members/{closed.leader}")
+            self.get(questions.ReadMembers(), f"members/{closed.leader}", "closed")
 
     def ready(self) -> Ready:
         """Return what the step leads to."""

@@ -15,6 +15,8 @@ from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 
+MAX_CALLS = 10**15
+"""More calls of ``should_stop()`` are not told: workers write the number, and others read it."""
 POLL = 0.1
 """Seconds between two reads of the numbers that are still missing."""
 
@@ -30,7 +32,7 @@ def request_stop(node: NodeState, step: Step, request: RequestStop) -> None:
 def report_calls(node: NodeState, step: Step, request: ReportCalls) -> None:
     """Write how far this node's workers have come."""
     round_ = node.round
-    step.write([(f"calls/{round_.ticket}", b"%d" % request.calls)])
+    step.write([(f"calls/{round_.ticket}", b"%d" % min(request.calls, MAX_CALLS))])
     if round_.end and round_.end.mine:
         read_calls(node, step)
 
@@ -49,7 +51,7 @@ def on_calls(node: NodeState, step: Step, answer: Answer[questions.ReadCalls, li
     if round_.stop_at is not None:
         return
     found = zip(answer.question.tickets, answer.value, strict=True)
-    round_.calls |= {ticket: number(calls) for ticket, calls in found if calls}
+    round_.calls |= {ticket: number(calls, node.key(f"calls/{ticket}"), MAX_CALLS) for ticket, calls in found if calls}
     if round_.closed and len(round_.calls) >= round_.closed.nodes:
         step.create(questions.LearnStopAt(), "stop_at", b"%d" % (max(round_.calls.values()) + 1))
     else:
@@ -64,7 +66,7 @@ def give_up(node: NodeState, step: Step, request: GiveUpStop) -> None:
 def on_stop_at(node: NodeState, step: Step, answer: Answer[questions.LearnStopAt, list[bytes] | bytes]) -> None:
     """Follow what was decided first."""
     if data := questions.held(answer.value):
-        follow_stop(node, step, number(data))
+        follow_stop(node, step, number(data, node.key("stop_at"), MAX_CALLS + 1))
 
 
 def follow_stop(node: NodeState, step: Step, stop_at: int) -> None:

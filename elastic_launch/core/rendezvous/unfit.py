@@ -8,26 +8,32 @@ from __future__ import annotations
 
 from elastic_launch.core.agent.messages import Withdraw
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.ending import decision_after, read_end
+from elastic_launch.core.rendezvous.ending import decision_after, read_decision, read_end
 from elastic_launch.core.rendezvous.leaving import decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared, StoreReconnected
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import carry_over
-from elastic_launch.core.rendezvous.records import Closed, Unfit, decode, encode
+from elastic_launch.core.rendezvous.records import MAX_UNFIT, Closed, Unfit, decode, encode, refused
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Round, Step, Timer, enter
 from elastic_launch.core.store_requests import Append, Get
-from elastic_launch.job import Decision, EndKind
+from elastic_launch.job import EndKind
 
 
 def withdraw(node: NodeState, step: Step, request: Withdraw) -> None:
     """Take no part in the next round, nor in those after it until the agent asks to join."""
     is_new = node.phase is not Phase.UNFIT
-    node.unfit = request.reason
+    node.unfit = _brief(request.reason)
     if is_new:
         carry_over(node, step)
         _follow(node, step, node.round.number + 1)
     else:
         find_round(node, step)  # the others may have gone on in a store that was restarted empty
+
+
+def _brief(reason: str) -> str:
+    """Cut a reason to what the other nodes get to see. It begins with output of the check, and ends with its end."""
+    half = MAX_UNFIT // 2 - 5
+    return reason if len(reason) <= MAX_UNFIT else f"{reason[:half]} ... {reason[-half:]}"
 
 
 def _follow(node: NodeState, step: Step, round_: int) -> None:
@@ -46,7 +52,7 @@ def find_round(node: NodeState, step: Step, reconnected: StoreReconnected | None
 
 def on_round_found(node: NodeState, step: Step, answer: Answer[questions.FindRound, list[bytes]]) -> None:
     """Tell the others why this node is not there, once a round; then find out how far the round is."""
-    current = number(answer.value[0])
+    current = number(answer.value[0], node.round_key)
     if current > node.round.number:
         node.began_at = step.now
         _follow(node, step, current)
@@ -68,6 +74,8 @@ def on_followed(node: NodeState, step: Step, answer: Answer[questions.FollowRoun
     round_ = node.round
     if closed:
         round_.closed = decode(Closed, closed, node.key("closed"))
+        if round_.closed.leader < 0 and not end:
+            raise refused(node.key("closed"), "says that there is no round, but nobody has ended it")
         node.timers.pop(Timer.JOIN_TIMEOUT, None)  # the job runs: wait as long as it does
     if not end:
         step.await_key("end" if closed else "closed")
@@ -77,7 +85,7 @@ def on_followed(node: NodeState, step: Step, answer: Answer[questions.FollowRoun
     if following is None and not decision:
         step.await_key("decision")
         return
-    round_.decision = following or decode(Decision, decision, node.key("decision"))
+    round_.decision = following or read_decision(node, decision)
     node.decided_at = step.now
     if round_.decision.restart:
         carry_over(node, step)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_launch.core.text import visible
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.host.child import Child
 from elastic_launch.parsing import parse_seconds
@@ -93,7 +94,7 @@ class EtcdBridge(Child):
         except OSError:
             text = b""
         if text:
-            raise RendezvousConnectionError(text.decode())
+            raise RendezvousConnectionError(visible(text.decode(errors="replace")))  # with etcd's own words
         how = self.how_it_ended()
         raise RendezvousConnectionError(f"{self.where}: the bridge process (pid {self.pid}) ended: {how}")
 

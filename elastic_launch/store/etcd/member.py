@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Mapping
 
+from elastic_launch.core.text import visible
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.child import Child
 from elastic_launch.store.etcd.plan import MemberPlan, etcd_environment
@@ -76,7 +77,7 @@ class EtcdMember(Child):
                 raise RendezvousConnectionError(
                     f"the process (pid {self.pid}) that ran this host's etcd member is gone, and the member with it"
                 )
-            lines.append(text.decode())
+            lines.append(visible(text.decode(errors="replace")))
 
     def close(self, linger: float = LINGER) -> None:
         """End the member after ``linger`` seconds, and wait for that."""

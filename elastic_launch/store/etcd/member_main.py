@@ -36,6 +36,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from elastic_launch.host.child_main import dying_with_parent, wait_for_agent
+from elastic_launch.host.files import open_regular
 from elastic_launch.store.etcd.gateway import ask, is_healthy
 from elastic_launch.store.etcd.plan import MemberPlan, join_endpoint, peer_url
 
@@ -204,7 +205,7 @@ class MemberSupervisor:
                 *("--initial-cluster-token", plan.token),
             ]
         )
-        with open(self._log_path, "ab") as log, self._starting:
+        with open(self._log_path, "ab", opener=open_regular) as log, self._starting:
             self._log_size = log.tell()
             actions = [(os.POSIX_SPAWN_DUP2, log.fileno(), 2)]
             self._pid = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsigmask=())

@@ -1,0 +1,69 @@
+"""Open files in directories in which another user may have planted something, and find such directories."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+_NOBODY = 65534
+"""The owner that root's files have on a file system that does not trust the roots of its clients."""
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file; an ``opener`` for ``open``.
+
+    A pipe could make this process wait, and a link could lead it elsewhere. A file that is to be truncated is, but not
+    before it is known to be one.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    safe = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+    fd = os.open(path, (flags & ~os.O_TRUNC) | safe, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    if flags & os.O_TRUNC:
+        os.ftruncate(fd, 0)
+    return fd
+
+
+def belongs_to_another(path: str) -> str:
+    """Return the part of an absolute path that another user has put where everybody may write; empty: there is none.
+
+    Its owner decides what is below it. Parts that do not exist yet do not count.
+    """
+    for part in _parts(path):
+        if _is_open_to_all(os.path.dirname(part)) and _owner(part) not in (os.geteuid(), 0, _NOBODY, None):
+            return part
+    return ""
+
+
+def replaceable_part(path: str) -> str:
+    """Return the directory above an absolute path whose entries every user may rename and remove; empty: none is."""
+    return next((part for part in map(os.path.dirname, _parts(path)) if _is_open_to_all(part, sticky=False)), "")
+
+
+def _parts(path: str) -> list[str]:
+    """Return a path and what is above it, without the root."""
+    parts = [path]
+    while (above := os.path.dirname(parts[-1])) != parts[-1]:
+        parts.append(above)
+    return parts[:-1]
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_uid
+    except OSError:
+        return None
+
+
+def _is_open_to_all(path: str, *, sticky: bool = True) -> bool:
+    """Whether all users may write to a directory, including or excluding those where each may change only his own."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return bool(mode & stat.S_IWOTH) and (sticky or not mode & stat.S_ISVTX)
