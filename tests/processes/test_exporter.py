@@ -129,7 +129,7 @@ def test_a_job_is_told_with_its_restart_its_steps_and_its_workers(job: Job) -> N
     single = ("rounds_total", "restarts_left", "nodes", "world_size", "repeated_steps_total", "stalled")
     assert [found[f"elastic_job_{name}"][me] for name in single] == [2, 1, 1, 2, 3, 0]
     assert found["elastic_agent_rendezvous_seconds_count"][me] == 2
-    assert 0 < found["elastic_agent_rendezvous_seconds_sum"][me] < DEADLINE
+    assert 0 <= found["elastic_agent_rendezvous_seconds_sum"][me] < DEADLINE  # alone, a node meets in no time
     lost = {key[-1]: value for key, value in found["elastic_job_lost_seconds_total"].items()}
     assert lost["start"] > 0
     assert lost["stalled"] == 0
