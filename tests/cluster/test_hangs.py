@@ -246,7 +246,7 @@ def test_the_stacks_of_a_job_that_is_well_can_be_asked_for(job: Job) -> None:
         "mark('up')\n"
         "is_elsewhere() if rank == 1 else waits()\n"
     )
-    nodes = c10d(job, "3")
+    nodes = c10d(job, "3", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=20")
     processes = [nodes(number, script=script) for number in range(3)]
     job.wait_for("0.0 up", "1.0 up", "2.0 up")
     asked = subprocess.run(

@@ -69,6 +69,8 @@ def on_stalls_counted(node: NodeState, step: Step, answer: Answer[questions.Coun
     next_one = b"%d" % min(stall.number + 1, MAX_NUMBER)
     step.write([(f"stalled/{node.round.ticket}", next_one), ("stalled", next_one)])
     step.set_timer(Timer.STALL_POLL, FIRST_POLL)
+    if Timer.MONITOR_POLL in node.timers:  # the others are likely to claim at the same time
+        step.set_timer(Timer.MONITOR_POLL, min(FIRST_POLL, node.settings.tick))
 
 
 def withdraw(node: NodeState, step: Step, request: WithdrawClaim) -> None:
