@@ -117,23 +117,21 @@ class Operator:
         if type(signum) is not int or signum not in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
             raise UsageError(f"signum={signum!r}: must be the number of a signal that a program can handle")
         if self._state.phase is AgentPhase.DONE:
-            return _refusal("too_late", "the job is ending"), []
+            return refusal("too_late", "the job is ending"), []
         if request.get("checkpoint") and (signum != signal.SIGTERM or not any(self._calls().values())):
             # Otherwise SIGTERM stops all workers at the same step; see ``Signalled.calls``.
-            return _refusal(
-                "not_available", "no worker of this node has called should_stop(), or it is not SIGTERM"
-            ), []
+            return refusal("not_available", "no worker of this node has called should_stop(), or it is not SIGTERM"), []
         reason = f"stop requested on {os.uname().nodename}" if scope == "job" else ""
         return {"ok": True, "scope": scope, "signum": signum}, [Signalled(signum, time.time(), reason=reason)]
 
     def _stacks(self, request: Mapping[str, Any]) -> Reply:
         if self._look is None:
-            return _refusal("not_available", "the job's progress is not watched (ELASTIC_LAUNCH_PROGRESS=0)"), []
+            return refusal("not_available", "the job's progress is not watched (ELASTIC_LAUNCH_PROGRESS=0)"), []
         return self._look()
 
     def _restart(self, request: Mapping[str, Any]) -> Reply:
         if self._state.phase in _ENDING:
-            return _refusal("too_late", "the round is ending already"), []
+            return refusal("too_late", "the round is ending already"), []
         return {"ok": True}, [RestartRequested(f"restart requested on {os.uname().nodename}")]
 
 
@@ -141,7 +139,8 @@ _ENDING = (AgentPhase.HOLDING, AgentPhase.DRAINING, AgentPhase.STOPPING, AgentPh
 """Phases in which a round or the job is ending."""
 
 
-def _refusal(code: str, error: str) -> dict[str, Any]:
+def refusal(code: str, error: str) -> dict[str, Any]:
+    """Return the reply to a request that is not carried out; the codes are listed in ``docs/operating.md``."""
     return {"ok": False, "code": code, "error": error}
 
 

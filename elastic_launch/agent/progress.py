@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from elastic_launch.agent.operator import refusal
 from elastic_launch.agent.progress_memory import ProgressMemory
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
 from elastic_launch.core.agent.messages import AgentEvent, Hung, Limits, RendezvousAction
@@ -64,10 +65,6 @@ class Look:
         """The reply, as described in ``docs/operating.md``; None: it is not known yet."""
 
 
-def _refusal(code: str, error: str) -> dict[str, Any]:
-    return {"ok": False, "code": code, "error": error}
-
-
 class ProgressWatch:
     """Watches the workers of one node, round after round; an event source of the agent's loop."""
 
@@ -96,7 +93,6 @@ class ProgressWatch:
                 step, the rank that is the likely culprit (None if there is none), and what follows.
         """
         self._state = StallState(policy)
-        self._policy = policy
         self._record_first_step = record_first_step
         self._record_stall = record_stall
         self._agent = AgentState(Limits(policy, 0.0))
@@ -152,7 +148,7 @@ class ProgressWatch:
                 self._record_first_step(self._base_rank + first[1], first[0])
             events += self._step(Looked(progress))
         if self._looks and now >= min(look.until for look in self._looks):
-            self._answer(_refusal("no_answer", f"the stacks did not come within {LOOK_PATIENCE:g} s"))
+            self._answer(refusal("no_answer", f"the stacks did not come within {LOOK_PATIENCE:g} s"))
         return events
 
     def observe(self, state: AgentState) -> None:
@@ -172,7 +168,7 @@ class ProgressWatch:
         if was_running and not self._pids:
             self._sampling = self._sample_at = None
             self._wanted.clear()
-            self._answer(_refusal("too_late", "the round has ended"))
+            self._answer(refusal("too_late", "the round has ended"))
             if self._state.phase is StallPhase.TOLD:  # it may have gone on, and ended, since the last look
                 self._step(Looked({rank: self._memory.read(rank) for rank in self._memory.ranks()}))
             self._step(Over())
@@ -193,7 +189,7 @@ class ProgressWatch:
         """Ask for the stacks of all nodes, for somebody who wants to see them. Returns events for the agent."""
         look = Look(time.monotonic() + LOOK_PATIENCE)
         if not self._pids:
-            look.reply = _refusal("not_available", "no workers of this node run")
+            look.reply = refusal("not_available", "no workers of this node run")
             return look, []
         self._looks.append(look)
         return look, self._ask(RequestStacks()) if len(self._looks) == 1 else []
@@ -235,8 +231,7 @@ class ProgressWatch:
                 case Tell(text, level):
                     self._log(text, level)
                 case ReportHang(local_rank, verdict, text):
-                    at = f", at {verdict.place}" if verdict.place and verdict.place not in verdict.why else ""
-                    events.append(Hung(local_rank, f"{verdict.why}{at}", text, time.time()))
+                    events.append(Hung(local_rank, verdict.words, text, time.time()))
                 case asking:
                     events += self._ask(asking)
         return events
@@ -312,7 +307,7 @@ class ProgressWatch:
         else:
             self._log(f"the job makes no progress: {what}\n{text}", Level.WARNING)
             rank = next(iter(verdict.ranks), None)
-            self._record_stall(text.split("\n", 1)[0], since or 0.0, rank, self._policy.hang_action.value)
+            self._record_stall(text.split("\n", 1)[0], since or 0.0, rank, self._state.policy.hang_action.value)
         ended = {rank for group in merged.worker_groups() if group.state == "Z" for rank in group.ranks}
         running = merged.workers.keys() - ended
         blamed = next((rank for rank in verdict.ranks if rank in running), min(running, default=-1))

@@ -268,7 +268,7 @@ def test_progress_after_a_stall_is_told_and_the_next_stall_is_noticed() -> None:
     (line,) = node.lines
     assert line.startswith("the job makes progress again, after 10")
     assert node.times(WithdrawClaim) != []
-    assert stall.seconds_stalled(node.state, node.now) == pytest.approx(101, abs=2)
+    assert node.state.stalled_seconds == pytest.approx(101, abs=2)
 
 
 @pytest.mark.parametrize("action", [HangAction.RESTART, HangAction.STOP])

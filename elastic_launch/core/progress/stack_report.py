@@ -55,12 +55,11 @@ def _headline(merged: Merged, verdict: Verdict) -> str:
     name = f"rank {first} ({merged.hosts.get(first, 'unknown host')}{pid})"
     if verdict.kind == "debugger":
         return f"{name} is in a debugger: not a stall"
-    at = f", at {verdict.place}" if verdict.place and verdict.place not in verdict.why else ""
     if len(merged.hosts) == 1:
-        return f"{name} {verdict.why}{at}"
+        return f"{name} {verdict.words}"
     what, likewise = ("is", "so") if verdict.certain else ("is probably", "perhaps")
     also = f"; {likewise} are {counted(len(more), 'other')}: {_short(ranks_text(more))}" if more else ""
-    return f"{name} {what} the odd one out: it {verdict.why}{at}{also}"
+    return f"{name} {what} the odd one out: it {verdict.words}{also}"
 
 
 def _facts(merged: Merged, group: Group, rank: int) -> list[str]:

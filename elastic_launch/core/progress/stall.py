@@ -419,11 +419,6 @@ def _sample_gap(limit: float) -> float:
     return min(SAMPLE_GAP, limit / 4)
 
 
-def seconds_stalled(state: StallState, now: float) -> float:
-    """Return for how long the round has stalled so far, the present stall included."""
-    return state.stalled_seconds + (now - state.last_at if state.phase is TOLD else 0.0)
-
-
 def _rows(handlers: Mapping[type[StallEvent], Mapping[Handler, tuple[StallPhase, ...]]]) -> dict[Any, Handler]:
     return {
         (phase, kind): handler

@@ -36,6 +36,11 @@ class Verdict(NamedTuple):
 
     With ``debugger`` and ``advancing`` there is no stall."""
 
+    @property
+    def words(self) -> str:
+        """``why``, with the place unless that is part of it."""
+        return f"{self.why}, at {self.place}" if self.place and self.place not in self.why else self.why
+
 
 class Scene(NamedTuple):
     """What the reasons compare with."""
