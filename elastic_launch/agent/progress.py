@@ -239,14 +239,11 @@ class ProgressWatch:
     # --- stacks
 
     def _start_sampling(self, is_final: bool) -> None:
-        if self._wanted and self._sampling is not None:
-            return  # these stacks will do
+        is_final |= bool(self._wanted)  # whoever else asks, those who want the stacks do not wait for a stall
         if not is_final or self._sampling is None:
             self._sampling = self._take_samples()
-            self._sample_at = time.monotonic()
         self._is_final = is_final
-        if is_final:
-            self._sample_at = time.monotonic()
+        self._sample_at = time.monotonic()
 
     def _take_samples(self) -> Iterator[float | None]:
         """Take the stacks twice, and report them. Yields the seconds until it is to be continued; None: when asked."""

@@ -1,0 +1,43 @@
+"""The watch of a node's progress: whoever asks for stacks gets them, whatever else they are taken for."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from elastic_launch.agent.progress import ProgressWatch
+from elastic_launch.agent.progress_memory import ProgressMemory
+from elastic_launch.core.agent.messages import RendezvousAction
+from elastic_launch.core.progress.messages import ReportStacks, StacksWanted
+from elastic_launch.job import Policy
+from tests.support.waiting import wait_until
+
+
+class NoWorkers:
+    """Plays the memory of a node without workers."""
+
+    reads_stacks = True
+
+    def fileno(self) -> int:
+        return -1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("is_first_taken", [False, True])
+def test_stacks_that_are_wanted_do_not_wait_for_a_stall_that_is_suspected(is_first_taken: bool) -> None:
+    asked: list[RendezvousAction] = []
+    memory = cast(ProgressMemory, NoWorkers())
+    watch = ProgressWatch(Policy(), memory, lambda pids: None, "", lambda action: asked.append(action) or [], print)  # type: ignore[func-returns-value]
+    watch._start_sampling(False)
+    if is_first_taken:
+        wait_until(lambda: watch.take() == [] and watch._sample_at is None, "it waits until it is asked")
+    watch.handle(StacksWanted(-1))
+    watch._start_sampling(False)  # the next suspicion does not discard them
+
+    def reported() -> list[Any]:
+        watch.take()
+        return [action for action in asked if isinstance(action, ReportStacks)]
+
+    wait_until(reported)
+    assert [action.number for action in reported()] == [-1]
