@@ -39,7 +39,6 @@ from elastic_launch.core.progress.messages import (
     StacksArrived,
     StacksComplete,
     StacksWanted,
-    WithdrawClaim,
 )
 from elastic_launch.core.text import visible
 from elastic_launch.errors import signal_name
@@ -81,9 +80,7 @@ def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment])
             return [Ended(End(EndKind.DONE, "all workers succeeded"), time.time())]
         case ReportRound(decision):
             return [Decided(decision)]
-        case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
-            return judge_alone(action)
-    return []
+    return judge_alone(action) if isinstance(action, ProgressRequest) else []
 
 
 def judge_alone(request: ProgressRequest) -> list[AgentEvent]:

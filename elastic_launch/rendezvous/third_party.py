@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent import messages
-from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
+from elastic_launch.core.progress.messages import ProgressRequest
 from elastic_launch.core.rendezvous.ending import brief
 from elastic_launch.core.rendezvous.records import MAX_ERROR
 from elastic_launch.core.text import shortened
@@ -99,8 +99,6 @@ class ThirdPartyRendezvous:
                 self._queue.put(self._tasks.report_success)
             case messages.ReportRound(decision):
                 self._queue.put(partial(self._tasks.report_round, self._end, decision))
-            case RequestStacks() | ClaimStall() | WithdrawClaim() | ReportStacks() | ReportVerdict():
-                return judge_alone(action)
             case messages.RequestStop():
                 return [messages.StopAgreed(0)]  # the interface has no way to hold the workers of other nodes
             case messages.Leave(signum, error, status, reason):
@@ -110,7 +108,7 @@ class ThirdPartyRendezvous:
                 )
                 why = leaving if error else reason or leaving
                 self._queue.put(partial(self._tasks.leave, why, status, signum if reason else 0))
-        return []
+        return judge_alone(action) if isinstance(action, ProgressRequest) else []
 
     def follow_joining(self) -> None:
         """Return None: only the handler knows who has joined."""
