@@ -34,8 +34,7 @@ def skips(model):
         time.sleep(0.2)  # skipped the all_reduce
 
 def loops(model):
-    while True:
-        sum(range(100))  # loops forever
+    while True: sum(range(100))  # loops forever
 
 def locks(model):
     lock = threading.Lock()

@@ -35,6 +35,7 @@ RUN = "mark('up'); wait()\n"
 STEPS = """
 from elastic_launch.worker import progress
 for step in range(3): progress(step); time.sleep(0.02)
+while time.process_time() < 0.1: pass
 mark('stepped')
 if rank == 1 and restart == 0: wait_for('go'); sys.exit(3)
 wait()
