@@ -42,6 +42,23 @@ Read = Callable[[str], Any]
 SHELLS = ("bash", "zsh", "fish")
 """Shells that can complete the command line."""
 VERSION = f"elastic-run {elastic_launch.__version__} (Python {'.'.join(map(str, sys.version_info[:3]))})"
+EPILOG = """\
+An option may be written with underscores (--nproc_per_node 2) or given as a variable (PET_NPROC_PER_NODE=2). \
+Everything after SCRIPT is passed to it.
+
+Two workers on this machine, restarted up to three times:
+
+    elastic-run --standalone --nproc-per-node 2 --max-restarts 3 train.py
+
+Two to four nodes; the same command on each of them:
+
+    elastic-run --nnodes 2:4 --nproc-per-node gpu --rdzv-backend c10d \\
+        --rdzv-endpoint node-1:29400 --rdzv-id my-job train.py --epochs 10
+
+What would run, and what stands in its way:
+
+    elastic-run --dry-run --nproc-per-node 8 -m mypackage.train
+"""
 SHORT_USAGE = """\
 usage: elastic-run [OPTION ...] SCRIPT [ARGUMENT ...]
 
@@ -148,34 +165,44 @@ class Option(NamedTuple):
 
 
 GROUPS = {
-    "before the job": (
+    "what to run": (
+        Option("module", False, _flag, "", "SCRIPT is a module, as with python -m", "-m"),
+        Option("no-python", False, _flag, "", "SCRIPT is a program of any kind; run it without Python"),
+        Option("run-path", False, _flag, "", "run SCRIPT with this Python, despite PYTHON_EXEC or --no-python"),
         Option("config", None, str, "FILE", "options, script and arguments from a TOML file; what is given here wins"),
         Option("dry-run", False, _flag, "", "show what would run, and what checks find; start nothing"),
     ),
-    "where the job runs": (
+    "nodes and rendezvous": (
         Option("nnodes", "1:1", _checked(parse_min_max_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
-        Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
         Option("standalone", False, _flag, "", "run on this node alone; the rendezvous options are ignored"),
-        Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
-        Option("local-addr", None, str, "HOST", "address of this node (default: the one that reaches the endpoint)"),
-    ),
-    "rendezvous of several nodes": (
         Option("rdzv-backend", "static", _name, "NAME", "how nodes meet: static, c10d, etcd, plug-in"),
         Option("rdzv-endpoint", "", str, "HOST:PORT", "where nodes meet; etcd accepts several, separated by commas"),
         Option("rdzv-id", "none", str, "ID", "id of the job, the same on all its nodes"),
         Option("rdzv-conf", "", _checked(parse_rdzv_conf), "CONF", "settings of the backend, as in join_timeout=600"),
+        Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
+        Option("local-addr", None, str, "HOST", "address of this node (default: the one that reaches the endpoint)"),
         Option("master-addr", "127.0.0.1", str, "HOST", "with static: address of the node of rank 0"),
         Option(
             "master-port", None, parse_port, "PORT", "with static: port on that node (default: 29500; on one node, any)"
         ),
     ),
-    "restarts and shutdown": (
+    "workers and devices": (
+        Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
+        Option("numa-binding", None, _numa_mode, "MODE", "bind workers to CPUs: node, socket, exclusive, core-complex"),
+        Option("virtual-local-rank", False, _flag, "", "show each worker only its own device, as number 0"),
+        Option("preload", [], parse_modules, "MODULES", "import modules once and fork workers, as in torch,numpy"),
+        Option("start-method", "spawn", _start_method, "METHOD", "for functions: spawn, fork or forkserver"),
+        Option("role", "default", str, "NAME", "name of the workers' role"),
+    ),
+    "restarts": (
         Option("max-restarts", 0, _count, "N", "how often failed workers are restarted"),
         Option("restart-window", 0, parse_seconds, "SECONDS", "age at which a failure no longer counts; 0: never"),
         Option("restart-backoff", "0", _checked(parse_backoff), "FIRST[:MAX]", "seconds before a restart, doubling"),
         Option("fatal-exit-codes", "", _checked(parse_exit_codes), "CODES", "end the job on these statuses: 2,64-78"),
-        Option("node-failure-limit", 0, _count, "N", "replace a node by a spare after N failures in a row; 0: never"),
         Option("crash-loop", 3, _crash_loop, "N", "end the job after N identical failures in a row; 0: never"),
+        Option("node-failure-limit", 0, _count, "N", "replace a node by a spare after N failures in a row; 0: never"),
+    ),
+    "stopping": (
         Option("signals-to-handle", DEFAULT_SIGNALS, _checked(parse_signals), "SIGNALS", "signals that stop the job"),
         Option("shutdown-timeout", None, _count, "SECONDS", "time from a stop signal to SIGKILL (default: 30)"),
         Option("monitor-interval", 0.1, parse_seconds, "SECONDS", "ignored: the agent does not poll"),
@@ -188,32 +215,24 @@ GROUPS = {
         Option("hang-native", False, _flag, "", "show native frames of hung workers, too, with py-spy"),
         Option("start-timeout", 0, parse_seconds, "SECONDS", "time until the first steps; 0: any"),
     ),
-    "health": (
+    "health of the nodes": (
         Option("health-check", "", _checked(parse_command), "CMD", "command that must succeed before each round"),
         Option("health-check-timeout", DEFAULT_CHECK_TIMEOUT, _above_zero, "SECONDS", "time that it may take"),
     ),
-    "workers": (
-        Option("module", False, _flag, "", "SCRIPT is a module, as with python -m", "-m"),
-        Option("no-python", False, _flag, "", "SCRIPT is a program of any kind; run it without Python"),
-        Option("run-path", False, _flag, "", "run SCRIPT with this Python, despite PYTHON_EXEC or --no-python"),
-        Option("preload", [], parse_modules, "MODULES", "import modules once and fork workers, as in torch,numpy"),
-        Option("start-method", "spawn", _start_method, "METHOD", "for functions: spawn, fork or forkserver"),
-        Option("numa-binding", None, _numa_mode, "MODE", "bind workers to CPUs: node, socket, exclusive, core-complex"),
-        Option("virtual-local-rank", False, _flag, "", "show each worker only its own device, as number 0"),
-        Option("role", "default", str, "NAME", "name of the workers' role"),
-    ),
-    "output": (
-        Option("log-dir", None, str, "DIR", "write files to DIR/ID/attempt_K/RANK (default: a temporary directory)"),
+    "output of the workers": (
         Option("redirects", "0", _streams, "STREAMS", "to files: 1 stdout, 2 stderr, 3 both; by rank: 0:1,1:2", "-r"),
         Option("tee", "0", _streams, "STREAMS", "to files and to the console; values as for -r", "-t"),
+        Option("log-dir", None, str, "DIR", "write files to DIR/ID/attempt_K/RANK (default: a temporary directory)"),
         Option("local-ranks-filter", "", _checked(parse_ranks), "RANKS", "show only these local ranks on the console"),
         Option("duplicate-stdout-filters", [], parse_filters, "TEXTS", "copy stdout lines with one of these to a file"),
         Option("duplicate-stderr-filters", [], parse_filters, "TEXTS", "copy stderr lines with one of these to a file"),
         Option("logs-specs", None, str, "NAME", "plug-in that decides where output goes"),
-        Option("event-log-handler", "null", str, "NAME", "where events go: null, console or a plug-in"),
-        Option("events", None, str, "PATH", "append the events of the job as JSON lines to a file, or in a directory"),
+    ),
+    "what the launcher says": (
         Option("quiet", False, _flag, "", "show warnings and errors only", "-q"),
-        Option("verbose", False, _flag, "", "show what each node does", "-v"),
+        Option("verbose", False, _flag, "", "show what each node does: ranks, pids, where files are", "-v"),
+        Option("events", None, str, "PATH", "append the events of the job as JSON lines to a file, or in a directory"),
+        Option("event-log-handler", "null", str, "NAME", "where events go: null, console or a plug-in"),
     ),
 }
 """The options, in the groups and the order of the help."""
@@ -258,6 +277,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
         self._width = shutil.get_terminal_size().columns - 2
         return super().format_help()
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fill paragraphs, but leave examples, which are indented, as they are."""
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            it if it[0] == " " else super(HelpFormatter, self)._fill_text(it, width, indent) for it in paragraphs
+        )
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         flags = [flag for flag in action.option_strings if "_" not in flag]
@@ -323,8 +349,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         prog="elastic-run",
         description="Start, supervise and restart the workers of a distributed training job on this node.",
         usage="%(prog)s [OPTION ...] SCRIPT [ARGUMENT ...]",
-        epilog="An option may be written with underscores (--nproc_per_node 2) or given as a variable "
-        "(PET_NPROC_PER_NODE=2). Everything after SCRIPT is passed to it.",
+        epilog=EPILOG,
         argument_default=argparse.SUPPRESS,
         formatter_class=HelpFormatter,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from elastic_launch import LaunchConfig, Std, UsageError, __version__
 from elastic_launch.cli import main as cli
-from elastic_launch.cli.options import OPTIONS, SHORT_USAGE, VERSION
+from elastic_launch.cli.options import EPILOG, GROUPS, OPTIONS, SHORT_USAGE, VERSION
 from elastic_launch.host import signals
 from elastic_launch.parsing import (
     parse_filters,
@@ -416,8 +417,16 @@ def test_help(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         assert cli_status("--help") == 0
         text = capfd.readouterr().out
         assert all(f"--{option.name}" in text for option in OPTIONS)
+        assert re.findall(r"^(\w.+):$", text, re.MULTILINE)[1 : len(GROUPS) + 1] == list(GROUPS)
         assert "--nproc_per_node 2" in text
         assert max(map(len, text.splitlines())) <= columns
+        assert text.endswith(EPILOG.partition("\n\n")[2]), "examples keep their lines"
+
+
+def test_examples_of_the_help_can_be_typed() -> None:
+    examples = re.findall(r"^    elastic-run (.+)$", EPILOG.replace("\\\n", ""), re.MULTILINE)
+    scripts = [parse_args(example.split()).training_script for example in examples]
+    assert scripts == ["train.py", "train.py", "mypackage.train"]
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
