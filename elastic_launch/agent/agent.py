@@ -18,7 +18,7 @@ from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
 from elastic_launch.config import DEFAULT_CHECK_TIMEOUT, DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
 from elastic_launch.control.server import ControlServer
-from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, begin, formed
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, begin, formed, on_host, started
 from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
@@ -30,6 +30,7 @@ from elastic_launch.core.agent.messages import (
     Limits,
     Log,
     RendezvousAction,
+    Started,
 )
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
@@ -223,6 +224,8 @@ class LocalElasticAgent:
             if state.stop_requested_at is not None and state.killed:
                 run.workers.console_patience = 0.0  # the user asked twice: do not wait
             run.telemetry.end(state, finish)
+            if not finish.failures and state.assignment:  # otherwise the report says it
+                self._name_files(run, state.assignment)
             self._has_failed = bool(finish.failures)
             has_succeeded = not finish.failures and not finish.error and finish.signum is None
             if has_succeeded and state.assignment:
@@ -323,6 +326,8 @@ class LocalElasticAgent:
             case Assigned(assignment) if run.live_line and run.live_line.is_shown:
                 if assignment.group_rank > 0 and self._verbosity == Level.INFO:
                     self._log(formed(assignment))  # another node logs it for all, but here a user watches
+            case Started(pids) if self._verbosity >= Level.DEBUG and state.assignment:
+                self._log(started(state.assignment, pids, run.files.root))
             case Exited(exit_) if run.watchdog:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
@@ -344,6 +349,13 @@ class LocalElasticAgent:
         """Write a line for the user unless its level is above the chosen one; ``to`` as for ``log_line``."""
         if line.level <= self._verbosity:
             log_line(line, self._log, to)
+
+    def _name_files(self, run: _Run, assignment: Assignment) -> None:
+        """Say where the workers' output is, once for all nodes if the user has chosen the directory."""
+        if root := run.files.output:
+            is_told = assignment.group_rank == 0 or not run.files.chosen
+            text = f"output of the workers{on_host(assignment)}: {root}"
+            self._show(Log(text, Level.INFO if is_told else Level.DEBUG), run.log)
 
     def _start(self, run: _Run, assignment: Assignment) -> None:
         """Start the workers of a round."""

@@ -179,6 +179,13 @@ class JobFiles:
         return self.root if isinstance(self._specs, DefaultLogsSpecs) and not self._temporary else None
 
     @property
+    def output(self) -> str | None:
+        """The job's directory if files with the workers' output are in it, because the user asked for them."""
+        specs = self._specs
+        keeps_output = isinstance(specs, DefaultLogsSpecs) and specs.keeps_output
+        return self.root if keeps_output and output_files(self.root) else None
+
+    @property
     def kept(self) -> bool:
         """Whether there are any files."""
         return any(files for _, _, files in os.walk(self.root))

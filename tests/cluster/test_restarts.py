@@ -275,6 +275,10 @@ def test_quiet_normal_and_verbose(job: Job) -> None:
     assert told[""][0] == "formed: 1 node, 1 worker"
     assert told[""][-1] == "done: 1 worker succeeded"
     assert [line for line in told["-v"] if line in told[""]] == told[""]
+    begun = re.findall(
+        r"^elastic-run: started: rank 0 \(pid \d+\); files: /\S+/elastic_launch_\w+/\w+$", done.stderr, re.MULTILINE
+    )
+    assert len(begun) == 2, done.stderr
 
 
 # ---- Several nodes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,6 +215,21 @@ def test_without_files_no_directory_is_left(job: Job) -> None:
     _, err = run(job, *words, job.script("raise ValueError('boom')"), status=1)
     assert "ValueError: boom" in report_of(err)
     assert Path("/dev/null").is_char_device()
+
+
+def test_the_last_line_says_where_the_output_is(job: Job) -> None:
+    """But not if the user only chose a place for files."""
+    told = {}
+    for options in ("-r 3", "-r 3 --log-dir logs --rdzv-id j1", "--log-dir logs", "-t 0:1"):
+        done = job.run(*options.split(), job.script("print(1)"))
+        assert done.returncode == 0
+        told[options] = done.stderr.splitlines()[-1].removeprefix("elastic-run: ")
+    assert told["-r 3 --log-dir logs --rdzv-id j1"] == f"output of the workers: {job.path}/logs/j1"
+    assert told["--log-dir logs"] == "done: 1 worker succeeded"
+    for options in ("-r 3", "-t 0:1"):
+        folder = Path(told[options].removeprefix("output of the workers: "))
+        assert (folder / "attempt_0/0/stdout.log").read_text() == "1\n"
+        shutil.rmtree(folder.parent)
 
 
 def test_files_without_a_directory_are_mentioned(job: Job) -> None:

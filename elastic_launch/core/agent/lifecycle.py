@@ -342,6 +342,23 @@ def formed(assignment: Assignment) -> str:
     return f"{what}: {counted(assignment.group_world_size, 'node')}, {counted(assignment.world_size, 'worker')}"
 
 
+def started(assignment: Assignment, pids: Mapping[int, int], files: str) -> str:
+    """Return the log line, for ``-v``, of workers that this node has started.
+
+    Args:
+        assignment: the node's ranks.
+        pids: process ids by local rank.
+        files: the directory of the job's files; empty if it has none.
+    """
+    workers = ", ".join(f"rank {assignment.rank(local)} (pid {pid})" for local, pid in sorted(pids.items()))
+    return f"started{on_host(assignment)}: {workers or 'no worker'}" + (f"; files: {files}" if files else "")
+
+
+def on_host(assignment: Assignment) -> str:
+    """Return `` on HOST`` if the job has several nodes."""
+    return f" on {assignment.host}" if assignment.group_world_size > 1 else ""
+
+
 def _leave_on_signal(state: AgentState, event: Signalled, now: float) -> Step:
     return _leave(_record_stop_request(state, event), event.signum)
 
