@@ -9,6 +9,7 @@
             with worker.phase("eval"):
                 evaluate()
         if worker.should_stop():
+            worker.check()
             save_checkpoint()
             break
 
@@ -33,6 +34,7 @@ from elastic_launch.workers.step_hook import (
     PHASE_SIZE,
     STOP_AT,
     advance,
+    check_lease,
     connect,
 )
 
@@ -40,7 +42,7 @@ TYPE_CHECKING = False  # mypy knows the name; importing typing would cost every 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["phase", "progress", "should_stop"]
+__all__ = ["check", "phase", "progress", "should_stop"]
 
 _MAX_STEP = 2**63 - 2
 _WAIT = 0.005
@@ -120,6 +122,17 @@ def should_stop() -> bool:
     while words[HOLD] and not words[STOP_AT]:
         time.sleep(_WAIT)
     return 0 < words[STOP_AT] <= number
+
+
+def check() -> None:
+    """Return only if this worker may go on. Call it before anything that must not happen twice, such as a checkpoint.
+
+    If a host is frozen, the others go on without it after a while. A worker that wakes up there must not write a
+    checkpoint beside those that have taken its place. This does not return in such a worker, which is about to be
+    killed. The steps of torch's optimizers and calls of ``progress()`` check the same.
+    """
+    connect()
+    check_lease()
 
 
 _NAME = slice(PHASE // 8, (PHASE + PHASE_SIZE) // 8)

@@ -6,11 +6,13 @@ The agent looks whenever it wants to. Workers write without a system call, and w
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
 
-from elastic_launch.core.progress.memory import HOLD, PAGE, STOP_AT, WorkerProgress, decode, header
+from elastic_launch.core.progress.memory import HOLD, LEASE, PAGE, STOP_AT, WorkerProgress, decode, header
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.memory_files import memory_file, moved
 
@@ -40,7 +42,8 @@ class ProgressMemory:
         """
         self.reads_stacks = reads_stacks
         """Whether workers write their stacks to these files."""
-        self._header = header(reads_stacks)
+        self._lease = 0
+        """The word LEASE."""
         self._files: dict[int, int] = {}
         """The memory files, by local rank."""
         try:
@@ -59,7 +62,7 @@ class ProgressMemory:
             for rank in local_ranks:
                 self._files[rank] = fd = memory_file("progress")
                 os.truncate(fd, PAGE)
-                os.pwrite(fd, self._header, 0)
+                os.pwrite(fd, header(self.reads_stacks, self._lease), 0)
         except OSError as error:
             raise _unavailable(error) from error
 
@@ -90,8 +93,18 @@ class ProgressMemory:
             stop_at: the number of the call of ``should_stop()``, from 1, from which on it is true; 0 for none.
         """
         for fd in self._files.values():
-            for word, value in ((STOP_AT, stop_at), (HOLD, hold)):  # in this order: a worker that sees the latter acts
-                os.pwrite(fd, value.to_bytes(8, sys.byteorder), 8 * word)
+            _write(fd, STOP_AT, stop_at)
+            _write(fd, HOLD, hold)  # last: a worker that sees it acts
+
+    def set_lease(self, until: float) -> None:
+        """Let the workers, and those of later rounds, make steps until a time on ``time.monotonic``; inf for ever.
+
+        They compare it with a clock that goes on while the machine is suspended.
+        """
+        ahead = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
+        self._lease = 0 if math.isinf(until) else max(1, round(until * 1e9) + ahead)
+        for fd in self._files.values():
+            _write(fd, LEASE, self._lease)
 
     def rewind(self, local_rank: int) -> None:
         """Discard a worker's stacks, so that those that it is about to be asked for stand alone."""
@@ -140,6 +153,11 @@ def progress_memory(environ: Mapping[str, str]) -> ProgressMemory | None:
     if environ.get(SWITCH) == "0":
         return None
     return ProgressMemory(reads_stacks="TORCHELASTIC_RUN_ID" not in environ)
+
+
+def _write(fd: int, word: int, value: int) -> None:
+    """Write one word of a memory file."""
+    os.pwrite(fd, value.to_bytes(8, sys.byteorder), 8 * word)
 
 
 def _unavailable(error: OSError) -> UnavailableError:

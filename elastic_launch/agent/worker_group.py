@@ -118,7 +118,6 @@ class LocalWorkers:
         """Local ranks of the workers that were asked for their stacks."""
         self.send_signal = self._processes.send_signal
         self.reap_leftovers = self._processes.reap_leftovers
-        self.lease = self._processes.lease
         self.sample_stacks = self._processes.sample_stacks
         self.log, self.show = self._pump.log, self._pump.show
         self.redraw, self.undraw = self._pump.redraw, self._pump.undraw
@@ -174,6 +173,12 @@ class LocalWorkers:
             self._pump.mark(rank)
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
+
+    def lease(self, until: float) -> None:
+        """Let the workers live, and make steps, until a time on ``time.monotonic``, unless this is called again."""
+        self._processes.lease(until)
+        if self.memory:
+            self.memory.set_lease(until)
 
     def calls(self) -> dict[int, int]:
         """Return the number of calls of ``should_stop()`` that each worker of the round has begun, by local rank.

@@ -22,9 +22,12 @@ VARIABLE = "ELASTIC_LAUNCH_PROGRESS_FD"
 # The same as in core/progress/memory.py.
 MAGIC = b"ELPROG1\0"
 PAGE = 4096
-HOLD, STOP_AT = 1, 2
+HOLD, STOP_AT, LEASE = 1, 2, 4
 STEPS, MARKS, FIRST, LAST, LONGEST, SECOND, NUMBER, FIRST_NUMBER, PHASE_SINCE, CALLS = range(8, 18)
 PHASE, PHASE_SIZE = 160, 32
+
+LEASE_PAUSE = 0.05
+"""Seconds between two looks at a lease that is over."""
 
 nowhere = memoryview(bytearray(PAGE)).cast("Q")
 """Stands in for the memory where there is none: outside of a job, and in children that a worker forks."""
@@ -84,6 +87,15 @@ def advance(counter: int) -> None:
         page[LONGEST], page[SECOND] = (gap, longest) if gap > longest else (longest, gap)
     page[LAST] = now
     page[counter] += 1
+    if page[LEASE]:
+        check_lease()
+
+
+def check_lease() -> None:
+    """Return only while the lease of this worker lasts. If it is over, the keeper is about to kill this process."""
+    page = words or nowhere
+    while page[LEASE] and time.clock_gettime_ns(time.CLOCK_BOOTTIME) >= page[LEASE]:
+        time.sleep(LEASE_PAUSE)
 
 
 def count_steps(optimizers: "ModuleType") -> None:
@@ -97,10 +109,13 @@ def count_steps(optimizers: "ModuleType") -> None:
     true, and that object counts. The graph remains what it is without the hook, and no guard depends on a counter.
     If several optimizers step in one graph, the last assignment alone happens, which is enough.
 
+    A step begins only while the lease lasts. In compiled code that is checked after the step, when it is counted.
+
     Args:
         optimizers: the module ``torch.optim.optimizer``. The rest of torch may still be about to be imported.
     """
-    if connect() is nowhere:
+    page = connect()
+    if page is nowhere:
         return
     import ctypes
 
@@ -135,4 +150,9 @@ def count_steps(optimizers: "ModuleType") -> None:
         else:
             count(optimizer)
 
+    def before(optimizer: object, args: object, kwargs: object) -> None:
+        if not torch.compiler.is_dynamo_compiling() and page[LEASE]:
+            check_lease()
+
+    optimizers.register_optimizer_step_pre_hook(before)
     optimizers.register_optimizer_step_post_hook(hook)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -492,6 +493,40 @@ def test_tickets_of_nobody_end_the_job_with_one_line(job: Job) -> None:
     result = job.finish(first)
     assert result.returncode == 69
     assert f"{nodes.key('0/ticket')} must be a number from 0 to 65536" in result.stderr
+
+
+def test_a_worker_of_a_frozen_host_does_nothing_more_when_it_is_the_first_to_wake(job: Job) -> None:
+    """With the hosts' clocks running on, as they do while a virtual machine is paused."""
+    script = job.script(
+        "from elastic_launch import worker\n"
+        "mark(f'pid {os.getpid()}')\n"
+        "while restart == 0:\n"
+        "    worker.progress()\n"
+        "    with open(__file__ + f'.{rank}', 'a') as steps: steps.write('.')\n"
+        "    time.sleep(0.05)\n"
+    )
+    options = ("--shutdown-timeout", "1")
+    first, second, third = start_three(job, script, "2:3", *options, conf=f"{QUICK},store_timeout=1")
+    wait_until(lambda: up(job, 0, 3))
+    pids = {int(mark.split(".")[0]): int(mark.split()[2]) for mark in job.marks()}
+    keeper = psutil.Process(third.pid).children()[0]
+    (rank,) = (rank for rank, pid in pids.items() if psutil.Process(pid).ppid() == keeper.pid)
+    steps = Path(f"{script}.{rank}")
+    wait_until(lambda: steps.exists() and steps.stat().st_size > 3)
+    worker = psutil.Process(pids[rank])
+    for process in (third, keeper, worker):
+        process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: up(job, 1, 2))
+    done = steps.stat().st_size
+    looks = worker.num_ctx_switches().voluntary + 5
+    worker.send_signal(signal.SIGCONT)
+    wait_until(lambda: worker.num_ctx_switches().voluntary >= looks)
+    assert steps.stat().st_size == done
+    for process in (keeper, third):
+        process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not is_alive(worker.pid))
+    for process in (first, second, third):
+        job.finish(process)
 
 
 def test_workers_of_a_frozen_agent_die_before_others_take_their_place(job: Job) -> None:

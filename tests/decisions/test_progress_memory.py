@@ -6,6 +6,7 @@ import os
 import random
 import select
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -95,7 +96,20 @@ def test_a_phase_with_the_longest_name_ends_where_it_should() -> None:
 
 
 def test_who_must_do_without_the_package_knows_the_same_format() -> None:
-    for name in ("MAGIC", "PAGE", "HOLD", "STOP_AT", "STEPS", "MARKS", "FIRST", "LAST", "LONGEST", "SECOND", "NUMBER"):
+    for name in (
+        "MAGIC",
+        "PAGE",
+        "HOLD",
+        "STOP_AT",
+        "LEASE",
+        "STEPS",
+        "MARKS",
+        "FIRST",
+        "LAST",
+        "LONGEST",
+        "SECOND",
+        "NUMBER",
+    ):
         assert getattr(step_hook, name) == getattr(layout, name)
     for name in ("FIRST_NUMBER", "PHASE_SINCE", "CALLS", "PHASE", "PHASE_SIZE"):
         assert getattr(step_hook, name) == getattr(layout, name)
@@ -167,6 +181,32 @@ def test_all_workers_learn_when_to_stop(memory: ProgressMemory) -> None:
     memory.set_stop(0, 42)
     for rank in range(2):
         assert struct.unpack("=8s3Q", os.pread(as_worker(memory, rank), 32, 0)) == (MAGIC, 0, 42, 1)
+
+
+def lease(memory: ProgressMemory, local_rank: int) -> int:
+    return int.from_bytes(os.pread(as_worker(memory, local_rank), 8, 8 * layout.LEASE), sys.byteorder)
+
+
+def test_all_workers_learn_until_when_they_may_make_steps(memory: ProgressMemory) -> None:
+    assert lease(memory, 1) == 0
+    earliest = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    memory.set_lease(time.monotonic() + 100)
+    latest = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    assert earliest - 1000 <= lease(memory, 1) - 100 * 10**9 <= latest + 1000  # the sum was rounded
+    until = lease(memory, 1)
+    memory.prepare([0])
+    assert lease(memory, 0) == until, "a new round begins with it"
+    memory.set_lease(-1e9)
+    assert lease(memory, 0) == 1, "it is over, which is not 0"
+    memory.set_lease(float("inf"))
+    assert lease(memory, 0) == 0
+
+
+def test_a_lease_counts_through_a_suspension(memory: ProgressMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 50 * 10**9)
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda clock: {time.CLOCK_BOOTTIME: 80 * 10**9}[clock])
+    memory.set_lease(60.0)
+    assert lease(memory, 0) == 90 * 10**9
 
 
 def test_stacks_follow_the_page(memory: ProgressMemory) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from elastic_launch import worker
@@ -196,10 +197,15 @@ def test_steps_in_compiled_code_are_counted_and_leave_the_graph_alone(
 
 
 OPTIMIZER = """
-_global_optimizer_post_hooks = []
+_global_optimizer_pre_hooks, _global_optimizer_post_hooks = [], []
+register_optimizer_step_pre_hook = _global_optimizer_pre_hooks.append
 register_optimizer_step_post_hook = _global_optimizer_post_hooks.append
 class Optimizer:
+    def update(self): pass
     def step(self):
+        for hook in _global_optimizer_pre_hooks:
+            hook(self, (), {})
+        self.update()
         for hook in _global_optimizer_post_hooks:
             hook(self, (), {})
 """
@@ -295,6 +301,58 @@ def test_nothing_is_counted_where_it_is_turned_off(job: Job, little_torch: dict[
     # Also below a launcher that has a memory for its worker.
     done = job.run(job.script(text), **little_torch, ELASTIC_LAUNCH_PROGRESS="0", ELASTIC_LAUNCH_PROGRESS_FD="200,201")
     assert done.returncode == 0, done.stderr
+
+
+# ---- Leases
+
+
+FENCED = {
+    "a step": (
+        "import torch\nclass Mine(torch.optim.optimizer.Optimizer):\n    def update(self): act()\ngo_on = Mine().step\n"
+    ),
+    "progress": "from elastic_launch import worker\ndef go_on(): worker.progress(); act()\n",
+    "check": "from elastic_launch import worker\ndef go_on(): worker.check(); act()\n",
+}
+"""How a program does something that must not happen after the end of its lease."""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("what", FENCED)
+def test_nothing_is_done_after_the_end_of_a_lease(tmp_path: Path, little_torch: dict[str, str], what: str) -> None:
+    acts, begin, end = (tmp_path / name for name in ("acts", "begin", "end"))
+    text = (
+        "import os, time\n"
+        f"acts = open({str(acts)!r}, 'ab', buffering=0)\n"
+        "def act(): acts.write(b'.')\n"
+        f"{FENCED[what]}"
+        f"while not os.path.exists({str(begin)!r}): time.sleep(0.002)\n"
+        f"os.unlink({str(begin)!r})\n"
+        f"while not os.path.exists({str(end)!r}): go_on()\n"
+    )
+    with started(*script(tmp_path / "work", text), environ=little_torch) as group:
+        group.wait_until(lambda: acts.exists() and group.pids)
+        worker = psutil.Process(group.pids[0])
+
+        def wait_until_it_looks_again_and_again() -> None:
+            times = worker.num_ctx_switches().voluntary + 5
+            group.wait_until(lambda: worker.num_ctx_switches().voluntary >= times)
+
+        group.memory.set_lease(0.0)  # the keeper knows of no lease, and so does not kill the worker
+        begin.touch()
+        group.wait_until(lambda: not begin.exists())
+        wait_until_it_looks_again_and_again()
+        assert acts.stat().st_size == 0
+        group.memory.set_lease(time.monotonic() + 1000)
+        group.wait_until(lambda: acts.stat().st_size > 10)
+        group.memory.set_lease(0.0)
+        wait_until_it_looks_again_and_again()
+        done = acts.stat().st_size
+        wait_until_it_looks_again_and_again()
+        assert acts.stat().st_size == done
+        group.memory.set_lease(float("inf"))
+        group.wait_until(lambda: acts.stat().st_size > done)
+        end.touch()
+        group.finish()
 
 
 # ---- elastic_launch.worker

@@ -17,9 +17,10 @@ MAGIC = b"ELPROG1\0"
 """The first 8 bytes: format and version."""
 
 # The numbers of the words. Those that are left out are reserved, and 0.
-HOLD, STOP_AT, STACKS = 1, 2, 3
+HOLD, STOP_AT, STACKS, LEASE = 1, 2, 3, 4
 """Written by the agent: whether ``should_stop()`` is to wait until STOP_AT is set or HOLD is 0 again; the number of the
-call of ``should_stop()`` from which on it is true, or 0; whether stacks are to be written to this file."""
+call of ``should_stop()`` from which on it is true, or 0; whether stacks are to be written to this file; the time on
+CLOCK_BOOTTIME, in nanoseconds, from which on no step may begin, or 0."""
 STEPS, MARKS, FIRST, LAST, LONGEST, SECOND, NUMBER, FIRST_NUMBER, PHASE_SINCE, CALLS = range(8, 18)
 """Written by the worker; the fields of ``WorkerProgress``. NUMBER and FIRST_NUMBER are 1 higher, so that 0 is none.
 Times are in nanoseconds."""
@@ -62,14 +63,15 @@ class WorkerProgress(NamedTuple):
         return self.marks or self.steps
 
 
-def header(stacks: bool) -> bytes:
+def header(stacks: bool, lease: int = 0) -> bytes:
     """Return the beginning of a new file.
 
     Args:
         stacks: whether the worker is to write its stacks to the file, and not to stderr.
+        lease: the word LEASE.
     """
-    words = memoryview(bytearray(8 * (STACKS + 1))).cast("Q")
-    words[STACKS] = stacks
+    words = memoryview(bytearray(8 * (LEASE + 1))).cast("Q")
+    words[STACKS], words[LEASE] = stacks, lease
     return MAGIC + bytes(words)[len(MAGIC) :]
 
 
