@@ -145,6 +145,7 @@ class PContext:
             start_method=start_method,
             filters={1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []},
             numa_options=numa_options,
+            joins_lines=False,  # nobody runs the loop between two calls of ``wait``
             is_watched=False,  # there is no job here that could stall, or stop at a step
         )
         workers = len(args)

@@ -60,6 +60,9 @@ class WorkerOptions(NamedTuple):
     """Texts by stream (1 or 2). Lines that contain one of them are copied to a file, one for all workers."""
     numa_options: Any = None
     """How workers are bound to CPUs, as for ``--numa-binding``; None for no binding."""
+    joins_lines: bool = True
+    """Whether the lines of workers that share the console come whole. Their output then passes through this process,
+    so it has to run the loop all the time."""
     is_watched: bool = True
     """Whether the workers get memory in which they tell their progress."""
 
@@ -143,7 +146,7 @@ class LocalWorkers:
                 self.log(f"{error}; going on without")
                 self.memory = None
         with contextlib.ExitStack() as stack:
-            ends = self._pump.open(_routes(dest, envs, prefixes, filters), _duplicates(dest, filters))
+            ends = self._pump.open(_routes(dest, envs, prefixes, self._options), _duplicates(dest, filters))
             stack.callback(self._pump.close_workers_ends)
             null = stack.enter_context(open(os.devnull, "wb"))
             commands = []
@@ -286,7 +289,7 @@ def line_prefixes(template: str | None, role: str, assignment: Assignment) -> di
 
     Args:
         template: text with ``${role_name}``, ``${local_rank}``, ``${rank}`` and ``${host}``; other names are left
-            alone. None: role and local rank, or host, role and global rank if there are several nodes.
+            alone. None: role and local rank, as torchrun has it; if there are several nodes, host and rank before it.
         role: the workers' role.
         assignment: the node's ranks in the round.
     """
@@ -294,7 +297,7 @@ def line_prefixes(template: str | None, role: str, assignment: Assignment) -> di
 
     if template is None:
         is_alone = assignment.group_world_size == 1
-        template = "[${role_name}${local_rank}]:" if is_alone else "[${host} ${role_name}${rank}]:"
+        template = "[${role_name}${local_rank}]:" if is_alone else "${host} rank ${rank} [${role_name}${local_rank}]:"
     fill = partial(Template(template).safe_substitute, role_name=role, host=assignment.host)
     ranks = range(assignment.local_world_size)
     return {local_rank: fill(local_rank=local_rank, rank=assignment.rank(local_rank)) for local_rank in ranks}
@@ -321,22 +324,24 @@ def _command_keeper(options: WorkerOptions) -> StartKeeper:
     return preload_keeper(words[:2], options.preload, words[3], words[4])
 
 
-def _routes(
-    dest: LogsDest, ranks: Iterable[int], prefixes: Mapping[int, str], filters: Mapping[int, Sequence[str]]
-) -> list[Route]:
-    """Return the streams that pass through the pump. stderr always does: its last lines may explain a failure."""
+def _routes(dest: LogsDest, ranks: Collection[int], prefixes: Mapping[int, str], options: WorkerOptions) -> list[Route]:
+    """Return the streams that pass through the pump.
+
+    stderr always does: its last lines may explain a failure. stdout does if several workers share it.
+    """
     routes = []
-    for rank in ranks:
-        prefix = prefixes.get(rank, "").encode(errors="surrogateescape")
-        for stream, files, shown in (
-            (STDOUT, dest.stdouts, dest.tee_stdouts),
-            (STDERR, dest.stderrs, dest.tee_stderrs),
-        ):
-            path = files.get(rank, INHERIT)
+    for stream, files, shown in (
+        (STDOUT, dest.stdouts, dest.tee_stdouts),
+        (STDERR, dest.stderrs, dest.tee_stderrs),
+    ):
+        paths = {rank: files.get(rank, INHERIT) for rank in ranks}
+        joins = options.joins_lines and list(paths.values()).count(INHERIT) > 1
+        for rank, path in paths.items():
+            prefix = prefixes.get(rank, "").encode(errors="surrogateescape")
             if path not in (INHERIT, os.devnull):
                 routes.append(Route(rank, stream, path, rank in shown, prefix))
-            elif stream == STDERR or filters.get(stream):
-                routes.append(Route(rank, stream, "", path == INHERIT, None))
+            elif stream == STDERR or options.filters.get(stream) or (joins and path == INHERIT):
+                routes.append(Route(rank, stream, "", path == INHERIT, None, joins))
     return routes
 
 

@@ -12,10 +12,12 @@ _REDRAWN = re.compile(rb"^[^\n]*\r(?=[^\r\n])", re.MULTILINE)
 # Carriage returns at the end of a line belong to its end. Without the anchor, a long line would take quadratic time.
 
 _ESCAPES = re.compile(
-    rb"\x1b\[[0-?]*[ -/]*[@-~]"  # colors and cursor movements
+    rb"\x1b\[[0-?]*[ -/]*[@-~]?"  # colors and cursor movements
     rb"|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?"  # titles and links
     rb"|\x1b[ -/]*[0-Z\\`-~]?"
 )
+_UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*\x1b?|[ -/]*)\Z")
+"""The beginning of such a sequence at the end of a block."""
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r")) + b"\x7f"
 
 
@@ -27,6 +29,27 @@ def last_states(lines: bytes) -> bytes:
 def last_state(line: bytearray) -> None:
     """Remove from an unfinished line what was overwritten in it."""
     del line[: line.rfind(b"\r", 0, len(line.rstrip(b"\r"))) + 1]
+
+
+def without_escapes(begun: bytes, block: bytes) -> tuple[bytes, bytes]:
+    """Return a block of a stream without escape sequences, and what must be given with the next block.
+
+    Args:
+        begun: what the call for the block before returned as second value; empty at the beginning.
+        block: the next bytes of the stream. Where it is divided into blocks makes no difference.
+
+    >>> without_escapes(b"", b"\x1b[31mred\x1b[")
+    (b'red', b'\x1b[')
+    """
+    if not begun and b"\x1b" not in block:
+        return block, b""
+    data = begun + block
+    if unfinished := _UNFINISHED.search(data):
+        data, begun = data[: unfinished.start()], unfinished[0]
+    else:
+        begun = b""
+    # Of a sequence, only its kind and its last byte decide how it goes on. A picture can be one of many megabytes.
+    return _ESCAPES.sub(b"", data), begun[:2] + begun[2:][-1:]
 
 
 def matching(lines: bytes, texts: Iterable[bytes]) -> bytes:

@@ -29,6 +29,9 @@ ALL_BACKLOGS = 64 << 20
 BATCH_DELAY = 0.01
 """Seconds to let pipes fill while workers write many small pieces: waking up for each piece costs more than the work
 itself. A single line is read at once."""
+JOIN_DELAY = 0.1
+"""Seconds that the beginning of a line waits for its end where several workers share a console. What `print` writes
+arrives in pieces, because Python runs with ``-u``."""
 _MAX_OWN_LINES = 64 << 10
 """Bytes of the launcher's own lines that may wait for a console. Further lines are lost."""
 
@@ -62,6 +65,8 @@ class LogPump:
         self._buffer = bytearray()
         self._pipe_size = self._max_backlog = BLOCK
         self._taken_at = self._rest_until = float("-inf")
+        self._held: dict[Source, float] = {}
+        """Streams whose unfinished line is held, and until when."""
         self._own_lines = _OwnLines()
 
     def _console(self, stream: int) -> Console:
@@ -110,7 +115,9 @@ class LogPump:
                     len(route.prefix or b""),
                 )
                 self._workers_ends.append(theirs)
-                source = Source(route, ours, capacity, console, file, *shared.get(route.stream, ()))
+                is_terminal = bool(console and console.is_terminal) and os.isatty(ours)
+                duplicate = shared.get(route.stream, ())
+                source = Source(route, ours, capacity, console, file, *duplicate, is_terminal=is_terminal)
                 ends[route.local_rank, route.stream] = theirs
                 self._sources[ours] = self._by_stream[route.local_rank, route.stream] = source
         except OSError as error:
@@ -169,7 +176,9 @@ class LogPump:
 
     def deadline(self) -> float | None:
         """Return when ``descriptors`` will return more, on ``time.monotonic``; None if that depends on events only."""
-        return self._rest_until if self._rest_until > float("-inf") and self._sources else None
+        if self._rest_until > float("-inf") and self._sources:
+            return self._rest_until
+        return min(self._held.values(), default=None)
 
     def take(self, ready: Collection[int]) -> None:
         """Move what can be moved without waiting. ``ready`` may include descriptors of others."""
@@ -182,7 +191,18 @@ class LogPump:
             if max(fills) < 0.25 and now - self._taken_at < 2 * BATCH_DELAY:
                 self._rest_until = now + BATCH_DELAY
             self._taken_at = now
+        if self._held:
+            self._release()
         self._update_consoles()
+
+    def _release(self) -> None:
+        """Show the beginnings of lines whose ends did not come in time."""
+        now = time.monotonic()
+        for source in [source for source, until in self._held.items() if until <= now]:
+            self._read(source)  # the end may have arrived while this process waited for a CPU
+            if self._held.get(source, now + 1) <= now:
+                source.release()
+                del self._held[source]
 
     def _update_consoles(self) -> None:
         for console in self._each_console():
@@ -204,10 +224,15 @@ class LogPump:
             self._finish(source)
             return None
         source.feed(bytes(memoryview(self._buffer)[:size]))
+        if not source.held:
+            self._held.pop(source, None)
+        elif source not in self._held:
+            self._held[source] = time.monotonic() + JOIN_DELAY
         return size
 
     def _finish(self, source: Source) -> None:
         del self._sources[source.fd]
+        self._held.pop(source, None)
         os.close(source.fd)
         source.end()
 

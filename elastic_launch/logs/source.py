@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from elastic_launch.core.lines import end_as_text, last_state, last_states, matching
+from elastic_launch.core.lines import end_as_text, last_state, last_states, matching, without_escapes
 from elastic_launch.logs.sinks import Console, File
 
 STDOUT, STDERR = 1, 2
@@ -14,6 +14,8 @@ TAIL_LINES, TAIL_SIZE = 20, 8 << 10
 """Limits of the tail of a worker's stderr, in lines and in bytes."""
 TAIL_KEPT = 64 << 10
 """Bytes of stderr that are kept for the tail. Many of them may be progress bars and colours, which the tail omits."""
+MAX_HELD = 64 << 10
+"""Bytes of an unfinished line that wait for its end, so that other workers' output does not get into it."""
 MAX_MARKED = 1 << 20
 """Bytes of stderr that are kept after a mark."""
 
@@ -30,6 +32,9 @@ class Route(NamedTuple):
     """Whether the launcher's own stream of the same number shows the output."""
     prefix: bytes | None = None
     """What is shown before each line. None: the bytes are shown unchanged, as they arrive."""
+    joins: bool = False
+    """Whether bytes that are shown unchanged share the console with those of other workers. Then the pieces of a line
+    that arrive shortly after each other are shown at once."""
 
 
 class Duplicates(NamedTuple):
@@ -52,6 +57,8 @@ class Source:
         file: File | None,
         texts: tuple[bytes, ...] = (),
         duplicate: File | None = None,
+        *,
+        is_terminal: bool = False,
     ) -> None:
         """Prepare.
 
@@ -63,6 +70,7 @@ class Source:
             file: stores the output; None if it is not stored.
             texts: lines with one of these texts are copied to ``duplicate``.
             duplicate: the file for such lines.
+            is_terminal: whether the worker writes to a terminal. Its colours are not for the files.
         """
         self.fd = fd
         self.capacity = capacity
@@ -81,6 +89,12 @@ class Source:
         self._file = file
         self._texts = texts
         self._duplicate = duplicate
+        self._is_terminal = is_terminal
+        self._begun = b""
+        """The beginning of an escape sequence that is left out of the file."""
+        self._joins = route.joins
+        self.held = b""
+        """The unfinished line that waits for its end, although its bytes are shown unchanged."""
         self._partial = bytearray()
         """The unfinished line, if the output is split into lines."""
         self._is_redrawn = False
@@ -89,11 +103,14 @@ class Source:
     def feed(self, block: bytes) -> None:
         """Pass on what the worker wrote."""
         if self._file:
-            self._file.write(block)
+            kept = block
+            if self._is_terminal:
+                kept, self._begun = without_escapes(self._begun, block)
+            self._file.write(kept)
         if self._is_stderr:
             self._remember(block)
         if self._raw:
-            self._raw.add(block, self, is_lines=False)
+            self._show_raw(block)
         if not (self._lines or self._duplicate):
             return
         end = block.rfind(b"\n") + 1
@@ -113,10 +130,17 @@ class Source:
 
     def end(self) -> None:
         """Show the unfinished line, because the stream has ended or the line is too long."""
+        self.release()
         if self._partial:
             line = bytes(self._partial) + b"\n"
             self._partial.clear()
             self._show(line)
+
+    def release(self) -> None:
+        """Show the unfinished line that is held."""
+        if self._raw and self.held:
+            self._raw.add(self.held, self, is_lines=False)
+        self.held = b""
 
     def tail(self) -> str:
         """Return the last lines of stderr as text."""
@@ -127,6 +151,15 @@ class Source:
         state = self._partial.strip(b"\r")
         return self._prefix + bytes(state) if state else b""
 
+    def _show_raw(self, block: bytes) -> None:
+        if self._joins:
+            block = self.held + block
+            end = block.rfind(b"\n") + 1
+            self.held = block[end:] if len(block) - end <= MAX_HELD else b""
+            block = block[: len(block) - len(self.held)]
+        if self._raw and block:
+            self._raw.add(block, self, is_lines=False)
+
     def _show(self, lines: bytes) -> None:
         if self._is_redrawn and self._lines:
             self._lines.undraw(self.row)
@@ -135,7 +168,8 @@ class Source:
         if self._lines:
             self._lines.add(self._prefixed(lines), self)
         if self._duplicate and (found := matching(lines, self._texts)):
-            self._duplicate.write(bytes(self._prefixed(found)))
+            found = bytes(self._prefixed(found))
+            self._duplicate.write(without_escapes(b"", found)[0] if self._is_terminal else found)
 
     def _prefixed(self, lines: bytes) -> bytes | memoryview:
         if not (prefix := self._prefix):

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from elastic_launch.core.lines import end_as_text, last_state, last_states, matching
+from elastic_launch.core.lines import end_as_text, last_state, last_states, matching, without_escapes
 from elastic_launch.errors import UnavailableError
 from elastic_launch.logs import pump as pump_module
 from elastic_launch.logs import source as source_module
@@ -413,6 +415,37 @@ def test_one_pipe_for_both_streams_keeps_lines_whole(console: Console, pump: Log
     assert sorted(console.read().splitlines()) == [b"#" + b"e" * 50] * 6000 + [b"#" + b"o" * 50] * 6000
 
 
+def test_lines_that_come_in_pieces_are_shown_whole(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `print` writes them under ``python -u``. At the end, and before a round, what is held is shown, too."""
+    monkeypatch.setattr(pump_module, "JOIN_DELAY", 2 * DEADLINE)
+    with new_pump(console) as pump:
+        ends = pump.open([Route(rank, 1, show=True, joins=True) for rank in (0, 1)])
+        for piece in (b"rank ", b"%d", b"\n", b"more"):
+            for rank in (0, 1):
+                os.write(ends[rank, 1], piece.replace(b"%d", b"%d" % rank))
+                pump.take([fd for fd, _ in pump.descriptors()])
+        turn(pump, lambda: console.read().count(b"\n") == 2)
+        assert console.read() == b"rank 0\nrank 1\n"
+        assert pump.deadline() is not None
+        pump.drain()
+        assert console.read() == b"rank 0\nrank 1\nmoremore"
+        assert pump.deadline() is None
+
+
+def test_the_beginning_of_a_line_is_shown_soon(
+    console: Console, pump: LogPump, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = pump.open([Route(0, 1, show=True, joins=True)])[0, 1]
+    monkeypatch.setattr(pump_module, "JOIN_DELAY", 0.01)
+    for piece in (b"Loading", b" ...", b" done\n"):
+        os.write(end, piece)
+        turn(pump, shows(console, piece))
+    monkeypatch.setattr(pump_module, "JOIN_DELAY", 2 * DEADLINE)
+    long = b"x" * (source_module.MAX_HELD + 1)
+    os.write(end, long)
+    turn(pump, lambda: console.read() == b"Loading ... done\n" + long)
+
+
 @pytest.mark.parametrize("kind", ["socket", "pipe that cannot be opened anew"])
 def test_a_console_that_could_block_does_not(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "socket":
@@ -670,6 +703,36 @@ def test_the_tail_outlives_the_round_and_ends_with_the_next(console: Console, pu
     assert pump.tail(0) == ""
 
 
+ESCAPES = (
+    b"plain \x1b[1;31mred\x1b[0m, \x1b]8;;http://x\x1b\\link\x1b]8;;\x07\n",
+    b"\x1b(B\x1b[?25l\x1b[ q10 %\r\x1bM20 %\x1b7\x1b[12\nbroken \x1b]title\nend",
+    b"\x1bPq" + b"picture" * 50 + b"\x1b\\after \x1b]0;t\x1b[31mcut\x1b",
+)
+SHOWN = (b"plain red, link\n", b"10 %\r20 %\nbroken \nend", b"after cut")
+
+
+@pytest.mark.parametrize(("data", "shown"), list(zip(ESCAPES, SHOWN, strict=True)))
+def test_escape_sequences_go_wherever_the_stream_is_divided(data: bytes, shown: bytes) -> None:
+    for size in range(1, len(data) + 1):
+        kept, begun = b"", b""
+        for at in range(0, len(data), size):
+            block, begun = without_escapes(begun, data[at : at + size])
+            kept += block
+            assert len(begun) <= 3, "a sequence without an end fills the memory"
+        assert kept == shown, size
+
+
+@given(st.lists(st.sampled_from([b"\x1b", b"[", b"]", b"P", b"\\", b"\x07", b"3", b" ", b"m", b"\n"]), max_size=12))
+def test_any_division_of_any_escape_sequence_gives_the_same(pieces: list[bytes]) -> None:
+    whole, rest = without_escapes(b"", b"".join(pieces))
+    kept, begun = b"", b""
+    for piece in pieces:
+        block, begun = without_escapes(begun, piece)
+        kept += block
+    assert (kept, bool(begun)) == (whole, bool(rest))
+    assert b"\x1b" not in kept
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [
@@ -679,7 +742,7 @@ def test_the_tail_outlives_the_round_and_ends_with_the_next(console: Console, pu
         (b"\x1b[1;31mError:\x1b[0m it \x1b]8;;http://x\x1b\\broke\x1b]8;;\x07\n", "Error: it broke"),
         (b"\r 10%\r 20%\r100%\ndone\r\n", "100%\ndone"),
         (b"caf\xc3\xa9 \xff\0\x08!\n", "café \N{REPLACEMENT CHARACTER}!"),
-        (b"\x1bMtab\tkept\x1b[", "tab\tkept["),
+        (b"\x1bMtab\tkept\x1b[", "tab\tkept"),
         (b"".join(b"line %d\n" % n for n in range(100)), "\n".join(f"line {n}" for n in range(80, 100))),
         (b"x" * 5000 + b"\n" + b"y" * 5000 + b"\n", "y" * 5000),
         (b"x" * 9000, "x" * 8192),

@@ -205,7 +205,7 @@ def test_on_several_nodes_the_prefix_names_host_and_rank(job: Job) -> None:
     script = job.script("print('hello')")
     agents = [start(job, *words, "--node-rank", str(node), "--log-dir", "logs", script) for node in (0, 1)]
     shown = [agent.communicate(timeout=DEADLINE)[0].decode() for agent in agents]
-    assert shown == [f"[{socket.gethostname()} trainer{rank}]:hello\n" for rank in (0, 1)]
+    assert shown == [f"{socket.gethostname()} rank {rank} [trainer0]:hello\n" for rank in (0, 1)]
 
 
 def test_without_files_no_directory_is_left(job: Job) -> None:
@@ -341,6 +341,27 @@ def test_colours_on_a_terminal(job: Job, options: tuple[str, ...], shown: bytes)
     terminal = Terminal(job, *options, "--log-dir", "logs", job.script(COLOURS))
     terminal.finish()
     assert terminal.seen.replace(b"\r\n", b"\n") == shown + b"\n"
+    assert set(files_in(job.path / "logs").values()) == ({"True True 89 red\n", ""} if options else set())
+
+
+def test_ranks_that_share_a_terminal_see_one_and_lose_nothing(job: Job) -> None:
+    terminal = Terminal(job, *TWO, job.script("for i in range(100): print(rank, os.isatty(1))"))
+    terminal.finish()
+    assert sorted(terminal.seen.replace(b"\r", b"")) == sorted((b"0 True\n" + b"1 True\n") * 100)
+
+
+def test_what_a_rank_writes_without_a_line_end_is_shown_although_others_share_the_console(job: Job) -> None:
+    script = job.script("os.write(1, b'asking ') if rank else 0\nwait_for('go')\nprint('answered' if rank else '')")
+    process = start(job, *TWO, script)
+    assert process.stdout
+    seen = b""
+    while seen != b"asking ":
+        assert select.select([process.stdout], [], [], DEADLINE)[0]
+        seen += os.read(process.stdout.fileno(), 100)
+    job.mark("go")
+    out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert b"answered\n" in out
 
 
 def test_no_terminal_if_the_console_is_not_one(job: Job) -> None:
