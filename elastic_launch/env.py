@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+_CONF = "PET_RDZV_CONF"
+"""Variable that stands for ``--rdzv-conf``."""
 PART = "ELASTIC_LAUNCH_PART"
 """Variable that marks the agent's helper processes, such as the store's host; its value is the agent's pid."""
 
@@ -12,6 +14,13 @@ PART = "ELASTIC_LAUNCH_PART"
 def environment() -> dict[str, str]:
     """Return a copy of the variables as they are now."""
     return dict(os.environ)
+
+
+def without_password(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of workers, without the variable that may hold a password for the job's etcd."""
+    return {
+        name: value for name, value in environ.items() if name != _CONF or "password=" not in value.replace(" ", "")
+    }
 
 
 def as_part(environ: Mapping[str, str]) -> dict[str, str]:

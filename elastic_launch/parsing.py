@@ -136,6 +136,11 @@ def parse_rdzv_conf(text: str) -> dict[str, str]:
     for entry in _entries(text):
         key, _, value = (part.strip() for part in entry.partition("="))
         if not key or not value:
+            if "password" in settings:  # what follows it may be a part of it
+                raise UsageError(
+                    "password=***,...: what follows must be KEY=VALUE; a password with a comma goes into a file "
+                    "(password_file=)"
+                )
             raise UsageError(f"{entry!r}: must be KEY=VALUE; separate several entries with commas")
         settings[key] = value
     return settings

@@ -35,7 +35,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
-from elastic_launch.env import environment
+from elastic_launch.env import environment, without_password
 from elastic_launch.errors import (
     ExitCode,
     LaunchError,
@@ -174,7 +174,7 @@ class LocalElasticAgent:
         self._prefix_template = log_line_prefix_template
         self._health_check_server = health_check_server
         self._stop_signals = parse_signals(signals_to_handle)
-        self._environ = environment() if environ is None else environ
+        self._environ = without_password(environment() if environ is None else environ)
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._events = events

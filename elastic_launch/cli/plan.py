@@ -18,6 +18,7 @@ from elastic_launch.host.devices import cpu_count
 from elastic_launch.job import Assignment
 from elastic_launch.launch import shutdown_timeout, threads_per_worker
 from elastic_launch.logs.job_files import DefaultLogsSpecs, as_file_name
+from elastic_launch.parsing import parse_rdzv_conf
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec
@@ -70,6 +71,8 @@ def settings(args: argparse.Namespace, config: LaunchConfig | None, environ: Map
             source = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
         if option.dest in STANDALONE and args.standalone:
             source = given.get("standalone", "--standalone")
+        if option.dest == "rdzv_conf":
+            value = _without_secrets(parse_rdzv_conf(value))
         found.append(Setting(option.name, meant.get(option.dest, value) or NONE, source))
     words = [args.training_script, *args.training_script_args]
     return [*found, Setting("script", joined(words), given.get("training_script", "command line"))]
@@ -90,10 +93,14 @@ def _meant(args: argparse.Namespace, config: LaunchConfig, environ: Mapping[str,
         "rdzv_backend": config.rdzv_backend,
         "rdzv_endpoint": config.rdzv_endpoint,
         "rdzv_id": config.run_id or (RANDOM if is_alone else "none"),
-        "rdzv_conf": ",".join(f"{name}={value}" for name, value in config.rdzv_configs.items() if name != "rank"),
+        "rdzv_conf": _without_secrets({k: value for k, value in config.rdzv_configs.items() if k != "rank"}),
         "shutdown_timeout": f"{shutdown_timeout(config, environ):g}",
         "log_dir": (config.logs_specs and config.logs_specs.root_log_dir) or TEMPORARY,
     }
+
+
+def _without_secrets(settings: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={'***' if name == 'password' else value}" for name, value in settings.items())
 
 
 def joined(words: Sequence[str]) -> str:

@@ -117,11 +117,17 @@ class Child:
                     )
                 self._process = on_error.enter_context(open(os.pidfd_open(self.pid), "rb"))
                 if message is not None:
-                    with contextlib.suppress(BrokenPipeError):  # the socket reports that the process has ended
-                        self.control.send(marshal.dumps(message))
+                    self._send(message)
                 on_error.pop_all()
         except OSError as error:
             raise UnavailableError(f"cannot start {what}: {error}") from error
+
+    def _send(self, message: Any) -> None:
+        """Send the first message, in a memory file: a socket does not take more than some 200 KiB at once."""
+        with open(os.memfd_create("message"), "wb") as file, contextlib.suppress(BrokenPipeError):
+            marshal.dump(message, file)
+            file.flush()
+            socket.send_fds(self.control, [b"m"], [file.fileno()])  # the socket reports if the process has ended
 
     def fileno(self) -> int:
         """The socket's descriptor; -1 when it is closed."""

@@ -5,6 +5,7 @@ It imports next to nothing, because some helper processes stay for the whole job
 
 from __future__ import annotations
 
+import marshal
 import os
 import select
 import socket
@@ -13,6 +14,7 @@ import sys
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 _DIE_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9);"  # PR_SET_PDEATHSIG, SIGKILL
@@ -36,6 +38,14 @@ def run(name: str, module: str, *inherited: str) -> None:
         file.write(name)
     __import__(module)
     sys.modules[module].main(socket.socket(fileno=control), agent, *others)
+
+
+def receive_message(control: socket.socket) -> Any:
+    """Receive the first message that the agent sends, the value that ``Child`` was given."""
+    _, (descriptor,), _, _ = socket.recv_fds(control, 1, 1)
+    with open(descriptor, "rb") as file:
+        file.seek(0)  # the agent has moved the shared offset
+        return marshal.load(file)
 
 
 def wait_for_agent(control: socket.socket, agent: int) -> bool:

@@ -29,6 +29,36 @@ def open_regular(path: str, flags: int) -> int:
     return fd
 
 
+def read_private(path: str, limit: int) -> bytes:
+    """Return what a file holds that only this user may read or write, such as a password.
+
+    A link is followed, as in the volumes of Kubernetes: what counts is whose the file is.
+
+    Args:
+        path: the file.
+        limit: most bytes that it may have.
+
+    Raises:
+        OSError: it cannot be read, belongs to another user, may be used by others, is too long, or not a regular file.
+            ``strerror`` says which of these.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        why = ""
+        if not stat.S_ISREG(status.st_mode):
+            why = "not a regular file"
+        elif status.st_uid not in (os.geteuid(), 0):
+            why = "belongs to another user"
+        elif status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            why = f"other users may use it (mode {stat.S_IMODE(status.st_mode):04o}): chmod 600 {path}"
+        elif len(data := file.read(limit + 1)) > limit:
+            why = f"longer than {limit} bytes"
+        else:
+            return data
+    raise OSError(errno.EPERM, why, path)
+
+
 def belongs_to_another(path: str) -> str:
     """Return the part of an absolute path that another user has put where everybody may write; empty: there is none.
 

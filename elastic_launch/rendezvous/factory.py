@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from elastic_launch.config import LaunchConfig
-from elastic_launch.core.text import visible
+from elastic_launch.core.text import counted, visible
 from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
 from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
@@ -222,6 +222,7 @@ def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ)
 
 def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ: Environ, log: Logger) -> EtcdBackend:
     from elastic_launch.rendezvous.backends.etcd import EmbeddedEtcdBackend, EtcdBackend
+    from elastic_launch.store.etcd.bridge import has_password, is_secure, parse_settings
 
     endpoint = config.rdzv_endpoint.strip()
     if not endpoint:
@@ -231,7 +232,11 @@ def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ
     texts = {name: str(value) for name, value in config.rdzv_configs.items() if value is not None}
     if "store_timeout" in conf:
         texts["read_timeout"] = str(conf["store_timeout"])  # the bridge has one limit for all attempts together
+        texts["timeout_setting"] = "store_timeout"
     if not conf.get("embedded"):
+        parse_settings(endpoint, texts)  # here, before anything is started
+        if has_password(texts) and not is_secure(texts):
+            log("protocol=http: the password for etcd crosses the network unencrypted")
         return EtcdBackend(endpoint, config.run_id, texts, environ)
     # The members start with the nodes. A little less than join_timeout, because the bridge knows best what is missing.
     texts["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
@@ -301,7 +306,10 @@ SETTINGS: dict[str, Callable[[str, str], Any]] = {
     "embedded": _flag,  # whether the agents run etcd's members; default false
 }
 """Settings of ``--rdzv-conf``, with the functions that read a text; the option is for their error messages."""
-ETCD_SECURITY = ("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password")
+ETCD_SECURITY = (
+    *("cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key"),
+    *("user", "username", "password", "password_file"),
+)
 """Settings for an etcd cluster with TLS or users: files, and names."""
 OTHER_SETTINGS = {"rank", "protocol", *ETCD_SECURITY}
 """Settings that are read elsewhere: the rank of ``--node-rank``, and those of ``EtcdBridge``."""
@@ -315,7 +323,9 @@ def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:
     """
     given = {name: value for name, value in config.rdzv_configs.items() if value is not None}
     if unknown := sorted(given.keys() - SETTINGS.keys() - OTHER_SETTINGS):
-        log(f"--rdzv-conf: ignoring unknown settings: {', '.join(unknown)}")
+        # With an inline password they may be parts of it.
+        names = "" if "password" in given else f": {', '.join(unknown)}"
+        log(f"--rdzv-conf: ignoring {counted(len(unknown), 'unknown setting')}{names}")
     if config.rdzv_timeout != -1:
         given["timeout"] = config.rdzv_timeout
     values = {name: read(str(given[name]), f"--rdzv-conf {name}=") for name, read in SETTINGS.items() if name in given}

@@ -14,6 +14,7 @@ import signal
 import time
 
 from elastic_launch.env import PART
+from elastic_launch.host.child_main import receive_message
 from elastic_launch.workers import keeper_main
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost time
@@ -29,7 +30,7 @@ KILL_PATIENCE = 2.0
 def main(control: socket.socket, agent: int) -> None:
     """Run the command that comes on ``control``; ``agent`` is a pidfd of the agent."""
     keeper_main.set_subreaper(True)
-    command = marshal.loads(control.recv(1 << 20))
+    command = receive_message(control)
     output, end_of_output = os.pipe()
     os.set_blocking(output, False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import http.server
@@ -32,6 +33,7 @@ from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
 from tests.support.etcd import Trio, post
 from tests.support.leaks import shared_by_tests
+from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
 from tests.support.store_contract import Connect, Connection, ServedStoreContract
 from tests.support.waiting import DEADLINE, is_alive, wait_until
@@ -500,19 +502,50 @@ def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Age
         trio.servers[index].wait_ready(DEADLINE)
 
 
+def why_lost(agent: Agent) -> str:
+    """The message of a bridge that loses its cluster while it serves a request."""
+    with pytest.raises(RendezvousConnectionError):
+        agent(Add("n", 1))
+    return why(agent)
+
+
+@contextlib.contextmanager
+def cutting_off(port: int) -> Iterator[None]:
+    """A block in which whoever connects to a port of this host is cut off at once."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+        server.settimeout(DEADLINE)
+
+        def cut() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
 def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> None:
     server = EtcdServer()
     server.start(stderr=subprocess.DEVNULL)
     try:
-        agent = agents(server.get_endpoint(), read_timeout="1")
+        endpoint = server.get_endpoint()
+        agent = agents(endpoint, read_timeout="1")
+        other = agents(endpoint, read_timeout="1", timeout_setting="store_timeout")
         agent(Add("n", 1))
+        other(Add("n", 1))
         server.kill()
-        with pytest.raises(RendezvousConnectionError):
-            agent(Add("n", 1))
-        text = why(agent)
-        assert text.startswith(
-            f"etcd at {server.get_endpoint()} has not answered for 1 s (read_timeout of --rdzv-conf): "
-        )
+        with cutting_off(server.get_port()):
+            text = why_lost(other)
+        assert text.startswith(f"etcd at {endpoint} has not answered for 1 s (store_timeout of --rdzv-conf): ")
+        assert "TLS" not in text
+        assert "https" not in text
+        text = why_lost(agent)
+        assert text.startswith(f"etcd at {endpoint} has not answered for 1 s (read_timeout of --rdzv-conf): ")
     finally:
         server.stop()
 
@@ -594,15 +627,21 @@ def test_wrong_tls_settings_are_explained(secured: str, certificates: Path, agen
 
 
 @pytest.fixture(scope="module")
-def guarded() -> Iterator[str]:
-    """The endpoint of an etcd with users: root (password "secret"), ann ("pass", reads and writes /elastic/)."""
+def guarded(certificates: Path) -> Iterator[str]:
+    """The endpoint of an etcd with users: root (password "secret"), ann ("pa,ss", reads and writes /elastic/).
+
+    It serves TLS on the next port but one.
+    """
     server = EtcdServer()
-    port, peer_port = free_ports(2)
+    port = free_port(3)
+    urls = f"http://127.0.0.1:{port},https://127.0.0.1:{port + 2}"
+    options = ["--auth-token-ttl", "1", "--listen-client-urls", urls, "--advertise-client-urls", urls]
+    options += ["--cert-file", str(certificates / "server.pem"), "--key-file", str(certificates / "server.key")]
     with shared_by_tests():
-        server.launch(port, peer_port, ["--auth-token-ttl", "1"], subprocess.DEVNULL)
+        server.launch(port, port + 1, options, subprocess.DEVNULL)
         server.wait_ready(DEADLINE)
     endpoint = server.get_endpoint()
-    for user, password, role in (("root", "secret", "root"), ("ann", "pass", "jobs")):
+    for user, password, role in (("root", "secret", "root"), ("ann", "pa,ss", "jobs")):
         post(endpoint, "auth/user/add", name=user, password=password)
         post(endpoint, "auth/role/add", name=role)
         post(endpoint, "auth/user/grant", user=user, role=role)
@@ -616,14 +655,14 @@ def guarded() -> Iterator[str]:
 @pytest.mark.xdist_group("etcd-users")
 def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
-    agent = agents(guarded, prefix, user="ann", password="pass")
+    agent = agents(guarded, prefix, user="ann", password="pa,ss", protocol="http")
     assert agent(Add("n", 1)) == 1
-    assert agents(guarded, prefix, username="ann", password="pass")(Add("n", 1)) == 2
+    assert agents(guarded, prefix, username="ann", password="pa,ss", protocol="http")(Add("n", 1)) == 2
     waiting = agent.connect()
     waiting.submit(Wait(("k",)), 0)
     waiting.flush()
     # A token expires when it is not used for a second.
-    token = post(guarded, "auth/authenticate", name="ann", password="pass")["token"]
+    token = post(guarded, "auth/authenticate", name="ann", password="pa,ss")["token"]
     time_of_use = time.monotonic()
 
     def expired() -> bool:
@@ -644,16 +683,55 @@ def test_user_and_password(guarded: str, agents: Callable[..., Agent]) -> None:
 
 @pytest.mark.xdist_group("etcd-users")
 def test_denied_access_is_explained(guarded: str, agents: Callable[..., Agent]) -> None:
-    text = why(agents(guarded, user="ann", password="wrong"))
+    text = why(agents(guarded, user="ann", password="wrong", protocol="http"))
     assert f"etcd at {guarded} does not accept user=ann with this password" in text
     text = why(agents(guarded))
-    assert f"etcd at {guarded} requires a user: pass user=NAME,password=... in --rdzv-conf" in text
-    text = why(agents(guarded, "/elsewhere/", user="ann", password="pass"))
+    assert f"etcd at {guarded} requires a user: pass user=NAME,password_file=FILE in --rdzv-conf" in text
+    text = why(agents(guarded, "/elsewhere/", user="ann", password="pa,ss", protocol="http"))
     assert "denies user=ann access to the job's keys" in text
 
 
+@pytest.mark.xdist_group("etcd-users")
+def test_a_user_whose_password_is_in_a_file_over_tls_with_a_large_bundle(
+    guarded: str, certificates: Path, tmp_path: Path, agents: Callable[..., Agent]
+) -> None:
+    """Such as the bundle of all public authorities, which has 220 KB and comments."""
+    host, _, port = guarded.rpartition(":")
+    bundle, secret = tmp_path / "bundle.pem", tmp_path / "password"
+    bundle.write_text("# comment\n" * 30_000 + (certificates / "ca.pem").read_text())
+    secret.write_text("pa,ss\n")
+    secret.chmod(0o600)
+    agent = agents(f"{host}:{int(port) + 2}", cacert=str(bundle), user="ann", password_file=str(secret))
+    assert agent(Add("n", 1)) == 1
+    seen = (
+        Path(f"/proc/{agent.bridge.pid}/cmdline").read_bytes() + Path(f"/proc/{agent.bridge.pid}/environ").read_bytes()
+    )
+    assert b"pa,ss" not in seen
+
+
 def test_user_and_password_that_etcd_does_not_require(etcd: str, agents: Callable[..., Agent]) -> None:
-    assert agents(etcd, user="ann", password="pass")(Add("n", 1)) == 1
+    assert agents(etcd, user="ann", password="pass", protocol="http")(Add("n", 1)) == 1
+
+
+def test_an_answer_has_a_bound(agents: Callable[..., Agent]) -> None:
+    """Whoever can write to the cluster cannot exhaust the agents' memory."""
+    server = EtcdServer()
+    server.start(stderr=subprocess.DEVNULL)
+    try:
+        agent = agents(server.get_endpoint())
+        agent(Append("list", b"x"))
+        assert agent(Get(("list",))) == [b"x"]
+        prefix = agent.prefix.encode()
+        kvs = post(server.get_endpoint(), "kv/range", key=prefix, range_end=prefix[:-1] + b"0")["kvs"]
+        (marker,) = [value for kv in kvs if (value := base64.b64decode(kv["value"])).startswith(b"\0*")]
+        for number in range(19):
+            key = prefix + b"\0piece/%s/%d" % (marker[2:], number)
+            post(server.get_endpoint(), "kv/put", key=key, value=b"x" * 1_400_000)
+        with pytest.raises(RendezvousConnectionError):
+            agent(Get(("list",)))
+        assert "answers with more than was asked for" in why(agent)
+    finally:
+        server.stop()
 
 
 # --- wrong endpoints ---
@@ -703,13 +781,31 @@ def test_a_silent_server_beside_one_that_works(etcd: str, agents: Callable[..., 
     ("endpoints", "conf", "message"),
     [
         ("a:1", {"cacert": "/no/such/file"}, "cacert=/no/such/file: No such file"),
+        ("a:1", {"cacert": ""}, "cacert=: must name a file"),
+        ("a:1", {"cacert": "/dev/null"}, "cacert=/dev/null: the file is empty"),
+        ("a:1", {"ca_cert": "/dev/null"}, "cacert=/dev/null: the file is empty"),
+        ("a:1", {"cert": "/dev/null", "key": "/dev/null"}, "cert=/dev/null: the file is empty"),
+        ("a:1", {"cacert": "/dev/zero"}, "cacert=/dev/zero: longer than 8 MiB"),
+        ("a:1", {"cacert": "/"}, "cacert=/: Is a directory"),
+        ("a:1", {"cacert": os.__file__}, f"cacert={os.__file__}: holds no certificate in PEM"),
+        ("a:1", {"cert": "PEM", "key": "PEM"}, "key=.*/PEM: holds no private key in PEM"),
+        ("a:1", {"cert": "PEM"}, "one of cert and key"),
+        ("a:1", {"protocol": "http", "cacert": "PEM"}, "protocol=http and cacert, which needs https"),
         ("a:1", {"protocol": "ftp"}, "protocol=ftp: must be http or https"),
         ("a:1", {"user": "ann"}, "one of user and password"),
-        ("a:1", {"cert": __file__}, "one of cert and key"),
+        ("a:1", {"user": "ann", "password": "x"}, "without TLS the password could be read .* pass protocol=https"),
+        ("a:1", {"user": "ann", "password_file": "PEM", "protocol": "http"}, "password_file=.*/PEM: other users may"),
+        ("a:1", {"user": "ann", "password_file": "/no/such", "protocol": "http"}, "password_file=/no/such: No such"),
+        ("a:1", {"user": "ann", "password_file": "/dev/null", "protocol": "http"}, "null: not a regular file"),
+        ("a:1", {"user": "a", "password_file": "/x", "password": "x", "protocol": "http"}, "both password and"),
         ("a:1", {"read_timeout": "soon"}, "read_timeout='soon': must be a number"),
         (" , ", {}, "no endpoint"),
     ],
 )
-def test_wrong_settings(endpoints: str, conf: dict[str, str], message: str) -> None:
+def test_wrong_settings(endpoints: str, conf: dict[str, str], message: str, tmp_path: Path) -> None:
+    """PEM stands for a file of certificates, which others may read."""
+    file = tmp_path / "PEM"
+    file.write_text("-----BEGIN CERTIFICATE-----\n")
+    file.chmod(0o644)
     with pytest.raises(UsageError, match=message):
-        EtcdBridge(endpoints, "/x/", conf, {})
+        EtcdBridge(endpoints, "/x/", {name: text.replace("PEM", str(file)) for name, text in conf.items()}, {})

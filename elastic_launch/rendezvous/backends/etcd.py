@@ -17,7 +17,9 @@ from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 
-SHOWN_SETTINGS = {"protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username"}
+SHOWN_SETTINGS = {
+    *("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password_file"),
+}
 """Settings that may be shown: names of files and users, but no passwords."""
 
 

@@ -6,6 +6,7 @@ No gRPC and no thread here: these are in the bridge's process.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from elastic_launch.core.text import visible
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.host.child import Child
+from elastic_launch.host.files import read_private
 from elastic_launch.parsing import parse_seconds
 
 CLOSE_PATIENCE = 2.0
@@ -23,6 +25,12 @@ DEFAULT_PORT = 2379
 READ_TIMEOUT = 60.0
 """Seconds for a call to etcd, including all attempts; the same default as torch's."""
 
+TLS_FILES = ("cacert", "cert", "key")
+"""Settings that name files, and mean that TLS is used."""
+MAX_PEM = 8 << 20
+"""Most bytes of such a file; a bundle of all public authorities has 0.2 MiB."""
+MAX_PASSWORD = 4096
+
 _NAMES = {
     "protocol": ("protocol",),
     "cacert": ("cacert", "ca_cert"),
@@ -30,7 +38,9 @@ _NAMES = {
     "key": ("key", "ssl_cert_key"),
     "user": ("user", "username"),
     "password": ("password",),
+    "password_file": ("password_file",),
     "read_timeout": ("read_timeout",),
+    "timeout_setting": ("timeout_setting",),
     "start_timeout": ("start_timeout",),
     "cluster_id": ("cluster_id",),
 }
@@ -47,8 +57,9 @@ class EtcdBridge(Child):
             endpoints: ``HOST:PORT`` of etcd members, separated by commas; the default port is 2379.
             prefix: The beginning of all keys in etcd. Bridges with the same prefix share their keys and a lease.
             conf: Settings of ``--rdzv-conf``; others are ignored. protocol (http or https), cacert, cert, key (files),
-                user, password, read_timeout (seconds for a call; 60), start_timeout (the same until etcd has answered
-                once), cluster_id (only members of this cluster are used; any).
+                user, password or password_file, read_timeout (seconds for a call; 60), timeout_setting (the setting
+                that read_timeout comes from, for messages; read_timeout), start_timeout (as read_timeout, until etcd
+                has answered once), cluster_id (only members of this cluster are used; any).
             environ: Environment variables of the process.
 
         Raises:
@@ -105,47 +116,110 @@ class EtcdBridge(Child):
 
 def given_settings(conf: Mapping[str, str]) -> dict[str, str]:
     """The settings of ``--rdzv-conf`` that are for the connection to etcd, under one name each."""
-    return {name: conf[key] for name, keys in _NAMES.items() for key in keys if conf.get(key)}
+    return {name: conf[key] for name, keys in _NAMES.items() for key in keys if key in conf}
 
 
 def parse_settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of ``cluster.EtcdSettings``.
+    """The fields of ``cluster.EtcdSettings``. Whether TLS is used depends on what was named, not on what files hold.
 
     Raises:
-        UsageError: A setting is wrong, or its file cannot be read.
+        UsageError: A setting is wrong, or its file cannot be read or is not what it should be.
     """
     given = given_settings(conf)
-    files = {name: _read_file(name, given[name]) if name in given else None for name in ("cacert", "cert", "key")}
+    files = {name: _read_pem(name, given[name]) if name in given else None for name in TLS_FILES}
     if (files["cert"] is None) != (files["key"] is None):
         raise UsageError("--rdzv-conf has one of cert and key; a client certificate needs both")
-    protocol = given.get("protocol", "https" if any(files.values()) else "http").strip().lower()
-    if protocol not in ("http", "https"):
-        raise UsageError(f"--rdzv-conf protocol={protocol}: must be http or https")
-    if ("user" in given) != ("password" in given):
-        raise UsageError("--rdzv-conf has one of user and password; etcd needs both")
+    password = _password(given)
+    if ("user" in given) != (password is not None):
+        raise UsageError("--rdzv-conf has one of user and password (or password_file); etcd needs both")
     seconds = _seconds("read_timeout", given.get("read_timeout", str(READ_TIMEOUT)))
     members = [endpoint for entry in endpoints.split(",") if (endpoint := entry.strip())]
     if not members:
         raise UsageError("no endpoint of etcd: pass --rdzv-endpoint HOST:PORT, or several separated by commas")
     return {
         "endpoints": tuple(f"{m}:{DEFAULT_PORT}" if ":" not in m.rpartition("]")[2] else m for m in members),
-        "secure": protocol == "https",
+        "secure": is_secure(conf),
         **files,
         "user": given.get("user"),
-        "password": given.get("password"),
+        "password": password,
         "read_timeout": seconds,
+        "timeout_setting": given.get("timeout_setting", "read_timeout"),
         "start_timeout": _seconds("start_timeout", given.get("start_timeout", str(seconds))),
         "cluster_id": int(given.get("cluster_id", "0")),
     }
+
+
+def is_secure(conf: Mapping[str, str]) -> bool:
+    """Whether settings of ``--rdzv-conf`` ask for TLS: by ``protocol=https``, or by a file that only TLS needs.
+
+    Raises:
+        UsageError: They contradict each other, or would send a password in the clear and do not say ``protocol=http``.
+    """
+    given = given_settings(conf)
+    files = [name for name in TLS_FILES if name in given]
+    protocol = given.get("protocol", "https" if files else "http").strip().lower()
+    if protocol not in ("http", "https"):
+        raise UsageError(f"--rdzv-conf protocol={protocol}: must be http or https")
+    if protocol == "http" and files:
+        raise UsageError(f"--rdzv-conf has protocol=http and {files[0]}, which needs https")
+    if protocol == "http" and "protocol" not in given and has_password(conf):
+        raise UsageError(
+            "--rdzv-conf: without TLS the password could be read by everybody on the way to etcd: "
+            "pass protocol=https, or protocol=http if that does not matter"
+        )
+    return protocol == "https"
+
+
+def has_password(conf: Mapping[str, str]) -> bool:
+    """Whether settings of ``--rdzv-conf`` name a password."""
+    return "password" in conf or "password_file" in conf
+
+
+def _password(given: Mapping[str, str]) -> str | None:
+    """The password; None if there is none."""
+    path = given.get("password_file")
+    if path is None:
+        return given.get("password")
+    if "password" in given:
+        raise UsageError("--rdzv-conf has both password and password_file")
+    try:
+        text = read_private(path, MAX_PASSWORD).decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise UsageError(f"--rdzv-conf password_file={path}: not a text in UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--rdzv-conf password_file={path}: {_reason(error)}") from error
+    if not text:
+        raise UsageError(f"--rdzv-conf password_file={path}: the file is empty")
+    return text
 
 
 def _seconds(name: str, text: str) -> float:
     return parse_seconds(text, f"--rdzv-conf {name}=", above_zero=True)
 
 
-def _read_file(name: str, path: str) -> bytes:
+def _read_pem(name: str, path: str) -> bytes:
+    """Read a file of certificates, or one of a private key."""
+    where = f"--rdzv-conf {name}={path}"
+    if not path:
+        raise UsageError(f"{where}: must name a file")
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UsageError(f"--rdzv-conf {name}={path}: {error.strerror}") from error
+        with open(path, "rb", opener=_without_waiting) as file:
+            data = file.read(MAX_PEM + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: {_reason(error)}") from error
+    if len(data) > MAX_PEM:
+        raise UsageError(f"{where}: longer than {MAX_PEM >> 20} MiB")
+    if not data.strip():
+        raise UsageError(f"{where}: the file is empty")
+    what = b"PRIVATE KEY-----" if name == "key" else b"CERTIFICATE-----"
+    if b"-----BEGIN " not in data or what not in data:
+        raise UsageError(f"{where}: holds no {'private key' if name == 'key' else 'certificate'} in PEM")
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)  # a pipe must not hold up this process
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

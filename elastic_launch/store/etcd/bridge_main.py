@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import marshal
 import os
 import socket
 import sys
 from typing import Any, NoReturn, cast
 
 from elastic_launch.errors import UnavailableError
+from elastic_launch.host.child_main import receive_message
 from elastic_launch.store import wire
 from elastic_launch.store.etcd import protobuf
 from elastic_launch.store.etcd.cluster import Cluster, EtcdError, EtcdSettings
@@ -215,7 +215,7 @@ def main(control: socket.socket, agent: int) -> NoReturn:
         agent: A pidfd of the agent.
     """
     try:
-        settings = marshal.loads(control.recv(1 << 20))
+        settings = receive_message(control)
         sys.path += [folder for folder in settings.pop("path") if folder not in sys.path]
         prefix = settings.pop("prefix")
         grpc, etcdrpc = protobuf.load()

@@ -12,6 +12,8 @@ import asyncio
 import random
 from typing import Any, NamedTuple
 
+from elastic_launch.core.store_requests import ANSWER_LIMIT
+
 FIRST_ATTEMPT, LONGEST_ATTEMPT = 2.0, 16.0
 """Seconds for the first attempt at a call, and at most. The time doubles once all members have failed. So a member that
 is frozen or cut off costs two seconds, and a cluster that is merely slow gets more time."""
@@ -19,8 +21,15 @@ is frozen or cut off costs two seconds, and a cluster that is merely slow gets m
 PING_INTERVAL = 6.0
 """Seconds between pings on an idle connection. etcd closes connections that send pings more often than every 5 s."""
 
+_TLS = ("ssl", "tls", "certificate")
+_OTHER_PROTOCOL = ("http1", "http/1", "http/2")
+"""Words of gRPC's errors that show why there is no connection."""
+
+MAX_ANSWER = ANSWER_LIMIT + (1 << 20)
+"""Most bytes of an answer: as much as an agent accepts, and something for keys and versions."""
+
 _LONGEST_PAUSE = 1.0
-_CREDENTIALS = "pass user=NAME,password=... in --rdzv-conf"
+_CREDENTIALS = "pass user=NAME,password_file=FILE in --rdzv-conf"
 
 
 class EtcdError(Exception):
@@ -48,6 +57,8 @@ class EtcdSettings(NamedTuple):
     """Seconds for a call, as long as no call has been answered."""
     cluster_id: int = 0
     """Members of other clusters are not used; 0 accepts any."""
+    timeout_setting: str = "read_timeout"
+    """The setting of ``--rdzv-conf`` that ``read_timeout`` comes from."""
 
 
 class MemberChannel:
@@ -66,7 +77,7 @@ class MemberChannel:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", int(FIRST_ATTEMPT * 1000)),  # also limits the time to connect
             ("grpc.max_reconnect_backoff_ms", int(_LONGEST_PAUSE * 1000)),
-            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_receive_message_length", MAX_ANSWER),
             ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
@@ -188,8 +199,13 @@ class Cluster:
             )
         if "requested lease not found" in why:
             raise EtcdError(f"the job's keys in {self.where} are gone: their lease has expired")
+        if code is self._code.RESOURCE_EXHAUSTED and "larger than max" in why:
+            raise EtcdError(
+                f"etcd at {member.endpoint} answers with more than was asked for ({why}): does something else write "
+                "to the job's keys?"
+            )
         member.is_unusable = not self._has_answered and (
-            code is self._code.UNIMPLEMENTED or (code is self._code.UNAVAILABLE and _is_mismatch(why))
+            code is self._code.UNIMPLEMENTED or (code is self._code.UNAVAILABLE and self._is_mismatch(why))
         )
         transient = (
             self._code.UNAVAILABLE,
@@ -201,13 +217,35 @@ class Cluster:
         )
         if code not in transient and "too many requests" not in why and not member.is_unusable:
             raise EtcdError(f"etcd at {member.endpoint} refuses the request: {why} ({code.name})")
-        self.switch_from(member, _explain(why, self.settings))
+        self.switch_from(member, self._explain(why))
         self._check_members()
 
     def _check_members(self) -> None:
         """Raise EtcdError if no member can be used."""
         if all(member.is_unusable for member in self._members):
             raise EtcdError(f"{self.where} cannot be used: {self._errors()}")
+
+    def _is_mismatch(self, why: str) -> bool:
+        """Whether a failure shows that the endpoint speaks another protocol, or has a wrong certificate."""
+        words = (*_OTHER_PROTOCOL, *(_TLS if self.settings.secure else ()))
+        return any(word in why.lower() for word in words)
+
+    def _explain(self, why: str) -> str:
+        """gRPC's error message about a failed connection, with a hint at what to do.
+
+        gRPC speaks of a handshake whenever a new connection breaks, with or without TLS.
+        """
+        lowered, short = why.lower(), why if len(why) <= 300 else f"{why[:300]} ..."
+        is_cut = "socket closed" in lowered or "handshake" in lowered
+        if self.settings.secure and "certificate" in lowered and "verify" in lowered:
+            return f"its certificate is not signed by the authority in cacert of --rdzv-conf ({short})"
+        if self.settings.secure and not self._has_answered and (is_cut or any(word in lowered for word in _TLS)):
+            return f"no TLS connection: check protocol, cacert, cert and key of --rdzv-conf ({short})"
+        if any(word in lowered for word in _OTHER_PROTOCOL):
+            return f"it is not etcd; perhaps another HTTP server ({short})"
+        if is_cut and not self.settings.secure and not self._has_answered:
+            return f"it closes the connection: it may need protocol=https in --rdzv-conf ({short})"
+        return short
 
     @property
     def call_timeout(self) -> float:
@@ -217,7 +255,8 @@ class Cluster:
     def unreachable(self) -> EtcdError:
         """The error to raise if no member has answered in time."""
         what = "has not answered for" if self._has_answered else "cannot be reached within"
-        setting = " (read_timeout of --rdzv-conf)" if self.call_timeout == self.settings.read_timeout else ""
+        name = self.settings.timeout_setting
+        setting = f" ({name} of --rdzv-conf)" if self.call_timeout == self.settings.read_timeout else ""
         return EtcdError(f"{self.where} {what} {self.call_timeout:g} s{setting}: {self._errors()}")
 
     def _errors(self) -> str:
@@ -289,23 +328,3 @@ class Attempts:
         if rounds:
             longest = min(_LONGEST_PAUSE, 0.05 * (1 << min(rounds, 10)), self._end - now)
             await asyncio.sleep(random.uniform(longest / 2, longest))
-
-
-def _is_mismatch(why: str) -> bool:
-    """Whether a failure shows that the endpoint speaks another protocol, or has a wrong certificate."""
-    lowered = why.lower()
-    return any(word in lowered for word in ("ssl", "tls", "certificate", "http1", "http/1", "http/2"))
-
-
-def _explain(why: str, settings: EtcdSettings) -> str:
-    """gRPC's error message about a failed connection, with a hint at what to do."""
-    lowered, short = why.lower(), why if len(why) <= 300 else f"{why[:300]} ..."
-    if "certificate" in lowered and "verify" in lowered:
-        return f"its certificate is not signed by the authority in cacert of --rdzv-conf ({short})"
-    if any(word in lowered for word in ("ssl", "tls", "handshake")) or (settings.secure and "socket closed" in lowered):
-        return f"no TLS connection: check protocol, cacert, cert and key of --rdzv-conf ({short})"
-    if any(word in lowered for word in ("http1", "http/1", "http/2")):
-        return f"it is not etcd; perhaps another HTTP server ({short})"
-    if "socket closed" in lowered:
-        return f"it closes the connection: it may need protocol=https in --rdzv-conf ({short})"
-    return short

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import marshal
 import os
 import select
 import shutil
@@ -35,7 +34,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from elastic_launch.host.child_main import dying_with_parent, wait_for_agent
+from elastic_launch.host.child_main import dying_with_parent, receive_message, wait_for_agent
 from elastic_launch.host.files import open_regular
 from elastic_launch.store.etcd.gateway import ask, is_healthy
 from elastic_launch.store.etcd.plan import MemberPlan, join_endpoint, peer_url
@@ -298,6 +297,6 @@ def main(control: socket.socket, agent: int) -> NoReturn:
         control: The socket to the agent.
         agent: A pidfd of the agent.
     """
-    member = MemberSupervisor(MemberPlan(*marshal.loads(control.recv(1 << 20))), control)
+    member = MemberSupervisor(MemberPlan(*receive_message(control)), control)
     threading.Thread(target=_end_with_agent, args=(control, agent, member), daemon=True).start()
     member.run()
