@@ -3,8 +3,11 @@ PYTHON ?= python3
 # How many tests run at once: two for each core, since many only wait.
 PROCESSES ?= $(shell expr 2 \* $$(nproc))
 BIN := .venv/bin
+# How long "make fuzz" runs. SEED repeats a run.
+MINUTES ?= 60
+SEED ?=
 
-.PHONY: compiled demo test test-quick check format bench clean
+.PHONY: compiled demo test test-quick fuzz check format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +29,10 @@ test: compiled
 # are marked "quick", which have most that can break in them: restarts, signals, output, functions, leases, no orphans.
 test-quick: compiled
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup --quiet -m quick
+
+# Nonsense as options, records, requests and files, on all cores. The first failure ends it, and says how to see it again.
+fuzz: compiled
+	$(BIN)/python -m tests.fuzz $(MINUTES) $(SEED)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -17,9 +17,9 @@ from tests.support.jobs import Job
 from tests.support.leaks import nothing_left
 from tests.support.servers import stop_shared
 
-settings.register_profile("small", max_examples=50, deadline=None, database=None, derandomize=True)
-settings.register_profile("long", max_examples=20_000, deadline=None, database=None)
-settings.load_profile("small")  # "--hypothesis-profile=long" tries more, with a seed that it prints if a test fails
+settings.register_profile("small", max_examples=30, deadline=None, database=None, derandomize=True)
+settings.register_profile("long", max_examples=1000, deadline=None, database=None, print_blob=True)
+settings.load_profile("small")  # "make fuzz" loads the other one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         block = item.callspec.params.get("block", 0) if hasattr(item, "callspec") else 0
-        if item.path.parent.name in ("decisions", "simulation") and block < 2 and not item.get_closest_marker("torch"):
+        if (
+            item.path.parent.name in ("decisions", "simulation", "fuzz")
+            and block < 2
+            and not item.get_closest_marker("torch")
+        ):
             item.add_marker("quick")
 
 

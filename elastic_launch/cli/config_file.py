@@ -33,6 +33,8 @@ LISTS = (
     *("rdzv-endpoint", "fatal-exit-codes", "signals-to-handle", "preload", "redirects", "tee", "local-ranks-filter"),
 )
 """Options that take values separated by commas, which may be a list."""
+MAX_SIZE = 1 << 20
+"""Bytes of a file."""
 
 
 class ConfigFile(NamedTuple):
@@ -60,11 +62,17 @@ def read(path: str, source: str, options: Sequence[Option]) -> ConfigFile:
 
     try:
         with open(path, "rb") as file:
-            content = tomllib.load(file)
+            data = file.read(MAX_SIZE + 1)
+        if len(data) > MAX_SIZE:
+            raise UsageError(f"{source}={path}: must have at most {MAX_SIZE:,} bytes")
+        content = tomllib.loads(data.decode())
+        repr(content)  # what can be read may still be nested too deeply, or have too many digits, to be shown
     except OSError as error:
         raise UsageError(f"{source}={path}: {error.strerror}") from error
-    except ValueError as error:  # TOMLDecodeError, or not UTF-8
+    except ValueError as error:  # TOMLDecodeError, or not UTF-8, or an integer with too many digits
         raise UsageError(f"{source}={path}: not a TOML file: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source}={path}: its values are nested too deeply") from error
     by_name = {option.name: option for option in options if option.name not in NOT_IN_FILES}
     values: dict[str, str | bool] = {}
     for key, value in content.items():
@@ -75,7 +83,9 @@ def read(path: str, source: str, options: Sequence[Option]) -> ConfigFile:
             raise UsageError(_unknown(path, key, [SCRIPT, ARGUMENTS, *by_name]))
         if option.dest in values:
             raise UsageError(f"{path}: {option.name} is given twice, with dashes and with underscores")
-        values[option.dest] = _value(path, option, value)
+        values[option.dest] = text = _value(path, option, value)
+        if isinstance(text, str) and "\0" in text:
+            raise UsageError(f"{path}: {option.name}={_shown(value)}: must not contain a NUL character")
     return ConfigFile(path, values, _command(path, content))
 
 
@@ -86,6 +96,8 @@ def _command(path: str, content: dict[str, Any]) -> list[str]:
     texts = _texts(arguments)
     if texts is None:
         raise UsageError(f"{path}: {ARGUMENTS}={_shown(arguments)}: must be a list of texts and numbers")
+    if "\0" in "".join([script or "", *texts]):
+        raise UsageError(f"{path}: {SCRIPT} and {ARGUMENTS} must not contain a NUL character")
     return [script, *texts] if script else []
 
 

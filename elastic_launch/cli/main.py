@@ -10,6 +10,7 @@ import os
 import signal
 from typing import NoReturn
 
+from elastic_launch.core.text import visible
 from elastic_launch.host import signals
 from elastic_launch.host.console import RED, REPORT_PATIENCE, YELLOW, Shown, log, paint, shown, write
 
@@ -21,7 +22,7 @@ def main() -> int:
     signals.owns_process = True
     try:
         from elastic_launch.cli.options import get_args_parser
-        from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException
+        from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException, UsageError
 
         try:
             args = get_args_parser().parse_args()
@@ -35,7 +36,8 @@ def main() -> int:
             get_error_handler().record_exception(error)  # for a launcher that runs this one as a worker
             return error.exit_code
         except (LaunchError, SignalException) as error:
-            log(paint(str(error), YELLOW if isinstance(error, SignalException) else RED))
+            text = visible(str(error), lines=not isinstance(error, UsageError))
+            log(paint(text, YELLOW if isinstance(error, SignalException) else RED))
             return error.exit_code
         except Exception:
             import traceback

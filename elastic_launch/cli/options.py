@@ -335,9 +335,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit with status 2."""
-        from elastic_launch.host.console import RED, paint  # late, like what only errors need
+        # Late, like what only errors need.
+        from elastic_launch.core.text import visible
+        from elastic_launch.host.console import RED, paint
 
-        self.exit(2, f"{self.prog}: {paint(message, RED)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {paint(visible(message), RED)} (see {self.prog} --help)\n")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -24,6 +24,8 @@ _READ = 1 << 16
 """Bytes that one read takes: as many as a pipe holds."""
 _MAX_READS = 4
 """Reads in a row. A worker that writes without end must not hold up the agent."""
+MAX_TIMERS = 10_000
+"""Timers at a time; further ones are ignored. A worker that sets them without end must not fill the agent's memory."""
 
 
 class Watchdog:
@@ -121,7 +123,7 @@ class Watchdog:
             for request in take_requests(self._buffer):
                 if request.expires_at < 0 or math.isinf(request.expires_at):
                     self._timers.pop((request.pid, request.scope), None)
-                else:
+                elif len(self._timers) < MAX_TIMERS or (request.pid, request.scope) in self._timers:
                     timer = request._replace(expires_at=now + request.expires_at - wall)
                     self._timers[timer.pid, timer.scope] = timer
 

@@ -84,7 +84,7 @@ def line(limit: int, least: int = 0) -> Reader:
 
     def read(value: Any) -> str:
         if type(value) is str and least <= len(value) <= limit:
-            return value if value.isprintable() else visible(value)
+            return value if value.isprintable() else visible(value)[:limit]  # so that it can be passed on
         raise _broken(rule, value)
 
     return read
@@ -96,7 +96,7 @@ def lines(limit: int) -> Reader:
 
     def read(value: Any) -> str:
         if type(value) is str and len(value) <= limit:
-            return value if value.isprintable() else visible(value, lines=True)
+            return value if value.isprintable() else visible(value, lines=True)[:limit]
         raise _broken(rule, value)
 
     return read
