@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 
-_NOBODY = 65534
+NOBODY = 65534
 """The owner that root's files have on a file system that does not trust the roots of its clients."""
 
 
@@ -65,7 +65,7 @@ def belongs_to_another(path: str) -> str:
     Its owner decides what is below it. Parts that do not exist yet do not count.
     """
     for part in _parts(path):
-        if _is_open_to_all(os.path.dirname(part)) and _owner(part) not in (os.geteuid(), 0, _NOBODY, None):
+        if _is_open_to_all(os.path.dirname(part)) and _owner(part) not in (os.geteuid(), 0, NOBODY, None):
             return part
     return ""
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 
 from elastic_launch.errors import UnavailableError
+from elastic_launch.host.files import NOBODY
 
 BACKLOG = 4096
 """Connections to queue until they are accepted; also the default of the kernel's limit, net.core.somaxconn."""
+_LISTENING = "0A"
+"""The state in ``/proc/net/tcp``."""
 
 
 def listen(port: int) -> socket.socket:
@@ -91,7 +95,7 @@ def outward_address() -> str:
 
 
 def port_owner(port: int) -> str | None:
-    """The process that listens on a TCP port, ``python (pid 812)``; None if it cannot be found."""
+    """The process that listens on a TCP port, ``python (pid 812)``, or its user; None if neither can be found."""
     import psutil  # late: takes 20 ms, and is only needed to explain a failure
 
     try:
@@ -101,4 +105,22 @@ def port_owner(port: int) -> str | None:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except (psutil.Error, OSError):
         pass
+    uid = listener_uid(port)  # the processes of others cannot be looked at
+    return None if uid is None else f"a process of the user with uid {uid}"
+
+
+def stranger_on(port: int) -> int | None:
+    """The uid of another user, not root, whose process listens on a TCP port of this host; None if there is none."""
+    uid = listener_uid(port)
+    return None if uid in (os.geteuid(), 0, NOBODY) else uid
+
+
+def listener_uid(port: int) -> int | None:
+    """The uid of a process that listens on a TCP port of this host; None if there is none."""
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+            for line in file:
+                fields = line.split()
+                if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                    return int(fields[7])
     return None

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from elastic_launch.control.client import ControlClient, GoneError
 from elastic_launch.env import environment
 from elastic_launch.errors import LaunchError, UnavailableError, UsageError
+from elastic_launch.host.files import open_regular
 from elastic_launch.logs.job_files import output_files
 from elastic_launch.operate.jobs import Job, choose, parser, running_jobs
 
@@ -106,11 +107,13 @@ def show_last(files: Sequence[LogFile], lines: int, output: Output) -> dict[str,
     left: dict[tuple[int, str], int] = {}
     for file in reversed(files):
         key = file.rank, file.stream
-        with contextlib.suppress(OSError), open(file.path, "rb") as opened:
+        with contextlib.suppress(OSError), open(file.path, "rb", opener=open_regular) as opened:
             starts[file.path], count, ends[file.path] = find_last(opened, left.get(key, lines))
             left[key] = left.get(key, lines) - count
     for file in files:
-        with contextlib.suppress(OSError), open(file.path, "rb") as opened:
+        if file.path not in starts:
+            continue
+        with contextlib.suppress(OSError), open(file.path, "rb", opener=open_regular) as opened:
             opened.seek(starts[file.path])
             size = ends[file.path] - starts[file.path]
             while size > 0 and (data := opened.read(min(size, _BLOCK))):
@@ -143,7 +146,7 @@ def follow(job: Job, rank: int | None, ends: dict[str, int], output: Output) -> 
         for statuses in _statuses(job, stack):
             files |= {file.path: file for file in files_of(statuses, rank)}
             for path, file in files.items():
-                with contextlib.suppress(OSError), open(path, "rb") as opened:
+                with contextlib.suppress(OSError), open(path, "rb", opener=open_regular) as opened:
                     opened.seek(min(ends.get(path, 0), os.fstat(opened.fileno()).st_size))
                     while data := opened.read(_BLOCK):
                         output.write(file, data)

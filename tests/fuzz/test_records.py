@@ -33,7 +33,7 @@ from elastic_launch.errors import ProcessFailure, RendezvousConnectionError, Ren
 from elastic_launch.job import Assignment, Decision, End, EndKind
 from elastic_launch.store import wire
 from elastic_launch.store.client import StoreClient
-from tests.fuzz.strategies import JSON, LEAVES, TEXT, one_line
+from tests.support.nonsense import JSON, LEAVES, TEXT, one_line
 
 # --- records
 
@@ -76,7 +76,7 @@ def test_any_bytes_as_a_record(kind: type, data: bytes) -> None:
 
 
 @given(KINDS, JSON)
-@example(End, {"kind": "error", "reason": "\x1b" * 1000, "status": 70})
+@example(End, {"kind": "error", "reason": "\x1b" * 10_000, "status": 70})
 @example(Decision, {"restart": True, "pause": 10**399})
 @example(Decision, {"restart": True, "restart_history": {"ages": [float("nan")]}})
 @example(Decision, {"restart": False})

@@ -27,7 +27,7 @@ from elastic_launch.errors import UsageError
 from elastic_launch.health.server_main import Service
 from elastic_launch.host.ports import listen
 from elastic_launch.job import Policy
-from tests.fuzz.strategies import JSON, TEXT, run_machine
+from tests.support.nonsense import JSON, TEXT, run_machine
 from tests.support.waiting import DEADLINE
 
 # --- control socket

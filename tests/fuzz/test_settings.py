@@ -19,7 +19,7 @@ from elastic_launch.core.text import visible
 from elastic_launch.errors import UsageError
 from elastic_launch.rendezvous.factory import SETTINGS, create_rendezvous
 from elastic_launch.run import config_from_args, parse_args
-from tests.fuzz.strategies import TEXT, one_line
+from tests.support.nonsense import TEXT, one_line
 
 ODD = [
     *("", " ", "0", "1", "-1", "2:1", "1:2", "\N{SUPERSCRIPT TWO}", "\N{FULLWIDTH DIGIT ONE}", "1_000", "0x10", " 8"),

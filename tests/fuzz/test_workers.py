@@ -18,7 +18,7 @@ from elastic_launch.core.timer_requests import LONGEST, parse, take_requests
 from elastic_launch.workers.bootstrap import read_record
 from elastic_launch.workers.error_files import read_error_file
 from elastic_launch.workers.watchdog import MAX_TIMERS, Watchdog
-from tests.fuzz.strategies import JSON, run_machine
+from tests.support.nonsense import JSON, run_machine
 
 PID = 77
 

@@ -15,6 +15,8 @@ from elastic_launch.config import Std
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.files import belongs_to_another, open_regular, replaceable_part
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
+from elastic_launch.operate.logs import LogFile, Output, show_last
+from elastic_launch.operate.ui.tail import Tail
 from elastic_launch.workers import bootstrap
 from tests.support.jobs import Job
 from tests.support.waiting import DEADLINE
@@ -151,3 +153,15 @@ def test_who_can_replace_the_files_is_said(tmp_path: Path) -> None:
     JobFiles(DefaultLogsSpecs(str(tmp_path / "open/logs")), "j1", str(tmp_path), log=said.append)
     assert len(said) == 1
     assert replaceable_part("/nowhere/at/all") == ""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_who_shows_logs_follows_no_link_and_waits_for_no_pipe(
+    tmp_path: Path, precious: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good").write_text("good\n")
+    plant(tmp_path / "planted", kind, precious)
+    good, planted = (LogFile(0, rank, "stdout", str(tmp_path / name)) for rank, name in enumerate(("good", "planted")))
+    assert show_last([good, planted], 10, Output(titles=False)) == {good.path: 5}
+    assert capfd.readouterr().out == "good\n"
+    assert [Tail(good).read(), Tail(planted).read()] == ["good\n", ""]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import os
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from elastic_launch.core.agent.messages import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.ports import port_owner, reserve_port
 from elastic_launch.job import Assignment
+from elastic_launch.rendezvous.backends.c10d import C10dBackend
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
+from elastic_launch.store.etcd.member import claim_endpoint
 from tests.support.jobs import Job
 
 ALL_REDUCE = """
@@ -60,6 +68,61 @@ def test_port_in_use_names_the_process() -> None:
         with pytest.raises(UnavailableError, match=rf"port {port} is in use by .*\(pid {os.getpid()}\)"):
             reserve_port(port)
     assert port_owner(port) is None
+
+
+STRANGER = """
+import os, socket, sys, time
+os.setgid(12345); os.setuid(12345)
+name = sys.argv[1].replace("@", "\\0")
+sock = socket.socket(socket.AF_UNIX) if name.startswith("\\0") else socket.socket()
+sock.bind(name if name.startswith("\\0") else ("127.0.0.1", int(name)))
+if sys.argv[2] == "listens": sock.listen()
+print(sock.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def stranger(name: str, what: str = "listens") -> Iterator[int]:
+    """Another user, who holds a port (which is yielded) or an abstract name."""
+    command = [sys.executable, "-c", STRANGER, name, what]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        yield int(line) if name.isdigit() else 0
+        process.communicate()
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+
+
+@needs_root
+def test_a_store_of_another_user_is_not_taken_for_an_agents() -> None:
+    with stranger("0") as port:
+        backend = C10dBackend("127.0.0.1", port, None, {})
+        with pytest.raises(UnavailableError, match=rf"another user of this host \(uid 12345\) listens on port {port}"):
+            backend.open()
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        backend = C10dBackend("127.0.0.1", own.getsockname()[1], None, {})
+        backend.open()
+        assert not backend.serves
+
+
+@needs_root
+def test_the_user_who_has_a_port_is_named_if_his_process_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "net_connections", lambda kind: [])  # as for anybody but root
+    with stranger("0") as port:
+        assert port_owner(port) == "a process of the user with uid 12345"
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["listens", "keeps quiet"])
+def test_a_member_of_etcd_is_not_kept_away_by_another_users_name(what: str) -> None:
+    name = hashlib.sha256(b"h:1/j").hexdigest()
+    with stranger(f"@elastic-launch/{name}", what):
+        claimed = claim_endpoint("h:1", "j")
+        assert claimed
+        claimed.close()
 
 
 def test_each_round_has_a_fresh_port_unless_one_is_named() -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from elastic_launch.host.files import open_regular
 from elastic_launch.operate.logs import LogFile, files_of, find_last
 
 LINES = 200
@@ -41,7 +42,7 @@ class Tail:
     def read(self) -> str:
         """Return what is new. The file may not exist yet, or any more."""
         try:
-            with open(self.file.path, "rb") as opened:
+            with open(self.file.path, "rb", opener=open_regular) as opened:
                 size = os.fstat(opened.fileno()).st_size
                 if self._at is None:
                     self._at, _, size = find_last(opened, LINES)

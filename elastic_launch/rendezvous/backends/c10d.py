@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
-from elastic_launch.host.ports import listen, port_owner
+from elastic_launch.host.ports import listen, port_owner, stranger_on
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
@@ -49,10 +49,18 @@ class C10dBackend(Backend):
             listening = listen(self.port)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
+                self._check_owner()
                 return  # by another agent, which hosts the store, or by a stranger: the connection will show
             raise self.cannot_host(error) from error
         self._process = TCPStoreServer(listening, self._environ)
         self.serves = True
+
+    def _check_owner(self) -> None:
+        """Check that no other user of this host listens in place of an agent: he could serve any store he likes."""
+        if (uid := stranger_on(self.port)) is not None:
+            raise UnavailableError(
+                f"{self.where}: another user of this host (uid {uid}) listens on port {self.port}; choose another port"
+            )
 
     def is_host(self) -> bool:
         """Return whether this node is to host the store: as told, or because the endpoint is an address of this host.

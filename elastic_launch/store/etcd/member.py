@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import struct
+import time
 from collections.abc import Mapping
 
 from elastic_launch.core.text import visible
@@ -21,6 +23,10 @@ LINGER = 0.5
 """Seconds that a member keeps serving after its agent has finished the job. Without it the others may have no majority.
 Within a heartbeat of etcd (0.1 s) they learn what a majority agreed on last."""
 
+_CLAIMANTS = 4096
+"""Agents of a host that may find an endpoint claimed."""
+_CLAIM_PATIENCE = 1.0
+"""Seconds until who has claimed an endpoint says whose process it is."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 """Environment variables that connections between members must not obey."""
 
@@ -28,17 +34,39 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 def claim_endpoint(endpoint: str, run_id: str) -> socket.socket | None:
     """Claim an endpoint for this agent, among the agents of the job in the same network namespace.
 
+    Any user could claim any name. A claim of another user's does not count: if he wants the port, too, that will show.
+
     Returns:
         A socket that holds the claim until it is closed or the process ends; None if another agent has the endpoint.
     """
+    # An abstract name, which vanishes with the process.
+    name = "\0elastic-launch/" + hashlib.sha256(f"{endpoint}/{run_id}".encode()).hexdigest()
     holder = socket.socket(socket.AF_UNIX)
     try:
-        # An abstract name, which vanishes with the process.
-        holder.bind("\0elastic-launch/" + hashlib.sha256(f"{endpoint}/{run_id}".encode()).hexdigest())
+        holder.bind(name)
+        holder.listen(_CLAIMANTS)  # so that others can see whose it is
     except OSError:
-        holder.close()
-        return None
+        if _is_held_by_us(name):
+            holder.close()
+            return None
     return holder
+
+
+def _is_held_by_us(name: str) -> bool:
+    """Return whether a process of this user, or of root, listens at an abstract name."""
+    end = time.monotonic() + _CLAIM_PATIENCE
+    while True:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.setblocking(False)
+            try:
+                sock.connect(name)
+                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            except OSError:
+                if time.monotonic() > end:
+                    return False  # nobody listens, or everybody asks
+            else:
+                return struct.unpack("3i", credentials)[1] in (0, os.geteuid())
+        time.sleep(0.01)  # it is about to listen
 
 
 class EtcdMember(Child):
