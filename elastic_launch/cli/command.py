@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elastic_launch.cli.options import OPTIONS
+from elastic_launch.agent.worker_group import LOCAL_RANK
+from elastic_launch.cli.options import OPTIONS, read_options
 from elastic_launch.config import LaunchConfig, LogsSpecs, Std
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
@@ -60,19 +61,19 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         LaunchError: the ``LogsSpecs`` plug-in that ``--logs-specs`` names does not work.
     """
     environ = environment()
+    args = read_options(args)
     command = _command(args, environ)
     min_nodes, max_nodes = parse_min_max_nnodes(args.nnodes)
     if args.node_rank >= max_nodes:
         raise UsageError(f"--node-rank={args.node_rank}: must be below the number of nodes, {max_nodes}")
-    given = getattr(args, "given", {"master_addr"} | ({"node_rank"} if args.node_rank else set()))
-    if args.rdzv_backend == "static" and max_nodes > 1 and not (args.rdzv_endpoint or "master_addr" in given):
+    if args.rdzv_backend == "static" and max_nodes > 1 and not (args.rdzv_endpoint or "master_addr" in args.given):
         raise UsageError(
             f"--nnodes={args.nnodes}: several nodes need a rendezvous endpoint: pass --rdzv-backend c10d "
             "--rdzv-endpoint HOST:PORT, where HOST is one of them; or --master-addr, the address of the node of rank 0"
         )
-    if check := parse_command(getattr(args, "health_check", "")):
+    if check := parse_command(args.health_check):
         _check_program("--health-check=", check[0])
-    pinned = args.rdzv_backend == "static" or "node_rank" in given
+    pinned = args.rdzv_backend == "static" or "node_rank" in args.given
     fields = LaunchConfig.__dataclass_fields__
     settings = {option.dest: getattr(args, option.dest) for option in OPTIONS if option.dest in fields}
     settings |= {
@@ -120,6 +121,10 @@ def _logs_specs(args: argparse.Namespace) -> LogsSpecs:
 def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """Return the program that each worker executes, and its arguments."""
     script, script_args = args.training_script, args.training_script_args
+    if not getattr(args, "use_env", True):  # the launcher before torchrun
+        if args.no_python:
+            raise UsageError("--no-python needs --use-env: only Python scripts get --local-rank")
+        script_args = [f"--local-rank={LOCAL_RANK}", *script_args]
     if args.module and (args.no_python or args.run_path):
         raise UsageError("-m/--module cannot be combined with --no-python or --run-path")
     if args.preload and (args.no_python or script == "-" or "PYTHON_EXEC" in environ):

@@ -2,12 +2,14 @@
 
 Names, defaults and meanings are those of torchrun. Values keep torchrun's types, most of which are text. Each value is
 checked when it is read, whether it comes from the command line, from a ``PET_<NAME>`` variable, or from the file that
-``--config`` names. The first of these that has the option wins.
+``--config`` names. The first of these that has the option wins. What a program sets on the parsed command line later
+is read when it is used.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -240,12 +242,32 @@ GROUPS = {
 OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
 
+OWN = {
+    *("config", "dry_run", "preload", "quiet", "verbose", "events", "health_check", "health_check_timeout"),
+    *("restart_window", "restart_backoff", "fatal_exit_codes", "crash_loop", "node_failure_limit"),
+    *("hang_timeout", "hang_action", "hang_native", "start_timeout"),
+}
+"""Options that torchrun lacks, by attribute name."""
+
+PROGRAM = "the program"
+"""Source of a value that was set after parsing."""
+
+
 class Arguments(argparse.Namespace):
     """A parsed command line."""
 
     __slots__ = ("given",)
-    """``given``: where each value that is not a default comes from, by its name here: ``--nnodes``, ``PET_NNODES`` or
-    the path of the file. It is not in ``vars()``, because torchrun lacks it."""
+    """``given``: where each value that is not a default comes from, by its name here: ``--nnodes``, ``PET_NNODES``, the
+    path of the file, or ``PROGRAM``. It is not in ``vars()``, because torchrun lacks it."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, str] = {}
+        super().__init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "given":
+            self.given[name] = PROGRAM
 
 
 class CompletionAction(argparse.Action):
@@ -299,29 +321,64 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse the options before the script. The script's arguments are never among the remaining ones."""
-        args, environ = sys.argv[1:] if args is None else args, environment()
+        args, environ = sys.argv[1:] if args is None else list(args), environment()
         if not args and not environ.get("PET_CONFIG"):
             self.exit(2, SHORT_USAGE)
         script = self._script_position(args)
+        words = args[script + 1 :] if args[script : script + 1] == ["--"] else args[script:]
         namespace = Arguments() if namespace is None else namespace
-        _, rest = super().parse_known_args(list(args[:script]), namespace)
+        for option in OPTIONS:
+            if not hasattr(namespace, option.dest):
+                setattr(namespace, option.dest, None)  # it keeps that unless the command line has the option
+        # Without the dashes, argparse would take words of the script for options.
+        _, rest = super().parse_known_args([*args[:script], "--", *(words or [""])], namespace)
         try:
-            words = _read_values(namespace, environ, list(args[script:]))
+            words = self._complete(namespace, environ, words)
         except UsageError as error:
             self.error(str(error))
         if not words:
             self.error(f"unrecognized arguments: {' '.join(rest)}" if rest else "the script to run is missing")
-        namespace.training_script, *namespace.training_script_args = words
-        return namespace, [word for word in rest if word != "--"]
+        return namespace, rest
+
+    def _complete(self, namespace: argparse.Namespace, environ: Mapping[str, str], words: list[str]) -> list[str]:
+        """Set the options that the command line lacks to the value of their variable, else of the file, else default.
+
+        Args:
+            namespace: has the options that the command line has; the others are None.
+            environ: the variables.
+            words: the script and its arguments, as given on the command line.
+
+        Returns:
+            The script and its arguments. Those of the file if none were given; empty if there are none.
+        """
+        given = {option.dest: f"--{option.name}" for option in OPTIONS if getattr(namespace, option.dest) is not None}
+        file = _config_file(namespace, environ)
+        for option in OPTIONS:
+            if option.dest in given:
+                continue
+            value = self.get_default(option.dest)
+            if text := environ.get(option.variable):  # an empty variable counts as unset
+                given[option.dest] = option.variable
+                value = _read(option, text, option.variable)
+            elif file and option.dest in file.values:
+                given[option.dest] = file.path
+                value = _read(option, file.values[option.dest], f"{file.path}: {option.name}")
+            setattr(namespace, option.dest, value)
+        if file and not words:
+            words = file.command
+            given["training_script"] = file.path
+        if words:
+            namespace.training_script, *namespace.training_script_args = words
+        if isinstance(namespace, Arguments):
+            namespace.given = given
+        return words
 
     def _script_position(self, args: Sequence[str]) -> int:
-        """Return the index of the script: the first word that is neither an option nor the value of one."""
+        """Return the index of the script: the first word that is neither an option nor the value of one; or of "--"."""
         position = 0
         while position < len(args):
             word = args[position]
-            if word == "--":
-                return position + 1
-            if not word.startswith("-") or word == "-":
+            if not word.startswith("-") or word in ("-", "--"):
                 return position
             position += 2 if self._takes_next_word(word) else 1
         return position
@@ -342,74 +399,108 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {paint(visible(message), RED)} (see {self.prog} --help)\n")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Return a new parser of the command line, to which a program may add options.
+def get_args_parser(own: bool = True) -> argparse.ArgumentParser:
+    """Return a new parser of the command line, to which a program may add options, or which may be its own's parent.
 
-    Its namespaces have the attributes of torchrun's.
+    Its namespaces have the attributes of torchrun's. As there, ``PET_`` variables are its defaults.
+
+    Args:
+        own: False leaves out the options that torchrun lacks.
     """
+    environ = environment()
     parser = Parser(
         prog="elastic-run",
         description="Start, supervise and restart the workers of a distributed training job on this node.",
         usage="%(prog)s [OPTION ...] SCRIPT [ARGUMENT ...]",
         epilog=EPILOG,
-        argument_default=argparse.SUPPRESS,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=VERSION, help="show the version and exit")
-    parser.add_argument(
-        "--completion",
-        action=CompletionAction,
-        choices=SHELLS,
-        metavar="SHELL",
-        help="print what completes this command line in a shell: bash, zsh or fish",
-    )
-    for title, options in GROUPS.items():
+    if own:
+        parser.add_argument("--version", action="version", version=VERSION, help="show the version and exit")
+        parser.add_argument(
+            "--completion",
+            action=CompletionAction,
+            default=argparse.SUPPRESS,
+            choices=SHELLS,
+            metavar="SHELL",
+            help="print what completes this command line in a shell: bash, zsh or fish",
+        )
+    for number, (title, options) in enumerate(GROUPS.items()):
         group = parser.add_argument_group(title)
+        if number == 0:
+            group.add_argument("training_script", metavar="SCRIPT", help="the program of each worker")
+            group.add_argument(
+                "training_script_args", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="is passed to it"
+            )
         for option in options:
-            if option.is_flag:
-                group.add_argument(*option.flags, dest=option.dest, action="store_true", help=option.help)
-            else:
-                default = f" (default: {option.default})" if option.default not in (None, "", []) else ""
-                group.add_argument(*option.flags, dest=option.dest, metavar=option.metavar, help=option.help + default)
+            if own or option.dest not in OWN:
+                _add(group, option, environ)
     return parser
 
 
-def _read_values(namespace: argparse.Namespace, environ: Mapping[str, str], words: list[str]) -> list[str]:
-    """Set each option to the value of its flag, else of its variable, else of the file, else to its default.
+def _add(group: argparse._ArgumentGroup, option: Option, environ: Mapping[str, str]) -> None:
+    def read(text: str) -> Any:
+        try:
+            return _read(option, text, f"--{option.name}")
+        except UsageError as error:
+            raise argparse.ArgumentError(None, str(error)) from error
+
+    default = option.default
+    if text := environ.get(option.variable):
+        default = text  # if it is wrong, parsing says so
+        with contextlib.suppress(UsageError):
+            default = option.read(text)
+    settings: dict[str, Any] = {"dest": option.dest, "default": default, "help": option.help}
+    if option.is_flag:
+        group.add_argument(*option.flags, action="store_true", **settings).type = read
+        return
+    if option.default not in (None, "", []):
+        settings["help"] += f" (default: {option.default})"
+    group.add_argument(*option.flags, type=read, metavar=option.metavar, **settings)
+
+
+def _read(option: Option, value: Any, source: str) -> Any:
+    """Return the value of an option, read from its text unless it is a list.
+
+    Raises:
+        UsageError: it is wrong; the message begins with ``source``.
+    """
+    try:
+        return value if isinstance(value, list) else option.read(str(value))
+    except UsageError as error:
+        raise UsageError(f"{source}={error}") from error
+
+
+def read_options(args: argparse.Namespace, own: bool = True) -> argparse.Namespace:
+    """Return a parsed command line with the values of all options, also of those that a program has set or left out.
 
     Args:
-        namespace: has the options that were given as flags.
-        environ: the variables.
-        words: the script and its arguments, as given on the command line.
+        args: from any parser that has the options of ``get_args_parser()``. Numbers may be texts, and the other way
+            round.
+        own: False ignores what it has under the names of ``OWN``, which may be options of the program.
 
-    Returns:
-        The script and its arguments. Those of the file if none were given; empty if there are none.
+    >>> from elastic_launch.run import parse_args
+    >>> args = parse_args(["train.py"])
+    >>> args.nproc_per_node, args.node_rank = 2, "0"
+    >>> args = read_options(args)
+    >>> args.nproc_per_node, args.node_rank
+    ('2', 0)
+
+    Raises:
+        UsageError: a value is wrong.
     """
-    given: dict[str, str] = {}
-    file = _config_file(namespace, environ)
+    environ = environment()
+    found = Arguments()
+    found.__dict__.update(vars(args))
     for option in OPTIONS:
-        source, value = f"--{option.name}", getattr(namespace, option.dest, None)
+        value = getattr(args, option.dest, None) if own or option.dest not in OWN else None
+        source = f"--{option.name}"
         if value is None:
-            source, value = option.variable, environ.get(option.variable) or None  # an empty variable counts as unset
-        if value is not None:
-            given[option.dest] = source
-        elif file and option.dest in file.values:
-            source, value = f"{file.path}: {option.name}", file.values[option.dest]
-            given[option.dest] = file.path
-        else:
-            value = option.default
-        if value is not option.default and isinstance(value, str):
-            try:
-                value = option.read(value)
-            except UsageError as error:
-                raise UsageError(f"{source}={error}") from error
-        setattr(namespace, option.dest, value)
-    if file and not words:
-        words = file.command
-        given["training_script"] = file.path
-    if isinstance(namespace, Arguments):
-        namespace.given = given
-    return words
+            source, value = option.variable, environ.get(option.variable) or None
+        found.__dict__[option.dest] = option.default if value is None else _read(option, value, source)
+    # A namespace that does not know what was given is a program's own.
+    found.given = getattr(args, "given", {"master_addr": PROGRAM} | ({"node_rank": PROGRAM} if found.node_rank else {}))
+    return found
 
 
 def _config_file(namespace: argparse.Namespace, environ: Mapping[str, str]) -> ConfigFile | None:

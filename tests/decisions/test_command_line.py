@@ -15,7 +15,7 @@ import pytest
 
 from elastic_launch import LaunchConfig, Std, UsageError, __version__
 from elastic_launch.cli import main as cli
-from elastic_launch.cli.options import EPILOG, GROUPS, OPTIONS, SHORT_USAGE, VERSION
+from elastic_launch.cli.options import EPILOG, GROUPS, OPTIONS, OWN, SHORT_USAGE, VERSION, read_options
 from elastic_launch.host import signals
 from elastic_launch.parsing import (
     parse_filters,
@@ -314,6 +314,78 @@ def test_other_programs_can_use_the_parser() -> None:
     parser.add_argument("--mine-too", action="store_true")
     parsed = parser.parse_args(["--mine", "value", "--mine-too", "train.py"])
     assert (parsed.mine, parsed.mine_too, parsed.training_script) == ("value", True, "train.py")
+
+
+def test_parser_can_be_the_parent_of_a_programs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_MAX_RESTARTS", "3")
+    monkeypatch.setenv("PET_STANDALONE", "1")
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False)
+    parser.add_argument("--mine", action="store_true")
+    parsed = parser.parse_args(["--nproc_per_node", "2", "-t", "3", "train.py", "--lr", "1"])
+    assert isinstance(parsed, argparse.Namespace)
+    expected = {**vars(parse_args(["--nproc-per-node", "2", "-t3", "train.py", "--lr", "1"])), "mine": False}
+    assert vars(parsed) == expected
+    assert config_from_args(parsed)[0].max_restarts == 3
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+
+
+def test_parser_has_real_defaults(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    parser = get_args_parser()
+    parser.add_argument("--mine", action="store_true")
+    assert [parser.get_default(name) for name in ("nproc_per_node", "node_rank", "mine", "module")] == [
+        "1",
+        0,
+        *[False] * 2,
+    ]
+    assert parser.parse_args(["train.py"]).mine is False
+    parser.set_defaults(nproc_per_node=4)
+    assert config_from_args(parser.parse_args(["train.py"]))[0].nproc_per_node == 4
+    monkeypatch.setenv("PET_NODE_RANK", "3")
+    assert get_args_parser().get_default("node_rank") == 3
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--max-restarts", "x", "train.py"])
+    assert "--max-restarts='x': must be a number of at least 0" in capfd.readouterr().err
+
+
+def test_values_that_a_program_sets_after_parsing_count() -> None:
+    args: Any = parse_args(["train.py"])
+    args.nproc_per_node, args.nnodes, args.node_rank, args.max_restarts = 2, 2, "1", "3"
+    args.master_addr, args.master_port, args.tee = "127.0.0.1", "4242", Std.ALL
+    args.training_script_args, args.module = ["--lr", "1"], True
+    made, _, command = config_from_args(args)
+    assert (made.min_nodes, made.nproc_per_node, made.rdzv_configs["rank"], made.max_restarts) == (2, 2, 1, 3)
+    assert (made.rdzv_endpoint, command[2:]) == ("127.0.0.1:4242", ["module", "train.py", "--lr", "1"])
+    args.node_rank = "last"
+    with pytest.raises(UsageError, match="--node-rank='last': must be a number"):
+        config_from_args(args)
+
+
+def test_namespace_may_be_the_programs_own() -> None:
+    args = argparse.Namespace(**vars(parse_args(["train.py"])))
+    args.nnodes, args.nproc_per_node, args.node_rank = "2", "2", 1
+    del args.preload, args.health_check  # it was written for torchrun
+    assert config_from_args(args)[0].rdzv_endpoint == "127.0.0.1:0"
+
+
+def test_options_that_torchrun_lacks_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(OURS) == OWN
+    parser = get_args_parser(own=False)
+    parser.add_argument("--config", type=int)
+    args = parser.parse_args(["--config", "7", "train.py"])
+    assert args.config == 7
+    monkeypatch.setenv("PET_RESTART_WINDOW", "60")
+    assert (read_options(args, own=False).config, read_options(args, own=False).restart_window) == (None, 60)
+
+
+def test_local_rank_is_an_argument_without_use_env() -> None:
+    args = parse_args(["train.py", "-x"])
+    args.use_env = False
+    assert config_from_args(args)[2][2:] == ["script", "train.py", "--local-rank=${local_rank}", "-x"]
+    args.no_python = True
+    with pytest.raises(UsageError, match="--no-python needs --use-env"):
+        config_from_args(args)
 
 
 def test_command_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
