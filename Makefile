@@ -7,7 +7,7 @@ BIN := .venv/bin
 MINUTES ?= 60
 SEED ?=
 
-.PHONY: compiled demo test test-quick fuzz check format bench clean
+.PHONY: compiled demo test test-quick fuzz check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,9 @@ check: .venv/.ready
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pytest --quiet tests/decisions/test_layers.py
 
+dist: .venv/.ready
+	$(BIN)/python -m hatchling build
+
 format: .venv/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -49,4 +52,4 @@ bench: compiled
 	for script in benchmarks/launch.py benchmarks/idle.py benchmarks/restart.py benchmarks/recovery.py benchmarks/rendezvous.py benchmarks/logs.py benchmarks/warm.py benchmarks/progress.py benchmarks/exporter.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

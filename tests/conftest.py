@@ -15,11 +15,17 @@ from hypothesis import settings
 from elastic_launch.workers.keeper_main import set_subreaper
 from tests.support.jobs import Job
 from tests.support.leaks import nothing_left
+from tests.support.pythons import pythons
 from tests.support.servers import stop_shared
 
 settings.register_profile("small", max_examples=30, deadline=None, database=None, derandomize=True)
 settings.register_profile("long", max_examples=1000, deadline=None, database=None, print_blob=True)
 settings.load_profile("small")  # "make fuzz" loads the other one
+
+
+def pytest_report_header() -> str:
+    """Say under which versions of Python the launcher is tried (``test_packaging.py``)."""
+    return f"pythons: {', '.join(pythons())}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

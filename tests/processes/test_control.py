@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from elastic_launch import LaunchConfig, SignalException, elastic_launch
+from elastic_launch import LaunchConfig, SignalException, __version__, elastic_launch
 from elastic_launch.agent.loop import LoopSource
 from elastic_launch.control import client as control_client
 from elastic_launch.control.client import ControlClient, GoneError, ask_all, everybodys_sockets, sockets
@@ -596,7 +596,7 @@ def test_a_real_agent_says_how_it_is(job: Job) -> None:
         "job": "my-job",
         "host": os.uname().nodename,
         "pid": process.pid,
-        "launcher": "0.1.0",
+        "launcher": __version__,
     }
     status = status_when(path, lambda status: status["workers"][1]["pid"])
     assert {

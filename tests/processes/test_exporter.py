@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 
+from elastic_launch import __version__
 from elastic_launch.control import client as control_client
 from elastic_launch.control.client import ask_all, sockets
 from elastic_launch.operate import exporter
@@ -123,7 +124,7 @@ def test_a_job_is_told_with_its_restart_its_steps_and_its_workers(job: Job) -> N
     job.wait_for("0.1 stepped", "1.1 stepped")
     found = served.scrape_when(lambda found: found.get("elastic_job_steps_total", {}).get(me) == 6)
     [info] = found["elastic_agent_info"]
-    assert info == ("0", "static", HOST, "my-job", "root", "0.1.0")
+    assert info == ("0", "static", HOST, "my-job", "root", __version__)
     assert {key[-1] for key, value in found["elastic_agent_state"].items() if value} == {"running"}
     assert {key[-1]: value for key, value in found["elastic_agent_workers"].items() if value} == {"running": 2}
     assert {key[1]: value for key, value in found["elastic_job_restarts_total"].items() if value} == {"failed": 1}
@@ -284,7 +285,7 @@ from elastic_launch.job import Policy
 
 class Operator:
     def status(self):
-        facts = Facts("theirs", "here", os.getpid(), "0.1.0", "x.py", 1.0, 3, 30.0, "")
+        facts = Facts("theirs", "here", os.getpid(), "0.0", "x.py", 1.0, 3, 30.0, "")
         return agent_status(facts, AgentState(Limits(Policy(3), 30)), Meeting("static"), [], {}, 1.0)
 
 os.setgid(12345); os.setuid(12345)
@@ -306,8 +307,8 @@ def test_root_is_told_of_the_jobs_of_others(job: Job, registry: CollectorRegistr
         found = samples(registry.collect())
         process.kill()
     assert found["elastic_agent_info"] == {
-        ("0", "static", "here", "theirs", "12345", "0.1.0"): 1,
-        ("0", "static", HOST, "own", "root", "0.1.0"): 1,
+        ("0", "static", "here", "theirs", "12345", "0.0"): 1,
+        ("0", "static", HOST, "own", "root", __version__): 1,
     }
     stop(job, own)
 
