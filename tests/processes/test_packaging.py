@@ -76,7 +76,7 @@ def test_wheel_is_pure_and_complete(built: tuple[Path, Path]) -> None:
 def test_wheel_works_in_a_fresh_environment(built: tuple[Path, Path], tmp_path: Path) -> None:
     env = tmp_path / "env"
     run(sys.executable, "-m", "venv", "--without-pip", env)
-    pip = [sys.executable, "-m", "pip", "--python", env / "bin/python", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--python", str(env / "bin/python"), "--disable-pip-version-check"]
     run(*pip, "install", "--quiet", "--no-deps", "--no-index", built[0])
     assert run(env / "bin/elastic-run", "--version").startswith(f"elastic-run {__version__} ")
     assert "usage: elastic-run" in run(env / "bin/elastic-run", "--help")
