@@ -317,6 +317,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Parses the options before the script, and leaves everything after it alone."""
 
+    options: Sequence[Option] = OPTIONS
+    """Those that it has; further ones are of the program that uses it."""
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
@@ -327,7 +330,7 @@ class Parser(argparse.ArgumentParser):
         script = self._script_position(args)
         words = args[script + 1 :] if args[script : script + 1] == ["--"] else args[script:]
         namespace = Arguments() if namespace is None else namespace
-        for option in OPTIONS:
+        for option in self.options:
             if not hasattr(namespace, option.dest):
                 setattr(namespace, option.dest, None)  # it keeps that unless the command line has the option
         # Without the dashes, argparse would take words of the script for options.
@@ -351,9 +354,11 @@ class Parser(argparse.ArgumentParser):
         Returns:
             The script and its arguments. Those of the file if none were given; empty if there are none.
         """
-        given = {option.dest: f"--{option.name}" for option in OPTIONS if getattr(namespace, option.dest) is not None}
-        file = _config_file(namespace, environ)
-        for option in OPTIONS:
+        given = {
+            option.dest: f"--{option.name}" for option in self.options if getattr(namespace, option.dest) is not None
+        }
+        file = _config_file(namespace, environ) if len(self.options) == len(OPTIONS) else None
+        for option in self.options:
             if option.dest in given:
                 continue
             value = self.get_default(option.dest)
@@ -408,6 +413,7 @@ def get_args_parser(own: bool = True) -> argparse.ArgumentParser:
         own: False leaves out the options that torchrun lacks.
     """
     environ = environment()
+    options = OPTIONS if own else [option for option in OPTIONS if option.dest not in OWN]
     parser = Parser(
         prog="elastic-run",
         description="Start, supervise and restart the workers of a distributed training job on this node.",
@@ -415,6 +421,7 @@ def get_args_parser(own: bool = True) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
+    parser.options = options
     if own:
         parser.add_argument("--version", action="version", version=VERSION, help="show the version and exit")
         parser.add_argument(
@@ -425,15 +432,15 @@ def get_args_parser(own: bool = True) -> argparse.ArgumentParser:
             metavar="SHELL",
             help="print what completes this command line in a shell: bash, zsh or fish",
         )
-    for number, (title, options) in enumerate(GROUPS.items()):
+    for number, (title, group_options) in enumerate(GROUPS.items()):
         group = parser.add_argument_group(title)
         if number == 0:
             group.add_argument("training_script", metavar="SCRIPT", help="the program of each worker")
             group.add_argument(
                 "training_script_args", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="is passed to it"
             )
-        for option in options:
-            if own or option.dest not in OWN:
+        for option in group_options:
+            if option in options:
                 _add(group, option, environ)
     return parser
 
