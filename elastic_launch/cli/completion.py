@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from elastic_launch.cli.options import NUMA_MODES, OPTIONS, SHELLS, START_METHODS, Option
+from elastic_launch.cli.options import CLUSTERS, NUMA_MODES, OPTIONS, SHELLS, START_METHODS, Option
 from elastic_launch.job import HangAction
 from elastic_launch.rendezvous import BUILT_IN
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "nproc-per-node": ("auto", "cpu", "gpu", "xpu"),
     "rdzv-backend": BUILT_IN,
+    "cluster": CLUSTERS,
     "start-method": START_METHODS,
     "numa-binding": NUMA_MODES,
     "redirects": ("0", "1", "2", "3"),

@@ -109,8 +109,10 @@ def _one_of(*allowed: str) -> Read:
 
 
 START_METHODS = ("spawn", "fork", "forkserver")
+CLUSTERS = ("slurm",)
 NUMA_MODES = ("node", "socket", "exclusive", "core-complex")
 _hang_action = _one_of(*HangAction)
+_cluster = _one_of(*CLUSTERS)
 _start_method = _one_of(*START_METHODS)
 _numa_mode = _one_of(*NUMA_MODES)
 _streams = _checked(Std.from_str)
@@ -176,6 +178,7 @@ GROUPS = {
     ),
     "nodes and rendezvous": (
         Option("nnodes", "1:1", _checked(parse_min_max_nnodes), "MIN[:MAX]", "number of nodes, or a range"),
+        Option("cluster", None, _cluster, "NAME", "take the nodes, their endpoint and the id from the system: slurm"),
         Option("standalone", False, _flag, "", "run on this node alone; the rendezvous options are ignored"),
         Option("rdzv-backend", "static", _name, "NAME", "how nodes meet: static, c10d, etcd, plug-in"),
         Option("rdzv-endpoint", "", str, "HOST:PORT", "where nodes meet; etcd accepts several, separated by commas"),
@@ -243,7 +246,7 @@ OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
 
 OWN = {
-    *("config", "dry_run", "preload", "quiet", "verbose", "events", "health_check", "health_check_timeout"),
+    *("config", "cluster", "dry_run", "preload", "quiet", "verbose", "events", "health_check", "health_check_timeout"),
     *("restart_window", "restart_backoff", "fatal_exit_codes", "crash_loop", "node_failure_limit"),
     *("hang_timeout", "hang_action", "hang_native", "start_timeout"),
 }
@@ -369,6 +372,10 @@ class Parser(argparse.ArgumentParser):
                 given[option.dest] = file.path
                 value = _read(option, file.values[option.dest], f"{file.path}: {option.name}")
             setattr(namespace, option.dest, value)
+        if getattr(namespace, "cluster", None) in CLUSTERS:
+            from elastic_launch.cli import cluster  # late: most jobs name none
+
+            cluster.fill(namespace, given, environ, self.options)
         if file and not words:
             words = file.command
             given["training_script"] = file.path

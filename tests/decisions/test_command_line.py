@@ -163,6 +163,7 @@ def test_option_overrides_a_wrong_variable(monkeypatch: pytest.MonkeyPatch) -> N
 
 OURS: dict[str, Any] = {
     "config": None,
+    "cluster": None,
     "dry_run": False,
     "preload": [],
     "restart_window": 0.0,
@@ -245,7 +246,9 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     samples |= {"preload": "torch,mylib.data", "restart_backoff": "1:60", "fatal_exit_codes": "2,64-78"}
     samples |= {"config": "job.toml"}
     Path("job.toml").touch()
-    samples |= {"hang_action": "restart"}
+    samples |= {"hang_action": "restart", "cluster": "slurm"}
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"):
+        monkeypatch.setenv(name, "1")
     text = samples.get(option.dest, "7")
     is_flag = option.default is False
     words = [] if is_flag else [text]

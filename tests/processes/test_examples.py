@@ -18,6 +18,13 @@ from elastic_launch.run import config_from_args, parse_args
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SLURM, KUBERNETES = EXAMPLES / "slurm.sbatch", EXAMPLES / "kubernetes.yaml"
 VARIABLES = {option.variable for option in OPTIONS}
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NODELIST": "node-[7-9]",
+}
+"""What srun sets for each agent."""
 CPUS = {"gpu": "cpu"}
 """What to launch with where the tests run: no devices."""
 
@@ -32,8 +39,7 @@ def stand_in(directory: Path, name: str, body: str) -> None:
 def run_slurm_script(path: Path, srun_status: int) -> tuple[list[str], list[str]]:
     """Run the batch script with Slurm's commands replaced. Returns what was run by srun, and what was told to Slurm."""
     stand_in(path, "srun", f'printf "%s\\n" "$@" > {path}/srun.args; exit {srun_status}')
-    hosts = 'if [ "$1 $2" = "show hostnames" ]; then printf "node-7\\nnode-8\\nnode-9\\n"; exit; fi'
-    stand_in(path, "scontrol", f'{hosts}\nprintf "%s\\n" "$*" >> {path}/scontrol.args')
+    stand_in(path, "scontrol", f'printf "%s\\n" "$*" >> {path}/scontrol.args')
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node-[7-9]", "SLURM_JOB_NUM_NODES": "3"}
     environ = {**os.environ, **slurm, "PATH": f"{path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", str(SLURM), __file__, "--epochs", "2"], env=environ, capture_output=True, text=True)
@@ -47,13 +53,15 @@ def config(args: argparse.Namespace) -> tuple[LaunchConfig, list[str]]:
     return found, words
 
 
-def test_slurm_script_launches_an_elastic_job(tmp_path: Path) -> None:
+def test_slurm_script_launches_an_elastic_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, told = run_slurm_script(tmp_path, 0)
     start = words.index("elastic-run")
     assert {"--kill-on-bad-exit=0", "--wait=0", "--no-kill"} <= set(words[:start])
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
     found, script = config(parse_args(words[start + 1 :]))
-    assert (found.min_nodes, found.max_nodes, found.run_id) == (2, 3, "4711")
-    assert (found.rdzv_backend, found.rdzv_endpoint) == ("c10d", "node-7:24711")
+    assert (found.min_nodes, found.max_nodes, found.run_id) == (2, 3, "4711.0")
+    assert (found.rdzv_backend, found.rdzv_endpoint) == ("c10d", "node-7:27688")
     assert script[-3:] == [__file__, "--epochs", "2"]
     assert told == [], "a job that has ended is not put back into the queue"
 
