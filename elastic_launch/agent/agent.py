@@ -47,6 +47,7 @@ from elastic_launch.errors import (
 )
 from elastic_launch.host.console import YELLOW, in_colour, log_line, log_through, standard_streams
 from elastic_launch.host.console import log as log_to_stderr
+from elastic_launch.host.files import usable_host
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
@@ -206,6 +207,7 @@ class LocalElasticAgent:
         """Return the workers' current or final state; ``role`` is unused, because there is one group."""
         return self._group
 
+    @usable_host()
     def run(self, role: str = "default") -> RunResult:
         """Run this node's part of the job. Only the main thread of a program handles signals.
 

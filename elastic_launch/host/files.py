@@ -1,13 +1,43 @@
-"""Open files in directories in which another user may have planted something, and find such directories."""
+"""Open files in directories in which another user may have planted something, and find such directories.
+
+Also says what the host lacks for that: /proc, or descriptors.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
+
+from elastic_launch.errors import UnavailableError
 
 NOBODY = 65534
 """The owner that root's files have on a file system that does not trust the roots of its clients."""
+
+
+@contextlib.contextmanager
+def usable_host() -> Iterator[None]:
+    """A block, or a function, that needs /proc and as many descriptors as it opens.
+
+    Raises:
+        UnavailableError: the system does not grant them.
+    """
+    if not os.path.exists("/proc/self"):
+        raise UnavailableError("/proc is not mounted: the launcher looks at its processes there; mount it")
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        import resource  # late, like all that only errors need
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise UnavailableError(
+            f"{error.strerror or error}: this process may have {limit} (`ulimit -n`); allow more, about 32 and 6 for "
+            "each worker"
+        ) from error
 
 
 def open_regular(path: str, flags: int) -> int:
