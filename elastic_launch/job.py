@@ -220,7 +220,7 @@ class End(NamedTuple):
     gone: tuple[str, ...] = ()
     """Ids of the nodes that will not be in the next round."""
     signum: int = 0
-    """The signal, for ``STOP``."""
+    """The signal that stops the job, for ``STOP``; or that has a node leave. The workers of all nodes get it."""
     status: int = 0
     """The exit status, for ``ERROR``."""
     failures: tuple[ProcessFailure, ...] = ()

@@ -21,6 +21,9 @@ def main() -> int:
         signal.signal(signum, _ignore)  # they are for the workers, and there are none yet
     signals.owns_process = True
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # __main__ has set it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())  # the parent may have blocked some
         from elastic_launch.cli.options import get_args_parser
         from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException, UsageError
 

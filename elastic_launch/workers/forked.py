@@ -21,6 +21,10 @@ def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any]) 
     """
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(signum, signal.SIG_IGN)  # as Python does when it starts
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        # Forget one that arrived while all were blocked: the program was not prepared for it, and would die of it.
+        before = signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, signal.SIG_DFL if before is None else before)
     for signum in signal.valid_signals():
         if callable(handler := handlers.get(signum)):
             signal.signal(signum, handler)

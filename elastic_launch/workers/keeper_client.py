@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
 from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
-from elastic_launch.errors import ExitCode, LaunchError, UnavailableError
+from elastic_launch.core.text import ranks_text
+from elastic_launch.errors import ExitCode, LaunchError, UnavailableError, signal_name
 from elastic_launch.host.child import spawn
 from elastic_launch.workers import keeper_main
 from elastic_launch.workers.orphans import KILL_PATIENCE, has_ended, kill_orphans, live_keepers, reap
@@ -285,6 +286,12 @@ class KeeperClient:
                 return [self._reaped(leftovers)]
             case ("lease_expired",):
                 return [LeaseExpired()]
+            case ("dropped", int(signum), list(ranks)):
+                self._log(
+                    f"{signal_name(signum)} is not passed on to local {'rank' if len(ranks) == 1 else 'ranks'} "
+                    f"{ranks_text(ranks)}: without a handler, the program would die of it"
+                )
+                return []
             case ("warning", str(text)):
                 self._log(text)
                 return []

@@ -30,6 +30,7 @@ To the agent:
     ("exited", [(local rank, exit code, time, (stop signal sent before, ...)), ...])
     ("reaped", {pid: name})
         -- once per round, when no process is left; names the processes that had to be killed after the workers' end
+    ("dropped", signum, [local rank, ...])  -- this signal was not passed on: the workers would have died of it
     ("lease_expired",)
     ("failed", message)  -- the keeper cannot do its work and exits
     ("warning", message)  -- from ``preload_main`` only
@@ -259,16 +260,29 @@ class Keeper:
         """Send a signal to workers that have not ended.
 
         A stop signal goes to the worker's process group, and is recorded: it explains how the worker ends. Any other
-        signal goes to the worker alone.
+        signal goes to the worker alone, or below a wrapper to the nearest process, if that is prepared for it.
         """
+        if not is_stop:
+            self.pass_on(signum, local_ranks)
+            return
         for worker in self.running(local_ranks):
-            if not is_stop:
-                kill(worker.pid, signum)
-                continue
             worker.stop_signals += (signum,)
             self.stopped_groups.add(worker.pid)
             for number in (signum, signal.SIGCONT):  # a stopped worker would sleep through its grace period
                 kill(-worker.pid, number)
+
+    def pass_on(self, signum: int, local_ranks: list[int]) -> None:
+        """Send workers a signal that is not to stop them, but none that would die of it."""
+        dropped = []
+        for worker in self.running(local_ranks):
+            for pid in (worker.pid, *descendants(worker.pid)):
+                if is_prepared(pid, signum):
+                    kill(pid, signum)
+                    break
+            else:
+                dropped.append(worker.local_rank)
+        if dropped:
+            self.send(("dropped", signum, dropped))
 
     def dump_stacks(self, local_ranks: list[int]) -> None:
         """Have workers write their stacks. Below a wrapper, the nearest process with a handler does it."""
@@ -550,9 +564,31 @@ def name_of(pid: int) -> str:
 
 def has_handler(pid: int, signum: int) -> bool:
     """Return whether a process has a handler for a signal; False if it has ended."""
+    return in_mask(pid, signum, b"SigCgt")
+
+
+def is_prepared(pid: int, signum: int) -> bool:
+    """Return whether a process has a handler for a signal, ignores it, or waits for it: if not, it would die of it."""
+    return any(in_mask(pid, signum, name) for name in (b"SigCgt", b"SigIgn", b"SigBlk")) or is_in_sigwait(pid)
+
+
+def is_in_sigwait(pid: int) -> bool:
+    """Return whether a thread of a process waits for signals. Those are not in its mask while it does."""
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/wchan", "rb") as file:
+                if b"sigtimedwait" in file.read():
+                    return True
+    except OSError:
+        pass  # it has ended
+    return False
+
+
+def in_mask(pid: int, signum: int, name: bytes) -> bool:
+    """Return whether a signal is in one of a process's masks, by its name in /proc; False if the process has ended."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:
-            mask = file.read().partition(b"\nSigCgt:")[2].split(None, 1)[0]
+            mask = file.read().partition(b"\n%s:" % name)[2].split(None, 1)[0]
     except (OSError, IndexError):
         return False
     return bool(int(mask, 16) >> (signum - 1) & 1)

@@ -378,6 +378,56 @@ def test_user_signals_are_the_workers_business(job: Job, signum: signal.Signals)
     assert job.finish(process).returncode == 0
 
 
+@pytest.mark.parametrize("options", [("-t", "3", "--log-dir", "logs"), ("--preload", "json")])
+def test_a_user_signal_that_would_kill_a_worker_is_not_passed_on(job: Job, options: tuple[str, ...]) -> None:
+    """One that the program waits for without a handler is, and so is one for the program below a wrapper."""
+    text = (
+        "if rank == 1: signal.pthread_sigmask(signal.SIG_BLOCK, [10])\n"
+        "elif rank == 2: child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.signal(10, lambda *_:"
+        " exit(7)); print(flush=True); signal.pause()'], stdout=-1); child.stdout.readline()\n"
+        "mark('up')\n"
+        "if rank == 1: mark(f'got {signal.sigwait([10])}')\n"
+        "elif rank == 2: mark(f'child {child.wait()}')\n"
+        "while not os.path.exists('go'): time.sleep(0.01)"
+    )
+    process = job.start("--nproc-per-node", "3", *options, job.script(text))
+    job.wait_for("0.0 up", "1.0 up", "2.0 up")
+    process.send_signal(SIGUSR1)
+    job.wait_for("1.0 got 10", "2.0 child 7")
+    (job.path / "go").touch()
+    done = job.finish(process)
+    assert done.returncode == 0
+    line = "SIGUSR1 is not passed on to local rank 0: without a handler, the program would die of it"
+    assert done.stderr.count(line) == 1
+
+
+@pytest.mark.parametrize("signum", [SIGTERM, SIGINT])
+def test_signals_that_the_parent_has_blocked_stop_the_job(job: Job, signum: signal.Signals) -> None:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        process = job.start(job.script("mark('up'); wait()"))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    job.wait_for("0.0 up")
+    process.send_signal(signum)
+    assert job.finish(process).returncode == 128 + signum
+
+
+def test_an_interrupt_during_the_imports_ends_the_launcher_without_a_traceback(job: Job) -> None:
+    """Of what is imported before, Python alone decides."""
+    hook = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'elastic_launch.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    (job.path / "sitecustomize.py").write_text(hook)
+    path = os.pathsep.join([str(job.path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = job.run(job.script("mark('up')"), PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (-SIGINT, "")
+
+
 @pytest.mark.parametrize(("text", "status"), [("os._exit(3)", 3), ("os.kill(os.getpid(), 10)", 138)])
 def test_user_signal_does_not_hide_a_later_failure(job: Job, text: str, status: int) -> None:
     script = job.script(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 
 import pytest
 
-from elastic_launch.core.agent.messages import Finish, Leave
+from elastic_launch.core.agent.messages import Action, Finish, Leave, SendSignal
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Level, Policy
 from tests.support.simulation import Agent, World
@@ -461,3 +461,20 @@ def test_a_connection_that_stands_still_for_long_is_replaced() -> None:
     made.agents[1].stall(25)
     made.run(made.now + 60, stop=lambda: running(made) == [2, 2, 2])
     assert running(made) == [2, 2, 2], "the others have gone on without it, until it was there again"
+
+
+@pytest.mark.parametrize("low", [2, 3], ids=["the others go on", "the job ends"])
+def test_the_workers_of_all_nodes_get_the_signal_that_came(low: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = world(3, job(low, 3))
+    form(made, 3)
+    sent: list[int] = []
+    carry_out = Agent._carry_out
+
+    def note(agent: Agent, actions: list[Action]) -> None:
+        sent.extend(action.signum for action in actions if isinstance(action, SendSignal))
+        carry_out(agent, actions)
+
+    monkeypatch.setattr(Agent, "_carry_out", note)
+    made.agents[1].interrupt()
+    until(made, 20)
+    assert sent == [SIGINT] * 3

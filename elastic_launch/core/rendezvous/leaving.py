@@ -33,7 +33,8 @@ def leave_membership(node: NodeState, step: Step, request: Leave, *, same_step: 
         return  # its workers have succeeded, and the others' need it no more than if it had died
     rest = round_.closed.nodes - 1 + len(round_.closed.spares)
     if rest >= node.settings.min_nodes and not serves and not request.reason:
-        end = End(EndKind.MEMBERSHIP_CHANGED, _why(node, request), node.record.node, change=Change.NODE_LEFT)
+        why, id_ = _why(node, request), node.record.node
+        end = End(EndKind.MEMBERSHIP_CHANGED, why, id_, signum=request.signum, change=Change.NODE_LEFT)
     else:
         end = _final(node, request, "and the job cannot go on without it")
         round_.shutdown.stops_job = True
