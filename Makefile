@@ -41,6 +41,9 @@ check: .venv/.ready
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pytest --quiet tests/decisions/test_layers.py
 
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 dist: .venv/.ready
 	$(BIN)/python -m hatchling build
 

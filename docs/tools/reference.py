@@ -155,3 +155,17 @@ def _attribute_docs() -> dict[str, str]:
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
             docs[name] = str(node.value.value).replace("``", "`")
     return docs
+
+
+NAMESPACES = ("worker", "run", "events", "metrics", "timer.client", "timer.server", "utils", "utils.data")
+"""Modules that users import as such."""
+
+
+def api() -> str:
+    """Return what mkdocstrings is to show: the names of the package, and the modules that users import as such."""
+    names = [f"::: elastic_launch.{name}" for name in elastic_launch.__all__]
+    modules = [
+        f"## {module}\n\n::: elastic_launch.{module}\n    options: {{show_root_heading: false}}"
+        for module in NAMESPACES
+    ]
+    return "\n\n".join(["## The package", *names, *modules])
