@@ -8,7 +8,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import LaunchConfig
@@ -16,7 +18,7 @@ from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.run import config_from_args, parse_args
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SLURM, KUBERNETES = EXAMPLES / "slurm.sbatch", EXAMPLES / "kubernetes.yaml"
+SLURM, KUBERNETES, TRAINJOB = (EXAMPLES / name for name in ("slurm.sbatch", "kubernetes.yaml", "trainjob.yaml"))
 VARIABLES = {option.variable for option in OPTIONS}
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -108,7 +110,41 @@ def test_kubernetes_variables_launch_an_elastic_job(monkeypatch: pytest.MonkeyPa
     assert f"port: {variables['TORCHELASTIC_HEALTH_CHECK_PORT']}\n" in text
 
 
-@pytest.mark.parametrize("file", [SLURM, KUBERNETES], ids=lambda file: file.name)
+def test_kubernetes_knows_all_that_the_manifest_says() -> None:
+    """The published schemas are strict about names and types. 1.31 is the oldest version that the manifest is for."""
+    for document in yaml.safe_load_all(KUBERNETES.read_text()):
+        assert kubernetes_validate.validate(document, "1.31", strict=True) == "1.31"
+
+
+def test_kubeflow_knows_all_that_the_train_job_says() -> None:
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
+
+    written = yaml.safe_load(TRAINJOB.read_text())
+    # What the models do not know, they leave out.
+    assert TrainerV1alpha1TrainJob.from_dict(written).to_dict() == written
+
+
+def test_the_variables_of_a_train_job_launch_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = yaml.safe_load(TRAINJOB.read_text())["spec"]["trainer"]
+    operators = {
+        "PET_NNODES": trainer["numNodes"],
+        "PET_NPROC_PER_NODE": trainer["numProcPerNode"],
+        "PET_NODE_RANK": 3,
+        "PET_MASTER_ADDR": "train-node-0-0.train",
+        "PET_MASTER_PORT": 29400,
+    }
+    for name, value in {**operators, **{it["name"]: it["value"] for it in trainer["env"]}}.items():
+        monkeypatch.setenv(name, str(value))
+    assert trainer["command"] == ["elastic-run"]
+    found, _ = config(parse_args([__file__, *trainer["args"][1:]]))
+    assert (found.max_nodes, found.nproc_per_node, found.rdzv_configs["rank"]) == (4, 8, 3)
+    assert (found.rdzv_endpoint, found.max_restarts) == ("train-node-0-0.train:29400", 3)
+    said: list[str] = []
+    create_rendezvous(found, {}, said.append)
+    assert said == [], "a setting of PET_RDZV_CONF is not known"
+
+
+@pytest.mark.parametrize("file", [SLURM, KUBERNETES, TRAINJOB], ids=lambda file: file.name)
 def test_variables_that_are_named_exist(file: Path) -> None:
     assert set(re.findall(r"\bPET_[A-Z_]+\b", file.read_text())) - {"PET_"} <= VARIABLES
 
