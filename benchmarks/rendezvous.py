@@ -58,7 +58,7 @@ from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 
-FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", message="Traceback\n" * 50, rank=8, host="host-0001")
+FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", traceback="Traceback\n" * 50, rank=8, host="host-0001")
 """The failure that ends a round."""
 PROCESSES = 2
 """Number of processes that run agents; one more serves the store."""

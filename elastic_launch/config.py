@@ -5,12 +5,14 @@ Values only. ``parsing`` reads their text forms.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Any
 
+from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
 from elastic_launch.job import HangAction, Level, Policy
 from elastic_launch.parsing import (
@@ -19,13 +21,22 @@ from elastic_launch.parsing import (
     parse_command,
     parse_exit_codes,
     parse_hang_timeout,
+    parse_seconds,
     parse_signals,
 )
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 """Signals that stop the job, unless ``--signals-to-handle`` names others."""
+SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Variable with such names, for agents and groups of processes that a program starts without naming any."""
 DEFAULT_SHUTDOWN_TIMEOUT = 30
 """Seconds between a worker's stop signal and SIGKILL."""
+BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
+"""Names of the built-in backends of the rendezvous. Both ``etcd`` and ``etcd-v2`` mean etcd v3."""
+DEFAULT_JOIN_TIMEOUT = 600
+"""Seconds that nodes have to meet; a single node that long to be fit."""
+_THIRD_PARTY_TIMEOUT = 900
+"""Setting ``timeout`` of other backends, whatever it means there; torch's default."""
 DEFAULT_CHECK_TIMEOUT = 60
 """Seconds that a node's health check may take."""
 
@@ -172,7 +183,7 @@ class LaunchConfig:
     nproc_per_node: int
     """Number of workers on this node, at least 1."""
     logs_specs: LogsSpecs | None = None
-    """Where the workers' output goes; None for ``DefaultLogsSpecs()``."""
+    """Where the workers' output goes; None becomes ``DefaultLogsSpecs()``."""
     run_id: str = ""
     """The job's id, the same on all its nodes; ``""`` for a random one on one node and ``none`` on several."""
     role: str = "default_role"
@@ -182,9 +193,10 @@ class LaunchConfig:
     rdzv_backend: str = "etcd"
     """How nodes meet: static, c10d, etcd, or the name of a plug-in. On one node, only a plug-in makes a difference."""
     rdzv_configs: dict[str, Any] = field(default_factory=dict)
-    """Settings of the backend, as for ``--rdzv-conf``."""
+    """Settings of the backend, as for ``--rdzv-conf``. ``timeout`` is added if it is missing: 600, or 900 for other
+    backends than the built-in ones."""
     rdzv_timeout: int = -1
-    """Seconds that nodes have to meet; -1 for ``join_timeout`` or ``timeout`` of ``rdzv_configs``, 600 by default."""
+    """Seconds that nodes have to meet, which become ``timeout`` of ``rdzv_configs``; -1 for what that says."""
     max_restarts: int = 3
     """How often failed workers are restarted, at least 0."""
     monitor_interval: float = 0.1
@@ -210,8 +222,8 @@ class LaunchConfig:
     """Stderr lines that contain one of these texts are copied to a file."""
     virtual_local_rank: bool = False
     """Whether each worker sees ``LOCAL_RANK=0`` and only its own device, as number 0."""
-    shutdown_timeout: int | None = None
-    """Seconds between a worker's stop signal and SIGKILL; None for ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
+    shutdown_timeout: float | None = None
+    """Seconds between a worker's stop signal and SIGKILL; None becomes ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
     preload: Sequence[str] = ()
     """Modules that one process of each node imports once; workers are forked from it."""
     restart_window: float = 0.0
@@ -242,6 +254,9 @@ class LaunchConfig:
     """Command that must exit with 0 before this node joins a round, as for ``--health-check``; ``""`` for none."""
     health_check_timeout: float = DEFAULT_CHECK_TIMEOUT
     """Seconds that it may take."""
+    exit_barrier_timeout: float = 300
+    """Seconds to wait, once this node's workers have succeeded, for those of other nodes; the node that hosts the
+    job's store waits as long as they run."""
 
     @property
     def policy(self) -> Policy:
@@ -262,6 +277,19 @@ class LaunchConfig:
         )
 
     def __post_init__(self) -> None:
+        if self.shutdown_timeout is None:
+            text = environment().get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(DEFAULT_SHUTDOWN_TIMEOUT))
+            seconds = parse_seconds(text, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")
+            self.shutdown_timeout = int(seconds) if seconds.is_integer() else seconds
+        self.rdzv_configs = {**self.rdzv_configs}
+        if self.rdzv_timeout != -1:
+            self.rdzv_configs["timeout"] = self.rdzv_timeout
+        is_built_in = not self.rdzv_backend or self.rdzv_backend in BUILT_IN
+        default = self.rdzv_configs.get("join_timeout", DEFAULT_JOIN_TIMEOUT) if is_built_in else _THIRD_PARTY_TIMEOUT
+        self.rdzv_configs.setdefault("timeout", default)
+        if self.logs_specs is None:
+            # Not imported: the package names the layers above.
+            self.logs_specs = sys.modules["elastic_launch"].DefaultLogsSpecs()
         if not 1 <= self.min_nodes <= self.max_nodes:
             raise UsageError(f"min_nodes={self.min_nodes}, max_nodes={self.max_nodes}: must be 1 <= min <= max")
         for name, least in (("nproc_per_node", 1), ("max_restarts", 0), ("node_failure_limit", 0), ("crash_loop", 0)):
@@ -269,7 +297,7 @@ class LaunchConfig:
                 raise UsageError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.crash_loop == 1:
             raise UsageError("crash_loop=1: must be at least 2, or 0 to turn this off")
-        if self.shutdown_timeout is not None and self.shutdown_timeout < 0:
+        if self.shutdown_timeout < 0:
             raise UsageError(f"shutdown_timeout={self.shutdown_timeout}: must be at least 0 seconds")
         for name in ("restart_window", "start_timeout"):
             if not 0 <= getattr(self, name) < float("inf"):

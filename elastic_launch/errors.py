@@ -1,14 +1,20 @@
 """The launcher's exceptions and exit statuses, and the failures of workers.
 
-Values only: nothing here reads a file, a clock or the environment.
+Values only, apart from ``ProcessFailure``: it reads its error file if a program makes one by hand, or asks for more
+than the launcher has kept.
+
+Errors are also of the built-in types that torch raises in such cases, so that programs catch what they caught there.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 
@@ -34,7 +40,7 @@ class ExitCode(IntEnum):
     """A worker's command was not found, by the shell's convention."""
 
 
-class LaunchError(Exception):
+class LaunchError(RuntimeError):
     """The launcher could not do its work. The message says in one line what failed, where, and what to do about it."""
 
     exit_code: int = ExitCode.SOFTWARE
@@ -51,6 +57,14 @@ class UnavailableError(LaunchError):
     """Something outside the launcher that the job needs is missing or in use."""
 
     exit_code: int = ExitCode.UNAVAILABLE
+
+
+class LogDirectoryError(UnavailableError, NotADirectoryError):
+    """The directory for the job's files is something else."""
+
+
+class ProgramNotFoundError(UsageError, FileNotFoundError):
+    """The program to run does not exist."""
 
 
 class RendezvousError(UnavailableError):
@@ -134,15 +148,23 @@ def how_it_ended(exitcode: int) -> str:
     return f"killed by {signal_name(-exitcode)}" if exitcode < 0 else f"exit code {exitcode}"
 
 
-@dataclass(frozen=True)
-class ProcessFailure:
-    """The failure of one worker. The first four fields are those of torch, in its order.
+NO_FILE = "<N/A>"
+"""Stands for the path of an error file that does not exist; torch's text."""
+_MAX_FILE = 4 << 20
+"""Bytes of the largest error file that a failure reads."""
 
-    Unlike torch's class, it never reads ``error_file``: the other fields hold what the file contains.
+
+@dataclass
+class ProcessFailure:
+    """The failure of one worker. The first four fields are torch's, in its order, and so are the properties.
+
+    If only those four are given, the rest is read from the error file; without one, the worker failed just now.
 
     >>> failure = ProcessFailure(local_rank=1, pid=4711, exitcode=-9, rank=9, host="node-2")
     >>> failure.headline(), failure.status()
     ('rank 9 on node-2 failed (killed by SIGKILL)', 137)
+    >>> failure.message
+    'Signal 9 (SIGKILL) received by PID 4711'
     """
 
     local_rank: int
@@ -151,17 +173,17 @@ class ProcessFailure:
     """Process id; -1 if the process could not be started."""
     exitcode: int
     """The exit status, or minus the number of the signal that killed the worker."""
-    error_file: str = "<N/A>"
-    """Path of the JSON file that the worker wrote its exception to."""
+    error_file: str = NO_FILE
+    """Path of the JSON file that the worker wrote its exception to; ``<N/A>`` for none."""
     error: str = ""
     """The exception in one line, as in ``ValueError: boom``; empty if there was none."""
-    message: str = ""
-    """The traceback if there is an exception, or else a sentence that says how the worker ended."""
+    traceback: str = ""
+    """The traceback of the exception; empty if there was none."""
     stderr: str = ""
     """The last lines of the worker's stderr if it left no exception."""
     note: str = ""
     """A remark on the cause: that memory ran out, or that the worker hung and where its stacks are."""
-    timestamp: float = 0.0
+    failed_at: float = -1.0
     """When the worker failed, in seconds since 1970 by the clock of its host; 0 if unknown."""
     rank: int = -1
     """Global rank; -1 if unknown."""
@@ -171,14 +193,59 @@ class ProcessFailure:
     """Whether the worker was running, but made no progress; ``exitcode`` is then ``ExitCode.HANG``."""
 
     def __post_init__(self) -> None:
-        if not self.error and not self.message:
-            object.__setattr__(self, "message", f"The process (pid {self.pid}) ended: {self.how()}.")
+        if self.failed_at < 0:  # made by hand
+            self._read_error_file()
 
-    @property
+    def _read_error_file(self) -> None:
+        """Fill in what torch's class would read."""
+        data = _read_json(self.error_file)
+        message = data.get("message")
+        if not message:
+            self.failed_at = time.time()
+            self.error_file = self.error_file if os.path.isfile(self.error_file) else NO_FILE
+            return
+        is_dict = isinstance(message, dict)
+        extra = message.get("extraInfo") if is_dict else data
+        extra = extra if isinstance(extra, dict) else {}
+        self.error = self.error or str(message.get("message", "") if is_dict else message)
+        self.traceback = self.traceback or str(extra.get("py_callstack", self.error))
+        at = str(extra.get("timestamp", 0))
+        self.failed_at = float(at) if at.isascii() and at.isdigit() and len(at) < 12 else 0.0
+
+    @cached_property
     def error_file_data(self) -> dict[str, Any]:
-        """The content of an error file in torch's format. Without an exception, ``message`` stands in for it."""
-        extra = {"py_callstack": self.message, "timestamp": str(int(self.timestamp))}
-        return {"message": {"message": self.error or self.message, "extraInfo": extra}}
+        """The content of the error file; if it is not on this host, what the launcher knows of it.
+
+        >>> ProcessFailure(0, 5, 1, error="ValueError: boom", traceback="...", failed_at=9.5).error_file_data
+        {'message': {'message': 'ValueError: boom', 'extraInfo': {'py_callstack': '...', 'timestamp': '9'}}}
+        """
+        if not self.error:
+            traits = {"category": "system_terminated_error", "retryability": "False"}
+            return {"message": "<NONE>", "errorTraits": traits}
+        is_here = self.host in ("", os.uname().nodename)
+        if is_here and (data := _read_json(self.error_file)).get("message"):
+            return data
+        extra = {"py_callstack": self.traceback, "timestamp": str(self.timestamp)}
+        return {"message": {"message": self.error, "extraInfo": extra}}
+
+    @cached_property
+    def message(self) -> Any:
+        """What the error file says under ``message``: a dict, or a text. Without an exception, how the worker ended.
+
+        >>> failure = ProcessFailure(0, 5, 1, error="ValueError: boom", traceback="Traceback ...")
+        >>> failure.message["extraInfo"]["py_callstack"]
+        'Traceback ...'
+        """
+        if self.error:
+            return self.error_file_data["message"]
+        if self.exitcode < 0:
+            return f"Signal {-self.exitcode} ({self.signal_name()}) received by PID {self.pid}"
+        return f"The process (pid {self.pid}) ended: {self.how()}."
+
+    @cached_property
+    def timestamp(self) -> int:
+        """When the worker failed, in whole seconds since 1970."""
+        return int(self.failed_at)
 
     def timestamp_isoformat(self) -> str:
         """Return when the worker failed, as in ``2026-01-31_23:59:59``, in local time."""
@@ -207,12 +274,35 @@ class ProcessFailure:
         return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
 
 
+def _read_json(path: str) -> dict[str, Any]:
+    """Return the content of an error file; empty if it is not one."""
+    if not os.path.isfile(path):  # nor a pipe, which could make this process wait
+        return {}
+    import json  # late: few programs ask for it
+
+    try:
+        with open(path, "rb") as file:
+            data = json.loads(file.read(_MAX_FILE).decode("utf-8", "replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 class ChildFailedError(Exception):
     """The job failed because workers failed. Its text is the whole report.
 
     >>> error = ChildFailedError("train.py", {9: ProcessFailure(local_rank=1, pid=4711, exitcode=-9)})
-    >>> str(error), error.exit_code
-    ('train.py FAILED: rank 9: killed by SIGKILL', 137)
+    >>> error.exit_code
+    137
+    >>> print(error)  # doctest: +ELLIPSIS
+    ================================================================================
+    train.py FAILED
+    --------------------------------------------------------------------------------
+    Cause
+      rank    : 9 (local rank 1, pid 4711)
+      exit    : killed by SIGKILL
+      time    : ...
+    ================================================================================
     """
 
     def __init__(self, name: str, failures: dict[int, ProcessFailure], report: str = "") -> None:
@@ -232,8 +322,10 @@ class ChildFailedError(Exception):
         self.name = name
         self.failures = failures
         self._report = report
-        rank, cause = self.get_first_failure()
-        super().__init__(report or f"{name} FAILED: rank {rank}: {cause.error or cause.how()}")
+        first, _ = self.get_first_failure()
+        ranks = sorted(failures, key=lambda rank: (rank != first, failures[rank].failed_at))
+        lines = [RULE, *report_head(name, [(rank, failures[rank]) for rank in ranks]), RULE]
+        super().__init__(report or "\n".join(lines))
 
     def __reduce__(self) -> tuple[type[ChildFailedError], tuple[str, dict[int, ProcessFailure], str]]:
         return type(self), (self.name, self.failures, self._report)  # for pickle: a worker may raise it
@@ -242,7 +334,7 @@ class ChildFailedError(Exception):
         """Return the global rank and the failure of the worker that is the cause."""
         if self._report:
             return next(iter(self.failures.items()))
-        return min(self.failures.items(), key=lambda item: item[1].timestamp or float("inf"))  # 0: unknown
+        return min(self.failures.items(), key=lambda item: item[1].failed_at or float("inf"))  # 0: unknown
 
     def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
         """Return the report.
@@ -259,3 +351,73 @@ class ChildFailedError(Exception):
     def exit_code(self) -> int:
         """The exit status of the cause, as a shell shows it."""
         return self.get_first_failure()[1].status()
+
+
+RULE = "=" * 80
+"""First and last line of a report."""
+_MAX_LINES = 200
+"""Maximum lines of a traceback or of stderr."""
+_MAX_LINE = 2000
+"""Maximum characters of a line of a traceback or of stderr."""
+
+
+def report_head(name: str, failures: Sequence[tuple[int, ProcessFailure]]) -> list[str]:
+    """Return the lines of a report that describe failures, between its first line and the one on restarts.
+
+    Args:
+        name: what the workers ran.
+        failures: at least one global rank and its failure, the cause first.
+    """
+    (rank, cause), *consequences = failures
+    lines = [
+        f"{name} FAILED",
+        "-" * len(RULE),
+        "Cause",
+        f"  rank    : {rank} (local rank {cause.local_rank}, {_pid(cause)}){_where(cause)}",
+        f"  exit    : {cause.how()}",
+        f"  time    : {_time(cause)}",
+    ]
+    if cause.note:
+        lines += [f"  note    : {cause.note}"]
+    if cause.error:
+        lines += [f"  error   : {cause.error_line()}"]
+        lines += _indented(cause.traceback) if cause.traceback not in ("", cause.error) else []
+    elif cause.stderr:
+        lines += ["  stderr  : its last lines", *_indented(cause.stderr)]
+    if consequences:
+        lines += ["Then", *(f"  {_consequence(*consequence)}" for consequence in consequences)]
+    return lines
+
+
+def _consequence(rank: int, failure: ProcessFailure) -> str:
+    error = f", {failure.error_line()}" if failure.error else ""
+    error += f"; {failure.note}" if failure.note else ""
+    return f"{_time(failure)} rank {rank}{_where(failure)} ({_pid(failure)}): {failure.how()}{error}"
+
+
+def _where(failure: ProcessFailure) -> str:
+    return f" on {failure.host}" if failure.host else ""
+
+
+def _pid(failure: ProcessFailure) -> str:
+    return f"pid {failure.pid}" if failure.pid > 0 else "not started"
+
+
+def _time(failure: ProcessFailure) -> str:
+    millis = int(failure.failed_at % 1 * 1000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(failure.failed_at))}.{millis:03d}"
+
+
+def _indented(text: str) -> list[str]:
+    """Return the lines of a text, indented. The ends of a text and of a line are worth more than their middles."""
+    lines = text.rstrip().split("\n")
+    if len(lines) > _MAX_LINES:
+        half = _MAX_LINES // 2
+        lines = [*lines[:half], f"... {len(lines) - 2 * half} lines left out ...", *lines[-half:]]
+    return [f"    {_cut(line)}" for line in lines]
+
+
+def _cut(line: str) -> str:
+    half = _MAX_LINE // 2
+    more = len(line) - 2 * half
+    return line if more <= 0 else f"{line[:half]} ... {more} characters left out ... {line[-half:]}"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from elastic_launch.agent.agent import LocalElasticAgent
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LaunchConfig
+from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, SIGNALS_VARIABLE, LaunchConfig
 from elastic_launch.env import environment
 from elastic_launch.errors import ChildFailedError
 from elastic_launch.host.console import log
 from elastic_launch.job import Level
-from elastic_launch.parsing import parse_command, parse_seconds
+from elastic_launch.parsing import parse_command
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
@@ -68,7 +68,7 @@ def launch_agent(
         LaunchError: the launcher could not do its work.
     """
     environ = environment()
-    timeout = shutdown_timeout(config, environ)
+    environ[SIGNALS_VARIABLE] = config.signals_to_handle
     _share_out_cpus(config, environ)
     spec = WorkerSpec(
         role=config.role,
@@ -90,8 +90,9 @@ def launch_agent(
         spec,
         config.logs_specs,
         config.start_method,
+        config.exit_barrier_timeout,
         log_line_prefix_template=config.log_line_prefix_template,
-        shutdown_timeout=timeout,
+        shutdown_timeout=DEFAULT_SHUTDOWN_TIMEOUT if config.shutdown_timeout is None else config.shutdown_timeout,
         health_check_server=health_check_server,
         signals_to_handle=config.signals_to_handle,
         environ=environ,
@@ -126,11 +127,3 @@ def _share_out_cpus(config: LaunchConfig, environ: dict[str, str]) -> None:
                 f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} for each worker "
                 f"({cpus} CPUs, {config.nproc_per_node} workers); set it to override"
             )
-
-
-def shutdown_timeout(config: LaunchConfig, environ: Mapping[str, str]) -> float:
-    """Return the seconds between a worker's stop signal and SIGKILL: the option's, the variable's, or the default."""
-    if config.shutdown_timeout is not None:
-        return config.shutdown_timeout
-    text = environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(DEFAULT_SHUTDOWN_TIMEOUT))
-    return parse_seconds(text, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")

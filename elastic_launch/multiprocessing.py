@@ -17,15 +17,25 @@ from typing import Any
 
 from elastic_launch.agent.loop import AgentLoop
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions
-from elastic_launch.config import DEFAULT_SHUTDOWN_TIMEOUT, LogsDest, LogsSpecs, Std, to_map
+from elastic_launch.config import (
+    DEFAULT_SHUTDOWN_TIMEOUT,
+    DEFAULT_SIGNALS,
+    SIGNALS_VARIABLE,
+    LogsDest,
+    LogsSpecs,
+    Std,
+    to_map,
+)
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
-from elastic_launch.core.agent.messages import Limits, Signalled
+from elastic_launch.core.agent.messages import Finish, Limits, Signalled
 from elastic_launch.core.agent.root_cause import failure_of
 from elastic_launch.env import environment
-from elastic_launch.errors import ProcessFailure, SignalException, UsageError
+from elastic_launch.errors import ExitCode, ProcessFailure, ProgramNotFoundError, SignalException, UsageError
 from elastic_launch.host.console import log, log_through, standard_streams
+from elastic_launch.host.signals import SignalTrap
 from elastic_launch.job import Assignment, Policy
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
+from elastic_launch.parsing import parse_signals
 from elastic_launch.rendezvous.single_node import answer_alone
 from elastic_launch.workers.orphans import subreaper
 
@@ -75,6 +85,10 @@ def start_processes(
 ) -> PContext:
     """Start one process for each local rank, and return when they have started.
 
+    While they run, signals that stop a program raise ``SignalException`` in the main thread, if this was called there:
+    SIGTERM, SIGINT, SIGHUP and SIGQUIT, or those in ``TORCHELASTIC_SIGNALS_TO_HANDLE``. The processes run on until
+    ``close``, or until the program ends.
+
     Args:
         name: name of the group, for messages and for processes that run a function.
         entrypoint: the program or the function to run.
@@ -90,7 +104,8 @@ def start_processes(
 
     Raises:
         UsageError: the ranks of ``args`` and ``envs`` differ or have gaps, or the function cannot be pickled.
-        UnavailableError: the system cannot start such processes.
+        ProgramNotFoundError: there is no such program; also a FileNotFoundError.
+        UnavailableError: the system cannot start such processes, or the log directory cannot be created.
         LaunchError: ``logs_specs`` does not work.
     """
     ranks = list(range(len(args)))
@@ -115,7 +130,13 @@ def start_processes(
 
 
 class PContext:
-    """A group of processes. Only the thread that started it may use it."""
+    """A group of processes. Only the thread that started it may use it.
+
+    As in torch, ``name``, ``entrypoint``, ``args`` and ``envs`` are what was given, and ``nprocs`` is the number of
+    processes. After the start, ``stdouts``, ``stderrs`` and ``error_files`` are the paths of their files by local rank
+    (``""`` for the launcher's own streams), and ``filtered_stdout`` and ``filtered_stderr`` those of the copies of
+    certain lines; None without filters.
+    """
 
     def __init__(
         self,
@@ -132,15 +153,20 @@ class PContext:
         numa_options: Any = None,
     ) -> None:
         """Keep the arguments, which are those of ``start_processes``, without starting anything."""
-        self.name = name
-        self._envs = {rank: dict(environ) for rank, environ in envs.items()}
+        self.name, self.entrypoint, self.args, self.nprocs = name, entrypoint, args, len(args)
+        self.envs = {rank: dict(environ) for rank, environ in envs.items()}
+        self.stdouts: dict[int, str] = {}
+        self.stderrs: dict[int, str] = {}
+        self.error_files: dict[int, str] = {}
+        self.filtered_stdout: str | None = None
+        self.filtered_stderr: str | None = None
         self._logs_specs = logs_specs
         self._prefixes = log_line_prefixes or {rank: f"[{name}{rank}]:" for rank in envs}
         self._options = WorkerOptions(
             name,
             entrypoint,
             args,
-            self._envs[0].get("TORCHELASTIC_RUN_ID", f"{name}-{time.time_ns()}"),
+            self.envs[0].get("TORCHELASTIC_RUN_ID", f"{name}-{time.time_ns()}"),
             environ={},  # read when the processes start
             start_method=start_method,
             filters={1: duplicate_stdout_filters or [], 2: duplicate_stderr_filters or []},
@@ -152,7 +178,7 @@ class PContext:
         self._assignment = Assignment(0, 1, 0, workers, workers, 0, workers, "", 0, "localhost", False)
         self._stack = ExitStack()
         self._loop: AgentLoop | None = None
-        self._dest = LogsDest()
+        self._signals = SignalTrap(())
         self._result: RunProcsResult | None = None
 
     def start(self) -> None:
@@ -160,6 +186,7 @@ class PContext:
 
         Raises:
             UsageError: they were started before, or the function cannot be pickled.
+            ProgramNotFoundError: there is no such program.
             UnavailableError: the system cannot start such processes.
             LaunchError: ``logs_specs`` does not work.
         """
@@ -167,26 +194,34 @@ class PContext:
             raise UsageError(f"{self.name}: the processes were already started; create another PContext")
         environ = environment()
         # Without run ids, the name keeps the files of several groups apart.
-        named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self._envs.items()}
+        named = {rank: {"TORCHELASTIC_RUN_ID": self.name, **changes} for rank, changes in self.envs.items()}
         run_id, temp_dir = named[0]["TORCHELASTIC_RUN_ID"], environ.get("TMPDIR") or "/tmp"
         with ExitStack() as stack:
             stack.enter_context(standard_streams())
+            signals = parse_signals(environ.get(SIGNALS_VARIABLE) or DEFAULT_SIGNALS)
+            self._signals = stack.enter_context(SignalTrap(signals))
             stack.enter_context(subreaper())
             has_filters = any(self._options.filters.values())
             files = JobFiles(self._logs_specs, run_id, temp_dir, has_filters=has_filters, log=log)
             stack.callback(lambda: files.close(keep=self._result is not None and self._result.is_failed()))
-            self._dest = files.prepare(named)
+            dest = files.prepare(named)
+            self.stdouts, self.stderrs, self.error_files = dest.stdouts, dest.stderrs, dest.error_files
+            self.filtered_stdout = dest.filtered_stdout if self._options.filters[1] else None
+            self.filtered_stderr = dest.filtered_stderr if self._options.filters[2] else None
             self._workers = LocalWorkers(self._options._replace(environ=environ), log)
             stack.callback(self._workers.close)
             loop = AgentLoop(
                 Limits(Policy(), DEFAULT_SHUTDOWN_TIMEOUT),
                 self._workers,
-                lambda assignment: self._workers.start(self._envs, self._dest, self._prefixes),
+                lambda assignment: self._workers.start(self.envs, dest, self._prefixes),
                 lambda action: answer_alone(action, lambda: self._assignment),
+                [self._signals],
             )
-            with log_through(self._workers.log):
+            with log_through(self._workers.log), self._signals.around_loop():
                 # Processes that could not be started have no pid, but an exit.
                 loop.run(enough=lambda state: bool(state.pids or state.exits))
+            if any(exit_.exitcode == ExitCode.NOT_FOUND for exit_ in loop.state.exits) and not loop.state.pids:
+                raise ProgramNotFoundError(f"entrypoint={self.entrypoint}: there is no such program")
             self._loop, self._stack = loop, stack.pop_all()
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
@@ -200,6 +235,8 @@ class PContext:
             None while processes run. As in torch, processes that ``close`` stopped are among the failures.
 
         Raises:
+            SignalException: this process has received a signal that stops programs; see ``start_processes``. The
+                group is as before: wait again, or close it.
             LaunchError: the return value of a process cannot be unpickled.
         """
         self._run(None if timeout < 0 else time.monotonic() + timeout)
@@ -210,12 +247,13 @@ class PContext:
         return dict(self._loop.state.pids) if self._loop else {}
 
     def close(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        """Stop the processes that still run, and release what the group holds.
+        """Stop the processes that still run, and release what the group holds. A SIGTERM or SIGINT hastens that.
 
         Args:
             death_sig: the signal that stops them; None for SIGTERM.
             timeout: seconds after which SIGKILL follows.
         """
+        self._signals.passes_on = True
         with self._stack:
             if self._loop and self._loop.finish is None:
                 state = replace(self._loop.state, limits=Limits(Policy(), timeout))
@@ -233,15 +271,19 @@ class PContext:
         loop = self._loop
         if loop is None or loop.finish:
             return
-        with log_through(self._workers.log):
-            finish = loop.run(until)
-        if finish is None:
-            return
+        with self._signals.around_loop():
+            with log_through(self._workers.log):
+                finish = loop.run(until, lambda state: self._signals.has_caught())
+            if finish:
+                self._end(finish)
+
+    def _end(self, finish: Finish) -> None:
         with self._stack:
-            failed = finish.failures if finish.signum is None else self._stopped(loop.state)
+            assert self._loop
+            failed = finish.failures if finish.signum is None else self._stopped(self._loop.state)
             failures = {failure.local_rank: failure for failure in failed}
-            values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self._envs)}
-            self._result = RunProcsResult(values, failures, dict(self._dest.stdouts), dict(self._dest.stderrs))
+            values = {} if failures else {rank: self._workers.value(rank) for rank in sorted(self.envs)}
+            self._result = RunProcsResult(values, failures, dict(self.stdouts), dict(self.stderrs))
 
     def _stopped(self, state: AgentState) -> list[ProcessFailure]:
         """Return the failures of processes that ``close`` stopped, or that failed before it."""

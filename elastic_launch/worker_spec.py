@@ -145,7 +145,7 @@ class WorkerGroup:
         self.workers = [Worker(local_rank) for local_rank in range(self.spec.local_world_size)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunResult:
     """The result of an agent's run."""
 

@@ -16,7 +16,13 @@ from elastic_launch.agent.operator import Operator
 from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.telemetry import Telemetry
 from elastic_launch.agent.worker_group import LocalWorkers, WorkerOptions, line_prefixes, program_name
-from elastic_launch.config import DEFAULT_CHECK_TIMEOUT, DEFAULT_SHUTDOWN_TIMEOUT, DEFAULT_SIGNALS, LogsSpecs
+from elastic_launch.config import (
+    DEFAULT_CHECK_TIMEOUT,
+    DEFAULT_SHUTDOWN_TIMEOUT,
+    DEFAULT_SIGNALS,
+    SIGNALS_VARIABLE,
+    LogsSpecs,
+)
 from elastic_launch.control.server import ControlServer
 from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState, begin, formed, on_host, started
 from elastic_launch.core.agent.messages import (
@@ -127,7 +133,7 @@ class LocalElasticAgent:
         health_check_server: Any = None,
         uninterruptible_state_timeout: float | None = None,
         *,
-        signals_to_handle: str = DEFAULT_SIGNALS,
+        signals_to_handle: str | None = None,
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
         verbosity: int = Level.INFO,
@@ -152,7 +158,8 @@ class LocalElasticAgent:
             health_check_server: an object with ``start()`` and ``stop()``, which are called around the run.
             uninterruptible_state_timeout: ignored; a process that survives SIGKILL is given up after
                 ``lifecycle.KILL_PATIENCE``. Accepted for compatibility with torch.
-            signals_to_handle: names of the signals that stop the job, separated by commas.
+            signals_to_handle: names of the signals that stop the job, separated by commas; None for those in
+                ``TORCHELASTIC_SIGNALS_TO_HANDLE``, else SIGTERM, SIGINT, SIGHUP and SIGQUIT.
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
             verbosity: a ``Level``; lines up to this level are logged.
@@ -174,8 +181,8 @@ class LocalElasticAgent:
         self._logs_specs = logs_specs or DefaultLogsSpecs()
         self._prefix_template = log_line_prefix_template
         self._health_check_server = health_check_server
-        self._stop_signals = parse_signals(signals_to_handle)
         self._environ = without_password(environment() if environ is None else environ)
+        self._stop_signals = parse_signals(signals_to_handle or self._environ.get(SIGNALS_VARIABLE) or DEFAULT_SIGNALS)
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._events = events

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, cast
 
 from elastic_launch.agent.progress_memory import SWITCH, VARIABLE
 from elastic_launch.cli.options import OPTIONS
-from elastic_launch.config import LaunchConfig
+from elastic_launch.config import SIGNALS_VARIABLE, LaunchConfig
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import format_list, virtual_device
 from elastic_launch.errors import LaunchError
 from elastic_launch.host.devices import cpu_count
 from elastic_launch.job import Assignment
-from elastic_launch.launch import shutdown_timeout, threads_per_worker
+from elastic_launch.launch import threads_per_worker
 from elastic_launch.logs.job_files import DefaultLogsSpecs, as_file_name
 from elastic_launch.parsing import parse_rdzv_conf
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
@@ -93,8 +93,8 @@ def _meant(args: argparse.Namespace, config: LaunchConfig, environ: Mapping[str,
         "rdzv_backend": config.rdzv_backend,
         "rdzv_endpoint": config.rdzv_endpoint,
         "rdzv_id": config.run_id or (RANDOM if is_alone else "none"),
-        "rdzv_conf": _without_secrets({k: value for k, value in config.rdzv_configs.items() if k != "rank"}),
-        "shutdown_timeout": f"{shutdown_timeout(config, environ):g}",
+        "rdzv_conf": _without_secrets({k: v for k, v in parse_rdzv_conf(args.rdzv_conf).items() if k != "rank"}),
+        "shutdown_timeout": f"{config.shutdown_timeout:g}",
         "log_dir": (config.logs_specs and config.logs_specs.root_log_dir) or TEMPORARY,
     }
 
@@ -122,14 +122,15 @@ def workers(config: LaunchConfig, rendezvous: Rendezvous | None, environ: Mappin
     count = config.nproc_per_node
     spec = WorkerSpec(config.role, count, cast(Rendezvous, rendezvous), max_restarts=config.max_restarts)
     assignment, unknown = _assignment(config, rendezvous)
-    threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(threads_per_worker(cpu_count(), count))}
+    chosen = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(threads_per_worker(cpu_count(), count))}
+    chosen |= {SIGNALS_VARIABLE: config.signals_to_handle}
     progress = {} if environ.get(SWITCH) == "0" else {VARIABLE: DESCRIPTORS}
     run_id = config.run_id or (RANDOM if isinstance(rendezvous, SingleNodeRendezvous) else "none")
     cpus = _cpus(config, environ)
     found = []
     for rank in range(count):
         variables = (
-            worker_environment(spec, assignment, rank, run_id=run_id, inherited=environ) | threads | progress | unknown
+            worker_environment(spec, assignment, rank, run_id=run_id, inherited=environ) | chosen | progress | unknown
         )
         if config.virtual_local_rank:
             with contextlib.suppress(LaunchError):  # a check reports it

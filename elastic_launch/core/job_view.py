@@ -160,7 +160,7 @@ def _round(round_: int, closed: Closed | None, end: End | None, decision: Decisi
         "world_size": None,
         "ranks": None,
         "started_at": None,
-        "ended_at": decision.failures[0].timestamp if decision and decision.failures else None,
+        "ended_at": decision.failures[0].failed_at if decision and decision.failures else None,
         "end": end.kind.value if end else None,
         "reason": first_line(reason) if reason else None,
     }

@@ -13,9 +13,11 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from elastic_launch.errors import SignalException, signal_name
 
 if TYPE_CHECKING:
     from elastic_launch.core.agent.messages import AgentEvent
@@ -92,3 +94,92 @@ class SignalQueue:
 
     def _enqueue(self, signum: int, frame: object) -> None:
         self._queue.append((signum, time.time()))
+
+
+class SignalTrap:
+    """A context in which signals raise SignalException: in the program's code at once, in a loop once it is left.
+
+    An exception in the middle of the loop would lose events. So a signal that arrives there only wakes it: the trap is
+    one of its sources. Handlers are set in the main thread only.
+
+    >>> with SignalTrap([signal.SIGTERM]):
+    ...     signal.raise_signal(signal.SIGTERM)
+    Traceback (most recent call last):
+        ...
+    elastic_launch.errors.SignalException: stopped by SIGTERM
+    """
+
+    _in_loop: ClassVar[SignalTrap | None] = None
+    """The trap whose loop runs; of the main thread."""
+
+    def __init__(self, signals: Iterable[int]) -> None:
+        """Prepare for these signals."""
+        self._signals = tuple(signals)
+        self._before: dict[int, Any] = {}
+        self._caught: deque[tuple[int, float]] = deque()
+        self._is_over = False
+        self.passes_on = False
+        """Whether the loop gets the signals as events, and nothing is raised."""
+
+    def __enter__(self) -> SignalTrap:
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._handle) for signum in self._signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        for signum, before in self._before.items():
+            if signal.getsignal(signum) == self._handle:  # otherwise another handler is above it, and calls it
+                signal.signal(signum, signal.SIG_DFL if before is None else before)
+        os.close(self._wake)
+
+    @contextlib.contextmanager
+    def around_loop(self) -> Iterator[None]:
+        """Let signals wake the loop that runs in this context.
+
+        Raises:
+            SignalException: one did, and this trap does not pass them on.
+        """
+        if self._before:
+            SignalTrap._in_loop = self
+        try:
+            yield
+        finally:
+            SignalTrap._in_loop = None
+        if self.has_caught() and not self.passes_on:
+            _raise(self._caught.popleft()[0])
+
+    def has_caught(self) -> bool:
+        """Return whether a signal waits to be raised."""
+        return bool(self._caught) and not self.passes_on
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """See ``LoopSource``."""
+        return [(self._wake, select.POLLIN)]
+
+    def deadline(self) -> None:
+        """See ``LoopSource``: nothing is ever due."""
+
+    def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
+        """Return the signals that have arrived, if they are passed on."""
+        from elastic_launch.core.agent.messages import Signalled  # late, as in SignalQueue
+
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        return [Signalled(*self._caught.popleft()) for _ in range(len(self._caught))] if self.passes_on else []
+
+    def _handle(self, signum: int, frame: object) -> None:
+        if self._is_over:
+            signal.signal(signum, self._before[signum])
+            signal.raise_signal(signum)
+        elif trap := SignalTrap._in_loop:
+            trap._caught.append((signum, time.time()))
+            with contextlib.suppress(OSError):  # it is being closed
+                os.eventfd_write(trap._wake, 1)
+        else:
+            _raise(signum)
+
+
+def _raise(signum: int) -> None:
+    raise SignalException(f"stopped by {signal_name(signum)}", signal.Signals(signum))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from elastic_launch.config import INHERIT, LogsDest, LogsSpecs, Std, to_map
-from elastic_launch.errors import LaunchError, UnavailableError
+from elastic_launch.errors import LaunchError, LogDirectoryError, UnavailableError
 from elastic_launch.host.files import belongs_to_another, replaceable_part
 
 STACKS = "stacks.log"
@@ -113,7 +113,8 @@ class JobFiles:
             log: prints a line on the console.
 
         Raises:
-            UnavailableError: the directory cannot be created, or is another user's.
+            UnavailableError: the directory cannot be created (``LogDirectoryError`` if something else has its name), or
+                is another user's.
         """
         self._specs = specs
         self._temporary: str | None = None
@@ -209,7 +210,8 @@ def _check_others(root: str, log_dir: str, log: Callable[[str], None]) -> None:
 def cannot_create(specs: LogsSpecs, path: str, error: OSError) -> UnavailableError:
     """Return the error to raise if a directory for files that the user asked for cannot be created."""
     name = f"--log-dir={specs.root_log_dir}" if specs.root_log_dir else "-r/-t without --log-dir"
-    return UnavailableError(f"{name}: cannot create {path}: {error.strerror}; choose another directory with --log-dir")
+    kind = LogDirectoryError if isinstance(error, NotADirectoryError) else UnavailableError
+    return kind(f"{name}: cannot create {path}: {error.strerror}; choose another directory with --log-dir")
 
 
 def output_files(root: str) -> list[tuple[int, int, str, str]]:

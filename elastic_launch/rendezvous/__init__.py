@@ -1,4 +1,3 @@
 """How nodes find each other and agree on who has which rank."""
 
-BUILT_IN = ("static", "c10d", "etcd", "etcd-v2")
-"""Names of the built-in backends. Both ``etcd`` and ``etcd-v2`` mean etcd v3."""
+from elastic_launch.config import BUILT_IN as BUILT_IN

@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from elastic_launch.config import LaunchConfig
+from elastic_launch.config import DEFAULT_JOIN_TIMEOUT, LaunchConfig
 from elastic_launch.core.text import counted, visible
 from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
 from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous import BUILT_IN
-from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, SingleNodeRendezvous
+from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec
 
 if TYPE_CHECKING:
@@ -52,8 +52,6 @@ def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Re
 
     own = {"backend", "endpoint", "run_id", "min_nodes", "max_nodes", "local_addr"}
     settings = {name: value for name, value in config.rdzv_configs.items() if name not in own}
-    if config.rdzv_timeout != -1:
-        settings["timeout"] = config.rdzv_timeout
     params = RendezvousParameters(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -61,7 +59,7 @@ def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Re
         config.min_nodes,
         config.max_nodes,
         config.local_addr,
-        **{"timeout": 900, **settings},
+        **settings,
     )
     return cast(Rendezvous, get_rendezvous_handler(params))
 
@@ -159,8 +157,6 @@ def _patience(config: LaunchConfig) -> float:
     if not config.health_check:
         return DEFAULT_JOIN_TIMEOUT
     given = {name: config.rdzv_configs.get(name) for name in ("join_timeout", "timeout")}
-    if config.rdzv_timeout != -1:
-        given["timeout"] = config.rdzv_timeout
     values = [_seconds(str(text), f"--rdzv-conf {name}=") for name, text in given.items() if text is not None]
     return next(iter(values), DEFAULT_JOIN_TIMEOUT)
 
@@ -326,8 +322,6 @@ def _read_conf(config: LaunchConfig, log: Logger) -> dict[str, Any]:
         # With an inline password they may be parts of it.
         names = "" if "password" in given else f": {', '.join(unknown)}"
         log(f"--rdzv-conf: ignoring {counted(len(unknown), 'unknown setting')}{names}")
-    if config.rdzv_timeout != -1:
-        given["timeout"] = config.rdzv_timeout
     values = {name: read(str(given[name]), f"--rdzv-conf {name}=") for name, read in SETTINGS.items() if name in given}
     if "timeout" in values:
         values.setdefault("join_timeout", values["timeout"])

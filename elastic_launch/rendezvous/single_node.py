@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from elastic_launch.config import DEFAULT_JOIN_TIMEOUT
 from elastic_launch.core.agent.messages import (
     AgentEvent,
     Assigned,
@@ -47,10 +48,6 @@ from elastic_launch.job import Assignment, Change, Decision, End, EndKind
 
 if TYPE_CHECKING:
     from elastic_launch.core.status import Meeting
-
-
-DEFAULT_JOIN_TIMEOUT = 600.0
-"""Seconds that nodes have to meet; a single node that long to be fit."""
 
 
 def answer_alone(action: RendezvousAction, next_round: Callable[[], Assignment]) -> list[AgentEvent]:

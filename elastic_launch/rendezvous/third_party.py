@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from elastic_launch.config import DEFAULT_JOIN_TIMEOUT
 from elastic_launch.core.agent import messages
 from elastic_launch.core.progress.messages import ProgressRequest
 from elastic_launch.core.rendezvous.ending import brief
@@ -27,7 +28,7 @@ from elastic_launch.core.rendezvous.records import MAX_ERROR
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import LaunchError, signal_name
 from elastic_launch.job import Change, End, EndKind
-from elastic_launch.rendezvous.single_node import DEFAULT_JOIN_TIMEOUT, judge_alone
+from elastic_launch.rendezvous.single_node import judge_alone
 from elastic_launch.rendezvous.third_party_tasks import HandlerTasks, Task
 
 if TYPE_CHECKING:

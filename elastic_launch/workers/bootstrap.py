@@ -260,9 +260,9 @@ def root_cause(error: BaseException) -> "Record | None":
         except (OSError, ValueError):
             if not failure.error:  # only our launcher's failures may have it without a file, from another host
                 return None
-            record = failure.error_file_data
+            record = dict(failure.error_file_data)
         if isinstance(record["message"], dict):
-            record["message"]["errorCode"] = failure.exitcode
+            record["message"] = {**record["message"], "errorCode": failure.exitcode}
     except Exception:
         return None
     return record

@@ -35,7 +35,7 @@ def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Cal
 
     The exception passes through unchanged. ``sys.exit(0)`` returns None. Any other exit status is not recorded, nor is
     KeyboardInterrupt. For a ``ChildFailedError``, of this launcher or of torch's, the record of its root cause is
-    written.
+    written, if it has left one.
 
     Args:
         fn: the function.
@@ -133,10 +133,13 @@ def _handle(handler: ErrorHandler, error: Exception) -> None:
     try:
         if (first_failure := getattr(error, "get_first_failure", None)) is not None:
             _, failure = first_failure()
-            with contextlib.suppress(OSError, ValueError):  # the cause has no error file, or is on another host
+            try:
                 handler.dump_error_file(failure.error_file, failure.exitcode)
-                return
-        handler.record_exception(error)
+            except (OSError, ValueError):  # the cause has no error file, or is on another host
+                if root_cause(error):
+                    handler.record_exception(error)
+        else:
+            handler.record_exception(error)
     except Exception as problem:
         with contextlib.suppress(Exception):
             sys.stderr.write(f"elastic_launch: {handler!r} could not record the exception: {problem!r}\n")

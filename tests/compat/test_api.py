@@ -72,7 +72,7 @@ def test_main_raises_the_error_that_the_program_prints(job: Job) -> None:
         main(["--nproc-per-node", "1", "--log-dir", str(job.path / "logs"), script])
     cause = caught.value.failures[0]
     assert cause.error == "ValueError: boom"
-    assert "Traceback (most recent call last):" in cause.message
+    assert "Traceback (most recent call last):" in cause.traceback
     assert Path(cause.error_file).is_file()
     assert main(["--nproc-per-node", "1", job.script("")]) is None  # type: ignore[func-returns-value]
     with pytest.raises(UsageError, match="no such file"):

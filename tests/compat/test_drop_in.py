@@ -172,6 +172,44 @@ def test_streams_are_read_from_text_by_torchs_keyword() -> None:
     assert elastic_launch.Std.from_str(vm="3") is elastic_launch.Std.ALL  # dir() of an enumeration hides its methods
 
 
+def test_a_config_is_filled_in_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"join_timeout": 5}
+    config = elastic_launch.LaunchConfig(1, 1, 1, rdzv_configs=given)
+    assert isinstance(config.logs_specs, DefaultLogsSpecs)
+    assert (config.shutdown_timeout, config.rdzv_configs) == (30, {"join_timeout": 5, "timeout": 5})
+    assert given == {"join_timeout": 5}
+    assert elastic_launch.LaunchConfig(1, 1, 1).rdzv_configs == {"timeout": 600}
+    assert elastic_launch.LaunchConfig(1, 1, 1, rdzv_backend="mine").rdzv_configs == {"timeout": 900}
+    config = dataclasses.replace(config, rdzv_timeout=7, shutdown_timeout=0)
+    assert (config.rdzv_configs["timeout"], config.shutdown_timeout) == (7, 0)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "12")
+    assert elastic_launch.LaunchConfig(1, 1, 1).shutdown_timeout == 12
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="TORCH_ELASTIC_SHUTDOWN_TIMEOUT='soon'"):
+        elastic_launch.LaunchConfig(1, 1, 1)
+
+
+def test_results_can_be_changed() -> None:
+    result = RunResult(WorkerState.SUCCEEDED)
+    result.state = WorkerState.FAILED
+    assert result.is_failed()
+
+
+def handled() -> str:
+    return os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
+
+
+def test_workers_and_agents_know_the_signals_that_stop_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = elastic_launch.LaunchConfig(1, 1, 1, signals_to_handle="SIGTERM,SIGUSR2", start_method="fork")
+    assert elastic_launch.elastic_launch(config, handled)() == {0: "SIGTERM,SIGUSR2"}
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGUSR2")
+    spec = WorkerSpec("trainer", 1, SingleNodeRendezvous("job-7", 1), entrypoint="sh", max_restarts=0)
+    spec.args = ("-c", f"kill -USR2 {os.getpid()}; exec sleep 1000")  # the worker signals its agent
+    with pytest.raises(elastic_launch.SignalException) as caught:
+        LocalElasticAgent(spec, DefaultLogsSpecs()).run()
+    assert caught.value.sigval is signal.SIGUSR2
+
+
 def test_states() -> None:
     running = [state for state in WorkerState if WorkerState.is_running(state)]
     assert running == [WorkerState.HEALTHY, WorkerState.UNHEALTHY]

@@ -111,7 +111,7 @@ def test_file_sets_the_master_address_of_a_static_job() -> None:
     Path("train.py").touch()
     Path("job.toml").write_text('nnodes = 2\nmaster-addr = "h"\nnode-rank = 1\nscript = "train.py"')
     made, _, _ = config_from_args(parse_args(["--config", "job.toml"]))
-    assert (made.rdzv_endpoint, made.rdzv_configs) == ("h:0", {"rank": 1})
+    assert (made.rdzv_endpoint, made.rdzv_configs["rank"]) == ("h:0", 1)
 
 
 WRONG = [

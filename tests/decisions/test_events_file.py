@@ -57,7 +57,7 @@ ASSIGNMENT = Assignment(1, 3, 2, 6, 2, 2, 6, "127.0.0.1", 29500, "host-b", port_
 ALONE = ASSIGNMENT._replace(group_rank=0, group_world_size=1, base_rank=0, world_size=2)
 PIDS = {0: 100, 1: 101}
 BOOM = Evidence(ErrorRecord("ValueError: boom", "Traceback", 1049.5, "error.json"))
-FAILURE = ProcessFailure(0, 100, 1, error="ValueError: boom", message="Traceback", timestamp=1049.5, rank=2, host="b")
+FAILURE = ProcessFailure(0, 100, 1, error="ValueError: boom", traceback="Traceback", failed_at=1049.5, rank=2, host="b")
 FAILED = End(EndKind.FAILED, "rank 2 failed", failures=(FAILURE,))
 LOST = End(
     EndKind.MEMBERSHIP_CHANGED, "no heartbeat from host-c for 15 s", gone=("host-c-7-ab",), change=Change.NODE_LOST
@@ -327,7 +327,7 @@ def test_the_page_names_the_causes_that_there_are() -> None:
 
 
 def test_the_size_of_an_event_is_bounded() -> None:
-    long = ProcessFailure(0, 1, 1, error="E" * 10_000, message="x" * 1_000_000, rank=0)
+    long = ProcessFailure(0, 1, 1, error="E" * 10_000, traceback="x" * 1_000_000, rank=0)
     facts = failure_facts(long, MAX_CONSEQUENCE)
     assert len(facts["error"]) < 600
     assert len(facts["traceback"]) < MAX_CONSEQUENCE + 100

@@ -159,7 +159,7 @@ def test_a_hang_is_a_failure_of_the_rank_that_stands_out() -> None:
     [finish] = agent(GroupReaped({}))
     assert isinstance(finish, Finish)
     (failure,) = finish.failures
-    assert (failure.rank, failure.status(), failure.message) == (1, ExitCode.HANG, "the stacks of all ranks")
+    assert (failure.rank, failure.status(), failure.traceback) == (1, ExitCode.HANG, "the stacks of all ranks")
 
 
 def test_errors_that_follow_a_hang_are_consequences() -> None:

@@ -12,7 +12,7 @@ from elastic_launch.job import Decision, HangAction, Policy, RestartHistory
 
 
 def failure(rank: int = 0, exitcode: int = 1, error: str = "ValueError: boom") -> tuple[ProcessFailure, ...]:
-    return (ProcessFailure(rank, 100, exitcode, error=error, rank=rank, host="host-a"),)
+    return (ProcessFailure(rank, 100, exitcode, error=error, failed_at=0.0, rank=rank, host="host-a"),)
 
 
 class Job:

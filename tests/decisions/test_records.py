@@ -33,7 +33,7 @@ from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodp
 from elastic_launch.rendezvous import third_party_round
 from elastic_launch.rendezvous.factory import create_built_in
 
-FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="host-a", timestamp=1.5)
+FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="host-a", failed_at=1.5)
 ASSIGNMENT = Assignment(1, 2, 2, 4, 2, 2, 4, "10.0.0.1", 29400, "host-a", False)
 FRAME = Frame("train.py", 41, "step")
 STACKS = NodeStacks("host-a", 2.0, (RankView(3, 7),), (FRAME,), (Group((3,)), Group((4,))), ((0,), ()))
@@ -114,9 +114,9 @@ BAD: dict[str, tuple[type, bytes, str]] = {
         "failures: exitcode: must be a whole number from -64 to 255, but not 0, not 256",
     ),
     "a failure with exit code 0": (End, changed(END, failures=[failed(exitcode=0)]), "failures: exitcode: "),
-    "a failure at no time": (End, changed(END, failures=[failed(timestamp=float("nan"))]), "timestamp: must be"),
-    "a failure after the end of time": (End, changed(END, failures=[failed(timestamp=1e308)]), "timestamp: must be"),
-    "a failure of 400 digits": (End, changed(END, failures=[failed(timestamp=10**399)]), "timestamp: must be"),
+    "a failure at no time": (End, changed(END, failures=[failed(failed_at=float("nan"))]), "failed_at: must be"),
+    "a failure after the end of time": (End, changed(END, failures=[failed(failed_at=1e308)]), "failed_at: must be"),
+    "a failure of 400 digits": (End, changed(END, failures=[failed(failed_at=10**399)]), "failed_at: must be"),
     "a long error": (End, changed(END, failures=[failed(error="NCCL " * 200)]), "error: must be a text of 0 to 600"),
     "a long reason": (End, changed(END, reason="x" * 20_000), "reason: must be a text of at most 10000"),
     "another node's own": (End, changed(END, mine=True), "mine: must not be in a record"),
@@ -207,11 +207,11 @@ def test_what_breaks_a_rule_is_named(kind: type, data: bytes, rule: str) -> None
 
 
 def test_what_is_for_people_is_made_visible() -> None:
-    failure = replace(FAILURE, message="a\n\tb\x1b[2J\r", note="x\ny")
+    failure = replace(FAILURE, traceback="a\n\tb\x1b[2J\r", note="x\ny")
     end = End(EndKind.FAILED, "\x1b]0;title\x07\nz", failures=(failure,))
     read = decode(End, encode(end), "key")
     assert read.reason == "\\x1b]0;title\\x07\nz"
-    assert read.failures[0].message == "a\n\tb\\x1b[2J\\r"
+    assert read.failures[0].traceback == "a\n\tb\\x1b[2J\\r"
     assert read.failures[0].note == r"x\ny"
 
 

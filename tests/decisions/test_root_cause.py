@@ -84,13 +84,13 @@ def test_a_failure_has_everything_that_is_known() -> None:
         exitcode=1,
         error_file="error.json",
         error="ValueError: boom",
-        message="Traceback (most recent call last):\n  ...\nValueError: boom",
-        timestamp=98.5,
+        traceback="Traceback (most recent call last):\n  ...\nValueError: boom",
+        failed_at=98.5,
         rank=7,
         host="host-b",
     )
     [failure] = judge([Exit(3, -SIGKILL, 99.0)], {}, PIDS, ASSIGNMENT, STOPPED_AT)
-    assert failure.message == "The process (pid 203) ended: killed by SIGKILL."
+    assert failure.message == "Signal 9 (SIGKILL) received by PID 203"
     assert failure.signal_name() == "SIGKILL"
 
 
@@ -146,7 +146,7 @@ def test_the_report_has_the_cause_first() -> None:
 
 def test_the_report_shows_the_traceback_and_shortens_a_long_one() -> None:
     def report(message: str) -> str:
-        failure = ProcessFailure(0, 1, 1, error="ValueError: boom", message=message, rank=0, host="h")
+        failure = ProcessFailure(0, 1, 1, error="ValueError: boom", traceback=message, rank=0, host="h")
         return format_report("x", Finish((failure,)), 0, None)
 
     assert '    File "x.py", line 1\n    ValueError: boom\n' in report('File "x.py", line 1\nValueError: boom\n')
@@ -156,8 +156,8 @@ def test_the_report_shows_the_traceback_and_shortens_a_long_one() -> None:
     assert "99800 lines left out" in long
     assert "logs" not in long
     wide = report("x" * 5000)
-    assert "    ... 3000 characters left out ...\n" in wide
-    assert max(map(len, wide.splitlines())) < 1100
+    assert "x ... 3000 characters left out ... x" in wide
+    assert max(map(len, wide.splitlines())) < 2100
 
 
 @pytest.mark.parametrize(

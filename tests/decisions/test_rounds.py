@@ -67,7 +67,7 @@ def test_without_a_shared_store_rank_0_serves_the_workers() -> None:
     assert assign(nodes, "", 0)[0].master_addr == "10.0.0.7", "others are not on this host"
 
 
-FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", message="trace", timestamp=1.5, rank=3, host="host-a")
+FAILURE = ProcessFailure(0, 7, -9, error="ValueError: \u00e4", traceback="trace", failed_at=1.5, rank=3, host="host-a")
 
 
 @pytest.mark.parametrize(

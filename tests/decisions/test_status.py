@@ -174,7 +174,7 @@ def nodes(count: int, members: int | None = None) -> Nodes:
     return Nodes(records, keys)
 
 
-FAILED = ProcessFailure(local_rank=1, pid=9, exitcode=1, rank=3, host="host-1", timestamp=1500.0)
+FAILED = ProcessFailure(local_rank=1, pid=9, exitcode=1, rank=3, host="host-1", failed_at=1500.0)
 PAST = [
     (
         0,

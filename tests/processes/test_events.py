@@ -333,7 +333,7 @@ def test_events_are_those_of_torchrun(tmp_path: Path) -> None:
     pids = {rank: int(theirs[5 + rank]["metadata"]["worker_id"]) for rank in range(3)}
     assignment = Assignment(0, 1, 0, 3, 3, 0, 3, "127.0.0.1", 1, host=end["hostname"], port_picked=True)
     failures = [
-        ProcessFailure(1, pids[1], 1, rank=1, error="ValueError: boom", message="Traceback", timestamp=1700000000.9),
+        ProcessFailure(1, pids[1], 1, rank=1, error="ValueError: boom", traceback="Traceback", failed_at=1700000000.9),
         ProcessFailure(2, pids[2], 3, rank=2),
     ]
     lines = Lines()
@@ -363,7 +363,7 @@ def test_events_are_those_of_torchrun(tmp_path: Path) -> None:
 
 def test_error_of_a_worker_has_the_format_of_its_error_file() -> None:
     lines = Lines()
-    failure = ProcessFailure(1, 101, 1, error="ValueError: boom", message="Traceback ...", timestamp=1.5, rank=5)
+    failure = ProcessFailure(1, 101, 1, error="ValueError: boom", traceback="Traceback ...", failed_at=1.5, rank=5)
     killed = ProcessFailure(0, 100, -9, rank=4)
     elsewhere = ProcessFailure(0, 7, 1, rank=0)
     lines.recorder(spec()).run_ended(WorkerState.FAILED, ASSIGNMENT, PIDS, [failure, killed, elsewhere])

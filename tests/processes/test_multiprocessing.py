@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from elastic_launch import DefaultLogsSpecs, LaunchError, LogsDest, LogsSpecs, PContext, RunProcsResult, Std, UsageError
+from elastic_launch import (
+    DefaultLogsSpecs,
+    LaunchError,
+    LogsDest,
+    LogsSpecs,
+    PContext,
+    RunProcsResult,
+    SignalException,
+    Std,
+    UsageError,
+)
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.multiprocessing import start_processes
 from tests.support.functions import (
@@ -113,9 +123,8 @@ def test_failure_stops_the_others_and_carries_its_exception(method: str) -> None
 
 
 def test_command_that_cannot_be_found_or_fails() -> None:
-    result = ended(start("no-such-program"))
-    assert [failure.exitcode for failure in result.failures.values()] == [127, 127]
-    assert "cannot start no-such-program" in result.failures[0].error
+    with pytest.raises(FileNotFoundError, match="entrypoint=no-such-program"):
+        start("no-such-program")
     result = ended(sh("[ $RANK = 1 ] && kill -SEGV $$; exec sleep 1000"))
     assert [(rank, failure.signal_name()) for rank, failure in result.failures.items()] == [(1, "SIGSEGV")]
 
@@ -174,12 +183,56 @@ def test_interrupted_wait_can_be_resumed(tmp_path: Path) -> None:
     context = start(wait_for, str(tmp_path / "go"), start_method="fork")
     interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SignalException) as caught:
         context.wait()
+    assert caught.value.sigval is signal.SIGINT
     interrupt.join()
     assert context.wait(0) is None
     (tmp_path / "go").write_text("")
     assert not ended(context).is_failed()
+
+
+def test_signals_let_the_program_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGUSR1")
+    contexts = [start(wait_for, str(tmp_path / "go"), start_method="fork"), sh("exec sleep 1000")]
+    assert signal.getsignal(signal.SIGINT) is before[1]
+    for signum in (signal.SIGTERM, signal.SIGUSR1):  # in the program's own code, which may poll
+        with pytest.raises(SignalException, match=f"stopped by {signum.name}"):
+            signal.raise_signal(signum)
+    for context in contexts:
+        killer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        killer.start()
+        with pytest.raises(SignalException):
+            context.wait()
+        killer.join()
+        assert context.wait(0) is None
+    (tmp_path / "go").write_text("")
+    assert not ended(contexts[0]).is_failed()  # the first to begin, and the first to end
+    with pytest.raises(SignalException):
+        signal.raise_signal(signal.SIGTERM)
+    contexts[1].close()
+    assert signal.getsignal(signal.SIGINT) is before[1]
+    got: list[int] = []
+    for signum in (signal.SIGTERM, signal.SIGUSR1):  # what is left are handlers that step aside
+        signal.signal(signum, lambda signum, frame: got.append(signum))
+        signal.raise_signal(signum)
+    assert got == [signal.SIGTERM, signal.SIGUSR1]
+    for signum, handler in zip((signal.SIGTERM, signal.SIGUSR1), (before[0], before[2]), strict=True):
+        signal.signal(signum, handler)
+
+
+def test_what_was_given_and_where_output_goes_are_attributes(tmp_path: Path) -> None:
+    specs = DefaultLogsSpecs(str(tmp_path), tee={0: Std.OUT})
+    context = start("sh", "-c", "exit 0", specs=specs, duplicate_stderr_filters=["x"])
+    assert (context.name, context.entrypoint, context.nprocs) == ("trainer", "sh", 2)
+    assert (context.args, context.envs) == ({0: ("-c", "exit 0"), 1: ("-c", "exit 0")}, envs())
+    folder = tmp_path / "trainer/attempt_0"
+    assert (context.stdouts, context.stderrs) == ({0: str(folder / "0/stdout.log"), 1: ""}, {0: "", 1: ""})
+    assert context.error_files == {rank: str(folder / f"{rank}/error.json") for rank in RANKS}
+    assert (context.filtered_stdout, context.filtered_stderr) == (None, str(folder / "filtered_stderr.log"))
+    result = ended(context)
+    assert (result.stdouts, result.stderrs) == (context.stdouts, context.stderrs)
 
 
 def test_in_a_thread() -> None:

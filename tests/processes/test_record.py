@@ -367,8 +367,8 @@ def test_a_worker_without_stderr_runs(tmp_path: Path) -> None:
 
 def failed(path: str, **known: Any) -> ChildFailedError:
     """The error of a launcher: rank 3 was killed, and rank 0 failed later."""
-    cause = ProcessFailure(1, 5, -9, path, timestamp=1000.0, **known)
-    return ChildFailedError("train.py", {0: ProcessFailure(0, 4, 1, timestamp=2000.0), 3: cause})
+    cause = ProcessFailure(1, 5, -9, path, failed_at=1000.0, **known)
+    return ChildFailedError("train.py", {0: ProcessFailure(0, 4, 1, failed_at=2000.0), 3: cause})
 
 
 CHILD = {
@@ -414,7 +414,7 @@ def test_a_cause_without_a_readable_file_is_still_reported(file: Path, tmp_path:
     other = tmp_path / "other.json"
     other.write_text('{"message": ')
     for path in ("<N/A>", str(other), str(tmp_path)):
-        error = failed(path, error="ValueError: afar", message="the stack")
+        error = failed(path, error="ValueError: afar", traceback="the stack")
         with pytest.raises(ChildFailedError) as caught:
             record(raising(error))()
         assert caught.value is error
@@ -422,10 +422,8 @@ def test_a_cause_without_a_readable_file_is_still_reported(file: Path, tmp_path:
         assert (told["message"], told["extraInfo"]["py_callstack"]) == ("ValueError: afar", "the stack")
         assert (told["errorCode"], told["extraInfo"]["timestamp"]) == (-9, "1000")
         with pytest.raises(ChildFailedError):
-            record(raising(failed(path)))()  # only how it ended is known
-        told = message(file)
-        assert told["message"] == "ChildFailedError: train.py FAILED: rank 3: killed by SIGKILL"
-        assert "in raise_" in told["extraInfo"]["py_callstack"]
+            record(raising(failed(path)))()  # only how it ended is known, which torch's does not write either
+        assert message(file) == told
 
 
 def raising(error: Exception) -> Callable[[], None]:
@@ -461,12 +459,8 @@ def test_error_files_are_copied_by_hand(file: Path, tmp_path: Path, child: str) 
     assert data == {}
 
 
-def test_a_failure_made_by_hand_says_what_torch_s_does() -> None:
-    failure = ProcessFailure(0, 5, -9, "nowhere.json")
-    assert failure.signal_name() == "SIGKILL"
-    assert failure.message == "The process (pid 5) ended: killed by SIGKILL."
-    assert failure.error_file_data["message"]["message"] == failure.message
-    known = ProcessFailure(0, 5, 1, "x.json", "ValueError: boom", "the stack", timestamp=1_000_000_000.25)
+def test_a_failure_of_another_host_says_what_its_file_does() -> None:
+    known = ProcessFailure(0, 5, 1, "x.json", "ValueError: boom", "the stack", failed_at=1_000_000_000.25)
     assert known.error_file_data == {
         "message": {
             "message": "ValueError: boom",
@@ -477,7 +471,7 @@ def test_a_failure_made_by_hand_says_what_torch_s_does() -> None:
 
 
 def test_the_first_failure_is_the_earliest_unless_a_launcher_says_so() -> None:
-    late, early, unknown = (ProcessFailure(rank, 5, 1, timestamp=at) for rank, at in enumerate((9.0, 3.0, 0.0)))
+    late, early, unknown = (ProcessFailure(rank, 5, 1, failed_at=at) for rank, at in enumerate((9.0, 3.0, 0.0)))
     failures = {2: unknown, 0: late, 1: early}
     assert ChildFailedError("x", failures).get_first_failure() == (1, early)
     assert ChildFailedError("x", failures, "a report").get_first_failure() == (2, unknown)
@@ -488,7 +482,7 @@ def test_the_first_failure_is_the_earliest_unless_a_launcher_says_so() -> None:
 
 def test_a_launcher_s_error_crosses_processes() -> None:
     for report in ("", "=====\nx FAILED\n-----\n  --x=-=\n====="):
-        error = ChildFailedError("x", {1: ProcessFailure(0, 5, 3, timestamp=5.0), 0: ProcessFailure(1, 6, 1)}, report)
+        error = ChildFailedError("x", {1: ProcessFailure(0, 5, 3, failed_at=5.0), 0: ProcessFailure(1, 6, 1)}, report)
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), copy.name, copy.failures, copy.exit_code) == (str(error), "x", error.failures, 3)
         assert copy.get_first_failure() == error.get_first_failure()

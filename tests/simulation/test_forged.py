@@ -36,7 +36,7 @@ from tests.support.training import Training
 from tests.support.worlds import RESET, all_end, form, running, world
 
 DEADLINE = 15.0
-FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="elsewhere", timestamp=1.5)
+FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="elsewhere", failed_at=1.5)
 
 
 def job(low: int, high: int, policy: Policy = Policy(3), **settings: float) -> Settings:  # noqa: B008 - a value

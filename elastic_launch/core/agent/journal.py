@@ -209,14 +209,14 @@ def _exited(journal: Journal, step: Transition, event: Exited) -> Iterable[Found
         return []
     failure = root_cause.failure_of(exit_, {exit_.local_rank: event.evidence}, before.pids, assignment)
     facts = {name: value for name, value in failure_facts(failure, 0).items() if name in FAILED}
-    return [Found("failed", {**facts, "seconds": _ago(failure.timestamp, step)})]
+    return [Found("failed", {**facts, "seconds": _ago(failure.failed_at, step)})]
 
 
 def _hung(journal: Journal, step: Transition, event: Hung) -> Iterable[Found]:
     if (hang := step.after.hang) is None:
         return []
     facts = {name: value for name, value in failure_facts(hang, 0).items() if name in FAILED}
-    return [Found("failed", {**facts, "seconds": _ago(hang.timestamp, step)})]
+    return [Found("failed", {**facts, "seconds": _ago(hang.failed_at, step)})]
 
 
 def _stop_agreed(journal: Journal, step: Transition, event: StopAgreed) -> Iterable[Found]:
@@ -398,9 +398,9 @@ def failure_facts(failure: ProcessFailure, limit: int) -> dict[str, Any]:
         "worker_pid": failure.pid,
         "exitcode": failure.exitcode,
         "how": failure.how(),
-        "failed_at": failure.timestamp,
+        "failed_at": failure.failed_at,
         "error": failure.error_line(),
-        "traceback": shortened(failure.message, limit) if failure.error else "",
+        "traceback": shortened(failure.traceback, limit) if failure.error else "",
         "stderr": shortened(failure.stderr, limit),
         "note": failure.note,
     }

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from elastic_launch.core.text import visible
-from elastic_launch.errors import ProcessFailure
+from elastic_launch.errors import NO_FILE, ProcessFailure
 from elastic_launch.job import Assignment
 
 _CONSEQUENCE = re.compile(
@@ -83,12 +83,12 @@ def judge(
         for exit_ in exits
         if _is_failure(exit_, evidence.get(exit_.local_rank, NOTHING).error, stopped_at)
     ]
-    return tuple(sorted(failures, key=lambda f: (is_consequence(f), f.timestamp, f.rank)))
+    return tuple(sorted(failures, key=lambda f: (is_consequence(f), f.failed_at, f.rank)))
 
 
 def is_port_clash(failure: ProcessFailure, port: int) -> bool:
     """Return whether a worker failed because the port for the workers' store was taken; False for port 0."""
-    text = f"{failure.error}\n{failure.message}"
+    text = f"{failure.error}\n{failure.traceback}"
     return port > 0 and bool(_PORT_TAKEN.search(text) and re.search(rf"(?<!\d){port}(?!\d)", text))
 
 
@@ -124,10 +124,10 @@ def failure_of(
         local_rank=exit_.local_rank,
         pid=pids.get(exit_.local_rank, -1),
         exitcode=exit_.exitcode,
-        error_file=error.path if error else "<N/A>",
+        error_file=error.path if error else NO_FILE,
         error=visible(error.error, lines=True) if error else "",
-        message=visible(error.traceback, lines=True) if error else "",
-        timestamp=min(error.time, exit_.time) if error else exit_.time,
+        traceback=visible(error.traceback, lines=True) if error else "",
+        failed_at=min(error.time, exit_.time) if error else exit_.time,
         rank=assignment.rank(exit_.local_rank),
         host=assignment.host,
         stderr="" if error else visible(stderr, lines=True),

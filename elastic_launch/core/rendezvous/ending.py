@@ -31,7 +31,7 @@ from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
 from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory
 
-MESSAGE = 60_000
+TRACEBACK = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
 STDERR = 9000
 """Number of characters of what the cause wrote to stderr last that the others get to see."""
@@ -463,13 +463,13 @@ def brief(failure: ProcessFailure) -> ProcessFailure:
     stderr = (
         failure.stderr[-NOTE:] if failure.exitcode == -signal.SIGABRT else ""
     )  # it may show that this is a consequence
-    return replace(_within_limits(failure), message="", stderr=stderr)
+    return replace(_within_limits(failure), traceback="", stderr=stderr)
 
 
 def cut(failure: ProcessFailure) -> ProcessFailure:
     """Return a failure of moderate size, because every node reads it."""
     return replace(
-        _within_limits(failure), message=shortened(failure.message, MESSAGE), stderr=failure.stderr[-STDERR:]
+        _within_limits(failure), traceback=shortened(failure.traceback, TRACEBACK), stderr=failure.stderr[-STDERR:]
     )
 
 
