@@ -1,4 +1,4 @@
-"""Write the launcher's own messages to standard error.
+"""Write the launcher's own messages to standard error, or to what a program has put in its place.
 
 They never hold up the agent for long: if their reader has stopped (a pager, Ctrl-S), messages are lost.
 """
@@ -9,10 +9,11 @@ import contextlib
 import os
 import select
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from elastic_launch.core.text import visible
 from elastic_launch.env import environment
@@ -81,6 +82,11 @@ def write(text: str, patience: float) -> None:
     """
     begin = "\n" if getattr(_thread, "needs_new_line", False) else ""
     _thread.needs_new_line = False
+    if (file := replacement(2)) is not None:
+        with contextlib.suppress(Exception):  # whatever the program's own stream may raise
+            file.write(f"{begin}{shown(text)}")
+            file.flush()
+        return
     data = memoryview(f"{begin}{shown(text)}".encode(errors="backslashreplace"))
     end = time.monotonic() + patience
     with contextlib.suppress(OSError), unblocked(2) as fd:
@@ -89,6 +95,24 @@ def write(text: str, patience: float) -> None:
         while data and poller.poll(max(0.0, end - time.monotonic()) * 1000):
             with contextlib.suppress(BlockingIOError):
                 data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+
+
+def replacement(stream: int) -> TextIO | None:
+    """Return what a program has put in the place of ``sys.stdout`` (1) or ``sys.stderr`` (2).
+
+    Notebooks, pytest and ``contextlib.redirect_stderr`` do that.
+
+    Returns:
+        None: nothing, or another way to write to the standard stream.
+    """
+    name = "stdout" if stream == 1 else "stderr"
+    file: TextIO | None = getattr(sys, name)
+    if file is None or file is getattr(sys, f"__{name}__"):
+        return None
+    try:
+        return None if os.path.sameopenfile(file.fileno(), stream) else file
+    except (OSError, ValueError, AttributeError):  # it has no descriptor
+        return file
 
 
 def log_line(line: Log, write: Callable[[str], None], to: Callable[[str], None] | None = None) -> None:
@@ -113,7 +137,8 @@ def shows_colours(stream: int) -> bool:
     environ = environment()
     if environ.get("NO_COLOR"):
         return False
-    return bool(environ.get("FORCE_COLOR")) or (os.isatty(stream) and environ.get("TERM") != "dumb")
+    is_terminal = os.isatty(stream) and replacement(stream) is None
+    return bool(environ.get("FORCE_COLOR")) or (is_terminal and environ.get("TERM") != "dumb")
 
 
 def paint(text: str, colour: str, stream: int = 2) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 from elastic_launch.errors import UnavailableError
-from elastic_launch.host.console import launcher_line, unblocked
+from elastic_launch.host.console import launcher_line, replacement, unblocked
 from elastic_launch.logs.channel import DEFAULT_SIZE, make_channel, raise_limit
 from elastic_launch.logs.sinks import NAMES, Console, File
 from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route, Source
@@ -71,10 +71,11 @@ class LogPump:
 
     def _console(self, stream: int) -> Console:
         """Return the console of a stream. Streams that lead to the same place share one, which keeps lines whole."""
+        file = replacement(stream)
         for console in self._consoles.values():
-            if os.path.sameopenfile(stream, console.stream):
+            if console.file is file and (file is not None or os.path.sameopenfile(stream, console.stream)):
                 return console
-        return Console(stream, self._stack.enter_context(unblocked(stream)), self._stack, self._losses.append)
+        return Console(stream, self._stack.enter_context(unblocked(stream)), self._stack, self._losses.append, file)
 
     # ---- a round
 

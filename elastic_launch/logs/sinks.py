@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import os
@@ -11,7 +12,7 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from elastic_launch.host.files import open_regular
 
@@ -35,7 +36,9 @@ class Writer(Protocol):
 class Console:
     """One of the launcher's own streams, and the output that waits for it: none once the stream is closed."""
 
-    def __init__(self, stream: int, fd: int, stack: ExitStack, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, stream: int, fd: int, stack: ExitStack, report: Callable[[str], None], file: TextIO | None = None
+    ) -> None:
         """Prepare.
 
         Args:
@@ -43,10 +46,13 @@ class Console:
             fd: the descriptor to write to, which may be the stream itself.
             stack: closes what is opened here.
             report: receives a message if output is lost.
+            file: what the program has put in the stream's place, to be written to instead; None: nothing.
         """
         status = os.fstat(stream)
         self._report = report
-        self.is_terminal = os.isatty(stream)
+        self.file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.is_terminal = os.isatty(stream) and file is None
         self.stream = stream
         self.fd = fd
         self.queue: deque[tuple[memoryview, Writer | None]] = deque()
@@ -125,6 +131,8 @@ class Console:
 
     def _send(self) -> int:
         buffers = [self.queue[at][0] for at in range(min(len(self.queue), _MAX_BUFFERS))]
+        if self.file is not None:
+            return self._write_text(self.file, b"".join(buffers))
         if self._socket:
             return self._socket.sendmsg(buffers, (), socket.MSG_DONTWAIT)
         if not self._blocks:
@@ -134,6 +142,15 @@ class Console:
         if not poller.poll(0):
             raise BlockingIOError
         return os.write(self.fd, buffers[0][: select.PIPE_BUF])
+
+    def _write_text(self, file: TextIO, data: bytes) -> int:
+        text = self._decoder.decode(data)
+        try:
+            file.write(text)
+            file.flush()
+        except Exception as error:  # the program's own stream may raise anything
+            raise OSError(getattr(error, "errno", None), f"{type(error).__name__}: {error}") from error
+        return len(data)
 
     def waiting(self) -> int:
         """Return the number of bytes that wait."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from elastic_launch import (
     LocalElasticAgent,
     ProcessFailure,
     SignalException,
+    Std,
     UsageError,
     WorkerSpec,
     WorkerState,
@@ -139,6 +142,37 @@ def test_handlers_and_wakeup_descriptor_are_restored(job: Job) -> None:
             signal.signal(signum, handler)
         os.close(reading)
         os.close(writing)
+
+
+def test_text_goes_where_the_program_has_redirected_it(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, err = io.StringIO(), io.StringIO()
+    tee = DefaultLogsSpecs(str(tmp_path), tee=Std.OUT)
+    with redirect_stdout(out), redirect_stderr(err):
+        sh("echo \u00e4 $RANK; echo problem $RANK >&2", logs_specs=tee)
+    assert sorted(out.getvalue().splitlines()) == ["[default_role0]:\u00e4 0", "[default_role1]:\u00e4 1"]
+    lines = err.getvalue().splitlines()
+    assert {"elastic-run: formed: 1 node, 2 workers", "problem 0", "problem 1"} <= {*lines}
+    assert capfd.readouterr() == ("", "")
+    with redirect_stdout(out), redirect_stderr(out):  # one place for both
+        assert sh("echo whole; echo line >&2", nproc_per_node=1, logs_specs=tee) == {0: None}
+    assert {"[default_role0]:whole", "line"} <= {*out.getvalue().splitlines()}
+    assert capfd.readouterr() == ("", "")
+
+
+class Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise ZeroDivisionError("a widget that is gone")
+
+
+def test_a_stream_of_the_program_that_fails_costs_text_and_not_the_job(tmp_path: Path) -> None:
+    with redirect_stdout(Broken()), redirect_stderr(Broken()):
+        assert sh("echo text; echo more >&2", logs_specs=DefaultLogsSpecs(str(tmp_path), tee=Std.ALL)) == {0: None, 1: None}
+
+
+def test_another_way_to_write_to_standard_error_is_not_a_replacement(capfd: pytest.CaptureFixture[str]) -> None:
+    with open(2, "w", closefd=False) as same, redirect_stderr(same):
+        sh("exit 0")
+    assert "formed: 1 node" in capfd.readouterr().err
 
 
 def test_subreaper_flag_is_restored() -> None:
