@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from elastic_launch.config import LogsDest as LogsDest
     from elastic_launch.config import LogsSpecs as LogsSpecs
     from elastic_launch.config import Std as Std
+    from elastic_launch.config import to_map as to_map
     from elastic_launch.errors import ChildFailedError as ChildFailedError
     from elastic_launch.errors import LaunchError as LaunchError
     from elastic_launch.errors import ProcessFailure as ProcessFailure
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from elastic_launch.rendezvous.handler import RendezvousInfo as RendezvousInfo
     from elastic_launch.rendezvous.handler import RendezvousParameters as RendezvousParameters
     from elastic_launch.rendezvous.handler import RendezvousStoreInfo as RendezvousStoreInfo
+    from elastic_launch.rendezvous.registry import RendezvousHandlerCreator as RendezvousHandlerCreator
+    from elastic_launch.rendezvous.registry import RendezvousHandlerRegistry as RendezvousHandlerRegistry
     from elastic_launch.rendezvous.registry import get_rendezvous_handler as get_rendezvous_handler
     from elastic_launch.rendezvous.registry import rendezvous_handler_registry as rendezvous_handler_registry
     from elastic_launch.store.etcd.server import EtcdServer as EtcdServer
@@ -49,7 +52,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "agent.agent": "LocalElasticAgent",
-    "config": "LaunchConfig LogsDest LogsSpecs Std",
+    "config": "LaunchConfig LogsDest LogsSpecs Std to_map",
     "errors": "ChildFailedError LaunchError ProcessFailure SignalException UsageError RendezvousError "
     "RendezvousTimeoutError RendezvousConnectionError RendezvousStateError RendezvousClosedError "
     "RendezvousGracefulExitError",
@@ -57,7 +60,8 @@ _NAMES = {
     "logs.job_files": "DefaultLogsSpecs",
     "multiprocessing": "PContext RunProcsResult start_processes",
     "rendezvous.handler": "RendezvousHandler RendezvousInfo RendezvousParameters RendezvousStoreInfo",
-    "rendezvous.registry": "get_rendezvous_handler rendezvous_handler_registry",
+    "rendezvous.registry": "RendezvousHandlerCreator RendezvousHandlerRegistry get_rendezvous_handler "
+    "rendezvous_handler_registry",
     "store.etcd.server": "EtcdServer",
     "worker_spec": "RunResult Worker WorkerGroup WorkerSpec WorkerState",
     "workers.error_handler": "ErrorHandler get_error_handler record",

@@ -427,7 +427,10 @@ class LocalElasticAgent:
             from elastic_launch.health.server import HealthServer
 
             number = parse_port(port, "TORCHELASTIC_HEALTH_CHECK_PORT=")
-            sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
+            try:
+                sources.append(stack.enter_context(closing(HealthServer(number, self._environ))))
+            except UnavailableError as error:
+                self._warn(f"{error}; going on without a health server")
         return watchdog, sources
 
     def _check(self, stack: ExitStack) -> HealthCheck | None:

@@ -112,7 +112,7 @@ class Store(Protocol):
         """Return whether all the keys exist."""
 
     def delete_key(self, key: str, /) -> object:
-        """Delete a key."""
+        """Delete a key. A store that cannot is used without."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from elastic_launch.rendezvous.handler import RendezvousHandler, RendezvousInfo,
 ENTRY_POINTS = "torchrun.handlers"
 """Entry point group of packages that offer handlers: a backend's name, and a function that returns the creator."""
 
-Creator = Callable[[RendezvousParameters], Any]
+RendezvousHandlerCreator = Callable[[RendezvousParameters], Any]
 """Creates a handler: an object with the methods of ``RendezvousHandler``, of whatever class."""
 
 
@@ -27,9 +27,9 @@ class RendezvousHandlerRegistry:
     """
 
     def __init__(self) -> None:
-        self._creators: dict[str, Creator] = {}
+        self._creators: dict[str, RendezvousHandlerCreator] = {}
 
-    def register(self, backend: str, creator: Creator) -> None:
+    def register(self, backend: str, creator: RendezvousHandlerCreator) -> None:
         """Add a backend. Adding the same creator again has no effect.
 
         Args:

@@ -32,6 +32,10 @@ LINGER = 2.0
 """Longest time, in seconds, that a node waits until all others know that all have succeeded."""
 _LINGER_POLL = 0.025
 """Seconds between two checks whether they know."""
+_FORGOTTEN = b"-"
+"""Value of a key that was read, in a store that cannot delete keys."""
+_FORGOTTEN_POLL = 0.05
+"""Seconds between two looks whether such a key has another value."""
 
 
 class _Registration(NamedTuple):
@@ -151,7 +155,7 @@ def form_round(
     if rank:
         store.set(f"{PREFIX}node/{rank}", encode(own).decode())
         reply = decode(_Reply, store.get(own.reply_key), own.reply_key)
-        store.delete_key(own.reply_key)
+        _forget(store, own.reply_key)
         place = reply.assignment
         if (place.group_rank, place.group_world_size, place.local_world_size) != (rank, size, node.workers):
             raise refused(own.reply_key, f"must be for rank {rank} of {size} with {node.workers} workers")
@@ -169,13 +173,30 @@ def _read_registrations(store: Store, size: int) -> list[_Registration]:
     # torch's stores answer a request for many keys if they have the extended API. Other stores do not know the names.
     many = len(keys) > 1 and getattr(store, "has_extended_api", bool)()
     found = cast(list[bytes], store.multi_get(keys) if many else [store.get(key) for key in keys])  # type: ignore[attr-defined]
+    found = [_arrived(store, key, data) for key, data in zip(keys, found, strict=True)]
     for key in keys:
-        store.delete_key(key)
+        _forget(store, key)
     others = [decode(_Registration, data, key) for data, key in zip(found, keys, strict=True)]
     for rank, (other, key) in enumerate(zip(others, keys, strict=True), 1):
         if not other.reply_key.startswith(f"{PREFIX}assignment/{rank}/"):
             raise refused(key, "reply_key: must be a key for the assignment of that rank")
     return others
+
+
+def _forget(store: Store, key: str) -> None:
+    """Delete a key. Stores that users write in Python may be unable to; there it is overwritten."""
+    try:
+        store.delete_key(key)
+    except Exception:  # torch's raise RuntimeError for a method that a subclass lacks, and others AttributeError
+        store.set(key, _FORGOTTEN.decode())
+
+
+def _arrived(store: Store, key: str, data: bytes) -> bytes:
+    """Return the value of a key; wait for another one if it is what ``_forget`` has left of an earlier round."""
+    while data == _FORGOTTEN:
+        time.sleep(_FORGOTTEN_POLL)
+        data = store.get(key)
+    return data
 
 
 def _assign(info: RendezvousInfo, nodes: list[NodeRecord], is_shared: bool, local_addr: str | None) -> list[Assignment]:

@@ -1,4 +1,4 @@
-"""Helpers for scripts, under the names of ``torch.distributed.elastic.utils``: free ports, and ``utils.data``.
+"""Helpers under the names of ``torch.distributed.elastic.utils``: free ports, ``macros``, and ``utils.data``.
 
 The launcher itself does not use them.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from typing import Any
 
 from elastic_launch.errors import UnavailableError
 
-__all__ = ["get_free_port", "get_socket_with_port"]
+__all__ = ["get_free_port", "get_socket_with_port", "macros"]
 
 
 def get_socket_with_port() -> socket.socket:
@@ -36,3 +37,23 @@ def get_free_port() -> int:
     """Return the number of a port of ``localhost`` that was free just now. Another program may take it at any time."""
     with get_socket_with_port() as sock:
         return int(sock.getsockname()[1])
+
+
+class macros:  # noqa: N801 - torch's name
+    """What each worker fills in in its own arguments."""
+
+    local_rank = "${local_rank}"
+    """Stands for the worker's local rank."""
+
+    @staticmethod
+    def substitute(args: list[Any], local_rank: str) -> list[Any]:
+        """Return the arguments of a worker. Those that are not texts stay as they are.
+
+        >>> macros.substitute(["--rank=${local_rank}", 5], "3")
+        ['--rank=3', 5]
+        """
+        from string import Template
+
+        return [
+            Template(arg).safe_substitute(local_rank=local_rank) if isinstance(arg, str) else arg for arg in args
+        ]

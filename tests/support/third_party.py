@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from elastic_launch import DefaultLogsSpecs, LaunchError, LocalElasticAgent, RunResult, SignalException, WorkerSpec
 from elastic_launch.core.rendezvous.records import NodeRecord
@@ -117,7 +117,7 @@ class Files:
 
 
 class FilesStore:
-    """Of torch's ``Store`` what is needed; the same for every round."""
+    """Of torch's ``Store`` what is needed; the same for every round, although it cannot delete keys."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -139,10 +139,6 @@ class FilesStore:
     def check(self, keys: list[str]) -> bool:
         with self.files.locked() as state:
             return all(key in state for key in keys)
-
-    def delete_key(self, key: str) -> bool:
-        with self.files.locked() as state:
-            return state.pop(key, None) is not None
 
 
 class InFiles:
@@ -170,7 +166,7 @@ class InFiles:
                 if state.get("round", 0) > self.round and self.me in members:
                     self.round = state["round"]
                     store, where = FilesStore(self.files), RendezvousStoreInfo("files.example", 4000 + self.round)
-                    return RendezvousInfo(store, members.index(self.me), len(members), where)
+                    return RendezvousInfo(cast(Any, store), members.index(self.me), len(members), where)
             time.sleep(0.01)
 
     def num_nodes_waiting(self) -> int:

@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from elastic_launch.env import environment
 from elastic_launch.errors import UnavailableError
@@ -87,8 +87,8 @@ class EtcdServer:
         self._process: Popen[bytes] | None = None
 
     def get_host(self) -> str:
-        """The address on which it serves."""
-        return _HOST
+        """The name of the host on which it serves. It does so on the loopback interface only."""
+        return "localhost"
 
     def get_port(self) -> int:
         """The port on which it serves; -1 before it was started."""
@@ -97,6 +97,13 @@ class EtcdServer:
     def get_endpoint(self) -> str:
         """``HOST:PORT``, as ``--rdzv-endpoint`` accepts it."""
         return f"{_HOST}:{self._port}"
+
+    def get_client(self) -> NoReturn:
+        """Raise UnavailableError, because torch's client speaks an API that etcd has given up."""
+        raise UnavailableError(
+            f"EtcdServer.get_client(): etcd at {self.get_endpoint()} does not serve the API v2 of torch's client; "
+            "use a client for etcd v3, such as etcd3.client(host, port)"
+        )
 
     @property
     def pid(self) -> int:
