@@ -54,6 +54,4 @@ class macros:  # noqa: N801 - torch's name
         """
         from string import Template
 
-        return [
-            Template(arg).safe_substitute(local_rank=local_rank) if isinstance(arg, str) else arg for arg in args
-        ]
+        return [Template(arg).safe_substitute(local_rank=local_rank) if isinstance(arg, str) else arg for arg in args]

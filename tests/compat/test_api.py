@@ -166,7 +166,10 @@ class Broken(io.StringIO):
 
 def test_a_stream_of_the_program_that_fails_costs_text_and_not_the_job(tmp_path: Path) -> None:
     with redirect_stdout(Broken()), redirect_stderr(Broken()):
-        assert sh("echo text; echo more >&2", logs_specs=DefaultLogsSpecs(str(tmp_path), tee=Std.ALL)) == {0: None, 1: None}
+        assert sh("echo text; echo more >&2", logs_specs=DefaultLogsSpecs(str(tmp_path), tee=Std.ALL)) == {
+            0: None,
+            1: None,
+        }
 
 
 def test_another_way_to_write_to_standard_error_is_not_a_replacement(capfd: pytest.CaptureFixture[str]) -> None:

@@ -195,7 +195,7 @@ def test_a_failure_in_the_name_of_a_member_that_is_done_and_gone_is_not_waited_f
     [
         ({"failures": []}, "must have a failure, a signal, or an error with a status"),
         ({"failures": [{**vars(FAILURE), "exitcode": 256}]}, "failures: exitcode: must be"),
-        ({"failures": [{**vars(FAILURE), "timestamp": 1e308}]}, "failures: timestamp: must be"),
+        ({"failures": [{**vars(FAILURE), "failed_at": 1e308}]}, "failures: failed_at: must be"),
         ({"failures": [], "signum": 63, "restart": True}, "signum: must be a signal"),
         ({"restart": True, "pause": 1e308}, "pause: must be a number of seconds from 0 to 1e+09"),
         ({"restart": True, "pause": 61.0}, "pause: must be at most 60 s (--restart-backoff), not 61"),
