@@ -77,6 +77,8 @@ class KeeperProcess:
             UnavailableError: the system cannot start it.
         """
         self._buffer = bytearray()
+        self._ends_by_itself = True
+        self._exit_code: int | None = None
         self._sock, theirs = socket.socketpair()
         try:
             with theirs, open(os.pidfd_open(os.getpid()), "rb") as agent:
@@ -131,12 +133,22 @@ class KeeperProcess:
             self._sock.shutdown(socket.SHUT_RDWR)  # forks of this process may hold copies
         self._sock.close()
         with self._process as process:
-            is_in_time = has_ended(process.fileno(), KILL_PATIENCE)
-            if not is_in_time:
+            self._ends_by_itself = has_ended(process.fileno(), KILL_PATIENCE)
+            if not self._ends_by_itself:
                 self.kill()
                 has_ended(process.fileno(), KILL_PATIENCE)
         live_keepers.discard(self.pid)
-        return reap(self.pid) and is_in_time
+        self._exit_code = reap(self.pid)
+        return self._exit_code in (0, None) and self._ends_by_itself
+
+    def why_it_ended(self) -> str:
+        """Return what an imported module did to this process, which is closed; empty: it was killed from outside."""
+        code = self._exit_code
+        if not self._ends_by_itself or code == keeper_main.DESCRIPTORS_CLOSED:
+            return "the module closed descriptors that are not its own"
+        if code is None or code in (-signal.SIGKILL, -signal.SIGTERM):
+            return ""
+        return f"the module ended its process ({f'exit code {code}' if code >= 0 else signal_name(-code)})"
 
     def kill(self) -> None:
         """Kill it. The next ``receive`` raises."""
@@ -185,6 +197,8 @@ class KeeperClient:
         self._start_keeper = start_keeper
         self._log = log
         self._keeper = KeeperProcess(environ, start_keeper)
+        self._importing = ""
+        """What a warm keeper imports, as an option names it; empty: nothing any more."""
         self._is_stand_in = False
         """Whether the keeper is an ordinary one that replaces a lost warm one until the next round."""
         self._commands: dict[int, list[str]] = {}
@@ -292,6 +306,9 @@ class KeeperClient:
                     f"{ranks_text(ranks)}: without a handler, the program would die of it"
                 )
                 return []
+            case ("importing", str(what)):
+                self._importing = what
+                return []
             case ("warning", str(text)):
                 self._log(text)
                 return []
@@ -320,14 +337,17 @@ class KeeperClient:
         text = f"the keeper process (pid {self._keeper.pid}) was killed, and its workers with it"
         if self._is_starting and self._start_keeper is not execute_keeper:
             text = f"the keeper process (pid {self._keeper.pid}) ended while it imported modules"
+        importing, self._importing = self._importing, ""
+        self._has_orphans = True
+        self._keeper.close()
+        if importing and not self._early_stop_signals and (why := self._keeper.why_it_ended()):
+            raise UnavailableError(f"{importing}: cannot import the module: {why}")
         self._lost_starts += not self._early_stop_signals
         if self._lost_starts > MAX_LOST_STARTS:
             raise UnavailableError(
                 f"{text}; giving up, because the {MAX_LOST_STARTS} keepers before it also ended without starting a "
                 "worker; check the preloaded modules and the memory of this host"
             )
-        self._has_orphans = True
-        self._keeper.close()
         self._kill_orphans()
         now = time.time()
         exits: list[AgentEvent] = [

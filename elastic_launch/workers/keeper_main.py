@@ -33,7 +33,7 @@ To the agent:
     ("dropped", signum, [local rank, ...])  -- this signal was not passed on: the workers would have died of it
     ("lease_expired",)
     ("failed", message)  -- the keeper cannot do its work and exits
-    ("warning", message)  -- from ``preload_main`` only
+    ("warning", message), ("importing", what)  -- from ``preload_main`` only
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ MAX_DESCRIPTORS = 250
 
 MIN_KILL_INTERVAL, MAX_KILL_INTERVAL = 0.01, 1.0
 """Seconds until SIGKILL is sent again, to processes that are still there and to those forked meanwhile."""
+DESCRIPTORS_CLOSED = 71
+"""Exit status of a warm keeper if a module has closed its descriptors."""
 NO_LEASE = float("inf")
 """The lease of workers that need none."""
 
@@ -105,7 +107,8 @@ def serve(sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = 
         os.set_inheritable(fd, False)
     libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
     set_subreaper(True)
-    Keeper(sock, agent, environment, forks).run()
+    keeper = Keeper(sock, agent, environment, forks)  # with a name, or its end would be a ResourceWarning
+    keeper.run()
     os._exit(0)
 
 

@@ -86,12 +86,16 @@ def has_ended(pidfd: int, seconds: float) -> bool:
     return bool(poller.poll(seconds * 1000))
 
 
-def reap(pid: int) -> bool:
-    """Reap a child. Returns whether it ended with status 0; True if another thread of the program has reaped it."""
+def reap(pid: int) -> int | None:
+    """Reap a child. Returns its exit code, minus the signal's number if one killed it; None if it is not known.
+
+    It is not if the child still runs, or if another thread of the program has reaped it.
+    """
     try:
-        return os.waitpid(pid, os.WNOHANG) == (pid, 0)
+        reaped, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
-        return True
+        return None
+    return os.waitstatus_to_exitcode(status) if reaped else None
 
 
 def _environment_of(pid: int) -> bytes:

@@ -8,9 +8,10 @@ PADDING is room for the command lines that the workers show.
 
 The process imports the modules as the program would, and does nothing else with them: any parallel operation of torch's
 before a fork makes the forked processes hang. If a module has started threads or opened a device, forks are not safe.
-Then the process says which module it was, and becomes an ordinary keeper by executing it. It sends two messages of its
-own to the agent:
+Then the process says which module it was, and becomes an ordinary keeper by executing it. It sends messages of its own
+to the agent:
 
+    ("importing", what)  -- what this process imports from now on, as an option names it; empty: nothing any more
     ("warning", message)  -- workers will be cold
     ("failed", message)  -- a module cannot be imported
 
@@ -57,6 +58,7 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     is_function = kind in ("function", "main")
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
     set_death_signal(signal.SIGKILL)  # nothing else notices the agent's death while modules are imported
+    keeper_main.set_subreaper(True)  # so that a daemon of a module is below this process, and seen
     program_entry = ""
     preparation: dict[str, Any] = {}
     if is_function:
@@ -66,21 +68,29 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
         sys.path[: not IS_SAFE] = [program_entry] if program_entry else []
     sys.argv[:] = [target if kind == "script" else ""]
     variables = dict(os.environb)
-    before = Surroundings()
+    before = Surroundings(sock, agent)
     # A large import creates hundreds of thousands of objects, hardly any of them garbage. Collecting would take a tenth
     # of its time.
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
     for module in filter(None, modules.split(",")):
+        tell_import(sock, f"--preload {module}")
+        before.is_importing = True
         try:
             importlib.import_module(module)
         except BaseException as error:
+            before.check()
             fail(sock, f"--preload {module}: cannot import the module", error)
+        before.check()
         if reason := why_not_to_fork():
             before.restore()
             become_cold(sock, agent, f"--preload {module}: the module {reason}")
     if kind == "main":
+        tell_import(sock, "the main module")
+        before.is_importing = True
         import_main(preparation)
+        before.check()
+    tell_import(sock, "")
     if not is_function:
         # bootstrap expects its own directory in front, and replaces it by the program's.
         if program_entry and program_entry in sys.path:  # a module may have put others before it
@@ -108,15 +118,45 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
 class Surroundings:
     """The working directory and the signal mask. Modules may change them, but the program must be found as before."""
 
-    def __init__(self) -> None:
+    def __init__(self, *descriptors: int) -> None:
+        """Remember them; ``descriptors`` are others that modules must leave alone."""
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.directory = os.open(".", os.O_PATH | os.O_CLOEXEC)
+        self.files = {fd: identity(fd) for fd in (self.directory, *descriptors)}
+        self.is_importing = False
+        """Whether a module is imported, until the next ``check``."""
+        os.register_at_fork(after_in_child=self.unblock)
+
+    def unblock(self) -> None:
+        """Unblock all signals in a process that a module forks: it may end that by SIGTERM, as multiprocessing does."""
+        if self.is_importing:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def check(self) -> None:
+        """End this process if a module has closed what is not its own: then it has no way to the agent any more."""
+        self.is_importing = False
+        if any(identity(fd) != file for fd, file in self.files.items()):
+            os._exit(keeper_main.DESCRIPTORS_CLOSED)
 
     def restore(self) -> None:
         """Restore them, once."""
         os.fchdir(self.directory)
         os.close(self.directory)
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+def identity(fd: int) -> "tuple[int, int] | None":
+    """Return what tells an open file from all others; None if the descriptor is closed."""
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def tell_import(sock: int, what: str) -> None:
+    """Tell the agent what is imported from now on. If this process ends meanwhile, that is why."""
+    os.write(sock, keeper_main.pack(("importing", what)))
 
 
 def prepare(descriptor: int) -> "dict[str, Any]":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -128,10 +127,28 @@ def test_modules_in_a_zip_file(job: Job, safe: str) -> None:
     assert (ended.returncode, ended.stdout) == (0, "7\n"), ended.stderr
 
 
-def test_module_that_ends_the_process_is_reported(job: Job) -> None:
-    (job.path / "deadly.py").write_text("import os\nos._exit(3)")
-    ended = job.run("--preload", "deadly", job.script(""))
-    assert re.search(r"the keeper process \(pid \d+\) ended while it imported modules", ended.stderr), ended.stderr
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import os\nos._exit(0)", "the module ended its process (exit code 0)"),
+        ("import ctypes\nctypes.string_at(0)", "the module ended its process (SIGSEGV)"),
+        ("import os\nos.closerange(3, 256)", "the module closed descriptors that are not its own"),
+    ],
+    ids=["exits", "crashes", "closes"],
+)
+def test_module_that_ends_the_process_is_named(job: Job, code: str, why: str) -> None:
+    (job.path / "deadly.py").write_text(code)
+    ended = job.run("--preload", "json,deadly", job.script(""))
+    assert ended.returncode == 69
+    assert ended.stderr.endswith(f"elastic-run: --preload deadly: cannot import the module: {why}\n")
+
+
+def test_module_may_have_a_pool_of_processes_and_warnings_may_be_errors(job: Job) -> None:
+    """The pool ends its processes by SIGTERM, which the keeper blocks."""
+    (job.path / "pooled.py").write_text("import multiprocessing\nwith multiprocessing.Pool(2) as p: p.map(abs, [1])")
+    ended = job.run("--preload", "pooled", job.script("mark('pooled' in sys.modules)"), PYTHONWARNINGS="error")
+    assert (ended.returncode, job.marks()) == (0, ["0.0 True"])
+    assert "Warning" not in ended.stderr
 
 
 def test_random_states_are_each_worker_s_own(job: Job) -> None:
@@ -208,6 +225,7 @@ def test_module_that_cannot_be_imported_fails_the_launch_with_its_traceback(job:
         ("import _thread, time\n_thread.start_new_thread(time.sleep, (1e5,))", "has started 1 thread outside Python"),
         ("import asyncio\nloop = asyncio.new_event_loop()", "has created an event loop"),
         ("import subprocess\nchild = subprocess.Popen(['sleep', '1000'])", "has started a process"),
+        ("import os\nos.system('sleep 1000 > /dev/null 2>&1 &')", "has started a process"),
     ],
 )
 def test_module_that_makes_forks_unsafe_is_named_and_workers_are_cold(job: Job, code: str, why: str) -> None:
