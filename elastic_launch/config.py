@@ -257,6 +257,9 @@ class LaunchConfig:
     exit_barrier_timeout: float = 300
     """Seconds to wait, once this node's workers have succeeded, for those of other nodes; the node that hosts the
     job's store waits as long as they run."""
+    token_file: str = ""
+    """File with the token that the nodes of the job share, as for ``--token-file``; ``""`` for the one that
+    ``ELASTIC_LAUNCH_TOKEN_FILE`` names, if any."""
 
     @property
     def policy(self) -> Policy:

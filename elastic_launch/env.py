@@ -9,6 +9,8 @@ _CONF = "PET_RDZV_CONF"
 """Variable that stands for ``--rdzv-conf``."""
 PART = "ELASTIC_LAUNCH_PART"
 """Variable that marks the agent's helper processes, such as the store's host; its value is the agent's pid."""
+TOKEN_FILE = "ELASTIC_LAUNCH_TOKEN_FILE"
+"""Variable that names the file with the job's token if ``--token-file`` does not."""
 
 
 def environment() -> dict[str, str]:
@@ -21,6 +23,11 @@ def without_password(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value for name, value in environ.items() if name != _CONF or "password=" not in value.replace(" ", "")
     }
+
+
+def without_token(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of workers, which have no use for the job's token."""
+    return {name: value for name, value in environ.items() if name not in (TOKEN_FILE, "PET_TOKEN_FILE")}
 
 
 def as_part(environ: Mapping[str, str]) -> dict[str, str]:

@@ -41,7 +41,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
-from elastic_launch.env import environment, without_password
+from elastic_launch.env import environment, without_password, without_token
 from elastic_launch.errors import (
     ExitCode,
     LaunchError,
@@ -193,6 +193,7 @@ class LocalElasticAgent:
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
             handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
+        self._environ = without_token(self._environ)
         self._rendezvous = handler
         check = CheckLimits(health_check_timeout, handler.patience) if health_check else None
         self._limits = Limits(spec.get_policy(), shutdown_timeout, exit_barrier_timeout, check)

@@ -184,6 +184,7 @@ GROUPS = {
         Option("rdzv-endpoint", "", str, "HOST:PORT", "where nodes meet; etcd accepts several, separated by commas"),
         Option("rdzv-id", "none", str, "ID", "id of the job, the same on all its nodes"),
         Option("rdzv-conf", "", _checked(parse_rdzv_conf), "CONF", "settings of the backend, as in join_timeout=600"),
+        Option("token-file", "", str, "FILE", "token that all nodes share: strangers cannot join or steer the job"),
         Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
         Option("local-addr", None, str, "HOST", "address of this node (default: the one that reaches the endpoint)"),
         Option("master-addr", "127.0.0.1", str, "HOST", "with static: address of the node of rank 0"),

@@ -13,6 +13,7 @@ from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import SIGNALS_VARIABLE, LaunchConfig
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import format_list, virtual_device
+from elastic_launch.env import TOKEN_FILE
 from elastic_launch.errors import LaunchError
 from elastic_launch.host.devices import cpu_count
 from elastic_launch.job import Assignment
@@ -69,6 +70,8 @@ def settings(args: argparse.Namespace, config: LaunchConfig | None, environ: Map
         value, source = _text(getattr(args, option.dest)), given.get(option.dest, "default")
         if option.dest == "shutdown_timeout" and source == "default" and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in environ:
             source = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+        if option.dest == "token_file" and source == "default" and environ.get(TOKEN_FILE):
+            value, source = environ[TOKEN_FILE], TOKEN_FILE
         if option.dest in STANDALONE and args.standalone:
             source = given.get("standalone", "--standalone")
         if option.dest == "rdzv_conf":

@@ -21,16 +21,18 @@ _LISTENING = "0A"
 """The state in ``/proc/net/tcp``."""
 
 
-def listen(port: int) -> socket.socket:
-    """Listen on a TCP port on every address of this host, IPv6 and IPv4. Clients are queued from then on.
+def listen(port: int, address: str = "") -> socket.socket:
+    """Listen on a TCP port. Clients are queued from then on.
 
     Args:
         port: The port; 0 picks a free one.
+        address: The IP address to listen on; empty for every address of this host, IPv6 and IPv4.
 
     Raises:
         OSError: EADDRINUSE if another process listens there, even if it began at the same moment; or another error.
     """
-    sock = _bind(port)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = _bind_family(family, address, port) if address else _bind(port)
     try:
         sock.listen(BACKLOG)
     except OSError:

@@ -25,6 +25,7 @@ COMMANDS = {
     "ui": ("ui.command", "show your jobs as a page in a browser, live"),
     "exporter": ("exporter", "serve metrics of the jobs on this host to Prometheus"),
     "report": ("report", "make one page of a finished job's events"),
+    "token": ("token", "make a token, which keeps strangers out of a job"),
 }
 """The subcommands: module and what it does."""
 _WIDTH = max(map(len, COMMANDS))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic_launch.core import job_view
-from elastic_launch.env import environment
+from elastic_launch.env import TOKEN_FILE, environment
 from elastic_launch.errors import RendezvousError, UsageError
 from elastic_launch.operate.jobs import Job, NoJobError, choose, parser, running_jobs
 from elastic_launch.operate.show import screen
@@ -65,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="where the store is")
     options.add_argument("--rdzv-id", metavar="ID", help="the job's id")
     options.add_argument("--rdzv-conf", metavar="KEY=VALUE,...", default="", help="further settings of the store")
+    options.add_argument(
+        "--token-file", metavar="FILE", help=f"the job's token (default: {TOKEN_FILE}, or the agent's)"
+    )
     args = options.parse_args(argv)
     environ = environment()
     with contextlib.closing(_view(args, environ)) as view:
@@ -87,13 +90,20 @@ def _view(args: Any, environ: Mapping[str, str]) -> View:
         if args.job:
             raise UsageError(f"{args.job}: JOB is for jobs of this host; with --rdzv-endpoint the job is --rdzv-id")
         job = args.rdzv_id or "none"
-        return View(None, StoreReader(job, args.rdzv_backend or "c10d", args.rdzv_endpoint, settings, environ))
+        store = args.rdzv_backend or "c10d", args.rdzv_endpoint
+        return View(None, StoreReader(job, *store, settings, environ, _token_file(args, environ)))
     job = choose(running_jobs(environ), args.job)
+    if given := _token_file(args, environ):
+        settings["token_file"] = given
     try:
         return view_of_job(job, environ, settings)
     except RendezvousError as error:
         print(f"elastic-job: only what the agents on this host know: {error}", file=sys.stderr)
         return View(job, None)
+
+
+def _token_file(args: Any, environ: Mapping[str, str]) -> str:
+    return args.token_file or environ.get(TOKEN_FILE, "")
 
 
 def view_of_job(job: Job, environ: Mapping[str, str], settings: Mapping[str, str] | None = None) -> View:
@@ -102,7 +112,7 @@ def view_of_job(job: Job, environ: Mapping[str, str], settings: Mapping[str, str
     Args:
         job: the job.
         environ: variables of the bridge to etcd.
-        settings: further ones of ``--rdzv-conf`` for the store.
+        settings: further ones of ``--rdzv-conf`` for the store, and ``token_file``.
 
     Raises:
         RendezvousError: the job's store cannot be reached.
@@ -111,4 +121,5 @@ def view_of_job(job: Job, environ: Mapping[str, str], settings: Mapping[str, str
     if not store["endpoint"] or job.agents[0].get("max_nodes") == 1:
         return View(job, None)
     given = {**store["settings"], **(settings or {})}
-    return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ))
+    token_file = given.pop("token_file", "")
+    return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ, token_file))

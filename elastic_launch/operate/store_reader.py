@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -31,16 +32,29 @@ class StoreReader:
         endpoint: where the store is, as in ``--rdzv-endpoint``.
         settings: ``--rdzv-conf``.
         environ: variables of the bridge to etcd.
+        token_file: the file with the job's token; empty: it has none.
 
     Raises:
-        UsageError: there is no such backend, or a setting is wrong.
+        UsageError: there is no such backend, or a setting is wrong, or the file holds no token.
         RendezvousConnectionError: the store cannot be reached.
     """
 
     def __init__(
-        self, run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str]
+        self,
+        run_id: str,
+        backend: str,
+        endpoint: str,
+        settings: Mapping[str, str],
+        environ: Mapping[str, str],
+        token_file: str = "",
     ) -> None:
         self.run_id = run_id
+        self._signer = None
+        if token_file:
+            from elastic_launch.host import token  # late, as this needs hmac, too
+            from elastic_launch.rendezvous.signing import Signer
+
+            self._signer = Signer(token.read(token_file), run_id, _warn)
         self._opened = contextlib.ExitStack()
         self._backend = _backend(run_id, backend, endpoint, settings, environ)
         self._end = time.monotonic() + PATIENCE
@@ -91,7 +105,10 @@ class StoreReader:
         return found
 
     def _call(self, client: StoreClient, keys: Sequence[str]) -> list[bytes]:
-        reply = client.call(Get(tuple(keys)), max(0.1, self._end - time.monotonic()))
+        request = Get(tuple(keys))
+        reply = client.call(request, max(0.1, self._end - time.monotonic()))
+        if self._signer:
+            reply = self._signer.open(request, reply)
         assert isinstance(reply, list)
         return reply
 
@@ -107,6 +124,10 @@ class StoreReader:
                     raise RendezvousConnectionError(str(self._backend.explain(error))) from error
             else:
                 return client
+
+
+def _warn(text: str) -> None:
+    print(f"elastic-job: {text}", file=sys.stderr)
 
 
 def _backend(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from elastic_launch.config import DEFAULT_JOIN_TIMEOUT, LaunchConfig
-from elastic_launch.core.text import counted, visible
+from elastic_launch.core.text import counted, is_loopback, visible
+from elastic_launch.env import TOKEN_FILE
 from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
 from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
@@ -46,6 +47,8 @@ def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Re
     """
     if config.rdzv_backend in BUILT_IN or not config.rdzv_backend:
         return create_built_in(config, environ, log)
+    if config.token_file:
+        raise UsageError(f"--token-file={config.token_file}: --rdzv-backend {config.rdzv_backend} cannot use a token")
     # Late, because only third-party backends need them.
     from elastic_launch.rendezvous.handler import RendezvousParameters
     from elastic_launch.rendezvous.registry import get_rendezvous_handler
@@ -143,6 +146,7 @@ def create_built_in(config: LaunchConfig, environ: Environ, log: Logger) -> Rend
     """
     if config.max_nodes > 1:
         return create_store_rendezvous(config, environ, log)
+    _token(config, environ)  # it is of no use, but the user may be mistaken about it
     host, port = "127.0.0.1", 0  # of the workers' store; 0: a free port for each round
     if config.rdzv_backend == "static" and config.rdzv_endpoint:
         host, port = split_endpoint(config.rdzv_endpoint)
@@ -159,6 +163,22 @@ def _patience(config: LaunchConfig) -> float:
     given = {name: config.rdzv_configs.get(name) for name in ("join_timeout", "timeout")}
     values = [_seconds(str(text), f"--rdzv-conf {name}=") for name, text in given.items() if text is not None]
     return next(iter(values), DEFAULT_JOIN_TIMEOUT)
+
+
+def _token(config: LaunchConfig, environ: Environ) -> tuple[str, bytes]:
+    """Return the path of the file with the job's token, and the token; both are empty if it has none.
+
+    Raises:
+        UsageError: the file that is to hold it does not, or others may read it.
+    """
+    option, path = "--token-file", config.token_file
+    if not path:
+        option, path = TOKEN_FILE, environ.get(TOKEN_FILE, "")
+    if not path:
+        return "", b""
+    from elastic_launch.host import token  # late: few jobs have one
+
+    return os.path.abspath(path), token.read(path, option)
 
 
 def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
@@ -191,8 +211,22 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
     if config.local_addr:
         record = record._replace(address=config.local_addr, named=True)
+    signer = None
+    token_file, token = _token(config, environ)
+    if token:
+        from elastic_launch.rendezvous.signing import Signer  # late: it imports hmac
+
+        signer = Signer(token, settings.run_id, warn)
+        backend.settings = {**backend.settings, "token_file": token_file}  # for elastic-job, which reads the store
     return StoreRendezvous(
-        settings, check_own(record), backend, log, timeouts, config.verbosity, config.rdzv_backend or "c10d"
+        settings,
+        check_own(record),
+        backend,
+        log,
+        timeouts,
+        config.verbosity,
+        config.rdzv_backend or "c10d",
+        signer=signer,
     )
 
 
@@ -213,7 +247,10 @@ def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ)
     is_host = conf.get("is_host")
     if is_host is None and config.rdzv_backend == "static":
         is_host = rank == 0
-    return C10dBackend(host, port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"]), is_host, environ)
+    port = port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"])
+    # With static, the host may call itself localhost where the others use a name, as Kubeflow has it.
+    is_local = is_host is None and not config.local_addr and (host == "localhost" or is_loopback(host))
+    return C10dBackend(host, port, is_host, environ, is_local)
 
 
 def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ: Environ, log: Logger) -> EtcdBackend:

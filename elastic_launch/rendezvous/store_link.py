@@ -11,7 +11,7 @@ import select
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from elastic_launch.core.rendezvous import messages
 from elastic_launch.core.store_requests import Append, Cancel, Set, Wait
@@ -20,6 +20,9 @@ from elastic_launch.errors import ExitCode, RendezvousConnectionError
 from elastic_launch.host.ports import outward_address
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import NotAStoreError, StoreClient
+
+if TYPE_CHECKING:
+    from elastic_launch.rendezvous.signing import Signer
 
 FIRST_RETRY, LAST_RETRY = 0.02, 1.0
 """Delays between two attempts to connect, in seconds. They double from the first to the last."""
@@ -71,7 +74,14 @@ class LinkUser(Protocol):
 class StoreLink:
     """The link to one store, across all its connections."""
 
-    def __init__(self, backend: Backend, timeouts: Timeouts, user: LinkUser, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        timeouts: Timeouts,
+        user: LinkUser,
+        clock: Callable[[], float],
+        signer: Signer | None = None,
+    ) -> None:
         """Prepare without connecting.
 
         Args:
@@ -79,6 +89,7 @@ class StoreLink:
             timeouts: when to lose patience.
             user: receives the inputs for the node.
             clock: returns the time in seconds, on any monotonic clock.
+            signer: signs what the node writes; None: the job has no token.
         """
         self.state = LinkState.CONNECTING
         self.has_answered = False
@@ -89,6 +100,7 @@ class StoreLink:
         self._timeouts = timeouts
         self._user = user
         self._clock = clock
+        self._signer = signer
         self._requests: StoreClient | None = None
         self._waits: StoreClient | None = None
         self._unanswered: deque[tuple[messages.Request, float]] = deque()
@@ -120,7 +132,8 @@ class StoreLink:
         """Send a request, now or on the next connection."""
         self._unanswered.append((request, self._clock()))
         if self._requests:
-            self._requests.submit(request.request, request)
+            sent = self._signer.seal(request.request) if self._signer else request.request
+            self._requests.submit(sent, request)
 
     def await_key(self, key: str | None) -> None:
         """Wait for this key to appear, and for no other; None: for no key."""
@@ -219,7 +232,8 @@ class StoreLink:
                 continue  # it is on its way; the next answer says that it has arrived
             while self._unanswered.popleft()[0] is not request:
                 pass
-            self._user.deliver(messages.Answer(request.question, request.round, value))
+            opened = self._signer.open(request.request, value) if self._signer else value
+            self._user.deliver(messages.Answer(request.question, request.round, opened))
         for wait, has_appeared in self._waits.take():
             if wait is self._wait:
                 self._wait = None

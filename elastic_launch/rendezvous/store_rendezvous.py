@@ -33,6 +33,7 @@ from elastic_launch.rendezvous.store_link import LinkState, StoreLink, Timeouts
 
 if TYPE_CHECKING:
     from elastic_launch.core.status import Meeting
+    from elastic_launch.rendezvous.signing import Signer
 
 CLOSE_TIMEOUT = 5.0
 """Longest time, in seconds, that a node takes to leave a store that does not answer."""
@@ -54,6 +55,7 @@ class StoreRendezvous:
         wall_clock: Callable[[], float] = time.time,
         reserve: Callable[[], socket.socket] = reserve_port,
         on_step: Callable[[NodeState, Ready], None] = lambda node, ready: None,
+        signer: Signer | None = None,
     ) -> None:
         """Prepare without starting anything.
 
@@ -69,6 +71,7 @@ class StoreRendezvous:
             wall_clock: returns the time in seconds since 1970.
             reserve: reserves a port for the store that the worker of rank 0 serves.
             on_step: called after each step, with the node's state and the result; for tests.
+            signer: signs what this node writes to the store; None: the job has no token.
         """
         self.patience = float("inf")
         """How long this node may be unfit; it gives up when ``join_timeout`` is over and the job does not run."""
@@ -96,7 +99,7 @@ class StoreRendezvous:
         """Holds the port that is reserved for the workers' store."""
         silence = min(timeouts.read, settings.keep_alive_deadline)
         timeouts = timeouts._replace(join=settings.join_timeout, silence=silence)
-        self._link = StoreLink(backend, timeouts, self, clock)
+        self._link = StoreLink(backend, timeouts, self, clock, signer)
 
     def get_backend(self) -> str:
         """Return the name of the backend."""

@@ -73,10 +73,15 @@ def _serve(listening: socket.socket) -> object:
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ImportError(f"torch {torch.__version__} is too old")
-    port = listening.getsockname()[1]
+    address, port, *_ = listening.getsockname()
     # The object is also a client of its own server, hence the address.
     return TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach(), use_libuv=True
+        "127.0.0.1" if address in ("::", "0.0.0.0") else address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+        use_libuv=True,
     )
 
 

@@ -111,12 +111,24 @@ def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
 
 @pytest.mark.parametrize("endpoint", ["[::1]", "localhost"])
 def test_workers_get_the_store_address_that_their_agent_used(endpoint: str, job: Job) -> None:
+    """A loopback address: so the stores, that of a further round included, listen on no other."""
     nodes = Nodes(job, "c10d", f"{endpoint}:{free_port()}", "2")
-    script = job.script("mark(os.environ['MASTER_ADDR'])")
-    for process in [nodes(n, script=script) for n in (0, 1)]:
+    script = job.script(
+        "mark(os.environ['MASTER_ADDR'] + ' ' + os.environ['MASTER_PORT'])\n"
+        "wait_for('go') if restart else sys.exit(rank)"
+    )
+    processes = [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]
+    wait_until(lambda: up(job, 1, 2))
+    seen = {tuple(mark.split()[1:]) for mark in job.marks()}
+    listening = {c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    job.mark("go")
+    for process in processes:
         assert job.finish(process).returncode == 0
-    [addr] = {mark.split()[1] for mark in job.marks()}
+    [addr] = {addr for addr, _ in seen}
     assert addr in (["::1"] if endpoint == "[::1]" else ["127.0.0.1", "::1"])
+    ports = {int(port) for _, port in seen}
+    assert len(ports) == 2
+    assert {(place.ip, place.port) for place in listening if place.port in ports} == {(addr, port) for port in ports}
 
 
 def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:

@@ -174,6 +174,7 @@ OURS: dict[str, Any] = {
     "events": None,
     "hang_timeout": "auto",
     "hang_action": "report",
+    "token_file": "",
     "health_check": "",
     "health_check_timeout": 60,
     "hang_native": False,

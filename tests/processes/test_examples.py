@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import kubernetes_validate
@@ -14,6 +15,8 @@ import yaml
 
 from elastic_launch.cli.options import OPTIONS
 from elastic_launch.config import LaunchConfig
+from elastic_launch.errors import UsageError
+from elastic_launch.host import token
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.run import config_from_args, parse_args
 
@@ -40,10 +43,12 @@ def stand_in(directory: Path, name: str, body: str) -> None:
 
 def run_slurm_script(path: Path, srun_status: int) -> tuple[list[str], list[str]]:
     """Run the batch script with Slurm's commands replaced. Returns what was run by srun, and what was told to Slurm."""
-    stand_in(path, "srun", f'printf "%s\\n" "$@" > {path}/srun.args; exit {srun_status}')
+    keep_token = f"cp -p {path}/*.token {path}/token"
+    stand_in(path, "srun", f'printf "%s\\n" "$@" > {path}/srun.args; {keep_token}; exit {srun_status}')
     stand_in(path, "scontrol", f'printf "%s\\n" "$*" >> {path}/scontrol.args')
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node-[7-9]", "SLURM_JOB_NUM_NODES": "3"}
-    environ = {**os.environ, **slurm, "PATH": f"{path}:{os.environ['PATH']}"}
+    stand_in(path, "elastic-job", f'exec {sys.executable} -m elastic_launch.operate "$@"')
+    environ = {**os.environ, **slurm, "PATH": f"{path}:{os.environ['PATH']}", "HOME": str(path)}
     done = subprocess.run(["bash", str(SLURM), __file__, "--epochs", "2"], env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (srun_status, "")
     told = path / "scontrol.args"
@@ -65,6 +70,9 @@ def test_slurm_script_launches_an_elastic_job(tmp_path: Path, monkeypatch: pytes
     assert (found.min_nodes, found.max_nodes, found.run_id) == (2, 3, "4711.0")
     assert (found.rdzv_backend, found.rdzv_endpoint) == ("c10d", "node-7:27688")
     assert script[-3:] == [__file__, "--epochs", "2"]
+    assert found.token_file == str(tmp_path / "elastic-job-4711.token")
+    assert not os.path.exists(found.token_file), "it is removed at the end"
+    assert len(token.read(str(tmp_path / "token"))) == 64
     assert told == [], "a job that has ended is not put back into the queue"
 
 
@@ -99,6 +107,9 @@ def test_kubernetes_variables_launch_an_elastic_job(monkeypatch: pytest.MonkeyPa
     found, _ = config(parse_args([__file__]))
     assert (found.min_nodes, found.max_nodes, found.rdzv_backend) == (2, 4, "c10d")
     said: list[str] = []
+    with pytest.raises(UsageError, match="/run/train-token/token: No such file"):
+        create_rendezvous(found, {}, said.append)
+    found.token_file = ""
     create_rendezvous(found, {}, said.append)
     assert said == [], "a setting of PET_RDZV_CONF is not known"
     text = KUBERNETES.read_text()

@@ -21,48 +21,33 @@ from elastic_launch.core.rendezvous.records import (
     Closed,
     Consequence,
     Members,
-    NodeRecord,
     Unfit,
     decode,
     encode,
 )
 from elastic_launch.core.rendezvous.state import Phase
-from elastic_launch.core.store_requests import Set
-from elastic_launch.errors import ProcessFailure
-from elastic_launch.job import Assignment, Decision, End, EndKind, Policy
+from elastic_launch.job import Assignment, End, EndKind, Policy
+from tests.support.forging import (
+    DEADLINE,
+    DONE,
+    ERROR,
+    FAILED,
+    FAILURE,
+    FINAL,
+    NONSENSE,
+    SICK,
+    STOP,
+    STRANGER,
+    finishes,
+    forge,
+    formed,
+    job,
+    refused,
+)
 from tests.support.simulation import Agent, World
 from tests.support.stalls import VERDICT, Watch
 from tests.support.training import Training
 from tests.support.worlds import RESET, all_end, form, running, world
-
-DEADLINE = 15.0
-FAILURE = ProcessFailure(0, 7, 1, error="ValueError: boom", rank=3, host="elsewhere", failed_at=1.5)
-
-
-def job(low: int, high: int, policy: Policy = Policy(3), **settings: float) -> Settings:  # noqa: B008 - a value
-    return Settings("job", low, high, last_call_timeout=10, policy=policy, **settings)  # type: ignore[arg-type]
-
-
-def forge(made: World, name: str, record: NamedTuple | bytes, **changes: Any) -> None:
-    """Write to the store, as anybody can who reaches it: a record, with other values in some fields."""
-    data = record if isinstance(record, bytes) else encode(record)
-    if changes:
-        data = json.dumps({**json.loads(data), **changes}).encode()
-    made.store.apply(Set(((f"elastic/job/{name}", data),)), lambda reply: None)
-
-
-def formed(count: int, settings: Settings) -> World:
-    made = world(count, settings)
-    form(made, count)
-    made.run(made.now + 2)
-    return made
-
-
-def finishes(made: World) -> list[Finish]:
-    """How the agents end, within the time in which a loss is noticed, a round ends, and a decider is replaced."""
-    made.run(made.now + 4 * DEADLINE, stop=lambda: not made.live())
-    assert not made.live(), f"{made}: {[agent.node.phase for agent in made.live()]}"
-    return [agent.finish for agent in made.agents if agent.finish is not None]
 
 
 def re_forms(made: World, agents: list[Agent], used: int = 0) -> None:
@@ -70,13 +55,6 @@ def re_forms(made: World, agents: list[Agent], used: int = 0) -> None:
     made.run(made.now + 4 * DEADLINE, stop=lambda: all(agent.running == 1 for agent in agents))
     assert [agent.running for agent in agents] == [1] * len(agents), f"{made}: {running(made)}"
     assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {used}
-
-
-def refused(made: World, key: str, rule: str) -> None:
-    """Everybody ends with status 69, and with a line that names the key and the rule."""
-    ends = finishes(made)
-    assert [(end.status, end.failures, end.signum) for end in ends] == [(69, (), None)] * len(ends), ends
-    assert any(f"elastic/job/{key} " in end.error and rule in end.error for end in ends), ends
 
 
 @pytest.fixture
@@ -90,14 +68,6 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(records, "decode", noted)
     return keys
-
-
-DONE = End(EndKind.DONE, "all workers succeeded")
-STOP = End(EndKind.STOP, "stop", signum=15)
-ERROR = End(EndKind.ERROR, "broken", status=1)
-FAILED = End(EndKind.FAILED, "rank 3 failed", "node-1", failures=(FAILURE,))
-FINAL = Decision(False, failures=(FAILURE,))
-NONSENSE = b'{"kind":'
 
 
 # --- the end
@@ -273,9 +243,6 @@ def test_tickets_of_nobody_cost_little(count: int) -> None:
     made.add()
     form(made, 2)
     all_end(made)
-
-
-STRANGER = NodeRecord("nobody", "elsewhere", 1, 2, "default")
 
 
 @pytest.mark.parametrize(
@@ -498,8 +465,6 @@ def test_a_forged_wish_for_stacks_costs_one_look_and_ends_no_job(number: int) ->
 
 
 # --- health checks
-
-SICK = Unfit(STRANGER, "the fan is loud")
 
 
 def checked(count: int, settings: Settings, *unfit: int) -> World:

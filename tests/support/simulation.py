@@ -68,6 +68,7 @@ from elastic_launch.core.store_requests import Append, Cancel, Request, Set, Wai
 from elastic_launch.errors import RendezvousConnectionError, RendezvousStateError
 from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.backends import Backend
+from elastic_launch.rendezvous.signing import Signer
 from elastic_launch.rendezvous.store_link import Timeouts
 from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
 from tests.support.checks import BEGINNING, Checks
@@ -93,8 +94,15 @@ CHECKPOINT = 10
 class World:
     """Time, the network, and the store."""
 
-    def __init__(self, seed: int, settings: Settings, timeouts: Timeouts = Timeouts()) -> None:  # noqa: B008 - a value
+    def __init__(
+        self,
+        seed: int,
+        settings: Settings,
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - a value
+    ) -> None:
         self.seed = seed
+        self.token = b""
+        """The token of the nodes that are added; empty: they have none."""
         self.random = random.Random(seed)
         self.settings = settings
         self.timeouts = timeouts
@@ -343,6 +351,7 @@ class Agent:
             wall_clock=lambda: world.now,
             reserve=ReservedPort,
             on_step=self._after_step,
+            signer=self.signer(world.token) if world.token else None,
         )
         self.rendezvous.lease = self._renew
         self.dead = False
@@ -377,6 +386,9 @@ class Agent:
         limits = Limits(world.settings.policy, 30, world.exit_barrier_timeout, CheckLimits() if world.check else None)
         self.state, self._first_actions = lifecycle.begin(limits, world.now)
         self.journal = Journal("train.py", 1, world.settings.policy.max_restarts, world.now)
+
+    def signer(self, token: bytes) -> Signer:
+        return Signer(token, self.world.settings.run_id, lambda text: self.logged.append((Level.WARNING, text)))
 
     def begin(self) -> None:
         self._record(None, None, self._first_actions)

@@ -10,9 +10,10 @@ RESET = "RuntimeError: Connection reset by peer"
 SETTINGS = Settings("job", 2, 3, join_timeout=600, last_call_timeout=10, policy=Policy(3))
 
 
-def world(count: int, settings: Settings = SETTINGS, *, seed: int = 1, calm: bool = True) -> World:
+def world(count: int, settings: Settings = SETTINGS, *, seed: int = 1, calm: bool = True, token: bytes = b"") -> World:
     """Return a job whose nodes have just been started."""
     made = World(seed, settings)
+    made.token = token
     made.trouble = not calm
     for _ in range(count):
         made.add()

@@ -81,7 +81,7 @@ def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
     if tickets:
         wanted = node.round.stall.wanted
         step.write((f"heartbeat/{ticket}", b"%d" % (LOOK if ticket in wanted else 0)) for ticket in tickets)
-        step.get(questions.ConfirmReset(tickets), "closed")  # the reply matters, not the key
+        step.get(questions.ConfirmReset(tickets), "ticket")  # the reply matters, not the key
 
 
 def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset, list[bytes]]) -> None:

@@ -74,6 +74,8 @@ class Leader:
         """Number of tickets drawn."""
         self.missing: dict[int, None] = {}
         """Tickets whose record has not come, in order."""
+        self.appeared = ""
+        """The key of the record that has appeared since the last poll."""
         self.expected: dict[str, tuple[int, str]] | None = {} if round_ == 0 else None
         """Nodes of the round before that have not joined yet: ticket and host, by node id. None: not known yet."""
         self.past_restart_history: RestartHistory | None = None

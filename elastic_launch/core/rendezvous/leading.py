@@ -82,6 +82,8 @@ def on_past_nodes(node: NodeState, step: Step, answer: Answer[questions.ReadPast
 
 def on_arrival(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
     """Count the tickets: the record that the leader waited for is there."""
+    if node.round.leader:
+        node.round.leader.appeared = appeared.key
     step.get(questions.CountTickets(), "ticket")
 
 
@@ -135,7 +137,9 @@ def _read_records(node: NodeState, step: Step, leader: Leader, tickets: list[int
     if some := tickets[:BATCH]:
         step.get(questions.ReadRecords(some, tickets[BATCH:]), *(f"node/{ticket}" for ticket in some))
     elif not leader.is_closing:
-        step.await_key(f"node/{leader.next_ticket(step.now)}")
+        name = f"node/{leader.next_ticket(step.now)}"
+        # If a stranger has written it, it is there already, and waiting for it would cost a request after another.
+        step.await_key(name if node.key(name) != leader.appeared else None)
 
 
 # --- who goes
@@ -145,6 +149,7 @@ def poll(node: NodeState, step: Step) -> None:
     """Poll the heartbeats, the tickets, and whether another node has taken over."""
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
     if leader := node.round.leader:
+        leader.appeared = ""
         joined = [*leader.joined, *leader.unconfirmed]
         past = {id_: ticket for id_, (ticket, _) in (leader.expected or {}).items()}
         names = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from elastic_launch.core.rendezvous.records import refused
+from elastic_launch.core.rendezvous.records import SIGNED, refused, signed
 
 TAKE_OVER = 1 << 20
 """Set as a node's counter to have it take over as leader at once."""
@@ -27,7 +27,11 @@ def number(value: bytes, key: str, high: int = 2**31) -> int:
     if not value:
         return 0
     if not (_is_number(value) and int(value) <= high):
-        raise refused(key, f"must be a number from 0 to {high}, not {value[:40]!r}")
+        raise (
+            signed(key)
+            if value.startswith(SIGNED)
+            else refused(key, f"must be a number from 0 to {high}, not {value[:40]!r}")
+        )
     return int(value)
 
 

@@ -34,8 +34,8 @@ def look_for_round(node: NodeState, step: Step) -> None:
     """Forget the round, and find out which comes next."""
     carry_over(node, step)
     past = node.round.number
-    before, after = b"%d" % past if past else b"", b"%d" % (past + 1)
-    _begin(node, step, past + 1, Get((node.round_key,)) if past < 0 else Swap(node.round_key, before, after))
+    before = b"%d" % past if past >= 0 else b""
+    _begin(node, step, past + 1, Swap(node.round_key, before, b"%d" % (past + 1)))
 
 
 def carry_over(node: NodeState, step: Step) -> None:

@@ -42,6 +42,8 @@ MAX_TICKETS = 65_536
 the work of the nodes that count tickets bounded, whoever has drawn them."""
 MAX_LINES = 65_536
 """Most records that are read of those appended to one key."""
+SIGNED = b"#"
+"""What a signed value begins with; neither JSON nor a number does."""
 MAX_FAILURES = 64
 """Most failures in a record."""
 
@@ -191,7 +193,7 @@ def decode(kind: type[T], data: bytes, key: str) -> T:
     except RuleError as error:
         raise refused(key, str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise refused(key, f"is no JSON: {data[:60]!r}") from error
+        raise (signed(key) if data.startswith(SIGNED) else refused(key, f"is no JSON: {data[:60]!r}")) from error
 
 
 def refused(key: str, why: str) -> RendezvousStateError:
@@ -205,6 +207,19 @@ def refused(key: str, why: str) -> RendezvousStateError:
         f"unexpected data in the store: {key} {why}; is another job, or another version of elastic-launch, using the "
         "same --rdzv-id?"
     )
+
+
+def signed(key: str) -> RendezvousStateError:
+    """Return the error to raise if what a key holds is signed, and this node has no token."""
+    return RendezvousStateError(f"{key} is signed with a token, and this node has none: {_SAME_TOKEN}")
+
+
+def unsigned(key: str) -> RendezvousStateError:
+    """Return the error to raise if what a key holds is not signed with this node's token."""
+    return RendezvousStateError(f"{key} is not signed with this node's token: {_SAME_TOKEN}")
+
+
+_SAME_TOKEN = "give all nodes of a job the same --token-file, and another job another --rdzv-id"
 
 
 def field_names(kind: type) -> tuple[str, ...]:

@@ -24,15 +24,19 @@ class C10dBackend(Backend):
         port: port of the endpoint.
         is_host: whether this node hosts the store; None: it does if ``host`` is an address of this host.
         environ: variables of the process that hosts the store.
+        is_local: whether a store that is hosted here listens on the endpoint's address only, not on all of this host.
     """
 
-    def __init__(self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str], is_local: bool = False
+    ) -> None:
         self.endpoint = join_endpoint(host, port)
         self.where = f"the store at {self.endpoint}"
         self.host = host
         self.port = port
         self._is_host = is_host
         self._environ = environ
+        self._is_local = is_local
         self._process: TCPStoreServer | None = None
         self._addresses: list[Address] = []
         """Addresses of the endpoint that are still to be tried."""
@@ -46,7 +50,7 @@ class C10dBackend(Backend):
         if not self.is_host():
             return
         try:
-            listening = listen(self.port)
+            listening = listen(self.port, self._listens_on())
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 self._check_owner()
@@ -61,6 +65,10 @@ class C10dBackend(Backend):
             raise UnavailableError(
                 f"{self.where}: another user of this host (uid {uid}) listens on port {self.port}; choose another port"
             )
+
+    def _listens_on(self) -> str:
+        """Return the address to listen on, the first that clients try; empty: all of this host."""
+        return str(resolve(self.host, self.port)[0][1][0]) if self._is_local else ""
 
     def is_host(self) -> bool:
         """Return whether this node is to host the store: as told, or because the endpoint is an address of this host.
@@ -81,7 +89,7 @@ class C10dBackend(Backend):
         if self._process is None:
             return 0
         try:
-            listening = listen(0)
+            listening = listen(0, self._listens_on())
             port: int = listening.getsockname()[1]
             self._process.serve(listening)
         except OSError as error:

@@ -1,0 +1,104 @@
+"""The file with a job's token: what is read, what is refused, and how one is made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from elastic_launch.errors import UsageError
+from elastic_launch.host import token
+from elastic_launch.operate.__main__ import main
+from elastic_launch.rendezvous import factory
+from elastic_launch.run import config_from_args, parse_args
+
+SECRET = "s3cret" * 8
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(UsageError) as caught:
+        token.read(str(path))
+    text = str(caught.value)
+    assert text.startswith(f"--token-file={path}: ")
+    assert "\n" not in text
+    assert SECRET not in text
+    return text
+
+
+def secret(path: Path, text: str = SECRET, mode: int = 0o600) -> Path:
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_a_token_that_was_made_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.token"
+    assert main(["token", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"elastic-run --token-file {path}" in out
+    made = token.read(str(path))
+    assert len(made) == 64
+    assert made.decode() not in out
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert main(["token", str(path)]) == 2
+    assert "File exists; no token was written" in capsys.readouterr().err
+    assert token.read(str(path)) == made
+    assert main(["token", str(tmp_path / "other")]) == 0
+    assert token.read(str(tmp_path / "other")) != made
+
+
+def test_the_space_around_a_token_does_not_count_and_a_link_is_followed(tmp_path: Path) -> None:
+    path = secret(tmp_path / "token", f"\n  {SECRET}\r\n", 0o400)
+    (tmp_path / "link").symlink_to(path)
+    assert token.read(str(tmp_path / "link")) == SECRET.encode()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o620, 0o601, 0o777])
+def test_a_token_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
+    path = secret(tmp_path / "token", mode=mode)
+    assert refusal(path).endswith(f"other users may use it (mode {mode:04o}): chmod 600 {path}")
+
+
+def test_a_token_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = secret(tmp_path / "token")
+    os.chown(path, 12345, -1)
+    assert refusal(path).endswith("belongs to another user")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", "must hold 32 to 1024 bytes"), ("x" * 31 + "\n", "must hold 32"), ("x" * 1025, "must hold 32 to 1024 bytes")],
+)
+def test_what_is_too_short_or_too_long_is_no_token(tmp_path: Path, text: str, why: str) -> None:
+    assert why in refusal(secret(tmp_path / "token", text))
+
+
+def test_what_is_no_file_is_no_token(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    assert "not a regular file" in refusal(tmp_path / "pipe")
+    assert "not a regular file" in refusal("/dev/zero")
+    assert "s a directory" in refusal(tmp_path)
+    assert "No such file or directory; elastic-job token makes one" in refusal(tmp_path / "none")
+    assert "null byte" in refusal("a\0b")
+
+
+def created(*words: str, **environ: str) -> object:
+    config, *_ = config_from_args(parse_args([*words, "--no-python", "true"]))
+    return factory.create_rendezvous(config, environ, lambda line: None)
+
+
+@pytest.mark.parametrize("nnodes", ["1", "2"])
+def test_a_bad_token_is_a_wrong_option_wherever_it_comes_from(tmp_path: Path, nnodes: str) -> None:
+    words = "--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:1"
+    bad, good = secret(tmp_path / "bad", mode=0o644), secret(tmp_path / "good")
+    with pytest.raises(UsageError, match=r"^--token-file=.*bad: other users may use it"):
+        created(*words, "--token-file", str(bad))
+    with pytest.raises(UsageError, match=r"^ELASTIC_LAUNCH_TOKEN_FILE=.*bad: other users may use it"):
+        created(*words, ELASTIC_LAUNCH_TOKEN_FILE=str(bad))
+    created(*words, "--token-file", str(good), ELASTIC_LAUNCH_TOKEN_FILE=str(bad))
+
+
+def test_a_plug_in_takes_no_token(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--token-file=x: --rdzv-backend mine cannot use a token"):
+        created("--rdzv-backend", "mine", "--token-file", "x")
