@@ -51,6 +51,7 @@ from elastic_launch.errors import ProcessFailure
 from elastic_launch.host.ports import listen
 from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous import backends
+from elastic_launch.rendezvous.signing import Signer
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.store import client as store_client
 from elastic_launch.store.client import StoreClient
@@ -86,6 +87,8 @@ class Job(NamedTuple):
     run_id: str
     is_connected: bool
     """Whether connections are made before "go", the handshake included."""
+    has_token: bool = False
+    """Whether the agents sign what they write."""
 
     @property
     def settings(self) -> Settings:
@@ -178,7 +181,9 @@ class Fleet:
         for number in range(first, first + count):
             record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
             backend = Backend(job.port, bridge)
-            self.agents.append(Agent(StoreRendezvous(job.settings, record, backend, lambda text: None), backend))
+            signer = Signer(b"benchmark" * 8, job.run_id, print) if job.has_token else None
+            made = StoreRendezvous(job.settings, record, backend, lambda text: None, signer=signer)
+            self.agents.append(Agent(made, backend))
         if job.is_connected:
             self.connect()
 
@@ -498,6 +503,7 @@ def main() -> None:
     parser.add_argument(
         "--peer", type=int, nargs="*", default=list(PEER_SIZES), metavar="N", help="agents of torch's; none: 64 128"
     )
+    parser.add_argument("--token", action="store_true", help="sign the records, as with --token-file")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -515,7 +521,7 @@ def main() -> None:
             for agents in sizes:
                 found[agents], cold = [], []
                 for run in range(options.runs):
-                    job = Job(store, port, agents, f"{agents:04}-{run}", True)
+                    job = Job(store, port, agents, f"{agents:04}-{run}", True, options.token)
                     found[agents].append(measure(job, [pid], INTERVALS if run == 0 else 0))
                     # Here all connect at once, so the last one waits for all the others.
                     cold.append(

@@ -248,6 +248,7 @@ OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
 OWN = {
     *("config", "cluster", "dry_run", "preload", "quiet", "verbose", "events", "health_check", "health_check_timeout"),
+    "token_file",
     *("restart_window", "restart_backoff", "fatal_exit_codes", "crash_loop", "node_failure_limit"),
     *("hang_timeout", "hang_action", "hang_native", "start_timeout"),
 }

@@ -120,7 +120,7 @@ def test_workers_get_the_store_address_that_their_agent_used(endpoint: str, job:
     processes = [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]
     wait_until(lambda: up(job, 1, 2))
     seen = {tuple(mark.split()[1:]) for mark in job.marks()}
-    listening = {c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    found = [tuple(c.laddr) for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     job.mark("go")
     for process in processes:
         assert job.finish(process).returncode == 0
@@ -128,7 +128,7 @@ def test_workers_get_the_store_address_that_their_agent_used(endpoint: str, job:
     assert addr in (["::1"] if endpoint == "[::1]" else ["127.0.0.1", "::1"])
     ports = {int(port) for _, port in seen}
     assert len(ports) == 2
-    assert {(place.ip, place.port) for place in listening if place.port in ports} == {(addr, port) for port in ports}
+    assert {place for place in found if place[1] in ports} == {(addr, port) for port in ports}
 
 
 def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
