@@ -16,7 +16,7 @@ from typing import Any
 from elastic_launch.control.directory import SUFFIX, address, check, everybodys, own_directories
 from elastic_launch.errors import UnavailableError
 
-PATIENCE = 2.0
+PATIENCE = 5.0
 """Seconds that an agent may take to answer. It answers within milliseconds, unless it is stopped or starved."""
 _YOUNG = 2.0
 """Seconds in which a socket that refuses connections may belong to an agent that has not begun to listen."""

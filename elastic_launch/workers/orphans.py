@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterator
 
 from elastic_launch.env import PART
@@ -60,15 +61,21 @@ def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
     run_id_entry = os.fsencode(f"TORCHELASTIC_RUN_ID={run_id}") + b"\0"
     part_entry = f"{PART}={os.getpid()}".encode() + b"\0"
 
-    def is_orphan(pid: int) -> bool:
-        environment = _environment_of(pid)
+    def is_orphan(pid: int, environment: bytes) -> bool:
         if pid in live_keepers or part_entry in environment:
             return False
-        return is_alone or pid in workers or run_id_entry in environment or _session_of(pid) in workers
+        return is_alone or pid in workers or run_id_entry in environment or int(_stat_of(pid)[3]) in workers
 
-    while keeper_main.has_children() and (
-        orphans := [pid for pid in keeper_main.children_by_parent().get(os.getpid(), ()) if is_orphan(pid)]
-    ):
+    end = time.monotonic() + KILL_PATIENCE
+    while keeper_main.has_children():
+        children = keeper_main.children_by_parent().get(os.getpid(), ())
+        environments = {pid: _environment_of(pid) for pid in children}
+        known = {pid: environment for pid, environment in environments.items() if environment is not None}
+        orphans = [pid for pid, environment in known.items() if is_orphan(pid, environment)]
+        if not orphans:
+            if len(known) == len(environments) or time.monotonic() > end:
+                return
+            time.sleep(0.001)
         for orphan in orphans:
             for pid in (orphan, *keeper_main.descendants(orphan)):
                 keeper_main.kill(pid, signal.SIGKILL)
@@ -98,17 +105,28 @@ def reap(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if reaped else None
 
 
-def _environment_of(pid: int) -> bytes:
+def _environment_of(pid: int) -> bytes | None:
+    """Return a process's environment; None while it executes a program, which for a moment has none yet."""
+    environment = _read(pid, "environ")
+    if not environment and _stat_of(pid)[0] not in (b"Z", b"X"):
+        if not _read(pid, "cmdline"):
+            return None
+        environment = _read(pid, "environ")
+    return environment + b"\0"
+
+
+def _read(pid: int, name: str) -> bytes:
+    """Return what is in a file of /proc/PID; empty if the process has ended, or belongs to another user."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return file.read() + b"\0"
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
     except OSError:
         return b""
 
 
-def _session_of(pid: int) -> int:
-    """Return the session of a process, running or not yet reaped; -1 if it is gone."""
+def _stat_of(pid: int) -> list[bytes]:
+    """Return what ``read_stat`` does; for a process that has been reaped, that it is dead, and in session -1."""
     try:
-        return int(keeper_main.read_stat(pid)[3])
+        return keeper_main.read_stat(pid)
     except OSError:
-        return -1
+        return [b"X", b"-1", b"-1", b"-1"]

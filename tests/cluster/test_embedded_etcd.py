@@ -26,13 +26,13 @@ from tests.support.jobs import Job
 from tests.support.leaks import children
 from tests.support.nodes import listens, up
 from tests.support.ports import free_port
-from tests.support.waiting import is_alive, wait_until
+from tests.support.waiting import SOON, is_alive, wait_until
 
 DEADLINE = 5.0
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 ELECTION = 2.0
 """Seconds in which etcd elects a new leader after the loss of one."""
-CONF = "embedded=true,last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=5"
+CONF = "embedded=true,last_call_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=5"
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
 ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"
@@ -129,7 +129,8 @@ def all_are_up(agents: Agents, restart: int, count: int) -> None:
 )  # fmt: skip
 def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agents: Agents) -> None:
     """Run four agents, one of which has no member."""
-    processes = [agents(agents.job.script(script), nnodes="4") for _ in range(4)]
+    # With a deadline far above the time that the end may take on a busy machine.
+    processes = [agents(agents.job.script(script), nnodes="4", conf=",keep_alive_interval=20") for _ in range(4)]
     all_are_up(agents, 0, 4)
     for process in processes[: {"one": 1, "all": 4, None: 0}[stop]]:
         process.send_signal(signal.SIGTERM)
@@ -137,16 +138,16 @@ def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agen
     first = time.monotonic()
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [status] * 4, results
-    assert time.monotonic() - first < DEADLINE - 1, "some waited for an answer that could not come"
+    assert time.monotonic() - first < SOON, "some waited for an answer that could not come"
 
 
 def test_a_node_that_leaves_ends_its_member_and_the_others_go_on(agents: Agents) -> None:
-    first, second, third = agents.in_order(agents.job.script(ONCE), conf=",keep_alive_interval=3")
+    first, second, third = agents.in_order(agents.job.script(ONCE), conf=",keep_alive_interval=20")
     all_are_up(agents, 0, 3)
     first.send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert agents.job.finish(first).returncode == 143
-    assert time.monotonic() - began < DEADLINE
+    assert time.monotonic() - began < SOON
     assert [result.returncode for result in finish(agents, [second, third])] == [0, 0]
     assert {"0.1 of 2", "1.1 of 2"} <= set(agents.job.marks())
 
@@ -163,7 +164,7 @@ def test_any_host_may_die(index: int, agents: Agents) -> None:
     processes[index].kill()
     wait_until(lambda: not is_alive(member))
     all_are_up(agents, 1, 2)
-    assert time.monotonic() - began < DEADLINE + ELECTION + 3.5
+    assert time.monotonic() - began < DEADLINE + ELECTION + SOON
     del processes[index]
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0], results

@@ -16,7 +16,7 @@ from elastic_launch.errors import ExitCode
 from tests.support.jobs import TWO, Job, report_of
 from tests.support.nodes import Nodes, c10d
 from tests.support.servers import shared_etcd
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 pytestmark = pytest.mark.torch
 
@@ -188,7 +188,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     assert process.poll() is None
     assert process.stdin
     process.stdin.write("c\n")
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=DEADLINE)[1]
     print(err)
     assert process.returncode == 0
     assert "makes no progress" not in err

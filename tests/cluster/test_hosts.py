@@ -22,12 +22,14 @@ from tests.support.hosts import Host, Hosts, Program
 from tests.support.jobs import Job
 from tests.support.waiting import wait_until
 
-INTERVAL, ATTEMPTS = 0.7, 3
+INTERVAL, ATTEMPTS = 1.5, 3
 DEADLINE = INTERVAL * ATTEMPTS
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
-PATIENCE = DEADLINE + 2
+SLACK = 15
+"""Seconds by which a busy machine may be late."""
+PATIENCE = DEADLINE + 2 + SLACK
 """Seconds within which the other nodes must have gone on or ended."""
-CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=5"
+CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=60"
 ENDPOINT = "host-1:29400"
 
 WORKER = """
@@ -161,9 +163,9 @@ STUBBORN = "if host == 'host-3': signal.signal(signal.SIGTERM, signal.SIG_IGN)\n
 
 SERVER = "import socket, time; server = socket.create_server(('', 29400)); time.sleep(600)"
 CLIENT = """
-import os, socket, time
+import os, socket, sys, time
 begin = time.monotonic()
-try: socket.create_connection(("host-1", 29400), 0.5); how = "connected"
+try: socket.create_connection(("host-1", 29400), float(sys.argv[1])); how = "connected"
 except Exception as error: how = type(error).__name__
 print(os.uname().nodename, how, time.monotonic() - begin)
 """
@@ -172,26 +174,32 @@ print(os.uname().nodename, how, time.monotonic() - begin)
 def test_hosts_behave_as_the_other_tests_assume(network: Make) -> None:
     hosts = network(3).hosts
 
-    def connect(host: Host) -> tuple[str, str, float]:
-        client = host.run(sys.executable, "-I", "-S", "-c", CLIENT)
+    def connect(host: Host, timeout: float = 60.0) -> tuple[str, str, float]:
+        client = host.run(sys.executable, "-I", "-S", "-c", CLIENT, str(timeout))
         assert client.wait() == 0
         name, how, seconds = client.said().split()
         return name, how, float(seconds)
+
+    def is_cut_off(host: Host) -> bool:
+        return connect(host, 0.5)[1] == "TimeoutError"
 
     assert connect(hosts[1])[1] == "ConnectionRefusedError"
     server = hosts[1].run(sys.executable, "-I", "-S", "-c", SERVER)
     wait_until(lambda: connect(hosts[1])[1] == "connected")
     assert connect(hosts[2])[:2] == ("host-2", "connected")
     hosts.cut(hosts[3])
-    assert [connect(hosts[n])[1] for n in (2, 3)] == ["connected", "TimeoutError"]
+    assert connect(hosts[2])[1] == "connected"
+    assert is_cut_off(hosts[3])
     hosts.heal()
     hosts.lose(hosts[1], hosts[2])
-    assert [connect(hosts[n])[1] for n in (2, 3)] == ["TimeoutError", "connected"]
+    assert is_cut_off(hosts[2])
+    assert connect(hosts[3])[1] == "connected"
     hosts.delay(0.1)
-    assert 0.2 <= connect(hosts[2])[2] < 0.3
+    _, how, seconds = connect(hosts[2])
+    assert (how, seconds >= 0.2) == ("connected", True)
     hosts[1].power_off()
     assert server.wait() == -signal.SIGKILL
-    assert connect(hosts[2])[1] == "TimeoutError"
+    assert is_cut_off(hosts[2])
     hosts.heal()
     assert connect(hosts[2])[1] == "ConnectionRefusedError"
 
@@ -283,7 +291,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
     script = net.script(
         "if restart == 0 and rank == 1: wait_for('0.0 host-1 of 3', '2.0 host-3 of 3'); sys.exit(3)\n" + UNTIL_END
     )
-    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=1"
+    conf = f"{CONF},last_call_timeout=1"
     programs = start_three(net, script, "--max-restarts", "1", nnodes="3", conf=conf)
     net.formed(3, restart=1)
     net.end()
@@ -294,7 +302,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
         assert "has not answered" not in program.said()
 
 
-LOSS = f"{CONF},store_timeout=3,read_timeout=2"
+LOSS = f"{CONF},store_timeout=3,read_timeout=3"
 
 
 def test_the_host_of_the_store_is_powered_off(network: Make) -> None:
@@ -394,7 +402,7 @@ def test_training_goes_on_without_the_host_that_was_powered_off(network: Make) -
 def test_a_host_with_a_member_of_embedded_etcd_is_powered_off(network: Make) -> None:
     net = network(4)
     script = net.script()
-    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=0.5,embedded=true"
+    conf = f"{CONF},last_call_timeout=0.5,embedded=true"
     etcd = ["--rdzv-backend", "etcd", "--rdzv-endpoint", "host-1,host-2,host-3"]
     ranks = [("--node-rank", str(n)) for n in range(3)]
     programs = [net.start(net.hosts[n + 1], script, *etcd, *ranks[n], nnodes="2:3", conf=conf) for n in range(3)]
@@ -402,7 +410,7 @@ def test_a_host_with_a_member_of_embedded_etcd_is_powered_off(network: Make) -> 
     off_at = time.monotonic()
     net.hosts[1].power_off()  # with the monitor, and the first member
     # Twice the deadline: the others need so long to switch to another member that they may seem lost themselves.
-    assert net.formed(2, restart=1) - off_at < 2 * 4.5 + 2
+    assert net.formed(2, restart=1) - off_at < DEADLINE + PATIENCE
     replacement = net.start(net.hosts[4], script, *etcd, *ranks[0], nnodes="2:3", conf=conf)
     net.formed(3, restart=2)
     net.end()

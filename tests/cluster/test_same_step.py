@@ -56,8 +56,7 @@ def test_all_ranks_of_a_node_stop_at_the_same_step(job: Job) -> None:
 @pytest.mark.parametrize("backend", ["c10d", "etcd"])
 def test_all_ranks_of_three_nodes_stop_at_the_same_step_and_two_nodes_go_on(backend: str, job: Job) -> None:
     script = job.script(TRAINING)
-    conf = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"
-    nodes = c10d(job, "2:3", conf, hosted=True) if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "2:3", conf)
+    nodes = c10d(job, "2:3", hosted=True) if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "2:3")
     first = nodes(0, script=script)
     if backend == "c10d":
         nodes.wait_for_first()
@@ -84,7 +83,7 @@ def test_a_script_that_never_asks_gets_the_signal(job: Job) -> None:
 
 def test_the_whole_job_is_stopped_at_a_checkpoint_from_outside(job: Job) -> None:
     """Although two of three nodes would be enough to go on."""
-    nodes = c10d(job, "2:3", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5")
+    nodes = c10d(job, "2:3")
     processes = [nodes(number, script=job.script(TRAINING)) for number in range(3)]
     job.wait_for("0.0 trains", "1.0 trains", "2.0 trains")
     assert elastic_job("stop", "--checkpoint").stdout == f"{nodes.run_id}: stopping\n"

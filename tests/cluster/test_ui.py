@@ -26,7 +26,7 @@ from elastic_launch.operate.ui.server import MAX_CLIENTS
 from tests.support.browser import Browser, browser
 from tests.support.control import elastic_job, start_elastic_job
 from tests.support.jobs import TWO, Job
-from tests.support.nodes import QUICK, Nodes, c10d
+from tests.support.nodes import Nodes, c10d
 from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, wait_until
 
@@ -302,8 +302,7 @@ def test_an_agent_that_is_stopped_is_told(job: Job) -> None:
 
 @pytest.mark.parametrize("backend", ["c10d", "etcd"])
 def test_a_job_of_several_nodes_is_seen_whole_through_a_restart(job: Job, backend: str) -> None:
-    settings = f"{QUICK},last_call_timeout=1"
-    nodes = Nodes(job, "etcd", shared_etcd(), "2", settings) if backend == "etcd" else c10d(job, "2", settings)
+    nodes = Nodes(job, "etcd", shared_etcd(), "2") if backend == "etcd" else c10d(job, "2")
     script = job.script(TRAINS)
     processes = [nodes(number, script=script) for number in range(2)]
     with page(job) as served:

@@ -38,7 +38,7 @@ from elastic_launch.run import main
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
 from tests.support.jobs import Job
 from tests.support.leaks import children
-from tests.support.waiting import is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,7 +251,7 @@ def test_program_with_closed_standard_streams() -> None:
         "except ChildFailedError as error: print(error.exit_code)\n"
         "print(sorted(fd for fd in os.listdir('/proc/self/fd')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=DEADLINE)
     assert done.stdout == "7\n['0', '1']\n"
 
 

@@ -20,7 +20,7 @@ import pytest
 import elastic_launch
 from elastic_launch import DefaultLogsSpecs, LocalElasticAgent, RunResult, WorkerSpec, WorkerState
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 ELASTIC = "torch.distributed.elastic"
 MODULES = {
@@ -118,7 +118,7 @@ def torchs() -> Described:
         f"from __future__ import annotations\n{imports}MODULES = {MODULES!r}\n{inspect.getsource(describe)}{DESCRIBE}"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE
     )
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ import pytest
 
 from elastic_launch.workers import BOOTSTRAP
 from tests.support.leaks import children
-from tests.support.waiting import is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 PYTHON = sys.executable
 
@@ -94,7 +94,7 @@ def both(folder: Path, kind: str, program: str, *args: str, options: tuple[str, 
                 capture_output=True,
                 encoding="utf-8",
                 errors="surrogateescape",
-                timeout=60,
+                timeout=DEADLINE,
                 check=False,
             )
         )
@@ -362,7 +362,7 @@ def test_a_module_runs_in_a_removed_working_directory(tmp_path: Path, work: Path
         (tmp_path / "gone").mkdir()
         command = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(tmp_path / "gone"), PYTHON, *start, program]
         env = {**os.environ, "PYTHONPATH": str(work)}
-        outputs.append(subprocess.run(command, env=env, capture_output=True, timeout=60, check=True).stdout)
+        outputs.append(subprocess.run(command, env=env, capture_output=True, timeout=DEADLINE, check=True).stdout)
     assert outputs[1] == outputs[0]
 
 
@@ -430,7 +430,7 @@ def test_what_torch_s_record_wrote_stays(tmp_path: Path, work: Path) -> None:
     path = tmp_path / "error.json"
     command = [PYTHON, "-u", BOOTSTRAP, "script", "script.py"]
     env = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(path)}
-    run = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=110, check=False)
+    run = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert run.returncode == 1
     message = json.loads(path.read_text())["message"]
     assert message["message"] == "ValueError: boom"
@@ -458,7 +458,7 @@ def test_without_an_error_file_a_failure_is_shown(work: Path) -> None:
     (work / "script.py").write_text(RAISE)
     env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_ERROR_FILE"}
     command = [PYTHON, BOOTSTRAP, "script", "script.py"]
-    run = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert (run.returncode, run.stderr.splitlines()[-1]) == (1, "ValueError: boom 7")
 
 

@@ -20,6 +20,7 @@ from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.error_files import read_error_file
 from elastic_launch.workers.error_handler import ErrorHandler, get_error_handler, record, write_error
 from tests.support.jobs import Job
+from tests.support.waiting import DEADLINE
 
 AS_WORKER = (BOOTSTRAP, "script")
 """What a script is started by as a worker."""
@@ -42,7 +43,7 @@ def run(path: Path, source: str, *start: str) -> subprocess.CompletedProcess[str
     script = path / "script.py"
     script.write_text(source)
     command = [sys.executable, *start, str(script)]
-    return subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
 def message(file: Path) -> dict[str, Any]:
@@ -221,7 +222,11 @@ def test_a_disk_that_is_full_or_read_only_hides_nothing(
     script.write_text(source)
     command = ["unshare", *alone, "sh", "-c", MOUNT, "sh", file.parent, mount, str(filler)]
     done = subprocess.run(
-        [*command, sys.executable, *with_bootstrap, script], capture_output=True, text=True, timeout=60, check=False
+        [*command, sys.executable, *with_bootstrap, script],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
     )
     assert done.returncode == 1, done.stderr
     assert done.stdout == "filler\n"

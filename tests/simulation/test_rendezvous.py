@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.core.agent.messages import Finish
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.state import Phase
 from elastic_launch.job import Policy
 from tests.support.simulation import Agent, World
-from tests.support.worlds import RESET, SETTINGS, all_end, form, running, world
+from tests.support.worlds import RESET, SETTINGS, all_end, come_right, form, running, seeds, world
 
 
 def test_a_full_round_forms_at_once_and_ends_well() -> None:
@@ -288,10 +289,18 @@ def play(seed: int) -> Scene:
         what = chance.choice(strikes)
         made.after(chance.uniform(0, 60), lambda what=what: strike(what))  # type: ignore[misc]
     made.run(1100)
-    made.trouble = False
-    made.run(1400)
-    live = made.live()
-    finished = [agent.finish for agent in made.agents if agent.finish and not agent.dead and not agent.finish.signum]
+
+    def ended() -> list[Finish]:
+        return [agent.finish for agent in made.agents if agent.finish and not agent.dead and not agent.finish.signum]
+
+    def is_right() -> bool:
+        live, parts = made.live(), [agent.part for agent in made.live() if agent.part is not None]
+        if len(live) < low or ended():
+            return not (live and ended())
+        return len({*parts}) == 1 and len(parts) >= min(high, len(live))
+
+    come_right(made, is_right)
+    live, finished = made.live(), ended()
     assert not (live and finished), f"{made}: the job has ended for some and not for others"
     if len(live) >= low:
         rounds = {agent.part for agent in live if agent.part is not None}
@@ -313,10 +322,10 @@ def play(seed: int) -> Scene:
     return Scene("failed" if finished else "gone", len(made.assignments))
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(4))
 def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
     scenes = []
-    for seed in range(block * 100, (block + 1) * 100):
+    for seed in seeds(block, 100):
         try:
             scenes.append(play(seed))
         except Exception as error:
@@ -327,7 +336,7 @@ def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
 
 def test_no_schedule_charges_a_restart_that_the_user_asks_for() -> None:
     """Nor does it start a round beside another: the simulation checks that at all times."""
-    assert max(map(_restart_often, range(200))) >= 5
+    assert max(map(_restart_often, seeds(0, 100))) >= 5
 
 
 def _do(strike: Callable[[Agent], object], agent: Agent) -> None:
@@ -352,7 +361,7 @@ def _restart_often(seed: int) -> int:
     for _ in range(8):
         strike, agent = chance.choice(strikes), chance.choice(made.agents)
         made.after(chance.uniform(0, 60), partial(_do, strike, agent))
-    made.run(made.now + 300)
+    made.run(made.now + 100)
     assert len(made.live()) == len(made.agents), f"{made}: a restart has ended the job"
     histories = {a.restart_history for given in made.assignments.values() for a in given.values()}
     assert {(history.used, history.node) for history in histories} == {(0, "")}, f"{made}"

@@ -36,7 +36,7 @@ from tests.support.leaks import shared_by_tests
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
 from tests.support.store_contract import Connect, Connection, ServedStoreContract
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 _jobs = itertools.count()
 
@@ -321,7 +321,6 @@ def test_256_connections_add_at_once(etcd: str, agents: Callable[..., Agent]) ->
     connections = [agent.connect() for agent in [agents(etcd, prefix) for _ in range(4)] for _ in range(64)]
     for client in connections:
         client.call(Get(("x",)), DEADLINE)
-    begin = time.monotonic()
     for client in connections:
         client.submit(Add("ticket", 1), 0)
         client.submit(Append("all", b"."), 1)
@@ -333,7 +332,6 @@ def test_256_connections_add_at_once(etcd: str, agents: Callable[..., Agent]) ->
         while len(answers) < 3:
             answers.update(wait_answer(client, DEADLINE))
         sums.append(answers[0])
-    assert time.monotonic() - begin < 10  # 0.4 s on two idle cores
     assert sorted(sums) == list(range(1, 257))
     assert connections[0].call(Get(("all",)), DEADLINE) == [b"." * 256]
 
@@ -485,7 +483,7 @@ def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Cal
     assert others[0](Add("n", 0)) == len(sums)
     assert len(others[0](Get(("log",)))[0]) == len(sums) - 1
     assert all(0 < future.result() <= writing.result() for future in waiting)
-    assert max(gaps) < 10  # an attempt at a frozen member, and an election: 2 to 4 s
+    assert max(gaps) < SOON  # an attempt at a frozen member, and an election: 2 to 4 s
 
 
 def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Agent]) -> None:
@@ -534,18 +532,18 @@ def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> Non
     server.start(stderr=subprocess.DEVNULL)
     try:
         endpoint = server.get_endpoint()
-        agent = agents(endpoint, read_timeout="1")
-        other = agents(endpoint, read_timeout="1", timeout_setting="store_timeout")
+        agent = agents(endpoint, read_timeout="5")
+        other = agents(endpoint, read_timeout="5", timeout_setting="store_timeout")
         agent(Add("n", 1))
         other(Add("n", 1))
         server.kill()
         with cutting_off(server.get_port()):
             text = why_lost(other)
-        assert text.startswith(f"etcd at {endpoint} has not answered for 1 s (store_timeout of --rdzv-conf): ")
+        assert text.startswith(f"etcd at {endpoint} has not answered for 5 s (store_timeout of --rdzv-conf): ")
         assert "TLS" not in text
         assert "https" not in text
         text = why_lost(agent)
-        assert text.startswith(f"etcd at {endpoint} has not answered for 1 s (read_timeout of --rdzv-conf): ")
+        assert text.startswith(f"etcd at {endpoint} has not answered for 5 s (read_timeout of --rdzv-conf): ")
     finally:
         server.stop()
 

@@ -25,7 +25,7 @@ from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 
 def wait_for(host: TCPStoreServer) -> bool:
@@ -112,7 +112,7 @@ def test_close_ends_the_process_at_once() -> None:
     with hosting() as host:
         before = time.monotonic()
         host.close()
-        assert time.monotonic() - before < 1
+        assert time.monotonic() - before < SOON
         assert not psutil.pid_exists(host.pid)
 
 

@@ -14,7 +14,10 @@ from tests.support.ports import free_port
 from tests.support.servers import shared_store
 from tests.support.waiting import DEADLINE, wait_until
 
-QUICK = "last_call_timeout=10,keep_alive_interval=0.5,keep_alive_max_attempt=3"
+LOST_AFTER = 5
+"""Keep-alive deadline in seconds: a busy machine may stand still for some seconds without anybody being lost."""
+QUICK = f"last_call_timeout=60,keep_alive_interval={LOST_AFTER / 5:g},keep_alive_max_attempt=5"
+"""A round waits for a node that starts late. What else waits for the last call has another one."""
 
 
 class Nodes:

@@ -7,8 +7,13 @@ from collections.abc import Callable
 
 import psutil
 
-DEADLINE = 60.0
+DEADLINE = 120.0
 """Seconds until a condition that a test waits for counts as failed: far above what it takes."""
+SOON = 25.0
+"""Seconds within which happens what happens at once, also on a machine that is busy or stands still for some seconds.
+
+Below the 30 s and more that it takes if it only happens at the end of a timeout.
+"""
 
 
 def wait_until(condition: Callable[[], object], what: str = "") -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from hypothesis import settings
+
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Policy
 from tests.support.simulation import World
@@ -18,6 +22,22 @@ def world(count: int, settings: Settings = SETTINGS, *, seed: int = 1, calm: boo
     for _ in range(count):
         made.add()
     return made
+
+
+def seeds(block: int, count: int) -> range:
+    """Return the seeds of a block of random schedules: ``count``, or 20 times as many in the profile "long"."""
+    if settings.get_current_profile_name() == "long":
+        count *= 20
+    return range(block * count, (block + 1) * count)
+
+
+def come_right(made: World, is_right: Callable[[], bool]) -> None:
+    """Let a minute pass without trouble, and up to four more while the job is not as it should be."""
+    made.trouble = False
+    end = made.now + 300
+    made.run(made.now + 60)
+    while made.now < end and not is_right():
+        made.run(made.now + 20)
 
 
 def running(made: World) -> list[int | None]:
