@@ -18,8 +18,6 @@ from elastic_launch.errors import UnavailableError
 
 PATIENCE = 5.0
 """Seconds that an agent may take to answer. It answers within milliseconds, unless it is stopped or starved."""
-_YOUNG = 2.0
-"""Seconds in which a socket that refuses connections may belong to an agent that has not begun to listen."""
 _CHUNK = 1 << 16
 _MAX_REPLY = 16 << 20
 """Bytes of a reply. No agent sends that many, but root asks what other users have put there, too."""
@@ -242,5 +240,4 @@ def _exists(pid: int) -> bool:
 def _remove_leftover(path: str) -> None:
     """Remove the socket of an agent that was killed."""
     with contextlib.suppress(OSError):
-        if time.time() - os.lstat(path).st_ctime > _YOUNG:
-            os.unlink(path)
+        os.unlink(path)

@@ -57,7 +57,6 @@ class ControlServer:
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._bind()
-            self._listening.listen(MAX_CLIENTS)
         except OSError as error:
             self.close()
             raise UnavailableError(f"{self.path}: {error.strerror}") from error
@@ -114,12 +113,15 @@ class ControlServer:
             os.rmdir(os.path.dirname(self.path))  # unless there are others
 
     def _bind(self) -> None:
+        """Listen, and only then appear under the name that clients look for."""
         folder = os.path.dirname(self.path)
         for _ in range(3):
             make(folder)
             # It may be gone again: an agent that had the last socket there has just removed it.
-            with contextlib.suppress(FileNotFoundError), address(self.path) as where:
+            with contextlib.suppress(FileNotFoundError), address(f"{self.path}.new") as where:
                 self._listening.bind(where)
+                self._listening.listen(MAX_CLIENTS)
+                os.rename(f"{self.path}.new", self.path)
                 return
         raise UnavailableError(f"{folder}: is removed again and again")
 

@@ -20,8 +20,8 @@ from tests.support.waiting import DEADLINE, wait_until
 
 pytestmark = pytest.mark.torch
 
-LIMIT = 3.0
-"""Seconds without a step after which these jobs count as hung."""
+LIMIT = 5.0
+"""Seconds without a step after which these jobs count as hung: more than a busy machine takes for one."""
 TRAINING = """
 import threading, torch, torch.distributed as dist
 
@@ -84,6 +84,8 @@ PLACES = {
     "stops": "",
 }
 """What stands in the line where rank 1 is, by the kind of its trouble."""
+WARM = ("--preload", "torch")
+"""Torch is imported once on each node, not by each worker of each round: what most of these tests would wait for."""
 
 
 def line_of(job: Job, text: str) -> int:
@@ -108,9 +110,11 @@ def hung_at(job: Job) -> float:
 
 @pytest.mark.parametrize("trouble", PLACES)
 def test_a_job_on_one_node_that_hangs_is_explained_and_restarted(trouble: str, job: Job) -> None:
+    """Of warm workers and, in one case, of cold ones."""
     script = job.script(f"{TRAINING}\ntrain({trouble!r})")
     options = ["--hang-timeout", f"{LIMIT:g}", "--hang-action", "restart", "--max-restarts", "1"]
-    done = job.run(*TWO, *options, "--shutdown-timeout", "2", script)
+    warm = () if trouble == "skips" else WARM
+    done = job.run(*TWO, *options, *warm, "--shutdown-timeout", "2", script)
     print(done.stderr)
     assert done.returncode == 0
     check(job, trouble, done.stderr)
@@ -120,7 +124,7 @@ def test_a_job_on_one_node_that_hangs_is_explained_and_restarted(trouble: str, j
 
 def test_a_hang_is_noticed_soon_after_the_limit(job: Job) -> None:
     script = job.script(f"{TRAINING}\ntrain('skips')")
-    process = job.start(*TWO, "--hang-timeout", f"{LIMIT:g}", script)
+    process = job.start(*TWO, *WARM, "--hang-timeout", f"{LIMIT:g}", script)
     assert process.stderr
     for line in process.stderr:
         if "makes no progress" in line:
@@ -132,17 +136,20 @@ def test_a_hang_is_noticed_soon_after_the_limit(job: Job) -> None:
 
 
 def test_a_report_stops_nobody_and_is_given_once(job: Job) -> None:
-    script = job.script(
-        TRAINING.replace(
-            "while True:\n        time.sleep(0.2)  # skipped", "for _ in range(30):\n        time.sleep(0.2)  # skipped"
-        )
-        + "\ntrain('skips')"
-    )
-    done = job.run(*TWO, "--hang-timeout", f"{LIMIT:g}", script)
-    print(done.stderr)
-    assert done.returncode == 0
-    assert done.stderr.count("makes no progress") == 1
-    assert "the job makes progress again" in done.stderr
+    loop = "while True:\n        time.sleep(0.2)  # skipped"
+    assert loop in TRAINING
+    script = job.script(TRAINING.replace(loop, loop.replace("True", "not os.path.exists('go')")) + "\ntrain('skips')")
+    process = job.start(*TWO, *WARM, "--hang-timeout", f"{LIMIT:g}", script)
+    told = []
+    assert process.stderr
+    for line in process.stderr:
+        print(line, end="")
+        told.append(line)
+        if "makes no progress" in line:
+            (job.path / "go").touch()
+    assert process.wait(DEADLINE) == 0
+    assert len([line for line in told if "makes no progress" in line]) == 1
+    assert any("the job makes progress again" in line for line in told)
     assert {"0.0 done", "1.0 done"} <= set(job.marks())
 
 
@@ -157,6 +164,7 @@ def test_a_hang_can_end_the_job_with_a_status_of_its_own(job: Job) -> None:
         "3",
         "--shutdown-timeout",
         "1",
+        *WARM,
     ]
     done = job.run(*TWO, *options, script)
     print(done.stderr)
@@ -172,7 +180,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "elastic_launch", *TWO),
-            *("--hang-timeout", "1", "--hang-action", "restart", script),
+            *("--hang-timeout", "3", "--hang-action", "restart", script),
         ],
         cwd=job.path,
         stdin=subprocess.PIPE,
@@ -184,7 +192,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     job.processes.append(process)
     wait_until(lambda: any(" hangs " in mark for mark in job.marks()))
     began = hung_at(job)
-    wait_until(lambda: time.monotonic() > began + 3.5, "the limit is over, several times")
+    wait_until(lambda: time.monotonic() > began + 7, "the limit is over, twice")
     assert process.poll() is None
     assert process.stdin
     process.stdin.write("c\n")
@@ -200,7 +208,7 @@ def test_three_nodes_that_hang_are_explained_once_and_restarted(backend: str, tr
     script = job.script(f"{TRAINING}\ntrain({trouble!r})")
     nodes = c10d(job, "3", hosted=True) if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "3")
     options = ["--hang-timeout", f"{LIMIT:g}", "--hang-action", "restart", "--max-restarts", "1"]
-    options += ["--shutdown-timeout", "2"]
+    options += ["--shutdown-timeout", "2", *WARM]
     first = nodes(0, *options, script=script)
     if backend == "c10d":
         nodes.wait_for_first()
@@ -213,15 +221,6 @@ def test_three_nodes_that_hang_are_explained_once_and_restarted(backend: str, tr
     assert len(told) == 1, "one node tells it for all"
     check(job, trouble, told[0])
     assert {f"{rank}.1 done" for rank in range(3)} <= set(job.marks())
-
-
-def test_warm_workers_and_functions_are_watched_too(job: Job) -> None:
-    script = job.script(f"{TRAINING}\ntrain('loops')")
-    options = ["--hang-timeout", f"{LIMIT:g}", "--hang-action", "restart", "--max-restarts", "1"]
-    done = job.run(*TWO, *options, "--shutdown-timeout", "2", "--preload", "torch", script)
-    print(done.stderr)
-    assert done.returncode == 0
-    check(job, "loops", done.stderr)
 
 
 def test_native_frames_are_shown_if_they_are_asked_for(job: Job) -> None:

@@ -35,6 +35,10 @@ os._exit(0)
 """
 
 
+WARM = ("--preload", "torch")
+"""Torch is imported once on each node, not by the workers of each round."""
+
+
 def stops(job: Job, restart: int = 0) -> dict[int, int]:
     """The step at which each rank stopped."""
     marks = [mark.split() for mark in job.marks() if " stops " in mark]
@@ -57,10 +61,10 @@ def test_all_ranks_of_a_node_stop_at_the_same_step(job: Job) -> None:
 def test_all_ranks_of_three_nodes_stop_at_the_same_step_and_two_nodes_go_on(backend: str, job: Job) -> None:
     script = job.script(TRAINING)
     nodes = c10d(job, "2:3", hosted=True) if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "2:3")
-    first = nodes(0, script=script)
+    first = nodes(0, *WARM, script=script)
     if backend == "c10d":
         nodes.wait_for_first()
-    others = [nodes(number, script=script) for number in (1, 2)]
+    others = [nodes(number, *WARM, script=script) for number in (1, 2)]
     job.wait_for("0.0 trains", "1.0 trains", "2.0 trains")
     others[0].send_signal(signal.SIGTERM)
     results = [job.finish(process) for process in (first, *others)]

@@ -82,7 +82,7 @@ def test_live_line_is_gone_when_a_signal_ends_the_wait(job: Job) -> None:
 
 
 def test_error_that_ends_the_wait_is_red_and_below_nothing(job: Job) -> None:
-    node = Node(job, *words(c10d(job, "2", "join_timeout=3")))
+    node = Node(job, *words(c10d(job, "2", "join_timeout=6")))
     [row, _] = node.finish(75)
     assert row.startswith(b"elastic-run: 1 of 2 nodes has joined after ")
     assert b"elastic-run: \x1b[31m1 of 2 nodes has joined after " in node.seen

@@ -22,7 +22,7 @@ import pytest
 from elastic_launch import LaunchConfig, SignalException, __version__, elastic_launch
 from elastic_launch.agent.loop import LoopSource
 from elastic_launch.control import client as control_client
-from elastic_launch.control.client import ControlClient, GoneError, ask_all, everybodys_sockets, sockets
+from elastic_launch.control.client import ControlClient, ask_all, everybodys_sockets, sockets
 from elastic_launch.control.connection import MAX_LINE, MAX_OUTPUT
 from elastic_launch.control.directory import directory, make, socket_name
 from elastic_launch.control.server import MAX_CLIENTS, ControlServer
@@ -424,8 +424,7 @@ def test_another_user_cannot_ask(server: ControlServer) -> None:
 # ---- Leftovers
 
 
-def test_what_a_dead_agent_left_is_removed(monkeypatch: pytest.MonkeyPatch, operator: Operator) -> None:
-    monkeypatch.setattr(control_client, "_YOUNG", 0.0)
+def test_what_a_dead_agent_left_is_removed(operator: Operator) -> None:
     server = ControlServer("job", os.environ, operator)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(f"{server.path.removesuffix('.sock')}x.sock")
@@ -435,15 +434,19 @@ def test_what_a_dead_agent_left_is_removed(monkeypatch: pytest.MonkeyPatch, oper
     server.close()
 
 
-def test_a_socket_whose_agent_is_about_to_listen_is_let_be(operator: Operator) -> None:
+def test_a_socket_is_found_only_once_its_agent_listens(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, it would refuse connections, and be removed as what a dead agent left."""
+    found: list[list[str]] = []
+    listen = socket.socket.listen
+
+    def listen_late(sock: socket.socket, backlog: int) -> None:
+        found.append(sockets(os.environ))
+        listen(sock, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", listen_late)
     server = ControlServer("job", os.environ, operator)
-    with socket.socket(socket.AF_UNIX) as starting:
-        path = f"{server.path.removesuffix('.sock')}x.sock"
-        starting.bind(path)
-        with pytest.raises(GoneError):
-            ControlClient(path)
-        assert path in sockets(os.environ)
-    os.unlink(path)
+    found.append(sockets(os.environ))
+    assert found == [[], [server.path]]
     server.close()
 
 
@@ -458,8 +461,7 @@ signal.pause()
 """
 
 
-def test_a_process_that_was_forked_from_a_dead_agent_does_not_pass_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_client, "_YOUNG", 0.0)
+def test_a_process_that_was_forked_from_a_dead_agent_does_not_pass_for_it() -> None:
     with subprocess.Popen([sys.executable, "-c", FORKED], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         copy = int(process.stdout.readline())
@@ -504,10 +506,7 @@ def test_root_finds_the_directories_of_all_users(operator: Operator) -> None:
     server.close()
 
 
-def test_root_follows_no_link_to_an_agent_of_somebody_else_and_removes_nothing(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(control_client, "_YOUNG", 0.0)
+def test_root_follows_no_link_to_an_agent_of_somebody_else_and_removes_nothing(operator: Operator) -> None:
     server = ControlServer("job", os.environ, operator)
     folder = Path(os.environ["TMPDIR"], "elastic-run-12345")
     folder.mkdir(mode=0o700)
@@ -642,7 +641,7 @@ def descriptors(agent: psutil.Process, path: str) -> list[int]:
     inodes = set()
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         *_, inode, name = (*line.split(), "")[6:8] if len(line.split()) > 7 else (line.split()[6], "")
-        if name == path:
+        if name == f"{path}.new":  # it got its present name later
             inodes.add(f"socket:[{inode}]")
     assert len(inodes) == 2, "the one that listens, and a client's"
     return [

@@ -20,7 +20,6 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 
 from elastic_launch import __version__
-from elastic_launch.control import client as control_client
 from elastic_launch.control.client import ask_all, sockets
 from elastic_launch.operate import exporter
 from elastic_launch.operate.exporter import JobCollector
@@ -212,10 +211,7 @@ def test_an_agent_that_hangs_is_down_and_holds_up_neither_the_others_nor_another
     stop(job, hanging, healthy)
 
 
-def test_what_a_dead_agent_left_is_not_told_and_is_removed(
-    job: Job, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(control_client, "_YOUNG", 0.0)
+def test_what_a_dead_agent_left_is_not_told_and_is_removed(job: Job, registry: CollectorRegistry) -> None:
     process = start(job, "killed")
     job.wait_for("0.0 up")
     process.kill()

@@ -28,11 +28,31 @@ from tests.support.waiting import DEADLINE, is_alive, wait_until
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-@pytest.fixture
-def server() -> Iterator[HealthServer]:
+def serving(monkeypatch: pytest.MonkeyPatch, **patience: float) -> Iterator[HealthServer]:
+    """A server with another patience, in seconds."""
+    settings = "; ".join(f"server_main.{name} = {seconds}" for name, seconds in patience.items())
+    setting = f"from elastic_launch.health import server_main; {settings}; "
+    program = child._PROGRAM.replace("child_main.run(", f"{setting}child_main.run(")
+    monkeypatch.setattr(child, "_PROGRAM", program)
     server = HealthServer(0, os.environ)
     yield server
     server.close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
+    """A server for which a busy machine is not too slow."""
+    yield from serving(monkeypatch, AGENT_PATIENCE=DEADLINE, REQUEST_PATIENCE=DEADLINE)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
+    yield from serving(monkeypatch, AGENT_PATIENCE=0.2)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
+    yield from serving(monkeypatch, REQUEST_PATIENCE=1)
 
 
 def connect(server: HealthServer, host: str = "127.0.0.1") -> socket.socket:
@@ -160,26 +180,6 @@ def test_bad_requests_are_refused_without_asking_the_agent(server: HealthServer,
     assert not asks(server, 0)
 
 
-def hurried(monkeypatch: pytest.MonkeyPatch, constant: str, seconds: float) -> Iterator[HealthServer]:
-    """A server with less patience."""
-    setting = f"from elastic_launch.health import server_main; server_main.{constant} = {seconds}; "
-    program = child._PROGRAM.replace("child_main.run(", f"{setting}child_main.run(")
-    monkeypatch.setattr(child, "_PROGRAM", program)
-    server = HealthServer(0, os.environ)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
-    yield from hurried(monkeypatch, "AGENT_PATIENCE", 0.2)
-
-
-@pytest.fixture
-def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
-    yield from hurried(monkeypatch, "REQUEST_PATIENCE", 0.3)
-
-
 def test_agent_whose_loop_hangs_is_unhealthy_until_it_continues(impatient: HealthServer) -> None:
     first = ask(impatient)
     assert asks(impatient)
@@ -188,9 +188,9 @@ def test_agent_whose_loop_hangs_is_unhealthy_until_it_continues(impatient: Healt
         head, _, body = response(sock).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
         assert body == b'{"status": "the launcher does not answer"}\n'
-    assert answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 "))
     assert response(ask(impatient)).startswith(b"HTTP/1.1 503 ")  # earlier replies do not count any more
-    assert answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: answered(impatient, ask(impatient)).startswith(b"HTTP/1.1 200 "))
 
 
 def test_one_reply_serves_all_waiting_clients(server: HealthServer) -> None:
@@ -371,15 +371,15 @@ def status(port: int) -> int:
 
 
 def test_stopped_agent_is_unhealthy(agent: Agent) -> None:
-    assert status(agent.port) == 200
+    wait_until(lambda: status(agent.port) == 200)
     agent.process.send_signal(signal.SIGSTOP)
     assert status(agent.port) == 503
     agent.process.send_signal(signal.SIGCONT)
-    assert status(agent.port) == 200
+    wait_until(lambda: status(agent.port) == 200)
 
 
 def test_server_ends_with_its_agent(agent: Agent) -> None:
-    assert status(agent.port) == 200
+    wait_until(lambda: status(agent.port) == 200)
     (server,) = (child for child in psutil.Process(agent.process.pid).children() if child.pid != agent.copy)
     agent.process.kill()
     wait_until(lambda: not is_alive(server.pid))

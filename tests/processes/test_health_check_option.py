@@ -17,6 +17,8 @@ from tests.support.waiting import is_alive, wait_until
 
 SOON = ("--rdzv-conf", "join_timeout=0.5")
 """A node that fails its check gives up after half a second."""
+AGAIN = ("--rdzv-conf", "join_timeout=4")
+"""A node that fails its check has time for another one, also on a busy machine."""
 
 
 def program(job: Job, body: str) -> str:
@@ -44,38 +46,37 @@ def test_the_check_runs_before_each_round_and_its_output_is_not_shown(job: Job) 
 
 def test_a_node_whose_check_fails_starts_no_worker_and_ends_with_status_69(job: Job) -> None:
     check = program(job, "print('looking'); print('GPU 3: fell off the bus', file=sys.stderr); sys.exit(4)")
-    done = job.run(*SOON, "--health-check", check, job.script("mark()"))
+    done = job.run(*AGAIN, "--health-check", check, job.script("mark()"))
     assert done.returncode == 69
     assert job.marks() == []
     lines = said(done.stderr)
-    assert lines[0].startswith("health check failed: GPU 3: fell off the bus (exit code 4); checking again in 0.")
+    assert lines[0].startswith("health check failed: GPU 3: fell off the bus (exit code 4); checking again in ")
     assert [line.strip() for line in lines[1:3]] == ["looking", "GPU 3: fell off the bus"]
     reason = "health check failed: GPU 3: fell off the bus (exit code 4)"
-    assert lines[-1] == f"{reason}; gave up after 0.5 s (join_timeout)"
+    assert lines[-1] == f"{reason}; gave up after 4 s (join_timeout)"
 
 
 def test_a_check_that_passes_later_lets_the_job_begin(job: Job) -> None:
-    conf = ("--rdzv-conf", "join_timeout=1")
     check = program(job, "sys.exit(os.environ['ELASTIC_LAUNCH_CHECK_ATTEMPT'] == '1')")
-    done = job.run(*conf, "--health-check", check, job.script("mark()"))
+    done = job.run(*AGAIN, "--health-check", check, job.script("mark()"))
     assert done.returncode == 0
     assert "health check passed: joining" in said(done.stderr)
     assert len(job.marks()) == 1
 
 
 ENDS = {
-    "exit 3": ("sys.exit(3)", "exit code 3"),
-    "a signal": ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
-    "no exit": ("time.sleep(1000)", "no result within 0.3 s"),
-    "closed output": ("os.close(1); os.close(2); time.sleep(1000)", "no result within 0.3 s"),
-    "endless output": ("while True: print('x' * 5000)", "no result within 0.3 s"),
+    "exit 3": ("sys.exit(3)", "60", "exit code 3"),
+    "a signal": ("os.kill(os.getpid(), signal.SIGSEGV)", "60", "killed by SIGSEGV"),
+    "no exit": ("time.sleep(1000)", "0.3", "no result within 0.3 s"),
+    "closed output": ("os.close(1); os.close(2); time.sleep(1000)", "0.3", "no result within 0.3 s"),
+    "endless output": ("while True: print('x' * 5000)", "0.3", "no result within 0.3 s"),
 }
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_how_a_check_fails_is_said(end: str, job: Job) -> None:
-    body, how = ENDS[end]
-    args = ("--rdzv-conf", "join_timeout=0.1", "--health-check-timeout", "0.3", "--health-check", program(job, body))
+    body, timeout, how = ENDS[end]
+    args = ("--rdzv-conf", "join_timeout=0.1", "--health-check-timeout", timeout, "--health-check", program(job, body))
     done = job.run(*args, job.script("mark()"))
     assert done.returncode == 69
     assert how in done.stderr
@@ -85,7 +86,7 @@ def test_how_a_check_fails_is_said(end: str, job: Job) -> None:
 
 def test_of_a_long_output_the_last_lines_are_shown(job: Job) -> None:
     check = program(job, "print(*range(10000), sep='\\n'); sys.exit(1)")
-    done = job.run(*SOON, "--health-check", check, job.script(""))
+    done = job.run(*AGAIN, "--health-check", check, job.script(""))
     assert [line.strip() for line in said(done.stderr)[1:11]] == [str(number) for number in range(9990, 10000)]
 
 
@@ -128,7 +129,7 @@ def test_what_a_check_leaves_behind_is_killed_before_the_workers_start(job: Job)
 
 def test_a_check_that_takes_too_long_is_killed_with_all_that_it_has_started(job: Job) -> None:
     check = program(job, f"{FAMILY}signal.pause()")
-    args = ("--rdzv-conf", "join_timeout=0.1", "--health-check-timeout", "2", "--health-check", check)
+    args = ("--rdzv-conf", "join_timeout=0.1", "--health-check-timeout", "5", "--health-check", check)
     done = job.run(*args, job.script("mark()"))
     assert done.returncode == 69
     assert not any(map(is_alive, pids(job)))
@@ -184,7 +185,7 @@ def test_a_dry_run_names_the_check_and_does_not_run_it(job: Job) -> None:
 
 def test_failed_checks_are_in_the_events_file(job: Job) -> None:
     check = program(job, "print('no'); sys.exit(1)")
-    job.run(*SOON, "--events", "events.jsonl", "--health-check", check, job.script(""))
+    job.run(*AGAIN, "--events", "events.jsonl", "--health-check", check, job.script(""))
     events = [json.loads(line) for line in (job.path / "events.jsonl").read_text().splitlines()]
     assert [event["name"] for event in events] == ["check_failed", "check_failed", "ended"]
     assert [event["tries"] for event in events[:2]] == [1, 2]

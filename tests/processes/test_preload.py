@@ -348,8 +348,9 @@ big = torch.rand(600, 600)
 (big @ big).exp().sum()  # OpenMP
 data = torch.utils.data.DataLoader(torch.arange(64.0), batch_size=8, num_workers=2)
 assert sum(batch.sum().item() for batch in data) == 2016
-with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-    assert pool.map(abs, [-1]) == [1]
+if rank == restart == 0:  # it imports torch, which takes seconds
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(abs, [-1]) == [1]
 total = torch.ones(1)
 dist.all_reduce(total)
 assert total == 2
@@ -384,9 +385,9 @@ def test_torch_compile_in_forked_workers(job: Job) -> None:
     )
     # VEC_ISA_OK: torch need not try out the CPU, which takes 20 s.
     env = {"TORCHINDUCTOR_CACHE_DIR": str(job.path / "cache"), "TORCHINDUCTOR_VEC_ISA_OK": "1", "TMPDIR": str(job.path)}
-    ended = job.run("--nproc-per-node", "2", "--preload", "torch", script, **env)
+    ended = job.run("--nproc-per-node", "1", "--preload", "torch", script, **env)
     assert ended.returncode == 0, ended.stderr
-    assert len(job.marks()) == 2
+    assert len(job.marks()) == 1
 
 
 def test_resource_tracker_is_each_worker_s_own(job: Job) -> None:

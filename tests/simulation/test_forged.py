@@ -630,6 +630,6 @@ def test_no_forged_record_makes_an_unfinished_job_end_well() -> None:
                 if not is_early:
                     forge(made, f"0/{key}", value)
                     made.agents[1].fail_worker(3) if key in ("decision", "consequences", "lost") else None
-                made.run(made.now + 3 * DEADLINE)
+                made.run(made.now + 3 * DEADLINE, stop=lambda made=made: not made.live())  # type: ignore[misc]
                 well = [agent for agent in made.agents if agent.finish == Finish()]
                 assert not well, (key, value, is_early)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import psutil
 
-DEADLINE = 120.0
+DEADLINE = 180.0
 """Seconds until a condition that a test waits for counts as failed: far above what it takes."""
 SOON = 25.0
 """Seconds within which happens what happens at once, also on a machine that is busy or stands still for some seconds.
