@@ -48,6 +48,7 @@ from elastic_launch.rendezvous.third_party import ThirdPartyRendezvous
 from tests.support.control import asked
 from tests.support.files import install_package
 from tests.support.jobs import Job
+from tests.support.ports import free_port
 from tests.support.third_party import Files, MemoryStore, OneNode, run_agent, third_party
 from tests.support.waiting import SOON, wait_until
 
@@ -508,10 +509,7 @@ def read(job: Job) -> dict[str, Any]:
 
 def test_torchs_own_handler(job: Job) -> None:
     """Run two agents on torch's dynamic rendezvous over its TCPStore: a failure, a second round, success."""
-    from elastic_launch.host.ports import reserve_port
-
-    with reserve_port() as sock:
-        endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     script = job.script(
         "import torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"

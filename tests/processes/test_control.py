@@ -397,7 +397,7 @@ import os, socket, sys
 os.setgid(12345); os.setuid(12345)
 try:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
+        sock.settimeout(60)
         sock.connect(sys.argv[1])
         try: sock.sendall(b'{"request": "stop"}\\n')
         except BrokenPipeError: pass

@@ -30,7 +30,6 @@ from elastic_launch import (
     UsageError,
     WorkerSpec,
 )
-from elastic_launch.host.ports import reserve_port
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import callable_name
 from tests.support.functions import (
@@ -65,6 +64,7 @@ from tests.support.functions import (
     who,
 )
 from tests.support.jobs import METHODS, Job
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -497,13 +497,12 @@ def test_interrupt_of_the_program(method: str, tmp_path: Path) -> None:
     files = [tmp_path / f"up.{rank}" for rank in (0, 1)]
     wait_until(lambda: all(file.exists() and file.read_text() for file in files))
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == signal.SIGINT
+    assert process.wait(DEADLINE) == signal.SIGINT
     assert not any(is_alive(int(file.read_text())) for file in files)
 
 
 def test_functions_on_two_nodes(tmp_path: Path) -> None:
-    with reserve_port() as sock:
-        endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     script = tmp_path / "node.py"
     script.write_text(
         PROGRAM

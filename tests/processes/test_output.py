@@ -26,6 +26,7 @@ from tests.support import consoles
 from tests.support.consoles import screen
 from tests.support.files import install_package
 from tests.support.jobs import TWO, Job, report_of
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE, SOON, wait_until
 
 HELLO = "os.write(1, b'out %d\\n' % rank); os.write(2, b'err %d\\n' % rank)"
@@ -178,9 +179,7 @@ def test_prefix_from_a_template(job: Job) -> None:
 
 
 def test_two_agents_of_one_job_on_one_host(job: Job) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     words = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "j1", *TWO)
     logs = ("-t", "3", "--log-dir", "logs", "--duplicate-stdout-filters", "out", job.script(HELLO))
     agents = [
@@ -198,9 +197,7 @@ def test_two_agents_of_one_job_on_one_host(job: Job) -> None:
 
 
 def test_on_several_nodes_the_prefix_names_host_and_rank(job: Job) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
+    port = str(free_port())
     words = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "-t", "1", "--role", "trainer")
     script = job.script("print('hello')")
     agents = [start(job, *words, "--node-rank", str(node), "--log-dir", "logs", script) for node in (0, 1)]

@@ -22,6 +22,7 @@ from elastic_launch.rendezvous.backends.c10d import C10dBackend
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.store.etcd.member import claim_endpoint
 from tests.support.jobs import Job
+from tests.support.ports import free_port
 
 ALL_REDUCE = """
 import torch, torch.distributed as dist
@@ -155,9 +156,7 @@ def test_named_port_in_use_is_an_error_before_anything_starts(job: Job) -> None:
     "args", [(), ("--standalone",), ("--master-port", "{free}")], ids=["plain", "standalone", "port"]
 )
 def test_torch_meets_on_the_reserved_port(job: Job, args: tuple[str, ...]) -> None:
-    with reserve_port() as sock:
-        free = str(sock.getsockname()[1])
-    args = tuple(arg.format(free=free) for arg in args)
+    args = tuple(arg.format(free=free_port()) for arg in args)
     done = job.run("--nproc-per-node", "2", *args, job.script(ALL_REDUCE))
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.0 sum 2", "1.0 sum 2"]

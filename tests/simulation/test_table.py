@@ -436,7 +436,7 @@ def random_check(seed: int) -> Callable[[Agent], tuple[float, bool]] | None:
     return (lambda agent: (chance.choice([0.05, 3, 30, 90]), chance.random() >= rate)) if rate else None
 
 
-def rough(seed: int) -> str:
+def rough(seed: int, calm: float = 60) -> str:
     """A random job with a store that ends, is restarted and forgets, and agents that leave at any time.
 
     The simulation checks what must hold at all times. In the end all are in one round, or the job has ended.
@@ -529,7 +529,7 @@ def rough(seed: int) -> str:
     def needs_round() -> bool:
         return len(made.live()) >= low and made.is_store_up and not any(agent.finish for agent in made.agents)
 
-    come_right(made, lambda: len(parts()) == 1 or (not parts() and not needs_round()))
+    come_right(made, lambda: len(parts()) == 1 or (not parts() and not needs_round()), calm)
     for question, phase in made.checks.asked:
         assert question is questions.Write or phase in answered(question), f"{made}: {question} asked while {phase}"
     assert len(parts()) <= 1, f"{made}: in different rounds: {running(made)}"
@@ -540,7 +540,7 @@ def rough(seed: int) -> str:
 @pytest.mark.parametrize("seed", [209, 288, 439, 461])
 def test_the_late_answer_to_a_wait_that_was_cancelled_is_not_that_of_the_next_one(seed: int) -> None:
     """An unfit node waits for the round to close, joins it, and waits for the same key again."""
-    rough(seed)
+    rough(seed, 300)
 
 
 @pytest.mark.parametrize("block", range(4))

@@ -31,11 +31,11 @@ def seeds(block: int, count: int) -> range:
     return range(block * count, (block + 1) * count)
 
 
-def come_right(made: World, is_right: Callable[[], bool]) -> None:
-    """Let a minute pass without trouble, and up to four more while the job is not as it should be."""
+def come_right(made: World, is_right: Callable[[], bool], at_least: float = 60) -> None:
+    """Let some seconds pass without trouble, and more, up to 300, while the job is not as it should be."""
     made.trouble = False
     end = made.now + 300
-    made.run(made.now + 60)
+    made.run(made.now + at_least)
     while made.now < end and not is_right():
         made.run(made.now + 20)
 
