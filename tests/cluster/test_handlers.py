@@ -401,7 +401,9 @@ def test_two_nodes_restart_as_one(job: Job) -> None:
     want(job, 2)
     command = (
         "mark $WORLD_SIZE $GROUP_RANK $ROLE_RANK $MASTER_ADDR:$MASTER_PORT;"
-        "if [ $TORCHELASTIC_RESTART_COUNT = 1 ]; then exit 0; fi; [ $RANK = 2 ] && exit 7; exec sleep 1000"
+        "if [ $TORCHELASTIC_RESTART_COUNT = 1 ]; then exit 0; fi;"
+        f"if [ $RANK = 2 ]; then while [ $(wc -l < {job.path}/marks) -lt 3 ]; do sleep 0.01; done; exit 7; fi;"
+        "exec sleep 1000"
     )
     first = start(job, command, workers=2, restarts=1)
     wait_until(lambda: "waiting" in read(job))
