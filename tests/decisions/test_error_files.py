@@ -195,7 +195,7 @@ def test_of_a_huge_file_both_ends_are_read_quickly(file: Path, kind: str) -> Non
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
         record = read_error_file(str(file), PID)
-        assert time.process_time() - began < 1
+        assert time.process_time() - began < 10
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KiB
         assert record
         assert record.error == "ValueError: boom"

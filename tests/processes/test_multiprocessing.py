@@ -180,13 +180,7 @@ def test_close_before_the_start_and_start_twice() -> None:
 
 def test_interrupted_wait_can_be_resumed(tmp_path: Path) -> None:
     context = start(wait_for, str(tmp_path / "go"), start_method="fork")
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt_wait() -> None:
-        wait_until(lambda: signal.getsignal(signal.SIGINT) != before, "wait() handles the signal")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    interrupt = threading.Thread(target=interrupt_wait)
+    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
     with pytest.raises(SignalException) as caught:
         context.wait()
