@@ -32,7 +32,7 @@ DEADLINE = 5.0
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 ELECTION = 2.0
 """Seconds in which etcd elects a new leader after the loss of one."""
-CONF = "embedded=true,last_call_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=5"
+CONF = "embedded=true,last_call_timeout=60,keep_alive_interval=0.5,keep_alive_max_attempt=10"
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 RUN = "mark('of ' + os.environ['WORLD_SIZE'])\nwait()\n"
 ONCE = "mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n"

@@ -22,7 +22,7 @@ from tests.support.hosts import Host, Hosts, Program
 from tests.support.jobs import Job
 from tests.support.waiting import wait_until
 
-INTERVAL, ATTEMPTS = 1.5, 3
+INTERVAL, ATTEMPTS = 0.5, 9
 DEADLINE = INTERVAL * ATTEMPTS
 """Keep-alive deadline: seconds without a heartbeat after which a node is lost."""
 SLACK = 15
@@ -291,7 +291,7 @@ def test_half_a_second_of_delay_is_no_death(network: Make) -> None:
     script = net.script(
         "if restart == 0 and rank == 1: wait_for('0.0 host-1 of 3', '2.0 host-3 of 3'); sys.exit(3)\n" + UNTIL_END
     )
-    conf = f"{CONF},last_call_timeout=1"
+    conf = "keep_alive_interval=1.5,keep_alive_max_attempt=3,last_call_timeout=60"
     programs = start_three(net, script, "--max-restarts", "1", nnodes="3", conf=conf)
     net.formed(3, restart=1)
     net.end()

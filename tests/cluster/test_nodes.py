@@ -21,7 +21,7 @@ from elastic_launch.store.client import connect
 from tests.support.etcd import Trio
 from tests.support.jobs import Job
 from tests.support.leaks import children
-from tests.support.nodes import ALL_REDUCE, QUICK, Nodes, c10d, listens, start_three, up
+from tests.support.nodes import ALL_REDUCE, QUICK, STEADY, Nodes, c10d, listens, start_three, up
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, is_alive, wait_until
@@ -143,7 +143,7 @@ def test_local_addr_of_the_host_is_the_master_address(job: Job) -> None:
 
 
 def test_a_node_that_joins_is_in_the_next_round(job: Job) -> None:
-    nodes = c10d(job, "1:2", f"{QUICK},last_call_timeout=1")
+    nodes = c10d(job, "1:2", f"{STEADY},last_call_timeout=1")
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
     first = nodes(0, script=script)
     job.wait_for("0.0 of 1")
@@ -198,7 +198,7 @@ def test_a_lost_node_is_not_in_the_next_round(signum: signal.Signals, job: Job) 
 
 def test_a_spare_takes_over(job: Job) -> None:
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", QUICK)
     first = nodes(0, script=script)
     nodes.wait_for_first()
     second = nodes(1, script=script)
@@ -328,7 +328,7 @@ def test_loss_of_the_store_host_stops_the_workers_and_is_named(job: Job) -> None
 
 def test_a_job_continues_when_the_store_host_comes_back(job: Job) -> None:
     script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
-    nodes = c10d(job, "2", hosted=True)
+    nodes = c10d(job, "2", QUICK, hosted=True)
     first = nodes(0, script=script)
     nodes.wait_for_first()
     second = nodes(1, script=script)
@@ -355,7 +355,7 @@ def test_a_killed_agent_leaves_nothing_behind(job: Job) -> None:
 
 
 def test_a_node_whose_workers_succeeded_stays_for_another_round(job: Job) -> None:
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", QUICK)
     script = job.script("mark('up')\nif rank == 1 and restart == 0: wait()\n")
     first = nodes(0, "--node-rank", "0", script=script)
     nodes.wait_for_first()
@@ -374,7 +374,7 @@ def test_a_node_whose_workers_succeeded_stays_for_another_round(job: Job) -> Non
 
 
 def test_a_node_that_left_or_died_while_joining_is_not_a_member(job: Job) -> None:
-    nodes = Nodes(job, "etcd", shared_etcd(), "2")
+    nodes = Nodes(job, "etcd", shared_etcd(), "2", QUICK)
     script = job.script("mark()")
     for signum in (signal.SIGTERM, signal.SIGKILL):
         gone = nodes(0, script=script)

@@ -30,7 +30,7 @@ from elastic_launch.store.client import connect
 from tests.support.consoles import LiveScreen
 from tests.support.control import asked, elastic_job, one_socket, start_elastic_job
 from tests.support.jobs import TWO, Job
-from tests.support.nodes import QUICK, Nodes, c10d
+from tests.support.nodes import STEADY, Nodes, c10d
 from tests.support.servers import shared_etcd, shared_store
 from tests.support.waiting import DEADLINE, wait_until
 
@@ -487,7 +487,7 @@ def test_waiting_nodes_say_what_they_wait_for(job: Job) -> None:
 
 
 def test_a_store_that_is_away_leaves_what_the_agents_know(job: Job) -> None:
-    nodes = c10d(job, "1:2", f"{QUICK},last_call_timeout=1,store_timeout=1000", hosted=True)
+    nodes = c10d(job, "1:2", f"{STEADY},last_call_timeout=1,store_timeout=1000", hosted=True)
     process = nodes(0, script=job.script(RUN))
     job.wait_for("0.0 up")
     [store] = [child for child in psutil.Process(process.pid).children() if child.name() == "elastic-store"]

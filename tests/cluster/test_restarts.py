@@ -15,7 +15,7 @@ import pytest
 
 from elastic_launch import ChildFailedError, LaunchConfig, UsageError, elastic_launch
 from tests.support.jobs import Job
-from tests.support.nodes import LOST_AFTER, QUICK, c10d
+from tests.support.nodes import LOST_AFTER, QUICK, STEADY, c10d
 from tests.support.waiting import SOON, is_alive, wait_until
 
 NOTE_TIME = "mark(f'begins {time.monotonic()}')\n"
@@ -285,7 +285,7 @@ def test_quiet_normal_and_verbose(job: Job) -> None:
 
 
 def start(
-    job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = QUICK, hosted: bool = False
+    job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = STEADY, hosted: bool = False
 ) -> list[subprocess.Popen[str]]:
     """Start as many nodes as the job needs. Node n asks for rank n. The store is as for ``c10d``."""
     nodes = c10d(job, nnodes, conf, hosted=hosted)
@@ -435,7 +435,7 @@ def test_an_agent_dies_while_the_job_pauses(job: Job) -> None:
         "if restart == 0 and rank == 1: sys.exit(3)\nif restart == 0: wait()\n"
     )
     pause = LOST_AFTER + 3
-    processes = start(job, script, "2:3", "--max-restarts", "3", "--restart-backoff", f"{pause}")
+    processes = start(job, script, "2:3", "--max-restarts", "3", "--restart-backoff", f"{pause}", conf=QUICK)
     wait_for_line(processes[1], f"restart 1 of 3 in {pause} s")
     results = agent_dies(job, processes, 1)
     assert one_status(results) == 0
@@ -445,7 +445,12 @@ def test_an_agent_dies_while_the_job_pauses(job: Job) -> None:
 
 def test_an_agent_dies_right_after_its_worker(job: Job) -> None:
     processes = start(
-        job, job.script(f"mark(f'pid {{os.getpid()}}')\n{OF}if restart == 0: wait()\n"), "2:3", "--max-restarts", "0"
+        job,
+        job.script(f"mark(f'pid {{os.getpid()}}')\n{OF}if restart == 0: wait()\n"),
+        "2:3",
+        "--max-restarts",
+        "0",
+        conf=QUICK,
     )
     job.wait_for(*(f"{r}.0 of 3" for r in range(3)))
     [worker] = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 pid")]
@@ -461,7 +466,7 @@ def test_an_agent_dies_after_it_reported_a_failure(job: Job) -> None:
         f"wait_for(*(f'{{r}}.0 of 4' for r in range(4)))\n"
         "if restart == 0 and rank == 2: sys.exit(7)\nif restart == 0: wait()\n"
     )
-    nodes = c10d(job, "2:3")
+    nodes = c10d(job, "2:3", QUICK)
     options = ("--max-restarts", "3")
     processes = [nodes(0, "--node-rank", "0", *options, script=script)]
     nodes.wait_for_first()
@@ -477,7 +482,7 @@ def test_an_agent_dies_after_it_reported_a_failure(job: Job) -> None:
 
 def test_two_agents_die_at_once(job: Job) -> None:
     script = job.script(f"{OF}if restart == 0: wait()\n")
-    processes = start(job, script, "2:4", "--max-restarts", "0")
+    processes = start(job, script, "2:4", "--max-restarts", "0", conf=QUICK)
     job.wait_for(*(f"{r}.0 of 4" for r in range(4)))
     results = agent_dies(job, processes, 1, 3)
     assert one_status(results) == 0
@@ -489,7 +494,7 @@ def test_two_agents_die_at_once(job: Job) -> None:
 
 
 def test_two_agents_die_and_too_few_are_left(job: Job) -> None:
-    processes = start(job, job.script(f"{OF}wait()\n"), "3:4", "--max-restarts", "0")
+    processes = start(job, job.script(f"{OF}wait()\n"), "3:4", "--max-restarts", "0", conf=QUICK)
     job.wait_for(*(f"{r}.0 of 4" for r in range(4)))
     results = agent_dies(job, processes, 1, 3)
     assert one_status(results) == 69
@@ -497,7 +502,7 @@ def test_two_agents_die_and_too_few_are_left(job: Job) -> None:
 
 def test_an_agent_dies_while_it_joins(job: Job) -> None:
     script = job.script("mark()")
-    nodes = c10d(job, "3")
+    nodes = c10d(job, "3", QUICK)
     first = nodes(0, script=script)
     nodes.wait_for_first()
     dying = nodes(1, script=script)
@@ -516,7 +521,7 @@ def test_an_agent_dies_while_it_stops_its_workers(job: Job) -> None:
         "wait_for(*(f'{r}.0 of 3' for r in range(3)))\n"
         "if restart == 0 and rank == 1: sys.exit(3)\nif restart == 0:\n    while True: wait()\n"
     )
-    processes = start(job, script, "2:3", "--max-restarts", "3")
+    processes = start(job, script, "2:3", "--max-restarts", "3", conf=QUICK)
     job.wait_for("2.0 stops")
     results = agent_dies(job, processes, 2)
     assert one_status(results) == 0
@@ -573,7 +578,7 @@ def test_user_signals_reach_the_workers_of_one_node(job: Job) -> None:
 
 def test_a_frozen_agent_comes_back(job: Job) -> None:
     script = job.script(f"mark(f'pid {{os.getpid()}}')\n{NOTE_TIME}if restart < 2: wait()\n")
-    processes = start(job, script, "2:3", "--max-restarts", "0")
+    processes = start(job, script, "2:3", "--max-restarts", "0", conf=QUICK)
     wait_until(lambda: len(times(job, "begins")) == 3)
     old = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 pid")]
     processes[2].send_signal(signal.SIGSTOP)
@@ -604,7 +609,7 @@ def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
         f"mark(f'keeper {{os.getppid()}}')\n{OF}"
         "if restart == 0 and rank == 1: wait_for('go'); sys.exit(3)\nif restart == 0: wait()\n"
     )
-    processes = start(job, script, "2:3", "--max-restarts", "1", "--shutdown-timeout", "1")
+    processes = start(job, script, "2:3", "--max-restarts", "1", "--shutdown-timeout", "1", conf=QUICK)
     job.wait_for("0.0 of 3", "1.0 of 3", "2.0 of 3")
     [keeper] = [int(mark.split()[2]) for mark in job.marks() if mark.startswith("2.0 keeper")]
     os.kill(keeper, signal.SIGSTOP)
@@ -637,7 +642,7 @@ def test_modules_that_one_node_does_not_have(least: str, job: Job) -> None:
 def test_a_node_whose_workers_succeeded_may_end(signum: signal.Signals, job: Job) -> None:
     """The others run on for longer than the keep-alive deadline."""
     script = job.script(f"mark('up')\nif rank == 0: wait_for('go'); time.sleep({LOST_AFTER + 1})\n")
-    nodes = c10d(job, "2")
+    nodes = c10d(job, "2", QUICK)
     first = nodes(0, "--node-rank", "0", script=script)
     nodes.wait_for_first()
     second = nodes(1, "--node-rank", "1", script=script)
@@ -668,7 +673,7 @@ def test_the_host_of_the_store_comes_back_and_the_count_is_kept(job: Job) -> Non
         "if restart == 2 and rank == 1: wait_for('0.2 up'); sys.exit(4)\n"
         "if restart < 3: wait()\n"
     )
-    nodes = c10d(job, "2", hosted=True)
+    nodes = c10d(job, "2", QUICK, hosted=True)
     options = ("--max-restarts", "3")
     first = nodes(0, "--node-rank", "0", *options, script=script)
     nodes.wait_for_first()
@@ -686,7 +691,7 @@ def test_the_host_of_the_store_comes_back_and_the_count_is_kept(job: Job) -> Non
 def test_too_few_are_left_while_the_job_pauses(signum: signal.Signals, job: Job) -> None:
     """The others know at once, or within the keep-alive deadline. They do not wait for the end of the pause."""
     script = job.script("mark()\nif rank == 1: wait_for('0.0'); sys.exit(3)\nwait()\n")
-    processes = start(job, script, "2", "--max-restarts", "3", "--restart-backoff", "600:600")
+    processes = start(job, script, "2", "--max-restarts", "3", "--restart-backoff", "600:600", conf=QUICK)
     wait_for_line(processes[1], "restart 1 of 3 in 600 s")
     processes[1].send_signal(signum)
     start_time = time.monotonic()

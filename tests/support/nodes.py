@@ -14,17 +14,19 @@ from tests.support.ports import free_port
 from tests.support.servers import shared_store
 from tests.support.waiting import DEADLINE, wait_until
 
+STEADY = "last_call_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=15"
+"""A round waits for a node that starts late, and nobody is lost because a busy machine stood still for some seconds."""
 LOST_AFTER = 5
-"""Keep-alive deadline in seconds: a busy machine may stand still for some seconds without anybody being lost."""
-QUICK = f"last_call_timeout=60,keep_alive_interval={LOST_AFTER / 5:g},keep_alive_max_attempt=5"
-"""A round waits for a node that starts late. What else waits for the last call has another one."""
+"""Keep-alive deadline in seconds of tests in which nodes are lost."""
+QUICK = f"last_call_timeout=60,keep_alive_interval={LOST_AFTER / 10},keep_alive_max_attempt=10"
+"""For those tests."""
 
 
 class Nodes:
     """The nodes of one job: ``nodes(0, ...)`` starts node 0."""
 
     def __init__(
-        self, job: Job, backend: str, endpoint: str, nnodes: str, conf: str = QUICK, run_id: str | None = None
+        self, job: Job, backend: str, endpoint: str, nnodes: str, conf: str = STEADY, run_id: str | None = None
     ) -> None:
         self.job, self.backend, self.endpoint, self.nnodes, self.conf = job, backend, endpoint, nnodes, conf
         self.run_id = run_id or f"job-{uuid.uuid4().hex[:8]}"
@@ -62,7 +64,7 @@ class Nodes:
         return args.index("--") if "--" in args else len(args)
 
 
-def c10d(job: Job, nnodes: str, conf: str = QUICK, *, hosted: bool = False) -> Nodes:
+def c10d(job: Job, nnodes: str, conf: str = STEADY, *, hosted: bool = False) -> Nodes:
     """Nodes on a c10d store: the one that tests share, or one that the first node hosts."""
     port = free_port() if hosted else shared_store().port
     nodes = Nodes(job, "c10d", f"127.0.0.1:{port}", nnodes, conf)
@@ -84,7 +86,7 @@ os._exit(0)
 
 
 def start_three(
-    job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = QUICK, hosted: bool = False
+    job: Job, script: str, nnodes: str = "2:3", *args: str, conf: str = STEADY, hosted: bool = False
 ) -> list[subprocess.Popen[str]]:
     """Three nodes that run, on a store as for ``c10d``."""
     nodes = c10d(job, nnodes, conf, hosted=hosted)
