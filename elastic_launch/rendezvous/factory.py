@@ -17,6 +17,7 @@ from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, WorkerSpec
 
 if TYPE_CHECKING:
+    from elastic_launch.core.rendezvous.messages import Settings
     from elastic_launch.core.rendezvous.records import NodeRecord
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
     from elastic_launch.rendezvous.backends.etcd import EtcdBackend
@@ -29,6 +30,8 @@ Environ = Mapping[str, str]
 Logger = Callable[[str], None]
 """Prints a line on the console."""
 
+LONGEST_DEADLINE = 1800
+"""Longest keep-alive deadline with etcd, where a heartbeat vanishes after twice this time."""
 DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 """Ports for endpoints that name none, by backend; torch's defaults."""
 
@@ -201,7 +204,7 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in ("store", "read") if f"{name}_timeout" in conf})
     backend: C10dBackend | EtcdBackend
     if config.rdzv_backend.startswith("etcd"):
-        backend = _etcd_backend(config, conf, settings.join_timeout, environ, warn)
+        backend = _etcd_backend(config, conf, settings, environ, warn)
     else:
         backend = _c10d_backend(config, conf, rank, environ)
         if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
@@ -253,7 +256,7 @@ def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ)
     return C10dBackend(host, port, is_host, environ, is_local)
 
 
-def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ: Environ, log: Logger) -> EtcdBackend:
+def _etcd_backend(config: LaunchConfig, conf: Conf, settings: Settings, environ: Environ, log: Logger) -> EtcdBackend:
     from elastic_launch.rendezvous.backends.etcd import EmbeddedEtcdBackend, EtcdBackend
     from elastic_launch.store.etcd.bridge import has_password, is_secure, parse_settings
 
@@ -262,6 +265,11 @@ def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ
         raise UsageError("--rdzv-backend etcd needs --rdzv-endpoint HOST:PORT, or several, separated by commas")
     if not config.run_id:
         raise UsageError("--rdzv-backend etcd needs --rdzv-id: the cluster keeps a job's outcome under it for a day")
+    if settings.keep_alive_deadline > LONGEST_DEADLINE:
+        raise UsageError(
+            "--rdzv-conf keep_alive_interval x keep_alive_max_attempt: with etcd at most "
+            f"{LONGEST_DEADLINE} s, not {settings.keep_alive_deadline:g} s"
+        )
     texts = {name: str(value) for name, value in config.rdzv_configs.items() if value is not None}
     if "store_timeout" in conf:
         texts["read_timeout"] = str(conf["store_timeout"])  # the bridge has one limit for all attempts together
@@ -272,7 +280,7 @@ def _etcd_backend(config: LaunchConfig, conf: Conf, join_timeout: float, environ
             log("protocol=http: the password for etcd crosses the network unencrypted")
         return EtcdBackend(endpoint, config.run_id, texts, environ)
     # The members start with the nodes. A little less than join_timeout, because the bridge knows best what is missing.
-    texts["start_timeout"] = str(join_timeout - min(5.0, join_timeout / 2))
+    texts["start_timeout"] = str(settings.join_timeout - min(5.0, settings.join_timeout / 2))
     members = _embedded_members(endpoint, texts, log)
     log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
     return EmbeddedEtcdBackend(members, config.run_id, texts, environ, log_dir, log)

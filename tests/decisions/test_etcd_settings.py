@@ -46,6 +46,11 @@ def test_a_password_that_crosses_the_network_in_the_clear_is_warned_about(tmp_pa
             create_built_in(etcd_config({"user": "ann", **more}), {}, told.append)
 
 
+def test_a_deadline_is_shorter_than_heartbeats_last() -> None:
+    with pytest.raises(UsageError, match="with etcd at most 1800 s, not 3000 s"):
+        create_built_in(etcd_config({"keep_alive_interval": "1000"}), {}, lambda line: None)
+
+
 def test_a_dry_run_shows_no_password() -> None:
     args = parse_args(["--rdzv-conf", CONF, "-m", "this"])
     for meant in (None, config_from_args(args)[0]):

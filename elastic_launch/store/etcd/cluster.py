@@ -35,6 +35,11 @@ _CREDENTIALS = "pass user=NAME,password_file=FILE in --rdzv-conf"
 class EtcdError(Exception):
     """The bridge cannot go on. The message is one line: what happened, where, and what to do next."""
 
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why
+        """etcd's own words, if it refuses a request; empty otherwise."""
+
 
 class EtcdSettings(NamedTuple):
     """How to reach a cluster. Plain values, because they come from another process."""
@@ -91,6 +96,8 @@ class MemberChannel:
             "Range": kv.Range,
             "Txn": kv.Txn,
             "LeaseGrant": lease.LeaseGrant,
+            "LeaseRevoke": lease.LeaseRevoke,
+            "LeaseLeases": lease.LeaseLeases,
             "Authenticate": etcdrpc.AuthStub(channel).Authenticate,
         }
         self.keep_alive = lease.LeaseKeepAlive
@@ -132,13 +139,13 @@ class Cluster:
         """The gRPC metadata of each call."""
         return (("token", self._token),) if self._token else ()
 
-    async def call(self, name: str, request: Any) -> Any:
-        """Have a member answer a request, which may be sent several times.
+    async def call(self, name: str, request: Any, attempts: Attempts | None = None) -> Any:
+        """Have a member answer a request, which may be sent several times; ``attempts`` counts the failed ones.
 
         Raises:
             EtcdError: The request is refused, or no member has answered within ``call_timeout``.
         """
-        attempts = Attempts(self)
+        attempts = attempts or Attempts(self)
         while True:
             member, metadata = self.member, self.metadata()
             try:
@@ -195,10 +202,11 @@ class Cluster:
         if code is self._code.PERMISSION_DENIED:
             raise EtcdError(
                 f"etcd at {member.endpoint} denies user={self.settings.user} access to the job's keys ({why}): "
-                "grant the user's role permission to read and write below the job's prefix"
+                "grant the user's role permission to read and write below the job's prefix",
+                why,
             )
         if "requested lease not found" in why:
-            raise EtcdError(f"the job's keys in {self.where} are gone: their lease has expired")
+            raise EtcdError(f"the job's keys in {self.where} are gone: their lease has expired", why)
         if code is self._code.RESOURCE_EXHAUSTED and "larger than max" in why:
             raise EtcdError(
                 f"etcd at {member.endpoint} answers with more than was asked for ({why}): does something else write "
@@ -216,7 +224,7 @@ class Cluster:
             self._code.ABORTED,
         )
         if code not in transient and "too many requests" not in why and not member.is_unusable:
-            raise EtcdError(f"etcd at {member.endpoint} refuses the request: {why} ({code.name})")
+            raise EtcdError(f"etcd at {member.endpoint} refuses the request: {why} ({code.name})", why)
         self.switch_from(member, self._explain(why))
         self._check_members()
 
@@ -305,11 +313,12 @@ class Attempts:
         self._cluster = cluster
         self._loop = asyncio.get_running_loop()
         self._end = self._loop.time() + cluster.call_timeout
-        self._count = 0
+        self.count = 0
+        """Number of attempts that have failed."""
 
     def timeout(self) -> float:
         """Seconds for the next attempt."""
-        rounds = self._count // len(self._cluster.settings.endpoints)
+        rounds = self.count // len(self._cluster.settings.endpoints)
         seconds = min(LONGEST_ATTEMPT, FIRST_ATTEMPT * (1 << min(rounds, 10)))
         return max(0.05, min(seconds, self._end - self._loop.time()))
 
@@ -320,11 +329,11 @@ class Attempts:
 
     async def pause(self) -> None:
         """Pause before the next attempt, once all members have failed. Raises EtcdError if the time is up."""
-        self._count += 1
+        self.count += 1
         now = self._loop.time()
         if now >= self._end:
             raise self._cluster.unreachable()
-        rounds = self._count // len(self._cluster.settings.endpoints)
+        rounds = self.count // len(self._cluster.settings.endpoints)
         if rounds:
             longest = min(_LONGEST_PAUSE, 0.05 * (1 << min(rounds, 10)), self._end - now)
             await asyncio.sleep(random.uniform(longest / 2, longest))

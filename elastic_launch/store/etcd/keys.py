@@ -14,6 +14,8 @@ of them would succeed at a time.
 **Lists.** For the same reason a value that was appended to is stored as ``\\0*NAME``, the name of a list. The pieces of
 a list are keys of their own, ordered by their creation. Values that are too long for etcd are stored in the same way.
 
+**Counters of heartbeats** leave no history; ``etcd.heartbeats`` tells how.
+
 All keys are attached to one lease, which each bridge of the job keeps alive. They vanish a day after the last bridge.
 """
 
@@ -24,9 +26,11 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from elastic_launch.store.etcd.cluster import Cluster, EtcdError
+from elastic_launch.store.etcd.heartbeats import Heartbeats
 from elastic_launch.store.etcd.watch import KeyWatch
 
 LEASE_SECONDS = 24 * 3600
@@ -36,6 +40,9 @@ MAX_BYTES = 1 << 20
 """Bytes that we put into a transaction; etcd's default limit is 1.5 MiB."""
 PIECE = MAX_BYTES // 2
 """Bytes of a value that are stored in one piece."""
+
+_SAME_MEMBER_TRIES = 20
+"""How often counters of heartbeats are read until one member has answered all parts of the request."""
 
 _NUMBER, _LIST, _ESCAPE = b"\0+", b"\0*", b"\0\0"
 
@@ -51,6 +58,7 @@ class Keyspace:
         self.cluster = cluster
         self.rpc = cluster.etcdrpc
         self.prefix = prefix.encode()
+        self.heartbeats = Heartbeats(cluster, self.prefix)
         self.watch = KeyWatch(cluster, self.read)
         # 63 bits, and not 0.
         self.lease = int.from_bytes(hashlib.sha256(self.prefix).digest()[:8], "big") >> 1 | 1
@@ -71,6 +79,7 @@ class Keyspace:
             if await self.cluster.keep_alive(self.lease):
                 break
         await self.read([self.prefix])  # needs a permission, in contrast to granting a lease
+        await self.heartbeats.start()
 
     async def keep(self) -> None:
         """Keep the lease alive, forever. Raises EtcdError if it has expired, and the keys with it."""
@@ -97,18 +106,52 @@ class Keyspace:
         if len(names) == 1:
             response = await self.cluster.call("Range", self.rpc.RangeRequest(key=names[0], revision=revision))
             return [response.kvs[0] if response.kvs else None], response.header.revision
+        kvs, headers = await self._read_many(names)
+        return kvs, min((header.revision for header in headers), default=0)
+
+    async def _read_many(self, names: Sequence[bytes]) -> tuple[list[Any], list[Any]]:
+        """Read keys. Returns their key-value pairs, and the headers of the answers."""
         requests = [
             self.rpc.TxnRequest(success=[self.range(name) for name in names[at : at + MAX_OPERATIONS]])
             for at in range(0, len(names), MAX_OPERATIONS)
         ]
         responses = await asyncio.gather(*[self.cluster.call("Txn", request) for request in requests])
         kvs = [_first(result) for response in responses for result in response.responses]
-        return kvs, min((response.header.revision for response in responses), default=0)
+        return kvs, [response.header for response in responses]
 
     async def get(self, names: Sequence[bytes]) -> list[bytes]:
         """Read the values of keys, empty for each key that is missing."""
+        counters = [name for name in names if self.heartbeats.covers(name)]
+        if counters:
+            return await self._get_counters(names, counters)
         kvs, _ = await self.read([self.prefix + name for name in names])
         return [await self.value(kv) for kv in kvs]
+
+    async def _get_counters(self, names: Sequence[bytes], counters: Sequence[bytes]) -> list[bytes]:
+        """Read keys some of which are counters of heartbeats: first all keys, then the marks, at the same member."""
+        keys = [self.prefix + name for name in [*names, *map(self.heartbeats.generation_key, counters)]]
+        for _ in range(_SAME_MEMBER_TRIES):
+            kvs, headers = await self._read_many(keys)
+            marks, member = await self.heartbeats.marks()
+            if {header.member_id for header in headers} == {member}:
+                break
+        else:
+            raise EtcdError(f"{self.cluster.where}: each request is answered by another member; name the members")
+        versions = [kv.version if kv else 0 for kv in kvs[len(names) :]]
+        generations = dict(zip(counters, versions, strict=True))
+        values = [await self.value(kv) for kv in kvs[: len(names)]]
+        return [
+            self.heartbeats.value(name, int(value or b"0"), generations[name], marks)
+            if name in generations and (not value or value.isdigit())
+            else value
+            for name, value in zip(names, values, strict=True)
+        ]
+
+    async def counter(self, name: bytes) -> tuple[int, int]:
+        """Read what the key of a counter of heartbeats holds, and its generation."""
+        names = [self.prefix + name, self.prefix + self.heartbeats.generation_key(name)]
+        (kv, generation), _ = await self.read(names)
+        return _number(await self.value(kv) or b"0"), generation.version if generation else 0
 
     async def value(self, kv: Any) -> bytes:
         """Decode a stored value; empty for None. A list is read, and may have grown after its key was read."""
@@ -177,6 +220,13 @@ class FencedWriter:
 
     async def set(self, items: dict[bytes, bytes]) -> None:
         """Write keys. If they do not fit into one transaction, they become visible in parts."""
+        if counters := [name for name in items if self._keys.heartbeats.covers(name)]:
+            flags = await self._keys.heartbeats.reset(self, counters)
+            items = {name: value for name, value in items.items() if value != b"0" or flags.get(name) != 0}
+        await self.put_all(items)
+
+    async def put_all(self, items: dict[bytes, bytes]) -> None:
+        """Write keys, all of them as they are."""
         for puts in self._portions({name: await self._store(value) for name, value in items.items()}):
             if not (await self._change([], puts))[0]:
                 raise self._lost()
@@ -202,6 +252,8 @@ class FencedWriter:
 
     async def add(self, name: bytes, amount: int) -> int:
         """Add to a number. Returns the sum. Raises RefusalError if the value is not a number."""
+        if amount == 1 and self._keys.heartbeats.covers(name):
+            return await self._keys.heartbeats.beat(self, name, partial(self._keys.counter, name))
         keys, name = self._keys, self._keys.prefix + name
         # Guess what fits all but the first of those who add 1 to a number that began at 0.
         condition, value = keys.has_value(name, _NUMBER + b"0"), _NUMBER + b"0"
@@ -218,10 +270,7 @@ class FencedWriter:
                 condition, value = keys.has_value(name, kv.value), kv.value
             else:
                 text = await keys.value(kv)
-                try:
-                    number = int(text)
-                except ValueError:
-                    raise RefusalError(f"cannot add to {text[:100]!r}") from None
+                number = _number(text)
                 condition = keys.is_unchanged(name, kv)
                 value = _NUMBER + b"%d" % (number + amount - kv.version - 1)
                 await _back_off(conflicts := conflicts + 1)
@@ -321,6 +370,13 @@ class FencedWriter:
     def _lost(self) -> EtcdError:
         where = self._keys.cluster.where
         return EtcdError(f"the job's keys in {where} are gone: they were removed, or their lease has expired")
+
+
+def _number(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RefusalError(f"cannot add to {text[:100]!r}") from None
 
 
 def _escaped(value: bytes) -> bytes:

@@ -50,7 +50,7 @@ FIRST_REPORT, REPORT_INTERVAL = 5.0, 10.0
 
 _OPTIONS = (
     *("--log-level", "error"),
-    # Each heartbeat of a node is a write. Without compaction the history of a long job would exceed etcd's quota.
+    # Heartbeats leave no history, but the records of each round do.
     *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "10m"),
     *("--quota-backend-bytes", str(8 << 30), "--snapshot-count", "10000"),
 )
