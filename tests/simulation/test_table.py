@@ -100,6 +100,8 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.ReadRecords: {WAITING},
     questions.PollJoining: {WAITING},
     questions.CloseRound: {WAITING},
+    questions.ReadOldRounds: {WAITING},
+    questions.Deleted: {WAITING, MEMBER, OUTSIDE, ENDED},
     questions.ReadStatus: {WAITING},
     questions.CheckClosed: {WAITING},
     questions.TakeOverLeading: {WAITING},

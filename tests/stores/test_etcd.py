@@ -288,6 +288,36 @@ def test_values_beyond_etcds_limit(etcd: str, agents: Callable[..., Agent]) -> N
     assert ask(Get(("k",))) == [two + one]
 
 
+def test_keys_that_are_deleted_together_leave_nothing(etcd: str, agents: Callable[..., Agent]) -> None:
+    agent = agents(etcd)
+    agent(Get(("x",)))
+    before = raw_keys(etcd, agent.prefix)
+    names = [f"k{number}" for number in range(300)]
+    agent(Set(tuple((name, b"1") for name in names[:200])))
+    agent(Append("log", b"x"))
+    agent(Append("log", b"y"))
+    beats = [f"elastic/j/1/heartbeat/{ticket}" for ticket in range(3)]
+    for beat in beats:
+        agent(Add(beat, 1))
+    agent(Set(((beats[1], b"7"),)))
+    everything = [*names, "log", *beats]
+    for name in everything:
+        agent.calls.submit(Delete(name), name)
+    answers: dict[str, Any] = {}
+    while len(answers) < len(everything):
+        answers.update(wait_answer(agent.calls, DEADLINE))
+    assert [name for name, existed in answers.items() if existed] == [*names[:200], "log", beats[1]]
+    assert agent(Get(("log", *beats))) == [b"", b"0", b"0", b"0"]
+    assert {key for key in raw_keys(etcd, agent.prefix) - before if b"\0fence/" not in key} == set()
+    assert [agent(Add(beat, 1)) for beat in beats] == [1, 1, 1]
+
+
+def raw_keys(endpoint: str, prefix: str) -> set[bytes]:
+    """All keys of a job, as etcd has them."""
+    answer = post(endpoint, "kv/range", key=prefix.encode(), range_end=prefix[:-1].encode() + b"0", keys_only=True)
+    return {base64.b64decode(kv["key"]) for kv in answer.get("kvs", ())}
+
+
 def test_keys_have_the_prefix_and_a_lease_of_a_day(etcd: str, agents: Callable[..., Agent]) -> None:
     prefix = new_prefix()
     one, two = agents(etcd, prefix), agents(etcd, prefix)

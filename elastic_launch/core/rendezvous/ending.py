@@ -116,7 +116,10 @@ def on_end_appeared(node: NodeState, step: Step, appeared: KeyAppeared) -> None:
 
 def on_end(node: NodeState, step: Step, answer: Answer[questions.LearnEnd, list[bytes] | bytes]) -> None:
     """End the round on this node, for the reason that came first."""
-    end_round(node, step, questions.held(answer.value))
+    if data := questions.held(answer.value):
+        end_round(node, step, data)
+    elif node.round.ticket:
+        step.read_own_record()  # the reason was there, and is not any more
 
 
 def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from elastic_launch.core.agent.messages import Assigned
-from elastic_launch.core.rendezvous import heartbeats, questions
+from elastic_launch.core.rendezvous import forgetting, heartbeats, questions
 from elastic_launch.core.rendezvous.ending import end_round, read_finished, replace_stranger, take_members
 from elastic_launch.core.rendezvous.leader import disagreement
 from elastic_launch.core.rendezvous.leaving import decide
@@ -25,6 +25,8 @@ def on_closed(node: NodeState, step: Step, answer: Answer[questions.CloseRound, 
         raise refused(node.key("closed"), "was written in this node's name, which leads the round")
     node.round.closed = closed
     ask_for_assignment(node, step)
+    if leader and answer.value == leader.closing:
+        forgetting.begin(node, step)
 
 
 def on_closed_checked(node: NodeState, step: Step, answer: Answer[questions.CheckClosed, list[bytes]]) -> None:
@@ -109,11 +111,13 @@ def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> 
 def on_members(node: NodeState, step: Step, answer: Answer[questions.ReadMembers, list[bytes]]) -> None:
     """Do what the members were read for: report who has the node's rank, monitor them, or see who has succeeded."""
     round_, phase = node.round, node.phase
-    data, closed = answer.value
+    data, closed, end = answer.value
     if not data:
-        if closed:
+        if closed and not end:
             raise refused(node.key("closed"), "names a leader that has written no members")
-        return  # the store was restarted empty; the node's record is missing, too
+        if phase in (Phase.MEMBER, Phase.OUTSIDE):
+            step.read_own_record()  # the others are some rounds ahead, or the store was restarted empty
+        return
     if round_.members is None:
         take_members(node, data)
     members, rank = cast(Members, round_.members), node.record.rank

@@ -33,6 +33,8 @@ A round r of a job, in the store:
     r/monitor/k       ticket of the k-th failover monitor
     r/left            how many nodes know that the job has ended; r/all_left: all do
 
+Of round r - 2 the leader of round r deletes all but ``closed``, ``end`` and ``decision``, which are kept for 64 rounds.
+
 A node sends the same few requests in each round, however many nodes there are. Only the leader, which closes the round,
 and the monitor, the member with group rank 0, do work in proportion to them. Each node that waits or runs adds 1 to its
 counter once in an interval. A counter that does not change is a silent node. A counter that nobody resets is a silent
@@ -59,6 +61,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, ReportVerdict, RequestStacks, WithdrawClaim
 from elastic_launch.core.rendezvous import (
     ending,
+    forgetting,
     heartbeats,
     joining,
     leading,
@@ -232,6 +235,9 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.CheckClosed, membership.on_closed_checked, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadAssignment, membership.on_assignment, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadMembers, membership.on_members, *AFTER_WAITING),
+    # Rounds that are over.
+    **_row(questions.ReadOldRounds, forgetting.on_old_rounds, *JOINED, ignored=(LEAVING,)),
+    **_row(questions.Deleted, forgetting.on_deleted, *JOINED, ignored=(LEAVING,)),
     # Heartbeats.
     **_row(questions.SendHeartbeat, monitoring.on_heartbeat, *JOINED, ignored=(LEAVING,)),
     **_row(questions.ConfirmReset, heartbeats.on_reset, *JOINED, ignored=(LEAVING,)),

@@ -223,8 +223,20 @@ class AwaitVerdict(Question):
     """What do the stacks of all nodes say?"""
 
 
+class ReadOldRounds(Question):
+    """Which keys are there of rounds that are over?"""
+
+
+@dataclass(frozen=True)
+class Deleted(Question):
+    """Are keys of such a round deleted? Any reply says so."""
+
+    rest: tuple[str, ...]
+    """Keys to delete next."""
+
+
 class ReadOwnRecord(Question):
-    """Does the store still have this node's record and ticket?"""
+    """Does the store still have this node's record and ticket? Is the round over?"""
 
 
 class FindRound(Question):

@@ -16,20 +16,23 @@ from elastic_launch.job import Change, Decision, End, EndKind
 def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
     """Find out whether it is the same store."""
     if not node.is_over:
-        step.get(questions.ReadOwnRecord(), f"node/{node.round.ticket}", "ticket")
+        step.read_own_record()
 
 
 def on_own_record(node: NodeState, step: Step, answer: Answer[questions.ReadOwnRecord, list[bytes]]) -> None:
     """If this node's record or ticket is missing, the store was restarted empty: meet there again.
 
     In an empty store another node may have drawn the same ticket, or this one may have just written its record again.
+    If the round had closed and ended there, the store is the same, and the others are some rounds ahead.
     """
-    round_, (data, tickets) = node.round, answer.value
+    round_, (data, tickets, closed, ended) = node.round, answer.value
     is_own = bool(data) and decode(NodeRecord, data, node.key(f"node/{round_.ticket}")).node == node.record.node
     if is_own and node.count_tickets(tickets) >= round_.ticket:
         return
     if round_.assignment is None:
         rejoin(node, step)
+    elif round_.end is None and closed and ended:
+        end_round(node, step, ended)
     elif round_.end is None:
         end = End(
             EndKind.MEMBERSHIP_CHANGED, "the store was restarted", node.record.node, change=Change.STORE_RESTARTED

@@ -255,9 +255,9 @@ class NodeState:
         has_ended = decision is not None and not decision.restart and not self.round.awaits_stop
         return self.phase is Phase.LEAVING or has_ended
 
-    def key(self, name: str, *, past: bool = False) -> str:
-        """A key of the round, or of the one before."""
-        return f"{self._prefix}/{self.round.number - past}/{name}"
+    def key(self, name: str, *, past: bool = False, back: int = 0) -> str:
+        """A key of the round, of the one before, or of the one ``back`` rounds ago."""
+        return f"{self._prefix}/{self.round.number - past - back}/{name}"
 
     @property
     def round_key(self) -> str:
@@ -356,7 +356,11 @@ class Step:
     def read_members(self) -> None:
         """Find out who the members of the round are."""
         if closed := self.node.round.closed:
-            self.get(questions.ReadMembers(), f"members/{closed.leader}", "closed")
+            self.get(questions.ReadMembers(), f"members/{closed.leader}", "closed", "end")
+
+    def read_own_record(self) -> None:
+        """Find out whether the store still knows this node in this round."""
+        self.get(questions.ReadOwnRecord(), f"node/{self.node.round.ticket}", "ticket", "closed", "end")
 
     def ready(self) -> Ready:
         """Return what the step leads to."""

@@ -117,6 +117,8 @@ class Bridge:
                     reply = await self._wait(sock, buffer, fields[0])
                     if reply is None:
                         return
+                elif op is Op.DELETE_KEY:
+                    reply = b"".join(map(I64.pack, await writer.delete([fields[0], *_more_to_delete(buffer)])))
                 else:
                     reply = await self._execute(writer, op, fields)
                 await _send(sock, reply)
@@ -136,8 +138,6 @@ class Bridge:
                 return I64.pack(await writer.add(key, amount))
             case Op.APPEND, [key, value]:
                 await writer.append(key, value)
-            case Op.DELETE_KEY, [key]:
-                return I64.pack(await writer.delete(key))
             case Op.CANCEL_WAIT, []:
                 return bytes([wire.STOPPED])
             case _:
@@ -168,6 +168,14 @@ class Bridge:
         if request[0] is not Op.CANCEL_WAIT:
             raise wire.ProtocolError("a connection that waits accepts no other request")
         return True
+
+
+def _more_to_delete(buffer: bytearray) -> list[bytes]:
+    """Take further requests to delete a key, as many as have come already. They are executed together."""
+    names: list[bytes] = []
+    while buffer and buffer[0] == Op.DELETE_KEY and (request := wire.take_request(buffer)):
+        names.append(cast(bytes, request[1][0]))
+    return names
 
 
 def _set(future: asyncio.Future[None]) -> None:

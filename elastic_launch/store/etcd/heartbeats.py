@@ -42,7 +42,7 @@ MOST_MARKS = 255
 """Marks in one generation of a counter."""
 _AT_ONCE = 64
 """Requests that are under way at the same time."""
-_COUNTER = re.compile(rb"/heartbeat/[0-9]+\Z")
+_COUNTER = re.compile(rb"/.*/heartbeat/[0-9]+\Z", re.DOTALL)
 
 
 class Marks(NamedTuple):
@@ -79,7 +79,7 @@ class Heartbeats:
 
     def covers(self, name: bytes) -> bool:
         """Whether a key is a counter of heartbeats."""
-        return self._lists_leases and _COUNTER.search(name) is not None
+        return self._lists_leases and _COUNTER.match(name) is not None
 
     def generation_key(self, name: bytes) -> bytes:
         """The key whose version is the generation of a counter."""
@@ -121,6 +121,17 @@ class Heartbeats:
         if unsure:
             await writer.put_all({self.generation_key(name): b"-" for name in unsure})
         return {name: seen.flags for name, seen in known.items()}
+
+    async def forget(self, names: Sequence[bytes]) -> None:
+        """Revoke the marks of counters that are deleted. Those of other generations vanish after ``MARK_SECONDS``."""
+        marks, _ = await self.marks()
+        revoked: list[int] = []
+        for name in names:
+            seen = self._seen.pop(name, None)
+            self._sent.pop(name, None)
+            counter = self._id(name, seen.generation if seen else 0)
+            revoked += range(counter + 1, counter + marks.get(counter >> 8, 0) + 1)
+        await _some_at_once(self._revoke, revoked)
 
     async def beat(self, writer: FencedWriter, name: bytes, read: Callable[[], Awaitable[tuple[int, int]]]) -> int:
         """Add 1 to a counter.

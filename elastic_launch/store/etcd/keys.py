@@ -160,9 +160,7 @@ class Keyspace:
             return b"%d" % (int(value[2:]) + kv.version)
         if value.startswith(_LIST):
             first, kinds = self.piece(value, b""), self.rpc.RangeRequest
-            request = kinds(
-                key=first, range_end=first[:-1] + b"0", sort_order=kinds.ASCEND, sort_target=kinds.CREATE
-            )  # "0" follows "/"
+            request = kinds(key=first, range_end=_after(first), sort_order=kinds.ASCEND, sort_target=kinds.CREATE)
             return b"".join([piece.value for piece in (await self.cluster.call("Range", request)).kvs])
         return value[2:] if value.startswith(_ESCAPE) else value
 
@@ -185,6 +183,16 @@ class Keyspace:
     def put(self, name: bytes, value: bytes) -> Any:
         """The operation that writes a key."""
         return self.rpc.RequestOp(request_put=self.rpc.PutRequest(key=name, value=value, lease=self.lease))
+
+    def remove(self, name: bytes) -> Any:
+        """The operation that removes a key."""
+        return self.rpc.RequestOp(request_delete_range=self.rpc.DeleteRangeRequest(key=name))
+
+    def remove_pieces(self, marker: bytes) -> Any:
+        """The operation that removes the pieces of a list."""
+        first = self.piece(marker, b"")
+        request = self.rpc.DeleteRangeRequest(key=first, range_end=_after(first))
+        return self.rpc.RequestOp(request_delete_range=request)
 
     def has_version(self, name: bytes, version: int) -> Any:
         """The condition that a key has been written this often since it was created; 0 if it is missing."""
@@ -299,11 +307,30 @@ class FencedWriter:
                 marker = fresh
                 await _back_off(conflicts := conflicts + 1)
 
-    async def delete(self, name: bytes) -> bool:
-        """Remove a key. Returns whether it existed."""
-        keys, name = self._keys, self._keys.prefix + name
-        remove = keys.rpc.RequestOp(request_delete_range=keys.rpc.DeleteRangeRequest(key=name))
-        return (await self._change([keys.exists(name)], [remove]))[0]
+    async def delete(self, names: list[bytes]) -> list[bool]:
+        """Remove keys, some at a time. Returns whether each existed."""
+        keys, existed = self._keys, list[bool]()
+        for at in range(0, len(names), MAX_OPERATIONS // 2 - 1):
+            existed += await self._delete_some(
+                [keys.prefix + name for name in names[at : at + MAX_OPERATIONS // 2 - 1]]
+            )
+        if counters := [name for name in names if keys.heartbeats.covers(name)]:
+            await keys.heartbeats.forget(counters)
+            await self.delete([keys.heartbeats.generation_key(name) for name in counters])
+        return existed
+
+    async def _delete_some(self, names: list[bytes]) -> list[bool]:
+        keys = self._keys
+        conflicts = 0
+        while True:
+            kvs, _ = await keys.read(names)
+            found = {name: kv for name, kv in zip(names, kvs, strict=True) if kv}
+            lists = [kv.value for kv in found.values() if kv.value.startswith(_LIST)]
+            removals = [*map(keys.remove, found), *map(keys.remove_pieces, lists)]
+            conditions = [keys.is_unchanged(name, kv) for name, kv in found.items()]
+            if not found or (await self._change(conditions, removals))[0]:
+                return [name in found for name in names]
+            await _back_off(conflicts := conflicts + 1)
 
     async def _change(self, conditions: list[Any], changes: list[Any], name: bytes | None = None) -> tuple[bool, Any]:
         """Make changes on conditions, once.
@@ -370,6 +397,11 @@ class FencedWriter:
     def _lost(self) -> EtcdError:
         where = self._keys.cluster.where
         return EtcdError(f"the job's keys in {where} are gone: they were removed, or their lease has expired")
+
+
+def _after(prefix: bytes) -> bytes:
+    """The end of the range of keys that begin with a prefix, which ends with "/"."""
+    return prefix[:-1] + b"0"  # "0" follows "/"
 
 
 def _number(text: bytes) -> int:
