@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ settings.load_profile("small")  # "make fuzz" loads the other one
 
 
 def pytest_report_header() -> str:
-    """Say under which versions of Python the launcher is tried (``test_packaging.py``)."""
-    return f"pythons: {', '.join(pythons())}"
+    """Say under which versions of Python the launcher is tried (``test_packaging.py``), and with which torch."""
+    return f"pythons: {', '.join(pythons())}; torch: {version('torch')}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
