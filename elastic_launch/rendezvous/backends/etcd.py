@@ -126,8 +126,10 @@ class EmbeddedEtcdBackend(EtcdBackend):
         if self._log_dir:
             name = self._names[own].replace(":", "_").strip("[]")
             return os.path.abspath(os.path.join(self._log_dir, as_file_name(self._run_id), "etcd", name))
+        from elastic_launch.store.etcd.plan import TEMPORARY
+
         temp = self._environ.get("TMPDIR") or "/tmp"
-        return os.path.abspath(os.path.join(temp, f"elastic_launch_etcd_{os.urandom(6).hex()}"))
+        return os.path.abspath(os.path.join(temp, f"{TEMPORARY}{os.urandom(6).hex()}"))
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Return the descriptors of the bridge and the member."""

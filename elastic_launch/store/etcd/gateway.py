@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
+import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -11,6 +15,10 @@ if TYPE_CHECKING:
 
 TIMEOUT = 1.0
 """Seconds to wait for a member's reply."""
+LONGEST = 3.0
+"""Seconds that a whole reply may take."""
+MAX_ANSWER = 1 << 20
+"""Most bytes of a reply."""
 
 
 class HttpReply(NamedTuple):
@@ -43,10 +51,16 @@ def ask(
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     if tls:
         connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=tls)
+    cut: threading.Timer | None = None
     try:
+        connection.connect()
+        cut = threading.Timer(LONGEST, partial(_cut, connection.sock))  # TIMEOUT is for each part of an answer
+        cut.start()
         connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
         response = connection.getresponse()
-        data = response.read()
+        data = response.read(MAX_ANSWER + 1)
+        if len(data) > MAX_ANSWER:
+            return HttpReply(None, NOT_HTTP)
         if response.status != 200:
             return HttpReply(None, f"status {response.status}")
         return HttpReply(json.loads(data), cluster_id=int(response.headers.get("X-Etcd-Cluster-ID", "0"), 16))
@@ -54,10 +68,18 @@ def ask(
         return HttpReply(None, "no answer")
     except OSError as error:
         return HttpReply(None, (error.strerror or str(error)).lower())
-    except (http.client.HTTPException, ValueError):
+    except (http.client.HTTPException, ValueError, RecursionError):
         return HttpReply(None, NOT_HTTP)
     finally:
+        if cut:
+            cut.cancel()
+            cut.join()
         connection.close()
+
+
+def _cut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it may have been closed by now
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def is_healthy(host: str, port: int) -> bool:

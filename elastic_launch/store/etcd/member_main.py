@@ -36,6 +36,7 @@ from typing import Any, NoReturn
 
 from elastic_launch.host.child_main import dying_with_parent, receive_message, wait_for_agent
 from elastic_launch.host.files import open_regular
+from elastic_launch.store.etcd import leftovers
 from elastic_launch.store.etcd.gateway import ask, is_healthy
 from elastic_launch.store.etcd.plan import MemberPlan, join_endpoint, peer_url
 
@@ -49,7 +50,7 @@ FIRST_REPORT, REPORT_INTERVAL = 5.0, 10.0
 """Seconds until the first line that says what is missing, and between such lines."""
 
 _OPTIONS = (
-    *("--log-level", "error"),
+    *("--log-level", "warn"),
     # Heartbeats leave no history, but the records of each round do.
     *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "10m"),
     *("--quota-backend-bytes", str(8 << 30), "--snapshot-count", "10000"),
@@ -71,6 +72,10 @@ class MemberSupervisor:
         self._peer_url = peer_url(self._host, self._port)
         self._name = join_endpoint(self._host, self._port)
         self._data = os.path.join(plan.folder, "data")
+        self._replaced = f"{self._data}.replaced"
+        """Data of a former member, until its successor serves."""
+        self._lock: int | None = None
+        """Descriptor of the lock on a temporary folder."""
         self._log_path = os.path.join(plan.folder, "log")
         self._log_size = 0
         """Where the log of the current etcd begins."""
@@ -119,7 +124,7 @@ class MemberSupervisor:
     def _run_once(self) -> str:
         """Start etcd, and wait for its end. Returns how it ended. Raises _MemberError, OSError."""
         self._started_at = self._reported_at = time.monotonic()
-        os.makedirs(self._plan.folder, exist_ok=True)
+        self._make_folder()
         self._wait_for_ports()
         process = self._start(*self._prepare())
         alone_at = time.monotonic()
@@ -136,7 +141,15 @@ class MemberSupervisor:
                 return f"does not serve, although a majority of the others does (see {self._log_path})"
             self._report_missing("waits for a majority of the members")
         self._data_failed = False
+        shutil.rmtree(self._replaced, ignore_errors=True)
         return self._reap(process)
+
+    def _make_folder(self) -> None:
+        """Make the folder, and remove those of members that were killed. Raises OSError."""
+        if self._plan.temporary and self._lock is None:
+            leftovers.remove(os.path.dirname(self._plan.folder))
+            self._lock = leftovers.make(self._plan.folder)
+        os.makedirs(self._plan.folder, exist_ok=True)
 
     def _wait_for_ports(self) -> None:
         """Wait until both ports are free. Raises _MemberError if another program keeps one."""
@@ -183,13 +196,21 @@ class MemberSupervisor:
             time.sleep(0.5)
 
     def _replace(self, mine: dict[str, Any] | None) -> Any:
-        """Have the others replace this host's member by a new one. Returns the members; None if the others refuse."""
-        shutil.rmtree(self._data, ignore_errors=True)
+        """Have the others replace this host's member by a new one. Returns the members; None if the others refuse.
+
+        The data are removed when the new member serves: whoever answers may be no member at all.
+        """
         if mine is not None:
             ask(*self._lister, "/v3/cluster/member/remove", {"ID": mine["ID"]})
-        self._data_failed = False
         added = ask(*self._lister, "/v3/cluster/member/add", {"peerURLs": [self._peer_url]}).body
-        return added and added.get("members")
+        members = read_members(added) or []
+        if not any(self._peer_url in member["peerURLs"] for member in members):
+            return None
+        self._data_failed = False
+        if os.path.exists(self._data):
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.rename(self._data, self._replaced)
+        return members
 
     def _start(self, state: str, cluster: str) -> int:
         """Start etcd. Returns a pidfd."""
@@ -234,17 +255,19 @@ class MemberSupervisor:
         """The members, as known to a majority that does not include this host's; None if no majority answers."""
         for other in self._others:
             answer = ask(*other, "/v3/cluster/member/list", {"linearizable": True}).body
-            if answer and int(answer["header"]["cluster_id"]) == self._plan.cluster_id:
+            members = read_members(answer)
+            if members and answer["header"].get("cluster_id") == str(self._plan.cluster_id):
                 self._lister = other
-                return answer["members"]
+                return members
         return None
 
     def _has_served_before(self) -> bool:
         """Whether another member, with or without a majority, knows that this host's has served."""
         for host, port in self._others:
             reply = ask(host, port + 1, "/members")
-            for member in reply.body if reply.cluster_id == self._plan.cluster_id else ():
-                if self._peer_url in member["peerURLs"] and member.get("clientURLs"):
+            members = read_members({"header": {}, "members": reply.body})
+            for member in (members if reply.cluster_id == self._plan.cluster_id else None) or ():
+                if self._peer_url in member["peerURLs"] and member["clientURLs"]:
                     return True
         return False
 
@@ -267,6 +290,23 @@ class MemberSupervisor:
         line = f"the etcd member {self._name} of this host {text}"
         with contextlib.suppress(OSError):
             self._control.send(line.encode(errors="replace")[:4000], socket.MSG_DONTWAIT)
+
+
+def read_members(answer: Any) -> list[dict[str, Any]] | None:
+    """The members in an answer, each with ID, peerURLs and clientURLs; None if it is not what a member answers."""
+
+    def urls(value: Any) -> list[str]:
+        return [url for url in value if isinstance(url, str)] if isinstance(value, list) else []
+
+    if not (isinstance(answer, dict) and isinstance(answer.get("header"), dict)):
+        return None
+    members = answer.get("members")
+    if not (isinstance(members, list) and all(isinstance(member, dict) for member in members)):
+        return None
+    return [
+        {"ID": str(it.get("ID")), "peerURLs": urls(it.get("peerURLs")), "clientURLs": urls(it.get("clientURLs"))}
+        for it in members
+    ]
 
 
 def _readable(line: str) -> str:

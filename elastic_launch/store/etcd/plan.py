@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+TEMPORARY = "elastic_launch_etcd_"
+"""What the names of temporary folders begin with; 12 hexadecimal digits follow."""
+
 
 class MemberPlan(NamedTuple):
     """How to run this host's member. The first two fields are the same on all hosts of the job."""
