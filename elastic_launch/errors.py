@@ -8,14 +8,16 @@ Errors are also of the built-in types that torch raises in such cases, so that p
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 
 class ExitCode(IntEnum):
@@ -38,6 +40,45 @@ class ExitCode(IntEnum):
     """A worker's command was found but could not be executed, by the shell's convention."""
     NOT_FOUND = 127
     """A worker's command was not found, by the shell's convention."""
+
+
+_TORCHS = {
+    "ChildFailedError": "torch.distributed.elastic.multiprocessing.errors",
+    "SignalException": "torch.distributed.elastic.multiprocessing.api",
+    **dict.fromkeys(
+        [f"Rendezvous{kind}Error" for kind in ("", "Closed", "Connection", "GracefulExit", "State", "Timeout")],
+        "torch.distributed.elastic.rendezvous.api",
+    ),
+}
+"""Errors that torch has under the same name, and the module there."""
+
+
+class AlsoTorchs(Exception):  # noqa: N818 - no error by itself
+    """An error that is an instance of torch's class, too, if the program has loaded that: ``except`` with either works.
+
+    The class of the same name must not rely on ``super().__init__``, which may be torch's.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Create the error, of a class that is torch's, too, if there is one."""
+        for ours in cls.__mro__:
+            if ours.__module__ == __name__ and ours.__name__ in _TORCHS:
+                theirs = getattr(sys.modules.get(_TORCHS[ours.__name__]), ours.__name__, None)
+                if theirs and not issubclass(cls, theirs):
+                    kind: Any = cls
+                    joined: type[Self] = _joined(kind, theirs)
+                    return super().__new__(joined, *args)
+                break
+        return super().__new__(cls, *args)
+
+
+@functools.cache
+def _joined(ours: Any, theirs: Any) -> Any:
+    def reduce(self: AlsoTorchs) -> tuple[Any, ...]:
+        return ours, *ours.__reduce__(self)[1:]  # for pickle, which has to find the class by its name
+
+    names = {"__module__": ours.__module__, "__qualname__": ours.__qualname__, "__doc__": ours.__doc__}
+    return type(ours.__name__, (ours, theirs), {**names, "__reduce__": reduce})
 
 
 class LaunchError(RuntimeError):
@@ -67,7 +108,7 @@ class ProgramNotFoundError(UsageError, FileNotFoundError):
     """The program to run does not exist."""
 
 
-class RendezvousError(UnavailableError):
+class RendezvousError(AlsoTorchs, UnavailableError):
     """The nodes could not meet, or could not go on together."""
 
     def __init__(self, message: str = "", exit_code: int | None = None) -> None:
@@ -77,7 +118,7 @@ class RendezvousError(UnavailableError):
             message: what failed, in one line.
             exit_code: the exit status of the launcher; None for that of the class.
         """
-        super().__init__(message)
+        Exception.__init__(self, message)
         if exit_code is not None:
             self.exit_code = exit_code
 
@@ -104,7 +145,7 @@ class RendezvousGracefulExitError(RendezvousError):
     """The job continues without this node."""
 
 
-class SignalException(Exception):  # noqa: N818 - torch's name, by which programs catch it
+class SignalException(AlsoTorchs):
     """A signal ended the job. Its workers have been stopped.
 
     >>> SignalException("stopped by SIGTERM", signal.SIGTERM).exit_code
@@ -118,7 +159,7 @@ class SignalException(Exception):  # noqa: N818 - torch's name, by which program
             msg: what happened, in one line.
             sigval: the signal, which becomes the attribute ``sigval``.
         """
-        super().__init__(msg)
+        Exception.__init__(self, msg)
         self.sigval = sigval
 
     @property
@@ -288,7 +329,7 @@ def _read_json(path: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-class ChildFailedError(Exception):
+class ChildFailedError(AlsoTorchs):
     """The job failed because workers failed. Its text is the whole report.
 
     >>> error = ChildFailedError("train.py", {9: ProcessFailure(local_rank=1, pid=4711, exitcode=-9)})
@@ -325,7 +366,7 @@ class ChildFailedError(Exception):
         first, _ = self.get_first_failure()
         ranks = sorted(failures, key=lambda rank: (rank != first, failures[rank].failed_at))
         lines = [RULE, *report_head(name, [(rank, failures[rank]) for rank in ranks]), RULE]
-        super().__init__(report or "\n".join(lines))
+        Exception.__init__(self, report or "\n".join(lines))
 
     def __reduce__(self) -> tuple[type[ChildFailedError], tuple[str, dict[int, ProcessFailure], str]]:
         return type(self), (self.name, self.failures, self._report)  # for pickle: a worker may raise it

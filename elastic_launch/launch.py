@@ -15,6 +15,8 @@ from elastic_launch.parsing import parse_command
 from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.worker_spec import WorkerSpec
 
+_FIELDS = tuple(LaunchConfig.__dataclass_fields__)
+
 
 class elastic_launch:  # noqa: N801 - torch's name
     """Runs a command or a function in the workers of this node.
@@ -53,7 +55,7 @@ def launch_agent(
     """Run the workers of this node to the end of the job.
 
     Args:
-        config: the settings of the job.
+        config: the settings of the job; torch's ``LaunchConfig`` will do.
         entrypoint: the program or the function that each worker runs.
         args: the arguments of the entry point; strings for a program.
         health_check_server: an object whose ``start()`` and ``stop()`` are called around the run.
@@ -67,6 +69,8 @@ def launch_agent(
         UsageError: a setting is wrong, or the function cannot be pickled.
         LaunchError: the launcher could not do its work.
     """
+    if not isinstance(config, LaunchConfig):  # torch's
+        config = LaunchConfig(**{name: getattr(config, name) for name in _FIELDS if hasattr(config, name)})
     environ = environment()
     environ[SIGNALS_VARIABLE] = config.signals_to_handle
     _share_out_cpus(config, environ)

@@ -36,6 +36,10 @@ def run(args: argparse.Namespace) -> None:
         UsageError: an option or a variable is wrong.
         LaunchError: the launcher could not do its work.
     """
+    if getattr(args, "adopt", False):
+        from elastic_launch import compat  # late: few start programs that start torchrun
+
+        compat.adopt(args)
     if getattr(args, "dry_run", False):
         from elastic_launch.cli import dry_run  # late: it runs no job
 

@@ -34,6 +34,7 @@ def _no_value(text: str) -> bool:
 
 ALL = (
     *OPTIONS,
+    Option("adopt", False, _no_value, "", "SCRIPT is a program that starts torchrun; it starts elastic-run instead"),
     Option("help", False, _no_value, "", "show this help message and exit", "-h"),
     Option("version", False, _no_value, "", "show the version and exit"),
     Option("completion", "", str, "SHELL", "print a script that completes this command line in a shell"),

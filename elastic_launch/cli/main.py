@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from elastic_launch.core.text import visible
 from elastic_launch.host import signals
 from elastic_launch.host.console import RED, REPORT_PATIENCE, YELLOW, Shown, log, paint, shown, write
 
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
 
-def main() -> int:
-    """Run the command line and return the exit status: 0, the cause's, 128 + N for signal N, or an ``ExitCode``."""
+
+def main(parse: Callable[[], argparse.Namespace] | None = None) -> int:
+    """Run the command line and return the exit status: 0, the cause's, 128 + N for signal N, or an ``ExitCode``.
+
+    Args:
+        parse: reads the command line; None for that of ``elastic-run``.
+    """
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, _ignore)  # they are for the workers, and there are none yet
     signals.owns_process = True
@@ -28,7 +36,7 @@ def main() -> int:
         from elastic_launch.errors import ChildFailedError, ExitCode, LaunchError, SignalException, UsageError
 
         try:
-            args = get_args_parser().parse_args()
+            args = parse() if parse else get_args_parser().parse_args()
             from elastic_launch.cli.command import run
 
             run(args)
@@ -53,9 +61,9 @@ def main() -> int:
     return 0
 
 
-def console() -> NoReturn:
+def console(parse: Callable[[], argparse.Namespace] | None = None) -> NoReturn:
     """Exit with the status of ``main``, without the interpreter's own shutdown, which restores signal handlers."""
-    os._exit(main())
+    os._exit(main(parse))
 
 
 def _with_colour(report: str) -> str:

@@ -448,6 +448,13 @@ def get_args_parser(own: bool = True) -> argparse.ArgumentParser:
             group.add_argument(
                 "training_script_args", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="is passed to it"
             )
+            if own:
+                group.add_argument(
+                    "--adopt",
+                    action="store_true",
+                    default=argparse.SUPPRESS,
+                    help="SCRIPT is a program that starts torchrun, as accelerate does; it starts elastic-run instead",
+                )
         for option in group_options:
             if option in options:
                 _add(group, option, environ)

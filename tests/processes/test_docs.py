@@ -64,7 +64,9 @@ def check_options(command: str) -> None:
         name = words[words.index("elastic-job") + 1]
         assert name in COMMANDS or name.isupper(), command
     if "elastic-run" in words:
-        before_script = itertools.takewhile(lambda word: not word.endswith(".py"), words[words.index("elastic-run") :])
+        before_script = itertools.takewhile(
+            lambda word: word != "--" and not word.endswith(".py"), words[words.index("elastic-run") :]
+        )
         assert {word.partition("=")[0].rstrip(")") for word in before_script if word.startswith("--")} <= FLAGS, command
 
 
