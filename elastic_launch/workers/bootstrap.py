@@ -188,7 +188,8 @@ def record_failure(error: BaseException) -> None:
 
     An exit status is not written, nor the exception of a forked child, nor one that was written before.
     """
-    error.with_traceback(strip(error.__traceback__))
+    tb = strip(sys.exc_info()[2])  # a class may hide its __traceback__, and have a with_traceback of its own
+    BaseException.with_traceback(error, tb)
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         return
     if not error_file or os.getpid() != pid:
@@ -204,7 +205,7 @@ def record_failure(error: BaseException) -> None:
         finally:
             sys.path = search
         if not is_recorded(error, error_file):
-            write_record(root_cause(error) or describe(error, error.__traceback__, now), error_file)
+            write_record(root_cause(error) or describe(error, tb, now), error_file)
     except BaseException:  # a full disk, for example: the program's own failure is the one to show
         return
 
@@ -233,18 +234,28 @@ def shortened(text: str) -> str:
 
 def describe(error: BaseException, tb: "TracebackType | None", now: float) -> "Record":
     """Return the record of an exception with a traceback, raised at a time in seconds since 1970."""
-    import traceback
 
     try:
         text = str(error)
     except Exception:
         text = "<exception str() failed>"
     line = f"{type(error).__name__}: {text}"
-    stack = "".join(traceback.format_exception(type(error), error, tb))
-    if isinstance(error, SystemExit):
-        stack = line  # Python shows no more of it either
+    # Python shows no more of a SystemExit either.
+    stack = line if isinstance(error, SystemExit) else format_exception(error, tb, line)
     extra = {"py_callstack": shortened(stack), "timestamp": str(int(now)), "time": now, "session": os.getsid(0)}
     return {"message": {"message": shortened(line), "extraInfo": extra}}
+
+
+def format_exception(error: BaseException, tb: "TracebackType | None", line: str) -> str:
+    """Return the traceback of an exception that ends with ``line``, as Python shows it; or what of it can be had."""
+    import traceback
+
+    for chain in (True, False):
+        try:
+            return "".join(traceback.format_exception(type(error), error, tb, chain=chain))
+        except Exception:
+            continue
+    return "".join(["Traceback (most recent call last):\n", *traceback.format_tb(tb), line, "\n"])
 
 
 def root_cause(error: BaseException) -> "Record | None":

@@ -206,6 +206,12 @@ SCRIPTS: dict[str, tuple[str, int, str | None]] = {
         1,
         "E: <exception str() failed>",
     ),
+    "traceback hidden": (
+        "class E(Exception):\n    __traceback__ = property(lambda self: None)\n"
+        "    def with_traceback(self, tb):\n        1 / 0\nraise E('e')\n",
+        1,
+        "E: e",
+    ),
     "frozen": (
         "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass E(Exception):\n    a: int\nraise E(1)\n",
         1,
@@ -315,6 +321,20 @@ def test_a_script_ends_as_under_plain_python(tmp_path: Path, work: Path, name: s
     assert "bootstrap" not in stack
     if run.error and run.plain.stderr.startswith("Traceback"):
         assert Both.normal(stack.encode(errors="backslashreplace").decode()) == Both.normal(run.plain.stderr)
+
+
+def test_of_an_exception_that_cannot_be_shown_whole_its_own_lines_are_kept(tmp_path: Path) -> None:
+    """Python itself shows an error of its own."""
+    script, error_file = tmp_path / "script.py", tmp_path / "error.json"
+    script.write_text("class E(Exception):\n    __notes__ = property(lambda self: 1 / 0)\nraise E('e')\n")
+    command = [sys.executable, "-u", BOOTSTRAP, "script", str(script)]
+    environ = {**os.environ, "TORCHELASTIC_ERROR_FILE": str(error_file)}
+    assert subprocess.run(command, env=environ, capture_output=True).returncode == 1
+    message = json.loads(error_file.read_text())["message"]
+    assert message["message"] == "E: e"
+    stack = message["extraInfo"]["py_callstack"]
+    begin = f'Traceback (most recent call last):\n  File "{script}", line 3, in <module>\n'
+    assert (stack[: len(begin)], stack[-6:]) == (begin, "\nE: e\n")
 
 
 @pytest.mark.parametrize(
