@@ -64,7 +64,7 @@ class Std(IntFlag):
         (True, True)
 
         Raises:
-            UsageError: the text has neither form.
+            UsageError: the text has neither form, or a rank twice.
         """
         if vm in _STD_NUMBERS:
             return cls(int(vm))
@@ -75,6 +75,8 @@ class Std(IntFlag):
                 raise UsageError(
                     f"{vm!r}: must be 0 (none), 1 (stdout), 2 (stderr) or 3 (both), or RANK:NUMBER,... as in 0:1,1:2"
                 )
+            if int(rank) in by_rank:
+                raise UsageError(f"{vm!r}: has rank {rank} twice")
             by_rank[int(rank)] = cls(int(std))
         return by_rank
 

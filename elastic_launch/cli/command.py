@@ -11,8 +11,10 @@ from typing import Any
 from elastic_launch.agent.worker_group import LOCAL_RANK
 from elastic_launch.cli.options import OPTIONS, read_options
 from elastic_launch.config import LaunchConfig, LogsSpecs, Std
+from elastic_launch.core.text import ranks_text
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
+from elastic_launch.host.console import YELLOW, log, paint
 from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
@@ -80,10 +82,12 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
     pinned = args.rdzv_backend == "static" or "node_rank" in args.given
     fields = LaunchConfig.__dataclass_fields__
     settings = {option.dest: getattr(args, option.dest) for option in OPTIONS if option.dest in fields}
+    workers = local_world_size(args.nproc_per_node, environ)
+    _warn_of_absent_ranks(args, workers)
     settings |= {
         "min_nodes": min_nodes,
         "max_nodes": max_nodes,
-        "nproc_per_node": local_world_size(args.nproc_per_node, environ),
+        "nproc_per_node": workers,
         "logs_specs": _logs_specs(args),
         "run_id": "" if args.standalone or args.rdzv_id == "none" else args.rdzv_id,
         "rdzv_endpoint": "" if args.standalone else args.rdzv_endpoint or _static_endpoint(args),
@@ -122,6 +126,17 @@ def _logs_specs(args: argparse.Namespace) -> LogsSpecs:
     return plug_ins.load(LOGS_SPECS, args.logs_specs, f"--logs-specs={args.logs_specs}", ("default",), create)
 
 
+def _warn_of_absent_ranks(args: argparse.Namespace, workers: int) -> None:
+    """Warn of options about local ranks that this node does not have. It is no error: other nodes may have them."""
+    streams = {name: Std.from_str(getattr(args, name)) for name in ("redirects", "tee")}
+    ranks = {name: set(value) for name, value in streams.items() if isinstance(value, dict)}
+    ranks["local-ranks-filter"] = parse_ranks(args.local_ranks_filter) or set()
+    for name, chosen in ranks.items():
+        if absent := {rank for rank in chosen if rank >= workers}:
+            which = f"rank{'' if len(absent) == 1 else 's'} {ranks_text(absent)}"
+            log(paint(f"--{name}: this node has no local {which}, only 0 to {workers - 1}", YELLOW))
+
+
 def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """Return the program that each worker executes, and its arguments."""
     script, script_args = args.training_script, args.training_script_args
@@ -157,9 +172,13 @@ def _check_program(option: str, program: str) -> None:
 
 def _check_script(script: str) -> None:
     """Report a script that cannot be run, once here rather than once per worker and restart."""
-    if not os.path.exists(script):
+    try:
+        os.stat(script)
+    except PermissionError as error:
+        raise UsageError(f"script {script}: a directory of its path may not be searched by this user") from error
+    except (OSError, ValueError):
         hint = "; for a module, pass -m" if not script.endswith(".py") and os.sep not in script else ""
-        raise UsageError(f"script {script}: no such file{hint}")
+        raise UsageError(f"script {script}: no such file{hint}") from None
     if os.path.isdir(script) and not os.path.exists(os.path.join(script, "__main__.py")):
         raise UsageError(f"script {script}: a directory without a __main__.py")
     if not os.access(script, os.R_OK):

@@ -32,6 +32,8 @@ Logger = Callable[[str], None]
 
 LONGEST_DEADLINE = 1800
 """Longest keep-alive deadline with etcd, where a heartbeat vanishes after twice this time."""
+_MIN_INTERVAL = 0.01
+"""Shortest time between two heartbeats, in seconds: below, agents would do nothing else."""
 DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 """Ports for endpoints that name none, by backend; torch's defaults."""
 
@@ -320,6 +322,12 @@ def _seconds(text: str, option: str) -> float:
     return parse_seconds(text, option, above_zero=True)
 
 
+def _interval(text: str, option: str) -> float:
+    if (seconds := _seconds(text, option)) < _MIN_INTERVAL:
+        raise UsageError(f"{option}{text!r}: must be at least {_MIN_INTERVAL:g} seconds")
+    return seconds
+
+
 def _attempts(text: str, option: str) -> int:
     if not is_number(text) or int(text) < 2:
         raise UsageError(f"{option}{text}: must be a number of at least 2")
@@ -340,7 +348,7 @@ SETTINGS: dict[str, Callable[[str, str], Any]] = {
     "close_timeout": _seconds,  # how long the node that hosts the store waits for the others at the end; default 30
     "store_timeout": _seconds,  # how long to try to reach a store that was lost; default 60
     "read_timeout": _seconds,  # how long a connection to the store, or a reply, may take; default 60
-    "keep_alive_interval": _seconds,  # time between two heartbeats of a node; default 5
+    "keep_alive_interval": _interval,  # time between two heartbeats of a node; default 5
     # Others.
     "keep_alive_max_attempt": _attempts,  # intervals without a heartbeat until a node is lost, at least 2; default 3
     "is_host": _flag,  # whether this node hosts the c10d store; default: if the endpoint is an address of this host

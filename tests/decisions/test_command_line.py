@@ -25,6 +25,8 @@ from elastic_launch.parsing import (
     parse_signals,
     split_endpoint,
 )
+from elastic_launch.rendezvous.backends.c10d import C10dBackend
+from elastic_launch.rendezvous.factory import create_rendezvous
 from elastic_launch.run import (
     config_from_args,
     determine_local_world_size,
@@ -32,6 +34,7 @@ from elastic_launch.run import (
     parse_args,
     parse_min_max_nnodes,
 )
+from elastic_launch.store.client import NotAStoreError
 from elastic_launch.workers import BOOTSTRAP
 
 
@@ -543,3 +546,46 @@ def test_help_and_version_import_nothing_heavy() -> None:
     )
     code += "print(sorted(heavy & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
+def test_a_rank_has_one_choice_of_streams() -> None:
+    with pytest.raises(UsageError, match="'0:1,0:2': has rank 0 twice"):
+        Std.from_str("0:1,0:2")
+
+
+@pytest.mark.parametrize("words", [["-r", "7:1"], ["-t", "1:3,7:1"], ["--local-ranks-filter", "0,7"]])
+def test_ranks_that_are_not_there_are_warned_about(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.py").touch()
+    config_from_args(parse_args(["--nproc-per-node", "2", *words, str(tmp_path / "train.py")]))
+    assert capfd.readouterr().err.endswith(": this node has no local rank 7, only 0 to 1\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_directory_that_may_not_be_searched_is_no_missing_script(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o700)
+    (folder / "train.py").touch()
+    code = (
+        "import os, sys\nfrom elastic_launch import errors\nfrom elastic_launch.run import config_from_args, parse_args\n"
+        "os.chdir('/'); args = parse_args(sys.argv[1:]); os.setuid(12345)\n"
+        "try: config_from_args(args)\nexcept errors.UsageError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(folder / "train.py")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told == f"script {folder}/train.py: a directory of its path may not be searched by this user\n"
+
+
+def test_heartbeats_without_a_pause_are_refused() -> None:
+    config = LaunchConfig(2, 2, 1, rdzv_endpoint="localhost", rdzv_configs={"keep_alive_interval": "1e-9"})
+    with pytest.raises(UsageError, match=r"keep_alive_interval='1e-9': must be at least 0\.01 seconds"):
+        create_rendezvous(config, {}, print)
+
+
+def test_an_own_store_that_starts_slowly_is_not_taken_for_another_program() -> None:
+    backend = C10dBackend("localhost", 29400, True, {})
+    error = NotAStoreError("the store accepts connections, but", certain=False)
+    assert backend.explain(error) is error
+    backend.serves = True
+    assert "which this node hosts, is still starting" in str(backend.explain(error))

@@ -30,7 +30,7 @@ def test_it_tells_who_has_joined_and_for_how_long() -> None:
     state = waiting_node()
     assert text(state, 100.0) == "waiting for 2 to 3 nodes … 0 s"
     state.round.status = Status(2, "host-a, host-b", "")
-    assert text(state, 112.9) == ("2 of 2 to 3 nodes have joined … 12 s: host-a, host-b; waiting up to 588 s more")
+    assert text(state, 112.9) == ("2 of 2 to 3 nodes have joined … 12 s: host-a, host-b; waiting up to 30 s more")
     state.round.status = Status(1, "host-a", "host-c")
     assert text(state, 101.0) == (
         "1 of 2 to 3 nodes has joined … 1 s: host-a; missing: host-c; waiting up to 599 s more"

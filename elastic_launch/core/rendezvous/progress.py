@@ -91,6 +91,8 @@ def waiting(node: NodeState, now: float, status: Status, after_word: str = " aft
     """Describe who has joined, who is missing, and how long the node waits for more."""
     after = now - node.began_at
     left = node.settings.join_timeout - after
+    if status.joined >= node.settings.min_nodes:
+        left = min(left, node.settings.last_call_timeout)  # it begins anew when another node arrives
     missing = f"; missing: {status.missing}" if status.missing else ""
     more = f"; waiting up to {left:.0f} s more" if left > 0 else ""
     have = "has" if status.joined == 1 else "have"

@@ -12,7 +12,7 @@ from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
 from elastic_launch.host.ports import listen, port_owner, stranger_on
 from elastic_launch.rendezvous.backends import Backend
-from elastic_launch.store.client import StoreClient, connect
+from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 
 
@@ -118,6 +118,10 @@ class C10dBackend(Backend):
             raise RendezvousConnectionError(f"{self.where}: connection lost: {error.strerror}") from error
 
     def explain(self, error: RendezvousConnectionError) -> RendezvousConnectionError:
-        """Name the process that listens on the port, if it is a stranger on this host."""
+        """Name the process that listens on the port, if it is a stranger on this host; or this node, whose is late."""
+        if isinstance(error, NotAStoreError) and self.serves:
+            return RendezvousConnectionError(
+                f"{self.where}, which this node hosts, is still starting; allow more time (join_timeout in --rdzv-conf)"
+            )
         owner = port_owner(self.port) if self._is_host and not self.serves else None
         return RendezvousConnectionError(f"{error} (port {self.port} is in use by {owner})") if owner else error
