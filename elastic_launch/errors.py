@@ -195,7 +195,7 @@ _MAX_FILE = 4 << 20
 """Bytes of the largest error file that a failure reads."""
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class ProcessFailure:
     """The failure of one worker. The first four fields are torch's, in its order, and so are the properties.
 

@@ -568,9 +568,11 @@ def test_a_directory_that_may_not_be_searched_is_no_missing_script(tmp_path: Pat
     folder.mkdir(mode=0o700)
     (folder / "train.py").touch()
     code = (
-        "import os, sys\nfrom elastic_launch import errors\nfrom elastic_launch.run import config_from_args, parse_args\n"
+        "import os, sys\n"
+        "from elastic_launch.run import config_from_args, parse_args\n"
         "os.chdir('/'); args = parse_args(sys.argv[1:]); os.setuid(12345)\n"
-        "try: config_from_args(args)\nexcept errors.UsageError as error: print(error)"
+        "try: config_from_args(args)\n"
+        "except ValueError as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(folder / "train.py")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
