@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
     from elastic_launch.rendezvous.backends.etcd import EtcdBackend
     from elastic_launch.rendezvous.handler import RendezvousParameters
+    from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
 Conf = Mapping[str, Any]
 """Settings of ``--rdzv-conf``."""
@@ -88,7 +89,7 @@ def adapt(handler: Any, spec: WorkerSpec, environ: Environ, log: Logger) -> Rend
     from elastic_launch.rendezvous.registry import BuiltInHandler
 
     if isinstance(handler, BuiltInHandler):
-        return create_built_in(_launch_config(handler.params, spec), environ, log)
+        return create_built_in(launch_config(handler.params, spec), environ, log)
     # The handler comes from outside, and need not be a subclass of ours.
     if not hasattr(handler, "next_rendezvous"):
         raise LaunchError(f"rdzv_handler={handler!r}: must be a rendezvous handler; it has no next_rendezvous()")
@@ -121,7 +122,7 @@ def check_own(record: NodeRecord) -> NodeRecord:
         raise UsageError(f"the options of this node cannot be told to the others: {error}") from error
 
 
-def _launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConfig:
+def launch_config(params: RendezvousParameters, spec: WorkerSpec) -> LaunchConfig:
     """Return the settings of a job that was described by parameters of torch's interface."""
     policy = spec.get_policy()
     return LaunchConfig(
@@ -186,7 +187,7 @@ def _token(config: LaunchConfig, environ: Environ) -> tuple[str, bytes]:
     return os.path.abspath(path), token.read(path, option)
 
 
-def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
+def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> StoreRendezvous:
     """Create the rendezvous of a job of several nodes, which meet over a store.
 
     Raises:

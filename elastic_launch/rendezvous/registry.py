@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.host import plug_ins
 from elastic_launch.rendezvous import BUILT_IN
 from elastic_launch.rendezvous.handler import RendezvousHandler, RendezvousInfo, RendezvousParameters, check_backend
+
+if TYPE_CHECKING:
+    from elastic_launch.rendezvous.without_agent import Member
 
 ENTRY_POINTS = "torchrun.handlers"
 """Entry point group of packages that offer handlers: a backend's name, and a function that returns the creator."""
@@ -74,14 +77,15 @@ class RendezvousHandlerRegistry:
 
 
 class BuiltInHandler(RendezvousHandler):
-    """A built-in backend, as a value for ``WorkerSpec.rdzv_handler``.
+    """A built-in backend, as a value for ``WorkerSpec.rdzv_handler``, or for a program without an agent.
 
-    It only carries its parameters: ``factory.adapt`` creates the rendezvous that the agent talks to from them. Programs
-    cannot meet over it without an agent, so ``next_rendezvous`` raises UsageError.
+    An agent takes only the parameters, from which ``factory.adapt`` creates its rendezvous. Without an agent,
+    ``next_rendezvous`` joins the job; from then on a thread answers the other nodes until ``shutdown``.
     """
 
     def __init__(self, params: RendezvousParameters) -> None:
         self.params = params
+        self._member: Member | None = None
 
     def get_backend(self) -> str:
         """Return the backend's name."""
@@ -91,23 +95,46 @@ class BuiltInHandler(RendezvousHandler):
         """Return the job's id."""
         return self.params.run_id
 
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether the job's store also serves the workers of this round. Before the first one: False."""
+        return bool(self._member and self._member.assignment and self._member.assignment.agent_store)
+
     def next_rendezvous(self) -> RendezvousInfo:
-        """Raise UsageError: only agents meet over a built-in backend."""
-        raise UsageError(f"rendezvous backend {self.params.backend!r}: needs an agent; use LocalElasticAgent")
+        """Wait for the other nodes, and return this node's part in the next round.
+
+        If it is called during a round, that ends for all nodes, for which ``num_nodes_waiting`` is 1 from then on.
+
+        Raises:
+            UsageError: a parameter is missing or wrong.
+            RendezvousClosedError: the job has ended.
+            RendezvousTimeoutError: too few nodes came in time.
+            RendezvousConnectionError: the store cannot be reached, or is lost.
+        """
+        if self._member is None:
+            from elastic_launch.rendezvous.factory import launch_config  # late: few programs have no agent
+            from elastic_launch.rendezvous.without_agent import Member
+            from elastic_launch.worker_spec import WorkerSpec
+
+            self._member = Member(launch_config(self.params, WorkerSpec("default_role", 1, self)))
+        return self._member.next_rendezvous()
 
     def is_closed(self) -> bool:
-        """Return False: only the agents know whether the job has ended."""
-        return False
+        """Return whether the job has ended, as far as this program has taken part in it."""
+        return bool(self._member and self._member.is_closed)
 
     def set_closed(self) -> None:
-        """Do nothing: the agents end the job."""
+        """End the job for all nodes, if this program has taken part in it."""
+        if self._member:
+            self._member.end()
 
     def num_nodes_waiting(self) -> int:
-        """Return 0: only the agents know which nodes wait."""
-        return 0
+        """Return 1 if the round has ended and another one follows, because nodes join, leave or are lost; else 0."""
+        return int(bool(self._member and self._member.has_ended and not self._member.is_closed))
 
     def shutdown(self) -> bool:
-        """Return True: nothing is open."""
+        """End the job for all nodes, if this program has taken part in it, and release everything. Return True."""
+        self.set_closed()
         return True
 
 

@@ -5,6 +5,7 @@ Agents of several nodes are processes: ``agent_main`` below is their program.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from elastic_launch import LaunchError, WorkerSpec
+from elastic_launch import EtcdServer, LaunchError, WorkerSpec
 from elastic_launch.control.client import sockets
 from elastic_launch.errors import (
     ExitCode,
@@ -380,8 +381,8 @@ def test_adapt() -> None:
     own = get_rendezvous_handler(RendezvousParameters("c10d", "host-a:29400", "job", 2, 2))
     assert (own.get_backend(), own.get_run_id()) == ("c10d", "job")
     assert isinstance(adapt(own, spec, {}, print), StoreRendezvous)
-    with pytest.raises(UsageError, match="use LocalElasticAgent"):
-        own.next_rendezvous()
+    with pytest.raises(UsageError, match="need a rendezvous endpoint"):  # without an agent
+        get_rendezvous_handler(RendezvousParameters("c10d", "", "job", 2, 2)).next_rendezvous()
 
 
 def test_signal_while_the_handler_blocks(job: Job) -> None:
@@ -507,6 +508,63 @@ def test_success_does_not_wait_forever(job: Job) -> None:
 def read(job: Job) -> dict[str, Any]:
     with Files(job.path / "shared").locked() as state:
         return dict(state)
+
+
+@pytest.mark.parametrize("backend", ["static", "c10d", "etcd"])
+def test_built_in_backends_need_no_agent(backend: str) -> None:
+    """Two nodes meet, exchange values, meet again when one of them asks for it, and end."""
+    from elastic_launch.host.ports import reserve_port
+
+    with contextlib.ExitStack() as stack:
+        if backend == "etcd":
+            server = EtcdServer()
+            stack.callback(server.stop)
+            server.start()
+            endpoint = server.get_endpoint()
+        else:
+            with reserve_port() as sock:
+                endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+        config: list[dict[str, Any]] = [{"rank": rank} if backend == "static" else {} for rank in (0, 1)]
+        handlers = [
+            get_rendezvous_handler(RendezvousParameters(backend, endpoint, "job-1", 2, 2, **more)) for more in config
+        ]
+        for handler in handlers:
+            stack.callback(handler.shutdown)
+        infos = meet(handlers)
+        assert sorted(info.rank for info in infos) == [0, 1]
+        assert {info.world_size for info in infos} == {2}
+        assert infos[0].bootstrap_store_info == infos[1].bootstrap_store_info
+        assert {handler.use_agent_store for handler in handlers} == {backend != "etcd"}
+        assert [handler.num_nodes_waiting() for handler in handlers] == [0, 0]
+        infos[0].store.set("key", "value")
+        assert infos[1].store.get("key") == b"value"
+        assert [info.store.add("count", 2) for info in infos] == [2, 4]
+        second = threading.Thread(target=lambda: infos.append(handlers[1].next_rendezvous()))
+        second.start()
+        wait_until(lambda: handlers[0].num_nodes_waiting())
+        infos.append(handlers[0].next_rendezvous())
+        second.join()
+        assert sorted(info.rank for info in infos[2:]) == [0, 1]
+        assert not infos[2].store.check(["key"]), "each round has keys of its own"
+        assert not any(handler.is_closed() for handler in handlers)
+        assert handlers[1].shutdown()
+        wait_until(lambda: handlers[0].is_closed())
+        with pytest.raises(RendezvousClosedError):
+            handlers[0].next_rendezvous()
+
+
+def meet(handlers: list[RendezvousHandler]) -> list[RendezvousInfo]:
+    infos: dict[int, RendezvousInfo] = {}
+
+    def join(number: int) -> None:
+        infos[number] = handlers[number].next_rendezvous()
+
+    threads = [threading.Thread(target=join, args=(number,)) for number in range(len(handlers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [info for _, info in sorted(infos.items())]
 
 
 def test_torchs_own_handler(job: Job) -> None:
