@@ -22,7 +22,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_no_data() -> None:
     server.start(timeout=30, stderr=subprocess.DEVNULL)
     pid = server.pid
     try:
-        assert server.get_endpoint() == f"{server.get_host()}:{server.get_port()}"
+        assert (server.get_host(), server.get_endpoint()) == ("localhost", f"127.0.0.1:{server.get_port()}")
         server.wait_ready(1)
         assert os.listdir(tempfile.gettempdir())
     finally:
