@@ -279,7 +279,7 @@ class Keeper:
         dropped = []
         for worker in self.running(local_ranks):
             for pid in (worker.pid, *descendants(worker.pid)):
-                if is_prepared(pid, signum):
+                if signum == signal.SIGKILL or is_prepared(pid, signum):  # SIGKILL: an expired timer's
                     kill(pid, signum)
                     break
             else:
