@@ -212,28 +212,26 @@ def _etcd(backend: EtcdBackend) -> str | Doubt:
 def _tls(backend: EtcdBackend) -> ssl.SSLContext:
     files = bridge.given_settings(backend.conf)
     try:
-        context = ssl.create_default_context(cafile=files.get("cacert"))
-        if "cert" in files:
-            context.load_cert_chain(files["cert"], files["key"])
+        return gateway.tls_context(files.get("cacert"), files.get("cert"), files.get("key"))
     except OSError as error:
         raise RendezvousConnectionError(
             f"{backend.where}: cannot use cacert, cert and key of --rdzv-conf: {error}"
         ) from error
-    return context
 
 
 def _embedded(backend: EmbeddedEtcdBackend) -> str | Doubt:
     """Look at the member that this host would run: its program and its two ports."""
     own = [(host, port) for host, port in backend.members if own_address_of(host, port)]
     if not own:
-        return _members(backend.members, "no endpoint is this host's, so it runs no member")
+        tls = _tls(backend) if bridge.is_secure(backend.conf) else None
+        return _members(backend.members, "no endpoint is this host's, so it runs no member", tls)
     binary = etcd_binary()
     for port in (own[0][1], own[0][1] + 1):
         reserve_port(port).close()
     return f"this host runs the member {join_endpoint(*own[0])} with {binary}; its ports are free"
 
 
-def _members(members: Sequence[tuple[str, int]], text: str) -> str | Doubt:
+def _members(members: Sequence[tuple[str, int]], text: str, tls: ssl.SSLContext | None) -> str | Doubt:
     """Say which of the members serve already: other hosts may have started theirs."""
-    serving = [join_endpoint(*member) for member in members if gateway.is_healthy(*member)]
+    serving = [join_endpoint(*member) for member in members if gateway.is_healthy(*member, tls=tls)]
     return f"{text}; {listed(serving)} serve" if serving else Doubt(f"{text}; none of the members serves yet")

@@ -291,12 +291,16 @@ def _etcd_backend(config: LaunchConfig, conf: Conf, settings: Settings, environ:
 
 def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> list[tuple[str, int]]:
     """Return host and client port of each member of an embedded etcd; warn about numbers that gain nothing."""
-    from elastic_launch.store.etcd.bridge import DEFAULT_PORT
+    from elastic_launch.store.etcd.bridge import DEFAULT_PORT, TLS_FILES, given_settings, is_secure, parse_settings
 
-    if security := [name for name in ETCD_SECURITY if conf.get(name)]:
-        raise UsageError(f"--rdzv-conf {security[0]}: embedded etcd (embedded=true) supports neither TLS nor users")
-    if conf.get("protocol", "http").strip().lower() != "http":
-        raise UsageError("--rdzv-conf protocol: embedded etcd (embedded=true) supports http only")
+    if users := [name for name in ("user", "username", "password", "password_file") if name in conf]:
+        raise UsageError(f"--rdzv-conf {users[0]}: embedded etcd (embedded=true) has no users; it can have TLS")
+    parse_settings(endpoint, conf)  # here, before anything is started
+    files = given_settings(conf)
+    if is_secure(conf) and (missing := [name for name in TLS_FILES if name not in files]):
+        raise UsageError(
+            f"--rdzv-conf: embedded etcd (embedded=true) with TLS needs cacert, cert and key; {missing[0]} is missing"
+        )
     parts = [split_endpoint(entry) for entry in endpoint.split(",") if entry.strip()]
     members = [(host, port or DEFAULT_PORT) for host, port in parts]
     used = [(host, port + above) for host, port in members for above in (0, 1)]

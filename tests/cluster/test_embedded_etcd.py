@@ -20,7 +20,9 @@ import pytest
 from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
 from elastic_launch.rendezvous.factory import create_built_in
+from elastic_launch.store.etcd.gateway import ask, tls_context
 from elastic_launch.store.etcd.member import claim_endpoint
+from tests.support.certificates import make_certificates
 from tests.support.etcd import post
 from tests.support.jobs import Job
 from tests.support.leaks import children
@@ -235,6 +237,30 @@ def test_a_member_without_data_waits_for_a_majority_to_replace_it(agents: Agents
     assert {result.returncode for result in finish(agents, [blank, back, processes[2]])} == {143}
 
 
+def test_members_and_clients_speak_tls(agents: Agents, tmp_path: Path) -> None:
+    """A host dies, and an agent takes its place, as without TLS. Nobody else is let in."""
+    make_certificates(tmp_path, *HOSTS)
+    files = {"cacert": "ca.pem", "cert": "server.pem", "key": "server.key"}
+    conf = "".join(f",{name}={tmp_path / file}" for name, file in files.items())
+    processes = agents.in_order(
+        agents.job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart < 2: wait()\n"), conf=conf
+    )
+    all_are_up(agents, 0, 3)
+    for port in (agents.port, agents.port + 1):
+        assert ask(HOSTS[1], port, "/version").body is None, "without TLS"
+        stranger = tls_context(str(tmp_path / "ca.pem"))
+        assert ask(HOSTS[1], port, "/version", tls=stranger).body is None, "without a certificate"
+        known = tls_context(*(str(tmp_path / file) for file in files.values()))
+        wait_until(lambda port=port, tls=known: ask(HOSTS[1], port, "/version", tls=tls).body)  # type: ignore[misc]
+    processes[0].kill()
+    agents.job.finish(processes.pop(0))
+    all_are_up(agents, 1, 2)
+    processes.append(agents(agents.job.script(ONCE), conf=conf))
+    all_are_up(agents, 2, 3)
+    results = finish(agents, processes)
+    assert [result.returncode for result in results] == [0, 0, 0], results
+
+
 def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:
     processes = agents.in_order(agents.job.script("mark()\nwait_for('go')\n"), conf=",keep_alive_interval=3")
     all_are_up(agents, 0, 3)
@@ -386,9 +412,12 @@ def config(endpoint: str = "h:1,i:1,j:1", backend: str = "etcd", **conf: str) ->
     [
         (lambda: config(embedded="perhaps"), "embedded=perhaps: must be true or false"),
         (lambda: config("h:1", "c10d"), "embedded=true: needs --rdzv-backend etcd"),
-        (lambda: config(cacert="x"), "cacert: embedded etcd (embedded=true) supports neither TLS nor users"),
-        (lambda: config(user="x", password="y"), "user: embedded etcd"),
-        (lambda: config(protocol="https"), "protocol: embedded etcd (embedded=true) supports http only"),
+        (lambda: config(cacert="/nowhere"), "cacert=/nowhere: No such file"),
+        (lambda: config(user="x", password="y"), "user: embedded etcd (embedded=true) has no users"),
+        (
+            lambda: config(protocol="https"),
+            "embedded etcd (embedded=true) with TLS needs cacert, cert and key; cacert is",
+        ),
         (lambda: config("h:1,h:2,i:1"), "each member needs two ports of its own"),
         (lambda: config("h:65535"), "PORT must be below 65535"),
         (lambda: config("h:x"), "must be a port number"),

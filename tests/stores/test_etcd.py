@@ -9,7 +9,6 @@ import http.server
 import itertools
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
+from tests.support.certificates import make_certificates
 from tests.support.etcd import Trio, post
 from tests.support.leaks import shared_by_tests
 from tests.support.ports import free_port
@@ -584,21 +584,7 @@ def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> Non
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ca.pem, another-ca.pem; server.pem, client.pem with their .key files."""
-    folder = tmp_path_factory.mktemp("tls")
-    assert shutil.which("openssl"), "the certificates are made with openssl: install it"
-
-    def openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    for name in ("ca", "another-ca"):
-        openssl(*new, "-x509", "-days", "2", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem")
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
-    for name in ("server", "client"):
-        openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        signing = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "ext")
-        openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-out", f"{name}.pem")
-    return folder
+    return make_certificates(tmp_path_factory.mktemp("tls"), "127.0.0.1")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.parsing import split_endpoint
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient
-from elastic_launch.store.etcd.bridge import EtcdBridge
+from elastic_launch.store.etcd.bridge import EtcdBridge, given_settings
 from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 
 SHOWN_SETTINGS = {
@@ -106,7 +106,11 @@ class EmbeddedEtcdBackend(EtcdBackend):
         from elastic_launch.store.etcd.plan import MemberPlan
         from elastic_launch.store.etcd.server import etcd_binary
 
-        plan = MemberPlan(endpoints=self.members, token=f"elastic-launch/{as_file_name(self._run_id)}")
+        files = given_settings(self.conf)
+        tls = (files["cacert"], files["cert"], files["key"]) if "cacert" in files else None
+        if tls:
+            tls = (os.path.abspath(tls[0]), os.path.abspath(tls[1]), os.path.abspath(tls[2]))
+        plan = MemberPlan(endpoints=self.members, token=f"elastic-launch/{as_file_name(self._run_id)}", tls=tls)
         self.conf = {**self.conf, "cluster_id": str(plan.cluster_id)}
         if claimed := self._claim_own():
             own, address = claimed

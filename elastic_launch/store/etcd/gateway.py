@@ -77,12 +77,26 @@ def ask(
         connection.close()
 
 
+def tls_context(cacert: str | None, cert: str | None = None, key: str | None = None) -> SSLContext:
+    """How to set up TLS with these files; without ``cacert`` the system's authorities are trusted.
+
+    Raises:
+        OSError: A file cannot be read, or used.
+    """
+    import ssl  # late: few need it
+
+    context = ssl.create_default_context(cafile=cacert)
+    if cert:
+        context.load_cert_chain(cert, key)
+    return context
+
+
 def _cut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it may have been closed by now
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def is_healthy(host: str, port: int) -> bool:
+def is_healthy(host: str, port: int, tls: SSLContext | None = None) -> bool:
     """Whether a member serves clients."""
-    answer = ask(host, port, "/health").body
+    answer = ask(host, port, "/health", tls=tls).body
     return isinstance(answer, dict) and answer.get("health") == "true"

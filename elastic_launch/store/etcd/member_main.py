@@ -32,13 +32,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from elastic_launch.host.child_main import dying_with_parent, receive_message, wait_for_agent
 from elastic_launch.host.files import open_regular
 from elastic_launch.store.etcd import leftovers
-from elastic_launch.store.etcd.gateway import ask, is_healthy
-from elastic_launch.store.etcd.plan import MemberPlan, join_endpoint, peer_url
+from elastic_launch.store.etcd.gateway import HttpReply, ask, is_healthy, tls_context
+from elastic_launch.store.etcd.plan import MemberPlan, join_endpoint
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 RESTARTS = 3
 """How often etcd is started again after it has ended."""
@@ -69,8 +72,11 @@ class MemberSupervisor:
         self._control = control
         self._host, self._port = plan.endpoints[plan.own_index]
         self._others = [endpoint for index, endpoint in enumerate(plan.endpoints) if index != plan.own_index]
-        self._peer_url = peer_url(self._host, self._port)
+        self._peer_url = plan.peer_url(self._host, self._port)
+        self._tls: SSLContext | None = None
         self._name = join_endpoint(self._host, self._port)
+        self._tls_host = self._host if plan.tls else plan.address
+        """What to call this host's member: its certificate has its name."""
         self._data = os.path.join(plan.folder, "data")
         self._replaced = f"{self._data}.replaced"
         """Data of a former member, until its successor serves."""
@@ -125,10 +131,12 @@ class MemberSupervisor:
         """Start etcd, and wait for its end. Returns how it ended. Raises _MemberError, OSError."""
         self._started_at = self._reported_at = time.monotonic()
         self._make_folder()
+        if self._plan.tls:
+            self._tls = tls_context(*self._plan.tls)  # here, where an error is logged
         self._wait_for_ports()
         process = self._start(*self._prepare())
         alone_at = time.monotonic()
-        while not is_healthy(self._plan.address, self._port):
+        while not is_healthy(self._tls_host, self._port, self._tls):
             if _has_ended(process, 0.1):
                 self._data_failed = True
                 return self._reap(process)
@@ -178,7 +186,9 @@ class MemberSupervisor:
             has_data = os.path.isdir(os.path.join(self._data, "member"))
             if (members := self._list_members()) is None:
                 if has_data or not self._has_served_before():
-                    return "new", self._initial_cluster(peer_url(*endpoint) for endpoint in self._plan.endpoints)
+                    return "new", self._initial_cluster(
+                        self._plan.peer_url(*endpoint) for endpoint in self._plan.endpoints
+                    )
                 self._report_missing(
                     f"has lost its data ({self._data}) and must be replaced, which takes a majority of the others: "
                     "wait for them, or start over with another --rdzv-id"
@@ -201,8 +211,8 @@ class MemberSupervisor:
         The data are removed when the new member serves: whoever answers may be no member at all.
         """
         if mine is not None:
-            ask(*self._lister, "/v3/cluster/member/remove", {"ID": mine["ID"]})
-        added = ask(*self._lister, "/v3/cluster/member/add", {"peerURLs": [self._peer_url]}).body
+            self._ask(self._lister, "/v3/cluster/member/remove", {"ID": mine["ID"]})
+        added = self._ask(self._lister, "/v3/cluster/member/add", {"peerURLs": [self._peer_url]}).body
         members = read_members(added) or []
         if not any(self._peer_url in member["peerURLs"] for member in members):
             return None
@@ -215,14 +225,15 @@ class MemberSupervisor:
     def _start(self, state: str, cluster: str) -> int:
         """Start etcd. Returns a pidfd."""
         plan = self._plan
-        listen = [f"http://{join_endpoint(plan.address, port)}" for port in (self._port, self._port + 1)]
+        listen = [f"{plan.scheme}://{join_endpoint(plan.address, port)}" for port in (self._port, self._port + 1)]
         argv = dying_with_parent(
             [
                 *(plan.binary, "--name", f"m{plan.own_index}", "--data-dir", self._data, *_OPTIONS),
-                *("--listen-client-urls", listen[0], "--advertise-client-urls", f"http://{self._name}"),
+                *("--listen-client-urls", listen[0], "--advertise-client-urls", f"{plan.scheme}://{self._name}"),
                 *("--listen-peer-urls", listen[1], "--initial-advertise-peer-urls", self._peer_url),
                 *("--initial-cluster", cluster, "--initial-cluster-state", state),
                 *("--initial-cluster-token", plan.token),
+                *_tls_options(plan),
             ]
         )
         with open(self._log_path, "ab", opener=open_regular) as log, self._starting:
@@ -246,15 +257,18 @@ class MemberSupervisor:
 
     # --- the other members
 
+    def _ask(self, where: tuple[str, int], path: str, body: dict[str, Any] | None = None) -> HttpReply:
+        return ask(*where, path, body, self._tls)
+
     def _initial_cluster(self, urls: Iterable[str]) -> str:
         """etcd's option of this name, from the members' peer URLs."""
-        names = {peer_url(*endpoint): f"m{index}" for index, endpoint in enumerate(self._plan.endpoints)}
+        names = {self._plan.peer_url(*endpoint): f"m{index}" for index, endpoint in enumerate(self._plan.endpoints)}
         return ",".join(f"{names.get(url, f'x{number}')}={url}" for number, url in enumerate(urls))
 
     def _list_members(self) -> Any:
         """The members, as known to a majority that does not include this host's; None if no majority answers."""
         for other in self._others:
-            answer = ask(*other, "/v3/cluster/member/list", {"linearizable": True}).body
+            answer = self._ask(other, "/v3/cluster/member/list", {"linearizable": True}).body
             members = read_members(answer)
             if members and answer["header"].get("cluster_id") == str(self._plan.cluster_id):
                 self._lister = other
@@ -264,7 +278,7 @@ class MemberSupervisor:
     def _has_served_before(self) -> bool:
         """Whether another member, with or without a majority, knows that this host's has served."""
         for host, port in self._others:
-            reply = ask(host, port + 1, "/members")
+            reply = self._ask((host, port + 1), "/members")
             members = read_members({"header": {}, "members": reply.body})
             for member in (members if reply.cluster_id == self._plan.cluster_id else None) or ():
                 if self._peer_url in member["peerURLs"] and member["clientURLs"]:
@@ -281,7 +295,7 @@ class MemberSupervisor:
         self._reported_at = now
         others = []
         for host, port in self._others:
-            reply = ask(host, port + 1, "/version")
+            reply = self._ask((host, port + 1), "/version")
             state = f"does not answer ({reply.why})" if reply.body is None else "answers"
             others.append(f"{join_endpoint(host, port)} {state}")
         self._log(f"{what}; after {now - self._started_at:.0f} s: {', '.join(others)}")
@@ -290,6 +304,25 @@ class MemberSupervisor:
         line = f"the etcd member {self._name} of this host {text}"
         with contextlib.suppress(OSError):
             self._control.send(line.encode(errors="replace")[:4000], socket.MSG_DONTWAIT)
+
+
+def _tls_options(plan: MemberPlan) -> list[str]:
+    """etcd's options for TLS: clients and members must show a certificate of the same authority."""
+    if plan.tls is None:
+        return []
+    cacert, cert, key = plan.tls
+    return [
+        *("--cert-file", cert, "--key-file", key, "--trusted-ca-file", cacert, "--client-cert-auth"),
+        *(
+            "--peer-cert-file",
+            cert,
+            "--peer-key-file",
+            key,
+            "--peer-trusted-ca-file",
+            cacert,
+            "--peer-client-cert-auth",
+        ),
+    ]
 
 
 def read_members(answer: Any) -> list[dict[str, Any]] | None:

@@ -27,17 +27,23 @@ class MemberPlan(NamedTuple):
     """The folder for etcd's data and its log."""
     temporary: bool = False
     """Whether the folder is removed at the end."""
+    tls: tuple[str, str, str] | None = None
+    """Paths of the authority's certificate, and of this host's certificate and key; None: plain HTTP."""
 
     @property
     def cluster_id(self) -> int:
         """The id that etcd gives to a cluster with these members. It stays when members are replaced."""
-        members = (_etcd_id(f"{peer_url(host, port)}{self.token}".encode()) for host, port in self.endpoints)
+        members = (_etcd_id(f"{self.peer_url(host, port)}{self.token}".encode()) for host, port in self.endpoints)
         return int.from_bytes(_etcd_id(b"".join(sorted(members))), "big")
 
+    @property
+    def scheme(self) -> str:
+        """The scheme of all URLs."""
+        return "https" if self.tls else "http"
 
-def peer_url(host: str, port: int) -> str:
-    """Where other members reach the one with this endpoint."""
-    return f"http://{join_endpoint(host, port + 1)}"
+    def peer_url(self, host: str, port: int) -> str:
+        """Where other members reach the one with this endpoint."""
+        return f"{self.scheme}://{join_endpoint(host, port + 1)}"
 
 
 def join_endpoint(host: str, port: int) -> str:
