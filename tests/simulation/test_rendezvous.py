@@ -317,7 +317,7 @@ def play(seed: int) -> Scene:
         assert len(ranks) >= min(high, len(live)), f"{made}: {len(assignments)} of {len(live)} nodes take part"
         all_end(made)
         return Scene("succeeded", len(made.assignments))
-    causes = {(finish.failures, finish.error, finish.status, finish.why) for finish in finished}
+    causes = {(str(finish.failures), finish.error, finish.status, finish.why) for finish in finished}
     assert len(causes) <= 1, f"{made}: several causes: {causes}"
     return Scene("failed" if finished else "gone", len(made.assignments))
 

@@ -240,6 +240,20 @@ def test_a_stranger_does_not_join_and_costs_little() -> None:
     assert (made.agents[0].running, made.agents[2].running) == (0, 0)
 
 
+@pytest.mark.parametrize("token", [TOKEN, b""])
+def test_two_nodes_with_one_ticket_do_not_get_one_place(token: bytes) -> None:
+    """The world sees to it that no rank of a round is given twice."""
+    made = world(1, job(2, 3), token=token)
+    made.run(made.now + 2)
+    forge(made, "0/ticket", b"0")
+    made.add()
+    made.run(made.now + 3)
+    made.add()
+    form(made, 3)
+    assert len(made.assignments) <= 2
+    all_end(made)
+
+
 def test_reports_notes_and_losses_of_strangers_are_left_out() -> None:
     made = formed(3, job(2, 3), TOKEN)
     report = encode(Consequence(FAILURE, "node-2"))

@@ -94,6 +94,7 @@ def members(made: World) -> list[Agent]:
 ASKED: dict[type[Question], set[Phase]] = {
     questions.LearnRound: {JOINING},
     questions.DrawTicket: {JOINING},
+    questions.WriteRecord: {WAITING},
     questions.ReadPastRound: {WAITING},
     questions.ReadPastNodes: {WAITING},
     questions.CountTickets: {WAITING},

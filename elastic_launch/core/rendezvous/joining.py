@@ -8,8 +8,9 @@ from elastic_launch.core.rendezvous.leading import become_leader, refuse
 from elastic_launch.core.rendezvous.leaving import decide, leave
 from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import number
+from elastic_launch.core.rendezvous.next_round import rejoin
 from elastic_launch.core.rendezvous.progress import FIRST_LINE, waiting
-from elastic_launch.core.rendezvous.records import encode, refused
+from elastic_launch.core.rendezvous.records import NodeRecord, decode, encode, refused
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Swap
 from elastic_launch.errors import ExitCode
@@ -37,13 +38,22 @@ def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, 
     if not node.round.ticket:
         raise refused(node.key("ticket"), "must count from 1")
     enter(node, Phase.WAITING)
-    step.create(questions.Write(), f"node/{node.round.ticket}", encode(node.record))
+    step.create(questions.WriteRecord(), f"node/{node.round.ticket}", encode(node.record))
     node.timers[Timer.PROGRESS] = max(step.now, node.began_at) + FIRST_LINE
     if node.round.ticket == 1:
         become_leader(node, step)
     else:
         step.await_key("closed")
     node.timers[Timer.HEARTBEAT] = max(step.now, node.round.heartbeat.answered_at + node.heartbeat_period)
+
+
+def on_record_written(node: NodeState, step: Step, answer: Answer[questions.WriteRecord, bytes]) -> None:
+    """Meet in another round if the ticket is another node's, too: two nodes would get one place.
+
+    Somebody has set the counter back, or the store came back empty in between.
+    """
+    if decode(NodeRecord, answer.value, node.key(f"node/{node.round.ticket}")).node != node.record.node:
+        rejoin(node, step)
 
 
 def on_join_timeout(node: NodeState, step: Step) -> None:

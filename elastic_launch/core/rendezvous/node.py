@@ -221,6 +221,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     # Joining.
     **_row(questions.LearnRound, joining.on_round, JOINING, ignored=(ENDED, LEAVING)),
     **_row(questions.DrawTicket, joining.on_ticket, JOINING, ignored=(ENDED, LEAVING)),
+    **_row(questions.WriteRecord, joining.on_record_written, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadStatus, progress.on_status, WAITING, ignored=AFTER_WAITING),
     # Leading.
     **_row(KeyAppeared, _on_key_while_waiting, WAITING),

@@ -22,6 +22,10 @@ class DrawTicket(Question):
     """Which ticket does this node get?"""
 
 
+class WriteRecord(Question):
+    """Write the node's record; whose is the one that is there?"""
+
+
 class ReadPastRound(Question):
     """How did the round before end, and how many tickets did it have?"""
 
