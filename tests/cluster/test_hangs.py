@@ -84,8 +84,8 @@ PLACES = {
     "stops": "",
 }
 """What stands in the line where rank 1 is, by the kind of its trouble."""
-WARM = ("--preload", "torch")
-"""Torch is imported once on each node, not by each worker of each round: what most of these tests would wait for."""
+WARM = ("--preload", "torch,torch._dynamo")
+"""Torch, with what an optimizer imports, is imported once on each node, not by each worker of each round."""
 
 
 def line_of(job: Job, text: str) -> int:
@@ -179,7 +179,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     script = job.script(f"{TRAINING}\ntrain('debugs')")
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "elastic_launch", *TWO),
+            *(sys.executable, "-m", "elastic_launch", *TWO, *WARM),
             *("--hang-timeout", "3", "--hang-action", "restart", script),
         ],
         cwd=job.path,

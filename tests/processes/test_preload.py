@@ -364,13 +364,14 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_torch_works_in_forked_workers(job: Job, threads: str) -> None:
+@pytest.mark.parametrize(("threads", "modules"), [("1", "torch"), ("2", "torch,torch._dynamo")])
+def test_torch_works_in_forked_workers(job: Job, threads: str, modules: str) -> None:
+    """Without and with what an optimizer and DDP import, which takes as long as torch itself."""
     script = job.script(
         "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in TORCH.strip().splitlines())
     )
     ended = job.run(
-        "--nproc-per-node", "2", "--max-restarts", "1", "--preload", "torch", script, OMP_NUM_THREADS=threads
+        "--nproc-per-node", "2", "--max-restarts", "1", "--preload", modules, script, OMP_NUM_THREADS=threads
     )
     assert ended.returncode == 0, ended.stderr
     assert sorted(job.marks()) == ["0.0 done", "0.1 done", "1.0 done", "1.1 done"]
@@ -383,8 +384,9 @@ def test_torch_compile_in_forked_workers(job: Job) -> None:
         "@torch.compile\ndef f(x): return (x.sin() + x.cos()).sum()\n"
         "x = torch.ones(64)\nassert torch.allclose(f(x), (x.sin() + x.cos()).sum())\nmark('done')\nos._exit(0)"
     )
-    # VEC_ISA_OK: torch need not try out the CPU, which takes 20 s.
+    # VEC_ISA_OK: torch need not try out the CPU, which takes 20 s; nor compile headers in advance, for one function.
     env = {"TORCHINDUCTOR_CACHE_DIR": str(job.path / "cache"), "TORCHINDUCTOR_VEC_ISA_OK": "1", "TMPDIR": str(job.path)}
+    env["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
     ended = job.run("--nproc-per-node", "1", "--preload", "torch", script, **env)
     assert ended.returncode == 0, ended.stderr
     assert len(job.marks()) == 1
