@@ -18,6 +18,7 @@ from elastic_launch.core.progress.goodput import RoundProgress, round_progress
 from elastic_launch.errors import UnavailableError, UsageError
 from elastic_launch.host.cgroup import OomCounter
 from elastic_launch.host.console import begin_with_new_line
+from elastic_launch.host.debugger import followed, is_present
 from elastic_launch.host.files import open_regular
 from elastic_launch.job import Assignment
 from elastic_launch.logs.job_files import STACKS
@@ -94,6 +95,9 @@ class LocalWorkers:
             from elastic_launch.host.numa import bind  # late: few jobs need it
 
             self._cpus = bind(options.numa_options, len(options.args), options.environ, log)
+        if options.preload and is_present():
+            log("a debugger follows the workers, so they start without preloaded modules")
+            self._options = options = options._replace(preload=())
         with contextlib.ExitStack() as stack:
             if callable(options.entrypoint):
                 from elastic_launch.workers.functions import Functions  # late: multiprocessing takes 20 ms
@@ -254,7 +258,9 @@ class LocalWorkers:
 
     def _command(self, rank: int) -> tuple[list[str], list[tuple[int, int]]]:
         """Return a worker's argument vector, and the descriptors that it inherits with their numbers there."""
-        return self._functions.command(rank) if self._functions else (_argv(self._options, rank), [])
+        argv, descriptors = self._functions.command(rank) if self._functions else (_argv(self._options, rank), [])
+        is_fork = self._functions and self._options.start_method != "spawn"
+        return argv if is_fork else followed(argv), descriptors
 
     def _evidence(self, exit_: Exit, pids: Mapping[int, int]) -> Evidence:
         rank = exit_.local_rank

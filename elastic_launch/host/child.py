@@ -20,6 +20,7 @@ from typing import Any
 
 from elastic_launch.env import as_part
 from elastic_launch.errors import UnavailableError, how_it_ended
+from elastic_launch.host.debugger import not_followed
 
 KILL_PATIENCE = 2.0
 """Seconds to wait for the end of a process that was killed."""
@@ -55,18 +56,19 @@ def spawn(
     Raises:
         OSError: The system cannot start the program.
     """
-    return os.posix_spawn(
-        argv[0],
-        argv,
-        environ,
-        file_actions=[
-            *((os.POSIX_SPAWN_CLOSE, fd) for fd in closed),
-            # A descriptor that is duplicated onto itself loses close-on-exec, in the new process only.
-            *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in inherited.items()),
-        ],
-        setsid=True,
-        setsigmask=signal.valid_signals() - set(unblocked),
-    )
+    with not_followed():
+        return os.posix_spawn(
+            argv[0],
+            argv,
+            environ,
+            file_actions=[
+                *((os.POSIX_SPAWN_CLOSE, fd) for fd in closed),
+                # A descriptor that is duplicated onto itself loses close-on-exec, in the new process only.
+                *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in inherited.items()),
+            ],
+            setsid=True,
+            setsigmask=signal.valid_signals() - set(unblocked),
+        )
 
 
 class Child:
