@@ -65,7 +65,7 @@ def test_wheel_is_pure_and_complete(built: tuple[Path, Path]) -> None:
             if ".data/data/share/" in name
         }
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "elastic_launch").rglob("*.py")}
-    assert modules <= names
+    assert modules | {"elastic_launch_compat.pth"} <= names
     assert {"elastic_launch/py.typed", "elastic_launch/operate/ui/index.html"} <= names
     assert not [name for name in names if "tests" in name or name.endswith(".pyc")]
     assert shared["bash-completion/completions/elastic-run"] == script("bash")
