@@ -9,6 +9,7 @@ import re
 import select
 import struct
 import subprocess
+import sys
 import termios
 import time
 import tty
@@ -39,12 +40,13 @@ class Console:
 
 @contextlib.contextmanager
 def standing_in(out: int, err: int) -> Iterator[None]:
-    """Give this process other standard streams."""
+    """Give this process other standard streams, in place of pytest's as well, to which the launcher would write."""
     saved = os.dup(1), os.dup(2)
     os.dup2(out, 1)
     os.dup2(err, 2)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.__stdout__), contextlib.redirect_stderr(sys.__stderr__):
+            yield
     finally:
         for stream, fd in enumerate(saved, 1):
             os.dup2(fd, stream)
