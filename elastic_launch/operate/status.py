@@ -122,4 +122,7 @@ def view_of_job(job: Job, environ: Mapping[str, str], settings: Mapping[str, str
         return View(job, None)
     given = {**store["settings"], **(settings or {})}
     token_file = given.pop("token_file", "")
-    return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ, token_file))
+    try:
+        return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ, token_file))
+    except UsageError as error:  # the agents named the store, and may have a file that is gone since
+        raise RendezvousError(str(error)) from error

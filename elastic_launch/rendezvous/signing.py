@@ -94,7 +94,7 @@ class Signer:
         return data if self._is_counter(key) else self._signature(key, data) + data
 
     def _signature(self, key: str, data: bytes) -> bytes:
-        digest = hmac.digest(self._key, b"%b\0%b" % (key.encode(), data), "sha256")
+        digest = hmac.digest(self._key, b"%b\0%b" % (key.encode(errors="surrogatepass"), data), "sha256")
         return SIGNED + b2a_base64(digest, newline=False)[:-1]  # without the padding
 
     def _opened(self, key: str, value: bytes) -> bytes:

@@ -21,6 +21,7 @@ from tests.support.nodes import QUICK, Nodes, c10d, up
 from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, wait_until
 
+SAME = "give all nodes of a job the same --token-file, and another job another --rdzv-id"
 RUN = """
 import glob
 seen = [*os.environ.values(), *sys.argv]
@@ -54,9 +55,8 @@ def write(client: StoreClient, nodes: Nodes, **values: bytes) -> None:
     client.call(Wait(tuple(key for key, _ in items)), DEADLINE)  # they have arrived
 
 
-def status(nodes: Nodes, *words: str) -> subprocess.CompletedProcess[str]:
-    where = "--rdzv-backend", nodes.backend, "--rdzv-endpoint", nodes.endpoint, "--rdzv-id", nodes.run_id
-    words = (sys.executable, "-m", "elastic_launch.operate", "status", "--json", *where, *words)
+def status(*words: str) -> subprocess.CompletedProcess[str]:
+    words = (sys.executable, "-m", "elastic_launch.operate", "status", "--json", *words)
     return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
@@ -78,17 +78,23 @@ def test_strangers_do_not_join_nor_blame_and_at_most_end_a_job_with_a_token(job:
         result = job.finish(tokenless)
         assert result.returncode == 69
         assert f"{nodes.key('round')} is signed with a token, and this node has none" in result.stderr
-        refused = status(nodes)
+        where = "--rdzv-backend", nodes.backend, "--rdzv-endpoint", nodes.endpoint, "--rdzv-id", nodes.run_id
+        left_out = f"ignored: {nodes.key('0/node/2')} is not signed with this node's token: {SAME}"
+        refused = status(*where)
         assert refused.returncode == 69
         assert "is signed with a token, and this node has none" in refused.stderr
-        seen = status(nodes, "--token-file", file)
-        assert seen.returncode == 0, seen.stderr
-        assert json.loads(seen.stdout)["world_size"] == 2
+        for words in ((*where, "--token-file", file), (nodes.run_id,)):  # the agents here know the file
+            seen = status(*words)
+            assert seen.returncode == 0, seen.stderr
+            assert seen.stderr.splitlines() == [f"elastic-job: {left_out}"]
+            assert json.loads(seen.stdout)["world_size"] == 2
+        os.remove(file)
+        assert "only what the agents on this host know: --token-file=" in status(nodes.run_id).stderr
         client.call(Append(nodes.key("0/unfit"), b"{}\n"), DEADLINE)
         write(client, nodes, leader__1=b"7", monitor__1=b"7", status=b"{}", lost=b"{}", stalled=b"1", look=b"9")
         write(client, nodes, end=b'{"kind":"done","reason":"all workers succeeded"}')
     results = [job.finish(process) for process in (first, second)]
-    assert f"ignored: {nodes.key('0/node/2')} is not signed with this node's token" in results[0].stderr
+    assert left_out in results[0].stderr
     for result in results:
         assert result.returncode == 69
         assert f"{nodes.key('0/end')} is not signed with this node's token" in result.stderr

@@ -107,6 +107,12 @@ def test_a_counter_that_is_not_listed_is_noticed() -> None:
         signer().seal(Add(f"{PREFIX}0/decision", 1))
 
 
+def test_an_id_that_is_no_text_is_left_to_the_store_to_refuse() -> None:
+    key = "elastic/\udcff/0/end"
+    sealed = signer(run_id="\udcff").seal(Swap(key, b"", b"{}"))
+    assert signer(run_id="\udcff").open(sealed, sealed.desired) == b"{}"  # type: ignore[union-attr]
+
+
 def test_of_what_is_ignored_few_keys_are_named() -> None:
     said: list[str] = []
     keys = tuple(f"{PREFIX}0/node/{number}" for number in range(1000))
