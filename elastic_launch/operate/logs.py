@@ -14,7 +14,7 @@ from elastic_launch.env import environment
 from elastic_launch.errors import LaunchError, UnavailableError, UsageError
 from elastic_launch.host.files import open_regular
 from elastic_launch.logs.job_files import output_files
-from elastic_launch.operate.jobs import Job, choose, parser, running_jobs
+from elastic_launch.operate.jobs import Job, NoJobError, choose, parser, running_jobs
 
 POLL = 0.2
 """Seconds between two looks at files that are followed."""
@@ -67,10 +67,17 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--rank", type=int, metavar="N", help="only this global rank")
     options.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
     options.add_argument("--last", type=int, default=100, metavar="N", help="lines of each stream (default: 100)")
+    options.epilog = "JOB may also be a directory, LOG_DIR/ID: the files of a job that has ended, or of another host's."
     args = options.parse_args(argv)
     if args.last < 0:
         raise UsageError(f"--last={args.last}: must be at least 0")
-    job = choose(running_jobs(environment()), args.job)
+    if os.sep in (args.job or ""):
+        show_directory(args.job, args.rank, args.last, args.follow)
+        return 0
+    try:
+        job = choose(running_jobs(environment()), args.job)
+    except NoJobError as error:
+        raise NoJobError(f"{error}; for one that has ended, pass the directory of its files, LOG_DIR/ID") from error
     files = files_of(job.agents, args.rank)
     if not files and not (args.follow and _may_follow(job)):
         raise NoFilesError(why_none(job.agents, args.rank))
@@ -79,6 +86,27 @@ def main(argv: Sequence[str]) -> int:
     if args.follow:
         follow(job, args.rank, ends, output)
     return 0
+
+
+def show_directory(folder: str, rank: int | None, last: int, follow: bool) -> None:
+    """Show the last lines of the files in a job's directory, whether the job runs or not.
+
+    Raises:
+        NoFilesError: there are none.
+        UsageError: they cannot be followed.
+    """
+    if follow:
+        raise UsageError(f"{folder}: only a running job can be followed: pass its id")
+    found = [LogFile(*file) for file in output_files(folder)]
+    files = sorted(file for file in found if rank in (None, file.rank))
+    if not files:
+        ranks = sorted({file.rank for file in found})
+        raise NoFilesError(
+            f"{folder}: no output of rank {rank}; there are files of ranks {', '.join(map(str, ranks))}"
+            if ranks
+            else f"{folder}: no output of a job, which would be in attempt_0/0/stdout.log and the like"
+        )
+    show_last(files, last, Output(titles=len(files) > 1))
 
 
 def files_of(agents: Sequence[Mapping[str, Any]], rank: int | None) -> list[LogFile]:

@@ -25,7 +25,9 @@ from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.ranks import assign
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, encode
 from elastic_launch.core.store_requests import Get, Set
+from elastic_launch.operate import logs
 from elastic_launch.operate.__main__ import COMMANDS
+from elastic_launch.operate.logs import NoFilesError
 from elastic_launch.store.client import connect
 from tests.support.consoles import LiveScreen
 from tests.support.control import asked, elastic_job, one_socket, start_elastic_job
@@ -59,7 +61,8 @@ def job_of(run_id: str) -> dict[str, Any]:
 def test_without_jobs_a_command_says_so_and_has_status_3() -> None:
     for command in ("status", "logs", "stop", "restart"):
         done = elastic_job(command)
-        assert (done.returncode, done.stdout, done.stderr) == (3, "", NONE)
+        hint = "; for one that has ended, pass the directory of its files, LOG_DIR/ID" if command == "logs" else ""
+        assert (done.returncode, done.stdout, done.stderr) == (3, "", NONE.replace("\n", f"{hint}\n"))
     listed = elastic_job("ps")
     assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", "no job of yours runs on this host\n")
     assert elastic_job("ps", "--json").stdout == "[]\n"
@@ -104,6 +107,7 @@ def test_jobs_are_listed_and_chosen_by_id_prefix_or_pid(job: Job) -> None:
         ([], "no command: must be one of ps, status, logs, "),
         (["launch"], "launch: must be one of"),
         (["logs", "--last", "-1"], "--last=-1: must be at least 0"),
+        (["logs", "logs/my-job", "-f"], "logs/my-job: only a running job can be followed"),
         (["stop", "--signal", "BOOM"], "--signal=BOOM: must be the name of a signal"),
         (["status", "--rdzv-backend", "carrier-pigeon", "--rdzv-endpoint", "a:1"], "--rdzv-backend=carrier-pigeon"),
         (["status", "--rdzv-id", "x"], "--rdzv-endpoint: must say where the job's store is"),
@@ -114,6 +118,22 @@ def test_wrong_arguments_are_one_line(words: list[str], text: str) -> None:
     done = elastic_job(*words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert text in done.stderr
+
+
+def test_the_logs_of_a_job_that_has_ended(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    for round_, rank, text in ((0, 0, "a\n"), (0, 1, "b\n"), (1, 0, "c\nd\n")):
+        folder = tmp_path / "my-job" / f"attempt_{round_}" / str(rank)
+        folder.mkdir(parents=True)
+        (folder / "stdout.log").write_text(text)
+    ended = str(tmp_path / "my-job")
+    assert logs.main([ended, "--rank", "1"]) == 0
+    assert capsysbinary.readouterr().out == b"b\n"
+    assert logs.main([ended, "--rank", "0", "--last", "2"]) == 0
+    assert capsysbinary.readouterr().out == b"==> round 1, rank 0, stdout <==\nc\nd\n"
+    with pytest.raises(NoFilesError, match="no output of rank 7; there are files of ranks 0, 1"):
+        logs.main([ended, "--rank", "7"])
+    with pytest.raises(NoFilesError, match="no output of a job"):
+        logs.main([str(tmp_path / "nowhere")])
 
 
 def test_help_and_version_need_no_job() -> None:
