@@ -29,6 +29,7 @@ from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
+from elastic_launch.store.etcd.cluster import EtcdSettings, in_order
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
 from tests.support.certificates import make_certificates
 from tests.support.etcd import Trio, post
@@ -442,6 +443,14 @@ def test_without_etcd3_it_says_what_to_install() -> None:
 # --- three members ---
 
 
+def test_the_own_member_is_used_first_and_the_others_at_random() -> None:
+    settings = EtcdSettings(("a:1", "b:1", "c:1"), False, None, None, None, None, None, 60, 60)
+    own = settings._replace(preferred="b:1")
+    assert {in_order(own)[0] for _ in range(50)} == {"b:1"}
+    assert sorted(in_order(own)) == ["a:1", "b:1", "c:1"]
+    assert {in_order(settings)[0] for _ in range(200)} == {"a:1", "b:1", "c:1"}
+
+
 @pytest.mark.parametrize("how", ["kill", "freeze"])
 def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Callable[..., Agent], how: str) -> None:
     prefix = new_prefix()
@@ -528,6 +537,30 @@ def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Age
         assert wait_answer(waiting, DEADLINE) == [(index, True)]
         trio.launch(index)
         trio.servers[index].wait_ready(DEADLINE)
+
+
+def test_a_bridge_returns_to_its_own_member(trio: Trio, agents: Callable[..., Agent]) -> None:
+    agent = agents(trio.endpoints, preferred=trio.servers[1].get_endpoint())
+
+    def uses() -> set[int]:
+        """The members to which the bridge has a connection."""
+        ports = {c.raddr.port for c in psutil.Process(agent.bridge.pid).net_connections("tcp") if c.raddr}
+        return {index for index in range(3) if trio.ports[index] in ports}
+
+    assert agent(Add("n", 1)) == 1
+    wait_until(lambda: uses() == {1})
+    waiting = agent.connect()
+    waiting.submit(Wait(("k",)), 0)
+    waiting.flush()
+    trio.servers[1].kill()
+    assert agent(Add("n", 1)) == 2
+    wait_until(lambda: 1 not in uses())
+    trio.launch(1)
+    trio.servers[1].wait_ready(DEADLINE)
+    wait_until(lambda: 1 in uses())
+    assert agent(Add("n", 1)) == 3
+    agent(Set((("k", b"1"),)))
+    assert wait_answer(waiting, DEADLINE) == [(0, True)]
 
 
 def why_lost(agent: Agent) -> str:

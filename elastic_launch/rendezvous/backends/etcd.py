@@ -114,6 +114,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self.conf = {**self.conf, "cluster_id": str(plan.cluster_id)}
         if claimed := self._claim_own():
             own, address = claimed
+            self.conf = {**self.conf, "preferred": self._names[own]}
             plan = plan._replace(
                 binary=os.path.abspath(etcd_binary()),
                 own_index=own,

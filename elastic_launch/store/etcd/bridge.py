@@ -43,6 +43,7 @@ _NAMES = {
     "timeout_setting": ("timeout_setting",),
     "start_timeout": ("start_timeout",),
     "cluster_id": ("cluster_id",),
+    "preferred": ("preferred",),
 }
 """The names of each setting in ``--rdzv-conf``; torch's backends etcd and etcd-v2 have names of their own."""
 
@@ -59,7 +60,8 @@ class EtcdBridge(Child):
             conf: Settings of ``--rdzv-conf``; others are ignored. protocol (http or https), cacert, cert, key (files),
                 user, password or password_file, read_timeout (seconds for a call; 60), timeout_setting (the setting
                 that read_timeout comes from, for messages; read_timeout), start_timeout (as read_timeout, until etcd
-                has answered once), cluster_id (only members of this cluster are used; any).
+                has answered once), cluster_id (only members of this cluster are used; any), preferred (the endpoint to
+                use first).
             environ: Environment variables of the process.
 
         Raises:
@@ -146,6 +148,7 @@ def parse_settings(endpoints: str, conf: Mapping[str, str]) -> dict[str, Any]:
         "timeout_setting": given.get("timeout_setting", "read_timeout"),
         "start_timeout": _seconds("start_timeout", given.get("start_timeout", str(seconds))),
         "cluster_id": int(given.get("cluster_id", "0")),
+        "preferred": given.get("preferred", ""),
     }
 
 

@@ -49,8 +49,10 @@ class Bridge:
         self._control.setblocking(False)
         loop.add_reader(self._control, self._accept)
         loop.add_reader(self._agent, self._agent_is_gone.set)
-        # The first two of these tasks end only by an error.
+        own = [asyncio.create_task(self._keys.cluster.return_to_own())] if self._keys.cluster.settings.preferred else []
+        # The last of these tasks ends when the agent does, the others only by an error.
         tasks = [
+            *own,
             asyncio.create_task(self._keep_lease()),
             asyncio.create_task(self._keys.watch.run()),
             asyncio.create_task(self._agent_is_gone.wait()),

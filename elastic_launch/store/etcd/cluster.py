@@ -9,6 +9,7 @@ must take effect once, no matter how often it is sent. ``etcd.keys`` makes sure 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ _OTHER_PROTOCOL = ("http1", "http/1", "http/2")
 
 MAX_ANSWER = ANSWER_LIMIT + (1 << 20)
 """Most bytes of an answer: as much as an agent accepts, and something for keys and versions."""
+
+RETURN_INTERVAL = 3.0
+"""Seconds between two looks whether this host's own member serves, while another one is used."""
 
 _LONGEST_PAUSE = 1.0
 _CREDENTIALS = "pass user=NAME,password_file=FILE in --rdzv-conf"
@@ -62,8 +66,19 @@ class EtcdSettings(NamedTuple):
     """Seconds for a call, as long as no call has been answered."""
     cluster_id: int = 0
     """Members of other clusters are not used; 0 accepts any."""
+    preferred: str = ""
+    """The endpoint to use first: this host's own member. Empty: any, so that the agents of a job spread."""
     timeout_setting: str = "read_timeout"
     """The setting of ``--rdzv-conf`` that ``read_timeout`` comes from."""
+
+
+def in_order(settings: EtcdSettings) -> list[str]:
+    """The endpoints in the order in which they are used: at random, but this host's own member is the first.
+
+    Then the loss of another host costs the agent of this one nothing.
+    """
+    shuffled = random.sample(settings.endpoints, len(settings.endpoints))
+    return sorted(shuffled, key=lambda endpoint: endpoint != settings.preferred)
 
 
 class MemberChannel:
@@ -114,10 +129,9 @@ class Cluster:
         self.end_of_stream: Any = grpc.aio.EOF
         self._code = grpc.StatusCode
         try:
-            self._members = [MemberChannel(grpc, etcdrpc, endpoint, settings) for endpoint in settings.endpoints]
+            self._members = [MemberChannel(grpc, etcdrpc, endpoint, settings) for endpoint in in_order(settings)]
         except ValueError as error:  # OpenSSL does not accept a key
             raise EtcdError(f"cannot use cacert, cert and key of --rdzv-conf: {error}") from error
-        random.shuffle(self._members)  # spreads the agents of a job over the members
         self._current = 0
         self.switched = asyncio.Event()
         """Set, and replaced, when another member becomes current."""
@@ -182,9 +196,24 @@ class Cluster:
         """Make the next member the current one, unless that has happened already."""
         member.last_error = why
         if member is self.member:
-            self._current = (self._current + 1) % len(self._members)
-            self.switched.set()
-            self.switched = asyncio.Event()
+            self._use((self._current + 1) % len(self._members))
+
+    def _use(self, index: int) -> None:
+        self._current = index
+        self.switched.set()
+        self.switched = asyncio.Event()
+
+    async def return_to_own(self) -> None:
+        """Go back to this host's own member whenever that serves, forever. It may begin to serve after others."""
+        own = self._members[0]
+        while True:
+            await asyncio.sleep(RETURN_INTERVAL)
+            if own is not self.member:
+                with contextlib.suppress(self.rpc_error):
+                    request = self.etcdrpc.RangeRequest(key=b"\0")  # answered only with a majority
+                    response = await own.calls["Range"](request, timeout=FIRST_ATTEMPT, metadata=self.metadata())
+                    if self.settings.cluster_id in (0, response.header.cluster_id):
+                        self._use(0)
 
     async def recover(self, member: MemberChannel, metadata: tuple[tuple[str, str], ...], error: Any) -> None:
         """Prepare another attempt after an error: sign in again, or switch to the next member.
