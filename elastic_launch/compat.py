@@ -141,7 +141,9 @@ def _install() -> None:
 def start() -> None:
     """Hand over to ``elastic-run`` if this process is torch's launcher; ``compat.pth`` calls this as Python starts."""
     place = len(sys.orig_argv) - len(sys.argv)  # of the script or the module, which "-m" may be a part of
-    word, command = sys.orig_argv[place], None
+    if place < 1:
+        return  # Python is part of another program
+    word, command = sys.orig_argv[place] if sys.argv[0] == "-m" else sys.argv[0], None
     if sys.argv[0] == "-m":
         for theirs, ours in COMMANDS.items():
             if word == theirs or (word.startswith("-") and word.endswith(f"m{theirs}")):

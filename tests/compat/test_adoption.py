@@ -124,6 +124,40 @@ def test_torchs_settings_work() -> None:
     assert not isinstance(config, LaunchConfig)
 
 
+RUN = ["-P", "-m", "elastic_launch"]
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "expected"),
+    [
+        (["python", "bin/torchrun", "-m", "x"], ["bin/torchrun", "-m", "x"], [*RUN, "-m", "x"]),
+        (["python", "-u", "-m", "torch.distributed.run", "x"], ["-m", "x"], ["-P", "-u", *RUN[1:], "x"]),
+        (["python", "-umtorch.distributed.run", "x"], ["-m", "x"], ["-P", "-umelastic_launch", "x"]),
+        (["python", "-m", "torch.distributed.launch"], ["-m"], ["-P", "-m", "elastic_launch.legacy"]),
+        (["python", "-m", "torch.distributed.runner"], ["-m"], None),
+        (["python", "-m", "my", "torch.distributed.run"], ["-m", "torch.distributed.run"], None),
+        (["python", "other/torchrun", "x"], ["other/torchrun", "x"], None),
+        (["python", "bin/nowhere/torchrun"], ["bin/nowhere/torchrun"], None),
+        (["python", "-c", "bin/torchrun"], ["-c"], None),
+        (["python"], [""], None),
+        ([], [""], None),
+    ],
+)
+def test_commands_that_are_torchs_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], argv: list[str], expected: list[str] | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("bin", "from torch.distributed.run import main"), ("other", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torchrun").write_text(text)
+    executed: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, words: executed.append(words))
+    monkeypatch.setattr(sys, "orig_argv", command)
+    monkeypatch.setattr(sys, "argv", argv)
+    compat.start()
+    assert executed == ([] if expected is None else [[sys.executable, *expected]])
+
+
 def test_adopt_hands_options_on_as_variables(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text('role = "r"\nduplicate-stdout-filters = ["a,b", "c"]\n')
     (tmp_path / compat.PTH).touch()
