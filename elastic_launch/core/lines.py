@@ -18,6 +18,7 @@ _ESCAPES = re.compile(
 )
 _UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b\n]*\x1b?|[ -/]*)\Z")
 """The beginning of such a sequence at the end of a block."""
+_COLOUR = re.compile(rb"\x1b\[[0-9;:]*m")
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\r")) + b"\x7f"
 
 
@@ -50,6 +51,26 @@ def without_escapes(begun: bytes, block: bytes) -> tuple[bytes, bytes]:
         begun = b""
     # Of a sequence, only its kind and its last byte decide how it goes on. A picture can be one of many megabytes.
     return _ESCAPES.sub(b"", data), begun[:2] + begun[2:][-1:]
+
+
+def contained(lines: bytes) -> bytes:
+    """Return lines for a terminal that others share: colours end with their line, other control sequences are left out.
+
+    >>> contained(b"\x1b[31mred\n\x1b[2Jplain\n")
+    b'\x1b[31mred\x1b[0m\nplain\n'
+    """
+    if b"\x1b" not in lines:
+        return lines
+    return b"\n".join(_contained(line) if b"\x1b" in line else line for line in lines.split(b"\n"))
+
+
+def _contained(line: bytes) -> bytes:
+    line = _ESCAPES.sub(lambda found: found[0] if _COLOUR.fullmatch(found[0]) else b"", line)
+    last = line.rfind(b"\x1b")
+    if last < 0 or line.startswith((b"\x1b[0m", b"\x1b[m"), last):
+        return line
+    text = line.rstrip(b"\r")
+    return text + b"\x1b[0m" + line[len(text) :]
 
 
 def matching(lines: bytes, texts: Iterable[bytes]) -> bytes:

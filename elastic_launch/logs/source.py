@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from elastic_launch.core.lines import end_as_text, last_state, last_states, matching, without_escapes
+from elastic_launch.core.lines import contained, end_as_text, last_state, last_states, matching, without_escapes
 from elastic_launch.logs.sinks import Console, File
 
 STDOUT, STDERR = 1, 2
-MAX_LINE = 64 << 20
+MAX_LINE = 16 << 20
 """Bytes of a line. A longer one is shown in pieces. Files get it unchanged."""
 TAIL_LINES, TAIL_SIZE = 20, 8 << 10
 """Limits of the tail of a worker's stderr, in lines and in bytes."""
@@ -149,7 +149,7 @@ class Source:
     def row(self) -> bytes:
         """Return the unfinished line, with its prefix, as a terminal's row."""
         state = self._partial.strip(b"\r")
-        return self._prefix + bytes(state) if state else b""
+        return self._prefix + contained(bytes(state)) if state else b""
 
     def _show_raw(self, block: bytes) -> None:
         if self._joins:
@@ -166,7 +166,7 @@ class Source:
         self._is_redrawn = False
         lines = last_states(lines)
         if self._lines:
-            self._lines.add(self._prefixed(lines), self)
+            self._lines.add(self._prefixed(contained(lines) if self._lines.is_terminal else lines), self)
         if self._duplicate and (found := matching(lines, self._texts)):
             found = bytes(self._prefixed(found))
             self._duplicate.write(without_escapes(b"", found)[0] if self._is_terminal else found)

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from elastic_launch.core.agent.messages import Log
+from elastic_launch.core.lines import contained
 from elastic_launch.host import console
 from elastic_launch.host.console import RED, YELLOW, in_colour, log_line, paint
 from elastic_launch.job import Level, LineKind
@@ -60,3 +61,19 @@ def test_a_programs_own_function_gets_plain_text(monkeypatch: pytest.MonkeyPatch
     log_line(Log("a"), written.append)
     in_colour(written.append, YELLOW)("b")
     assert written == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        (b"plain\n", b"plain\n"),
+        (b"\x1b[31mred\n", b"\x1b[31mred\x1b[0m\n"),
+        (b"\x1b[31mred\x1b[0m\r\nplain\n", b"\x1b[31mred\x1b[0m\r\nplain\n"),
+        (b"\x1b[1;38:5:9mred\x1b[m, \x1b[4mline\r\n", b"\x1b[1;38:5:9mred\x1b[m, \x1b[4mline\x1b[0m\r\n"),
+        (b"\x1b[2J\x1b[H\x1b[5Aup\x1b[?25l\x1b7\n", b"up\n"),
+        (b"\x1b]0;title\x07text\x1b[", b"text"),
+        (b"\x1b" * 5, b""),
+    ],
+)
+def test_a_line_changes_nothing_beyond_its_end_on_a_shared_terminal(lines: bytes, shown: bytes) -> None:
+    assert contained(lines) == shown

@@ -530,7 +530,7 @@ def test_an_unread_console_loses_own_lines_only(console: Console, pump: LogPump)
 def test_a_worker_gets_a_terminal_if_the_console_is_one(terminal: Console, pump: LogPump) -> None:
     code = "import os; print(os.isatty(1), os.get_terminal_size(1).columns, os.isatty(2), '\\x1b[31mred\\r')"
     run(pump, [Route(0, 1, show=True, prefix=b"[0]:"), Route(0, 2)], [code], terminal)
-    assert terminal.read().replace(b"\r\n", b"\n").endswith(b"[0]:True 96 False \x1b[31mred\n")
+    assert terminal.read().replace(b"\r\n", b"\n").endswith(b"[0]:True 96 False \x1b[31mred\x1b[0m\n")
 
 
 def test_a_worker_without_a_terminal(console: Console, pump: LogPump) -> None:
