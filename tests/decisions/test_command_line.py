@@ -239,7 +239,7 @@ def test_torchrun_has_the_same_options_and_defaults() -> None:
     flags, defaults = torchrun.stdout.splitlines()
     ours = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     own = {flag for option in OPTIONS if option.dest in OURS for flag in option.flags}
-    assert sorted(ours - own - {"--version", "--completion"}) == eval(flags)
+    assert sorted(ours - own - {"--version", "--completion", "--adopt"}) == eval(flags)
     assert vars(parse_args(["train.py"])) == {**eval(defaults), **OURS}
 
 
