@@ -1,5 +1,5 @@
 #!/bin/bash
-# A smoke test for CI: does the training script start, make steps, and survive the loss of a worker?
+# A smoke test for CI: does the training script start, make steps, and come to an end?
 #
 #     examples/smoke_test.sh train.py --max-steps 20
 #

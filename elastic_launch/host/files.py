@@ -35,7 +35,7 @@ def usable_host() -> Iterator[None]:
 
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UnavailableError(
-            f"{error.strerror or error}: this process may have {limit} (`ulimit -n`); allow more, about 32 and 6 for "
+            f"{error.strerror or error}: this process may have {limit} (`ulimit -n`); allow more, about 32 plus 6 for "
             "each worker"
         ) from error
 

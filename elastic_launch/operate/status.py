@@ -57,7 +57,7 @@ class View:
 def main(argv: Sequence[str]) -> int:
     """Show the job. Return the exit status."""
     options = parser("status", "show a job: its nodes, ranks, restarts, and what it waits for")
-    options.add_argument("--json", action="store_true", help="print one JSON object; with --watch one a line")
+    options.add_argument("--json", action="store_true", help="print one JSON object; with --watch one per line")
     options.add_argument("--watch", action="store_true", help="show it until it ends, or until Ctrl-C")
     options.add_argument(
         "--rdzv-backend", metavar="NAME", help="c10d, static or etcd: ask the job's store, from any host"

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         "--bind", metavar="ADDR", default="127.0.0.1", help="address to serve (default: 127.0.0.1); others need a token"
     )
     parser.add_argument(
-        "--token", metavar="T", help="what a browser must know; made and printed if another address needs one"
+        "--token", metavar="T", help="token that browsers must present; made and printed if the address needs one"
     )
     args = parser.parse_args(argv)
     if args.port is not None and not 0 <= args.port < 1 << 16:
