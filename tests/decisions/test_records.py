@@ -89,6 +89,14 @@ def test_no_field_takes_a_value_of_another_type(kind: type) -> None:
                 decode(kind, json.dumps({**good, name: nonsense}).encode(), "key")
 
 
+def test_what_a_failure_has_computed_is_no_part_of_a_record() -> None:
+    failure = replace(FAILURE)
+    before = encode(Consequence(failure, "node-a"))
+    assert failure.message
+    assert failure.timestamp == 1
+    assert encode(Consequence(failure, "node-a")) == before
+
+
 def changed(record: NamedTuple, /, **changes: Any) -> bytes:
     """A record as JSON, with fields that may be of any type."""
     return json.dumps({**json.loads(encode(record)), **changes}).encode()
@@ -117,6 +125,11 @@ BAD: dict[str, tuple[type, bytes, str]] = {
     "a failure at no time": (End, changed(END, failures=[failed(failed_at=float("nan"))]), "failed_at: must be"),
     "a failure after the end of time": (End, changed(END, failures=[failed(failed_at=1e308)]), "failed_at: must be"),
     "a failure of 400 digits": (End, changed(END, failures=[failed(failed_at=10**399)]), "failed_at: must be"),
+    "a failure of which a file would tell more": (
+        End,
+        changed(END, failures=[{name: value for name, value in vars(FAILURE).items() if name != "failed_at"}]),
+        "failures: lacks a field",
+    ),
     "a long error": (End, changed(END, failures=[failed(error="NCCL " * 200)]), "error: must be a text of 0 to 600"),
     "a long reason": (End, changed(END, reason="x" * 20_000), "reason: must be a text of at most 10000"),
     "another node's own": (End, changed(END, mine=True), "mine: must not be in a record"),

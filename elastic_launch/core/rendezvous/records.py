@@ -241,7 +241,7 @@ def _plain(value: Any) -> Any:
             if name not in defaults or part != defaults[name]
         }
     if is_dataclass(value):
-        return {name: _plain(part) for name, part in vars(value).items()}
+        return {name: _plain(getattr(value, name)) for name in field_names(type(value))}
     return value
 
 
@@ -264,10 +264,14 @@ def _make_reader(kind: Any) -> Reader:
     if missing := set(field_names(kind)) ^ rules.fields.keys():
         raise TypeError(f"RULES: {kind.__name__}: no rule, or no field: {', '.join(sorted(missing))}")
     readers, relations = list(rules.fields.items()), rules.relations
+    # A dataclass is written with all its fields. A ``ProcessFailure`` would read what it lacks from a local file.
+    required = frozenset(rules.fields if is_dataclass(kind) else ())
 
     def read_record(value: Any) -> Any:
         if type(value) is not dict:
             raise RuleError(f"must be a record, not a {type(value).__name__}")
+        if not required <= value.keys():
+            raise RuleError("lacks a field")
         found: dict[str, Any] = {}
         for field, read in readers:
             if field in value:
