@@ -111,7 +111,7 @@ def replacement(stream: int) -> TextIO | None:
         return None
     try:
         return None if os.path.sameopenfile(file.fileno(), stream) else file
-    except (OSError, ValueError, AttributeError):  # it has no descriptor
+    except Exception:  # it has no descriptor, which a program's own stream may say in any way
         return file
 
 

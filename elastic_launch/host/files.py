@@ -59,6 +59,11 @@ def open_regular(path: str, flags: int) -> int:
     return fd
 
 
+def without_waiting(path: str, flags: int) -> int:
+    """Open what the user has named, even if it is a pipe that nobody writes to; an ``opener`` for ``open``."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
+
 def read_private(path: str, limit: int) -> bytes:
     """Return what a file holds that only this user may read or write, such as a password.
 
@@ -72,9 +77,8 @@ def read_private(path: str, limit: int) -> bytes:
         OSError: it cannot be read, belongs to another user, may be used by others, is too long, or not a regular file.
             ``strerror`` says which of these.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        status = os.fstat(fd)
+    with open(path, "rb", opener=without_waiting) as file:
+        status = os.fstat(file.fileno())
         why = ""
         if not stat.S_ISREG(status.st_mode):
             why = "not a regular file"

@@ -124,14 +124,15 @@ class SignalTrap:
     def __enter__(self) -> SignalTrap:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._handle) for signum in self._signals}
+            # None: no handler of Python's, which cannot be restored.
+            self._before = {signum: signal.signal(signum, self._handle) or signal.SIG_DFL for signum in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over = True
         for signum, before in self._before.items():
             if signal.getsignal(signum) == self._handle:  # otherwise another handler is above it, and calls it
-                signal.signal(signum, signal.SIG_DFL if before is None else before)
+                signal.signal(signum, before)
         os.close(self._wake)
 
     @contextlib.contextmanager
@@ -146,7 +147,8 @@ class SignalTrap:
         try:
             yield
         finally:
-            SignalTrap._in_loop = None
+            if SignalTrap._in_loop is self:  # and not the loop of another thread
+                SignalTrap._in_loop = None
         if self.has_caught() and not self.passes_on:
             _raise(self._caught.popleft()[0])
 

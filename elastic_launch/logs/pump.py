@@ -170,16 +170,14 @@ class LogPump:
         waits = [(console.fd, select.POLLOUT) for console in self._each_console() if console.queue]
         if time.monotonic() >= self._rest_until:
             self._rest_until = float("-inf")  # so that ``deadline`` need not look at the clock again
-            waits += [
-                (fd, select.POLLIN) for fd, source in self._sources.items() if source.backlog <= self._max_backlog
-            ]
+            waits += [(fd, select.POLLIN) for fd, source in self._sources.items() if self._may_read(source)]
         return waits
 
     def deadline(self) -> float | None:
         """Return when ``descriptors`` will return more, on ``time.monotonic``; None if that depends on events only."""
         if self._rest_until > float("-inf") and self._sources:
             return self._rest_until
-        return min(self._held.values(), default=None)
+        return min((until for source, until in self._held.items() if self._may_read(source)), default=None)
 
     def take(self, ready: Collection[int]) -> None:
         """Move what can be moved without waiting. ``ready`` may include descriptors of others."""
@@ -199,7 +197,7 @@ class LogPump:
     def _release(self) -> None:
         """Show the beginnings of lines whose ends did not come in time."""
         now = time.monotonic()
-        for source in [source for source, until in self._held.items() if until <= now]:
+        for source in [source for source, until in self._held.items() if until <= now and self._may_read(source)]:
             self._read(source)  # the end may have arrived while this process waited for a CPU
             if self._held.get(source, now + 1) <= now:
                 source.release()
@@ -213,6 +211,10 @@ class LogPump:
     def _each_console(self) -> Collection[Console]:
         return set(self._consoles.values())
 
+    def _may_read(self, source: Source) -> bool:
+        """Return whether the console has taken enough of what this stream had for it."""
+        return source.backlog <= self._max_backlog
+
     def _read(self, source: Source) -> int | None:
         """Read one block. Returns its size; None if there is none now, or the stream has ended."""
         try:
@@ -224,10 +226,11 @@ class LogPump:
         if size == 0:
             self._finish(source)
             return None
-        source.feed(bytes(memoryview(self._buffer)[:size]))
+        block = bytes(memoryview(self._buffer)[:size])
+        source.feed(block)
         if not source.held:
             self._held.pop(source, None)
-        elif source not in self._held:
+        elif source not in self._held or b"\n" in block:  # another line has begun
             self._held[source] = time.monotonic() + JOIN_DELAY
         return size
 
@@ -272,7 +275,7 @@ class LogPump:
     def show(self, text: str) -> None:
         """Write whole lines as ``log`` does, but without a prefix."""
         for source in list(self._sources.values()):
-            if source.backlog <= self._max_backlog:
+            if self._may_read(source):
                 self._read(source)
         if (console := self._consoles.get(STDERR)) and self._own_lines.backlog < _MAX_OWN_LINES:
             console.add(text.encode(errors="backslashreplace"), self._own_lines)

@@ -151,12 +151,13 @@ class Member:
             self._raise()
             place = self.assignment
             assert place
-            if self._store:
-                self._store.close()
+            past = self._store
             prefix = f"elastic/{self._run_id}/handler/{place.restart_count}/"
-            self._store = JobStore(self._connect, prefix)
-            where = RendezvousStoreInfo(place.master_addr, place.master_port)
-            return RendezvousInfo(self._store, place.group_rank, place.group_world_size, where)
+            self._store = store = JobStore(self._connect, prefix)
+        if past:
+            past.close()  # without the lock: it waits for a call of another thread
+        where = RendezvousStoreInfo(place.master_addr, place.master_port)
+        return RendezvousInfo(store, place.group_rank, place.group_world_size, where)
 
     def end(self) -> None:
         """End the job for all nodes, and release everything."""

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -51,7 +51,7 @@ from tests.support.files import install_package
 from tests.support.jobs import Job
 from tests.support.ports import free_port
 from tests.support.third_party import Files, MemoryStore, OneNode, run_agent, third_party
-from tests.support.waiting import SOON, wait_until
+from tests.support.waiting import DEADLINE, SOON, wait_until
 
 # --- stores and handlers
 
@@ -542,8 +542,15 @@ def test_built_in_backends_need_no_agent(backend: str) -> None:
         second = threading.Thread(target=lambda: infos.append(handlers[1].next_rendezvous()))
         second.start()
         wait_until(lambda: handlers[0].num_nodes_waiting())
-        infos.append(handlers[0].next_rendezvous())
-        second.join()
+        first = threading.Thread(target=lambda: infos.append(handlers[0].next_rendezvous()))
+        member, store = cast(Any, handlers[0])._member, cast(Any, infos[0].store)
+        with store._lock:  # another thread of the program waits for the store, which must not hold up heartbeats
+            first.start()
+            wait_until(lambda: member._store is not store)
+            assert member._lock.acquire(timeout=DEADLINE)
+            member._lock.release()
+        for thread in (first, second):
+            thread.join()
         assert sorted(info.rank for info in infos[2:]) == [0, 1]
         assert not infos[2].store.check(["key"]), "each round has keys of its own"
         assert not any(handler.is_closed() for handler in handlers)

@@ -163,6 +163,9 @@ class Broken(io.StringIO):
     def write(self, text: str) -> int:
         raise ZeroDivisionError("a widget that is gone")
 
+    def fileno(self) -> int:
+        raise NotImplementedError
+
 
 def test_a_stream_of_the_program_that_fails_costs_text_and_not_the_job(tmp_path: Path) -> None:
     with redirect_stdout(Broken()), redirect_stderr(Broken()):

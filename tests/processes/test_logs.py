@@ -446,6 +446,40 @@ def test_the_beginning_of_a_line_is_shown_soon(
     turn(pump, lambda: console.read() == b"Loading ... done\n" + long)
 
 
+def test_each_line_has_its_own_time_to_end(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a worker that writes all the time, a line was shown in pieces whenever the time of the first one was over."""
+    with new_pump(console) as pump:
+        end = pump.open([Route(0, 1, show=True, joins=True)])[0, 1]
+        monkeypatch.setattr(pump_module, "JOIN_DELAY", 0)
+        os.write(end, b"step ")
+        source = next(iter(pump._sources.values()))
+        pump._read(source)
+        monkeypatch.setattr(pump_module, "JOIN_DELAY", 2 * DEADLINE)
+        os.write(end, b"1\nstep ")
+        pump.take([fd for fd, _ in pump.descriptors()])
+        assert console.read() == b"step 1\n"
+        os.write(end, b"2\n")
+        turn(pump, lambda: console.read() == b"step 1\nstep 2\n")
+
+
+def test_a_held_line_neither_wakes_the_agent_nor_is_more_read_while_the_console_is_slow(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump_module, "JOIN_DELAY", 0)
+    with new_pump(console) as pump:
+        end = pump.open([Route(0, 1, show=True, joins=True)])[0, 1]
+        source = next(iter(pump._sources.values()))
+        os.write(end, b"step ")
+        pump._read(source)
+        source.backlog += pump._max_backlog + 1
+        os.write(end, b"1\n")
+        assert pump.deadline() is None
+        pump.take(())
+        assert source.held == b"step "
+        source.backlog -= pump._max_backlog + 1
+        turn(pump, lambda: console.read() == b"step 1\n")
+
+
 @pytest.mark.parametrize("kind", ["socket", "pipe that cannot be opened anew"])
 def test_a_console_that_could_block_does_not(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "socket":

@@ -27,6 +27,7 @@ from elastic_launch import (
     UsageError,
 )
 from elastic_launch.core.agent.lifecycle import AgentPhase
+from elastic_launch.host.signals import SignalTrap
 from elastic_launch.multiprocessing import start_processes
 from tests.support.functions import (
     boom,
@@ -219,6 +220,27 @@ def test_signals_let_the_program_clean_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert got == [signal.SIGTERM, signal.SIGUSR1]
     for signum, handler in zip((signal.SIGTERM, signal.SIGUSR1), (before[0], before[2]), strict=True):
         signal.signal(signum, handler)
+
+
+def test_a_loop_in_another_thread_leaves_that_of_the_main_thread_alone() -> None:
+    """A signal was raised in the middle of the loop, which would have lost what that had received."""
+    reached = []
+
+    def another() -> None:
+        with SignalTrap([signal.SIGUSR1]) as trap, trap.around_loop():
+            reached.append("another thread")
+
+    def loop() -> None:
+        with trap.around_loop():
+            thread = threading.Thread(target=another)
+            thread.start()
+            thread.join()
+            signal.raise_signal(signal.SIGUSR1)
+            reached.append("the end of the loop")
+
+    with SignalTrap([signal.SIGUSR1]) as trap, pytest.raises(SignalException):
+        loop()
+    assert reached == ["another thread", "the end of the loop"]
 
 
 def test_what_was_given_and_where_output_goes_are_attributes(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ No gRPC and no thread here: these are in the bridge's process.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from elastic_launch.core.text import visible
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.host.child import Child
-from elastic_launch.host.files import read_private
+from elastic_launch.host.files import read_private, without_waiting
 from elastic_launch.parsing import parse_seconds
 
 CLOSE_PATIENCE = 2.0
@@ -206,7 +205,7 @@ def _read_pem(name: str, path: str) -> bytes:
     if not path:
         raise UsageError(f"{where}: must name a file")
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(path, "rb", opener=without_waiting) as file:
             data = file.read(MAX_PEM + 1)
     except (OSError, ValueError) as error:
         raise UsageError(f"{where}: {_reason(error)}") from error
@@ -218,10 +217,6 @@ def _read_pem(name: str, path: str) -> bytes:
     if b"-----BEGIN " not in data or what not in data:
         raise UsageError(f"{where}: holds no {'private key' if name == 'key' else 'certificate'} in PEM")
     return data
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)  # a pipe must not hold up this process
 
 
 def _reason(error: Exception) -> str:
