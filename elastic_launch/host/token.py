@@ -41,7 +41,11 @@ def write(path: str) -> None:
     """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:
-            file.write(os.urandom(32).hex() + "\n")
+        try:
+            with open(fd, "w") as file:
+                file.write(os.urandom(32).hex() + "\n")
+        except OSError:
+            os.unlink(path)  # an empty file would be in the way of the next try
+            raise
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}; no token was written") from error

@@ -6,6 +6,7 @@ imported.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import elastic_launch
-from elastic_launch.errors import LaunchError, UsageError
+from elastic_launch.errors import ExitCode, LaunchError, UsageError
 
 COMMANDS = {
     "ps": ("ps", "list your jobs on this host"),
@@ -44,20 +45,23 @@ USAGE = "\n".join(
 def main(argv: Sequence[str]) -> int:
     """Run a command line, without the program's name, and return the exit status."""
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if name in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
-    if name == "--version":
-        print(f"elastic-job {elastic_launch.__version__}")
-        return 0
+    status = 0
     try:
-        if name not in COMMANDS:
+        if name in ("-h", "--help", "help"):
+            print(USAGE)
+        elif name == "--version":
+            print(f"elastic-job {elastic_launch.__version__}")
+        elif name in COMMANDS:
+            status = import_module(f"elastic_launch.operate.{COMMANDS[name][0]}").main(rest)
+        else:
             raise UsageError(f"{name or 'no command'}: must be one of {', '.join(COMMANDS)} (elastic-job --help)")
-        status: int = import_module(f"elastic_launch.operate.{COMMANDS[name][0]}").main(rest)
         sys.stdout.flush()
     except LaunchError as error:
         print(f"elastic-job: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # of standard output: whatever else can fail is told apart where it is done
+        print(f"elastic-job: {error.strerror or error}", file=sys.stderr)
+        return ExitCode.UNAVAILABLE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return status
@@ -66,7 +70,13 @@ def main(argv: Sequence[str]) -> int:
 def console() -> NoReturn:
     """Run this process's command line, and exit."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly if the reader, such as head, has seen enough
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - descriptor 1 is closed
+    status = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # main has said so; Python would try again at its end, and choose another status
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 if __name__ == "__main__":

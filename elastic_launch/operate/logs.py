@@ -50,15 +50,22 @@ class Output:
         self._latest: LogFile | None = None
 
     def write(self, file: LogFile, data: bytes) -> None:
-        """Write a part of a file."""
+        """Write a part of a file.
+
+        Raises:
+            UnavailableError: it cannot be written.
+        """
         if not data:
             return
         out = sys.stdout.buffer
-        if self._titles and file != self._latest:
-            out.write((b"\n" if self._latest else b"") + f"{file.title}\n".encode())
-        self._latest = file
-        out.write(data)
-        out.flush()
+        try:
+            if self._titles and file != self._latest:
+                out.write((b"\n" if self._latest else b"") + f"{file.title}\n".encode())
+            self._latest = file
+            out.write(data)
+            out.flush()
+        except OSError as error:
+            raise UnavailableError(f"standard output: {error.strerror}; the rest is not shown") from error
 
 
 def main(argv: Sequence[str]) -> int:

@@ -82,7 +82,8 @@ def _write(report: str, path: str | None) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UnavailableError(f"-o {path}: {error.strerror}; choose another file") from error
+        where = "standard output" if path is None else f"-o {path}"
+        raise UnavailableError(f"{where}: {error.strerror}; choose another file") from error
 
 
 if __name__ == "__main__":

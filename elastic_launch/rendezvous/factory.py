@@ -53,8 +53,9 @@ def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Re
     """
     if config.rdzv_backend in BUILT_IN or not config.rdzv_backend:
         return create_built_in(config, environ, log)
-    if config.token_file:
-        raise UsageError(f"--token-file={config.token_file}: --rdzv-backend {config.rdzv_backend} cannot use a token")
+    option, path = _token_file(config, environ)
+    if path:
+        raise UsageError(f"{option}={path}: --rdzv-backend {config.rdzv_backend} cannot use a token")
     # Late, because only third-party backends need them.
     from elastic_launch.rendezvous.handler import RendezvousParameters
     from elastic_launch.rendezvous.registry import get_rendezvous_handler
@@ -171,15 +172,20 @@ def _patience(config: LaunchConfig) -> float:
     return next(iter(values), DEFAULT_JOIN_TIMEOUT)
 
 
+def _token_file(config: LaunchConfig, environ: Environ) -> tuple[str, str]:
+    """Return what names the file with the job's token, and its path; that is empty if the job has none."""
+    if config.token_file:
+        return "--token-file", config.token_file
+    return TOKEN_FILE, environ.get(TOKEN_FILE, "")
+
+
 def _token(config: LaunchConfig, environ: Environ) -> tuple[str, bytes]:
     """Return the path of the file with the job's token, and the token; both are empty if it has none.
 
     Raises:
         UsageError: the file that is to hold it does not, or others may read it.
     """
-    option, path = "--token-file", config.token_file
-    if not path:
-        option, path = TOKEN_FILE, environ.get(TOKEN_FILE, "")
+    option, path = _token_file(config, environ)
     if not path:
         return "", b""
     from elastic_launch.host import token  # late: few jobs have one

@@ -176,6 +176,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(job: Job) -> None:
     job.finish(process)
 
 
+def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "my-job" / "attempt_0" / "0"
+    folder.mkdir(parents=True)
+    (folder / "stdout.log").write_text("a\n")
+    program = f"{sys.executable} -m elastic_launch.operate"
+    for command, where, status, text in (
+        (f"logs {tmp_path}/my-job", "> /dev/full", 69, "standard output: No space left on device; the rest is not"),
+        ("--help", "> /dev/full", 69, "elastic-job: No space left on device\n"),
+        (f"logs {tmp_path}/my-job", ">&-", 0, ""),
+        ("ps", ">&-", 0, ""),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"{program} {command} {where}"], stderr=subprocess.PIPE, text=True, timeout=DEADLINE
+        )
+        assert done.returncode == status, done.stderr
+        assert text in done.stderr
+        assert done.stderr.count("\n") <= 1
+
+
 def test_the_programs_imports_are_light() -> None:
     code = (
         "import sys; from elastic_launch.operate.__main__ import main; main(['ps']);"

@@ -48,6 +48,19 @@ def test_a_token_that_was_made_can_be_read(tmp_path: Path, capsys: pytest.Captur
     assert token.read(str(tmp_path / "other")) != made
 
 
+def test_a_token_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(fd: int, mode: str) -> object:
+        os.close(fd)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(token, "open", full, raising=False)
+    assert main(["token", str(tmp_path / "token")]) == 2
+    assert "token: No space left on device; no token was written\n" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
 def test_the_space_around_a_token_does_not_count_and_a_link_is_followed(tmp_path: Path) -> None:
     path = secret(tmp_path / "token", f"\n  {SECRET}\r\n", 0o400)
     (tmp_path / "link").symlink_to(path)
@@ -102,3 +115,11 @@ def test_a_bad_token_is_a_wrong_option_wherever_it_comes_from(tmp_path: Path, nn
 def test_a_plug_in_takes_no_token(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--token-file=x: --rdzv-backend mine cannot use a token"):
         created("--rdzv-backend", "mine", "--token-file", "x")
+    with pytest.raises(UsageError, match="ELASTIC_LAUNCH_TOKEN_FILE=x: --rdzv-backend mine cannot use a token"):
+        created("--rdzv-backend", "mine", ELASTIC_LAUNCH_TOKEN_FILE="x")
+
+
+def test_a_name_that_is_empty_by_mistake_does_not_mean_that_there_is_no_token() -> None:
+    with pytest.raises(UsageError, match=r"^--token-file='': must name a file"):
+        created("--token-file", "")
+    created(ELASTIC_LAUNCH_TOKEN_FILE="")
