@@ -53,9 +53,8 @@ class SignalQueue:
         if threading.current_thread() is threading.main_thread():
             self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
             for signum in self._stop | FORWARDED:
-                before = signal.getsignal(signum)
-                if not (signum == signal.SIGHUP and before is signal.SIG_IGN):
-                    self._before[signum] = before
+                if not _stays_ignored(signum):
+                    self._before[signum] = signal.getsignal(signum)
                     signal.signal(signum, self._enqueue)
         return self
 
@@ -100,7 +99,7 @@ class SignalTrap:
     """A context in which signals raise SignalException: in the program's code at once, in a loop once it is left.
 
     An exception in the middle of the loop would lose events. So a signal that arrives there only wakes it: the trap is
-    one of its sources. Handlers are set in the main thread only.
+    one of its sources. Handlers are set in the main thread only. A SIGHUP that is ignored stays ignored.
 
     >>> with SignalTrap([signal.SIGTERM]):
     ...     signal.raise_signal(signal.SIGTERM)
@@ -124,8 +123,9 @@ class SignalTrap:
     def __enter__(self) -> SignalTrap:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
+            chosen = [signum for signum in self._signals if not _stays_ignored(signum)]
             # None: no handler of Python's, which cannot be restored.
-            self._before = {signum: signal.signal(signum, self._handle) or signal.SIG_DFL for signum in self._signals}
+            self._before = {signum: signal.signal(signum, self._handle) or signal.SIG_DFL for signum in chosen}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,6 +181,10 @@ class SignalTrap:
                 os.eventfd_write(trap._wake, 1)
         else:
             _raise(signum)
+
+
+def _stays_ignored(signum: int) -> bool:
+    return signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN
 
 
 def _raise(signum: int) -> None:

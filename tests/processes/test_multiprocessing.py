@@ -222,6 +222,19 @@ def test_signals_let_the_program_clean_up(tmp_path: Path, monkeypatch: pytest.Mo
         signal.signal(signum, handler)
 
 
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    """As under ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalTrap([signal.SIGHUP, signal.SIGUSR1]):
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(SignalException):
+                signal.raise_signal(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_loop_in_another_thread_leaves_that_of_the_main_thread_alone() -> None:
     """A signal was raised in the middle of the loop, which would have lost what that had received."""
     reached = []
