@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 
 from elastic_launch.cli import checks, plan
 from elastic_launch.cli.checks import Finding, Mark, Subject
 from elastic_launch.cli.command import config_from_args
-from elastic_launch.core.text import counted
+from elastic_launch.core.text import counted, visible
 from elastic_launch.env import environment
-from elastic_launch.errors import LaunchError
+from elastic_launch.errors import LaunchError, UnavailableError
 from elastic_launch.host.console import GREEN, RED, YELLOW, paint
 
 COLOURS = {Mark.OK: GREEN, Mark.WARNING: YELLOW, Mark.ERROR: RED}
@@ -29,7 +28,7 @@ def show(args: argparse.Namespace) -> None:
         args: as from ``parse_args``.
 
     Raises:
-        LaunchError: the one that the launch would end with.
+        LaunchError: the one that the launch would end with, or that says why nothing can be shown.
     """
     environ = environment()
     findings: list[Finding] = []
@@ -58,8 +57,12 @@ def show(args: argparse.Namespace) -> None:
 def _print(title: str, lines: Iterable[str] = ()) -> None:
     text = "\n".join([title, *lines, *([""] if lines else [])])
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # arguments may hold any bytes
-    with contextlib.suppress(BrokenPipeError):  # the reader has seen enough
+    try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        pass  # the reader has seen enough
+    except OSError as error:
+        raise UnavailableError(f"standard output: {error.strerror}") from error
 
 
 def settings_table(settings: Sequence[plan.Setting]) -> list[str]:
@@ -96,11 +99,12 @@ def workers_table(workers: Sequence[plan.Worker], names: Sequence[str]) -> list[
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align cells in columns; the last one is not padded.
+    """Align cells in columns; the last one is not padded. What is not printable is made visible.
 
     >>> table([("a", "1"), ("bb", "2")])
     ['  a   1', '  bb  2']
     """
+    rows = [list(map(visible, row)) for row in rows]
     widths = [min(WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths[:-1], 0], strict=True)).rstrip()

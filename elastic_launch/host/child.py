@@ -177,10 +177,13 @@ class Child:
 
 
 def _inheritable(kept: Collection[int]) -> list[int]:
-    """Descriptors of the surrounding program that a new process would inherit."""
-    found = []
+    """Descriptors of the surrounding program that a new process would inherit, unless their numbers are too high.
+
+    Such a descriptor was opened before the limit was lowered. ``posix_spawn`` refuses its number, so it is inherited.
+    """
+    found, limit = [], os.sysconf("SC_OPEN_MAX")
     for fd in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):  # the descriptor of the listing itself
-            if fd > 2 and fd not in kept and os.get_inheritable(fd):
+            if 2 < fd < limit and fd not in kept and os.get_inheritable(fd):
                 found.append(fd)
     return found

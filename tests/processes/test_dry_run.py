@@ -175,6 +175,17 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(job: Job) -> None:
     assert job.finish(process).returncode == 0
 
 
+def test_output_that_cannot_be_written_is_an_error(job: Job) -> None:
+    with open("/dev/full", "w") as full:
+        command = (sys.executable, "-m", "elastic_launch", "--dry-run", job.script(""))
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (69, "elastic-run: standard output: No space left on device\n")
+
+
+def test_no_value_controls_the_terminal() -> None:
+    assert dry_run.table([("a\nb", "\x1b[2J")]) == ["  a\\nb  \\x1b[2J"]
+
+
 # ---- the checks of stores
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import os
+import resource
 import select
 import signal
 import socket
@@ -320,6 +322,22 @@ def test_inherits_nothing_of_the_surrounding_program(server: HealthServer) -> No
     sock = ask(server)
     turn(server)
     assert response(sock).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.usefixtures("server")  # for its patience
+def test_starts_although_a_descriptor_is_above_the_limit() -> None:
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    high = fcntl.fcntl(0, fcntl.F_DUPFD, 200)  # inheritable, as the shell's own may be
+    resource.setrlimit(resource.RLIMIT_NOFILE, (high, most))
+    try:
+        second = HealthServer(0, os.environ)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        os.close(high)
+    sock = ask(second)
+    turn(second)
+    assert response(sock).startswith(b"HTTP/1.1 200 ")
+    second.close()
 
 
 AGENT = """
