@@ -162,6 +162,9 @@ class SignalException(AlsoTorchs):
         Exception.__init__(self, msg)
         self.sigval = sigval
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.sigval)  # for pickle: a process of a pool may raise it
+
     @property
     def exit_code(self) -> int:
         """The exit status of the launcher: 128 + the signal's number."""

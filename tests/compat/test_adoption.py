@@ -106,10 +106,12 @@ def test_errors_are_torchs_where_torchs_are_loaded(monkeypatch: pytest.MonkeyPat
         assert not isinstance(earlier, kind)
         assert (str(error), type(error).__qualname__) == (str(earlier), type(earlier).__qualname__)
         assert vars(error) == vars(earlier)
-    again = pickle.loads(pickle.dumps(make()[0]))
-    assert isinstance(again, kinds[0])
-    assert isinstance(again, ChildFailedError)
-    assert again.exit_code == 137
+    again = [pickle.loads(pickle.dumps(error)) for error in make()]
+    for kind, earlier, error in zip(kinds, before, again, strict=True):
+        assert isinstance(error, kind)
+        assert isinstance(error, type(earlier))
+        assert vars(error) == vars(earlier)
+    assert [error.exit_code for error in again] == [137, 143, 75]
 
 
 def test_torchs_settings_work() -> None:
