@@ -19,21 +19,22 @@ while True: signal.pause()
 
 
 def test_the_batch_script_runs_one_job_and_goes_back_into_the_queue(tmp_path: Path) -> None:
-    train, log, program = tmp_path / "train.py", tmp_path / "out.log", tmp_path / "bin" / "elastic-run"
+    train, log, programs = tmp_path / "train.py", tmp_path / "out.log", tmp_path / "bin"
     train.write_text(TRAIN)
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m elastic_launch "$@"\n')
-    program.chmod(0o755)
-    path = f"{program.parent}:{os.environ['PATH']}"
+    programs.mkdir()
+    for name, module in (("elastic-run", "elastic_launch"), ("elastic-job", "elastic_launch.operate")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "TOKEN_DIR": str(tmp_path)}
 
     def lines() -> list[str]:
         return log.read_text().splitlines() if log.exists() else []
 
     with slurm_cluster(tmp_path) as slurm:
         options = ["--parsable", "--nodes=2", f"--output={log}", str(SCRIPT), "--nproc-per-node", "1", str(train)]
-        number = slurm.run("sbatch", *options, PATH=path).strip()
+        number = slurm.run("sbatch", *options, **environ).strip()
         ranks = {f"rank {rank} of 2 in {number}.0" for rank in (0, 1)}
-        wait_until(lambda: ranks <= set(lines()), f"two ranks in one job: {lines()}")
+        wait_until(lambda: ranks <= set(lines()), "two ranks in one job")
         slurm.run("scancel", "--signal=TERM", number)  # as Slurm does some time before the time limit
         wait_until(lambda: "Restarts=1" in slurm.job(number), "the job is in the queue again")
         assert lines().count("checkpoint") == 2
