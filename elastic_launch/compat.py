@@ -92,9 +92,10 @@ class _Finder:
         if name not in REPLACED:
             return None
         for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(name, path, target)):
+            find = getattr(finder, "find_spec", None)  # some packages' finders are too old to have it
+            if find and finder is not self and (spec := find(name, path, target)):
                 if spec.loader:
-                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader)
                 return spec
         return None
 

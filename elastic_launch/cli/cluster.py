@@ -45,7 +45,10 @@ def fill(
     read = {option.dest: option.read for option in options}
     for name, (text, source) in values.items():
         if name not in given:
-            setattr(args, name, read[name](text))
+            try:
+                setattr(args, name, read[name](text))
+            except UsageError as error:
+                raise UsageError(f"--cluster={args.cluster}: {source}={error}") from error
             given[name] = source
 
 

@@ -77,8 +77,6 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
             f"--nnodes={args.nnodes}: several nodes need a rendezvous endpoint: pass --rdzv-backend c10d "
             "--rdzv-endpoint HOST:PORT, where HOST is one of them; or --master-addr, the address of the node of rank 0"
         )
-    if "token_file" in args.given and not args.token_file:
-        raise UsageError("--token-file='': must name a file; without a token, leave the option out")
     if check := parse_command(args.health_check):
         _check_program("--health-check=", check[0])
     pinned = args.rdzv_backend == "static" or "node_rank" in args.given

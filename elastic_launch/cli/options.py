@@ -374,6 +374,8 @@ class Parser(argparse.ArgumentParser):
                 given[option.dest] = file.path
                 value = _read(option, file.values[option.dest], f"{file.path}: {option.name}")
             setattr(namespace, option.dest, value)
+        if "token_file" in given and not namespace.token_file:  # such as that of a variable that is not set
+            raise UsageError("--token-file='': must name a file; leave the option out if there is no token")
         if getattr(namespace, "cluster", None) in CLUSTERS:
             from elastic_launch.cli import cluster  # late: most jobs name none
 

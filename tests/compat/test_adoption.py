@@ -172,6 +172,12 @@ def test_adopt_hands_options_on_as_variables(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (7, "1 a,b 1 r a,,b,c -- --mo\n"), done.stderr
 
 
+def test_a_finder_of_former_times_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    finder = compat._Finder()
+    monkeypatch.setattr(sys, "meta_path", [object(), finder])
+    assert finder.find_spec("torch.distributed.run") is None
+
+
 def test_adopt_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / compat.PTH).touch()
     monkeypatch.syspath_prepend(tmp_path)

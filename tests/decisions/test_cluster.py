@@ -118,3 +118,12 @@ def test_without_the_option_slurm_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
     assert parse_args([__file__]).nnodes == "1:1"
     monkeypatch.setenv("PET_CLUSTER", "slurm")
     assert parse_args([__file__]).nnodes == "2"
+
+
+@pytest.mark.usefixtures("in_slurm")
+def test_a_variable_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(SystemExit):
+        parse_args(["--cluster", "slurm", __file__])
+    assert "--cluster=slurm: SLURM_STEP_NUM_NODES='0': must be a number of nodes" in capsys.readouterr().err

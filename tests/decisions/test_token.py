@@ -119,7 +119,12 @@ def test_a_plug_in_takes_no_token(tmp_path: Path) -> None:
         created("--rdzv-backend", "mine", ELASTIC_LAUNCH_TOKEN_FILE="x")
 
 
-def test_a_name_that_is_empty_by_mistake_does_not_mean_that_there_is_no_token() -> None:
-    with pytest.raises(UsageError, match=r"^--token-file='': must name a file"):
-        created("--token-file", "")
+@pytest.mark.parametrize("words", [[], ["--adopt"]])
+def test_a_name_that_is_empty_by_mistake_does_not_mean_that_there_is_no_token(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args([*words, "--token-file", "", "true"])
+    assert ended.value.code == 2
+    assert "--token-file='': must name a file" in capsys.readouterr().err
     created(ELASTIC_LAUNCH_TOKEN_FILE="")
