@@ -35,13 +35,16 @@ if __name__ == "__main__":
 """
 
 WORKER = """\
-import os, subprocess, sys
+import os, subprocess, sys, time
 rank = os.environ["RANK"]
 assert b"elastic_launch" in open("/proc/1/cmdline", "rb").read(), "the agent is process 1"
 for folder in ("/dev/shm", os.path.expanduser("~")):
     assert not os.access(folder, os.W_OK), folder
 subprocess.Popen(["sleep", "1000"], start_new_session=True)
-print("rank", rank, "of user", os.getuid(), "reads", repr(sys.stdin.read() if sys.stdin else ""))
+print("rank", rank, "of user", os.getuid(), "reads", repr(sys.stdin.read() if sys.stdin else ""), flush=True)
+open(f"printed-{rank}", "w").close()
+while not os.path.exists("printed-0"):
+    time.sleep(0.01)  # before this one fails, and the other is stopped
 sys.exit(int(rank) * 3)
 """
 

@@ -325,7 +325,7 @@ def play(seed: int) -> Scene:
 @pytest.mark.parametrize("block", range(4))
 def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
     scenes = []
-    for seed in seeds(block, 100):
+    for seed in seeds(block, 60):
         try:
             scenes.append(play(seed))
         except Exception as error:
@@ -336,7 +336,7 @@ def test_any_schedule_comes_to_a_proper_end(block: int) -> None:
 
 def test_no_schedule_charges_a_restart_that_the_user_asks_for() -> None:
     """Nor does it start a round beside another: the simulation checks that at all times."""
-    assert max(map(_restart_often, seeds(0, 100))) >= 5
+    assert max(map(_restart_often, seeds(0, 60))) >= 5
 
 
 def _do(strike: Callable[[Agent], object], agent: Agent) -> None:

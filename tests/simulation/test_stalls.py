@@ -19,6 +19,7 @@ from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Policy
 from tests.support.simulation import World
 from tests.support.stalls import VERDICT, Watch
+from tests.support.worlds import seeds
 
 
 def running(seed: int = 1, count: int = 3, *, trouble: bool = False) -> tuple[World, list[Watch]]:
@@ -140,7 +141,7 @@ def test_the_stacks_of_nodes_that_are_well_can_be_asked_for(count: int, asking: 
 
 
 def test_a_node_that_dies_is_noticed_as_soon_although_stacks_are_asked_for() -> None:
-    for seed in range(60):
+    for seed in seeds(0, 25):
         world, watches = running(seed, 3, trouble=True)
         asking, dying = world.random.choice(watches), world.random.choice(watches)
         for _ in range(5):
@@ -179,7 +180,7 @@ def nothing(world: World, watches: list[Watch]) -> None:
 def test_in_any_order_of_events_no_job_stalls_that_makes_progress(
     bad_luck: Callable[[World, list[Watch]], None], some_go_on: bool
 ) -> None:
-    for seed in range(60):
+    for seed in seeds(0, 25):
         world, watches = running(seed, world_size := 2 + seed % 4, trouble=True)
         going_on = set(world.random.sample(range(world_size), 1)) if some_go_on else set()
         for number, watch in enumerate(watches):
