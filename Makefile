@@ -7,7 +7,7 @@ BIN := .venv/bin
 MINUTES ?= 60
 SEED ?=
 
-.PHONY: compiled demo test test-quick fuzz check docs dist format bench clean
+.PHONY: compiled demo test slurm test-quick fuzz check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,7 +23,12 @@ demo: compiled
 
 # "--dist loadgroup": tests of one xdist_group do not run beside each other.
 test: compiled
-	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadgroup
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist loadgroup --ignore tests/cluster/test_slurm.py
+
+# The example for Slurm under a real Slurm: needs slurmctld, slurmd and slurm-client. Not a part of "make test", because
+# on a busy machine Slurm's daemon sometimes fails to start a step, and puts the job back for two minutes.
+slurm: compiled
+	$(BIN)/pytest tests/cluster/test_slurm.py
 
 # For every save, in half a minute: all decisions, the simulation, and those tests of processes, stores and nodes that
 # are marked "quick", which have most that can break in them: restarts, signals, output, functions, leases, no orphans.
