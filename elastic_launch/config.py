@@ -262,6 +262,8 @@ class LaunchConfig:
     token_file: str = ""
     """File with the token that the nodes of the job share, as for ``--token-file``; ``""`` for the one that
     ``ELASTIC_LAUNCH_TOKEN_FILE`` names, if any."""
+    store_gate: bool = False
+    """Whether only nodes that know the token can connect to the job's store, as for ``--store-gate``."""
 
     @property
     def policy(self) -> Policy:

@@ -185,6 +185,7 @@ GROUPS = {
         Option("rdzv-id", "none", str, "ID", "id of the job, the same on all its nodes"),
         Option("rdzv-conf", "", _checked(parse_rdzv_conf), "CONF", "settings of the backend, as in join_timeout=600"),
         Option("token-file", "", str, "FILE", "token that all nodes share: strangers cannot join or steer the job"),
+        Option("store-gate", False, _flag, "", "who does not know the token cannot even connect to the job's store"),
         Option("node-rank", 0, _count, "RANK", "rank of this node; optional with c10d and etcd"),
         Option("local-addr", None, str, "HOST", "address of this node (default: the one that reaches the endpoint)"),
         Option("master-addr", "127.0.0.1", str, "HOST", "with static: address of the node of rank 0"),
@@ -248,7 +249,7 @@ OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
 OWN = {
     *("config", "cluster", "dry_run", "preload", "quiet", "verbose", "events", "health_check", "health_check_timeout"),
-    "token_file",
+    *("token_file", "store_gate"),
     *("restart_window", "restart_backoff", "fatal_exit_codes", "crash_loop", "node_failure_limit"),
     *("hang_timeout", "hang_action", "hang_native", "start_timeout"),
 }

@@ -68,6 +68,11 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument(
         "--token-file", metavar="FILE", help=f"the job's token (default: {TOKEN_FILE}, or the agent's)"
     )
+    options.add_argument(
+        "--store-gate",
+        action="store_true",
+        help="the job was started with --store-gate (known for agents on this host)",
+    )
     args = options.parse_args(argv)
     environ = environment()
     with contextlib.closing(_view(args, environ)) as view:
@@ -91,7 +96,7 @@ def _view(args: Any, environ: Mapping[str, str]) -> View:
             raise UsageError(f"{args.job}: JOB is for jobs of this host; with --rdzv-endpoint the job is --rdzv-id")
         job = args.rdzv_id or "none"
         store = args.rdzv_backend or "c10d", args.rdzv_endpoint
-        return View(None, StoreReader(job, *store, settings, environ, _token_file(args, environ)))
+        return View(None, StoreReader(job, *store, settings, environ, _token_file(args, environ), args.store_gate))
     job = choose(running_jobs(environ), args.job)
     if given := _token_file(args, environ):
         settings["token_file"] = given
@@ -121,8 +126,8 @@ def view_of_job(job: Job, environ: Mapping[str, str], settings: Mapping[str, str
     if not store["endpoint"] or job.agents[0].get("max_nodes") == 1:
         return View(job, None)
     given = {**store["settings"], **(settings or {})}
-    token_file = given.pop("token_file", "")
+    token_file, has_gate = given.pop("token_file", ""), given.pop("store_gate", "") == "true"
     try:
-        return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ, token_file))
+        return View(job, StoreReader(job.id, store["backend"], store["endpoint"], given, environ, token_file, has_gate))
     except UsageError as error:  # the agents named the store, and may have a file that is gone since
         raise RendezvousError(str(error)) from error

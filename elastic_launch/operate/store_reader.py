@@ -33,9 +33,10 @@ class StoreReader:
         settings: ``--rdzv-conf``.
         environ: variables of the bridge to etcd.
         token_file: the file with the job's token; empty: it has none.
+        has_gate: whether the store has a gate, for which the token is needed.
 
     Raises:
-        UsageError: there is no such backend, or a setting is wrong, or the file holds no token.
+        UsageError: there is no such backend, or a setting is wrong, or the file holds no token, or there is none.
         RendezvousConnectionError: the store cannot be reached.
     """
 
@@ -47,16 +48,27 @@ class StoreReader:
         settings: Mapping[str, str],
         environ: Mapping[str, str],
         token_file: str = "",
+        has_gate: bool = False,
     ) -> None:
         self.run_id = run_id
         self._signer = None
+        gate_key = b""
         if token_file:
             from elastic_launch.host import token  # late, as this needs hmac, too
             from elastic_launch.rendezvous.signing import Signer
 
-            self._signer = Signer(token.read(token_file), run_id, _warn)
+            secret = token.read(token_file)
+            self._signer = Signer(secret, run_id, _warn)
+            if has_gate:
+                from elastic_launch.store.challenge import gate_key as key_of
+
+                gate_key = key_of(secret, run_id)
+        elif has_gate:
+            from elastic_launch.rendezvous.factory import NO_TOKEN
+
+            raise UsageError(NO_TOKEN)
         self._opened = contextlib.ExitStack()
-        self._backend = _backend(run_id, backend, endpoint, settings, environ)
+        self._backend = _backend(run_id, backend, endpoint, settings, environ, gate_key)
         self._end = time.monotonic() + PATIENCE
         with contextlib.ExitStack() as stack:
             stack.callback(self._backend.close)
@@ -131,26 +143,37 @@ def _warn(text: str) -> None:
 
 
 def _backend(
-    run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str]
+    run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str], gate_key: bytes
 ) -> Backend:
     made = _BACKENDS.get(backend)
     if made is None:
         raise UsageError(f"--rdzv-backend={backend}: must be one of {', '.join(_BACKENDS)}")
     if not endpoint:
         raise UsageError("--rdzv-endpoint: must say where the job's store is, as for elastic-run")
-    return made(run_id, backend, endpoint, settings, environ)
+    if gate_key and made is not _tcp_store:
+        raise UsageError(f"--store-gate: --rdzv-backend {backend} has no gate")
+    return made(run_id, backend, endpoint, settings, environ, gate_key)
 
 
-def _tcp_store(run_id: str, backend: str, endpoint: str, *_: Any) -> Backend:
+def _tcp_store(
+    run_id: str,
+    backend: str,
+    endpoint: str,
+    settings: Mapping[str, str],
+    environ: Mapping[str, str],
+    gate_key: bytes = b"",
+) -> Backend:
     from elastic_launch.parsing import split_endpoint
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
     from elastic_launch.rendezvous.factory import DEFAULT_PORTS
 
     host, port = split_endpoint(endpoint)
-    return C10dBackend(host, port or DEFAULT_PORTS[backend], False, {})
+    return C10dBackend(host, port or DEFAULT_PORTS[backend], False, {}, gate_key=gate_key)
 
 
-def _etcd(run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str]) -> Backend:
+def _etcd(
+    run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str], *_: Any
+) -> Backend:
     from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 
     return EtcdBackend(endpoint, run_id, {"read_timeout": str(PATIENCE), **settings}, environ)

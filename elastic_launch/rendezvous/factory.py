@@ -39,6 +39,10 @@ DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 """Ports for endpoints that name none, by backend; torch's defaults."""
 
 
+NO_TOKEN = f"--store-gate: needs a token: --token-file FILE, or {TOKEN_FILE}; elastic-job token FILE makes one"
+"""What is wrong if a gate has nothing to ask for."""
+
+
 def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:
     """Create the rendezvous of a job: that of a built-in backend, or a third-party handler.
 
@@ -56,6 +60,8 @@ def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Re
     option, path = _token_file(config, environ)
     if path:
         raise UsageError(f"{option}={path}: --rdzv-backend {config.rdzv_backend} cannot use a token")
+    if config.store_gate:
+        raise UsageError(f"--store-gate: --rdzv-backend {config.rdzv_backend} has no gate")
     # Late, because only third-party backends need them.
     from elastic_launch.rendezvous.handler import RendezvousParameters
     from elastic_launch.rendezvous.registry import get_rendezvous_handler
@@ -153,7 +159,9 @@ def create_built_in(config: LaunchConfig, environ: Environ, log: Logger) -> Rend
     """
     if config.max_nodes > 1:
         return create_store_rendezvous(config, environ, log)
-    _token(config, environ)  # it is of no use, but the user may be mistaken about it
+    _, token = _token(config, environ)  # it is of no use, but the user may be mistaken about it
+    if config.store_gate and not token:
+        raise UsageError(NO_TOKEN)
     host, port = "127.0.0.1", 0  # of the workers' store; 0: a free port for each round
     if config.rdzv_backend == "static" and config.rdzv_endpoint:
         host, port = split_endpoint(config.rdzv_endpoint)
@@ -206,6 +214,7 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 
     warn = in_colour(log, YELLOW)
+    token_file, token = _token(config, environ)
     conf = _read_conf(config, warn)
     rank = _rank(config)
     given = {name: conf[name] for name in Settings._fields if name in conf}
@@ -213,23 +222,34 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     timeouts = Timeouts(**{name: conf[f"{name}_timeout"] for name in ("store", "read") if f"{name}_timeout" in conf})
     backend: C10dBackend | EtcdBackend
     if config.rdzv_backend.startswith("etcd"):
+        if config.store_gate:
+            raise UsageError(
+                f"--store-gate: --rdzv-backend {config.rdzv_backend} has no gate; use c10d or static, or etcd with TLS"
+            )
         backend = _etcd_backend(config, conf, settings, environ, warn)
     else:
-        backend = _c10d_backend(config, conf, rank, environ)
+        gate_key = _gate_key(config, token, settings.run_id)
+        backend = _c10d_backend(config, conf, rank, environ, gate_key)
         if environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
             settings = settings._replace(store_port=backend.port)
+        elif gate_key:
+            raise UsageError(
+                "--store-gate: with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 a worker serves the workers' store, without a "
+                "gate; unset it"
+            )
     host, pid = host_name(), os.getpid()
     node = f"{host}-{pid}-{os.urandom(4).hex()}"
     record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
     if config.local_addr:
         record = record._replace(address=config.local_addr, named=True)
     signer = None
-    token_file, token = _token(config, environ)
     if token:
         from elastic_launch.rendezvous.signing import Signer  # late: it imports hmac
 
         signer = Signer(token, settings.run_id, warn)
         backend.settings = {**backend.settings, "token_file": token_file}  # for elastic-job, which reads the store
+        if config.store_gate:
+            backend.settings = {**backend.settings, "store_gate": "true"}
     return StoreRendezvous(
         settings,
         check_own(record),
@@ -242,7 +262,22 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     )
 
 
-def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ) -> C10dBackend:
+def _gate_key(config: LaunchConfig, token: bytes, run_id: str) -> bytes:
+    """Return the key of the gate of the job's store; empty: it has none.
+
+    Raises:
+        UsageError: the job has no token.
+    """
+    if not config.store_gate:
+        return b""
+    if not token:
+        raise UsageError(NO_TOKEN)
+    from elastic_launch.store.challenge import gate_key  # late: few jobs have a gate
+
+    return gate_key(token, run_id)
+
+
+def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ, gate_key: bytes) -> C10dBackend:
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
 
     if conf.get("embedded"):
@@ -262,7 +297,7 @@ def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ)
     port = port or DEFAULT_PORTS.get(config.rdzv_backend, DEFAULT_PORTS["c10d"])
     # With static, the host may call itself localhost where the others use a name, as Kubeflow has it.
     is_local = is_host is None and not config.local_addr and (host == "localhost" or is_loopback(host))
-    return C10dBackend(host, port, is_host, environ, is_local)
+    return C10dBackend(host, port, is_host, environ, is_local, gate_key)
 
 
 def _etcd_backend(config: LaunchConfig, conf: Conf, settings: Settings, environ: Environ, log: Logger) -> EtcdBackend:

@@ -222,8 +222,10 @@ class StoreRendezvous:
     def _completed(self, event: RendezvousEvent) -> AgentEvent:
         """Add what the node does not know: the store's address, the time of day, and why there is no store."""
         match event:
-            case Assigned(assignment) if not assignment.master_addr:
-                return Assigned(assignment._replace(master_addr=self._link.store_address))
+            case Assigned(assignment) if assignment.agent_store:
+                address = assignment.master_addr or self._link.store_address
+                address, port = self.backend.workers_store(address, assignment.master_port)
+                return Assigned(assignment._replace(master_addr=address, master_port=port))
             case Ended(end, _):
                 return Ended(end, self._wall_clock())
             case Decided(decision) if decision.status == ExitCode.TIMEOUT and not self._link.has_answered:

@@ -13,12 +13,15 @@ import select
 import socket
 import time
 from collections import deque
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from elastic_launch.core.store_requests import Cancel, Reply, Request, Wait
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.store.codec import Reader, describe, encode, encode_handshake
-from elastic_launch.store.wire import ProtocolError
+from elastic_launch.store.wire import GATE, ProtocolError
+
+if TYPE_CHECKING:
+    from elastic_launch.store.challenge import ClientChallenge
 
 DEAD_HOST_PATIENCE = 20
 """Seconds without an acknowledgement after which a host is presumed dead, and the connection lost."""
@@ -60,32 +63,50 @@ class _Pending:
         """The number of bytes to be sent on the connection, up to and including this request."""
 
 
-def connect(address: tuple[Any, ...] | str, family: int, where: str) -> StoreClient:
+def stream_socket(family: int) -> socket.socket:
+    """Return a socket that never blocks, and that notices a dead host in ``DEAD_HOST_PATIENCE`` seconds.
+
+    Raises:
+        OSError: The system cannot create such a socket, or no further one.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    if family in (socket.AF_INET, socket.AF_INET6):
+        watch_for_loss(sock)
+    return sock
+
+
+def watch_for_loss(sock: socket.socket) -> None:
+    """Have a TCP socket notice a dead host, and send what is written at once."""
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_KEEPIDLE, DEAD_HOST_PATIENCE // 4),
+        (socket.TCP_KEEPINTVL, DEAD_HOST_PATIENCE // 4),
+        (socket.TCP_KEEPCNT, 3),
+        (socket.TCP_USER_TIMEOUT, DEAD_HOST_PATIENCE * 1000),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def connect(
+    address: tuple[Any, ...] | str, family: int, where: str, challenge: ClientChallenge | None = None
+) -> StoreClient:
     """Begin to connect. The client's ``take`` raises an error if that fails.
 
     Args:
         address: The address in the form of its family; for IP a numeric address and a port.
         family: The address family, as returned by ``getaddrinfo``.
         where: The name of the server in messages: ``store at host-a:29400``.
+        challenge: What to do first, if the store has a gate.
 
     Raises:
         RendezvousConnectionError: The system cannot create such a socket, or no further one.
     """
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = stream_socket(family)
     except OSError as error:
         raise RendezvousConnectionError(f"{where}: cannot connect: {error.strerror}") from error
-    if family in (socket.AF_INET, socket.AF_INET6):
-        for option, value in (
-            (socket.TCP_NODELAY, 1),
-            (socket.TCP_KEEPIDLE, DEAD_HOST_PATIENCE // 4),
-            (socket.TCP_KEEPINTVL, DEAD_HOST_PATIENCE // 4),
-            (socket.TCP_KEEPCNT, 3),
-            (socket.TCP_USER_TIMEOUT, DEAD_HOST_PATIENCE * 1000),
-        ):
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    client = StoreClient(sock, where)
+    client = StoreClient(sock, where, challenge)
     code = sock.connect_ex(address)
     if code not in (0, errno.EINPROGRESS):
         client.fail(OSError(code, os.strerror(code)))
@@ -100,12 +121,20 @@ class StoreClient:
     has returned all replies that came before.
     """
 
-    def __init__(self, sock: socket.socket, where: str) -> None:
-        """Use a non-blocking stream socket that is connected or connecting, and queue the handshake."""
+    def __init__(self, sock: socket.socket, where: str, challenge: ClientChallenge | None = None) -> None:
+        """Use a non-blocking stream socket that is connected or connecting, and queue the handshake.
+
+        Args:
+            sock: The socket.
+            where: The name of the server in messages.
+            challenge: What comes before the handshake; None: the store has no gate.
+        """
         self.where = where
         self.ready = False
         """Whether the server has completed the handshake."""
         self._sock = sock
+        self._challenge = challenge
+        """What is still to be done before the handshake can be sent."""
         self._out = bytearray()
         self._in = bytearray()
         self._queued = self._sent = 0
@@ -125,7 +154,7 @@ class StoreClient:
 
     def wants_write(self) -> bool:
         """Whether ``flush`` should be called when the socket is writable."""
-        return bool(self._out)
+        return bool(self._challenge.out if self._challenge else self._out)
 
     def submit(self, request: Request, tag: Any = None) -> None:
         """Queue a request. ``take`` returns its reply with the tag. Replies come in the order of the requests.
@@ -146,7 +175,9 @@ class StoreClient:
     def flush(self) -> None:
         """Send as much as the socket accepts without blocking."""
         try:
-            while self._out:
+            while self._challenge and self._challenge.out:
+                del self._challenge.out[: self._sock.send(self._challenge.out, socket.MSG_NOSIGNAL)]
+            while self._out and not self._challenge:
                 sent = self._sock.send(self._out, socket.MSG_NOSIGNAL)
                 self._sent += sent
                 del self._out[:sent]
@@ -203,7 +234,7 @@ class StoreClient:
             left = end - time.monotonic()
             if left <= 0:
                 raise self.timeout_error(timeout, describe(request))
-            poller.register(self._sock, select.POLLIN | select.POLLOUT if self._out else select.POLLIN)
+            poller.register(self._sock, select.POLLIN | select.POLLOUT if self.wants_write() else select.POLLIN)
             poller.poll(left * 1000 + 1)
 
     def timeout_error(self, seconds: float, request: str = "a request") -> RendezvousConnectionError:
@@ -251,6 +282,8 @@ class StoreClient:
                 f"{self.where}: connection lost: {how}; "
                 "check whether the node and the process that serve it are still running"
             )
+        elif self._challenge and self._challenge.is_begun:
+            self._failure = RendezvousConnectionError(f"{self.where}: the gate closes the connection: {how}")
         elif code in (None, errno.ECONNRESET, errno.EPIPE):
             self._failure = NotAStoreError(
                 f"{self.where} closes the connection instead of answering: it is not a TCPStore, belongs to torch "
@@ -284,7 +317,8 @@ class StoreClient:
         replies: list[tuple[Any, Reply]] = []
         left = _TURN
         try:
-            while left > 0:
+            self._take_challenge()
+            while left > 0 and not self._challenge:
                 data = self._sock.recv(_CHUNK)
                 left -= len(data)
                 self._in += data
@@ -298,6 +332,23 @@ class StoreClient:
         except OSError as error:
             self.fail(error)
         return replies + self._take_replies()
+
+    def _take_challenge(self) -> None:
+        """Do what comes before the handshake. Raises OSError."""
+        while self._challenge and not self._failure:
+            data = self._sock.recv(self._challenge.needed)
+            if not data:
+                self.fail(None)
+                return
+            # Late: few jobs have a gate.
+            from elastic_launch.store.challenge import ChallengeError
+
+            try:
+                self._challenge.receive(data)
+            except ChallengeError as error:
+                self._failure = NotAStoreError(f"{self.where} {error}", certain=True)
+            else:
+                self._challenge = None if self._challenge.is_passed else self._challenge
 
     def _take_replies(self) -> list[tuple[Any, Reply]]:
         """Parse what has come so far."""
@@ -351,6 +402,8 @@ class StoreClient:
             f"{self.where} answers, but not as a TCPStore does (it sent {data!r}); "
             "check which program listens there, or pass another port in --rdzv-endpoint"
         )
+        if request is None and data.startswith(GATE):
+            text = f"{self.where} has a gate: give this node --store-gate and the job's --token-file, as the others"
         if request and excess:
             text = f"{self.where} answers {describe(request)} with {excess}; does something else write to that store?"
         self._failure = self._failure or NotAStoreError(text, certain=True)

@@ -43,6 +43,8 @@ class Op(IntEnum):
 
 
 MAGIC = 0x3C85F7CE
+GATE = b"GATE"
+"""What a gate says first (``challenge``); no TCPStore sends these bytes in answer to a handshake of ours."""
 DONE, STOPPED = 0, 1
 """Replies to a wait: all keys exist; it was cancelled."""
 

@@ -178,6 +178,7 @@ OURS: dict[str, Any] = {
     "hang_timeout": "auto",
     "hang_action": "report",
     "token_file": "",
+    "store_gate": False,
     "health_check": "",
     "health_check_timeout": 60,
     "hang_native": False,

@@ -128,3 +128,21 @@ def test_a_name_that_is_empty_by_mistake_does_not_mean_that_there_is_no_token(
     assert ended.value.code == 2
     assert "--token-file='': must name a file" in capsys.readouterr().err
     created(ELASTIC_LAUNCH_TOKEN_FILE="")
+
+
+def test_a_gate_needs_a_token_and_a_store_that_can_have_one(tmp_path: Path) -> None:
+    good = str(secret(tmp_path / "good"))
+    c10d = "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:1", "--store-gate"
+    for words in (c10d, ("--store-gate",)):
+        with pytest.raises(
+            UsageError, match=r"^--store-gate: needs a token: --token-file FILE, or ELASTIC_LAUNCH_TOKEN"
+        ):
+            created(*words)
+        created(*words, "--token-file", good)
+    with pytest.raises(UsageError, match="--store-gate: with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 a worker serves"):
+        created(*c10d, "--token-file", good, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    etcd = "--nnodes", "2", "--rdzv-backend", "etcd", "--rdzv-endpoint", "h:1", "--rdzv-id", "x", "--store-gate"
+    with pytest.raises(UsageError, match="--store-gate: --rdzv-backend etcd has no gate; use c10d or static"):
+        created(*etcd, "--token-file", good)
+    with pytest.raises(UsageError, match="--store-gate: --rdzv-backend mine has no gate"):
+        created("--rdzv-backend", "mine", "--store-gate")

@@ -65,6 +65,18 @@ class Backend(Protocol):
         """
         return 0
 
+    def workers_store(self, address: str, port: int) -> tuple[str, int]:
+        """Return address and port at which this node's workers reach the store that the nodes serve for them.
+
+        Args:
+            address: The address by which this node reaches it.
+            port: Its port.
+
+        Raises:
+            LaunchError: what they need for that cannot be started.
+        """
+        return address, port
+
     def connect(self) -> StoreClient:
         """Begin a connection; does not wait for the store.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
@@ -14,6 +16,10 @@ from elastic_launch.host.ports import listen, port_owner, stranger_on
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
+
+if TYPE_CHECKING:
+    from elastic_launch.store.challenge import ClientChallenge
+    from elastic_launch.store.relay import Relay
 
 
 class C10dBackend(Backend):
@@ -25,10 +31,17 @@ class C10dBackend(Backend):
         is_host: whether this node hosts the store; None: it does if ``host`` is an address of this host.
         environ: variables of the process that hosts the store.
         is_local: whether a store that is hosted here listens on the endpoint's address only, not on all of this host.
+        gate_key: the key of the store's gate, as from ``challenge.gate_key``; empty: the store has none.
     """
 
     def __init__(
-        self, host: str, port: int, is_host: bool | None, environ: Mapping[str, str], is_local: bool = False
+        self,
+        host: str,
+        port: int,
+        is_host: bool | None,
+        environ: Mapping[str, str],
+        is_local: bool = False,
+        gate_key: bytes = b"",
     ) -> None:
         self.endpoint = join_endpoint(host, port)
         self.where = f"the store at {self.endpoint}"
@@ -37,7 +50,12 @@ class C10dBackend(Backend):
         self._is_host = is_host
         self._environ = environ
         self._is_local = is_local
+        self._gate_key = gate_key
         self._process: TCPStoreServer | None = None
+        self._relay: Relay | None = None
+        """Stands at the gate, or takes this node's workers there."""
+        self._behind: dict[int, int] = {}
+        """The ports on loopback where torch serves, by the ports of the gates before them."""
         self._addresses: list[Address] = []
         """Addresses of the endpoint that are still to be tried."""
 
@@ -56,8 +74,33 @@ class C10dBackend(Backend):
                 self._check_owner()
                 return  # by another agent, which hosts the store, or by a stranger: the connection will show
             raise self.cannot_host(error) from error
-        self._process = TCPStoreServer(listening, self._environ)
+        self._process = TCPStoreServer(self._behind_gate("job", listening), self._environ)
         self.serves = True
+
+    def _behind_gate(self, name: str, listening: socket.socket) -> socket.socket:
+        """Return the socket that torch is to serve: another one, on loopback, if there is a gate before it.
+
+        Raises:
+            OSError: there is no free port on loopback.
+            UnavailableError: the process for the gate cannot be started.
+        """
+        if not self._gate_key:
+            return listening
+        from elastic_launch.store.relay import LOOPBACK  # late: few jobs have a gate
+
+        inner = listen(0, LOOPBACK)
+        port = inner.getsockname()[1]
+        self._behind[listening.getsockname()[1]] = port
+        self._start_relay().add_gate(name, listening, port)
+        return inner
+
+    def _start_relay(self) -> Relay:
+        """Return the process for the gate, which is started if necessary."""
+        if self._relay is None:
+            from elastic_launch.store.relay import Relay  # late: few jobs have a gate
+
+            self._relay = Relay(self._gate_key, self._environ)
+        return self._relay
 
     def _check_owner(self) -> None:
         """Check that no other user of this host listens in place of an agent: he could serve any store he likes."""
@@ -91,10 +134,26 @@ class C10dBackend(Backend):
         try:
             listening = listen(0, self._listens_on())
             port: int = listening.getsockname()[1]
-            self._process.serve(listening)
+            self._process.serve(self._behind_gate("further", listening))
         except OSError as error:
             raise UnavailableError(f"cannot serve a store for the workers of the next round: {error}") from error
         return port
+
+    def workers_store(self, address: str, port: int) -> tuple[str, int]:
+        """Return what is on loopback if the store has a gate: torch's server itself, or an entry; see ``Backend``."""
+        if not self._gate_key:
+            return address, port
+        from elastic_launch.store.relay import LOOPBACK  # late: few jobs have a gate
+
+        if port in self._behind:
+            return LOOPBACK, self._behind[port]
+        try:
+            listening = listen(0, LOOPBACK)
+        except OSError as error:
+            raise UnavailableError(f"cannot connect this node's workers to their store: {error}") from error
+        own: int = listening.getsockname()[1]
+        self._start_relay().add_entry("workers", listening, (address, port))
+        return LOOPBACK, own
 
     def connect(self) -> StoreClient:
         """Connect to the endpoint; each call tries the next one of its addresses."""
@@ -103,7 +162,31 @@ class C10dBackend(Backend):
         if not self._addresses:
             self._addresses = resolve(self.host, self.port)
         family, address = self._addresses.pop(0)
-        return connect(address, family, self.where)
+        return connect(address, family, self.where, self._challenge())
+
+    def _challenge(self) -> ClientChallenge | None:
+        if not self._gate_key:
+            return None
+        from elastic_launch.store.challenge import ClientChallenge  # late: few jobs have a gate
+
+        return ClientChallenge(self._gate_key)
+
+    def descriptors(self) -> list[tuple[int, int]]:
+        """Return the descriptors of the server and of the gate."""
+        return super().descriptors() + ([(self._relay.fileno(), select.POLLIN)] if self._relay else [])
+
+    def take(self) -> None:
+        """Check that server and gate still run."""
+        super().take()
+        if self._relay:
+            self._relay.take()
+
+    def close(self) -> None:
+        """End the server and the gate."""
+        super().close()
+        if self._relay:
+            self._relay.close()
+            self._relay = None
 
     def has_untried_address(self) -> bool:
         """Return whether the endpoint has another address to try."""
