@@ -133,9 +133,9 @@ def main() -> None:
                             peers.append(1000 * measure(PEER, store, port, nodes, run))
                     print(row(f"{store}, {nodes} nodes: {what}", ours, goal, peers), flush=True)
     for store in STORES:
-        with serving(store) as (port, pid):
+        with serving(store) as (port, pids):
             jobs = [Simulation(store, port, AGENTS, f"recovery-{run}", True) for run in range(runs)]
-            known = [1000 * simulate(job, [pid], 0).known for job in jobs]
+            known = [1000 * simulate(job, pids, 0).known for job in jobs]
         print(
             row(f"{store}, {AGENTS} simulated agents: failure to all know of it", known, Goal("maximum", 500)),
             flush=True,

@@ -54,13 +54,16 @@ from elastic_launch.rendezvous import backends
 from elastic_launch.rendezvous.signing import Signer
 from elastic_launch.rendezvous.store_rendezvous import StoreRendezvous
 from elastic_launch.store import client as store_client
+from elastic_launch.store.challenge import ClientChallenge, gate_key
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.server import EtcdServer
+from elastic_launch.store.relay import Relay
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 
 FAILURE = ProcessFailure(0, 4711, 1, error="ValueError: boom", traceback="Traceback\n" * 50, rank=8, host="host-0001")
 """The failure that ends a round."""
+GATE_KEY = gate_key(b"t" * 32, "benchmark")
 PROCESSES = 2
 """Number of processes that run agents; one more serves the store."""
 SIZES = {"c10d": (64, 256, 1024, 4096), "etcd": (64, 256, 1024)}
@@ -89,6 +92,8 @@ class Job(NamedTuple):
     """Whether connections are made before "go", the handshake included."""
     has_token: bool = False
     """Whether the agents sign what they write."""
+    has_gate: bool = False
+    """Whether they pass the challenge of a gate."""
 
     @property
     def settings(self) -> Settings:
@@ -115,8 +120,8 @@ class Backend(backends.Backend):
 
     where = "store"
 
-    def __init__(self, port: int, bridge: EtcdBridge | None) -> None:
-        self._port, self._bridge = port, bridge
+    def __init__(self, job: Job, bridge: EtcdBridge | None) -> None:
+        self._job, self._bridge = job, bridge
         self.prepared: list[StoreClient] = []
         self.clients: list[Counting] = []
 
@@ -132,7 +137,8 @@ class Backend(backends.Backend):
         if self._bridge:
             client = Counting(self._bridge.connect(), self.where)
         else:
-            made = store_client.connect(("127.0.0.1", self._port), socket.AF_INET, self.where)
+            challenge = ClientChallenge(GATE_KEY) if self._job.has_gate else None
+            made = store_client.connect(("127.0.0.1", self._job.port), socket.AF_INET, self.where, challenge)
             assert isinstance(made, Counting)
             client = made
         self.clients.append(client)
@@ -180,7 +186,7 @@ class Fleet:
         self.agents = []
         for number in range(first, first + count):
             record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
-            backend = Backend(job.port, bridge)
+            backend = Backend(job, bridge)
             signer = Signer(b"benchmark" * 8, job.run_id, print) if job.has_token else None
             made = StoreRendezvous(job.settings, record, backend, lambda text: None, signer=signer)
             self.agents.append(Agent(made, backend))
@@ -197,11 +203,12 @@ class Fleet:
                 client = waiting[fd]
                 if mask & select.EPOLLOUT:
                     client.flush()
-                    epoll.modify(fd, select.EPOLLIN)
                 client.take()
                 if client.ready:
                     epoll.unregister(fd)
                     del waiting[fd]
+                else:
+                    epoll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if client.wants_write() else 0))
         epoll.close()
 
     def run(self) -> None:
@@ -428,13 +435,13 @@ def cpu_time(pids: Sequence[int]) -> float:
 
 
 @contextlib.contextmanager
-def serving(store: str) -> Iterator[tuple[int, int]]:
-    """Serve a store. Yield its port and pid."""
+def serving(store: str, has_gate: bool = False) -> Iterator[tuple[int, list[int]]]:
+    """Serve a store. Yield its port and the pids of what serves it."""
     if store == "etcd":
         server = EtcdServer()
         server.start(stderr=subprocess.DEVNULL)
         try:
-            yield server.get_port(), server.pid
+            yield server.get_port(), [server.pid]
         finally:
             server.stop()
         return
@@ -442,7 +449,13 @@ def serving(store: str) -> Iterator[tuple[int, int]]:
     try:
         while not host.take():
             select.select([host], [], [], 60)
-        yield host.port, host.pid
+        if not has_gate:
+            yield host.port, [host.pid]
+            return
+        with contextlib.closing(Relay(GATE_KEY, os.environ)) as relay, listen(0) as outside:
+            port = outside.getsockname()[1]
+            relay.add_gate("job", outside, host.port)
+            yield port, [host.pid, relay.pid]
     finally:
         host.close()
 
@@ -504,6 +517,7 @@ def main() -> None:
         "--peer", type=int, nargs="*", default=list(PEER_SIZES), metavar="N", help="agents of torch's; none: 64 128"
     )
     parser.add_argument("--token", action="store_true", help="sign the records, as with --token-file")
+    parser.add_argument("--gate", action="store_true", help="with c10d: connect through a gate, as with --store-gate")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -517,15 +531,16 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|", flush=True)
         found: dict[int, list[Figures]] = {}
-        with serving(store) as (port, pid):
+        has_gate = options.gate and store == "c10d"
+        with serving(store, has_gate) as (port, pids):
             for agents in sizes:
                 found[agents], cold = [], []
                 for run in range(options.runs):
-                    job = Job(store, port, agents, f"{agents:04}-{run}", True, options.token)
-                    found[agents].append(measure(job, [pid], INTERVALS if run == 0 else 0))
+                    job = Job(store, port, agents, f"{agents:04}-{run}", True, options.token, has_gate)
+                    found[agents].append(measure(job, pids, INTERVALS if run == 0 else 0))
                     # Here all connect at once, so the last one waits for all the others.
                     cold.append(
-                        measure(job._replace(run_id=f"{agents:04}-{run}-cold", is_connected=False), [pid], 0).join
+                        measure(job._replace(run_id=f"{agents:04}-{run}-cold", is_connected=False), pids, 0).join
                     )
                 print(times_row(store, agents, found[agents], cold), flush=True)
                 if store == "c10d":
