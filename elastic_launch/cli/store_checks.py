@@ -220,7 +220,8 @@ def _tls(backend: EtcdBackend) -> ssl.SSLContext:
 
 
 def _embedded(backend: EmbeddedEtcdBackend) -> str | Doubt:
-    """Look at the member that this host would run: its program and its two ports."""
+    """Look at the member that this host would run: its program and its two ports. Make the certificates, if any."""
+    backend.make_certificates()
     own = [(host, port) for host, port in backend.members if own_address_of(host, port)]
     if not own:
         tls = _tls(backend) if bridge.is_secure(backend.conf) else None

@@ -6,13 +6,14 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from elastic_launch.core.job_view import MAX_ROUNDS, Records
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.records import MAX_TICKETS, Closed, decode
 from elastic_launch.core.store_requests import Get
 from elastic_launch.errors import RendezvousConnectionError, UsageError
+from elastic_launch.parsing import read_flag
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient
 
@@ -52,25 +53,21 @@ class StoreReader:
     ) -> None:
         self.run_id = run_id
         self._signer = None
-        gate_key = b""
+        secret = b""
         if token_file:
             from elastic_launch.host import token  # late, as this needs hmac, too
             from elastic_launch.rendezvous.signing import Signer
 
             secret = token.read(token_file)
             self._signer = Signer(secret, run_id, _warn)
-            if has_gate:
-                from elastic_launch.store.challenge import gate_key as key_of
-
-                gate_key = key_of(secret, run_id)
         elif has_gate:
             from elastic_launch.rendezvous.factory import NO_TOKEN
 
             raise UsageError(NO_TOKEN)
         self._opened = contextlib.ExitStack()
-        self._backend = _backend(run_id, backend, endpoint, settings, environ, gate_key)
         self._end = time.monotonic() + PATIENCE
         with contextlib.ExitStack() as stack:
+            self._backend = _backend(Store(run_id, backend, endpoint, settings, environ, secret, has_gate), stack)
             stack.callback(self._backend.close)
             if backend.startswith("etcd"):
                 self._backend.open()
@@ -142,44 +139,60 @@ def _warn(text: str) -> None:
     print(f"elastic-job: {text}", file=sys.stderr)
 
 
-def _backend(
-    run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str], gate_key: bytes
-) -> Backend:
-    made = _BACKENDS.get(backend)
+class Store(NamedTuple):
+    """A job's store, by the arguments of ``StoreReader``."""
+
+    run_id: str
+    backend: str
+    endpoint: str
+    settings: Mapping[str, str]
+    environ: Mapping[str, str]
+    token: bytes
+    has_gate: bool
+
+
+def _backend(store: Store, stack: contextlib.ExitStack) -> Backend:
+    """Return what connects to a store. ``stack`` removes what it needs."""
+    made = _BACKENDS.get(store.backend)
     if made is None:
-        raise UsageError(f"--rdzv-backend={backend}: must be one of {', '.join(_BACKENDS)}")
-    if not endpoint:
+        raise UsageError(f"--rdzv-backend={store.backend}: must be one of {', '.join(_BACKENDS)}")
+    if not store.endpoint:
         raise UsageError("--rdzv-endpoint: must say where the job's store is, as for elastic-run")
-    if gate_key and made is not _tcp_store:
-        raise UsageError(f"--store-gate: --rdzv-backend {backend} has no gate")
-    return made(run_id, backend, endpoint, settings, environ, gate_key)
+    return made(store, stack)
 
 
-def _tcp_store(
-    run_id: str,
-    backend: str,
-    endpoint: str,
-    settings: Mapping[str, str],
-    environ: Mapping[str, str],
-    gate_key: bytes = b"",
-) -> Backend:
+def _tcp_store(store: Store, _: contextlib.ExitStack) -> Backend:
     from elastic_launch.parsing import split_endpoint
     from elastic_launch.rendezvous.backends.c10d import C10dBackend
     from elastic_launch.rendezvous.factory import DEFAULT_PORTS
 
-    host, port = split_endpoint(endpoint)
-    return C10dBackend(host, port or DEFAULT_PORTS[backend], False, {}, gate_key=gate_key)
+    gate_key = b""
+    if store.has_gate:
+        from elastic_launch.store.challenge import gate_key as key_of
+
+        gate_key = key_of(store.token, store.run_id)
+    host, port = split_endpoint(store.endpoint)
+    return C10dBackend(host, port or DEFAULT_PORTS[store.backend], False, {}, gate_key=gate_key)
 
 
-def _etcd(
-    run_id: str, backend: str, endpoint: str, settings: Mapping[str, str], environ: Mapping[str, str], *_: Any
-) -> Backend:
-    from elastic_launch.rendezvous.backends.etcd import EtcdBackend
+def _etcd(store: Store, stack: contextlib.ExitStack) -> Backend:
+    from elastic_launch.rendezvous.backends.etcd import (
+        EtcdBackend,
+        job_certificates,
+        split_members,
+        wants_certificates,
+    )
 
-    return EtcdBackend(endpoint, run_id, {"read_timeout": str(PATIENCE), **settings}, environ)
+    if store.has_gate:
+        raise UsageError(f"--store-gate: --rdzv-backend {store.backend} has no gate")
+    conf = {"read_timeout": str(PATIENCE), **store.settings}
+    if store.token and read_flag(conf.get("embedded", "")) and wants_certificates(conf):
+        made = stack.enter_context(job_certificates(store.token, store.run_id, split_members(store.endpoint)))
+        conf.update(made.conf)
+    return EtcdBackend(store.endpoint, store.run_id, conf, store.environ)
 
 
-_BACKENDS: dict[str, Callable[..., Backend]] = {
+_BACKENDS: dict[str, Callable[[Store, contextlib.ExitStack], Backend]] = {
     "c10d": _tcp_store,
     "static": _tcp_store,
     "etcd": _etcd,

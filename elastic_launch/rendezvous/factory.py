@@ -226,7 +226,7 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
             raise UsageError(
                 f"--store-gate: --rdzv-backend {config.rdzv_backend} has no gate; use c10d or static, or etcd with TLS"
             )
-        backend = _etcd_backend(config, conf, settings, environ, warn)
+        backend = _etcd_backend(config, conf, settings, environ, warn, token)
     else:
         gate_key = _gate_key(config, token, settings.run_id)
         backend = _c10d_backend(config, conf, rank, environ, gate_key)
@@ -300,8 +300,10 @@ def _c10d_backend(config: LaunchConfig, conf: Conf, rank: int, environ: Environ,
     return C10dBackend(host, port, is_host, environ, is_local, gate_key)
 
 
-def _etcd_backend(config: LaunchConfig, conf: Conf, settings: Settings, environ: Environ, log: Logger) -> EtcdBackend:
-    from elastic_launch.rendezvous.backends.etcd import EmbeddedEtcdBackend, EtcdBackend
+def _etcd_backend(
+    config: LaunchConfig, conf: Conf, settings: Settings, environ: Environ, log: Logger, token: bytes
+) -> EtcdBackend:
+    from elastic_launch.rendezvous.backends.etcd import EmbeddedEtcdBackend, EtcdBackend, wants_certificates
     from elastic_launch.store.etcd.bridge import has_password, is_secure, parse_settings
 
     endpoint = config.rdzv_endpoint.strip()
@@ -327,12 +329,17 @@ def _etcd_backend(config: LaunchConfig, conf: Conf, settings: Settings, environ:
     texts["start_timeout"] = str(settings.join_timeout - min(5.0, settings.join_timeout / 2))
     members = _embedded_members(endpoint, texts, log)
     log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
-    return EmbeddedEtcdBackend(members, config.run_id, texts, environ, log_dir, log)
+    token = token if wants_certificates(texts) else b""
+    backend = EmbeddedEtcdBackend(members, config.run_id, texts, environ, log_dir, log, token)
+    if token:
+        backend.settings = {**backend.settings, "embedded": "true"}  # for elastic-job, which makes certificates, too
+    return backend
 
 
 def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> list[tuple[str, int]]:
     """Return host and client port of each member of an embedded etcd; warn about numbers that gain nothing."""
-    from elastic_launch.store.etcd.bridge import DEFAULT_PORT, TLS_FILES, given_settings, is_secure, parse_settings
+    from elastic_launch.rendezvous.backends.etcd import split_members
+    from elastic_launch.store.etcd.bridge import TLS_FILES, given_settings, is_secure, parse_settings
 
     if users := [name for name in ("user", "username", "password", "password_file") if name in conf]:
         raise UsageError(f"--rdzv-conf {users[0]}: embedded etcd (embedded=true) has no users; it can have TLS")
@@ -342,8 +349,7 @@ def _embedded_members(endpoint: str, conf: Mapping[str, str], log: Logger) -> li
         raise UsageError(
             f"--rdzv-conf: embedded etcd (embedded=true) with TLS needs cacert, cert and key; {missing[0]} is missing"
         )
-    parts = [split_endpoint(entry) for entry in endpoint.split(",") if entry.strip()]
-    members = [(host, port or DEFAULT_PORT) for host, port in parts]
+    members = split_members(endpoint)
     used = [(host, port + above) for host, port in members for above in (0, 1)]
     if len(set(used)) < len(used):
         raise UsageError(f"--rdzv-endpoint={endpoint}: each member needs two ports of its own, PORT and PORT + 1")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,9 @@ import pytest
 
 from elastic_launch.config import LaunchConfig
 from elastic_launch.errors import UsageError
+from elastic_launch.host import token
 from elastic_launch.rendezvous.factory import create_built_in
+from elastic_launch.store.etcd.certificates import JobCertificates
 from elastic_launch.store.etcd.gateway import ask, tls_context
 from elastic_launch.store.etcd.member import claim_endpoint
 from tests.support.certificates import make_certificates
@@ -28,6 +32,7 @@ from tests.support.jobs import Job
 from tests.support.leaks import children
 from tests.support.nodes import listens, up
 from tests.support.ports import free_port
+from tests.support.waiting import DEADLINE as LONG
 from tests.support.waiting import SOON, is_alive, wait_until
 
 DEADLINE = 5.0
@@ -259,6 +264,36 @@ def test_members_and_clients_speak_tls(agents: Agents, tmp_path: Path) -> None:
     all_are_up(agents, 2, 3)
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0, 0], results
+
+
+def test_with_a_token_members_and_clients_speak_tls_with_certificates_of_the_job(
+    agents: Agents, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "job.token")
+    token.write(file)
+    agents.endpoints = agents.endpoints[:2]  # both are needed for a majority
+    script = agents.job.script("mark('of ' + os.environ['WORLD_SIZE'])\nwait_for('go')\n")
+    processes = agents.in_order(script, "--token-file", file, nnodes="2", count=2)
+    all_are_up(agents, 0, 2)
+    with (
+        contextlib.closing(JobCertificates(token.read(file), "job-1", HOSTS)) as own,
+        contextlib.closing(JobCertificates(b"u" * 32, "job-1", HOSTS)) as others,
+    ):
+        known = tls_context(*own.conf.values())
+        without = tls_context(own.conf["cacert"])
+        stranger = tls_context(own.conf["cacert"], others.conf["cert"], others.conf["key"])
+        for port in (agents.port, agents.port + 1):
+            assert ask(HOSTS[1], port, "/version", tls=known).body
+            for tls in (None, without, stranger):
+                assert ask(HOSTS[1], port, "/version", tls=tls).body is None
+    where = "--rdzv-backend", "etcd", "--rdzv-id", "job-1", "--rdzv-endpoint", ",".join(agents.endpoints)
+    for words in ((*where, "--rdzv-conf", "embedded=true", "--token-file", file), ("job-1",)):
+        status = (sys.executable, "-m", "elastic_launch.operate", "status", "--json", *words)
+        seen = subprocess.run(status, capture_output=True, text=True, timeout=LONG, check=False)
+        assert (seen.returncode, seen.stderr) == (0, "")
+        assert json.loads(seen.stdout)["world_size"] == 2
+    agents.job.mark("go")
+    assert [agents.job.finish(process).returncode for process in processes] == [0, 0]
 
 
 def test_etcd_that_is_killed_is_started_again(agents: Agents) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from elastic_launch.core.text import is_loopback
 from elastic_launch.errors import RendezvousConnectionError
@@ -14,8 +15,11 @@ from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.parsing import split_endpoint
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import StoreClient
-from elastic_launch.store.etcd.bridge import EtcdBridge, given_settings
+from elastic_launch.store.etcd.bridge import DEFAULT_PORT, TLS_FILES, EtcdBridge, given_settings
 from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
+
+if TYPE_CHECKING:
+    from elastic_launch.store.etcd.certificates import JobCertificates
 
 SHOWN_SETTINGS = {
     *("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password_file"),
@@ -74,6 +78,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         environ: variables of the bridge and of the member's process.
         log_dir: directory of the job's files and the members' data; None: a temporary directory.
         log: prints a line on the console.
+        token: the job's token, from which certificates are made; empty: ``conf`` says whether there are any.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         environ: Mapping[str, str],
         log_dir: str | None,
         log: Callable[[str], None],
+        token: bytes = b"",
     ) -> None:
         self.members = tuple(sorted(endpoints))  # all nodes need the same order, whatever their users wrote
         self._names = [join_endpoint(host, port) for host, port in self.members]
@@ -92,16 +98,21 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self._run_id = run_id
         self._log_dir = log_dir
         self._log = log
+        self._token = token
+        self._peer_cert = ""
         self._member: EtcdMember | None = None
         self._own = contextlib.ExitStack()
         """Ends the member of this host, and the claim on its endpoint."""
+        self._made = contextlib.ExitStack()
+        """Removes the certificates that were made."""
 
     def open(self) -> None:
         """Start the bridge, and the member if an endpoint is this host's.
 
         Raises:
-            UnavailableError: there is no etcd binary to start.
+            UnavailableError: there is no etcd binary to start, or none to make certificates.
         """
+        self.make_certificates()
         # Late, because few jobs need them.
         from elastic_launch.store.etcd.plan import MemberPlan
         from elastic_launch.store.etcd.server import etcd_binary
@@ -110,7 +121,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         tls = (files["cacert"], files["cert"], files["key"]) if "cacert" in files else None
         if tls:
             tls = (os.path.abspath(tls[0]), os.path.abspath(tls[1]), os.path.abspath(tls[2]))
-        plan = MemberPlan(endpoints=self.members, token=f"elastic-launch/{as_file_name(self._run_id)}", tls=tls)
+        cluster_token = f"elastic-launch/{as_file_name(self._run_id)}"
+        plan = MemberPlan(endpoints=self.members, token=cluster_token, tls=tls, peer_cert=self._peer_cert)
         self.conf = {**self.conf, "cluster_id": str(plan.cluster_id)}
         if claimed := self._claim_own():
             own, address = claimed
@@ -125,6 +137,16 @@ class EmbeddedEtcdBackend(EtcdBackend):
             self._member = EtcdMember(plan, self._environ)
             self._own.callback(self._member.close)
         super().open()
+
+    def make_certificates(self) -> None:
+        """Make the certificates that follow from the token, if there is one and the user has named none.
+
+        Raises:
+            UnavailableError: they cannot be made.
+        """
+        if self._token:
+            made = self._made.enter_context(job_certificates(self._token, self._run_id, self.members))
+            self.conf, self._peer_cert, self._token = {**self.conf, **made.conf}, made.peer, b""
 
     def _folder(self, own: int) -> str:
         """Return the directory for the data of a member."""
@@ -155,6 +177,7 @@ class EmbeddedEtcdBackend(EtcdBackend):
         """End the bridge and the member."""
         super().close()
         self._end_member()
+        self._made.close()
 
     def _end_member(self) -> None:
         self._member = None
@@ -174,6 +197,30 @@ class EmbeddedEtcdBackend(EtcdBackend):
                     self._log(f"{host} is {address} on this host, which others cannot reach: use its IP address")
                 return index, address
         return None
+
+
+def split_members(endpoint: str) -> list[tuple[str, int]]:
+    """Return host and client port of each member that an endpoint names."""
+    parts = [split_endpoint(entry) for entry in endpoint.split(",") if entry.strip()]
+    return [(host, port or DEFAULT_PORT) for host, port in parts]
+
+
+def wants_certificates(conf: Mapping[str, str]) -> bool:
+    """Return whether a job with a token makes the certificates of its embedded etcd: the user has not decided."""
+    return not given_settings(conf).keys() & {"protocol", *TLS_FILES}
+
+
+def job_certificates(
+    token: bytes, run_id: str, members: Sequence[tuple[str, int]]
+) -> contextlib.closing[JobCertificates]:
+    """Return a context with the certificates of an embedded etcd.
+
+    Raises:
+        UnavailableError: they cannot be made.
+    """
+    from elastic_launch.store.etcd.certificates import JobCertificates  # late: it starts programs
+
+    return contextlib.closing(JobCertificates(token, run_id, [host for host, _ in members]))
 
 
 def own_address_of(host: str, port: int) -> str | None:

@@ -322,6 +322,7 @@ def _tls_options(plan: MemberPlan) -> list[str]:
             cacert,
             "--peer-client-cert-auth",
         ),
+        *(("--peer-client-cert-file", plan.peer_cert, "--peer-client-key-file", key) if plan.peer_cert else ()),
     ]
 
 

@@ -29,6 +29,8 @@ class MemberPlan(NamedTuple):
     """Whether the folder is removed at the end."""
     tls: tuple[str, str, str] | None = None
     """Paths of the authority's certificate, and of this host's certificate and key; None: plain HTTP."""
+    peer_cert: str = ""
+    """Path of the certificate, for the same key, with which this member connects to others; empty: the one above."""
 
     @property
     def cluster_id(self) -> int:
