@@ -228,6 +228,8 @@ class LaunchConfig:
     """Seconds between a worker's stop signal and SIGKILL; None becomes ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
     preload: Sequence[str] = ()
     """Modules that one process of each node imports once; workers are forked from it."""
+    standby: bool = True
+    """Whether, with ``preload``, that process forks the workers of the next round ahead of time."""
     restart_window: float = 0.0
     """Seconds after which a failure no longer counts against ``max_restarts``; 0 to count all failures."""
     restart_backoff: str = "0"

@@ -101,6 +101,7 @@ def launch_agent(
         signals_to_handle=config.signals_to_handle,
         environ=environ,
         preload=config.preload,
+        standby=config.standby,
         verbosity=config.verbosity,
         events=config.events,
         hang_native=config.hang_native,

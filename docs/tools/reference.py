@@ -25,7 +25,7 @@ def options_table() -> str:
     for title, options in {**GROUPS, "help": GENERAL}.items():
         rows = ["| option | default | meaning | variable |", "|---|---|---|---|"]
         for option in options:
-            default = "" if option.default in (None, "", [], False) else f"`{option.default}`"
+            default = "" if option.default in (None, "", [], False) else f"`{_default(option)}`"
             variable = f"`{option.variable}`" if options is not GENERAL else ""
             rows.append(f"| {_spelling(option)} | {default} | {_cell(option.help)} | {variable} |")
         parts.append(f"### {title[0].upper()}{title[1:]}\n\n" + "\n".join(rows))
@@ -74,9 +74,9 @@ def _man_of_run() -> str:
     for title, options in {**GROUPS, "help": GENERAL}.items():
         sections.append(f".SS {_roff(title[0].upper() + title[1:])}")
         for option in options:
-            flags = ", ".join(rf"\fB{_roff(flag)}\fR" for flag in _flags(option))
+            flags = ", ".join(rf"\fB{_roff(flag)}\fR" for flag in option.shown_flags)
             value = rf" \fI{_roff(option.metavar)}\fR" if option.metavar else ""
-            default = "" if option.default in (None, "", [], False) else f" (default: {option.default})"
+            default = "" if option.default in (None, "", [], False) else f" (default: {_default(option)})"
             sections += [".TP", flags + value, _roff(option.help + default)]
     hints, *examples = EPILOG.strip().split("\n\n")
     shown = [f".PP\n{_roff(text)}" if text[0] != " " else f".PP\n.nf\n{_roff(text)}\n.fi" for text in examples]
@@ -129,13 +129,13 @@ def _roff(text: str) -> str:
     return re.sub(r"^(?=[.'])", r"\\&", escaped, flags=re.MULTILINE)
 
 
-def _flags(option: Option) -> list[str]:
-    return [*filter(None, [option.short]), f"--{option.name}"]
+def _default(option: Option) -> str:
+    return "on" if option.default is True else str(option.default)
 
 
 def _spelling(option: Option) -> str:
     value = f" {option.metavar}" if option.metavar else ""
-    return ", ".join(f"`{flag}{value}`" for flag in _flags(option))
+    return ", ".join(f"`{flag}{value}`" for flag in option.shown_flags)
 
 
 def _cell(text: str) -> str:

@@ -39,6 +39,7 @@ from elastic_launch.core.agent.messages import (
     Started,
 )
 from elastic_launch.core.agent.report import format_report
+from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
 from elastic_launch.env import environment, without_password, without_token
@@ -136,6 +137,7 @@ class LocalElasticAgent:
         signals_to_handle: str | None = None,
         environ: Mapping[str, str] | None = None,
         preload: Sequence[str] = (),
+        standby: bool = True,
         verbosity: int = Level.INFO,
         events: str | None = None,
         hang_native: bool = False,
@@ -162,6 +164,7 @@ class LocalElasticAgent:
                 ``TORCHELASTIC_SIGNALS_TO_HANDLE``, else SIGTERM, SIGINT, SIGHUP and SIGQUIT.
             environ: the environment that the workers inherit; None: this process's.
             preload: modules to import once, in a process from which the workers are forked.
+            standby: whether that process forks the workers of the next round ahead of time.
             verbosity: a ``Level``; lines up to this level are logged.
             events: the file to which events are appended, or a directory; None for the job's directory, if
                 ``logs_specs`` has one.
@@ -205,6 +208,7 @@ class LocalElasticAgent:
             self._environ,
             start_method,
             preload,
+            standby,
             {1: spec.duplicate_stdout_filters or [], 2: spec.duplicate_stderr_filters or []},
             spec.numa_options,
         )
@@ -264,7 +268,7 @@ class LocalElasticAgent:
             stack.callback(self._health_check_server.stop)
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
-        workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno())))
+        workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno(), self._detail)))
         journal = self._journal(files, stack)
         stack.enter_context(log_through(journal.writing_lines(workers.log) if journal else workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.
@@ -360,6 +364,10 @@ class LocalElasticAgent:
         if line.level <= self._verbosity:
             log_line(line, self._log, to)
 
+    def _detail(self, text: str) -> None:
+        """Write a line for a user who wants to know everything."""
+        self._show(Log(text, Level.DEBUG))
+
     def _name_files(self, run: _Run, assignment: Assignment) -> None:
         """Say where the workers' output is, once for all nodes if the user has chosen the directory."""
         if root := run.files.output:
@@ -380,7 +388,9 @@ class LocalElasticAgent:
         dest = run.files.prepare(envs)
         has_prefixes = dest.tee_stdouts or dest.tee_stderrs or any(self._options.filters.values())
         prefixes = line_prefixes(self._prefix_template, self._spec.role, assignment) if has_prefixes else {}
-        run.workers.start(envs, dest, prefixes)
+        history, is_alone = assignment.restart_history, isinstance(self._rendezvous, SingleNodeRendezvous)
+        may_restart = not is_alone or has_restarts(self._limits.policy, history)
+        run.workers.start(envs, dest, prefixes, may_restart)
 
     def _live_line(self, workers: LocalWorkers, stack: ExitStack) -> LiveLine | None:
         """Show who has joined in one line, if the user is at a terminal."""

@@ -57,6 +57,8 @@ class WorkerOptions(NamedTuple):
     """How processes that run a function start: spawn, fork or forkserver."""
     preload: Sequence[str] = ()
     """Modules that the keeper imports before it forks the workers."""
+    standby: bool = True
+    """Whether it then forks the workers of the next round ahead of time."""
     filters: Mapping[int, Sequence[str]] = {}
     """Texts by stream (1 or 2). Lines that contain one of them are copied to a file, one for all workers."""
     numa_options: Any = None
@@ -71,13 +73,20 @@ class WorkerOptions(NamedTuple):
 class LocalWorkers:
     """The workers of one node, round after round; an event source of the agent's loop."""
 
-    def __init__(self, options: WorkerOptions, log: Callable[[str], None], interrupt: int | None = None) -> None:
+    def __init__(
+        self,
+        options: WorkerOptions,
+        log: Callable[[str], None],
+        interrupt: int | None = None,
+        detail: Callable[[str], None] = lambda text: None,
+    ) -> None:
         """Start the keeper.
 
         Args:
             options: what the workers run, and how.
             log: writes a line for the user.
             interrupt: a descriptor that, once readable, keeps ``close`` from waiting for the console's reader.
+            detail: writes a line for a user who wants to know everything.
 
         Raises:
             UsageError: the function cannot be sent to the workers, or ``numa_options`` is wrong.
@@ -109,7 +118,9 @@ class LocalWorkers:
             self._pump = LogPump(log)
             stack.callback(self._end_output)
             start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
-            self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log)
+            self._standbys = len(options.args) if options.preload and options.standby else 0
+            """How many processes are to be ready for a round."""
+            self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log, detail, self._standbys)
             stack.callback(self._processes.close)
             self.memory = progress_memory(options.environ) if options.is_watched else None
             """Where the workers tell their progress; None if that is turned off, or from a round on for which the
@@ -131,13 +142,20 @@ class LocalWorkers:
         self.is_on_terminal = self._pump.is_on_terminal
         """Whether ``redraw`` has a terminal to draw on."""
 
-    def start(self, envs: Mapping[int, dict[str, str]], dest: LogsDest, prefixes: Mapping[int, str]) -> None:
+    def start(
+        self,
+        envs: Mapping[int, dict[str, str]],
+        dest: LogsDest,
+        prefixes: Mapping[int, str],
+        may_restart: bool = False,
+    ) -> None:
         """Start the workers of a round.
 
         Args:
             envs: changes to the inherited environment, by local rank.
             dest: where the workers' output goes, and their error files.
             prefixes: prefixes of the workers' lines on the console, by local rank.
+            may_restart: whether another round is likely to follow if this one fails.
         """
         self._dest = dest
         self._dumped.clear()
@@ -170,7 +188,7 @@ class LocalWorkers:
                 if path := dest.error_files.get(rank):
                     environ["TORCHELASTIC_ERROR_FILE"] = path
                 commands.append(Command(rank, argv, environ, tuple(descriptors), self._cpus.get(rank, frozenset())))
-            self._processes.start(commands)
+            self._processes.start(commands, self._standbys if may_restart else 0)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Ask workers to write the stacks of their threads, which are kept in ``stacks.log``."""

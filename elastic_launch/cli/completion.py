@@ -123,7 +123,7 @@ def _bash() -> str:
     return (
         _BASH.replace("@WITH_VALUE@", _spellings(_with_value()))
         .replace("@VALUES@", "\n".join(values))
-        .replace("@OPTIONS@", " ".join(f"--{option.name}" for option in ALL))
+        .replace("@OPTIONS@", " ".join(flag for option in ALL for flag in option.shown_flags if flag.startswith("--")))
     )
 
 
@@ -152,7 +152,7 @@ if [[ $funcstack[1] == _elastic-run ]]; then _elastic-run "$@"; else compdef _el
 def _zsh() -> str:
     specs = []
     for option in ALL:
-        flags = [flag for flag in option.flags if "_" not in flag]
+        flags = option.shown_flags
         help_ = "[" + _escaped(option.help, "[]:") + "]"
         value = ""
         if option.metavar:
@@ -202,8 +202,8 @@ complete -c elastic-run -F -n 'not __elastic_run_before_script'
 def _fish() -> str:
     lines = []
     for option in ALL:
-        words = ["complete -c elastic-run -n __elastic_run_before_script", f"-l {option.name}"]
-        words += [f"-s {option.short[1]}"] if option.short else []
+        words = ["complete -c elastic-run -n __elastic_run_before_script"]
+        words += [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.shown_flags]
         if option.name in CHOICES:
             words.append(f"-x -a '{' '.join(CHOICES[option.name])}'")
         elif option.metavar:

@@ -164,8 +164,15 @@ class Option(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        """Spellings on the command line, each once."""
-        return [*filter(None, [self.short]), *dict.fromkeys((f"--{self.name}", f"--{self.dest}"))]
+        """Spellings on the command line, each once. Those that begin with ``--no-`` turn off what is on by default."""
+        names = [self.name, f"no-{self.name}"] if self.default is True else [self.name]
+        spellings = [f"--{each}" for name in names for each in (name, name.replace("-", "_"))]
+        return [*filter(None, [self.short]), *dict.fromkeys(spellings)]
+
+    @property
+    def shown_flags(self) -> list[str]:
+        """Spellings that the help shows."""
+        return [flag for flag in self.flags if "_" not in flag]
 
 
 GROUPS = {
@@ -198,6 +205,7 @@ GROUPS = {
         Option("numa-binding", None, _numa_mode, "MODE", "bind workers to CPUs: node, socket, exclusive, core-complex"),
         Option("virtual-local-rank", False, _flag, "", "show each worker only its own device, as number 0"),
         Option("preload", [], parse_modules, "MODULES", "import modules once and fork workers, as in torch,numpy"),
+        Option("standby", True, _flag, "", "with --preload: fork the workers of a restart before it is needed"),
         Option("start-method", "spawn", _start_method, "METHOD", "for functions: spawn, fork or forkserver"),
         Option("role", "default", str, "NAME", "name of the workers' role"),
     ),
@@ -249,7 +257,7 @@ OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 
 OWN = {
     *("config", "cluster", "dry_run", "preload", "quiet", "verbose", "events", "health_check", "health_check_timeout"),
-    *("token_file", "store_gate"),
+    *("standby", "token_file", "store_gate"),
     *("restart_window", "restart_backoff", "fatal_exit_codes", "crash_loop", "node_failure_limit"),
     *("hang_timeout", "hang_action", "hang_native", "start_timeout"),
 }
@@ -291,6 +299,20 @@ class CompletionAction(argparse.Action):
 
         print(completion.script(str(values)), end="", flush=True)
         parser.exit()
+
+
+class SwitchAction(argparse.Action):
+    """``--NAME`` or ``--no-NAME``: turn something on or off."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Set what the spelling says."""
+        setattr(namespace, self.dest, not (option_string or "").startswith("--no-"))
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -390,6 +412,11 @@ class Parser(argparse.ArgumentParser):
             namespace.given = given
         return words
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Return the options that an abbreviation may mean. One that torchrun accepts keeps its meaning."""
+        found: list[Any] = super()._get_option_tuples(option_string)
+        return [each for each in found if each[0].dest not in OWN] or found
+
     def _script_position(self, args: Sequence[str]) -> int:
         """Return the index of the script: the first word that is neither an option nor the value of one; or of "--"."""
         position = 0
@@ -478,7 +505,11 @@ def _add(group: argparse._ArgumentGroup, option: Option, environ: Mapping[str, s
             default = option.read(text)
     settings: dict[str, Any] = {"dest": option.dest, "default": default, "help": option.help}
     if option.is_flag:
-        group.add_argument(*option.flags, action="store_true", **settings).type = read
+        if option.default:
+            settings["help"] += " (default: on)"
+            group.add_argument(*option.flags, action=SwitchAction, nargs=0, **settings).type = read
+        else:
+            group.add_argument(*option.flags, action="store_true", **settings).type = read
         return
     if option.default not in (None, "", []):
         settings["help"] += f" (default: {option.default})"

@@ -12,25 +12,31 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def reset_process(environment: dict[bytes, bytes], handlers: Mapping[int, Any]) -> None:
-    """Replace the keeper's signal handlers, signal mask and environment.
+def reset_handlers(handlers: Mapping[int, Any]) -> None:
+    """Replace the keeper's signal handlers. All signals stay blocked.
 
     Args:
-        environment: the whole new environment.
         handlers: handlers of signals that are not to get Python's default.
     """
     for signum in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(signum, signal.SIG_IGN)  # as Python does when it starts
-    for signum in (signal.SIGUSR1, signal.SIGUSR2):
-        # Forget one that arrived while all were blocked: the program was not prepared for it, and would die of it.
-        before = signal.signal(signum, signal.SIG_IGN)
-        signal.signal(signum, signal.SIG_DFL if before is None else before)
     for signum in signal.valid_signals():
         if callable(handler := handlers.get(signum)):
             signal.signal(signum, handler)
         elif callable(signal.getsignal(signum)):
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    signal.set_wakeup_fd(-1)
+
+
+def become_program(environment: Mapping[bytes, bytes]) -> None:
+    """Let signals in and replace the keeper's environment.
+
+    Args:
+        environment: the whole new environment.
+    """
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        # Forget one that arrived while all were blocked: the program was not prepared for it, and would die of it.
+        before = signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, signal.SIG_DFL if before is None else before)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environb.clear()
     os.environb.update(environment)

@@ -156,15 +156,18 @@ def serve_functions(
         environ: the environment that the workers inherit.
         workers: the workers, by local rank.
     """
-    from elastic_launch.workers import forked, keeper_main
+    from elastic_launch.workers import forked, keeper_main, standby
 
     environment = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
     try:
-        keeper_main.serve(sock, agent, environment, forks=True)
-    except keeper_main.ForkedWorker as worker:
-        local_rank, environment, descriptors = worker.order[0], worker.environment, worker.descriptors
-    result, *others = descriptors
-    forked.reset_process(environment, {})
+        keeper_main.serve(sock, agent, environment, standby.StandbyPool(environment))
+    except standby.ForkedWorker as forked_worker:
+        worker = forked_worker.with_traceback(None)
+    forked.reset_handlers({})
+    worker.take_order()
+    forked.become_program(worker.environment)
+    result, *others = worker.descriptors
+    local_rank = worker.order[0]
     if {1, 2} & {*others}:
         forked.use_line_buffering()
     os._exit(run(lambda: workers[local_rank], result))

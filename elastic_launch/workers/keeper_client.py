@@ -179,6 +179,8 @@ class KeeperClient:
         environ: Mapping[str, str],
         start_keeper: StartKeeper = execute_keeper,
         log: Callable[[str], None] = lambda text: None,
+        detail: Callable[[str], None] = lambda text: None,
+        standbys: int = 0,
     ) -> None:
         """Start a keeper.
 
@@ -187,6 +189,8 @@ class KeeperClient:
             environ: the environment that the workers inherit.
             start_keeper: starts the keeper, and replaces one that was lost.
             log: receives warnings.
+            detail: receives what only some users want to know.
+            standbys: how many processes are to be ready for the first round, if the keeper is a warm one.
 
         Raises:
             UnavailableError: the system cannot start a keeper.
@@ -195,8 +199,11 @@ class KeeperClient:
         self._environ = environ
         self._is_alone = threading.active_count() == 1 and not keeper_main.has_children()
         self._start_keeper = start_keeper
-        self._log = log
+        self._log, self._detail = log, detail
         self._keeper = KeeperProcess(environ, start_keeper)
+        self._standbys = 0
+        """How many processes a warm keeper has been told to have ready."""
+        self._stand_by(standbys)
         self._importing = ""
         """What a warm keeper imports, as an option names it; empty: nothing any more."""
         self._is_stand_in = False
@@ -224,8 +231,13 @@ class KeeperClient:
         """Return the descriptor to wait on. It changes when a keeper is lost."""
         return self._keeper.fileno()
 
-    def start(self, commands: Sequence[Command]) -> None:
-        """Start a round. ``Started`` follows, and one ``Exited`` per worker, even for one that cannot be started."""
+    def start(self, commands: Sequence[Command], standbys: int = 0) -> None:
+        """Start a round. ``Started`` follows, and one ``Exited`` per worker, even for one that cannot be started.
+
+        Args:
+            commands: the workers.
+            standbys: how many processes a warm keeper is to have ready for the next round.
+        """
         if self._is_stand_in:
             self._keeper.close()
             self._keeper, self._is_stand_in = KeeperProcess(self._environ, self._start_keeper), False
@@ -247,6 +259,7 @@ class KeeperClient:
         if self._lease:  # this may be a new keeper
             self._keeper.send("renew_lease", self._lease)
         self._keeper.send("spawn", orders, descriptors=[fd for command in commands for fd, _ in command.descriptors])
+        self._stand_by(standbys)
 
     def send_signal(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
         """Send workers a signal. One that is to ``stop`` them goes to their process groups, any other to them alone."""
@@ -312,9 +325,17 @@ class KeeperClient:
             case ("warning", str(text)):
                 self._log(text)
                 return []
+            case ("detail", str(text)):
+                self._detail(text)
+                return []
             case ("failed", str(text)):
                 raise UnavailableError(text)
         raise LaunchError(f"internal error: unexpected message from the keeper: {message!r}")
+
+    def _stand_by(self, count: int) -> None:
+        if count or self._standbys:
+            self._keeper.send("stand_by", count)
+        self._standbys = count
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> AgentEvent:
         command = (self._commands[local_rank] or ["a function's process"])[0]

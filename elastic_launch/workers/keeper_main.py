@@ -25,6 +25,7 @@ To the keeper, with the name of a method of ``Keeper``:
     ("sample_stacks", [pid, ...])  -- have these processes below write theirs; they are about to go on
     ("reap_leftovers", with_kill)  -- end what the workers left, with SIGTERM or with SIGKILL
     ("renew_lease", until)  -- send SIGKILL to all at this time.monotonic(), unless a later lease arrives first
+    ("stand_by", count)  -- of a warm keeper: have as many processes ready for the next round (``standby``)
 To the agent:
     ("started", {local rank: pid}, {local rank: (errno, message)})
     ("exited", [(local rank, exit code, time, (stop signal sent before, ...)), ...])
@@ -33,6 +34,7 @@ To the agent:
     ("dropped", signum, [local rank, ...])  -- this signal was not passed on: the workers would have died of it
     ("lease_expired",)
     ("failed", message)  -- the keeper cannot do its work and exits
+    ("detail", message)  -- for a user who wants to know everything
     ("warning", message), ("importing", what)  -- from ``preload_main`` only
 """
 
@@ -54,6 +56,8 @@ TYPE_CHECKING = False  # mypy knows the name; importing typing would delay the f
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any, NoReturn
+
+    from elastic_launch.workers.standby import StandbyPool
 
     SpawnOrder = tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]
     """One worker to start, as in the ``spawn`` message."""
@@ -91,36 +95,25 @@ def main(sock: int, agent: int) -> NoReturn:
     serve(sock, agent, inherited_environment())
 
 
-def serve(sock: int, agent: int, environment: dict[bytes, bytes], forks: bool = False) -> NoReturn:
+def serve(sock: int, agent: int, environment: dict[bytes, bytes], pool: StandbyPool | None = None) -> NoReturn:
     """Be the keeper until this process ends.
 
     Args:
         sock: the descriptor of the socket to the agent.
         agent: the descriptor of the agent's pidfd.
         environment: what the workers inherit.
-        forks: whether workers are forks of this process. Otherwise they execute a command.
+        pool: forks the workers from this process; None: they execute a command.
 
     Raises:
-        ForkedWorker: only with ``forks``, in a new process: that process is a worker, not the keeper.
+        ForkedWorker: only with a ``pool``, in a new process: that process is to be a worker, not the keeper.
     """
     for fd in (sock, agent):
         os.set_inheritable(fd, False)
     libc.prctl(PR_SET_NAME, b"elastic-keeper", 0, 0, 0)
     set_subreaper(True)
-    keeper = Keeper(sock, agent, environment, forks)  # with a name, or its end would be a ResourceWarning
+    keeper = Keeper(sock, agent, environment, pool)  # with a name, or its end would be a ResourceWarning
     keeper.run()
     os._exit(0)
-
-
-class ForkedWorker(BaseException):
-    """Raised in the process of a forked worker, to leave all of the keeper's frames."""
-
-    def __init__(self, order: SpawnOrder, environment: dict[bytes, bytes], descriptors: list[int]) -> None:
-        self.order = order
-        self.environment = environment
-        """The worker's whole environment."""
-        self.descriptors = descriptors
-        """The descriptors that were sent for this worker, in the order of the message."""
 
 
 class KeeperPhase(Enum):
@@ -148,16 +141,18 @@ class RunningWorker:
 class Keeper:
     """Carries out the agent's messages and reaps the processes below."""
 
-    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], forks: bool) -> None:
+    def __init__(self, sock: int, agent: int, environment: dict[bytes, bytes], pool: StandbyPool | None) -> None:
         self.pid = os.getpid()
         self.sock = sock
         self.socket = _socket.socket(fileno=sock)
         self.agent = agent
         self.is_agent_alive = True
         self.environment = environment
-        self.forks = forks
+        self.pool = pool
+        if pool:
+            pool.release = self.release
         self.private_descriptors: tuple[int, ...] = ()
-        """The keeper's own descriptors. A forked worker closes them."""
+        """The keeper's own descriptors besides the socket's. A forked worker closes them."""
         self.received_descriptors: list[int] = []
         """Descriptors for workers that have not been started yet."""
         self.worker_limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -166,6 +161,8 @@ class Keeper:
         self.phase = KeeperPhase.RUNNING
         self.workers: dict[int, RunningWorker] = {}
         """The workers that have not ended, by pid."""
+        self.has_failed = False
+        """Whether a worker of the round has failed."""
         self.stopped_groups: set[int] = set()
         """Process groups that have been sent a stop signal as a whole."""
         self.killed_leftovers: dict[int, str] = {}
@@ -174,11 +171,13 @@ class Keeper:
         """Seconds until SIGKILL is sent again."""
         self.lease = NO_LEASE
         """When the workers are killed unless the agent renews the lease, on ``time.monotonic``."""
+        self.is_any_left = False
+        """Whether there is a child that is not a standby."""
 
     def run(self) -> None:
         """Serve until the agent is gone and no process is left."""
         sigchld, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.private_descriptors = (self.sock, self.agent, sigchld, wakeup)
+        self.private_descriptors = (self.agent, sigchld, wakeup)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakeup)
         poller = select.poll()
@@ -200,19 +199,24 @@ class Keeper:
                 poller.unregister(self.sock)
                 poller.unregister(self.agent)
                 self.start_killing()
-            is_any_left = self.advance()
-            if is_any_left and time.monotonic() >= self.lease:
+                if self.pool:
+                    self.pool.discard()
+            self.is_any_left = self.advance()
+            if self.is_any_left and time.monotonic() >= self.lease:
                 self.expire_lease()
-            if not is_any_left and not self.is_agent_alive:
+            if not self.is_any_left and not self.is_agent_alive:
                 return
+            if self.pool and not ready and time.monotonic() >= self.pool.due:
+                self.add_standby(self.pool)
 
     def poll_timeout(self) -> float | None:
         """Return the milliseconds until something is due; None if nothing is."""
         if self.phase is KeeperPhase.KILLING:
             return self.kill_interval * 1000
-        if self.lease == NO_LEASE or not has_children():
-            return None
-        return max(0.0, self.lease - time.monotonic()) * 1000
+        due = self.lease if self.is_any_left else NO_LEASE
+        if self.pool:
+            due = min(due, self.pool.due)
+        return None if due == NO_LEASE else max(0.0, due - time.monotonic()) * 1000
 
     # ---- messages
 
@@ -226,8 +230,7 @@ class Keeper:
         if flags & MSG_CTRUNC:  # some are missing: every worker after them would get another's descriptors
             self.send(("failed", "too many open files for the workers' output; raise the limit (`ulimit -n`)"))
             os._exit(1)
-        for _, _, numbers in ancillary:
-            self.received_descriptors += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
+        self.received_descriptors += descriptors_in(ancillary)
         return data
 
     def send(self, message: tuple[Any, ...]) -> None:
@@ -242,22 +245,49 @@ class Keeper:
     def spawn(self, orders: list[SpawnOrder]) -> None:
         """Start the workers of a round."""
         self.phase = KeeperPhase.RUNNING
+        self.has_failed = False
         self.stopped_groups.clear()
         self.killed_leftovers.clear()
+        if self.pool:
+            started, failed = self.pool.start(orders, self.received_descriptors)
+        else:
+            started, failed = self.execute(orders)
+        self.workers |= {pid: RunningWorker(local_rank, pid) for local_rank, pid in started.items()}
+        while self.received_descriptors:
+            os.close(self.received_descriptors.pop())
+        self.send(("started", started, failed))
+
+    def execute(self, orders: list[SpawnOrder]) -> tuple[dict[int, int], dict[int, tuple[int, str]]]:
+        """Start workers that execute commands. Returns pids and errors by local rank, as ``StandbyPool.start``."""
         started: dict[int, int] = {}
         failed: dict[int, tuple[int, str]] = {}
+        position = 0
         for order in orders:
-            local_rank, count = order[0], len(order[3])
-            descriptors = self.received_descriptors[:count]
-            del self.received_descriptors[:count]
+            end = position + len(order[3])
             try:
-                started[local_rank] = pid = self.start_worker(order, descriptors)
-                self.workers[pid] = RunningWorker(local_rank, pid)
+                started[order[0]] = self.start_worker(order, self.received_descriptors[position:end])
             except OSError as error:
-                failed[local_rank] = (error.errno or 0, error.strerror or str(error))
-            for fd in descriptors:
-                os.close(fd)
-        self.send(("started", started, failed))
+                failed[order[0]] = (error.errno or 0, error.strerror or str(error))
+            position = end
+        return started, failed
+
+    def stand_by(self, count: int) -> None:
+        """Have processes ready for the next round, if this keeper is warm."""
+        if self.pool:
+            self.pool.want(count, is_busy=bool(self.workers))
+
+    def add_standby(self, pool: StandbyPool) -> None:
+        """Fork one of those processes, if that is possible."""
+        try:
+            pool.add()
+        except OSError as error:
+            self.send(("detail", f"no process stands by for the next start of the workers: {error.strerror}"))
+
+    def release(self) -> None:
+        """Close the keeper's own descriptors, in a forked process."""
+        self.socket.close()
+        for fd in (*self.private_descriptors, *self.received_descriptors):
+            os.close(fd)
 
     def send_signal(self, signum: int, local_ranks: list[int], is_stop: bool) -> None:
         """Send a signal to workers that have not ended.
@@ -313,7 +343,7 @@ class Keeper:
         self.phase = KeeperPhase.TERMINATING
         if self.reap():
             # Nothing is sent a second stop signal: many programs read that as "now".
-            for pid in descendants(self.pid):
+            for pid in self.leftovers():
                 try:
                     is_stopped = os.getpgid(pid) in self.stopped_groups
                 except ProcessLookupError:
@@ -350,7 +380,7 @@ class Keeper:
         """Reap what has ended, and do what the phase asks for. Returns whether any process is left."""
         is_any_left = self.reap()
         if is_any_left and self.phase is KeeperPhase.KILLING:
-            for pid in descendants(self.pid):
+            for pid in self.leftovers():
                 if not self.workers:
                     self.killed_leftovers[pid] = name_of(pid)
                 kill(pid, signal.SIGKILL)
@@ -358,26 +388,38 @@ class Keeper:
         if not is_any_left and self.phase in (KeeperPhase.TERMINATING, KeeperPhase.KILLING):
             self.phase = KeeperPhase.REAPED
             self.send(("reaped", self.killed_leftovers))
+            if self.pool and self.has_failed:
+                self.pool.hurry()
         return is_any_left
 
     def reap(self) -> bool:
-        """Collect ended children, workers and adopted ones, and report workers. Returns whether any child is left."""
+        """Collect ended children, workers and adopted ones, and report workers.
+
+        Returns:
+            Whether any child is left that is not a standby.
+        """
         exits: list[tuple[int, int, float, tuple[int, ...]]] = []
-        is_any_left = True
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            while pid:
-                if worker := self.workers.pop(pid, None):
-                    exitcode = os.waitstatus_to_exitcode(status)
-                    exits.append((worker.local_rank, exitcode, time.time(), worker.stop_signals))
-                pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            is_any_left = False
+        while (child := reap_child())[0]:
+            pid, status = child
+            if worker := self.workers.pop(pid, None):
+                exits.append((worker.local_rank, os.waitstatus_to_exitcode(status), time.time(), worker.stop_signals))
+                self.has_failed = self.has_failed or status != 0
+            elif self.pool:
+                self.pool.forget(pid)
         if exits:
             self.send(("exited", exits))
-        return is_any_left
+        if self.workers or not self.pool or not self.pool.standbys:
+            return has_children()
+        others = {*children_of(self.pid)} - self.pool.standbys.keys()
+        # If a child ends while the kernel lists them, the list may lack others. The keeper then looks again.
+        return bool(others) or has_ended_child()
 
-    # ---- the start of a worker
+    def leftovers(self) -> list[int]:
+        """Return the pids of all processes below, nearest first, without standbys."""
+        standbys = self.pool.standbys if self.pool else ()
+        return [pid for pid in descendants(self.pid) if pid not in standbys]
+
+    # ---- the start of a worker that executes a command
 
     def start_worker(self, order: SpawnOrder, descriptors: Sequence[int]) -> int:
         """Start one worker and return its pid.
@@ -403,16 +445,13 @@ class Keeper:
         return pid
 
     def become_worker(self, order: SpawnOrder, descriptors: Sequence[int], reading: int, writing: int) -> NoReturn:
-        """Turn the new process into the worker: give it a session, then execute its command or leave all frames.
+        """Turn the new process into the worker: give it a session, and execute its command.
 
         Args:
             order: the worker.
             descriptors: those that were sent for it.
             reading: the reading end of the pipe for errors.
             writing: the writing end of that pipe.
-
-        Raises:
-            ForkedWorker: if the keeper ``forks``.
         """
         _, argv, changes, targets, cpus = order
         environment = {**self.environment, **changes}
@@ -426,31 +465,18 @@ class Keeper:
                 os._exit(127)
             lowest = max((2, *map(abs, targets))) + 1
             errors = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, lowest)  # its number may be a target
-            if self.forks:
-                while self.received_descriptors:
-                    os.close(self.received_descriptors.pop())  # those of other workers: their numbers may be wanted
-            else:
-                targets = list(map(abs, targets))  # the new program has none of its own
-            numbers = renumber(descriptors, targets, lowest)
-            if changes.get(PROGRESS):
-                environment[PROGRESS] = b"%d,%d" % tuple(numbers[-2:])
+            # The new program has no descriptors of its own, so numbers that need not be kept can be.
+            renumber(descriptors, list(map(abs, targets)), lowest)
             resource.setrlimit(resource.RLIMIT_NOFILE, self.worker_limits)
             if cpus:
                 os.sched_setaffinity(0, cpus)
-            if not self.forks:
-                for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
-                    signal.signal(ignored_by_python, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                os.execvpe(argv[0], argv, environment)
-            self.socket.detach()  # or its destructor would close whatever has its number by then
-            unneeded = {reading, writing, *self.private_descriptors, *descriptors}
-            for fd in unneeded - set(numbers):
-                os.close(fd)
+            for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(ignored_by_python, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            os.execvpe(argv[0], argv, environment)
         except BaseException as error:
             os.write(errors, marshal.dumps((getattr(error, "errno", 0), getattr(error, "strerror", str(error)))))
-            os._exit(127)
-        os.close(errors)
-        raise ForkedWorker(order, environment, numbers)
+        os._exit(127)
 
 
 # ---- descriptors and the environment
@@ -474,6 +500,14 @@ def renumber(descriptors: Sequence[int], targets: Sequence[int], lowest: int) ->
             numbers[index] = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, max(3, -target))
         os.close(number)
     return numbers
+
+
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors that have arrived with a message."""
+    found: list[int] = []
+    for _, _, numbers in ancillary:
+        found += memoryview(numbers[: len(numbers) // 4 * 4]).cast("i").tolist()
+    return found
 
 
 def close_others(kept: Sequence[int]) -> None:
@@ -516,6 +550,19 @@ def has_children() -> bool:
     return True
 
 
+def has_ended_child() -> bool:
+    """Return whether this process has a child that has ended and has not been reaped."""
+    return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def reap_child() -> tuple[int, int]:
+    """Reap a child that has ended. Returns its pid, or 0 if there is none, and its wait status."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return 0, 0
+
+
 def read_stat(pid: int | str) -> list[bytes]:
     """Return the fields of /proc/PID/stat after the name: state, parent's pid, process group, session and so on.
 
@@ -537,6 +584,15 @@ def children_by_parent() -> dict[int, list[int]]:
                 continue  # it has ended
             children.setdefault(parent, []).append(int(name))
     return children
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the pids of a process's children. It must have one thread."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return [*map(int, file.read().split())]
+    except OSError:  # not every kernel has this file
+        return children_by_parent().get(pid, [])
 
 
 def descendants(root: int) -> list[int]:

@@ -15,7 +15,7 @@ to the agent:
     ("warning", message)  -- workers will be cold
     ("failed", message)  -- a module cannot be imported
 
-A worker is a fork that leaves all frames of the keeper (``keeper_main.ForkedWorker``) and then runs, at the bottom of
+A worker is a fork that leaves all frames of the keeper (``standby.ForkedWorker``) and then runs, at the bottom of
 its stack, what its command line says: ``bootstrap`` or ``function_main``. So the end of the interpreter, with its exit
 status and its ``atexit`` handlers, is the interpreter's own.
 """
@@ -36,10 +36,11 @@ if IS_SAFE:
 import bootstrap  # type: ignore[import-not-found]  # noqa: E402
 import forked  # type: ignore[import-not-found]  # noqa: E402
 import keeper_main  # type: ignore[import-not-found]  # noqa: E402
+import standby  # type: ignore[import-not-found]  # noqa: E402
 
 if IS_SAFE:
     del sys.path[0]
-for name in ("bootstrap", "forked", "keeper_main"):
+for name in ("bootstrap", "forked", "keeper_main", "standby"):
     del sys.modules[name]  # the program may have modules with these names
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from types import CodeType, TracebackType
     from typing import Any, NoReturn
 
-    from elastic_launch.workers.keeper_main import ForkedWorker
+    from elastic_launch.workers.standby import ForkedWorker
 
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
 """Prefixes of device files. A process that has one open has begun to use the device."""
@@ -105,9 +106,10 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     # A worker's collector then does not touch the pages that it shares. Nothing is collected before: that would leave
     # holes in pages, and a worker copies each page in which it fills one.
     gc.freeze()
+    environment = changed_environment(variables)
     try:
-        keeper_main.serve(sock, agent, changed_environment(variables), forks=True)
-    except keeper_main.ForkedWorker as forked_worker:
+        keeper_main.serve(sock, agent, environment, standby.StandbyPool(environment))
+    except standby.ForkedWorker as forked_worker:
         worker = forked_worker.with_traceback(None)
     return worker, handlers
 
@@ -266,8 +268,10 @@ def become_cold(sock: int, agent: int, reason: str) -> "NoReturn":
 
 def become_worker(worker: "ForkedWorker", handlers: "dict[int, Any]") -> str:
     """Become what the worker's command would be before its first line. Returns the path of the program to run."""
-    forked.reset_process(worker.environment, handlers)
+    forked.reset_handlers(handlers)
     forked.reseed_random_generators()
+    worker.take_order()
+    forked.become_program(worker.environment)
     argv = [os.fsdecode(word) for word in worker.order[1]]
     sys.orig_argv[:] = argv
     sys.argv[:] = argv[argv.index("-u") + 1 :]

@@ -169,6 +169,7 @@ OURS: dict[str, Any] = {
     "cluster": None,
     "dry_run": False,
     "preload": [],
+    "standby": True,
     "restart_window": 0.0,
     "restart_backoff": "0",
     "fatal_exit_codes": "",
@@ -255,12 +256,14 @@ def test_every_option_has_both_spellings_and_a_variable(option: Any, monkeypatch
     for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST"):
         monkeypatch.setenv(name, "1")
     text = samples.get(option.dest, "7")
-    is_flag = option.default is False
+    is_flag = isinstance(option.default, bool)
     words = [] if is_flag else [text]
-    by_flag = [getattr(parse_args([flag, *words, "train.py"]), option.dest) for flag in option.flags]
-    monkeypatch.setenv(f"PET_{option.dest.upper()}", "1" if is_flag else text)
+    by_flag = {flag: getattr(parse_args([flag, *words, "train.py"]), option.dest) for flag in option.flags}
+    turning_on = {flag for flag in option.flags if option.default is True and not flag.startswith("--no-")}
+    assert all(by_flag.pop(flag) is True for flag in turning_on)
+    monkeypatch.setenv(f"PET_{option.dest.upper()}", str(int(not option.default)) if is_flag else text)
     by_variable = getattr(parse_args(["train.py"]), option.dest)
-    assert by_flag == [by_variable] * len(option.flags)
+    assert [*by_flag.values()] == [by_variable] * len(by_flag)
     assert by_variable != option.default
 
 
@@ -305,6 +308,8 @@ def test_nothing_after_the_script_is_read(args: list[str]) -> None:
         (["--max-r", "3"], "max_restarts", 3),
         (["--rdzv_conf=timeout=1,a=b"], "rdzv_conf", "timeout=1,a=b"),
         (["--standalone", "--"], "standalone", True),
+        (["--standb"], "standby", True),
+        (["--no-st"], "standby", False),
     ],
 )
 def test_unique_abbreviations_and_joined_values(before: list[str], dest: str, value: object) -> None:
@@ -373,7 +378,7 @@ def test_values_that_a_program_sets_after_parsing_count() -> None:
 def test_namespace_may_be_the_programs_own() -> None:
     args = argparse.Namespace(**vars(parse_args(["train.py"])))
     args.nnodes, args.nproc_per_node, args.node_rank = "2", "2", 1
-    del args.preload, args.health_check  # it was written for torchrun
+    del args.preload, args.standby, args.health_check  # it was written for torchrun
     assert config_from_args(args)[0].rdzv_endpoint == "127.0.0.1:0"
 
 

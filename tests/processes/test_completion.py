@@ -115,7 +115,7 @@ def test_options_values_and_files_are_completed(shell: Shell) -> None:
         return " ".join(shell.complete(*typed)).replace("=", " ").replace("/", "").split()
 
     assert complete("--rdzv-b\t", "c1\t", "trai\t") == ["--rdzv-backend", "c10d", "train.py"]
-    completed = complete("--num\t", "core\t", "-r", "3", "--stand\t", "train.py")
+    completed = complete("--num\t", "core\t", "-r", "3", "--standa\t", "train.py")
     assert completed == ["--numa-binding", "core-complex", "-r", "3", "--standalone", "train.py"]
     completed = complete("--log-d\t", "lo\t", " ", "--conf\t", "jo\t", "train.py")
     assert completed == ["--log-dir", "logs", "--config", "job.toml", "train.py"]
@@ -145,7 +145,7 @@ def test_every_option_of_the_parser_is_offered() -> None:
     parser = get_args_parser()
     flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
     names = {flag for flag in flags if "_" not in flag}
-    assert {f"--{option.name}" for option in completion.ALL} == names
+    assert {flag for option in completion.ALL for flag in option.shown_flags if flag.startswith("--")} == names
     assert completion.CHOICES.keys() <= {option.name for option in completion.ALL}
     for shell in SHELLS:
         text = script(shell)

@@ -81,6 +81,11 @@ def follow(
     return Decision(False, history._replace(used=used, ages=ages), failures, why=why)
 
 
+def has_restarts(policy: Policy, history: RestartHistory) -> bool:
+    """Return whether a failure may be followed by another round, in a round that begins with this history."""
+    return policy.max_restarts > (0 if policy.window else history.used)
+
+
 def restart_cause(history: RestartHistory, decision: Decision, change: str) -> str:
     """Return why another round follows, one of ``CAUSES``.
 

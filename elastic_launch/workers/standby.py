@@ -1,0 +1,370 @@
+"""Fork workers from a warm keeper, when they are needed or ahead of time.
+
+Every forked worker begins as a standby: a process that waits for its order, blocked in ``recvmsg``, and has done
+nothing else. Standbys that were forked while the round before ran are ready at once. If there are none, or not enough
+of them, more are forked, and get their orders at once.
+
+An order is one byte, with descriptors: first a memory file that holds the marshalled order, then the worker's own. The
+answer is a marshalled None, or the error (errno, message) because of which the standby ends. A standby whose socket is
+closed ends.
+
+A standby must be what a fork of the keeper would be now. What can change from outside in the life of a keeper is
+compared (``inherited``), and standbys that differ are replaced. Modules that change on disk are not looked at, because
+a fork would not see that either.
+
+``preload_main`` imports this file without its package.
+"""
+
+from __future__ import annotations
+
+import _socket
+import fcntl
+import marshal
+import os
+import resource
+import select
+import signal
+import time
+
+if __package__:
+    from elastic_launch.workers import keeper_main
+else:
+    import keeper_main  # type: ignore[import-not-found, no-redef]
+
+TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
+
+    from elastic_launch.workers.keeper_main import SpawnOrder
+
+DELAY = 1.0
+"""Seconds from the start of a round to the first fork for the next one: until then the workers need the CPUs."""
+PAUSE = 0.05
+"""Seconds between two such forks."""
+PATIENCE = 0.05
+"""Seconds without an answer after which the keeper looks whether a standby is stopped."""
+NEVER = float("inf")
+RLIM_NLIMITS = 16
+OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
+FIRST_VICTIM = b"1000"
+"""Has the kernel kill a process before all others when memory is used up."""
+
+
+class ForkedWorker(BaseException):
+    """Raised in the process of a forked worker, to leave all of the keeper's frames."""
+
+    def __init__(
+        self, socket: _socket.socket, environment: dict[bytes, bytes], limits: tuple[int, int], oom_score_adj: bytes
+    ) -> None:
+        self.environment = environment
+        """Once the order is taken, the worker's whole environment; until then, what all workers inherit."""
+        self.order: SpawnOrder = (-1, [], {}, [], [])
+        self.descriptors: list[int] = []
+        """The descriptors that were sent for this worker, in the order of the message."""
+        self._socket = socket
+        self._limits = limits
+        """Those of open files."""
+        self._oom_score_adj = oom_score_adj
+        """What to set it to again; empty: it has not been changed."""
+
+    def take_order(self) -> None:
+        """Wait for the order. Then become the worker as far as descriptors, limits and CPUs go."""
+        size = _socket.CMSG_SPACE(4 * keeper_main.MAX_DESCRIPTORS)
+        data, ancillary, _, _ = self._socket.recvmsg(1, size, keeper_main.MSG_CMSG_CLOEXEC)
+        if not data:
+            os._exit(0)
+        memory, *descriptors = keeper_main.descriptors_in(ancillary)
+        self.order = _, _, changes, targets, cpus = marshal.loads(os.pread(memory, os.fstat(memory).st_size, 0))
+        os.close(memory)
+        answers = self._socket.detach()
+        try:
+            for signum in signal.sigpending():  # they were meant for a standby
+                handler = signal.signal(signum, signal.SIG_IGN)
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+            lowest = max((2, *map(abs, targets))) + 1
+            number, answers = answers, fcntl.fcntl(answers, fcntl.F_DUPFD_CLOEXEC, lowest)  # it may be a target
+            os.close(number)
+            self.descriptors = numbers = keeper_main.renumber(descriptors, targets, lowest)
+            for fd in {*descriptors} - {*numbers}:
+                os.close(fd)
+            self.environment = {**self.environment, **changes}
+            if changes.get(keeper_main.PROGRESS):
+                self.environment[keeper_main.PROGRESS] = b"%d,%d" % tuple(numbers[-2:])
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._limits)
+            if cpus:
+                os.sched_setaffinity(0, cpus)
+            if self._oom_score_adj:
+                set_oom_score_adj(self._oom_score_adj)
+            os.write(answers, marshal.dumps(None))
+        except BaseException as error:
+            try:
+                os.write(answers, marshal.dumps((getattr(error, "errno", 0), getattr(error, "strerror", str(error)))))
+            finally:
+                os._exit(127)
+        os.close(answers)
+
+
+class Standby:
+    """A forked process that has not answered to an order yet."""
+
+    def __init__(self, pid: int, socket: _socket.socket, is_ahead: bool) -> None:
+        self.pid = pid
+        self.socket = socket
+        self.is_ahead = is_ahead
+        """Whether it was forked ahead of time. If not, it is a worker, whatever happens to it."""
+        self.inherited = inherited() if is_ahead else ()
+
+    def send(self, order: SpawnOrder, descriptors: Sequence[int]) -> bool:
+        """Send it its order. Returns False if it has ended.
+
+        Raises:
+            OSError: the order cannot be sent.
+        """
+        memory = os.memfd_create("order", os.MFD_CLOEXEC)
+        try:
+            os.write(memory, marshal.dumps(order))
+            numbers = b"".join(fd.to_bytes(4, "little") for fd in (memory, *descriptors))
+            self.socket.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)])
+        except ConnectionError:
+            return False
+        finally:
+            os.close(memory)
+        return True
+
+    def answer(self) -> bytes:
+        """Return its answer; empty if it has ended without one. May block unless the socket is readable."""
+        try:
+            return self.socket.recv(1 << 16)
+        except ConnectionError:
+            return b""
+
+
+class StandbyPool:
+    """Forks the workers of a keeper, some of them ahead of time."""
+
+    def __init__(self, environment: dict[bytes, bytes]) -> None:
+        """Fork nothing yet.
+
+        Args:
+            environment: what the workers inherit.
+        """
+        self.environment = environment
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.release: Callable[[], None] = lambda: None
+        """Closes the keeper's own descriptors, in a forked process."""
+        self.wanted = 0
+        """How many standbys there are to be."""
+        self.due = NEVER
+        """When to fork the next one, on ``time.monotonic``."""
+        self.standbys: dict[int, Standby] = {}
+        """Those that were forked ahead, by pid."""
+        self.pending: dict[int, Standby] = {}
+        """Those that have been sent an order and have not answered, by pid."""
+
+    # ---- ahead of time
+
+    def want(self, count: int, is_busy: bool) -> None:
+        """Have ``count`` standbys: at once, or a little later if workers are starting. End those that are too many."""
+        self.wanted = count
+        while len(self.standbys) > count:
+            self.end(self.standbys.popitem()[1])
+        self.due = time.monotonic() + DELAY * is_busy if len(self.standbys) < count else NEVER
+
+    def hurry(self) -> None:
+        """Fork what is wanted now: the workers have ended, and another round is likely to follow."""
+        self.want(self.wanted, is_busy=False)
+
+    def add(self) -> None:
+        """Fork a standby.
+
+        Raises:
+            OSError: that is not possible now. No further attempt is due.
+        """
+        self.due = NEVER
+        standby = self.fork(is_ahead=True)
+        self.standbys[standby.pid] = standby
+        if len(self.standbys) < self.wanted:
+            self.due = time.monotonic() + PAUSE
+
+    def forget(self, pid: int) -> None:
+        """Note that a child has ended. If it was a standby, the keeper forks another one when that is needed."""
+        if standby := self.standbys.pop(pid, None):
+            standby.socket.close()
+
+    def discard(self) -> None:
+        """End all standbys, and make no more."""
+        self.want(0, is_busy=False)
+
+    def end(self, standby: Standby) -> None:
+        """End a standby that is in no list any more."""
+        keeper_main.kill(standby.pid, signal.SIGKILL)
+        standby.socket.close()
+
+    # ---- workers
+
+    def start(
+        self, orders: Sequence[SpawnOrder], descriptors: Sequence[int]
+    ) -> tuple[dict[int, int], dict[int, tuple[int, str]]]:
+        """Start workers, and wait until they are about to run.
+
+        Args:
+            orders: the workers.
+            descriptors: those of all workers, in this order.
+
+        Returns:
+            Pids by local rank, and errors (errno, message) by the local ranks of workers that could not be started.
+        """
+        now = inherited()
+        for standby in [it for it in self.standbys.values() if it.inherited != now]:
+            self.end(self.standbys.pop(standby.pid))
+        started: dict[int, int] = {}
+        failed: dict[int, tuple[int, str]] = {}
+        handed: dict[int, tuple[Standby, SpawnOrder, Sequence[int]]] = {}
+        poller = select.poll()
+
+        def hand_out(order: SpawnOrder, numbers: Sequence[int]) -> None:
+            try:
+                standby = self.hand_out(order, numbers)
+            except OSError as error:
+                failed[order[0]] = (error.errno or 0, error.strerror or str(error))
+                return
+            handed[standby.socket.fileno()] = standby, order, numbers
+            poller.register(standby.socket.fileno(), select.POLLIN)
+
+        position = 0
+        for order in orders:
+            end = position + len(order[3])
+            hand_out(order, descriptors[position:end])
+            position = end
+        while handed:
+            ready = poller.poll(PATIENCE * 1000)
+            for fd, _ in ready:
+                poller.unregister(fd)
+                standby, order, numbers = handed.pop(fd)
+                answer = standby.answer()
+                standby.socket.close()
+                del self.pending[standby.pid]
+                if error := marshal.loads(answer) if answer else None:
+                    failed[order[0]] = error
+                elif answer or not standby.is_ahead:  # one that was forked just now and has ended was a worker
+                    started[order[0]] = standby.pid
+                else:
+                    hand_out(order, numbers)
+            if not ready:
+                for standby, _, _ in handed.values():
+                    if standby.is_ahead and is_stopped(standby.pid):
+                        keeper_main.kill(standby.pid, signal.SIGKILL)  # its socket shows its end
+        return started, failed
+
+    def hand_out(self, order: SpawnOrder, descriptors: Sequence[int]) -> Standby:
+        """Send an order to a standby, which is ``pending`` then. Forks one if there is none.
+
+        Raises:
+            OSError: there is none, and none can be forked, or the order cannot be sent.
+        """
+        while True:
+            pid = next(iter(self.standbys), 0)
+            standby = self.standbys.pop(pid) if pid else self.fork(is_ahead=False)
+            try:
+                is_sent = standby.send(order, descriptors)
+            except BaseException:
+                self.end(standby)
+                raise
+            if is_sent or not standby.is_ahead:
+                self.pending[standby.pid] = standby
+                return standby
+            self.end(standby)
+
+    def fork(self, is_ahead: bool) -> Standby:
+        """Fork a standby.
+
+        Raises:
+            OSError: that is not possible.
+            ForkedWorker: in the new process.
+        """
+        ours, theirs = _socket.socketpair()
+        try:
+            keeper = os.getpid()
+            if (pid := os.fork()) == 0:
+                self.become_standby(keeper, ours, theirs, is_ahead)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return Standby(pid, ours, is_ahead)
+
+    def become_standby(self, keeper: int, ours: _socket.socket, theirs: _socket.socket, is_ahead: bool) -> NoReturn:
+        """Give the new process a session, close what is not its own, and leave all frames.
+
+        Args:
+            keeper: the keeper's pid.
+            ours: the keeper's end of the socket pair.
+            theirs: the other end.
+            is_ahead: whether its order is not known yet.
+
+        Raises:
+            ForkedWorker: always.
+        """
+        try:
+            os.setsid()
+            # In case the keeper and the agent die at the same instant. It has no effect if the keeper has died before.
+            keeper_main.libc.prctl(keeper_main.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != keeper:
+                os._exit(127)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            signal.set_wakeup_fd(-1)
+            for socket in (ours, *(it.socket for pool in (self.standbys, self.pending) for it in pool.values())):
+                socket.close()
+            self.release()
+            adjustment = b""
+            if is_ahead:
+                keeper_main.libc.prctl(keeper_main.PR_SET_NAME, b"elastic-standby", 0, 0, 0)
+                adjustment = content_of(OOM_SCORE_ADJ)
+                set_oom_score_adj(FIRST_VICTIM)
+            worker = ForkedWorker(_socket.socket(fileno=theirs.detach()), self.environment, self.limits, adjustment)
+        except BaseException:
+            os._exit(127)
+        raise worker
+
+
+# ---- what a fork inherits
+
+
+def inherited() -> tuple[Any, ...]:
+    """Return what a fork of this process would inherit that others can change: limits, CPUs, priority, cgroup."""
+    return (
+        [resource.getrlimit(number) for number in range(RLIM_NLIMITS)],
+        os.sched_getaffinity(0),
+        os.sched_getscheduler(0),
+        os.getpriority(os.PRIO_PROCESS, 0),
+        content_of("/proc/self/cgroup"),
+        content_of(OOM_SCORE_ADJ),
+    )
+
+
+def content_of(path: str) -> bytes:
+    """Return the content of a file; empty if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def set_oom_score_adj(text: bytes) -> None:
+    """Set how likely the kernel is to kill this process when memory is used up, where that is allowed."""
+    try:
+        with open(OOM_SCORE_ADJ, "wb") as file:
+            file.write(text)
+    except OSError:
+        return
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, by a signal or a debugger."""
+    try:
+        return keeper_main.read_stat(pid)[0] in (b"T", b"t")
+    except OSError:
+        return False

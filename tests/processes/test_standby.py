@@ -1,0 +1,222 @@
+"""Standbys: processes that the warm keeper forks ahead of time, for the workers of the next round."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+
+import psutil
+import pytest
+
+from elastic_launch.core.agent.restart_policy import has_restarts
+from elastic_launch.job import Policy, RestartHistory
+from elastic_launch.workers.standby import NEVER, StandbyPool
+from tests.support.jobs import Job
+from tests.support.waiting import SOON, is_alive, wait_until
+
+WARM = ("--max-restarts", "3", "--preload", "json")
+FAILS_ONCE = "mark(os.getpid())\nif restart == 0:\n    wait_for('go')\n    sys.exit(7)\n"
+"""The first round runs until the test has written the mark ``go``, and fails."""
+
+
+def standbys(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+    """Wait until a job has so many standbys, and return them."""
+    found: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        found[:] = [it for it in psutil.Process(process.pid).children(recursive=True) if it.name() == "elastic-standby"]
+        return len(found) == count
+
+    wait_until(are_there, f"{count} standbys")
+    return found
+
+
+def keeper(process: subprocess.Popen[str]) -> psutil.Process:
+    (found,) = (it for it in psutil.Process(process.pid).children() if it.name() == "elastic-keeper")
+    return found
+
+
+def pids(job: Job, restart: int) -> set[int]:
+    """The workers of a round."""
+    return {int(mark.split()[1]) for mark in job.marks() if mark.split()[0].endswith(f".{restart}")}
+
+
+def start(job: Job, *args: str, ranks: int = 2) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """Start a job that fails once, when it is told to, and wait for its standbys."""
+    process = job.start("--nproc-per-node", str(ranks), *WARM, *args, job.script(FAILS_ONCE))
+    return process, standbys(process, ranks)
+
+
+def test_restart_uses_them_and_the_next_ones_follow(job: Job) -> None:
+    script = job.script("mark(os.getpid())\nwait_for(f'go{restart}')\nsys.exit(7 if restart < 2 else 0)")
+    process = job.start("--nproc-per-node", "2", *WARM, script)
+    first = {it.pid for it in standbys(process, 2)}
+    job.mark("go0")
+    wait_until(lambda: len(pids(job, 1)) == 2)
+    assert pids(job, 1) == first
+    second = {it.pid for it in standbys(process, 2)}
+    job.mark("go1")
+    wait_until(lambda: len(pids(job, 2)) == 2)
+    assert pids(job, 2) == second
+    third = standbys(process, 2)
+    job.mark("go2")
+    assert job.finish(process).returncode == 0
+    assert not any(is_alive(it.pid) for it in third)
+
+
+FACTS = """
+import json, random, threading
+wait_for('go') if restart == 0 else None
+fds = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1]
+def content(name): return open(f"/proc/self/{name}").read()
+facts = {
+    "argv": sys.argv, "path": sys.path, "orig_argv": sys.orig_argv, "cwd": os.getcwd(),
+    "leader": os.getpid() == os.getpgid(0) == os.getsid(0),
+    "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals()) if n != 63],
+    "masks": [line for line in content("status").splitlines() if line[:3] in ("Sig", "Shd")],
+    "environ": {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "OUT")},
+    "fds": fds, "limits": content("limits"), "oom": content("oom_score_adj"), "comm": content("comm"),
+    "affinity": sorted(os.sched_getaffinity(0)), "nice": os.getpriority(os.PRIO_PROCESS, 0),
+    "threads": threading.active_count(), "title": content("cmdline").strip(chr(0)),
+}
+if restart == 1: json.dump(facts, open(f"{os.environ['OUT']}.{rank}", "w"))
+mark(f"{restart} {random.random()}")
+sys.exit(7 if restart == 0 else 0)
+"""
+
+
+def test_worker_that_was_a_standby_is_like_any_other(job: Job) -> None:
+    script = job.script(FACTS)
+    found = {}
+    for how in ("--standby", "--no-standby"):
+        (job.path / "marks").unlink(missing_ok=True)
+        args = ("--nproc-per-node", "2", "--rdzv-id", "j", "--log-dir", "logs", how, *WARM, script, "x")
+        process = job.start(*args, OUT=str(job.path / how))
+        if how == "--standby":
+            for each in standbys(process, 2):
+                each.send_signal(signal.SIGTERM)  # of which it would die, if it heard of it once it is a worker
+                each.send_signal(signal.SIGUSR1)
+        else:
+            wait_until(lambda: (job.path / "marks").exists())
+        job.mark("go")
+        ended = job.finish(process)
+        assert ended.returncode == 0, ended.stderr
+        found[how] = [json.loads((job.path / f"{how}.{rank}").read_text()) for rank in range(2)]
+        draws = {mark.split()[2] for mark in job.marks() if mark != "go"}
+        assert len(draws) == 4, "each worker has a random state of its own"
+    assert found["--standby"] == found["--no-standby"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_that_is_killed_or_stopped_is_replaced_in_silence(job: Job, signum: int) -> None:
+    process, (first, second) = start(job)
+    first.send_signal(signum)
+    wait_until(lambda: not is_alive(first.pid) or first.status() == psutil.STATUS_STOPPED)
+    job.mark("go")
+    ended = job.finish(process)
+    assert (ended.returncode, "standby" in ended.stderr) == (0, False), ended.stderr
+    assert (first.pid in pids(job, 1), second.pid in pids(job, 1), len(pids(job, 1))) == (False, True, 2)
+    assert not is_alive(first.pid)
+
+
+def test_they_are_replaced_when_what_they_were_made_from_has_changed(job: Job) -> None:
+    """A fork inherits the keeper's limits as they are now."""
+    process, before = start(job)
+    limits = resource.prlimit(keeper(process).pid, resource.RLIMIT_CORE)
+    resource.prlimit(keeper(process).pid, resource.RLIMIT_CORE, (0 if limits[0] else min(4096, limits[1]), limits[1]))
+    job.mark("go")
+    assert job.finish(process).returncode == 0
+    assert not pids(job, 1) & {it.pid for it in before}
+
+
+def test_next_round_with_a_failure_while_they_are_made(job: Job) -> None:
+    process = job.start("--nproc-per-node", "6", *WARM, job.script(FAILS_ONCE))
+    made: list[int] = []
+
+    def has_begun() -> bool:
+        below = psutil.Process(process.pid).children(recursive=True)
+        made[:] = [it.pid for it in below if it.is_running() and it.name() == "elastic-standby"]
+        return bool(made)
+
+    wait_until(has_begun)
+    job.mark("go")
+    ended = job.finish(process)
+    assert ended.returncode == 0, ended.stderr
+    assert len(pids(job, 1)) == 6
+    assert pids(job, 1) >= set(made)
+
+
+def test_keeper_killed_takes_them_along(job: Job) -> None:
+    process, before = start(job)
+    keeper(process).kill()
+    wait_until(lambda: not any(is_alive(it.pid) for it in before))
+    wait_until(lambda: len(pids(job, 1)) == 2)
+    assert job.finish(process).returncode == 0
+
+
+def test_agent_killed_leaves_none(job: Job) -> None:
+    process, before = start(job)
+    process.kill()
+    process.wait(SOON)
+    wait_until(lambda: not any(is_alive(it.pid) for it in before))
+
+
+def test_what_a_round_leaves_is_killed_and_they_are_spared(job: Job) -> None:
+    script = job.script(
+        "mark(os.getpid())\n"
+        "if restart == 0:\n"
+        "    child = subprocess.Popen(['sh', '-c', 'trap \"\" TERM; echo ready; while :; do sleep 1; done'],\n"
+        "                             stdout=subprocess.PIPE, start_new_session=True)\n"
+        "    child.stdout.readline()\n    wait_for('go')\n    sys.exit(7)\n"
+    )
+    process = job.start("--nproc-per-node", "1", "--shutdown-timeout", "1", *WARM, script)
+    (before,) = standbys(process, 1)
+    job.mark("go")
+    ended = job.finish(process)
+    assert (ended.returncode, pids(job, 1)) == (0, {before.pid}), ended.stderr
+    assert "sh (pid" in ended.stderr
+    assert "elastic-standby" not in ended.stderr
+
+
+def test_none_are_made_for_a_job_that_cannot_restart() -> None:
+    once = Policy(max_restarts=1)
+    assert not has_restarts(Policy(), RestartHistory())
+    assert has_restarts(once, RestartHistory())
+    assert not has_restarts(once, RestartHistory(used=1))
+    assert has_restarts(once._replace(window=60.0), RestartHistory(used=1)), "that failure may be forgotten"
+
+
+def test_without_memory_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", fork)
+    pool = StandbyPool({})
+    pool.want(2, is_busy=False)
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        pool.add()
+    assert (pool.standbys, pool.due, os.listdir("/proc/self/fd")) == ({}, NEVER, descriptors)
+
+
+def test_many_restarts_in_a_row_leave_nothing(job: Job) -> None:
+    """Descriptors and processes stay as many as they are, with standbys or without, complete or not."""
+    script = job.script("mark(os.getpid())\nwait()")
+    args = ("--nproc-per-node", "2", "--max-restarts", "1000", "--crash-loop", "0", "--preload", "json", script)
+    process = job.start(*args)
+    counts = []
+    for restart in range(20):
+        wait_until(lambda: len(pids(job, restart)) == 2)  # noqa: B023 - called at once
+        if restart % 5 == 0:
+            standbys(process, 2)
+            agent = psutil.Process(process.pid)
+            counts.append((agent.num_fds(), keeper(process).num_fds(), len(agent.children(recursive=True))))
+        os.kill(min(pids(job, restart)), signal.SIGKILL)
+    wait_until(lambda: len(pids(job, 20)) == 2)
+    assert len(set(counts)) == 1, counts
+    process.terminate()
+    assert job.finish(process).returncode == 143
