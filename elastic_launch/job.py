@@ -209,6 +209,17 @@ class Change(StrEnum):
     """A person or a program asked for another round."""
 
 
+class Silence(NamedTuple):
+    """How long a member had been silent when another node ended the round, or decided what follows."""
+
+    ticket: int
+    """The member's, in that round."""
+    seconds: float
+    """Seconds for which its counter of heartbeats had not changed."""
+    counter: int = -1
+    """Its value; -1: there was none."""
+
+
 class End(NamedTuple):
     """The first reason to end a round. All nodes act on the same one."""
 
@@ -231,6 +242,8 @@ class End(NamedTuple):
     """Whether the workers, some of which call ``should_stop()``, are to stop at a step that the nodes agree on."""
     change: Change = Change.NONE
     """What changed, for ``MEMBERSHIP_CHANGED``."""
+    silent: tuple[Silence, ...] = ()
+    """Other members that may be lost, too. The leader of the next round goes on counting their silence."""
     mine: bool = False
     """Whether this node ended the round."""
 
@@ -257,3 +270,5 @@ class Decision(NamedTuple):
     """Ids of the nodes that will not be in the next round."""
     node: str = ""
     """Id of the node that decided."""
+    silent: tuple[Silence, ...] = ()
+    """As in ``End``."""

@@ -29,7 +29,7 @@ from elastic_launch.core.rendezvous.records import (
     field_names,
 )
 from elastic_launch.errors import ProcessFailure, RendezvousStateError, UsageError
-from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory, Silence
 from elastic_launch.rendezvous import third_party_round
 from elastic_launch.rendezvous.factory import create_built_in
 
@@ -46,7 +46,7 @@ GOOD: dict[type, NamedTuple] = {
     Status: Status(1, "host-a", ""),
     Unfit: Unfit(NodeRecord("node-a", "host-a", 1, 2, "default"), "GPU 3: fell off the bus (exit code 1)"),
     Consequence: Consequence(FAILURE, "node-a"),
-    End: End(EndKind.FAILED, "rank 3 failed", "node-a", failures=(FAILURE,)),
+    End: End(EndKind.FAILED, "rank 3 failed", "node-a", failures=(FAILURE,), silent=(Silence(3, 4.5, 7),)),
     Decision: Decision(True, RestartHistory(1, ages=(0.5,)), (FAILURE,), pause=3.0),
     Goodput: Goodput(12, 3.5, 1.0, 1, LostTime(1.0), number=7),
     Frame: FRAME,
@@ -61,7 +61,7 @@ GOOD: dict[type, NamedTuple] = {
 def test_every_record_has_a_rule_for_every_field() -> None:
     """Other types cannot be decoded, because ``RULES`` has no row for them; these are all that are."""
     own = {third_party_round.Outcome, third_party_round._Registration, third_party_round._Reply}
-    assert set(RULES) == {*GOOD, *own, RestartHistory, LostTime, ProcessFailure}
+    assert set(RULES) == {*GOOD, *own, RestartHistory, LostTime, ProcessFailure, Silence}
     for kind, rules in RULES.items():
         assert set(rules.fields) == set(field_names(kind)), kind
 

@@ -98,6 +98,56 @@ def test_node_that_is_killed_is_gone_within_the_deadline_and_two_seconds() -> No
         assert made.now - killed_at < SETTINGS.keep_alive_deadline + 2 + 2, "2 s for the workers to stop"
 
 
+@pytest.mark.parametrize("ranks", [(0, 1), (0, 2), (1, 2), (0, 3, 4), (0, 1, 2), (2, 3, 4)])
+@pytest.mark.parametrize("low", [2, 5])
+def test_nodes_that_are_lost_at_once_are_gone_after_one_deadline(ranks: tuple[int, ...], low: int) -> None:
+    """The job goes on without them, or ends. With the monitor, group rank 0, those are lost who would notice."""
+    for seconds in (20.3, 22.1, 24.6):  # at different times of a heartbeat's interval
+        made = world(5, SETTINGS._replace(min_nodes=low, max_nodes=5))
+        form(made, 5)
+        made.run(made.now + seconds)
+        dead = [agent for agent in made.agents if agent.state.assignment and agent.state.assignment.group_rank in ranks]
+        others = [agent for agent in made.agents if agent not in dead]
+        killed_at = made.now
+        for agent in dead:
+            agent.kill()
+
+        def is_over(others: list[Agent] = others) -> bool:
+            return all(agent.running == 1 for agent in others) or all(agent.finish for agent in others)
+
+        made.run(made.now + 100, stop=is_over)
+        later = 2 * SETTINGS.keep_alive_interval if 0 in ranks else 2
+        assert made.now - killed_at < SETTINGS.keep_alive_deadline + later + 2, "2 s for the workers to stop"
+        errors = {agent.finish.error for agent in others if agent.finish}
+        assert len(errors) == (low == 5)
+        for error in errors:
+            lost = error.removeprefix("lost ").partition("; still there: ")[0]
+            assert sorted(lost.split(", ")) == sorted(agent.name for agent in dead), error
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_spares_that_are_left_alone_go_on_after_one_deadline(members: int) -> None:
+    made = world(5, SETTINGS._replace(min_nodes=2, max_nodes=members))
+    form(made, members)
+    made.run(made.now + 20)
+    killed_at = made.now
+    for agent in made.agents:
+        if agent.running is not None:
+            agent.kill()
+    made.run(made.now + 100, stop=lambda: sum(run == 1 for run in running(made)) == 2)
+    assert made.now - killed_at < SETTINGS.keep_alive_deadline + 2 * SETTINGS.keep_alive_interval + 2
+
+
+def test_a_slow_reply_to_the_first_heartbeat_says_nothing_of_the_monitor() -> None:
+    """Two heartbeats that arrive together show no reset in between, whoever looks after them."""
+    for seconds in (2.9, 3.0, 3.1, 3.2, 3.3, 3.4):
+        made = world(3, SETTINGS._replace(max_nodes=2, min_nodes=2, keep_alive_interval=1))
+        form(made, 2)
+        next(agent for agent in made.agents if agent.running is None).stall(seconds)
+        made.run(made.now + 20)
+        assert sorted(run for run in running(made) if run is not None) == [0, 0]
+
+
 def test_a_node_that_leaves_costs_no_restart() -> None:
     made = world(3)
     form(made, 3)

@@ -112,6 +112,7 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.ReadOwnRecord: {WAITING, MEMBER, OUTSIDE, ENDED},
     questions.ReadMembers: {MEMBER, OUTSIDE, ENDED, LEAVING},
     questions.PollMembers: {MEMBER, OUTSIDE, ENDED},
+    questions.WatchMembers: {MEMBER, OUTSIDE},
     questions.TakeOverMonitoring: {MEMBER, OUTSIDE, ENDED},
     questions.CheckFinished: {MEMBER, OUTSIDE, ENDED},
     questions.CountLooks: {MEMBER},
@@ -411,17 +412,17 @@ def test_a_spare_watches_over_the_members_if_no_other_can() -> None:
 
 
 def test_a_spare_that_slept_leaves_the_watch_to_the_node_that_took_over() -> None:
-    made = calm_world(job(1, 3))
-    for _ in range(5):
+    made = calm_world(job(1, 5))
+    for _ in range(7):
         add(made)
-    form(made, 3)
+    form(made, 5)
     *done, last = members(made)
     for agent in done:
         agent.succeed()
     made.run(made.now + 5)
     for agent in done:
         agent.kill()
-    made.run(made.now + 40)
+    made.run(made.now + 50)
     [monitor] = [agent for agent in made.live() if agent.node.round.monitor]
     assert monitor.node.phase is OUTSIDE
     monitor.freeze(30)

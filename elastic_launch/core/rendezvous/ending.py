@@ -29,7 +29,7 @@ from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, 
 from elastic_launch.core.store_requests import ANSWER_LIMIT, Add, Append, Get
 from elastic_launch.core.text import MAX_LISTED, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
-from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory
+from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory, Silence
 
 TRACEBACK = 60_000
 """Number of characters of the cause's traceback that the other nodes get to see."""
@@ -227,22 +227,30 @@ def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> N
     """
     round_, end, me = node.round, node.round.end, node.record.node
     reason = f"no heartbeat from {hosts} for {node.settings.keep_alive_deadline:g} s"
+    silent = _silent(node)
     if end is None:
-        end = End(EndKind.MEMBERSHIP_CHANGED, reason, me, tuple(nodes), change=Change.NODE_LOST)
+        gone = tuple(nodes)
+        end = End(EndKind.MEMBERSHIP_CHANGED, reason, me, gone, change=Change.NODE_LOST, silent=silent)
         step.create(questions.LearnEnd(), "end", encode(end))
     elif end.kind is not EndKind.FAILED or round_.decision is not None:
         return
     elif round_.report.grace_ends is not None:
         step.log(f"{reason}, which caused this failure; restarting without using up a restart", Level.INFO)
-        step.decide_next(Decision(True, node.restart_history(step.now), gone=tuple(nodes)))
+        step.decide_next(Decision(True, node.restart_history(step.now), gone=tuple(nodes), silent=silent))
     elif round_.members and end.node not in round_.members.nodes and _decider(end, round_.members) in nodes:
         _restart_after_stranger(node, step, end, tuple(nodes))
     elif end.node in nodes:
         step.log(f"{reason}, before it decided what follows its failure; deciding in its place", Level.INFO)
         decision = follow(node.settings.policy, node.restart_history(step.now), end.failures, end.node)
-        step.decide_next(decision._replace(gone=tuple(nodes)))
+        step.decide_next(decision._replace(gone=tuple(nodes), silent=silent))
     elif not end.mine:
         step.create(questions.Write(), "lost", encode(End(EndKind.MEMBERSHIP_CHANGED, hosts, me, tuple(nodes))))
+
+
+def _silent(node: NodeState) -> tuple[Silence, ...]:
+    """Return the members that have been silent for a while, whether or not they are lost."""
+    monitor = node.round.monitor or node.round.watch
+    return monitor.silences(node.settings.keep_alive_interval / 2) if monitor else ()
 
 
 # --- the nodes report the round

@@ -12,7 +12,7 @@ from elastic_launch.core.rendezvous.ranks import choose
 from elastic_launch.core.rendezvous.records import NOBODY, NodeRecord, Status, Unfit, newest
 from elastic_launch.core.text import listed
 from elastic_launch.errors import ExitCode
-from elastic_launch.job import RestartHistory
+from elastic_launch.job import RestartHistory, Silence
 
 
 class Form(NamedTuple):
@@ -191,6 +191,10 @@ class Leader:
             if self.monitor.has_lived_since(ticket, self._arrived[ticket]):
                 self.joined[ticket] = self.unconfirmed.pop(ticket)
         return self.monitor.take_resets()
+
+    def note_past_silences(self, silences: Iterable[Silence], now: float) -> None:
+        """Go on counting how long nodes of the round before have been silent, by their tickets there."""
+        self._past_monitor.resume(silences, now)
 
     def poll_past(
         self, nodes: Sequence[str], counters: Sequence[tuple[int, bytes]], now: float, asked_at: float

@@ -54,12 +54,14 @@ def stand_down(node: NodeState, step: Step) -> None:
 def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPastRound, list[bytes]]) -> None:
     """Learn how the round before ended, and ask which nodes were in it."""
     count, end, following, closed, unfit = answer.value
-    gone = decode(End, end, node.key("end", past=True)).gone if end else ()
+    ended = decode(End, end, node.key("end", past=True)) if end else None
+    gone, silent = (ended.gone, ended.silent) if ended else ((), ())
     history = decode(Closed, closed, node.key("closed", past=True)).restart_history if closed else None
     if following:
         decision = decode(Decision, following, node.key("decision", past=True))
-        gone, history = gone + decision.gone, decision.restart_history
+        gone, silent, history = gone + decision.gone, silent + decision.silent, decision.restart_history
     if node.round.leader:
+        node.round.leader.note_past_silences(silent, step.now)
         node.round.leader.past_restart_history = history
         notes = decode_lines(Unfit, unfit, node.key("unfit", past=True), step.log)
         node.round.leader.past_host = next((note.record.node for note in notes if note.record.serves), "")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from elastic_launch.core.rendezvous.records import SIGNED, refused, signed
+from elastic_launch.core.rendezvous.records import MAX_SILENT, SIGNED, refused, signed
+from elastic_launch.job import Silence
 
 TAKE_OVER = 1 << 20
 """Set as a node's counter to have it take over as leader at once."""
@@ -63,7 +64,7 @@ class Monitor:
         """
         self._deadline = deadline
         self._tick = tick
-        self._polled_at = now
+        self._polled_at = self._asked_at = now
         self._counters: dict[int, tuple[bytes, float]] = {}
         """Each counter as it was last seen, and when it last changed."""
         self.left: set[int] = set()
@@ -85,6 +86,24 @@ class Monitor:
         """Return the seconds since a node's counter was last seen to change; 0 if it has never been polled."""
         return max(0.0, now - self._counters.get(ticket, (b"", now))[1])
 
+    def silences(self, at_least: float) -> tuple[Silence, ...]:
+        """Return the nodes that were silent at the last poll, the longest silence first.
+
+        Args:
+            at_least: seconds; nodes with a shorter silence are left out.
+        """
+        found = [
+            Silence(ticket, self._asked_at - at, int(counter or b"-1"))
+            for ticket, (counter, at) in self._counters.items()
+            if self._asked_at - at >= at_least and (counter == b"" or _is_number(counter))
+        ]
+        return tuple(sorted(found, key=lambda silence: -silence.seconds)[:MAX_SILENT])
+
+    def resume(self, silences: Iterable[Silence], now: float) -> None:
+        """Go on counting silences that another node has measured up to some time before ``now``."""
+        for ticket, seconds, counter in silences:
+            self._counters[ticket] = (b"%d" % counter if counter >= 0 else b"", now - seconds)
+
     def poll(self, counters: Iterable[tuple[int, bytes]], now: float, asked_at: float) -> set[int]:
         """Take the counters as they were at ``asked_at`` or later. What is not a number counts once, and is then reset.
 
@@ -92,7 +111,7 @@ class Monitor:
             The nodes that had been silent up to the deadline by then, or have left.
         """
         slept = now - self._polled_at > self._deadline / 2 + self._tick  # this node or the store did, not the others
-        self._polled_at = now
+        self._polled_at, self._asked_at = now, asked_at
         suspected: set[int] = set()
         for ticket, counter in counters:
             if has_left(counter):

@@ -13,6 +13,9 @@ from elastic_launch.core.rendezvous.stalling import check_claims, learn_look, pa
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
 from elastic_launch.core.text import listed
 
+DOUBT = 3
+"""Number of polls that a monitor must have missed before it seems to be silent."""
+
 
 def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeartbeat, int]) -> None:
     """Renew the lease. A counter that has not been reset for too long shows that nobody monitors this node."""
@@ -24,10 +27,21 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     slept = heartbeat.sent_at - heartbeat.answered_at > 2 * node.heartbeat_period + LATENESS
     heartbeat.answered_at = heartbeat.sent_at
     renew_lease(node, step)
-    if count <= heartbeat.count or slept:  # if this node slept, that says nothing of the others
+    is_first = heartbeat.count == 0  # there was nothing to reset before
+    if count <= heartbeat.count or is_first or slept:  # if this node slept, that says nothing of the others
         heartbeat.monitored_at = step.now
+        round_.watch = None
+        node.timers.pop(Timer.WATCH, None)
     heartbeat.count = count
+    _doubt_monitor(node, step)
     due = heartbeat.monitored_at + node.settings.keep_alive_deadline
+    if (
+        node.phase in (Phase.MEMBER, Phase.OUTSIDE)
+        and round_.closed
+        and round_.closed.nodes > 1
+        and not node.is_watcher
+    ):
+        due += node.settings.keep_alive_interval  # until then a watcher ends the round, who knows of other losses
     if heartbeat.sent_at >= due or count >= TAKE_OVER:
         if node.phase is Phase.WAITING and round_.leader is None:
             heartbeat.monitored_at = step.now
@@ -37,6 +51,45 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     elif step.now < due and Timer.HEARTBEAT in node.timers:
         on_time = max(step.now, heartbeat.sent_at + node.heartbeat_period)  # the timer may have waited for this answer
         node.timers[Timer.HEARTBEAT] = min(node.timers[Timer.HEARTBEAT], on_time, due)
+
+
+def _doubt_monitor(node: NodeState, step: Step) -> None:
+    """Begin to watch the other members if the monitor seems to be silent, in case they were lost at the same time.
+
+    Their silence counts from the first look; if the monitor were the only one to count it, it would be lost with it.
+    """
+    round_, silent_since = node.round, node.round.heartbeat.monitored_at
+    has_doubts = round_.heartbeat.sent_at - silent_since >= DOUBT * node.settings.tick
+    if (
+        node.phase not in (Phase.MEMBER, Phase.OUTSIDE)
+        or not node.is_watcher
+        or not has_doubts
+        or round_.watch
+        or round_.monitor
+    ):
+        return
+    if round_.members is None:
+        step.read_members()  # the next heartbeat comes soon
+        node.timers[Timer.HEARTBEAT] = min(node.timers[Timer.HEARTBEAT], step.now + node.settings.tick)
+    else:
+        round_.watch = Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+        watch(node, step)
+
+
+def watch(node: NodeState, step: Step) -> None:
+    """Look at the members' heartbeats, and leave them as they are: nobody is to believe that the monitor is there."""
+    step.set_timer(Timer.WATCH, node.settings.tick)
+    if members := node.round.members:
+        question = questions.WatchMembers(members.tickets, step.now)
+        step.get(question, *(f"heartbeat/{ticket}" for ticket in members.tickets))
+
+
+def on_members_watched(node: NodeState, step: Step, answer: Answer[questions.WatchMembers, list[bytes]]) -> None:
+    """Note which members are silent, for whoever leads the next round."""
+    tickets, asked_at = answer.question.tickets, answer.question.asked_at
+    if node.round.watch:
+        counters = map(without_flag, answer.value)
+        node.round.watch.poll(zip(tickets, counters, strict=True), step.now, asked_at)
 
 
 def on_leading(node: NodeState, step: Step, answer: Answer[questions.TakeOverLeading, bytes]) -> None:
@@ -69,7 +122,8 @@ def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOver
 
 def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
     """Poll the members' heartbeats from now on."""
-    node.round.monitor = Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+    node.round.monitor = node.round.watch or Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+    node.round.watch = None
     # The first poll renews this node's lease, so the spares, which may take its place, must hear of it as well.
     node.round.outsiders = list(node.round.closed.spares) if node.round.closed else []
     if node.phase is Phase.MEMBER and node.round.assignment and node.round.assignment.group_rank == 0:

@@ -177,6 +177,7 @@ TIMERS: dict[Timer, Handler] = {
     Timer.HEARTBEAT: heartbeats.send,
     Timer.FENCE: heartbeats.fence,
     Timer.MONITOR_POLL: monitoring.poll,
+    Timer.WATCH: monitoring.watch,
     Timer.STALL_POLL: stalling.poll,
     Timer.COLLECT_STACKS: stalling.collect,
     Timer.LOOK_POLL: stalling.poll_look,
@@ -243,6 +244,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.SendHeartbeat, monitoring.on_heartbeat, *JOINED, ignored=(LEAVING,)),
     **_row(questions.ConfirmReset, heartbeats.on_reset, *JOINED, ignored=(LEAVING,)),
     **_row(questions.PollMembers, monitoring.on_members_polled, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
+    **_row(questions.WatchMembers, monitoring.on_members_watched, MEMBER, OUTSIDE, ignored=(ENDED, LEAVING)),
     **_row(questions.TakeOverMonitoring, monitoring.on_monitoring, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     **_row(questions.CheckFinished, monitoring.on_finished_checked, MEMBER, OUTSIDE, ENDED, ignored=(LEAVING,)),
     # The job stalls.

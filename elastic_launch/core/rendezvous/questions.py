@@ -118,6 +118,14 @@ class PollMembers(Question):
 
 
 @dataclass(frozen=True)
+class WatchMembers(Question):
+    """Do the members still send heartbeats, although the monitor seems to be silent?"""
+
+    tickets: tuple[int, ...]
+    asked_at: float
+
+
+@dataclass(frozen=True)
 class CheckFinished(Question):
     """Had the workers of these suspected members all succeeded?"""
 

@@ -29,7 +29,7 @@ from elastic_launch.core.rendezvous.rules import (
 )
 from elastic_launch.core.text import MAX_LISTED
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
-from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory
+from elastic_launch.job import Assignment, Change, Decision, End, EndKind, Goodput, LostTime, RestartHistory, Silence
 
 T = TypeVar("T")
 
@@ -46,6 +46,8 @@ SIGNED = b"#"
 """What a signed value begins with; neither JSON nor a number does."""
 MAX_FAILURES = 64
 """Most failures in a record."""
+MAX_SILENT = 1024
+"""Most silent members in a record."""
 
 
 class NodeRecord(NamedTuple):
@@ -462,6 +464,7 @@ RULES: dict[Any, Rules] = {
     Unfit: Rules(1 << 20, {"record": record_of(NodeRecord), "reason": line(MAX_UNFIT, least=1), "is_gone": flag}),
     Status: Rules(1 << 16, {"joined": whole(0, MAX_TICKETS), "hosts": line(5000), "missing": line(5000)}),
     Consequence: Rules(1 << 16, {"failure": record_of(ProcessFailure), "node": name(400, least=1)}),
+    Silence: Rules(1000, {"ticket": _TICKET, "seconds": _YEARS, "counter": whole(-1, 10**18)}),
     End: Rules(
         4 << 20,
         {
@@ -475,6 +478,7 @@ RULES: dict[Any, Rules] = {
             "rank": _RANK,
             "same_step": flag,
             "change": one_of(Change),
+            "silent": each(record_of(Silence), MAX_SILENT),
             "mine": not_sent,
         },
         (
@@ -498,6 +502,7 @@ RULES: dict[Any, Rules] = {
             "pause": _YEARS,
             "gone": each(_ID, MAX_TICKETS),
             "node": _ID,
+            "silent": each(record_of(Silence), MAX_SILENT),
         },
         (
             (

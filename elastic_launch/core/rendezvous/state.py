@@ -25,6 +25,10 @@ from elastic_launch.job import Assignment, Decision, End, Level, LineKind, Resta
 
 BATCH = 256
 """Number of keys that are read or written with one request."""
+WATCHERS = 3
+"""Number of members, from group rank 1 on, that watch the others when the monitor seems to be silent."""
+WATCHING_SPARES = 2
+"""Number of spares that do so as well, because all members may be lost."""
 HISTORY = 50
 """Number of steps that an unexpected input is reported with."""
 
@@ -62,6 +66,8 @@ class Timer(Enum):
     RETRY_ASSIGNMENT = "retry assignment", Phase.WAITING
     HEARTBEAT = "heartbeat", Phase.WAITING, Phase.MEMBER, Phase.OUTSIDE, Phase.ENDED
     MONITOR_POLL = "monitor poll", Phase.MEMBER, Phase.OUTSIDE, Phase.ENDED
+    WATCH = "watch", Phase.MEMBER, Phase.OUTSIDE
+    """Look at the members' heartbeats while the monitor seems to be silent."""
     FENCE = "fence", Phase.MEMBER
     EXIT_BARRIER = "exit barrier", Phase.MEMBER
     JOIN_RUNNING = "join running", Phase.OUTSIDE
@@ -190,6 +196,8 @@ class Round:
     """Tickets of nodes that are not members, if this node is the monitor."""
     monitor: Monitor | None = None
     """The members' heartbeats, if this node polls them."""
+    watch: Monitor | None = None
+    """The members' heartbeats, if the monitor seems to be silent: others may be lost with it."""
     monitors: int = 0
     """Number of failover monitors there have been."""
     stall: Stall = field(default_factory=Stall)
@@ -273,7 +281,17 @@ class NodeState:
         """Seconds between two heartbeats; a standby sends more of them, to notice sooner that its monitor is lost."""
         assignment = self.round.assignment
         is_standby = self.round.ticket == 2 if assignment is None else assignment.group_rank == 1
-        return self.settings.tick if is_standby else self.settings.keep_alive_interval
+        if is_standby:
+            return self.settings.tick
+        return self.settings.keep_alive_interval / (2 if self.is_watcher else 1)
+
+    @property
+    def is_watcher(self) -> bool:
+        """Whether this node is to notice losses beside the monitor's."""
+        assignment, closed = self.round.assignment, self.round.closed
+        if assignment is None:
+            return closed is not None and self.round.ticket in closed.spares[:WATCHING_SPARES]
+        return 1 <= assignment.group_rank <= WATCHERS
 
     def count_tickets(self, value: bytes, *, past: bool = False) -> int:
         """Return how many tickets of the round, or of the one before, have been drawn.
