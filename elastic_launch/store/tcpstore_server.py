@@ -15,7 +15,7 @@ class TCPStoreServer(Child):
     """The process. ``fileno()`` is readable when ``take()`` has something to report."""
 
     def __init__(self, listening: socket.socket, environ: Mapping[str, str]) -> None:
-        """Start the process. It takes about two seconds until it serves.
+        """Start the process. It takes about half a second until it serves.
 
         Args:
             listening: The socket to serve, from ``ports.listen``. It is closed here and belongs to the process, so that

@@ -1,8 +1,12 @@
 """Runs in the process that serves the job's c10d store: torch's own TCPStore, on a socket that the agent has bound.
 
-It is a process of its own because importing torch takes two seconds and two hundred megabytes, and starts threads. The
-agent starts it with ``child.Child``, so signals to the process group of a job cannot end the store before the agents
-that need it.
+It is a process of its own because loading torch takes half a second and 130 megabytes, and starts threads. The agent
+starts it with ``child.Child``, so signals to the process group of a job cannot end the store before the agents that
+need it.
+
+TCPStore is written in C++. So the process loads only torch's extension module, without the Python code around it, which
+takes another two seconds and ninety megabytes. If a version of torch does not allow that, the process starts over and
+imports all of torch.
 
 The process sends the agent one byte when the store serves. Each message from the agent brings a listening socket for an
 additional, empty store, which replaces the additional one before. It serves the workers of one round, because keys of
@@ -15,17 +19,22 @@ client with a page of C++ frames.
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import os
 import resource
 import socket
 import sys
 import threading
+import types
 from queue import SimpleQueue
+from typing import Any
 
 from elastic_launch.host.child_main import wait_for_agent
 
 OLDEST_TORCH = (2, 5)
 """The first version of torch that answers the handshake of our client."""
+_WHOLE_TORCH = "_TCPSTORE_IMPORTS_ALL_OF_TORCH"
+"""The environment variable that is set if the extension module alone could not be loaded."""
 
 
 def main(control: socket.socket, agent: int, listening: int) -> None:
@@ -37,7 +46,12 @@ def main(control: socket.socket, agent: int, listening: int) -> None:
         listening: Descriptor of the socket to serve.
     """
     sockets: SimpleQueue[socket.socket] = SimpleQueue()
-    # Before the import of torch, which takes seconds.
+    if _WHOLE_TORCH not in os.environ:
+        try:
+            _load_extension()
+        except Exception:
+            _start_over((control.fileno(), agent, listening))
+    # Before all of torch is imported, if it must be: that takes seconds.
     threading.Thread(target=_receive_sockets, args=(control, agent, sockets), daemon=True).start()
     try:
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -56,6 +70,35 @@ def main(control: socket.socket, agent: int, listening: int) -> None:
         del stores[1:]  # ends the server that is replaced
         with contextlib.suppress(Exception):  # clients are refused, and report that
             stores.append(_serve(fresh))
+
+
+def _load_extension() -> None:
+    """Load torch's extension module, with empty modules in place of the packages that it belongs to.
+
+    Raises:
+        Exception: Whatever an extension module raises that cannot do without them. Loading it again is not possible.
+    """
+    spec = importlib.machinery.PathFinder.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return  # the import of torch says what is wrong
+    sys.modules["numpy"] = None  # type: ignore[assignment]  # which the extension module would import
+    torch: Any = types.ModuleType("torch")
+    torch.__path__ = list(spec.submodule_search_locations)
+    torch.distributed = types.ModuleType("torch.distributed")
+    sys.modules.update({"torch": torch, "torch.distributed": torch.distributed})
+    import torch._C
+    import torch.version
+
+    torch._C._c10d_init()
+    torch.__version__ = torch.version.__version__
+    torch.distributed.TCPStore = torch._C._distributed_c10d.TCPStore
+
+
+def _start_over(descriptors: tuple[int, ...]) -> None:
+    """Execute this program again, to import all of torch."""
+    for fd in descriptors:
+        os.set_inheritable(fd, True)
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, _WHOLE_TORCH: "1"})
 
 
 def _serve(listening: socket.socket) -> object:

@@ -67,6 +67,7 @@ def test_only_one_place_reads_the_environment() -> None:
     assert readers == [
         "elastic_launch/env.py",
         "elastic_launch/store/etcd/member_main.py",
+        "elastic_launch/store/tcpstore_server_main.py",
         "elastic_launch/workers/bootstrap.py",
         "elastic_launch/workers/error_handler.py",
         "elastic_launch/workers/forked.py",

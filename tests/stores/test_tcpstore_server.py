@@ -55,7 +55,7 @@ def test_endpoint_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_life_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:
-    """One test, because each process takes a second to start."""
+    """One test, because each process takes half a second to start."""
     listening = listen(0)
     port = listening.getsockname()[1]
     with contextlib.ExitStack() as stack:
@@ -70,6 +70,9 @@ def test_life_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:
         assert [client.call(Add("n", 1), DEADLINE) for client in early] == [1, 2]
         assert wait_for(host)
         assert (host.ready, host.take()) == (True, True)
+        libraries = {Path(file.path).name for file in psutil.Process(host.pid).memory_maps()}
+        assert "libtorch_python.so" in libraries
+        assert not any("multiarray" in name for name in libraries), "torch's Python code would have imported numpy"
 
         # Signals to the job's other processes do not end it.
         assert os.getsid(host.pid) == host.pid
