@@ -124,23 +124,21 @@ def all_are_up(agents: Agents, restart: int, count: int) -> None:
 @pytest.mark.parametrize(
     ("script", "stop", "status"),
     [
-        ("mark('up')\n", None, 0),
-        ("mark('up')\nif rank == 1: wait_for('0.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
-        (RUN, "one", 143),
-        (RUN, "all", 143),
-        # A slow worker: its node must not wait for nodes that were faster.
+        ("mark('up')\n", False, 0),
+        (RUN, True, 143),
+        # A failure, and slow workers: their nodes must not wait for nodes that were faster.
         ("mark('up')\nsignal.signal(15, lambda *_: (time.sleep(rank / 2), os._exit(0)))\n"
-         "if rank == 0: wait_for('1.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", None, 7),
+         "if rank == 0: wait_for('1.0 up', '2.0 up', '3.0 up'); sys.exit(7)\nwait()\n", False, 7),
     ],
-    ids=["success", "failure", "one-signalled", "all-signalled", "slow"],
+    ids=["success", "signalled", "failure"],
 )  # fmt: skip
-def test_all_end_alike_and_soon(script: str, stop: str | None, status: int, agents: Agents) -> None:
+def test_all_end_alike_and_soon(script: str, stop: bool, status: int, agents: Agents) -> None:
     """Run four agents, one of which has no member."""
     # With a deadline far above the time that the end may take on a busy machine.
     processes = [agents(agents.job.script(script), nnodes="4", conf=",keep_alive_interval=20") for _ in range(4)]
     all_are_up(agents, 0, 4)
-    for process in processes[: {"one": 1, "all": 4, None: 0}[stop]]:
-        process.send_signal(signal.SIGTERM)
+    if stop:
+        processes[0].send_signal(signal.SIGTERM)
     wait_until(lambda: any(process.poll() is not None for process in processes))
     first = time.monotonic()
     results = finish(agents, processes)
@@ -162,17 +160,16 @@ def test_a_node_that_leaves_ends_its_member_and_the_others_go_on(agents: Agents)
 # --- a host dies
 
 
-@pytest.mark.parametrize("index", [0, 2])
-def test_any_host_may_die(index: int, agents: Agents) -> None:
+def test_a_host_may_die(agents: Agents) -> None:
     processes = agents.in_order(agents.job.script(ONCE))
     all_are_up(agents, 0, 3)
-    member = etcd_of(processes[index])
+    member = etcd_of(processes[0])
     began = time.monotonic()
-    processes[index].kill()
+    processes[0].kill()
     wait_until(lambda: not is_alive(member))
     all_are_up(agents, 1, 2)
     assert time.monotonic() - began < DEADLINE + ELECTION + SOON
-    del processes[index]
+    del processes[0]
     results = finish(agents, processes)
     assert [result.returncode for result in results] == [0, 0], results
     assert {mark for mark in agents.job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}

@@ -110,11 +110,9 @@ def hung_at(job: Job) -> float:
 
 @pytest.mark.parametrize("trouble", PLACES)
 def test_a_job_on_one_node_that_hangs_is_explained_and_restarted(trouble: str, job: Job) -> None:
-    """Of warm workers and, in one case, of cold ones."""
     script = job.script(f"{TRAINING}\ntrain({trouble!r})")
     options = ["--hang-timeout", f"{LIMIT:g}", "--hang-action", "restart", "--max-restarts", "1"]
-    warm = () if trouble == "skips" else WARM
-    done = job.run(*TWO, *options, *warm, "--shutdown-timeout", "2", script)
+    done = job.run(*TWO, *options, *WARM, "--shutdown-timeout", "2", script)
     print(done.stderr)
     assert done.returncode == 0
     check(job, trouble, done.stderr)
@@ -122,9 +120,9 @@ def test_a_job_on_one_node_that_hangs_is_explained_and_restarted(trouble: str, j
     assert "rank 1 failed (hang, " in done.stderr
 
 
-def test_a_hang_is_noticed_soon_after_the_limit(job: Job) -> None:
+def test_a_hang_of_cold_workers_is_noticed_soon_after_the_limit(job: Job) -> None:
     script = job.script(f"{TRAINING}\ntrain('skips')")
-    process = job.start(*TWO, *WARM, "--hang-timeout", f"{LIMIT:g}", script)
+    process = job.start(*TWO, "--hang-timeout", f"{LIMIT:g}", script)
     assert process.stderr
     for line in process.stderr:
         if "makes no progress" in line:
@@ -202,8 +200,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     assert "makes no progress" not in err
 
 
-@pytest.mark.parametrize("backend", ["c10d", "etcd"])
-@pytest.mark.parametrize("trouble", ["skips", "loads"])
+@pytest.mark.parametrize(("backend", "trouble"), [("c10d", "skips"), ("etcd", "loads")])
 def test_three_nodes_that_hang_are_explained_once_and_restarted(backend: str, trouble: str, job: Job) -> None:
     script = job.script(f"{TRAINING}\ntrain({trouble!r})")
     nodes = c10d(job, "3", hosted=True) if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "3")

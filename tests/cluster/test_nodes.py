@@ -21,7 +21,7 @@ from elastic_launch.store.client import connect
 from tests.support.etcd import Trio
 from tests.support.jobs import Job
 from tests.support.leaks import children
-from tests.support.nodes import ALL_REDUCE, QUICK, STEADY, Nodes, c10d, listens, start_three, up
+from tests.support.nodes import ALL_REDUCE, QUICK, STEADY, WARM, Nodes, c10d, listens, start_three, up
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, is_alive, wait_until
@@ -91,9 +91,7 @@ def test_a_final_failure_is_the_same_everywhere(nodes: Nodes, job: Job) -> None:
 
 def test_all_reduce_works_across_nodes_and_after_a_restart(nodes: Nodes, job: Job) -> None:
     script = job.script(ALL_REDUCE)
-    # One import for each node; in the next test each worker has its own.
-    options = ("--max-restarts", "1", "--preload", "torch")
-    for process in [nodes(n, *options, script=script) for n in (0, 1)]:
+    for process in [nodes(n, "--max-restarts", "1", *WARM, script=script) for n in (0, 1)]:
         result = job.finish(process)
         assert result.returncode == 0, result.stderr
     assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())
@@ -103,7 +101,7 @@ def test_the_workers_may_serve_their_store_themselves(job: Job) -> None:
     nodes = c10d(job, "2", hosted=True)
     script = job.script(ALL_REDUCE)
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    for process in [nodes(n, "--max-restarts", "1", script=script, **env) for n in (0, 1)]:
+    for process in [nodes(n, "--max-restarts", "1", *WARM, script=script, **env) for n in (0, 1)]:
         result = job.finish(process)
         assert result.returncode == 0, result.stderr
     assert {"0.1 sum=2", "1.1 sum=2"} <= set(job.marks())

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.control import elastic_job
 from tests.support.jobs import TWO, Job
-from tests.support.nodes import Nodes, c10d
+from tests.support.nodes import WARM, Nodes, c10d
 from tests.support.servers import shared_etcd
 from tests.support.waiting import wait_until
 
@@ -35,10 +35,6 @@ os._exit(0)
 """
 
 
-WARM = ("--preload", "torch")
-"""Torch is imported once on each node, not by the workers of each round."""
-
-
 def stops(job: Job, restart: int = 0) -> dict[int, int]:
     """The step at which each rank stopped."""
     marks = [mark.split() for mark in job.marks() if " stops " in mark]
@@ -57,13 +53,11 @@ def test_all_ranks_of_a_node_stop_at_the_same_step(job: Job) -> None:
     assert "all ranks stop at their call" in done.stderr
 
 
-@pytest.mark.parametrize("backend", ["c10d", "etcd"])
-def test_all_ranks_of_three_nodes_stop_at_the_same_step_and_two_nodes_go_on(backend: str, job: Job) -> None:
+def test_all_ranks_of_three_nodes_stop_at_the_same_step_and_two_nodes_go_on(job: Job) -> None:
     script = job.script(TRAINING)
-    nodes = c10d(job, "2:3", hosted=True) if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "2:3")
+    nodes = c10d(job, "2:3", hosted=True)
     first = nodes(0, *WARM, script=script)
-    if backend == "c10d":
-        nodes.wait_for_first()
+    nodes.wait_for_first()
     others = [nodes(number, *WARM, script=script) for number in (1, 2)]
     job.wait_for("0.0 trains", "1.0 trains", "2.0 trains")
     others[0].send_signal(signal.SIGTERM)
@@ -87,7 +81,7 @@ def test_a_script_that_never_asks_gets_the_signal(job: Job) -> None:
 
 def test_the_whole_job_is_stopped_at_a_checkpoint_from_outside(job: Job) -> None:
     """Although two of three nodes would be enough to go on."""
-    nodes = c10d(job, "2:3")
+    nodes = Nodes(job, "etcd", shared_etcd(), "2:3")
     processes = [nodes(number, script=job.script(TRAINING)) for number in range(3)]
     job.wait_for("0.0 trains", "1.0 trains", "2.0 trains")
     assert elastic_job("stop", "--checkpoint").stdout == f"{nodes.run_id}: stopping\n"

@@ -20,6 +20,8 @@ LOST_AFTER = 5
 """Keep-alive deadline in seconds of tests in which nodes are lost."""
 QUICK = f"last_call_timeout=60,keep_alive_interval={LOST_AFTER / 10},keep_alive_max_attempt=10"
 """For those tests."""
+WARM = ("--preload", "torch")
+"""Torch is imported once on each node, not by the workers of each round."""
 
 
 class Nodes:
