@@ -159,10 +159,11 @@ def test_keeper_killed_takes_them_along(job: Job) -> None:
 
 
 def test_agent_killed_leaves_none(job: Job) -> None:
-    process, before = start(job)
+    process, _ = start(job)
+    below = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait(SOON)
-    wait_until(lambda: not any(is_alive(it.pid) for it in before))
+    wait_until(lambda: not any(is_alive(it.pid) for it in below))
 
 
 def test_what_a_round_leaves_is_killed_and_they_are_spared(job: Job) -> None:
