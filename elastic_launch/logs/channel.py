@@ -46,8 +46,7 @@ def _terminal(console: int, margin: int) -> tuple[int, int] | None:
     Returns:
         Our end and the worker's; None if the system has no terminals to give.
     """
-    import struct  # late, like termios: most jobs do not write to a terminal
-    import termios
+    import termios  # late: most jobs do not write to a terminal
 
     try:
         ours, theirs = os.openpty()
@@ -57,12 +56,20 @@ def _terminal(console: int, margin: int) -> tuple[int, int] | None:
     mode[1] &= ~termios.OPOST
     mode[3] &= ~(termios.ECHO | termios.ECHONL)
     termios.tcsetattr(theirs, termios.TCSANOW, mode)
+    copy_size(console, theirs, margin)
+    return ours, theirs
+
+
+def copy_size(console: int, terminal: int, margin: int) -> None:
+    """Give a terminal (either end) the size of the console, less ``margin`` columns for the prefix."""
+    import struct
+    import termios
+
     with contextlib.suppress(OSError):
         rows, columns, *pixels = struct.unpack("4H", fcntl.ioctl(console, termios.TIOCGWINSZ, bytes(8)))
         if columns > margin + _MIN_COLUMNS:
             columns -= margin
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, *pixels))
-    return ours, theirs
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, *pixels))
 
 
 def needed_files(streams: int) -> int:

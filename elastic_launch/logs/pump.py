@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.console import launcher_line, replacement, unblocked
-from elastic_launch.logs.channel import DEFAULT_SIZE, make_channel, raise_limit
+from elastic_launch.logs.channel import DEFAULT_SIZE, copy_size, make_channel, raise_limit
 from elastic_launch.logs.sinks import NAMES, Console, File
 from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route, Source
 
@@ -60,6 +60,8 @@ class LogPump:
         """Open streams, by descriptor."""
         self._by_stream: dict[tuple[int, int], Source] = {}
         """All streams of the round, by local rank and stream."""
+        self._terminals: dict[int, tuple[int, int]] = {}
+        """Of the streams that are terminals: the console, and the columns of it that the prefix takes."""
         self._workers_ends: list[int] = []
         self._files: list[File] = []
         self._buffer = bytearray()
@@ -110,15 +112,14 @@ class LogPump:
             for route in routes:
                 console = self._consoles.get(route.stream) if route.show else None
                 file = self._file(route.path)
-                ours, theirs, capacity = make_channel(
-                    self._pipe_size,
-                    console.fd if console and console.is_terminal else None,
-                    len(route.prefix or b""),
-                )
+                margin = len(route.prefix or b"")
+                terminal = console.fd if console and console.is_terminal else None
+                ours, theirs, capacity = make_channel(self._pipe_size, terminal, margin)
                 self._workers_ends.append(theirs)
-                is_terminal = bool(console and console.is_terminal) and os.isatty(ours)
+                if terminal is not None and os.isatty(ours):
+                    self._terminals[ours] = terminal, margin
                 duplicate = shared.get(route.stream, ())
-                source = Source(route, ours, capacity, console, file, *duplicate, is_terminal=is_terminal)
+                source = Source(route, ours, capacity, console, file, *duplicate, is_terminal=ours in self._terminals)
                 ends[route.local_rank, route.stream] = theirs
                 self._sources[ours] = self._by_stream[route.local_rank, route.stream] = source
         except OSError as error:
@@ -228,6 +229,8 @@ class LogPump:
             return None
         block = bytes(memoryview(self._buffer)[:size])
         source.feed(block)
+        if place := self._terminals.get(source.fd):  # the console may have another size now
+            copy_size(place[0], source.fd, place[1])
         if not source.held:
             self._held.pop(source, None)
         elif source not in self._held or b"\n" in block:  # another line has begun
@@ -236,6 +239,7 @@ class LogPump:
 
     def _finish(self, source: Source) -> None:
         del self._sources[source.fd]
+        self._terminals.pop(source.fd, None)
         self._held.pop(source, None)
         os.close(source.fd)
         source.end()

@@ -567,6 +567,18 @@ def test_a_worker_gets_a_terminal_if_the_console_is_one(terminal: Console, pump:
     assert terminal.read().replace(b"\r\n", b"\n").endswith(b"[0]:True 96 False \x1b[31mred\x1b[0m\n")
 
 
+def test_a_workers_terminal_follows_the_window(terminal: Console, pump: LogPump) -> None:
+    code = (
+        "import fcntl, os, struct, termios\n"
+        f"window = os.open({os.ttyname(terminal.writing)!r}, os.O_RDWR | os.O_NOCTTY)\n"
+        "fcntl.ioctl(window, termios.TIOCSWINSZ, struct.pack('4H', 30, 70, 0, 0))\n"
+        "while os.get_terminal_size(1).columns != 66: print('waits', flush=True)\n"
+        "print(*os.get_terminal_size(1))"
+    )
+    run(pump, [Route(0, 1, show=True, prefix=b"[0]:")], [code], terminal)
+    assert terminal.read().endswith(b"[0]:66 30\n")
+
+
 def test_a_worker_without_a_terminal(console: Console, pump: LogPump) -> None:
     run(pump, [Route(0, 1, show=True, prefix=b"#")], ["import os; print(os.isatty(1))"], console)
     assert console.read() == b"#False\n"
