@@ -7,7 +7,7 @@ BIN := .venv/bin
 MINUTES ?= 60
 SEED ?=
 
-.PHONY: compiled demo test slurm test-quick fuzz check docs dist format bench clean
+.PHONY: compiled demo test slurm programs test-quick fuzz check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,10 @@ test: compiled
 # on a busy machine Slurm's daemon sometimes fails to start a step, and puts the job back for two minutes.
 slurm: compiled
 	$(BIN)/pytest tests/cluster/test_slurm.py
+
+# The programs of --preload auto, cold and warm: some minutes. "make test" runs a few of them.
+programs: compiled
+	$(BIN)/pytest -m programs tests/processes/test_preload_auto.py
 
 # For every save, in half a minute: all decisions, the simulation, and those tests of processes, stores and nodes that
 # are marked "quick", which have most that can break in them: restarts, signals, output, functions, leases, no orphans.

@@ -10,6 +10,8 @@ import signal
 
 from elastic_launch.errors import UsageError
 
+AUTO = "auto"
+"""The value of ``--preload`` that leaves the choice to the launcher."""
 DEFAULT_BACKOFF_LIMIT = 300.0
 """The longest pause before a restart, in seconds, if ``--restart-backoff`` does not name one."""
 
@@ -218,7 +220,7 @@ def parse_exit_codes(text: str) -> frozenset[int]:
 
 
 def parse_modules(text: str) -> list[str]:
-    """Read ``torch,mylib.data`` as a list of module names.
+    """Read ``torch,mylib.data`` as a list of module names; ``auto`` stays as it is, ``none`` is none.
 
     Raises:
         UsageError: an entry is not the name of a module.
@@ -226,8 +228,10 @@ def parse_modules(text: str) -> list[str]:
     names = _entries(text)
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
-            raise UsageError(f"{name!r}: must be names of modules, separated by commas, as in torch,mylib.data")
-    return names
+            raise UsageError(
+                f"{name!r}: must be names of modules, separated by commas, as in torch,mylib.data, or auto or none"
+            )
+    return [] if names == ["none"] else names
 
 
 def parse_filters(text: str) -> list[str]:

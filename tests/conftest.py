@@ -29,11 +29,14 @@ def pytest_report_header() -> str:
     return f"pythons: {', '.join(pythons())}; torch: {version('torch')}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as quick what needs no process, and does not import torch; elsewhere tests are marked one by one.
 
     Of the simulation's blocks of random schedules, each of which takes seconds, the first two are quick.
     """
+    if "programs" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("programs")])
+        items[:] = [item for item in items if not item.get_closest_marker("programs")]
     for item in items:
         block = item.callspec.params.get("block", 0) if hasattr(item, "callspec") else 0
         if (

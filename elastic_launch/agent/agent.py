@@ -58,7 +58,7 @@ from elastic_launch.host.files import usable_host
 from elastic_launch.host.signals import SignalQueue
 from elastic_launch.job import Assignment, EndKind, Level
 from elastic_launch.logs.job_files import DefaultLogsSpecs, JobFiles
-from elastic_launch.parsing import parse_port, parse_signals, read_flag
+from elastic_launch.parsing import parse_modules, parse_port, parse_signals, read_flag
 from elastic_launch.rendezvous.factory import adapt
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.worker_spec import Rendezvous, RunResult, WorkerGroup, WorkerSpec, WorkerState
@@ -136,7 +136,7 @@ class LocalElasticAgent:
         *,
         signals_to_handle: str | None = None,
         environ: Mapping[str, str] | None = None,
-        preload: Sequence[str] = (),
+        preload: str | Sequence[str] = (),
         standby: bool = True,
         verbosity: int = Level.INFO,
         events: str | None = None,
@@ -163,7 +163,7 @@ class LocalElasticAgent:
             signals_to_handle: names of the signals that stop the job, separated by commas; None for those in
                 ``TORCHELASTIC_SIGNALS_TO_HANDLE``, else SIGTERM, SIGINT, SIGHUP and SIGQUIT.
             environ: the environment that the workers inherit; None: this process's.
-            preload: modules to import once, in a process from which the workers are forked.
+            preload: modules to import once, in a process from which the workers are forked; or the option's text.
             standby: whether that process forks the workers of the next round ahead of time.
             verbosity: a ``Level``; lines up to this level are logged.
             events: the file to which events are appended, or a directory; None for the job's directory, if
@@ -207,10 +207,15 @@ class LocalElasticAgent:
             str(self._rendezvous.get_run_id()),
             self._environ,
             start_method,
-            preload,
+            parse_modules(preload) if isinstance(preload, str) else preload,
             standby,
             {1: spec.duplicate_stdout_filters or [], 2: spec.duplicate_stderr_filters or []},
             spec.numa_options,
+            per_rank="--virtual-local-rank"
+            if spec.virtual_local_rank
+            else "--numa-binding"
+            if spec.numa_options
+            else "",
         )
         self._has_run = self._has_failed = False
         self._group = WorkerGroup(spec)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,14 @@ from elastic_launch.logs.source import STDERR, STDOUT, Duplicates, Route
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import BOOTSTRAP
 from elastic_launch.workers.error_files import read_error_file
-from elastic_launch.workers.keeper_client import Command, KeeperClient, StartKeeper, execute_keeper, preload_keeper
+from elastic_launch.workers.keeper_client import (
+    Command,
+    KeeperClient,
+    StartKeeper,
+    execute_keeper,
+    is_auto,
+    preload_keeper,
+)
 
 if TYPE_CHECKING:
     from elastic_launch.workers.functions import Functions
@@ -56,7 +64,7 @@ class WorkerOptions(NamedTuple):
     start_method: str = "spawn"
     """How processes that run a function start: spawn, fork or forkserver."""
     preload: Sequence[str] = ()
-    """Modules that the keeper imports before it forks the workers."""
+    """Modules that the keeper imports before it forks the workers; ``auto`` alone: by what the program imports."""
     standby: bool = True
     """Whether it then forks the workers of the next round ahead of time."""
     filters: Mapping[int, Sequence[str]] = {}
@@ -68,6 +76,8 @@ class WorkerOptions(NamedTuple):
     so it has to run the loop all the time."""
     is_watched: bool = True
     """Whether the workers get memory in which they tell their progress."""
+    per_rank: str = ""
+    """The option by which workers differ in what a module may ask for when it is imported; empty: they do not."""
 
 
 class LocalWorkers:
@@ -105,8 +115,12 @@ class LocalWorkers:
 
             self._cpus = bind(options.numa_options, len(options.args), options.environ, log)
         if options.preload and is_present():
-            log("a debugger follows the workers, so they start without preloaded modules")
+            (detail if is_auto(options.preload) else log)(
+                "a debugger follows the workers, so they start without preloaded modules"
+            )
             self._options = options = options._replace(preload=())
+        elif is_auto(options.preload) and callable(options.entrypoint) and options.start_method == "fork":
+            self._options = options = options._replace(preload=())  # workers have what this program has imported
         with contextlib.ExitStack() as stack:
             if callable(options.entrypoint):
                 from elastic_launch.workers.functions import Functions  # late: multiprocessing takes 20 ms
@@ -117,8 +131,12 @@ class LocalWorkers:
                 stack.callback(self._functions.close)
             self._pump = LogPump(log)
             stack.callback(self._end_output)
-            start_keeper = self._functions.keeper_starter() if self._functions else _command_keeper(options)
-            self._standbys = len(options.args) if options.preload and options.standby else 0
+            if self._functions:
+                start_keeper = self._functions.keeper_starter(options.environ, options.per_rank, detail)
+            else:
+                start_keeper = _command_keeper(options, detail)
+            is_warm = options.preload and start_keeper is not execute_keeper
+            self._standbys = len(options.args) if is_warm and options.standby else 0
             """How many processes are to be ready for a round."""
             self._processes = KeeperClient(options.run_id, options.environ, start_keeper, log, detail, self._standbys)
             stack.callback(self._processes.close)
@@ -338,12 +356,20 @@ def _argv(options: WorkerOptions, rank: int) -> list[str]:
     return [str(options.entrypoint), *map(str, options.args[rank])]
 
 
-def _command_keeper(options: WorkerOptions) -> StartKeeper:
+def _command_keeper(options: WorkerOptions, detail: Callable[[str], None]) -> StartKeeper:
     """Return what starts the keeper of workers that run a command."""
     if not options.preload:
         return execute_keeper
     words = _argv(options, 0)
-    if words[1:3] != ["-u", BOOTSTRAP]:
+    is_program = words[1:3] == ["-u", BOOTSTRAP]
+    if is_auto(options.preload):
+        if not is_program or words[0] != sys.executable:
+            return execute_keeper  # a command, or another Python
+        from elastic_launch.workers.preload_plan import choose  # late: few jobs need it
+
+        modules = choose(words[3] == "module", words[4], options.environ, options.per_rank, detail)
+        return preload_keeper(words[:2], modules, words[3], words[4]) if modules else execute_keeper
+    if not is_program:
         raise UsageError("preload: only works for Python scripts, modules and functions; run other commands without it")
     return preload_keeper(words[:2], options.preload, words[3], words[4])
 

@@ -19,7 +19,7 @@ from elastic_launch.host.devices import local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
 from elastic_launch.logs.job_files import DefaultLogsSpecs
-from elastic_launch.parsing import parse_command, parse_min_max_nnodes, parse_ranks, parse_rdzv_conf
+from elastic_launch.parsing import AUTO, parse_command, parse_min_max_nnodes, parse_ranks, parse_rdzv_conf
 from elastic_launch.workers import BOOTSTRAP
 
 LOGS_SPECS = "torchrun.logs_specs"
@@ -146,7 +146,7 @@ def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str,
         script_args = [f"--local-rank={LOCAL_RANK}", *script_args]
     if args.module and (args.no_python or args.run_path):
         raise UsageError("-m/--module cannot be combined with --no-python or --run-path")
-    if args.preload and (args.no_python or script == "-" or "PYTHON_EXEC" in environ):
+    if args.preload not in ([], [AUTO]) and (args.no_python or script == "-" or "PYTHON_EXEC" in environ):
         other = "--no-python" if args.no_python else "PYTHON_EXEC" if "PYTHON_EXEC" in environ else "a script on stdin"
         raise UsageError(f"--preload cannot be combined with {other}: workers are forked from the preloaded Python")
     if args.no_python and not args.run_path:

@@ -204,7 +204,7 @@ GROUPS = {
         Option("nproc-per-node", "1", str, "N", "workers on this node: a number, auto, cpu, gpu or xpu"),
         Option("numa-binding", None, _numa_mode, "MODE", "bind workers to CPUs: node, socket, exclusive, core-complex"),
         Option("virtual-local-rank", False, _flag, "", "show each worker only its own device, as number 0"),
-        Option("preload", [], parse_modules, "MODULES", "import modules once and fork workers, as in torch,numpy"),
+        Option("preload", [], parse_modules, "MODULES", "import modules once and fork workers: torch,numpy; auto"),
         Option("standby", True, _flag, "", "with --preload: fork the workers of a restart before it is needed"),
         Option("start-method", "spawn", _start_method, "METHOD", "for functions: spawn, fork or forkserver"),
         Option("role", "default", str, "NAME", "name of the workers' role"),

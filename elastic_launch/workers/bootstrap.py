@@ -113,10 +113,12 @@ def open_memory() -> "tuple[int, int]":
 
 def register_stack_dump(file: int) -> None:
     """Have Python write the stacks of all threads to a descriptor on the keeper's DUMP_SIGNAL."""
+    is_loaded = "faulthandler" in sys.modules  # by what was preloaded
     import faulthandler
 
     faulthandler.register(63, file=file)
-    del sys.modules["faulthandler"]  # the program finds loaded what plain Python has loaded
+    if not is_loaded:
+        del sys.modules["faulthandler"]  # the program finds loaded what plain Python has loaded
 
 
 class TorchFinder:

@@ -25,7 +25,7 @@ from elastic_launch.errors import LaunchError, UsageError
 from elastic_launch.host.memory_files import memory_file
 from elastic_launch.worker_spec import callable_name
 from elastic_launch.workers import function_main
-from elastic_launch.workers.keeper_client import StartKeeper, execute_keeper, preload_keeper
+from elastic_launch.workers.keeper_client import StartKeeper, execute_keeper, is_auto, preload_keeper
 
 START_METHODS = ("spawn", "fork", "forkserver")
 
@@ -48,7 +48,8 @@ class Functions:
             fn: the function that each worker calls.
             args: its arguments, by local rank.
             start_method: one of ``START_METHODS``.
-            preload: modules that the keeper imports before it forks the workers.
+            preload: modules that the keeper imports before it forks the workers; ``auto`` alone: by what the main
+                module imports.
 
         Raises:
             UsageError: the start method is unknown, or cannot send the function or its arguments to the workers.
@@ -63,6 +64,8 @@ class Functions:
         """Memory files for the return values, by local rank."""
         self._preparation = -1
         """Memory file with multiprocessing's preparation data."""
+        self._main = "", ""
+        """The main module's file or name, whichever a new process needs."""
         self._payloads: dict[int, tuple[int, list[int]]] = {}
         """By local rank: a memory file with the worker, and the descriptors that its pickle refers to."""
         self._processes = {
@@ -87,18 +90,29 @@ class Functions:
             del data["init_main_from_path"]  # the program came through a pipe; other modules can be imported
         if getattr(fn, "__module__", "") == "__main__" and not any(key.startswith("init_main") for key in data):
             raise ImportError("this program has no file (a notebook?) that a new process could import it from")
+        self._main = data.get("init_main_from_path", ""), data.get("init_main_from_name", "")
         self._preparation, _ = _pickled(data)
         for rank, process in self._processes.items():
             self._payloads[rank] = _pickled(process)
 
-    def keeper_starter(self) -> StartKeeper:
-        """Return what starts the keeper."""
+    def keeper_starter(self, environ: Mapping[str, str], per_rank: str, detail: Callable[[str], None]) -> StartKeeper:
+        """Return what starts the keeper; the arguments are those of ``preload_plan.choose``."""
         if self._method == "fork":
             return self._fork_keeper
+        if is_auto(self._preload):
+            self._preload = [] if self._method == "forkserver" else self._choose(environ, per_rank, detail)
         if self._method == "spawn" and not self._preload:
             return execute_keeper
         kind = "main" if self._method == "forkserver" else "function"
         return preload_keeper(_python(), self._preload, kind, str(self._preparation), [self._preparation])
+
+    def _choose(self, environ: Mapping[str, str], per_rank: str, detail: Callable[[str], None]) -> list[str]:
+        path, name = self._main
+        if not path and not name:
+            return []
+        from elastic_launch.workers.preload_plan import choose  # late: few jobs need it
+
+        return choose(bool(name), name or path, environ, per_rank, detail, is_main=False)
 
     def command(self, local_rank: int) -> tuple[list[str], list[tuple[int, int]]]:
         """Return how to start a worker in a new round: its argv, and its descriptors with their numbers there."""

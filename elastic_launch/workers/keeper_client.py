@@ -21,6 +21,7 @@ from elastic_launch.core.agent.root_cause import ErrorRecord, Evidence, Exit
 from elastic_launch.core.text import ranks_text
 from elastic_launch.errors import ExitCode, LaunchError, UnavailableError, signal_name
 from elastic_launch.host.child import spawn
+from elastic_launch.parsing import AUTO
 from elastic_launch.workers import keeper_main
 from elastic_launch.workers.orphans import KILL_PATIENCE, has_ended, kill_orphans, live_keepers, reap
 
@@ -40,6 +41,11 @@ def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> in
     return spawn(argv, environ, {fd: fd for fd in inherited}, unblocked=[signal.SIGCHLD])
 
 
+def is_auto(preload: Sequence[str]) -> bool:
+    """Return whether what is preloaded follows from what the program imports."""
+    return list(preload) == [AUTO]
+
+
 def preload_keeper(
     python: Sequence[str], modules: Sequence[str], kind: str, target: str, descriptors: Sequence[int] = ()
 ) -> StartKeeper:
@@ -47,7 +53,8 @@ def preload_keeper(
 
     Args:
         python: the interpreter and its flags, ``-u`` among them.
-        modules: the modules to import.
+        modules: the modules to import, each with names from it that may be modules, as in ``torch.utils:data``. After
+            an AUTO in front, one that cannot be imported ends nothing.
         kind: what the workers run: ``script``, ``module``, ``function`` or ``main``. ``main`` is a function, too, but
             its main module is imported beforehand.
         target: the script or module. For a function, the number of the descriptor with multiprocessing's preparation

@@ -6,13 +6,17 @@ SOCKET and AGENT are as for ``keeper_main``. TARGET is the workers' script or mo
 descriptor of multiprocessing's preparation data; with ``main``, the function's main module is imported as well.
 PADDING is room for the command lines that the workers show.
 
+A MODULE may be followed by names from it, which may be modules as well: ``torch.utils.data:DataLoader``. The word
+``auto`` in front says that the modules were chosen by what the program imports (``core.preload``). Then none of them
+ends the job: the workers are cold, and each meets the reason itself.
+
 The process imports the modules as the program would, and does nothing else with them: any parallel operation of torch's
 before a fork makes the forked processes hang. If a module has started threads or opened a device, forks are not safe.
 Then the process says which module it was, and becomes an ordinary keeper by executing it. It sends messages of its own
 to the agent:
 
     ("importing", what)  -- what this process imports from now on, as an option names it; empty: nothing any more
-    ("warning", message)  -- workers will be cold
+    ("warning", message)  -- workers will be cold; ("detail", message) after ``auto``
     ("failed", message)  -- a module cannot be imported
 
 A worker is a fork that leaves all frames of the keeper (``standby.ForkedWorker``) and then runs, at the bottom of
@@ -21,8 +25,8 @@ status and its ``atexit`` handlers, is the interpreter's own.
 """
 
 import ctypes
+import fcntl
 import gc
-import importlib
 import os
 import signal
 import sys
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
 
     from elastic_launch.workers.standby import ForkedWorker
 
+AUTO = "auto"
+"""The word in front of modules that were chosen by what the program imports."""
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
 """Prefixes of device files. A process that has one open has begun to use the device."""
 
@@ -68,24 +74,39 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
         _, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
         sys.path[: not IS_SAFE] = [program_entry] if program_entry else []
     sys.argv[:] = [target if kind == "script" else ""]
+    tame_arrow()
     variables = dict(os.environb)
     before = Surroundings(sock, agent)
     # A large import creates hundreds of thousands of objects, hardly any of them garbage. Collecting would take a tenth
     # of its time.
     thresholds = gc.get_threshold()
     gc.set_threshold(0)
-    for module in filter(None, modules.split(",")):
-        tell_import(sock, f"--preload {module}")
+    words = [word for word in modules.split(",") if word]
+    is_auto = words[:1] == [AUTO]
+    option = f"--preload {AUTO}: " if is_auto else "--preload "
+    output = HeldOutput(is_auto)
+    for word in words[is_auto:]:
+        module, *names = word.split(":")
+        tell_import(sock, f"{option}{module}")
         before.is_importing = True
         try:
-            importlib.import_module(module)
+            # Like a statement of the program: the names make a lazy package import more, and a deprecated one warns.
+            __import__(module, fromlist=names)
         except BaseException as error:
             before.check()
-            fail(sock, f"--preload {module}: cannot import the module", error)
-        before.check()
-        if reason := why_not_to_fork():
+            if not is_auto:
+                fail(sock, f"{option}{module}: cannot import the module", error)
+            if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+                break  # nothing has been done yet, and what the program does about it may change what follows
+            output.restore()
             before.restore()
-            become_cold(sock, agent, f"--preload {module}: the module {reason}")
+            become_cold(sock, agent, f"{option}{module} cannot be imported ({type(error).__name__})", is_auto)
+        before.check()
+        if reason := output.what_was_done() or why_not_to_fork():
+            output.restore()
+            before.restore()
+            become_cold(sock, agent, f"{option}{module}: the module {reason}", is_auto)
+    output.restore()
     if kind == "main":
         tell_import(sock, "the main module")
         before.is_importing = True
@@ -147,6 +168,45 @@ class Surroundings:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
 
+class HeldOutput:
+    """The standard output and error of this process, held while modules are imported.
+
+    A module that prints something would print it once instead of once in each worker. If the user has named it, that
+    is known; otherwise the workers should rather import it themselves.
+    """
+
+    def __init__(self, holds: bool) -> None:
+        """Hold the output, or do nothing."""
+        self.file = -1
+        self.streams: dict[int, int] = {}
+        """Copies of the descriptors that are held, by number."""
+        if not holds:
+            return
+        self.file = os.memfd_create("output")
+        for fd in (1, 2):
+            if identity(fd) is not None:
+                self.streams[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+                os.dup2(self.file, fd)
+
+    def what_was_done(self) -> str:
+        """Return what is wrong: that something was written. Empty if nothing was."""
+        if self.file < 0:
+            return ""
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        return "prints when it is imported" if os.fstat(self.file).st_size else ""
+
+    def restore(self) -> None:
+        """Let the output go where it belongs. What was held is lost."""
+        for fd, copy in self.streams.items():
+            os.dup2(copy, fd)
+            os.close(copy)
+        if self.file >= 0:
+            os.close(self.file)
+        self.file, self.streams = -1, {}
+
+
 def identity(fd: int) -> "tuple[int, int] | None":
     """Return what tells an open file from all others; None if the descriptor is closed."""
     try:
@@ -154,6 +214,12 @@ def identity(fd: int) -> "tuple[int, int] | None":
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def tame_arrow() -> None:
+    """Have pyarrow start no thread when it is imported. The workers' environment stays as it is."""
+    name = "JE_ARROW_MALLOC_CONF"
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "background_thread:false")))
 
 
 def tell_import(sock: int, what: str) -> None:
@@ -253,10 +319,10 @@ def fork_once() -> None:
     os.waitpid(pid, 0)
 
 
-def become_cold(sock: int, agent: int, reason: str) -> "NoReturn":
-    """Become an ordinary keeper."""
+def become_cold(sock: int, agent: int, reason: str, is_auto: bool) -> "NoReturn":
+    """Become an ordinary keeper, and say why; only to those who want to know more if the user named no module."""
     text = f"{reason}, so workers cannot be forked; starting them without --preload"
-    os.write(sock, keeper_main.pack(("warning", text)))
+    os.write(sock, keeper_main.pack(("detail" if is_auto else "warning", text)))
     for fd in (sock, agent):
         os.set_inheritable(fd, True)
     set_death_signal(0)
