@@ -6,8 +6,10 @@ BIN := .venv/bin
 # How long "make fuzz" runs. SEED repeats a run.
 MINUTES ?= 60
 SEED ?=
+# How many schedules "make schedules" plays, from the one with the number SEED on.
+COUNT ?= 1000000
 
-.PHONY: compiled demo test slurm programs test-quick fuzz check docs dist format bench clean
+.PHONY: compiled demo test slurm programs test-quick fuzz schedules check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,6 +44,11 @@ test-quick: compiled
 # Nonsense as options, records, requests and files, on all cores. The first failure ends it, and says how to see it again.
 fuzz: compiled
 	$(BIN)/python -m tests.fuzz $(MINUTES) $(SEED)
+
+# Random schedules of what the simulation has, on all cores. The first failure ends it, is reduced to as few faults as
+# make it fail, and is shown with the command that plays it again.
+schedules: compiled
+	$(BIN)/python -m tests.simulation $(COUNT) $(SEED)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -743,35 +743,38 @@ class World:
         raise AssertionError("the run does not end")
 
 
+def play(seed: int) -> str:
+    """One random order of events. Return how it ends."""
+    world = World(seed)
+    world.run()
+    state, finish = world.agent.state, world.finish
+    assert finish is not None
+    assert state.phase is AgentPhase.DONE
+    assert not world.alive or (world.unkillable and world.killed), "workers survive"
+    assert world.rounds == list(range(len(world.rounds))), "a round's number is used twice"
+    history = world.agent.decision.restart_history
+    assert history.used <= world.max_restarts
+    assert history.uncharged <= UNCHARGED_RESTARTS
+    restarts_by_user = world.restarts - world.restarts_left
+    assert len(world.rounds) <= 1 + history.used + history.uncharged + restarts_by_user
+    if finish.failures:
+        assert finish.signum is None
+        assert finish.failures[0].exitcode != 0
+    elif finish.error:
+        assert world.unkillable, finish.error
+    elif finish.signum is None:
+        assert world.codes == [0, 0], "a failure counts as success"
+    return "failed" if finish.failures else "signalled" if finish.signum else "succeeded"
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_any_order_of_events_ends_properly(block: int) -> None:
     outcomes: set[str] = set()
     for seed in range(block * 1000, (block + 1) * 1000):
-        world = World(seed)
-        world.run()
-        state, finish = world.agent.state, world.finish
-        assert finish is not None
-        assert state.phase is AgentPhase.DONE
-        assert not world.alive or (world.unkillable and world.killed), f"seed {seed}: workers survive"
-        assert world.rounds == list(range(len(world.rounds))), f"seed {seed}: a round's number is used twice"
-        assert world.agent.decision.restart_history.used <= world.max_restarts
-        assert world.agent.decision.restart_history.uncharged <= UNCHARGED_RESTARTS
-        assert (
-            len(world.rounds)
-            <= 1
-            + world.agent.decision.restart_history.used
-            + world.agent.decision.restart_history.uncharged
-            + world.restarts
-            - world.restarts_left
-        )
-        if finish.failures:
-            assert finish.signum is None
-            assert finish.failures[0].exitcode != 0
-        elif finish.error:
-            assert world.unkillable, f"seed {seed}: {finish.error}"
-        elif finish.signum is None:
-            assert world.codes == [0, 0], f"seed {seed}: a failure counts as success"
-        outcomes.add("failed" if finish.failures else "signalled" if finish.signum else "succeeded")
+        try:
+            outcomes.add(play(seed))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: play({seed}) shows it again") from error
     assert outcomes == {"failed", "signalled", "succeeded"}, "the random orders do not reach every outcome"
 
 

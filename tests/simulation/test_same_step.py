@@ -460,11 +460,13 @@ def play(seed: int) -> str:
     ]
     for _ in range(chance.choice([1, 1, 2, high])):
         stop = chance.choice([Agent.signal, Agent.signal, lambda agent: agent.signal("the user stops the job")])
-        made.after(chance.choice([0, chance.uniform(0, 0.5)]), partial(strike, stop))
+        made.fault(chance.choice([0, chance.uniform(0, 0.5)]), partial(strike, stop))
+    last = 0.0
     for _ in range(chance.choice([0, 0, 1, 2, 4])):
         seconds = chance.choice([chance.uniform(0, 0.3), chance.uniform(0, 3), chance.uniform(0, 30)])
-        made.after(seconds, partial(strike, chance.choice(strikes)))
-    until(made, 40)
+        last = max(last, seconds)
+        made.fault(seconds, partial(strike, chance.choice(strikes)))
+    until(made, last + 12)
     made.trouble = False
     made.run(made.now + 100, stop=lambda: are_settled(made.live()))
     live = made.live()
@@ -482,10 +484,10 @@ def play(seed: int) -> str:
 @pytest.mark.parametrize("block", range(4))
 def test_in_any_schedule_all_ranks_stop_at_the_same_step_or_none_does(block: int) -> None:
     outcomes: Counter[str] = Counter()
-    for seed in seeds(block, 250):
+    for seed in seeds(block, 150):
         try:
             outcomes[play(seed)] += 1
         except Exception as error:
             raise AssertionError(f"seed {seed}: play({seed}) shows it again") from error
-    assert outcomes["agreed"] > 100
-    assert min(outcomes["given up"], outcomes["stopped as ever"]) > 10
+    assert outcomes["agreed"] > 60
+    assert min(outcomes["given up"], outcomes["stopped as ever"]) > 6

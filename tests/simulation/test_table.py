@@ -521,7 +521,7 @@ def rough(seed: int, calm: float = 60) -> str:
         made.at(made.now + chance.choice([0, chance.uniform(0, 20)]), start)
     for _ in range(chance.randint(1, 12)):
         seconds = chance.choice([chance.uniform(0, 60), chance.uniform(0, 10), chance.uniform(0, 0.3)])
-        made.after(seconds, partial(strike, chance.choice(strikes)))
+        made.fault(seconds, partial(strike, chance.choice(strikes)))
     look_after_store()
     made.run(1100)
     if made.check:

@@ -15,7 +15,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from signal import SIGINT, SIGTERM
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_launch.core.agent import lifecycle
 from elastic_launch.core.agent.journal import Journal
@@ -94,13 +94,23 @@ CHECKPOINT = 10
 class World:
     """Time, the network, and the store."""
 
+    latest: ClassVar[World | None] = None
+    """The one that was made last: after a failure, the one that it is about."""
+    left_out: ClassVar[frozenset[int]] = frozenset()
+    """Numbers of the faults that do not happen: who looks for the smallest schedule that fails sets it."""
+    is_calm: ClassVar[bool] = False
+    """Whether no network ever loses or delays, for the same purpose."""
+
     def __init__(
         self,
         seed: int,
         settings: Settings,
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - a value
     ) -> None:
+        World.latest = self
         self.seed = seed
+        self.faults = 0
+        """Number of faults that were planned."""
         self.token = b""
         """The token of the nodes that are added; empty: they have none."""
         self.random = random.Random(seed)
@@ -123,7 +133,7 @@ class World:
         """What a check that fails writes."""
         self.trouble = True
         """Whether the network loses and delays."""
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
 
     @property
@@ -131,11 +141,17 @@ class World:
         """Every assignment, by round and group rank."""
         return self.checks.assignments
 
-    def at(self, time: float, do: Callable[[], None]) -> None:
+    def at(self, time: float, do: Callable[[], object]) -> None:
         heapq.heappush(self._queue, (time, next(self._count), do))
 
-    def after(self, seconds: float, do: Callable[[], None]) -> None:
+    def after(self, seconds: float, do: Callable[[], object]) -> None:
         self.at(self.now + seconds, do)
+
+    def fault(self, seconds: float, do: Callable[[], object]) -> None:
+        """Have something go wrong after some seconds, unless this fault is to be left out."""
+        if self.faults not in World.left_out:
+            self.after(seconds, do)
+        self.faults += 1
 
     def run(self, until: float | None = None, stop: Callable[[], bool] = lambda: False) -> None:
         """Let time pass, to a moment or until something holds."""
@@ -147,7 +163,7 @@ class World:
 
     def delay(self) -> float:
         """Seconds that a message takes."""
-        if self.trouble and self.random.random() < 0.02:
+        if self.trouble and self.random.random() < 0.02 and not World.is_calm:
             return self.random.uniform(0.1, 3.0)
         return self.random.uniform(0.0001, 0.02)
 
@@ -215,6 +231,8 @@ class SimulatedClient:
         self._agent.asked += not isinstance(request, Wait | Cancel)
 
     def flush(self) -> None:
+        if not self._out:
+            return
         for pending in self._out:
             if not isinstance(pending.request, Cancel):
                 self._expected.append(pending)
@@ -263,7 +281,7 @@ class SimulatedClient:
     def _answer(self, pending: Pending, value: Any) -> None:
         if self._is_lost() or isinstance(pending.request, Cancel):
             return
-        if self._world.trouble and self._world.random.random() < 0.002:
+        if self._world.trouble and self._world.random.random() < 0.002 and not World.is_calm:
             self._world.after(0.0, self.fail)
             return
         self._answered_at = self._travel(self._answered_at)

@@ -161,7 +161,10 @@ class Rank:
         def show() -> None:
             self.visible_calls = max(self.visible_calls, calls)
 
-        self._training.world.after(self._random.choice([0.0, VISIBLE_AFTER]), show)  # also if the process has ended
+        if self._random.getrandbits(1):
+            show()
+        else:
+            self._training.world.after(VISIBLE_AFTER, show)  # also if the process has ended
 
     def look(self) -> None:
         """The rest of ``should_stop()``."""
