@@ -17,7 +17,7 @@ import hmac
 from binascii import b2a_base64
 from collections.abc import Callable
 
-from elastic_launch.core.rendezvous.records import MAX_LINES, SIGNED, unsigned
+from elastic_launch.core.rendezvous.records import MAX_LINES, SIGNED, as_lines, unsigned
 from elastic_launch.core.store_requests import Add, Append, Get, Reply, Request, Set, Swap
 from elastic_launch.core.text import MAX_LISTED
 
@@ -57,7 +57,7 @@ class Signer:
                 return Swap(key, expected and self._sealed(key, expected), self._sealed(key, desired))
             case Append(key, lines):
                 assert self._name(key) in _APPENDED, key
-                return Append(key, b"".join(self._sealed(key, line) + b"\n" for line in lines.split(b"\n") if line))
+                return Append(key, as_lines(self._sealed(key, line) for line in lines.split(b"\n") if line))
             case Add(key):
                 assert self._is_counter(key), key
         return request

@@ -193,6 +193,16 @@ def test_reports_of_no_members_are_ignored_and_told_of_once() -> None:
     assert 1 <= len(lines) < 10
 
 
+def test_a_report_that_follows_an_incomplete_line_counts() -> None:
+    made = formed(3, job(3, 3, Policy(0)))
+    forge(made, "0/consequences", NONSENSE.strip())
+    made.agents[1].fail_worker(1, RESET)
+    made.run(made.now + 0.01)  # it has ended the round, which nobody else knows yet
+    made.agents[2].fail_worker(7)
+    assert {end.failures[0].exitcode for end in finishes(made)} == {7}
+    assert b"host-1" in made.store.values["elastic/job/0/end"]
+
+
 def test_of_a_flood_of_reports_few_are_read(read: list[str]) -> None:
     made = formed(2, job(2, 2, Policy(0)))
     forge(made, "0/consequences", b"{}\n" * (2 << 20))
@@ -551,7 +561,7 @@ def test_what_a_check_writes_keeps_to_the_rules() -> None:
     made.add()
     form(made, 1)
     made.run(made.now + 5)
-    [note, *_] = made.store.values["elastic/job/0/unfit"].split(b"\n")
+    note, *_ = made.store.values["elastic/job/0/unfit"].strip().split(b"\n")
     read = decode(Unfit, note, "key")
     assert len(json.loads(note)["reason"]) <= MAX_UNFIT
     assert read.reason.startswith("GPU 3: \\x9b2Jxx")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from elastic_launch.core.agent.messages import Finish
-from elastic_launch.core.rendezvous.records import Closed, Consequence, Members, Unfit, encode
+from elastic_launch.core.rendezvous.records import Closed, Consequence, Members, Unfit, as_lines, encode
 from elastic_launch.core.store_requests import Add, Append, Delete, Get, Request, Set, Swap
 from elastic_launch.errors import RendezvousStateError
 from elastic_launch.job import Assignment, Decision, Policy
@@ -92,6 +92,13 @@ def test_lines_are_signed_one_by_one_and_others_are_left_out() -> None:
     assert isinstance(sealed, Append)
     assert signer().open(Get((key,)), [b"junk\n" + sealed.value + b"#more\n\n"]) == [b"one\ntwo\n"]
     assert signer().open(Get((key,)), [b""]) == [b""]
+
+
+def test_a_line_without_its_end_does_not_spoil_those_of_members() -> None:
+    key = f"{PREFIX}0/unfit"
+    sealed = signer().seal(Append(key, as_lines([b"one", b"two"])))
+    assert isinstance(sealed, Append)
+    assert signer().open(Get((key,)), [b"junk" + sealed.value + b"junk"]) == [b"one\ntwo\n"]
 
 
 @pytest.mark.parametrize("name", ["ticket", "heartbeat/3", "succeeded", "reported", "left"])

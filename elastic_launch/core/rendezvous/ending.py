@@ -20,6 +20,7 @@ from elastic_launch.core.rendezvous.records import (
     MAX_LINES,
     Consequence,
     Members,
+    as_lines,
     decode,
     decode_lines,
     encode,
@@ -275,7 +276,7 @@ def _tell_failures(node: NodeState, step: Step, failures: Iterable[ProcessFailur
     new = [failure for failure in failures if failure.rank not in told][:most]
     told |= {failure.rank for failure in new}
     if new:
-        lines = b"".join(encode(Consequence(brief(failure), node.record.node)) + b"\n" for failure in new)
+        lines = as_lines(encode(Consequence(brief(failure), node.record.node)) for failure in new)
         step.ask(questions.Write(), Append(node.key("consequences"), lines))
 
 

@@ -8,7 +8,7 @@ from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
-from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, Unfit, encode
+from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, Unfit, as_lines, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Append
 from elastic_launch.core.text import shortened
@@ -57,7 +57,7 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
         # For all nodes that come: the round ends before it begins.
         step.create(questions.Write(), "closed", encode(Closed(-1, 0, MAX_TICKETS)))
     elif node.phase is Phase.UNFIT:
-        note = encode(Unfit(node.record, node.unfit, is_gone=True)) + b"\n"
+        note = as_lines([encode(Unfit(node.record, node.unfit, is_gone=True))])
         step.ask(questions.Write(), Append(node.key("unfit"), note))
     elif node.phase is Phase.WAITING and round_.leader:
         heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)

@@ -7,7 +7,7 @@ every type and a rule for every field. What depends on the job or the round besi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -152,6 +152,14 @@ def newest(node: NodeRecord) -> tuple[int, int]:
 def encode(record: NamedTuple) -> bytes:
     """Encode a record as JSON. Fields that have their default value are left out."""
     return _json.encode(_plain(record)).encode()
+
+
+def as_lines(records: Iterable[bytes]) -> bytes:
+    """Return encoded records as what is appended to a key.
+
+    It begins with a line end, too: what a stranger has appended before may lack its own, and would spoil the first one.
+    """
+    return b"\n" + b"".join(record + b"\n" for record in records)
 
 
 def decode_lines(kind: type[T], data: bytes, key: str, log: Callable[[str], None]) -> list[T]:

@@ -13,7 +13,7 @@ from elastic_launch.core.rendezvous.leaving import decide
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared, StoreReconnected
 from elastic_launch.core.rendezvous.monitor import number
 from elastic_launch.core.rendezvous.next_round import carry_over
-from elastic_launch.core.rendezvous.records import MAX_UNFIT, Closed, Unfit, decode, encode, refused
+from elastic_launch.core.rendezvous.records import MAX_UNFIT, Closed, Unfit, as_lines, decode, encode, refused
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Round, Step, Timer, enter
 from elastic_launch.core.store_requests import Append, Get
 from elastic_launch.job import EndKind
@@ -59,7 +59,7 @@ def on_round_found(node: NodeState, step: Step, answer: Answer[questions.FindRou
         return
     if not node.round.has_told:
         node.round.has_told = True
-        step.ask(questions.Write(), Append(node.key("unfit"), encode(Unfit(node.record, node.unfit)) + b"\n"))
+        step.ask(questions.Write(), Append(node.key("unfit"), as_lines([encode(Unfit(node.record, node.unfit))])))
     look(node, step)
 
 
