@@ -781,6 +781,32 @@ def test_an_answer_has_a_bound(agents: Callable[..., Agent]) -> None:
         server.stop()
 
 
+NOT_ETCD = """
+import sys, grpc
+from concurrent.futures import ThreadPoolExecutor
+class Handler(grpc.GenericRpcHandler):
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: bytes(100_000))
+server = grpc.server(ThreadPoolExecutor(1))
+server.add_generic_rpc_handlers((Handler(),))
+print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+server.start()
+sys.stdin.read()
+"""
+
+
+def test_an_answer_of_a_few_numbers_has_a_bound_of_its_own(agents: Callable[..., Agent]) -> None:
+    command = (sys.executable, "-c", NOT_ETCD)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            text = why(agents(f"127.0.0.1:{int(server.stdout.readline())}"))
+            assert "answers with more than was asked for" in text
+            assert "100000 vs. 65536" in text
+        finally:
+            server.kill()
+
+
 # --- wrong endpoints ---
 
 

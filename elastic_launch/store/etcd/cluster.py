@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 from typing import Any, NamedTuple
 
@@ -28,6 +29,18 @@ _OTHER_PROTOCOL = ("http1", "http/1", "http/2")
 
 MAX_ANSWER = ANSWER_LIMIT + (1 << 20)
 """Most bytes of an answer: as much as an agent accepts, and something for keys and versions."""
+MAX_SHORT_ANSWER = 1 << 16
+"""Most bytes of an answer that consists of a few numbers, or of a token."""
+_SHORT = {"etcdserverpb.Lease": ("LeaseGrant", "LeaseRevoke", "LeaseKeepAlive"), "etcdserverpb.Auth": ("Authenticate",)}
+"""Methods with such answers. gRPC has a bound for each method and one for the channel, but none for each call."""
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": service, "method": name} for service, names in _SHORT.items() for name in names],
+            "maxResponseMessageBytes": MAX_SHORT_ANSWER,
+        }
+    ]
+}
 
 RETURN_INTERVAL = 3.0
 """Seconds between two looks whether this host's own member serves, while another one is used."""
@@ -98,6 +111,7 @@ class MemberChannel:
             ("grpc.min_reconnect_backoff_ms", int(FIRST_ATTEMPT * 1000)),  # also limits the time to connect
             ("grpc.max_reconnect_backoff_ms", int(_LONGEST_PAUSE * 1000)),
             ("grpc.max_receive_message_length", MAX_ANSWER),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.enable_http_proxy", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
