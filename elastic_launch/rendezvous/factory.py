@@ -10,6 +10,7 @@ from elastic_launch.config import DEFAULT_JOIN_TIMEOUT, LaunchConfig
 from elastic_launch.core.text import counted, is_loopback, visible
 from elastic_launch.env import TOKEN_FILE
 from elastic_launch.errors import LaunchError, RendezvousStateError, UsageError
+from elastic_launch.host import former
 from elastic_launch.host.console import YELLOW, in_colour
 from elastic_launch.parsing import is_number, parse_seconds, read_flag, split_endpoint
 from elastic_launch.rendezvous import BUILT_IN
@@ -240,6 +241,7 @@ def create_store_rendezvous(config: LaunchConfig, environ: Environ, log: Logger)
     host, pid = host_name(), os.getpid()
     node = f"{host}-{pid}-{os.urandom(4).hex()}"
     record = NodeRecord(node, host, pid, config.nproc_per_node, config.role, rank)
+    record = record._replace(space=former.space(), started=former.start_time(pid))
     if config.local_addr:
         record = record._replace(address=config.local_addr, named=True)
     signer = None

@@ -20,11 +20,12 @@ from elastic_launch.core.agent.messages import (
     Withdraw,
 )
 from elastic_launch.core.rendezvous import node, progress
-from elastic_launch.core.rendezvous.messages import Close, HostFacts, Input, Join, Ready, Settings, Tick
+from elastic_launch.core.rendezvous.messages import AgentsGone, Close, HostFacts, Input, Join, Ready, Settings, Tick
 from elastic_launch.core.rendezvous.progress import Waiting
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
 from elastic_launch.errors import ExitCode, RendezvousError
+from elastic_launch.host import former
 from elastic_launch.host.console import YELLOW, in_colour, log_line
 from elastic_launch.host.ports import reserve_port
 from elastic_launch.job import Level, LineKind
@@ -54,6 +55,7 @@ class StoreRendezvous:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         reserve: Callable[[], socket.socket] = reserve_port,
+        is_gone: Callable[[int, int], bool] = former.is_gone,
         on_step: Callable[[NodeState, Ready], None] = lambda node, ready: None,
         signer: Signer | None = None,
     ) -> None:
@@ -70,6 +72,7 @@ class StoreRendezvous:
             clock: returns the time in seconds, on any monotonic clock.
             wall_clock: returns the time in seconds since 1970.
             reserve: reserves a port for the store that the worker of rank 0 serves.
+            is_gone: returns whether the agent with a pid and start time on this host is gone, and its workers.
             on_step: called after each step, with the node's state and the result; for tests.
             signer: signs what this node writes to the store; None: the job has no token.
         """
@@ -88,6 +91,7 @@ class StoreRendezvous:
         self._clock = clock
         self._wall_clock = wall_clock
         self._reserve = reserve
+        self._is_gone = is_gone
         self._on_step = on_step
         self.backend = backend
         """The store, as this node sees it."""
@@ -210,6 +214,8 @@ class StoreRendezvous:
             if line.level <= self._verbosity and not (self._is_followed and line.kind is LineKind.PROGRESS):
                 log_line(line, self._write)
         self._events += map(self._completed, ready.events)
+        if ready.looks_for:
+            self.deliver(AgentsGone(tuple(it for it in ready.looks_for if self._is_gone(it.pid, it.started))))
         if ready.wants_store:
             self.deliver(HostFacts(port=self.backend.fresh_store()))
 

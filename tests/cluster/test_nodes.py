@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from elastic_launch.core.store_requests import Set, Wait
+from elastic_launch.host import former
 from elastic_launch.store.client import connect
 from tests.support.etcd import Trio
 from tests.support.jobs import Job
@@ -192,6 +193,33 @@ def test_a_lost_node_is_not_in_the_next_round(signum: signal.Signals, job: Job) 
         assert {mark for mark in job.marks() if ".1 " in mark} == {"0.1 of 2", "1.1 of 2"}
     else:
         job.finish(third)
+
+
+def test_an_agent_that_is_started_again_takes_its_place_at_once(job: Job) -> None:
+    """But not before the former one's workers are gone: here its keeper has been stopped."""
+    script = job.script("mark('of ' + os.environ['WORLD_SIZE'])\nif restart == 0: wait()\n")
+    nodes = c10d(job, "3", "keep_alive_interval=100")
+    agents = [nodes(0, script=script)]
+    nodes.wait_for_first()
+    agents += [nodes(number, script=script) for number in (1, 2)]
+    wait_until(lambda: up(job, 0, 3))
+    victim, started = agents[2].pid, former.start_time(agents[2].pid)
+    assert not former.is_gone(victim, started)
+    [keeper] = [child for child in psutil.Process(victim).children() if child.name() == "elastic-keeper"]
+    keeper.send_signal(signal.SIGSTOP)
+    agents[2].send_signal(signal.SIGKILL)
+    wait_until(lambda: former.start_time(victim) != started)
+    assert not former.is_gone(victim, started), "its workers live"
+    again = nodes(2, script=script)
+    lines = again.stderr
+    assert lines is not None
+    wait_until(lambda: "waiting as a spare" in lines.readline())
+    keeper.send_signal(signal.SIGCONT)
+    results = [job.finish(process) for process in (agents[0], agents[1], again)]
+    assert [result.returncode for result in results] == [0, 0, 0]
+    assert f"the agent (pid {victim}) is gone; another was started" in results[0].stderr + results[1].stderr
+    assert {mark for mark in job.marks() if ".1 " in mark} == {f"{rank}.1 of 3" for rank in range(3)}
+    job.finish(agents[2])
 
 
 def test_a_spare_takes_over(job: Job) -> None:

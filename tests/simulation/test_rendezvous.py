@@ -13,7 +13,7 @@ from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Finish
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.state import Phase, Timer
-from elastic_launch.job import Policy
+from elastic_launch.job import Level, Policy
 from tests.support.simulation import Agent, World
 from tests.support.worlds import RESET, SETTINGS, all_end, come_right, form, running, seeds, world
 
@@ -136,6 +136,64 @@ def test_spares_that_are_left_alone_go_on_after_one_deadline(members: int) -> No
             agent.kill()
     made.run(made.now + 100, stop=lambda: sum(run == 1 for run in running(made)) == 2)
     assert made.now - killed_at < SETTINGS.keep_alive_deadline + 2 * SETTINGS.keep_alive_interval + 2
+
+
+def test_a_spare_that_takes_over_from_the_last_member_names_it() -> None:
+    made = world(2, SETTINGS._replace(min_nodes=1, max_nodes=1))
+    form(made, 1)
+    [dead] = [agent for agent in made.agents if agent.running is not None]
+    [spare] = [agent for agent in made.agents if agent is not dead]
+    dead.kill()
+    made.run(made.now + 60, stop=lambda: spare.running == 1)
+    assert f"no heartbeat from {dead.name} for 15 s" in spare.shown(Level.WARNING)
+    assert not [line for line in spare.shown() if "--node-rank" in line]
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_agent_that_is_started_again_need_not_wait_for_its_former_self(rank: int, has_failed: bool) -> None:
+    """Neither while the round runs without it, nor while the others wait for it because their workers have failed."""
+    made = world(3)
+    form(made, 3)
+    made.run(made.now + 20)
+    [former] = [agent for agent in made.agents if agent.state.assignment and agent.state.assignment.group_rank == rank]
+    former.kill()
+    killed_at = made.now
+    if has_failed:
+        for agent in made.live():
+            made.after(0.1, lambda agent=agent: agent.fail_worker(-9))  # type: ignore[misc]
+        made.run(made.now + 4)
+    made.run(made.now + 1)
+    made.add(name=former.name)
+    made.run(made.now + 100, stop=lambda: sum(run == 1 for run in running(made)) == 3)
+    assert made.now - killed_at < 10 < SETTINGS.keep_alive_deadline
+    shown = [line for agent in made.agents for line in agent.shown()]
+    assert any(f"(pid {former.number + 1})" in line for line in shown), "it is named"
+    assert {assignment.restart_history.used for assignment in made.assignments[1].values()} == {int(has_failed)}
+
+
+def test_an_agent_beside_another_on_its_host_does_not_replace_it() -> None:
+    made = world(3)
+    form(made, 3)
+    made.add(name="host-1")
+    made.run(made.now + 40)
+    assert running(made) == [0, 0, 0, None]
+
+
+def test_the_workers_of_a_former_self_must_be_gone_too() -> None:
+    """Its keeper may need a moment to kill them."""
+    made = world(3)
+    form(made, 3)
+    made.run(made.now + 20)
+    former, *others = made.agents
+    former.kill()
+    former.alive = {0}
+    made.add(name=former.name)
+    made.run(made.now + 5)
+    assert [agent.running for agent in others[:2]] == [0, 0]
+    former.alive = set()
+    made.run(made.now + 5)
+    assert [agent.running for agent in others] == [1, 1]
 
 
 def test_a_slow_reply_to_the_first_heartbeat_says_nothing_of_the_monitor() -> None:
@@ -319,7 +377,11 @@ def play(seed: int) -> Scene:
 
     def strike(what: str, chance: random.Random) -> None:
         live = made.live()
-        if what == "add" or not live:
+        dead = [agent for agent in made.agents if agent.dead]
+        if what == "again" and dead:
+            made.add(name=chance.choice(dead).name)
+            return
+        if what in ("add", "again") or not live:
             made.add()
             return
         agent = chance.choice(live)
@@ -345,7 +407,7 @@ def play(seed: int) -> Scene:
         made.after(chance.uniform(0, 0.2), chance.choice([agent.kill, lambda: agent.fail_worker(-9)]))
 
     strikes = ["kill", "freeze", "disconnect", "cut", "stall", "fail", "fail", "break", "succeed", "signal", "add"]
-    strikes += ["restart", "restart"]
+    strikes += ["restart", "restart", "again"]
     span = chance.choice([5, 20, 60])
     for _ in range(chance.randint(0, 8)):
         # Each fault has its own chance: without it, all others stay as they are.

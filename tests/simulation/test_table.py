@@ -135,6 +135,9 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.CountLeft: {ENDED, LEAVING},
     questions.CompareLeft: {ENDED, LEAVING},
     questions.ConfirmWritten: {LEAVING},
+    questions.FindFormer: {WAITING, OUTSIDE},
+    questions.FindFormerMembers: {WAITING, OUTSIDE},
+    questions.ReadFormer: {WAITING, OUTSIDE},
     questions.FindRound: {UNFIT},
     questions.FollowRound: {UNFIT},
 }

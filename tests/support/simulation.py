@@ -171,11 +171,17 @@ class World:
         """As ``add``."""
         self.add()
 
-    def add(self, **record: Any) -> Agent:
-        agent = Agent(self, len(self.agents), **record)
+    def add(self, *, name: str = "", **record: Any) -> Agent:
+        """Start an agent; on the host ``name``, or on one of its own."""
+        agent = Agent(self, len(self.agents), name, **record)
         self.agents.append(agent)
         agent.begin()
         return agent
+
+    def is_gone(self, pid: int, started: int) -> bool:
+        """What an agent on the same host sees of another."""
+        agent = self.agents[pid - 1]
+        return (agent.dead or agent.finish is not None) and not agent.alive
 
     def live(self) -> list[Agent]:
         return [agent for agent in self.agents if not agent.dead and agent.finish is None]
@@ -352,15 +358,17 @@ class ReservedPort(socket.socket):
 class Agent:
     """One node: the agent's life cycle and its rendezvous, with workers that do as they are told."""
 
-    def __init__(self, world: World, number: int, **record: Any) -> None:
+    def __init__(self, world: World, number: int, name: str = "", **record: Any) -> None:
         self.world = world
         self.number = number
-        self.name = f"host-{number}"
+        self.name = name or f"host-{number}"
         self.backend = SimulatedBackend(self)
         self.node: NodeState
         self.rendezvous = StoreRendezvous(
             world.settings,
-            NodeRecord(f"node-{number}", self.name, number + 1, 2, "default", **record),
+            NodeRecord(
+                f"node-{number}", self.name, number + 1, 2, "default", **record, space=self.name, started=number + 1
+            ),
             self.backend,
             lambda text: self.logged.append((Level.WARNING, text)),
             world.timeouts,
@@ -368,6 +376,7 @@ class Agent:
             clock=lambda: world.now,
             wall_clock=lambda: world.now,
             reserve=ReservedPort,
+            is_gone=world.is_gone,
             on_step=self._after_step,
             signer=self.signer(world.token) if world.token else None,
         )

@@ -156,6 +156,8 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
             replace_stranger(node, step)
         case EndKind.STOP:
             renew_lease(node, step)
+    if round_.assignment is None and end.mine and end.change is Change.NODE_LOST:
+        step.log(end.reason)  # this spare is the only one to know, if no member is left
     node.decided_at = step.now
     if round_.assignment and not round_.heartbeat.is_fenced:
         round_.report.round = None  # a node whose workers have succeeded reports this round again
@@ -220,14 +222,14 @@ def _restart_after_stranger(node: NodeState, step: Step, end: End, gone: tuple[s
     step.decide_next(Decision(True, node.restart_history(step.now), gone=gone))
 
 
-def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str) -> None:
-    """End the round, because members are lost.
+def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str, reason: str = "") -> None:
+    """End the round, because members are lost; without another ``reason``, because they were silent.
 
     If it has ended already, this node decides what follows, if the lost ones were to do so, or if their loss explains
     its own failure; else it tells the node that decides.
     """
     round_, end, me = node.round, node.round.end, node.record.node
-    reason = f"no heartbeat from {hosts} for {node.settings.keep_alive_deadline:g} s"
+    reason = reason or f"no heartbeat from {hosts} for {node.settings.keep_alive_deadline:g} s"
     silent = _silent(node)
     if end is None:
         gone = tuple(nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic_launch.core.agent.messages import Leave
-from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous import former, questions
 from elastic_launch.core.rendezvous.leading import become_leader, refuse
 from elastic_launch.core.rendezvous.leaving import decide, leave
 from elastic_launch.core.rendezvous.messages import Answer
@@ -44,6 +44,7 @@ def on_ticket(node: NodeState, step: Step, answer: Answer[questions.DrawTicket, 
         become_leader(node, step)
     else:
         step.await_key("closed")
+    former.begin(node, step)
     node.timers[Timer.HEARTBEAT] = max(step.now, node.round.heartbeat.answered_at + node.heartbeat_period)
 
 

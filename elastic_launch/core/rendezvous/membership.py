@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from elastic_launch.core.agent.messages import Assigned
-from elastic_launch.core.rendezvous import forgetting, heartbeats, questions
+from elastic_launch.core.rendezvous import forgetting, former, heartbeats, questions
 from elastic_launch.core.rendezvous.ending import end_round, read_finished, replace_stranger, take_members
 from elastic_launch.core.rendezvous.leader import disagreement
 from elastic_launch.core.rendezvous.leaving import decide
@@ -143,6 +143,7 @@ def _stand_by(node: NodeState, step: Step, closed: Closed) -> None:
         decide(node, step, Decision(False, error=text, status=ExitCode.USAGE))
         return
     node.round.stood_by = True
+    former.begin(node, step)
     if record.rank >= 0:
         step.read_members()  # to find out who has that rank
     else:

@@ -114,6 +114,21 @@ class HostFacts(NamedTuple):
     stays: bool | None = None
 
 
+class AgentId(NamedTuple):
+    """Another agent on this host."""
+
+    ticket: int
+    """Its node's, in the round where it was found."""
+    pid: int
+    started: int
+
+
+class AgentsGone(NamedTuple):
+    """Which of the agents that the node has asked for are gone, and all that they had started."""
+
+    agents: tuple[AgentId, ...]
+
+
 class KeyAppeared(NamedTuple):
     """The awaited key exists."""
 
@@ -143,6 +158,7 @@ class StoreLost(NamedTuple):
 Input = (
     Join
     | HostFacts
+    | AgentsGone
     | Answer[Question, Reply]
     | KeyAppeared
     | Tick
@@ -177,5 +193,7 @@ class Ready(NamedTuple):
     """Serve a fresh store for the workers of the next round, and answer with its port in ``HostFacts``."""
     awaited_key: str | None
     """The key whose appearance the node waits for; None: none."""
+    looks_for: tuple[AgentId, ...]
+    """Find out whether these agents are gone, and answer with ``AgentsGone``. Empty: nothing to find out."""
     wake_at: float | None
     """When a ``Tick`` is due; None: never."""

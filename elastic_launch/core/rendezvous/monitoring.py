@@ -106,7 +106,7 @@ def _on_silent_monitor(node: NodeState, step: Step) -> None:
         step.read_members()
         step.set_timer(Timer.HEARTBEAT, 0.0)  # its answer comes after that
     elif round_.end is None and round_.members.tickets[0] not in round_.finished:
-        _check(node, step, [round_.members.tickets[0]])
+        check(node, step, [round_.members.tickets[0]])
     elif Timer.MONITOR_POLL not in node.timers:
         # Somebody must monitor the other members, and the one that has to decide what follows.
         step.create(questions.TakeOverMonitoring(), f"monitor/{round_.monitors + 1}", b"%d" % round_.ticket)
@@ -159,7 +159,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     if node.phase is not Phase.ENDED:  # afterwards the leader of the next round reads the counters, too
         reset(node, step, round_.monitor.take_resets())
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
-    _check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
+    check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 
 
 def _stand_down(node: NodeState, step: Step) -> None:
@@ -173,7 +173,7 @@ def _stand_down(node: NodeState, step: Step) -> None:
     node.timers.pop(Timer.MONITOR_POLL, None)
 
 
-def _check(node: NodeState, step: Step, tickets: list[int]) -> None:
+def check(node: NodeState, step: Step, tickets: list[int]) -> None:
     """Suspect members. Those whose workers have all succeeded need not be there any more."""
     if tickets:
         step.get(questions.CheckFinished(tickets), *(f"succeeded/{ticket}" for ticket in tickets))
@@ -189,4 +189,6 @@ def on_finished_checked(node: NodeState, step: Step, answer: Answer[questions.Ch
         members = round_.members
         ranks = [rank for rank, ticket in enumerate(members.tickets) if ticket in lost]
         hosts = listed(members.hosts[rank] for rank in ranks)
-        lose_members(node, step, [members.nodes[rank] for rank in ranks], hosts)
+        pids = [round_.replaced[ticket] for ticket in sorted(lost) if ticket in round_.replaced]
+        reason = f"{hosts}: the agent (pid {listed(map(str, pids))}) is gone; another was started" if pids else ""
+        lose_members(node, step, [members.nodes[rank] for rank in ranks], hosts, reason)

@@ -62,6 +62,7 @@ from elastic_launch.core.progress.messages import ClaimStall, ReportStacks, Repo
 from elastic_launch.core.rendezvous import (
     ending,
     forgetting,
+    former,
     heartbeats,
     joining,
     leading,
@@ -173,6 +174,7 @@ TIMERS: dict[Timer, Handler] = {
     Timer.LEADER_POLL: leading.poll,
     Timer.LAST_CALL: leading.consider,
     Timer.RETRY_ASSIGNMENT: membership.ask_for_assignment,
+    Timer.FORMER: former.look,
     Timer.JOIN_RUNNING: membership.join_running,
     Timer.HEARTBEAT: heartbeats.send,
     Timer.FENCE: heartbeats.fence,
@@ -224,6 +226,11 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.DrawTicket, joining.on_ticket, JOINING, ignored=(ENDED, LEAVING)),
     **_row(questions.WriteRecord, joining.on_record_written, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadStatus, progress.on_status, WAITING, ignored=AFTER_WAITING),
+    # Its former self.
+    **_row(questions.FindFormer, former.on_closed_found, WAITING, OUTSIDE, ignored=(MEMBER, ENDED, LEAVING)),
+    **_row(questions.FindFormerMembers, former.on_members_found, WAITING, OUTSIDE, ignored=(MEMBER, ENDED, LEAVING)),
+    **_row(questions.ReadFormer, former.on_records, WAITING, OUTSIDE, ignored=(MEMBER, ENDED, LEAVING)),
+    **_row(messages.AgentsGone, former.on_gone, WAITING, OUTSIDE),
     # Leading.
     **_row(KeyAppeared, _on_key_while_waiting, WAITING),
     **_row(questions.ReadPastRound, leading.on_past_round, WAITING, ignored=AFTER_WAITING),

@@ -251,6 +251,30 @@ class ReadOwnRecord(Question):
     """Does the store still have this node's record and ticket? Is the round over?"""
 
 
+@dataclass(frozen=True)
+class FindFormer(Question):
+    """Who was in the round? This node may have been in it before it was started again."""
+
+    past: bool
+    """Whether that is the round before, because the others have not met yet."""
+
+
+@dataclass(frozen=True)
+class FindFormerMembers(Question):
+    """Which members are on this host?"""
+
+    past: bool
+    spares: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReadFormer(Question):
+    """Do these nodes share this one's pids?"""
+
+    past: bool
+    tickets: list[int]
+
+
 class FindRound(Question):
     """Which round is the current one? Asked by a node that takes no part in it."""
 

@@ -83,6 +83,10 @@ class NodeRecord(NamedTuple):
     """Whether other nodes are preferred to this one, because it has caused too many failures."""
     options: str = ""
     """The options that all nodes must share (``Settings.options``)."""
+    space: str = ""
+    """What only agents share that can look each other's pids up; empty: unknown."""
+    started: int = 0
+    """When the agent was started, as its host counts."""
 
 
 class Closed(NamedTuple):
@@ -418,6 +422,8 @@ RULES: dict[Any, Rules] = {
             "known_round": whole(-1, 2**31),
             "deprioritized": flag,
             "options": line(4000),
+            "space": name(100),
+            "started": whole(0, 10**18),
         },
     ),
     Closed: Rules(

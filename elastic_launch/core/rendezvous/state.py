@@ -15,7 +15,7 @@ from elastic_launch.core.agent.restart_policy import aged
 from elastic_launch.core.progress.goodput import furthest
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.leader import Leader
-from elastic_launch.core.rendezvous.messages import Ready, Request, Settings
+from elastic_launch.core.rendezvous.messages import AgentId, Ready, Request, Settings
 from elastic_launch.core.rendezvous.monitor import Monitor, number
 from elastic_launch.core.rendezvous.records import MAX_TICKETS, NOBODY, Closed, Members, NodeRecord, Status, encode
 from elastic_launch.core.store_requests import Get, Set, Swap
@@ -70,6 +70,8 @@ class Timer(Enum):
     """Look at the members' heartbeats while the monitor seems to be silent."""
     FENCE = "fence", Phase.MEMBER
     EXIT_BARRIER = "exit barrier", Phase.MEMBER
+    FORMER = "former", Phase.WAITING, Phase.OUTSIDE
+    """Look for the agent that this one has replaced."""
     JOIN_RUNNING = "join running", Phase.OUTSIDE
     """End the running round, so that this node can join."""
     STALL_POLL = "stall poll", Phase.MEMBER
@@ -203,6 +205,8 @@ class Round:
     stall: Stall = field(default_factory=Stall)
     lost: set[int] = field(default_factory=set)
     """Tickets of members that were lost after the round had ended."""
+    replaced: dict[int, int] = field(default_factory=dict)
+    """Pids of agents on this host that are gone, by their tickets: this node's agent was started after them."""
     finished: set[int] = field(default_factory=set)
     """Tickets of lost members that are not needed: all their workers had succeeded."""
     # When it ends.
@@ -240,6 +244,8 @@ class NodeState:
     round: Round = field(default_factory=lambda: Round(-1))
     timers: dict[Timer, float] = field(default_factory=dict)
     awaited_key: str | None = None
+    born_at: float | None = None
+    """When the node first joined a round; None: not yet."""
     began_at: float = 0.0
     """When the node began to join the round, or when the pause before the round ends."""
     carried_at: float = 0.0
@@ -332,6 +338,7 @@ class Step:
         self._log: list[Log] = []
         self.lease_until: float | None = None
         self.wants_store = False
+        self.looks_for: tuple[AgentId, ...] = ()
 
     def ask(self, question: questions.Question, request: StoreRequest) -> None:
         """Send a request; ``Answer`` brings the question back, with the reply."""
@@ -385,4 +392,4 @@ class Step:
         node = self.node
         outputs = self._requests, self._events, self._log, self.lease_until, self.wants_store
         wake_at = min(node.timers.values(), default=None)
-        return Ready(*outputs, node.awaited_key, wake_at)
+        return Ready(*outputs, node.awaited_key, self.looks_for, wake_at)
