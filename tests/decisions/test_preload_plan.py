@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_launch.core.preload import HARMLESS, PER_RANK, QUICK, SLOW
+from elastic_launch.core.preload import SLOW
+from elastic_launch.core.preload_reader import HARMLESS, PER_RANK, QUICK
 from elastic_launch.workers import preload_plan
 from tests.support.training_scripts import SCRIPTS, Script
 
