@@ -32,6 +32,8 @@ PROGRESS = "ELASTIC_LAUNCH_PROGRESS_FD"
 MAGIC = b"ELPROG1\0"
 STACKS = 3
 """The variable that names the memory for progress, its first bytes, and the word that says whether stacks go there."""
+STEP_HOOK = "_elastic_launch_step_hook"
+"""The name of the module that counts steps."""
 MAX_TEXT = 1000000
 """Characters of a text that an error file holds at most."""
 
@@ -153,14 +155,19 @@ def has_optimizers() -> bool:
 def count_steps() -> None:
     """Count the steps of torch's optimizers. If that fails, the program runs as it would without."""
     try:
-        name = "_elastic_launch_step_hook"
-        spec = importlib.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), "step_hook.py"))
-        # torch.compile looks a function's module up by its name.
-        sys.modules[name] = hook = sys.modules["_frozen_importlib"].module_from_spec(spec)
-        spec.loader.exec_module(hook)
-        hook.count_steps(sys.modules["torch.optim.optimizer"])
+        load_step_hook()
+        sys.modules[STEP_HOOK].count_steps(sys.modules["torch.optim.optimizer"])
     except Exception:
         return
+
+
+def load_step_hook() -> None:
+    """Import what counts steps, unless the warm keeper that this process was forked from has done so."""
+    if STEP_HOOK not in sys.modules:
+        spec = importlib.spec_from_file_location(STEP_HOOK, os.path.join(os.path.dirname(__file__), "step_hook.py"))
+        # torch.compile looks a function's module up by its name.
+        sys.modules[STEP_HOOK] = hook = sys.modules["_frozen_importlib"].module_from_spec(spec)
+        spec.loader.exec_module(hook)
 
 
 # ---- its failure

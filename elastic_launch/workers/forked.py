@@ -40,8 +40,9 @@ def become_program(environment: Mapping[bytes, bytes]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environb.clear()
     os.environb.update(environment)
-    if step_hook := sys.modules.get("elastic_launch.workers.step_hook"):
-        step_hook.words = None  # type: ignore[attr-defined]  # this fork is a worker, with a memory of its own
+    for name in ("elastic_launch.workers.step_hook", "_elastic_launch_step_hook"):
+        if step_hook := sys.modules.get(name):
+            step_hook.words = None  # type: ignore[attr-defined]  # this fork is a worker, with a memory of its own
 
 
 def use_line_buffering() -> None:

@@ -31,6 +31,11 @@ MAX_LOST_STARTS = 3
 StartKeeper = Callable[[Mapping[str, str], tuple[int, ...]], int]
 """Starts a keeper with an environment and two inherited descriptors (socket, agent's pidfd). Returns its pid."""
 
+TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+"""Has a warm keeper ask for huge pages for what ``malloc`` returns. They make a fork, and its end, twice as fast.
+
+Its workers do not have this in their environment.
+"""
 _TITLE_ROOM = 4096
 """Characters added to a warm keeper's command line, as room for the command lines that its workers show."""
 
@@ -65,6 +70,8 @@ def preload_keeper(
     def start(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
         program = os.path.join(os.path.dirname(__file__), "preload_main.py")
         argv = [*python, program, ",".join(modules), kind, target, " " * _TITLE_ROOM, *map(str, inherited)]
+        tunables = f"{HUGE_PAGES}:{environ[TUNABLES]}" if TUNABLES in environ else HUGE_PAGES  # the user's wins
+        environ = {**environ, TUNABLES: tunables}
         return spawn(argv, environ, {fd: fd for fd in (*inherited, *descriptors)}, unblocked=[signal.SIGCHLD])
 
     return start

@@ -521,9 +521,15 @@ def close_others(kept: Sequence[int]) -> None:
 
 
 def inherited_environment() -> dict[bytes, bytes]:
-    """Return the environment that the agent gave this process. Python may have set LC_CTYPE in ``os.environ`` since."""
+    """Return the environment that the agent gave this process.
+
+    Not as /proc shows it, because glibc cuts the text of GLIBC_TUNABLES into pieces. But Python may have set LC_CTYPE.
+    """
+    environment = dict(os.environb)
     with open("/proc/self/environ", "rb") as file:
-        return dict(entry.split(b"=", 1) for entry in file.read().split(b"\0") if b"=" in entry)
+        if b"\0LC_CTYPE=" not in b"\0" + file.read():
+            environment.pop(b"LC_CTYPE", None)
+    return environment
 
 
 # ---- other processes

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
+TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
+"""What the agent has added to the environment of this process; it stands before what the user has set."""
 DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
 """Prefixes of device files. A process that has one open has begun to use the device."""
 
@@ -74,6 +76,9 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
         _, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
         sys.path[: not IS_SAFE] = [program_entry] if program_entry else []
     sys.argv[:] = [target if kind == "script" else ""]
+    if (tunables := os.environb.pop(TUNABLES)) != HUGE_PAGES:
+        os.environb[TUNABLES] = tunables.removeprefix(HUGE_PAGES + b":")
+    inherited = keeper_main.inherited_environment()
     tame_arrow()
     variables = dict(os.environb)
     before = Surroundings(sock, agent)
@@ -100,12 +105,14 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
                 break  # nothing has been done yet, and what the program does about it may change what follows
             output.restore()
             before.restore()
-            become_cold(sock, agent, f"{option}{module} cannot be imported ({type(error).__name__})", is_auto)
+            become_cold(
+                sock, agent, inherited, f"{option}{module} cannot be imported ({type(error).__name__})", is_auto
+            )
         before.check()
         if reason := output.what_was_done() or why_not_to_fork():
             output.restore()
             before.restore()
-            become_cold(sock, agent, f"{option}{module}: the module {reason}", is_auto)
+            become_cold(sock, agent, inherited, f"{option}{module}: the module {reason}", is_auto)
     output.restore()
     if kind == "main":
         tell_import(sock, "the main module")
@@ -119,6 +126,9 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
             sys.path.remove(program_entry)
         if not IS_SAFE:
             sys.path.insert(0, FOLDER)
+    if bootstrap.has_optimizers():
+        bootstrap.load_step_hook()
+        import mmap  # noqa: F401 - what counts steps needs it
     before.restore()
     handlers: dict[int, Any] = {signum: signal.getsignal(signum) for signum in signal.valid_signals()}
     set_death_signal(0)
@@ -127,7 +137,7 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     # A worker's collector then does not touch the pages that it shares. Nothing is collected before: that would leave
     # holes in pages, and a worker copies each page in which it fills one.
     gc.freeze()
-    environment = changed_environment(variables)
+    environment = changed_environment(inherited, variables)
     try:
         keeper_main.serve(sock, agent, environment, standby.StandbyPool(environment))
     except standby.ForkedWorker as forked_worker:
@@ -255,9 +265,9 @@ def import_main(data: "dict[str, Any]") -> None:
         del process.current_process()._inheriting  # type: ignore[attr-defined]
 
 
-def changed_environment(before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
+def changed_environment(inherited: "dict[bytes, bytes]", before: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
     """Return the inherited environment, with what modules have changed in it since ``os.environb`` was ``before``."""
-    environment: dict[bytes, bytes] = keeper_main.inherited_environment()
+    environment = {**inherited}
     for name in before.keys() | os.environb.keys():
         if (value := os.environb.get(name)) is None:
             environment.pop(name, None)
@@ -319,14 +329,14 @@ def fork_once() -> None:
     os.waitpid(pid, 0)
 
 
-def become_cold(sock: int, agent: int, reason: str, is_auto: bool) -> "NoReturn":
+def become_cold(sock: int, agent: int, environment: "dict[bytes, bytes]", reason: str, is_auto: bool) -> "NoReturn":
     """Become an ordinary keeper, and say why; only to those who want to know more if the user named no module."""
     text = f"{reason}, so workers cannot be forked; starting them without --preload"
     os.write(sock, keeper_main.pack(("detail" if is_auto else "warning", text)))
     for fd in (sock, agent):
         os.set_inheritable(fd, True)
     set_death_signal(0)
-    os.execve(sys.executable, [*keeper_main.COMMAND, str(sock), str(agent)], keeper_main.inherited_environment())
+    os.execve(sys.executable, [*keeper_main.COMMAND, str(sock), str(agent)], environment)
 
 
 # ---- a worker

@@ -20,6 +20,7 @@ from elastic_launch import workers as elastic_launch_workers
 from tests.support.jobs import Job
 from tests.support.waiting import SOON, is_alive, wait_until
 
+TUNABLES = "glibc.malloc.check=0:glibc.malloc.tcache_count=7"
 STATE = """
 import json, multiprocessing, random, threading
 def facts():
@@ -41,9 +42,10 @@ json.dump(facts(), open(f"{os.environ['OUT']}/{rank}", "w"))
 """
 
 
-def facts(job: Job, *args: str, out: str) -> list[dict[str, Any]]:
+def facts(job: Job, *args: str, out: str, **env: str) -> list[dict[str, Any]]:
     (job.path / out).mkdir()
-    ended = job.run("--nproc-per-node", "2", "--rdzv-id", "j", "--log-dir", "logs", *args, OUT=str(job.path / out))
+    env["OUT"] = str(job.path / out)
+    ended = job.run("--nproc-per-node", "2", "--rdzv-id", "j", "--log-dir", "logs", *args, **env)
     assert ended.returncode == 0, ended.stderr
     found = [json.loads((job.path / out / str(rank)).read_text()) for rank in range(2)]
     for each in found:
@@ -51,11 +53,15 @@ def facts(job: Job, *args: str, out: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("start", [("train.py", "a", "--b"), ("-m", "train", "x")])
-def test_a_forked_worker_is_like_a_new_process(job: Job, start: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("start", "env"),
+    [(("train.py", "a", "--b"), {}), (("-m", "train", "x"), {"GLIBC_TUNABLES": TUNABLES})],
+)
+def test_a_forked_worker_is_like_a_new_process(job: Job, start: tuple[str, ...], env: dict[str, str]) -> None:
     job.script(STATE)
-    fresh = facts(job, *start, out="fresh")
-    warm = facts(job, "--preload", "numpy,xml.dom", *start, out="warm")
+    fresh = facts(job, *start, out="fresh", **env)
+    assert fresh[0]["environ"].get("GLIBC_TUNABLES") == env.get("GLIBC_TUNABLES")
+    warm = facts(job, "--preload", "numpy,xml.dom", *start, out="warm", **env)
     assert warm == fresh
 
 
@@ -102,6 +108,7 @@ def test_modules_with_the_names_of_the_keepers_own(job: Job) -> None:
 def test_workers_have_what_a_module_sets_when_it_is_imported(job: Job) -> None:
     (job.path / "odd.py").write_text(
         "import os, signal, sys\n"
+        "assert 'GLIBC_TUNABLES' not in os.environ\n"
         "os.environ.setdefault('FROM_ODD', 'yes')\nos.environ['RANK'] = 'none'\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM})\n"
@@ -230,7 +237,7 @@ def test_module_that_cannot_be_imported_fails_the_launch_with_its_traceback(job:
 )
 def test_module_that_makes_forks_unsafe_is_named_and_workers_are_cold(job: Job, code: str, why: str) -> None:
     (job.path / "unsafe.py").write_text(code)
-    script = job.script("mark('wave' in sys.modules)\nprint(sys.argv[1])")
+    script = job.script("mark('wave' in sys.modules or 'GLIBC_TUNABLES' in os.environ)\nprint(sys.argv[1])")
     ended = job.run("--nproc-per-node", "2", "--preload", "wave,unsafe,numpy", script, "hello")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("hello") == 2
