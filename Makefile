@@ -3,13 +3,13 @@ PYTHON ?= python3
 # How many tests run at once: two for each core, since many only wait.
 PROCESSES ?= $(shell expr 2 \* $$(nproc))
 BIN := .venv/bin
-# How long "make fuzz" runs. SEED repeats a run.
+# How long "make fuzz" and "make chaos" run. SEED repeats a run.
 MINUTES ?= 60
 SEED ?=
 # How many schedules "make schedules" plays, from the one with the number SEED on.
 COUNT ?= 1000000
 
-.PHONY: compiled demo test slurm programs test-quick fuzz schedules check docs dist format bench clean
+.PHONY: compiled demo test slurm programs test-quick fuzz schedules chaos check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,11 @@ fuzz: compiled
 # make it fail, and is shown with the command that plays it again.
 schedules: compiled
 	$(BIN)/python -m tests.simulation $(COUNT) $(SEED)
+
+# Jobs of three hosts that are struck by faults, on c10d and etcd in turn; as root. OPTIONS: "--minutes 2", "--help", ...
+OPTIONS ?= --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+chaos: compiled
+	$(BIN)/python -m tests.chaos $(OPTIONS)
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
