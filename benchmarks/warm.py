@@ -1,9 +1,12 @@
-"""Compare warm workers (``--preload torch``) with cold ones and with torchrun's: first collective, recovery, memory.
+"""Compare warm workers (``--preload torch``, with standbys and without) with cold ones and with torchrun's.
+
+Measured are the first collective, the recovery, and the memory.
 
 The workers import torch, join a gloo group and sum a number. Each notes when that was done, by CLOCK_MONOTONIC, which
 all processes of a machine share. A start lasts from the launcher's command to the last rank's note, a recovery from
 the SIGKILL of one rank to the last note of the next attempt. Memory is the sum of the proportional set sizes of the
-launcher and its descendants. Run nothing else that uses torch meanwhile: pages that it shares would count less.
+launcher and its descendants. With standbys, memory is measured and a rank is killed once those are ready. Run nothing
+else that uses torch meanwhile: pages that it shares would count less.
 
 torchrun recovers with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 here. Without it, the next attempt finds the keys of the
 previous one in the store, and often hangs. The line below the table says how often it recovered.
@@ -29,8 +32,13 @@ KILLS = 2  # in each launch that measures recovery
 PATIENCE = 45  # seconds that torchrun has to recover without the variable
 OPTIONS = ["--standalone", "--max-restarts", "20"]
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-WARM = f"{OURS} --preload torch"
-LAUNCHERS = {WARM: [*COMMANDS[OURS], "--preload", "torch"], OURS: COMMANDS[OURS], PEER: COMMANDS[PEER]}
+WARM, WITHOUT = f"{OURS} --preload torch", f"{OURS} --preload torch --no-standby"
+LAUNCHERS = {
+    WARM: [*COMMANDS[OURS], "--preload", "torch"],
+    WITHOUT: [*COMMANDS[OURS], "--preload", "torch", "--no-standby"],
+    OURS: COMMANDS[OURS],
+    PEER: COMMANDS[PEER],
+}
 WORKER = """\
 import os, sys, time
 import torch
@@ -53,20 +61,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Warm workers, cold ones and torchrun's.")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="launches of each (default: 3)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], metavar="N", help="default: 2 4 8")
+    parser.add_argument("--warm-only", action="store_true", help="compare only with standbys and without")
     args = parser.parse_args()
     os.environ.pop(OWN_STORE, None)
+    if args.warm_only:
+        for name in (OURS, PEER):
+            del LAUNCHERS[name]
+    other = WITHOUT if args.warm_only else PEER
 
     print(f"{args.runs} launches of each, {KILLS} kills in each launch that measures recovery\n")
-    print(f"| median (min–max) | {' | '.join(LAUNCHERS)} | {PEER} / warm | target |\n|---|---|---|---|---|---|")
+    print(f"| median (min–max) | {' | '.join(LAUNCHERS)} | {other} / warm | target |\n|{'---|' * (len(LAUNCHERS) + 3)}")
     recovered = []
     for ranks in args.ranks:
         starts, recoveries, sizes, came_back = measure_all(ranks, args.runs)
-        faster = {4: 2.5, 8: 4.0}.get(ranks)
-        print(row(f"{ranks} ranks: start to first all_reduce, s", starts, 2, faster))
-        print(row("SIGKILL of a rank to all_reduce, s", recoveries, 2, 10, 0.5 if ranks == 8 else None))
-        print(row("PSS of all processes, MiB", sizes, 0, 3 if ranks == 8 else None), flush=True)
+        against_peer = not args.warm_only
+        faster = {4: 2.5, 8: 4.0}.get(ranks) if against_peer else None
+        print(row(f"{ranks} ranks: start to first all_reduce, s", starts, 2, other, faster))
+        limit = {8: 0.06, 32: 0.2}.get(ranks)
+        print(row("SIGKILL of a rank to all_reduce, s", recoveries, 3, other, 10 if against_peer else None, limit))
+        smaller = 3 if ranks == 8 and against_peer else None
+        print(row("PSS of all processes, MiB", sizes, 0, other, smaller, 320 if ranks == 8 else None), flush=True)
         recovered.append(f"{came_back} of {args.runs} times at {ranks} ranks")
-    print(f"\n{PEER} without {OWN_STORE}=1 recovered within {PATIENCE} s {', '.join(recovered)}.")
+    if not args.warm_only:
+        print(f"\n{PEER} without {OWN_STORE}=1 recovered within {PATIENCE} s {', '.join(recovered)}.")
     print(f"\n{machine([WARM, *OPTIONS, '--nproc-per-node', 'N', 'worker.py'])}")
 
 
@@ -82,11 +99,15 @@ def measure_all(ranks: int, runs: int) -> tuple[Samples, Samples, Samples, int]:
                     job.wait(launcher, 0)
                     starts[name].append(job.last(0) - job.begin)
                     time.sleep(0.5)  # until the launcher and the workers are idle
+                    if name == WARM:
+                        launcher.wait_for(partial(has_standbys, launcher, ranks))
                     sizes[name].append(memory(launcher.process.pid))
                     if name == PEER:
                         came_back += recovers(launcher, job, run % ranks)
                     else:
-                        recoveries[name] += recover(launcher, job, run)
+                        recoveries[name] += recover(launcher, job, run, name == WARM)
+        if PEER not in LAUNCHERS:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             job = Job(["/usr/bin/env", f"{OWN_STORE}=1", *COMMANDS[PEER]], ranks, folder)
             with running(job.command, folder) as launcher:
@@ -128,16 +149,23 @@ class Job:
         return killed
 
 
-def recover(launcher: Running, job: Job, run: int) -> list[float]:
-    """Kill some ranks in turn. Return how long each recovery took, in seconds."""
+def recover(launcher: Running, job: Job, run: int, waits: bool = False) -> list[float]:
+    """Kill some ranks in turn, if ``waits`` with standbys. Return how long each recovery took, in seconds."""
     found = []
     for count in range(KILLS):
         # At a random moment, because a fixed one would hit a launcher that polls in the same phase each time.
         time.sleep(random.uniform(0.2, 0.4))
+        if waits:
+            launcher.wait_for(partial(has_standbys, launcher, job.ranks))
         killed = job.kill(count, (run * KILLS + count) % job.ranks)
         job.wait(launcher, count + 1)
         found.append(job.last(count + 1) - killed)
     return found
+
+
+def has_standbys(launcher: Running, count: int) -> bool:
+    """Return whether the launcher has all of its standbys."""
+    return sum(process.name() == "elastic-standby" for process in launcher.family()) == count
 
 
 def recovers(launcher: Running, job: Job, rank: int) -> bool:
@@ -157,9 +185,9 @@ def memory(launcher: int) -> float:
     return float(sum(process.memory_full_info().pss for process in [top, *top.children(recursive=True)])) / 2**20
 
 
-def row(what: str, samples: Samples, digits: int, times: float | None, limit: float | None = None) -> str:
-    """Return a row of the table. Targets: how many times better than torchrun's warm workers are, and their median."""
-    warm, peer = median(samples[WARM]), median(samples[PEER])
+def row(what: str, samples: Samples, digits: int, other: str, times: float | None, limit: float | None = None) -> str:
+    """Return a row of the table. Targets: how many times better than ``other`` warm workers are, and their median."""
+    warm, peer = median(samples[WARM]), median(samples[other])
     targets = []
     if times is not None:
         targets.append(f"≥ {times:g} times: {met_or_missed(peer / warm >= times)}")

@@ -73,9 +73,7 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     if is_function:
         preparation = prepare(int(target))
     else:
-        file, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
-        if file is None:
-            import runpy  # noqa: F401 - which the bootstrap imports before such a program
+        _, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
         sys.path[: not IS_SAFE] = [program_entry] if program_entry else []
     sys.argv[:] = [target if kind == "script" else ""]
     if (tunables := os.environb.pop(TUNABLES)) != HUGE_PAGES:

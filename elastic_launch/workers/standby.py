@@ -24,6 +24,7 @@ import os
 import resource
 import select
 import signal
+import sys
 import time
 
 if __package__:
@@ -44,6 +45,8 @@ PAUSE = 0.05
 """Seconds between two such forks."""
 PATIENCE = 0.05
 """Seconds without an answer after which the keeper looks whether a standby is stopped."""
+HEAD_START = 0.05
+"""Seconds, at most, by which rank 0 starts before the others if it is to serve torch's store."""
 NEVER = float("inf")
 RLIM_NLIMITS = 16
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
@@ -237,6 +240,8 @@ class StandbyPool:
             end = position + len(order[3])
             hand_out(order, descriptors[position:end])
             position = end
+            if (port := store_port(order)) and any(it.is_ahead for it in self.pending.values()):
+                wait_for_listener(port)
         while handed:
             ready = poller.poll(PATIENCE * 1000)
             for fd, _ in ready:
@@ -368,3 +373,39 @@ def is_stopped(pid: int) -> bool:
         return keeper_main.read_stat(pid)[0] in (b"T", b"t")
     except OSError:
         return False
+
+
+# ---- torch's store
+
+
+def store_port(order: SpawnOrder) -> int:
+    """Return the port on which this worker is likely to serve torch's store; 0 if it is not."""
+    variables = order[2]
+    serves = variables.get(b"RANK") == b"0" and variables.get(b"TORCHELASTIC_USE_AGENT_STORE") != b"True"
+    port = variables.get(b"MASTER_PORT", b"")
+    return int(port) if serves and port.isdigit() and "torch.distributed" in sys.modules else 0
+
+
+def wait_for_listener(port: int) -> None:
+    """Wait up to ``HEAD_START`` seconds until a process listens on a port.
+
+    Standbys run their programs at the same time. But a rank that asks for torch's store before rank 0 serves it tries
+    again only after most of a second.
+    """
+    end, pause = time.monotonic() + HEAD_START, 0.001
+    while not is_listening(port) and time.monotonic() < end:
+        time.sleep(pause)
+        pause *= 1.5
+
+
+def is_listening(port: int) -> bool:
+    """Return whether a process listens on a port, on any address, as far as the kernel lists that first."""
+    for path in ("/proc/self/net/tcp6", "/proc/self/net/tcp"):
+        try:
+            with open(path, "rb") as file:
+                lines = [line.split(None, 4)[1:4] for line in file.read(1 << 16).splitlines()]
+        except OSError:
+            continue
+        if any(fields[2:] == [b"0A"] and fields[0].endswith(b":%04X" % port) for fields in lines):
+            return True
+    return False

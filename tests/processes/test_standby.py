@@ -7,14 +7,16 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
+import sys
 
 import psutil
 import pytest
 
 from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.job import Policy, RestartHistory
-from elastic_launch.workers.standby import NEVER, StandbyPool
+from elastic_launch.workers.standby import NEVER, StandbyPool, is_listening, store_port
 from tests.support.jobs import Job
 from tests.support.waiting import SOON, is_alive, wait_until
 
@@ -202,6 +204,23 @@ def test_without_memory_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="Cannot allocate memory"):
         pool.add()
     assert (pool.standbys, pool.due, os.listdir("/proc/self/fd")) == ({}, NEVER, descriptors)
+
+
+def test_rank_that_serves_the_store_of_torch_starts_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def order(**variables: str) -> tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]:
+        return 0, [], {name.encode(): value.encode() for name, value in variables.items()}, [], []
+
+    assert store_port(order(RANK="0", MASTER_PORT="1234")) == 0, "without torch nobody serves one"
+    monkeypatch.setitem(sys.modules, "torch.distributed", sys)
+    assert store_port(order(RANK="0", MASTER_PORT="1234")) == 1234
+    assert store_port(order(RANK="1", MASTER_PORT="1234")) == 0
+    assert store_port(order(RANK="0", MASTER_PORT="1234", TORCHELASTIC_USE_AGENT_STORE="True")) == 0
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")):
+        with socket.socket(family) as server:
+            server.bind((address, 0))
+            assert not is_listening(server.getsockname()[1])
+            server.listen()
+            assert is_listening(server.getsockname()[1])
 
 
 def test_many_restarts_in_a_row_leave_nothing(job: Job) -> None:
