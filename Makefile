@@ -3,17 +3,18 @@ PYTHON ?= python3
 # How many tests run at once: two for each core, since many only wait.
 PROCESSES ?= $(shell expr 2 \* $$(nproc))
 BIN := .venv/bin
-# How long "make fuzz" runs. SEED repeats a run.
+# How long "make fuzz" and "make chaos" run. SEED repeats a run.
 MINUTES ?= 60
 SEED ?=
 # How many schedules "make schedules" plays, from the one with the number SEED on.
 COUNT ?= 1000000
 
-.PHONY: compiled demo test slurm programs test-quick fuzz schedules check docs dist format bench clean
+.PHONY: compiled demo test slurm programs test-quick fuzz schedules chaos check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint tests/constraints.txt --editable '.[test]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # pip would use one core; a package may have files that do not compile
 	touch $@
 
 # Where PYTHONDONTWRITEBYTECODE is set, every process would compile what it imports: 30 ms for each of thousands.
@@ -50,6 +51,11 @@ fuzz: compiled
 schedules: compiled
 	$(BIN)/python -m tests.simulation $(COUNT) $(SEED)
 
+# Jobs of three hosts that are struck by faults, on c10d and etcd in turn; as root. OPTIONS: "--minutes 2", "--help", ...
+OPTIONS ?= --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+chaos: compiled
+	$(BIN)/python -m tests.chaos $(OPTIONS)
+
 check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -68,7 +74,7 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 
 bench: compiled
-	for script in benchmarks/launch.py benchmarks/idle.py benchmarks/restart.py benchmarks/recovery.py benchmarks/rendezvous.py benchmarks/logs.py benchmarks/warm.py benchmarks/progress.py benchmarks/exporter.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/launch.py benchmarks/idle.py benchmarks/restart.py benchmarks/recovery.py benchmarks/rendezvous.py benchmarks/logs.py benchmarks/warm.py benchmarks/first_step.py benchmarks/progress.py benchmarks/exporter.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

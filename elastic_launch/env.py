@@ -26,8 +26,9 @@ def without_password(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_token(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of workers, which have no use for the job's token."""
-    return {name: value for name, value in environ.items() if name not in (TOKEN_FILE, "PET_TOKEN_FILE")}
+    """Return the environment of workers, which have no use for the job's token, nor for a gate that asks for it."""
+    names = (TOKEN_FILE, "PET_TOKEN_FILE", "PET_STORE_GATE")
+    return {name: value for name, value in environ.items() if name not in names}
 
 
 def as_part(environ: Mapping[str, str]) -> dict[str, str]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 FIRST_RETRY, LAST_RETRY = 0.02, 1.0
 """Delays between two attempts to connect, in seconds. They double from the first to the last."""
+CONNECT_TIMEOUT = 2.5
+"""Seconds until a connection that the store's host has not accepted is begun anew. The kernel would wait twice as long
+each time, so a host that comes back would be found up to 16 s later."""
 DOUBTS = 3
 """Number of connections in a row that must look unlike a store. One is not enough: a store that ends looks so, too."""
 LOG_INTERVAL = 10.0
@@ -157,7 +160,7 @@ class StoreLink:
                     return None
                 return min(since + self._timeouts.silence, max(since, self._logged_at) + LOG_INTERVAL)
             case LinkState.GREETING:
-                next_attempt = self._connected_at + self._timeouts.read
+                next_attempt = self._connected_at + self._greeting_patience
             case LinkState.CONNECTING:
                 next_attempt = self._retry_at
         return min(next_attempt, self._lost_at + self._patience, self._logged_at + LOG_INTERVAL)
@@ -268,10 +271,16 @@ class StoreLink:
         """Seconds to try to reach the store."""
         return self._timeouts.store if self.has_answered else self._timeouts.join
 
+    @property
+    def _greeting_patience(self) -> float:
+        """Seconds that the present connection may take until the store answers on it."""
+        is_connected = self._requests is not None and self._requests.is_connected
+        return self._timeouts.read if is_connected else min(CONNECT_TIMEOUT, self._timeouts.read)
+
     def _check_patience(self) -> None:
         now = self._clock()
-        if self._requests and self.state is LinkState.GREETING and now >= self._connected_at + self._timeouts.read:
-            raise self._requests.timeout_error(self._timeouts.read)
+        if self._requests and self.state is LinkState.GREETING and now >= self._connected_at + self._greeting_patience:
+            raise self._requests.timeout_error(self._greeting_patience)
         since = self._asked_at() if self.state is LinkState.READY else None
         if self._requests and since is not None and now >= since + self._timeouts.silence:
             raise self._requests.timeout_error(self._timeouts.silence)
@@ -285,7 +294,8 @@ class StoreLink:
             self._give_up(f"{self._backend.explain(self.why_silent(away))} (tried for {away:.0f} s)")
         elif now >= self._logged_at + LOG_INTERVAL:
             self._logged_at = now
-            self._user.log(f"{self.why_silent(away)}; trying for up to {self._patience - away:.0f} s more")
+            why = self._backend.explain(self.why_silent(away))
+            self._user.log(f"{why}; trying for up to {self._patience - away:.0f} s more")
 
     def _lose(self, error: RendezvousConnectionError) -> None:
         """Plan to reconnect, or give up the store."""

@@ -148,6 +148,15 @@ class StoreClient:
         """Whether the server has sent something that is not a reply."""
         self._queue(None, None, *encode_handshake())
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server's host has accepted the connection. The server itself may still have to."""
+        try:
+            self._sock.getpeername()
+        except OSError:
+            return False
+        return True
+
     def fileno(self) -> int:
         """The descriptor to wait for; -1 when the connection is closed."""
         return self._sock.fileno()
@@ -249,16 +258,15 @@ class StoreClient:
                 f"{self.where} has not answered {request} for {seconds:g} s; "
                 "check whether the process that serves it is stopped, or its node overloaded"
             )
-        try:
-            self._sock.getpeername()
-        except OSError:
+        if not self.is_connected:
             return RendezvousConnectionError(
                 f"{self.where}: no connection after {seconds:g} s; "
                 "check whether that node is up, and whether a firewall drops packets to that port"
             )
         return NotAStoreError(
             f"{self.where} accepts connections, but has not answered as a TCPStore for {seconds:g} s; "
-            "check which program listens there, or pass another port in --rdzv-endpoint",
+            "if the node that hosts it has just started, it may need longer on a busy machine; otherwise check which "
+            "program listens there, or pass another port in --rdzv-endpoint",
             certain=False,
         )
 

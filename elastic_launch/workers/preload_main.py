@@ -73,7 +73,9 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     if is_function:
         preparation = prepare(int(target))
     else:
-        _, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
+        file, program_entry = bootstrap.locate(target, kind == "module", IS_SAFE)
+        if file is None:
+            import runpy  # noqa: F401 - which the bootstrap imports before such a program
         sys.path[: not IS_SAFE] = [program_entry] if program_entry else []
     sys.argv[:] = [target if kind == "script" else ""]
     if (tunables := os.environb.pop(TUNABLES)) != HUGE_PAGES:

@@ -112,9 +112,10 @@ def state():
         "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals())], "cwd": os.getcwd(),
         "threads": threading.active_count(), "hooks": [str(type(hook)) for hook in sys.meta_path],
         "streams": [str(sys.stdout), str(sys.stderr)], "excepthook": str(sys.excepthook),
-        "filters": [str(each) for each in sys.modules["warnings"].filters],
+        "filters": [str(each) for each in getattr(sys.modules.get("warnings"), "filters", ())],
     }
-    if torch := sys.modules.get("torch"):
+    torch = sys.modules.get("torch")
+    if hasattr(torch, "get_num_threads"):
         found["torch"] = [torch.get_num_threads(), torch.get_num_interop_threads(), str(torch.get_default_dtype()),
             torch.distributed.is_initialized(), torch.get_rng_state().shape]
         found["draws"] = torch.rand(1).item()

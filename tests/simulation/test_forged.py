@@ -514,6 +514,7 @@ def test_of_a_flood_of_notes_few_are_read_and_fewer_are_shown(count: int, read: 
 def test_a_note_in_a_members_name_costs_a_round_at_most(is_gone: bool) -> None:
     made = formed(3, job(2, 3))
     victim = made.agents[1]
+    victim.stop_time = 0.0  # nobody waits for it, so the next round could begin before its workers have stopped
     forge(made, "1/unfit", encode(Unfit(victim.node.record, "forged", is_gone)) + b"\n")
     made.agents[0].fail_worker(1)
     made.run(made.now + 60, stop=lambda: all((agent.running or 0) >= 1 for agent in made.agents))

@@ -10,6 +10,7 @@ import pytest
 from elastic_launch.core.agent.messages import Action, Finish, Leave, SendSignal
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.job import Level, Policy
+from elastic_launch.rendezvous.store_link import CONNECT_TIMEOUT, LAST_RETRY
 from tests.support.simulation import Agent, World
 from tests.support.worlds import RESET, all_end, form, running, world
 
@@ -438,6 +439,19 @@ def test_workers_do_not_outlive_the_loss_of_the_store_by_more_than_the_deadline(
     end = one(made)
     assert end.status == 69
     assert "the store is lost: connection lost (tried for 60 s)" in end.error
+
+
+def test_a_host_that_comes_back_is_found_soon() -> None:
+    """Although its packets are lost meanwhile, and the kernel tries more and more rarely."""
+    made = world(3, job(3, 3))
+    form(made, 3)
+    back_at = made.now + 8
+    for agent in made.agents:
+        agent.backend.store_away_until = back_at
+        agent.backend.break_connections()
+    made.run(back_at)
+    made.run(back_at + 20, stop=lambda: all(agent.backend.is_reached for agent in made.agents))
+    assert made.now - back_at < CONNECT_TIMEOUT + LAST_RETRY
 
 
 def test_a_store_that_never_answers_is_given_up_after_the_join_timeout() -> None:

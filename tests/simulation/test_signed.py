@@ -306,6 +306,30 @@ def test_a_dead_node_that_strangers_keep_alive_delays_the_job_until_join_timeout
     assert [agent.finish.status for agent in (rank[0], rank[1]) if agent.finish] == [75, 75]
 
 
+@pytest.mark.parametrize("with_heartbeats", [False, True])
+def test_strangers_cannot_have_the_death_of_a_node_charged(*, with_heartbeats: bool) -> None:
+    """Neither by the number of nodes that have reported, nor by heartbeats in the dead one's name."""
+    made = formed(3, job(2, 3, Policy(0)), TOKEN)
+    ticket = made.agents[1].node.round.ticket
+    made.agents[1].kill()
+    others = made.agents[0], made.agents[2]
+    for agent in others:
+        agent.fail_worker(1, RESET)
+    forge(made, "0/reported", b"3")
+
+    def look() -> bool:
+        if with_heartbeats:
+            made.store.apply(Add(f"elastic/job/0/heartbeat/{ticket}", 1), lambda reply: None)
+        return all(agent.running == 1 for agent in others)
+
+    made.run(made.now + 100, stop=look)
+    assert [agent.running for agent in others] == [1, 1]
+    assert {place.restart_history.used for place in made.assignments[1].values()} == {0}
+    assert (
+        any("does not notice this failure for" in line for agent in others for line in agent.shown()) == with_heartbeats
+    )
+
+
 def test_strangers_end_a_job_at_worst() -> None:
     """Any record or number under any key, lines of other rounds included, keys removed; at any time of a job."""
     names = ["end", "decision", "closed", "members/0", "assignment/0/1", "assignment/0/2", "node/1", "node/3", "lost"]

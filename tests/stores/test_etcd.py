@@ -29,7 +29,7 @@ from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
-from elastic_launch.store.etcd.cluster import EtcdSettings, in_order
+from elastic_launch.store.etcd.cluster import FIRST_ATTEMPT, EtcdSettings, in_order
 from elastic_launch.store.etcd.server import EtcdServer, free_ports
 from tests.support.certificates import make_certificates
 from tests.support.etcd import Trio, post
@@ -523,6 +523,22 @@ def test_the_loss_of_the_connected_member_is_not_noticed(trio: Trio, agents: Cal
     assert len(others[0](Get(("log",)))[0]) == len(sums) - 1
     assert all(0 < future.result() <= writing.result() for future in waiting)
     assert max(gaps) < SOON  # an attempt at a frozen member, and an election: 2 to 4 s
+
+
+def test_a_member_that_falls_silent_is_found_in_less_than_an_attempt(trio: Trio, agents: Callable[..., Agent]) -> None:
+    """Otherwise a node with a short deadline would stop its workers, although two members serve."""
+    gaps = []
+    for number, server in enumerate(trio.servers):
+        agent = agents(trio.endpoints, preferred=server.get_endpoint())
+        agent(Add("n", 1))
+        os.kill(server.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        try:
+            assert agent(Add(f"of {number}", 1)) == 1
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        gaps.append(time.monotonic() - begun)
+    assert min(gaps) < FIRST_ATTEMPT, "one of the members may lead the others, which takes longer"
 
 
 def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Agent]) -> None:

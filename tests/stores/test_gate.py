@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,11 +16,13 @@ import pytest
 from elastic_launch.core.store_requests import Cancel, Get, Set, Wait
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host.ports import listen
+from elastic_launch.rendezvous.backends.c10d import C10dBackend
 from elastic_launch.store import relay_main
 from elastic_launch.store.challenge import GREETING, MAGIC, REFUSED, ClientChallenge, GateChallenge, gate_key
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.relay import Relay
 from elastic_launch.store.relay_main import MOST_KEPT, Listener
+from tests.support.leaks import children
 from tests.support.servers import shared_store
 from tests.support.store_contract import answers
 from tests.support.waiting import DEADLINE, wait_until
@@ -285,6 +290,58 @@ def test_a_gate_whose_server_is_gone_is_gone(gates: Gates, to: To) -> None:
     wait_until(lambda: gates.listeners[0].sock.fileno() < 0)
     with pytest.raises(RendezvousConnectionError, match="connection refused"):
         to(gate).call(Get(("a",)), DEADLINE)
+
+
+class Full:
+    """A socket that listens in a process which may open no further file, for a while."""
+
+    def __init__(self, sock: socket.socket, times: int) -> None:
+        self.sock, self.times = sock, times
+        self.fileno, self.close, self.setblocking = sock.fileno, sock.close, sock.setblocking
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.sock.accept()
+
+
+def test_without_descriptors_those_that_wait_give_way_and_others_come_in_later(
+    gates: Gates, raw: Raw, to: To, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_main, "PAUSE", 0.01)
+    gate = gates.add("job", shared_store().port)
+    gates.start()
+    mute = raw(gate)
+    mute.recv(1)
+    gates.listeners[0].sock = full = Full(gates.listeners[0].sock, 3)  # type: ignore[assignment]
+    member = to(gate)
+    assert member.call(Get(("gate/nothing",)), DEADLINE) == [b""]
+    assert full.times == 0
+    assert len(everything(mute)) < len(MAGIC) + 32, "it is closed"
+
+
+def test_a_node_whose_way_to_the_gate_is_gone_knows(gates: Gates, to: To) -> None:
+    gate = gates.add("job", shared_store().port)
+    gates.start()
+    backend = C10dBackend(LOOPBACK, gate, False, dict(os.environ), gate_key=KEY)
+    with contextlib.closing(backend):
+        assert not backend.descriptors()
+        for _ in range(2):  # a round and the next one
+            where = backend.workers_store(LOOPBACK, gate)
+            assert where[0] == LOOPBACK
+            assert to(where[1], None).call(Get(("gate/nothing",)), DEADLINE) == [b""]
+        backend.take()
+        [child] = [it for it in children() if it.name() == "elastic-gate"]
+        child.kill()
+        poller = select.poll()
+        for descriptor, mask in backend.descriptors():
+            poller.register(descriptor, mask)
+        assert poller.poll(DEADLINE * 1000)
+        with pytest.raises(
+            RendezvousConnectionError, match=r"store is gone \(.*SIGKILL.*\); unless somebody killed it"
+        ):
+            backend.take()
 
 
 def test_the_process_ends_with_its_agent_and_is_missed(to: To) -> None:

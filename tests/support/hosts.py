@@ -58,7 +58,9 @@ class Host:
         self.name, self.address = switch.name(number), switch.address(number)
         self.programs: list[Program] = []
         self._hosts = hosts
-        self._net, self._uts, self._mount = spaces
+        net, uts, mount = spaces
+        self.enter = ["nsenter", f"--net={net}", f"--uts={uts}", f"--mount={mount}"]
+        """The words that run a command on this host."""
         self._path = hosts.path / self.name
         """Working directory of the programs on this host."""
         self._path.mkdir()
@@ -68,15 +70,21 @@ class Host:
     def run(self, *command: str, **env: str) -> Program:
         """Start a program on this host, with some changes to the environment."""
         # Entering the mount namespace resets the working directory.
-        enter = ["nsenter", f"--net={self._net}", f"--uts={self._uts}", f"--mount={self._mount}"]
         there = ["env", f"--chdir={self._path}", f"TMPDIR={self._temp}"]
         output = self._hosts.path / f"{self.name}.output.{len(self.programs)}"
-        self.programs.append(Program([*enter, *there, *command], output, {**os.environ, "OMP_NUM_THREADS": "1", **env}))
+        self.programs.append(
+            Program([*self.enter, *there, *command], output, {**os.environ, "OMP_NUM_THREADS": "1", **env})
+        )
         return self.programs[-1]
 
     def start(self, *args: str, **env: str) -> Program:
         """Start ``elastic-run`` on this host, with some changes to the environment."""
         return self.run(sys.executable, "-m", "elastic_launch", *args, **env)
+
+    def pids(self) -> list[int]:
+        """Return the processes on this host."""
+        found: list[int] = self._hosts.order("processes", self.number)
+        return found
 
     def power_off(self) -> None:
         """Kill everything on this host, without any packet to the others. Its temporary files are lost.
@@ -136,19 +144,27 @@ class Hosts:
         self._rules = {(a.number, b.number): seconds for a in self._hosts for b in self._hosts}
         self._apply()
 
+    def impair(self, host: Host, delay: float = 0.0, loss: float = 0.0) -> None:
+        """Delay the packets from and to a host by some seconds, and lose a part of them."""
+        pairs = [pair for other in self._hosts for pair in ((host.number, other.number), (other.number, host.number))]
+        self._rules |= dict.fromkeys(pairs, delay) if delay else {}
+        self._apply()
+        self.order("losses", *((source, to, loss) for source, to in pairs if loss))
+
     def heal(self) -> None:
         """Deliver all packets again, without delay."""
         self._rules = {}
         self._apply()
+        self.order("losses")
 
     def _apply(self) -> None:
         self.order("rules", *((source, to, late) for (source, to), late in self._rules.items()))
 
-    def order(self, *order: object) -> None:
-        """Send an order to the switch, and wait until it is done."""
+    def order(self, *order: object) -> Any:
+        """Send an order to the switch, wait until it is done, and return what it answers."""
         _pipe(self._switch.stdin).write(json.dumps(order) + "\n")
         _pipe(self._switch.stdin).flush()
-        self._answer()
+        return self._answer()
 
     def _answer(self) -> Any:
         line = _pipe(self._switch.stdout).readline()

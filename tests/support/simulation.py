@@ -222,6 +222,13 @@ class SimulatedClient:
         self._out: list[Pending] = []
         self._expected: deque[Pending] = deque()
         self._failure: RendezvousConnectionError | None = None
+        self.is_connected = True
+        if (away := agent.backend.store_away_until - self._world.now) > 0:
+            self.is_connected = False  # the kernel asks again after 1, 3, 7, 15 and 31 s
+            again = next(2**n - 1 for n in range(1, 9) if 2**n - 1 >= away)
+            self._arrives_at = self._answered_at = self._world.now + again
+            self._world.at(self._answered_at, self._greet)
+            return
         self._arrives_at = self._answered_at = self._travel(0.0)
         """When the last message in either direction arrives: they keep their order."""
         self._world.at(self._answered_at, self._greet if self._world.is_store_up else self.fail)
@@ -273,6 +280,7 @@ class SimulatedClient:
         return max(not_before, max(self._world.now, self._agent.backend.stalled_until) + self._world.delay())
 
     def _greet(self) -> None:
+        self.is_connected = True
         if not self._is_lost():
             self.ready = True
             self._agent.wake()
@@ -312,6 +320,8 @@ class SimulatedBackend(Backend):
         self._agent = agent
         self.stalled_until = 0.0
         """No message arrives before."""
+        self.store_away_until = 0.0
+        """The store's host is off until then: packets to it are lost, without an answer."""
         self.clients: list[SimulatedClient] = []
         self._failure = ""
 
@@ -336,6 +346,11 @@ class SimulatedBackend(Backend):
     def take(self) -> None:
         if self._failure:
             raise RendezvousConnectionError(self._failure)
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether a connection has been answered."""
+        return any(client.ready and not client.is_closed for client in self.clients)
 
     def break_connections(self) -> None:
         for client in self.clients:

@@ -16,6 +16,7 @@ import fcntl
 import heapq
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -60,7 +61,7 @@ class Host:
 
     def power_off(self) -> None:
         """Kill whatever runs on this host, until nothing does."""
-        while pids := self._processes():
+        while pids := self.processes():
             for pid in pids:
                 try:  # noqa: SIM105 - saves an import
                     os.kill(pid, signal.SIGKILL)
@@ -68,7 +69,7 @@ class Host:
                     pass
             time.sleep(0.001)
 
-    def _processes(self) -> list[int]:
+    def processes(self) -> list[int]:
         """Return the pids of the processes on this host. Zombies have left their namespaces."""
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -87,6 +88,8 @@ class Switch:
         self.hosts = hosts
         self.rules: dict[tuple[int, int], float | None] = {}
         """By source and destination: seconds by which packets are delayed; None: they are dropped."""
+        self.losses: dict[tuple[int, int], float] = {}
+        """By source and destination: the part of the packets that is lost."""
         self._late: list[tuple[float, int, int, bytes]] = []
         """Heap of delayed packets: time of delivery, sequence number, destination, packet."""
         self._count = 0
@@ -115,6 +118,11 @@ class Switch:
         """Obey an order, and answer."""
         if order == "rules":
             self.rules = {(source, to): late for source, to, late in arguments}  # type: ignore[misc, has-type]
+        elif order == "losses":
+            self.losses = {(source, to): part for source, to, part in arguments}  # type: ignore[misc, has-type]
+        elif order == "processes":
+            print(json.dumps(self.hosts[int(str(arguments[0]))].processes()), flush=True)
+            return
         elif order == "power_off":
             self.hosts[int(str(arguments[0]))].power_off()
         print("[]", flush=True)
@@ -128,6 +136,8 @@ class Switch:
                 return
             to = packet[19]  # the last byte of the address
             if packet[0] >> 4 != 4 or to not in self.hosts:
+                continue
+            if (source, to) in self.losses and random.random() < self.losses[source, to]:
                 continue
             late = self.rules.get((source, to), 0.0)
             if late == 0.0:

@@ -71,7 +71,9 @@ SCRIPTS: dict[str, Script] = {
         "import os\nos.environ['OMP_NUM_THREADS'] = '1'\nimport torch\n" + MAIN, "", "train.py:2: os.environ"
     ),
     "default of a variable": Script(
-        "import os\nos.environ.setdefault('TORCH_LOGS', '')\nimport torch\n" + MAIN, "", "train.py:2: os.environ"
+        "import os\nos.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')\nimport torch\n" + MAIN,
+        "",
+        "train.py:2: os.environ",
     ),
     "devices by variable": Script(
         "import os, sys\nos.environ.update(CUDA_VISIBLE_DEVICES=os.environ['LOCAL_RANK'])\nimport torch\n" + MAIN,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 
 from elastic_launch.core.agent.messages import Ended, ReportFailure, ReportRound, ReportSuccess, RequestRestart
@@ -28,7 +28,7 @@ from elastic_launch.core.rendezvous.records import (
 )
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import ANSWER_LIMIT, Add, Append, Get
-from elastic_launch.core.text import MAX_LISTED, shortened
+from elastic_launch.core.text import MAX_LISTED, listed, shortened
 from elastic_launch.errors import ExitCode, ProcessFailure, RendezvousStateError
 from elastic_launch.job import Change, Decision, End, EndKind, Level, RestartHistory, Silence
 
@@ -153,6 +153,8 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
                 _tell_failures(node, step, [round_.report.failure])
             elif end.mine and end.failures and is_consequence(end.failures[0]):
                 step.read_members()  # to find out whether the loss of a node was the cause
+            if round_.ticket and not end.mine:
+                step.write([(f"seen/{round_.ticket}", b"1")])
             replace_stranger(node, step)
         case EndKind.STOP:
             renew_lease(node, step)
@@ -291,36 +293,44 @@ def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountRepor
 
 
 def read_consequences(node: NodeState, step: Step) -> None:
-    """Read the other nodes' failures, how many nodes have reported, and which are lost."""
-    names = "consequences", "reported", "lost", f"members/{node.round.closed.leader if node.round.closed else 0}"
-    step.ask(questions.ReadConsequences(), Get(tuple(map(node.key, names)), ANSWER_LIMIT))  # appended to
+    """Read the other nodes' failures, how many nodes have reported, which are lost, and who knows of the end."""
+    round_ = node.round
+    tickets = _others(node) if round_.end and any(map(is_consequence, round_.end.failures[:1])) else ()
+    names = ["consequences", "reported", "lost", f"members/{round_.closed.leader if round_.closed else 0}"]
+    names += [f"seen/{ticket}" for ticket in tickets]
+    step.ask(questions.ReadConsequences(tickets), Get(tuple(map(node.key, names)), ANSWER_LIMIT))  # appended to
+
+
+def _others(node: NodeState) -> tuple[int, ...]:
+    """Return the tickets of the other members, as far as they are known, except those that may be silent."""
+    members = node.round.members.tickets if node.round.members else ()
+    return tuple(sorted(set(members) - {node.round.ticket} - node.round.finished))
 
 
 def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadConsequences, list[bytes]]) -> None:
     """Decide what follows. The cause is this node's failure, unless that is plainly the consequence of another.
 
-    In that case the others get a little time to report the cause: until all have reported, or for ``GRACE`` and until
-    each has sent a heartbeat since, because the cause may be the death of a node.
+    In that case the others get a little time to report the cause: until all have reported, or for ``GRACE``. And all
+    must have written that they know of the end, because the cause may be the death of a node.
     """
     round_ = node.round
     if round_.report.round is None or round_.assignment is None or round_.decision is not None:
         return
-    also, reported, lost, everybody = answer.value
+    also, reported, lost, everybody, *seen = answer.value
     if round_.members is None and everybody:
         take_members(node, everybody)
     own = {failure.rank: failure for failure in round_.report.round.decision.failures}
     found = {line.failure.rank: (line.failure, line.node) for line in _reports(node, step, also)}
     found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
     failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
-    if (
-        failures
-        and is_consequence(failures[0][0])
-        and not _has_heard_of_all(node, step, number(reported, node.key("reported")))
-    ):
-        _wait_for_cause(node, step)
-        if lost:
-            _take_lost(node, step, lost)
-        return
+    if failures and is_consequence(failures[0][0]):
+        known = {ticket for ticket, value in zip(answer.question.tickets, seen, strict=True) if value}
+        if not _has_heard_of_all(node, step, number(reported, node.key("reported")), known):
+            _wait_for_cause(node, step)
+            if lost:
+                _take_lost(node, step, lost)
+            _give_up_on_silent(node, step, known)
+            return
     history, port = node.restart_history(step.now), round_.assignment.picked_port
     may_restart = round_.report.round.may_restart
     if not failures:
@@ -387,16 +397,39 @@ def _wait_for_cause(node: NodeState, step: Step) -> None:
     step.set_timer(Timer.CAUSE_GRACE, min(GRACE, node.settings.tick))
 
 
-def _has_heard_of_all(node: NodeState, step: Step, reported: int) -> bool:
-    """Whether each member has reported, or had time to and has sent a heartbeat since."""
+def _has_heard_of_all(node: NodeState, step: Step, reported: int, known: Set[int]) -> bool:
+    """Return whether all members live, and have reported or had time to.
+
+    Args:
+        node: the state.
+        step: the step.
+        reported: how many have reported. Counters prove nothing: a stranger may have changed them, or heartbeats.
+        known: tickets of other members that have written that they know of the end.
+    """
     round_, ends = node.round, node.round.report.grace_ends
-    if round_.closed is None or reported >= round_.closed.nodes:
+    if round_.closed is None or round_.closed.nodes == 1:
         return True
-    if ends is None or step.now < ends or not (round_.members and round_.monitor):
+    if round_.members is None or not known >= set(_others(node)):
         return False
-    since = ends - GRACE + 2 * node.settings.tick  # a heartbeat that was seen sooner may be older
-    others = set(round_.members.tickets) - {round_.ticket} - round_.finished
-    return all(round_.monitor.has_lived_since(ticket, since) for ticket in others)
+    return reported >= round_.closed.nodes or (ends is not None and step.now >= ends)
+
+
+def _give_up_on_silent(node: NodeState, step: Step, known: Set[int]) -> None:
+    """Decide as if members were lost that do not learn of the end although their heartbeats come.
+
+    Their loss would have been noticed by then, unless somebody else sends the heartbeats.
+    """
+    members, ends = node.round.members, node.round.report.grace_ends
+    silent = set(_others(node)) - known
+    patience = 2 * node.settings.keep_alive_deadline
+    if members and silent and ends is not None and step.now >= ends + patience and node.round.decision is None:
+        who = [at for at, ticket in enumerate(members.tickets) if ticket in silent]
+        step.log(
+            f"{listed(members.hosts[at] for at in who)} does not notice this failure for {patience:g} s, and may have "
+            "caused it; restarting without using up a restart"
+        )
+        gone = tuple(members.nodes[at] for at in who)
+        step.decide_next(Decision(True, node.restart_history(step.now), gone=gone))
 
 
 # --- what follows

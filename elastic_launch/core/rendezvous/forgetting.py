@@ -28,7 +28,7 @@ _ONCE = (
     *("left", "all_left"),
 )
 """Keys that a round has once, but for ``_OUTCOME`` and ``_READ``."""
-_BY_TICKET = ("node", "heartbeat", "succeeded", "stalled", "calls")
+_BY_TICKET = ("node", "heartbeat", "succeeded", "stalled", "calls", "seen")
 _TAKEOVERS = 4
 """Number of takeovers, beyond the leader that closed the round, whose keys are deleted."""
 _STALLS = 16

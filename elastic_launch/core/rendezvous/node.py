@@ -26,6 +26,7 @@ A round r of a job, in the store:
     r/verdict/n       Judgement, by the monitor: what the stacks of stall n say
     r/calls/t         how many calls of should_stop() node t's workers have begun, if all are to stop at the same step
     r/stop_at         the call at which they stop, created once; 0: the nodes could not agree
+    r/seen/t          node t knows that a failure has ended the round; the node that had it need not write that
     r/consequences    Consequence, one JSON a line: failures of the other nodes
     r/lost            End, created once: members that were lost after a failure had ended the round
     r/reported        how many nodes have reported a round that a failure ended; r/all_reported: all have

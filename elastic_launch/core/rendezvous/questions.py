@@ -148,8 +148,11 @@ class CountReported(Question):
     """Add this node to those that have reported the round; how many are they?"""
 
 
+@dataclass(frozen=True)
 class ReadConsequences(Question):
-    """Which failures did the other nodes have?"""
+    """Which failures did the other nodes have, and which of these know that the round has ended?"""
+
+    tickets: tuple[int, ...]
 
 
 class LearnDecision(Question):

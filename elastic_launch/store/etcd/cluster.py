@@ -1,4 +1,4 @@
-"""Calls to an etcd cluster: one member is asked at a time, and the next one when it fails, until a deadline.
+"""Calls to an etcd cluster: one member is asked, and the next one when it fails or takes long, until a deadline.
 
 Runs in the bridge's process only, in its asyncio loop. gRPC and etcd3's stubs are passed in, from ``etcd.protobuf``.
 
@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 from elastic_launch.core.store_requests import ANSWER_LIMIT
 
 FIRST_ATTEMPT, LONGEST_ATTEMPT = 2.0, 16.0
-"""Seconds for the first attempt at a call, and at most. The time doubles once all members have failed. So a member that
-is frozen or cut off costs two seconds, and a cluster that is merely slow gets more time."""
+"""Seconds for the first attempt at a call, and at most. The time doubles once all members have failed, so a cluster
+that is merely slow gets more time."""
+
+HEDGE = 0.5
+"""Seconds without an answer after which a request is sent to another member as well. So a member that is frozen or cut
+off costs half a second, and one that is slow is not given up for that."""
 
 PING_INTERVAL = 6.0
 """Seconds between pings on an idle connection. etcd closes connections that send pings more often than every 5 s."""
@@ -175,19 +179,48 @@ class Cluster:
         """
         attempts = attempts or Attempts(self)
         while True:
-            member, metadata = self.member, self.metadata()
-            try:
-                response = await member.calls[name](request, timeout=attempts.timeout(), metadata=metadata)
-            except self.rpc_error as error:
-                await attempts.failed(member, metadata, error)
-            else:
+            if answer := await self._ask(name, request, attempts):
+                member, response = answer
                 if self.settings.cluster_id in (0, response.header.cluster_id):
                     self._has_answered = True
                     return response
                 member.is_unusable = not self._has_answered
                 self.switch_from(member, "it is a member of another cluster; does another job use the same endpoints?")
                 self._check_members()
-                await attempts.pause()
+            await attempts.pause()
+
+    async def _ask(self, name: str, request: Any, attempts: Attempts) -> tuple[MemberChannel, Any] | None:
+        """Ask the current member, and from time to time another one as well, until one answers.
+
+        Returns:
+            The first to answer, and the answer; None: all that were asked have failed. Raises EtcdError.
+        """
+        metadata, first = self.metadata(), self.member
+        others = [*self._members[self._current :], *self._members[: self._current]]
+        asked: dict[asyncio.Future[Any], MemberChannel] = {}
+        try:
+            while True:
+                if others:
+                    member = others.pop(0)
+                    call = member.calls[name](request, timeout=attempts.timeout(), metadata=metadata)
+                    asked[asyncio.ensure_future(call)] = member
+                patience = HEDGE if others and self._has_answered else None
+                done, _ = await asyncio.wait(asked, timeout=patience, return_when="FIRST_COMPLETED")
+                attempts.count += not done  # the request may take effect at several members
+                for task in done:
+                    member, error = asked.pop(task), task.exception()
+                    if error is None:
+                        if member is not first:
+                            self.switch_from(first, f"no answer within {HEDGE:g} s")
+                        return member, task.result()
+                    if not isinstance(error, self.rpc_error):
+                        raise error
+                    await self.recover(member, metadata, error)
+                if not asked:
+                    return None
+        finally:
+            for task in asked:
+                task.cancel()
 
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease. Returns the seconds that it has left, 0 if it does not exist. Raises EtcdError."""
