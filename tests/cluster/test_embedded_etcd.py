@@ -20,12 +20,16 @@ import psutil
 import pytest
 
 from elastic_launch.config import LaunchConfig
-from elastic_launch.errors import UsageError
+from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.host import token
+from elastic_launch.host.addresses import Address
+from elastic_launch.host.resolver import Resolver
+from elastic_launch.rendezvous.backends import etcd
 from elastic_launch.rendezvous.factory import create_built_in
 from elastic_launch.store.etcd.certificates import JobCertificates
 from elastic_launch.store.etcd.gateway import ask, tls_context
 from elastic_launch.store.etcd.member import claim_endpoint
+from elastic_launch.store.etcd.plan import MemberPlan
 from tests.support.certificates import make_certificates
 from tests.support.etcd import post
 from tests.support.jobs import Job
@@ -427,6 +431,44 @@ def test_data_that_etcd_cannot_read_are_replaced(agents: Agents, tmp_path: Path)
         process.send_signal(signal.SIGTERM)
     told = finish(agents, [replacement, processes[2]])[0].stderr
     assert re.search(r"the etcd member \S+ of this host .*: starting it again", told), told
+
+
+def test_a_name_that_cannot_be_resolved_at_first_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[MemberPlan] = []
+
+    class Member:
+        def __init__(self, plan: MemberPlan, environ: object) -> None:
+            started.append(plan)
+
+        def take(self) -> list[str]:
+            return []
+
+        def close(self) -> None:
+            pass
+
+    def resolve(self: object, host: str, port: int) -> list[Address]:
+        if host == "late" and len(asked) < 2:
+            asked.append(host)
+            raise RendezvousConnectionError(f"cannot resolve {host!r} yet")
+        return [(socket.AF_INET, ("127.0.0.1" if host == "late" else "192.0.2.1", port))]
+
+    asked: list[str] = []
+    monkeypatch.setattr(etcd, "EtcdMember", Member)
+    monkeypatch.setattr(etcd, "LOOK_INTERVAL", 0.0)
+    monkeypatch.setattr(Resolver, "resolve", resolve)
+    members = [("late", free_port()), ("other-1", 1), ("other-2", 1)]
+    backend = etcd.EmbeddedEtcdBackend(members, "job", {}, dict(os.environ), str(tmp_path), lambda line: None)
+    backend.open()
+    try:
+        assert not started, "it is not known yet that this is its member"
+        while not started:
+            backend.take()
+        backend.take()
+    finally:
+        backend.close()
+    assert [plan.address for plan in started] == ["127.0.0.1"]
 
 
 # --- settings

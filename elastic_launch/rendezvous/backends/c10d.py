@@ -7,12 +7,13 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from elastic_launch.errors import RendezvousConnectionError, UnavailableError
 from elastic_launch.host.addresses import Address, is_own, join_endpoint, resolve
 from elastic_launch.host.ports import listen, port_owner, stranger_on
+from elastic_launch.host.resolver import Resolver
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
@@ -52,6 +53,7 @@ class C10dBackend(Backend):
         self._is_local = is_local
         self._gate_key = gate_key
         self._process: TCPStoreServer | None = None
+        self._resolver = Resolver(environ)
         self._relay: Relay | None = None
         """Stands at the gate, or takes this node's workers there."""
         self._behind: dict[int, int] = {}
@@ -65,7 +67,7 @@ class C10dBackend(Backend):
         Raises:
             UnavailableError: the port cannot be bound, or the process cannot be started.
         """
-        if not self.is_host():
+        if not self.is_host(self._resolver.resolve):
             return
         try:
             listening = listen(self.port, self._listens_on())
@@ -113,10 +115,13 @@ class C10dBackend(Backend):
         """Return the address to listen on, the first that clients try; empty: all of this host."""
         return str(resolve(self.host, self.port)[0][1][0]) if self._is_local else ""
 
-    def is_host(self) -> bool:
+    def is_host(self, resolve: Callable[[str, int], list[Address]] = resolve) -> bool:
         """Return whether this node is to host the store: as told, or because the endpoint is an address of this host.
 
         A name that cannot be resolved yet is not this host's. The next call tries again.
+
+        Args:
+            resolve: resolves the name; by default it may take long.
         """
         if self._is_host is None:
             with contextlib.suppress(RendezvousConnectionError):
@@ -160,7 +165,7 @@ class C10dBackend(Backend):
         if self._is_host is None:
             self.open()  # the name may resolve by now
         if not self._addresses:
-            self._addresses = resolve(self.host, self.port)
+            self._addresses = self._resolver.resolve(self.host, self.port)
         family, address = self._addresses.pop(0)
         return connect(address, family, self.where, self._challenge())
 
@@ -184,6 +189,7 @@ class C10dBackend(Backend):
     def close(self) -> None:
         """End the server and the gate."""
         super().close()
+        self._resolver.close()
         if self._relay:
             self._relay.close()
             self._relay = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from elastic_launch.core.text import is_loopback
 from elastic_launch.errors import RendezvousConnectionError
-from elastic_launch.host.addresses import is_own, join_endpoint, own_address, resolve
+from elastic_launch.host.addresses import Address, is_own, join_endpoint, own_address, resolve
+from elastic_launch.host.resolver import Resolver
 from elastic_launch.logs.job_files import as_file_name
 from elastic_launch.parsing import split_endpoint
 from elastic_launch.rendezvous.backends import Backend
@@ -20,11 +22,15 @@ from elastic_launch.store.etcd.member import EtcdMember, claim_endpoint
 
 if TYPE_CHECKING:
     from elastic_launch.store.etcd.certificates import JobCertificates
+    from elastic_launch.store.etcd.plan import MemberPlan
 
 SHOWN_SETTINGS = {
     *("protocol", "cacert", "ca_cert", "cert", "ssl_cert", "key", "ssl_cert_key", "user", "username", "password_file"),
 }
 """Settings that may be shown: names of files and users, but no passwords."""
+
+LOOK_INTERVAL = 1.0
+"""Seconds until names of members that could not be resolved are asked for again."""
 
 
 class EtcdBackend(Backend):
@@ -101,6 +107,13 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self._token = token
         self._peer_cert = ""
         self._member: EtcdMember | None = None
+        self._plan: MemberPlan | None = None
+        """How to start this host's member, once it is known which one that is."""
+        self._resolvers = [Resolver(environ) for _ in self.members]
+        self._unresolved: list[int] = []
+        """Members whose names are still to be resolved."""
+        self._look_at = 0.0
+        """When they are asked for again."""
         self._own = contextlib.ExitStack()
         """Ends the member of this host, and the claim on its endpoint."""
         self._made = contextlib.ExitStack()
@@ -115,7 +128,6 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self.make_certificates()
         # Late, because few jobs need them.
         from elastic_launch.store.etcd.plan import MemberPlan
-        from elastic_launch.store.etcd.server import etcd_binary
 
         files = given_settings(self.conf)
         tls = (files["cacert"], files["cert"], files["key"]) if "cacert" in files else None
@@ -124,19 +136,32 @@ class EmbeddedEtcdBackend(EtcdBackend):
         cluster_token = f"elastic-launch/{as_file_name(self._run_id)}"
         plan = MemberPlan(endpoints=self.members, token=cluster_token, tls=tls, peer_cert=self._peer_cert)
         self.conf = {**self.conf, "cluster_id": str(plan.cluster_id)}
-        if claimed := self._claim_own():
+        self._plan, self._unresolved = plan, list(range(len(self.members)))
+        self._start_own()
+        super().open()
+
+    def _start_own(self) -> None:
+        """Start the member of this host, if an endpoint is found to be this host's.
+
+        Raises:
+            UnavailableError: there is no etcd binary to start.
+        """
+        from elastic_launch.store.etcd.server import etcd_binary  # late, because few jobs need it
+
+        self._look_at = time.monotonic() + LOOK_INTERVAL
+        if self._plan and (claimed := self._claim_own()):
             own, address = claimed
-            self.conf = {**self.conf, "preferred": self._names[own]}
-            plan = plan._replace(
+            self.conf = {**self.conf, "preferred": self._names[own]}  # comes too late if the bridge runs already
+            plan = self._plan._replace(
                 binary=os.path.abspath(etcd_binary()),
                 own_index=own,
                 address=address,
                 folder=self._folder(own),
                 temporary=not self._log_dir,
             )
+            self._unresolved = []
             self._member = EtcdMember(plan, self._environ)
             self._own.callback(self._member.close)
-        super().open()
 
     def make_certificates(self) -> None:
         """Make the certificates that follow from the token, if there is one and the user has named none.
@@ -163,7 +188,12 @@ class EmbeddedEtcdBackend(EtcdBackend):
         return super().descriptors() + ([(self._member.fileno(), select.POLLIN)] if self._member else [])
 
     def take(self) -> None:
-        """Log what the member reports, and check that the bridge still runs. The member may end: others may serve."""
+        """Log what the member reports, and check that the bridge still runs. The member may end: others may serve.
+
+        If a name could not be resolved, ask again: it may be this host's.
+        """
+        if self._unresolved and time.monotonic() >= self._look_at:
+            self._start_own()
         if self._member:
             try:
                 for line in self._member.take():
@@ -177,6 +207,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         """End the bridge and the member."""
         super().close()
         self._end_member()
+        for resolver in self._resolvers:
+            resolver.close()
         self._made.close()
 
     def _end_member(self) -> None:
@@ -189,8 +221,14 @@ class EmbeddedEtcdBackend(EtcdBackend):
         Returns:
             Its index, and the IP address to listen on; None: this node runs no member.
         """
-        for index, (host, port) in enumerate(self.members):
-            address = own_address_of(host, port)
+        asked, self._unresolved = self._unresolved, []
+        for index in asked:
+            host, port = self.members[index]
+            try:
+                address = _own_address(self._resolvers[index].resolve(host, port))
+            except RendezvousConnectionError:
+                self._unresolved.append(index)
+                continue
             if address and (claimed := claim_endpoint(self._names[index], self._run_id)):
                 self._own.enter_context(claimed)
                 if is_loopback(address) and host not in (address, "localhost"):
@@ -229,7 +267,10 @@ def own_address_of(host: str, port: int) -> str | None:
     A name that cannot be resolved yet is not this host's.
     """
     try:
-        addresses = [str(address[1][0]) for address in resolve(host, port) if is_own(address)]
+        return _own_address(resolve(host, port))
     except RendezvousConnectionError:
         return None
-    return min(addresses, key=is_loopback, default=None)
+
+
+def _own_address(addresses: Sequence[Address]) -> str | None:
+    return min((str(address[1][0]) for address in addresses if is_own(address)), key=is_loopback, default=None)

@@ -1,0 +1,62 @@
+"""Names are resolved beside the agent: a name server that does not answer holds up nobody."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+
+from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.host import resolver
+from elastic_launch.host.addresses import resolve
+from elastic_launch.host.resolver import Resolver
+from tests.support.waiting import DEADLINE, wait_until
+
+
+def answer(asked: Resolver, host: str) -> Callable[[], bool]:
+    """Return what tells whether an answer, or an error, has come."""
+
+    def is_there() -> bool:
+        try:
+            return asked.resolve(host, 29400) == resolve(host, 29400)
+        except RendezvousConnectionError as error:
+            return "yet" not in str(error)
+
+    return is_there
+
+
+def test_a_helper_process_resolves_what_is_not_in_the_hosts_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "_HOSTS", os.devnull)
+    asked = Resolver(dict(os.environ))
+    try:
+        for _ in range(2):
+            wait_until(answer(asked, "localhost"))
+    finally:
+        asked.close()
+
+
+def test_addresses_and_the_hosts_file_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "Child", None)
+    asked = Resolver({})
+    assert asked.resolve("::1", 1) == resolve("::1", 1)
+    assert asked.resolve("localhost", 1) == resolve("localhost", 1)
+
+
+def test_a_name_server_that_does_not_answer_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the helper process outlive the resolver, or the question."""
+    monkeypatch.setattr(resolver, "_HOSTS", os.devnull)
+    monkeypatch.setattr(resolver, "PATIENCE", 0)
+    asked = Resolver(dict(os.environ))
+    begun = time.monotonic()
+    try:
+        with pytest.raises(
+            RendezvousConnectionError, match=r"cannot resolve 'node-1' yet: no answer for 0\.\d s; check"
+        ):
+            asked.resolve("node-1", 29400)
+        with pytest.raises(RendezvousConnectionError, match="cannot resolve 'node-2' yet"):
+            asked.resolve("node-2", 29400)
+    finally:
+        asked.close()
+    assert time.monotonic() - begun < DEADLINE
