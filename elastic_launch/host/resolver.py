@@ -21,6 +21,10 @@ PATIENCE = 0.5
 _HOSTS = "/etc/hosts"
 
 
+class PendingError(RendezvousConnectionError):
+    """The answer has not come yet: ask again."""
+
+
 class Resolver:
     """Resolves one name at a time, as often as it is asked to."""
 
@@ -35,7 +39,8 @@ class Resolver:
         """Return the addresses of a host, each with the port. There is at least one.
 
         Raises:
-            RendezvousConnectionError: the name is unknown, or the answer has not come yet; ask again.
+            PendingError: the answer has not come yet.
+            RendezvousConnectionError: the name is unknown, or cannot be resolved now.
         """
         if _is_known(host):
             return resolve(host, port)
@@ -55,7 +60,7 @@ class Resolver:
         poller = select.poll()
         poller.register(self._process.fileno(), select.POLLIN)
         if not poller.poll(patience * 1000):
-            raise RendezvousConnectionError(
+            raise PendingError(
                 f"cannot resolve {host!r} yet: no answer for {time.monotonic() - self._asked_at:.1f} s; "
                 "check --rdzv-endpoint or --master-addr, and DNS"
             )

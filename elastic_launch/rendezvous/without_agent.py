@@ -30,6 +30,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.store_requests import Add, Delete, Get, Request, Set
 from elastic_launch.env import environment
 from elastic_launch.host.console import log
+from elastic_launch.host.resolver import PendingError
 from elastic_launch.job import Assignment, Decision
 from elastic_launch.rendezvous.factory import create_store_rendezvous
 from elastic_launch.rendezvous.handler import RendezvousInfo, RendezvousStoreInfo
@@ -177,19 +178,28 @@ class Member:
             self._store.close()
 
     def _connect(self) -> StoreClient:
-        """Return a connection to the store, through the first of its addresses that answers."""
-        with self._lock:
-            backend = self._rendezvous.backend
-            while True:
-                client = backend.connect()
-                try:
-                    client.call(Get((f"elastic/{self._run_id}/round",)), _CONNECT_TIMEOUT)
-                except errors.RendezvousConnectionError:
-                    client.close()
-                    if not backend.has_untried_address():
-                        raise
-                else:
-                    return client
+        """Return a connection to the store, through the first of its addresses that answers.
+
+        The lock is held only while the backend is used: the thread must send heartbeats meanwhile.
+        """
+        backend, end = self._rendezvous.backend, time.monotonic() + _CONNECT_TIMEOUT
+        while True:
+            try:
+                with self._lock:
+                    client = backend.connect()
+            except PendingError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_LAST_POLL)
+                continue
+            try:
+                client.call(Get((f"elastic/{self._run_id}/round",)), _CONNECT_TIMEOUT)
+            except errors.RendezvousConnectionError:
+                client.close()
+                if not backend.has_untried_address():
+                    raise
+            else:
+                return client
 
     def _over(self) -> bool:
         return self.is_closed or self._error is not None

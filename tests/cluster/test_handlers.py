@@ -14,13 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from elastic_launch import EtcdServer, LaunchError, WorkerSpec
 from elastic_launch.control.client import sockets
+from elastic_launch.core.store_requests import Request
 from elastic_launch.errors import (
     ExitCode,
     RendezvousClosedError,
@@ -31,7 +34,9 @@ from elastic_launch.errors import (
     RendezvousTimeoutError,
     UsageError,
 )
+from elastic_launch.host.resolver import PendingError
 from elastic_launch.job import Decision
+from elastic_launch.rendezvous import without_agent
 from elastic_launch.rendezvous.factory import adapt
 from elastic_launch.rendezvous.handler import (
     RendezvousHandler,
@@ -594,3 +599,45 @@ def test_torchs_own_handler(job: Job) -> None:
     ends = [job.finish(agent) for agent in agents]
     assert [end.returncode for end in ends] == [0, 0], ends
     assert sorted(job.marks()) == ["0.0 2 True", "0.1 2 False", "1.0 2 True", "1.1 2 False"]
+
+
+def test_a_connection_to_a_dead_address_holds_up_no_heartbeat() -> None:
+    """The thread that sends them needs the lock."""
+
+    class Client:
+        def __init__(self, answers: bool) -> None:
+            self.answers, self.is_closed = answers, False
+
+        def call(self, request: Request, timeout: float) -> None:
+            with ThreadPoolExecutor(1) as other:
+                seen.append(other.submit(is_free).result())
+            if not self.answers:
+                raise RendezvousConnectionError("no answer")
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    class Backend:
+        def __init__(self) -> None:
+            self.left: list[Client | PendingError] = [PendingError("not yet"), Client(False), Client(True)]
+
+        def connect(self) -> Client:
+            found = self.left.pop(0)
+            if isinstance(found, PendingError):
+                raise found
+            return found
+
+        def has_untried_address(self) -> bool:
+            return bool(self.left)
+
+    def is_free() -> bool:
+        if got := member._lock.acquire(blocking=False):
+            member._lock.release()
+        return bool(got)
+
+    seen: list[bool] = []
+    member: Any = object.__new__(without_agent.Member)
+    member._run_id, member._lock = "job", threading.Condition()
+    member._rendezvous = SimpleNamespace(backend=Backend())
+    assert member._connect().answers
+    assert seen == [True, True]

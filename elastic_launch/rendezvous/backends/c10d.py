@@ -54,6 +54,8 @@ class C10dBackend(Backend):
         self._gate_key = gate_key
         self._process: TCPStoreServer | None = None
         self._resolver = Resolver(environ)
+        self._resolve: Callable[[str, int], list[Address]] = resolve
+        """Resolves the endpoint's name; once this is open, without blocking."""
         self._relay: Relay | None = None
         """Stands at the gate, or takes this node's workers there."""
         self._behind: dict[int, int] = {}
@@ -67,7 +69,8 @@ class C10dBackend(Backend):
         Raises:
             UnavailableError: the port cannot be bound, or the process cannot be started.
         """
-        if not self.is_host(self._resolver.resolve):
+        self._resolve = self._resolver.resolve
+        if not self.is_host():
             return
         try:
             listening = listen(self.port, self._listens_on())
@@ -115,17 +118,14 @@ class C10dBackend(Backend):
         """Return the address to listen on, the first that clients try; empty: all of this host."""
         return str(resolve(self.host, self.port)[0][1][0]) if self._is_local else ""
 
-    def is_host(self, resolve: Callable[[str, int], list[Address]] = resolve) -> bool:
+    def is_host(self) -> bool:
         """Return whether this node is to host the store: as told, or because the endpoint is an address of this host.
 
         A name that cannot be resolved yet is not this host's. The next call tries again.
-
-        Args:
-            resolve: resolves the name; by default it may take long.
         """
         if self._is_host is None:
             with contextlib.suppress(RendezvousConnectionError):
-                self._is_host = any(map(is_own, resolve(self.host, self.port)))
+                self._is_host = any(map(is_own, self._resolve(self.host, self.port)))
         return bool(self._is_host)
 
     def cannot_host(self, error: OSError) -> UnavailableError:
@@ -165,7 +165,7 @@ class C10dBackend(Backend):
         if self._is_host is None:
             self.open()  # the name may resolve by now
         if not self._addresses:
-            self._addresses = self._resolver.resolve(self.host, self.port)
+            self._addresses = self._resolve(self.host, self.port)
         family, address = self._addresses.pop(0)
         return connect(address, family, self.where, self._challenge())
 
