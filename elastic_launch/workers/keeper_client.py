@@ -164,6 +164,14 @@ class KeeperProcess:
             return ""
         return f"the module ended its process ({f'exit code {code}' if code >= 0 else signal_name(-code)})"
 
+    def resume(self) -> bool:
+        """Resume it if somebody has stopped it: it reaps no worker, and kills none. Returns whether it was stopped."""
+        with contextlib.suppress(OSError):  # it has ended
+            if keeper_main.read_stat(self.pid)[0] == b"T":
+                signal.pidfd_send_signal(self._process.fileno(), signal.SIGCONT)
+                return True
+        return False
+
     def kill(self) -> None:
         """Kill it. The next ``receive`` raises."""
         with contextlib.suppress(ProcessLookupError):
@@ -277,6 +285,7 @@ class KeeperClient:
 
     def send_signal(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
         """Send workers a signal. One that is to ``stop`` them goes to their process groups, any other to them alone."""
+        self._resume_keeper()
         if stop and self._is_starting and self._start_keeper is not execute_keeper:
             self._early_stop_signals = (int(signum), signal.SIGKILL)
             self._keeper.kill()  # it is importing modules, and reads no messages meanwhile
@@ -288,6 +297,7 @@ class KeeperClient:
         Unless this is called again before that time, the workers are killed and ``LeaseExpired`` follows.
         """
         self._lease = until
+        self._resume_keeper()
         self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
@@ -301,6 +311,7 @@ class KeeperClient:
     def reap_leftovers(self, kill: bool) -> None:
         """End what is left, with SIGTERM or SIGKILL. ``GroupReaped`` follows once nothing is."""
         self._is_reaping = True
+        self._resume_keeper()
         self._keeper.send("reap_leftovers", kill)
 
     def take(self) -> list[AgentEvent]:
@@ -350,6 +361,12 @@ class KeeperClient:
         if count or self._standbys:
             self._keeper.send("stand_by", count)
         self._standbys = count
+
+    def _resume_keeper(self) -> None:
+        """Resume the keeper if somebody has stopped it, who has hidden the ends of its workers by that."""
+        if self._keeper.resume():
+            text = f"the keeper process (pid {self._keeper.pid}) was stopped (SIGSTOP): resumed"
+            self._log(f"{text}, because it alone sees how workers end")
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> AgentEvent:
         command = (self._commands[local_rank] or ["a function's process"])[0]

@@ -604,7 +604,7 @@ def test_the_keeper_of_a_node_is_killed(job: Job) -> None:
 
 
 def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
-    """Its workers cannot be ended any more, so the others go on without that node."""
+    """The agent resumes it: otherwise its workers could not be ended any more."""
     script = job.script(
         f"mark(f'keeper {{os.getppid()}}')\n{OF}"
         "if restart == 0 and rank == 1: wait_for('go'); sys.exit(3)\nif restart == 0: wait()\n"
@@ -615,8 +615,9 @@ def test_the_keeper_of_a_node_is_stopped(job: Job) -> None:
     os.kill(keeper, signal.SIGSTOP)
     job.mark("go")
     results = finish(job, *processes)
-    assert [result.returncode for result in results] == [0, 0, 69]
-    assert lines_with(results[2:], "cannot be killed, so this node does not take part in another round")
+    assert [result.returncode for result in results] == [0, 0, 0]
+    assert lines_with(results[2:], f"the keeper process (pid {keeper}) was stopped (SIGSTOP): resumed")
+    assert {"0.1 of 3", "1.1 of 3", "2.1 of 3"} <= set(job.marks())
 
 
 @pytest.mark.parametrize("least", ["1", "2"])
