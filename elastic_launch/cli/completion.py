@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "nproc-per-node": ("auto", "cpu", "gpu", "xpu"),
     "rdzv-backend": BUILT_IN,
     "cluster": CLUSTERS,
+    "preload": ("auto", "none"),
     "start-method": START_METHODS,
     "numa-binding": NUMA_MODES,
     "redirects": ("0", "1", "2", "3"),

@@ -42,6 +42,9 @@ DECORATORS = frozenset(
 )
 """Decorators that change nothing but what they decorate."""
 
+HOOKS = frozenset({"__class_getitem__", "__init_subclass__", "__mro_entries__", "__prepare__", "__set_name__"})
+"""Functions that Python calls without a call in the source, when a class is defined or written with brackets."""
+
 _NEXT_STATEMENT = re.compile(rb"^[^\s)\]}#]", re.MULTILINE)
 _ONLY_AST = 0x400  # ast.PyCF_ONLY_AST, without importing ast, which takes longer than the rest of this
 _CAUGHT = frozenset({"BaseException", "Exception", "ImportError", "ModuleNotFoundError"})
@@ -124,6 +127,7 @@ class _Module:
         self.is_main = is_main
         self.line = 0
         self.last_line: int | None = None
+        self.is_in_class = False
         self.bound: dict[str, str] = {}
         """Names of this file, with the full names of what imports have bound them to; empty: something else."""
 
@@ -193,7 +197,9 @@ class _Module:
         return True
 
     def function(self, statement: Any) -> None:
-        """Check what of a function runs when it is defined."""
+        """Check what of a function runs when it is defined, or without being called by name."""
+        if statement.name in HOOKS or (statement.name == "__getattr__" and not self.is_in_class):
+            raise self.stop()
         self.check_all(statement.args.defaults, statement.args.kw_defaults)
         if not self.has_lazy_annotations():
             arguments = statement.args
@@ -204,7 +210,11 @@ class _Module:
     def class_(self, statement: Any) -> None:
         """Check what of a class runs when it is defined, which is its whole body."""
         self.check_all(statement.bases, [keyword.value for keyword in statement.keywords])
+        if any(self.full_name(base) == "type" for base in statement.bases):
+            raise self.stop()  # its methods run when a class is defined
+        self.is_in_class, was_in_class = True, self.is_in_class
         self.run(statement.body)
+        self.is_in_class = was_in_class
         self.decorated(statement)
 
     def decorated(self, statement: Any) -> None:
