@@ -441,6 +441,25 @@ def test_workers_do_not_outlive_the_loss_of_the_store_by_more_than_the_deadline(
     assert "the store is lost: connection lost (tried for 60 s)" in end.error
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_signal_in_a_pause_ends_the_job_as_it_would_while_workers_run(number: int) -> None:
+    """If too few nodes remain. Otherwise the job goes on without that node."""
+    for low in (3, 2):
+        made = world(3, job(low, 3, Policy(3, backoff=20, backoff_limit=60)))
+        form(made, 3)
+        made.agents[0].fail_worker()
+        made.run(made.now + 8)
+        assert running(made) == [None] * 3
+        leaving = made.agents[number]
+        leaving.signal()
+        made.run(made.now + 60)
+        others = [agent for agent in made.agents if agent is not leaving]
+        assert leaving.finish is not None
+        assert leaving.finish.signum == SIGTERM
+        assert [agent.finish and agent.finish.signum for agent in others] == ([SIGTERM] * 2 if low == 3 else [None] * 2)
+        assert [agent.running for agent in others] == ([None] * 2 if low == 3 else [1, 1])
+
+
 def test_a_host_that_comes_back_is_found_soon() -> None:
     """Although its packets are lost meanwhile, and the kernel tries more and more rarely."""
     made = world(3, job(3, 3))

@@ -135,6 +135,7 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.CountLeft: {ENDED, LEAVING},
     questions.CompareLeft: {ENDED, LEAVING},
     questions.ConfirmWritten: {LEAVING},
+    questions.ReadLeaving: {WAITING},
     questions.FindFormer: {WAITING, OUTSIDE},
     questions.FindFormerMembers: {WAITING, OUTSIDE},
     questions.ReadFormer: {WAITING, OUTSIDE},

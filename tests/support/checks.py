@@ -26,9 +26,9 @@ class Checks:
         self._world = world
         self.assignments: dict[int, dict[int, Assignment]] = {}
         """Every assignment, by round and group rank."""
-        self._ended: set[tuple[str, int]] = set()
-        """Nodes and rounds whose end the agent knows of."""
-        self._decided: set[tuple[str, int]] = set()
+        self._ended: set[tuple[int, int]] = set()
+        """Numbers of agents, and rounds whose end they know of."""
+        self._decided: set[tuple[int, int]] = set()
         self.asked: set[tuple[type[Question], Phase]] = set()
         """Questions to the store, and the phases in which nodes asked them."""
         self.recorded_of_job: dict[tuple[str, int | None], Entry] = {}
@@ -72,7 +72,7 @@ class Checks:
 
     def started(self, starting: Agent) -> None:
         """No workers run beside those of another round, nor in a round that is known to have ended."""
-        is_over = (starting.name, starting.generation) in self._ended
+        is_over = (starting.number, starting.generation) in self._ended
         assert not is_over, f"{self._world}: {starting.name} runs an ended round"
         for agent in self._world.agents:
             assert not agent.alive or agent.generation == starting.generation, (
@@ -96,10 +96,10 @@ class Checks:
             return  # a spare, which is checked before each round
         number = agent.state.assignment.restart_count if agent.state.assignment else -1
         if isinstance(event, Ended):
-            self._ended.add((agent.name, number))
+            self._ended.add((agent.number, number))
         else:
-            assert (agent.name, number) not in self._decided, f"{self._world}: {agent.name}: decided twice"
-            self._decided.add((agent.name, number))
+            assert (agent.number, number) not in self._decided, f"{self._world}: {agent.name}: decided twice"
+            self._decided.add((agent.number, number))
 
     def has_finished(self, number: int, rank: int) -> bool:
         """Whether the workers of a member of a round have all succeeded."""

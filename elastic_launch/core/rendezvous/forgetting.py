@@ -25,7 +25,7 @@ _OUTCOME = ("closed", "end", "decision")
 _READ = ("ticket", "closed", "stall", "look")
 _ONCE = (
     *("status", "unfit", "succeeded", "stalled", "stop_at", "consequences", "lost", "reported", "all_reported"),
-    *("left", "all_left"),
+    *("left", "all_left", "leaving"),
 )
 """Keys that a round has once, but for ``_OUTCOME`` and ``_READ``."""
 _BY_TICKET = ("node", "heartbeat", "succeeded", "stalled", "calls", "seen")

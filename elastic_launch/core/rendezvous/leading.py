@@ -23,7 +23,7 @@ from elastic_launch.core.rendezvous.records import (
 from elastic_launch.core.rendezvous.state import BATCH, NodeState, Step, Timer
 from elastic_launch.core.store_requests import ANSWER_LIMIT, Get
 from elastic_launch.core.text import MAX_LISTED, counted
-from elastic_launch.errors import RendezvousStateError
+from elastic_launch.errors import ExitCode, RendezvousStateError
 from elastic_launch.job import Decision, End, EndKind, Level, LineKind
 
 
@@ -211,6 +211,9 @@ def consider(node: NodeState, step: Step) -> None:
     match leader.decide(step.now):
         case Form(members, spares):
             _close(node, step, leader, members, spares)
+        case Refuse(reason, ExitCode.UNAVAILABLE as status):
+            leader.is_closing = True
+            step.get(questions.ReadLeaving(reason, status), "leaving")
         case Refuse(reason, status):
             refuse(node, step, reason, status)
         case Later(seconds):
@@ -247,12 +250,25 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
     step.create(questions.CloseRound(), "closed", leader.closing)
 
 
-def refuse(node: NodeState, step: Step, reason: str, status: int) -> None:
-    """End the job for all nodes before this round has begun."""
+def on_leaving(node: NodeState, step: Step, answer: Answer[questions.ReadLeaving, list[bytes]]) -> None:
+    """End the job, as a signal to one of its nodes would have done while the workers ran, or because nodes are lost."""
+    reason, status, signum = answer.question.reason, answer.question.status, 0
+    if answer.value[0]:
+        end = decode(End, answer.value[0], node.key("leaving"))
+        if end.kind is EndKind.STOP:
+            reason, signum = end.reason, end.signum
+    refuse(node, step, reason, status, signum)
+
+
+def refuse(node: NodeState, step: Step, reason: str, status: int, signum: int = 0) -> None:
+    """End the job for all nodes before this round has begun: with an exit status, or by a signal."""
     leader = node.round.leader
     if leader:
         leader.is_closing = True
-    step.create(questions.LearnEnd(), "end", encode(End(EndKind.ERROR, reason, node.record.node, status=status)))
+    end = End(EndKind.ERROR, reason, node.record.node, status=status)
+    if signum:
+        end = End(EndKind.STOP, reason, node.record.node, signum=signum)
+    step.create(questions.LearnEnd(), "end", encode(end))
     tickets = max(node.round.ticket, leader.tickets if leader else 0)
     step.create(
         questions.Write(), "closed", encode(Closed(-1, 0, tickets, restart_history=node.record.restart_history))

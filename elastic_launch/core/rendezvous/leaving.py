@@ -10,7 +10,7 @@ from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
 from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, Unfit, as_lines, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
-from elastic_launch.core.store_requests import Add, Append
+from elastic_launch.core.store_requests import Add, Append, Swap
 from elastic_launch.core.text import shortened
 from elastic_launch.errors import signal_name
 from elastic_launch.job import Change, Decision, End, EndKind
@@ -59,7 +59,12 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
     elif node.phase is Phase.UNFIT:
         note = as_lines([encode(Unfit(node.record, node.unfit, is_gone=True))])
         step.ask(questions.Write(), Append(node.key("unfit"), note))
-    elif node.phase is Phase.WAITING and round_.leader:
+    elif node.phase in (Phase.WAITING, Phase.ENDED) and request.signum and not node.is_over:
+        # If too few remain to meet, the job ends by this signal, as it would while the workers run.
+        key = node.key("leaving", back=-(node.phase is Phase.ENDED))
+        final = _final(node, request, "and the job cannot go on without it")
+        step.ask(questions.Write(), Swap(key, b"", encode(final)))
+    if node.phase is Phase.WAITING and round_.leader:
         heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)
         step.write((f"heartbeat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
 

@@ -15,6 +15,7 @@ A round r of a job, in the store:
     r/members/g       Members, likewise
     r/status          Status while nodes join, by the leader
     r/unfit           Unfit, one JSON a line: nodes that take no part because their health check fails
+    r/leaving         End, created once: a node that got a signal before the round was formed
     r/closed          Closed, created once: the membership is final
     r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0
     r/succeeded       how many nodes' workers have all succeeded; r/succeeded/t: node t's have
@@ -236,6 +237,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(KeyAppeared, _on_key_while_waiting, WAITING),
     **_row(questions.ReadPastRound, leading.on_past_round, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadPastNodes, leading.on_past_nodes, WAITING, ignored=AFTER_WAITING),
+    **_row(questions.ReadLeaving, leading.on_leaving, WAITING, ignored=AFTER_WAITING),
     **_row(questions.CountTickets, leading.on_tickets, WAITING, ignored=AFTER_WAITING),
     **_row(questions.ReadRecords, leading.on_records, WAITING, ignored=AFTER_WAITING),
     **_row(questions.PollJoining, leading.on_joining, WAITING, ignored=AFTER_WAITING),

@@ -255,6 +255,15 @@ class ReadOwnRecord(Question):
 
 
 @dataclass(frozen=True)
+class ReadLeaving(Question):
+    """Has a node left after a signal, so that there are too few?"""
+
+    reason: str
+    """Why the round cannot be formed, otherwise."""
+    status: int
+
+
+@dataclass(frozen=True)
 class FindFormer(Question):
     """Who was in the round? This node may have been in it before it was started again."""
 
