@@ -47,6 +47,8 @@ PATIENCE = 0.05
 """Seconds without an answer after which the keeper looks whether a standby is stopped."""
 HEAD_START = 0.05
 """Seconds, at most, by which rank 0 starts before the others if it is to serve torch's store."""
+BURST, STAGGER = 8, 0.01
+"""How many standbys run a program of torch's at the same time, and the seconds before each further one."""
 NEVER = float("inf")
 RLIM_NLIMITS = 16
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
@@ -242,6 +244,9 @@ class StandbyPool:
             position = end
             if (port := store_port(order)) and any(it.is_ahead for it in self.pending.values()):
                 wait_for_listener(port)
+            elif len(handed) >= BURST and uses_torch():
+                # More connect to each other in a wave that torch answers with pauses of seconds.
+                time.sleep(STAGGER)
         while handed:
             ready = poller.poll(PATIENCE * 1000)
             for fd, _ in ready:
@@ -378,12 +383,17 @@ def is_stopped(pid: int) -> bool:
 # ---- torch's store
 
 
+def uses_torch() -> bool:
+    """Return whether the program is likely to form a process group of torch's."""
+    return "torch.distributed" in sys.modules
+
+
 def store_port(order: SpawnOrder) -> int:
     """Return the port on which this worker is likely to serve torch's store; 0 if it is not."""
     variables = order[2]
     serves = variables.get(b"RANK") == b"0" and variables.get(b"TORCHELASTIC_USE_AGENT_STORE") != b"True"
     port = variables.get(b"MASTER_PORT", b"")
-    return int(port) if serves and port.isdigit() and "torch.distributed" in sys.modules else 0
+    return int(port) if serves and port.isdigit() and uses_torch() else 0
 
 
 def wait_for_listener(port: int) -> None:
