@@ -15,7 +15,7 @@ from elastic_launch.core.text import ranks_text
 from elastic_launch.env import environment
 from elastic_launch.errors import UsageError
 from elastic_launch.host.console import YELLOW, log, paint
-from elastic_launch.host.devices import local_world_size
+from elastic_launch.host.devices import has_accelerator, local_world_size
 from elastic_launch.job import Level
 from elastic_launch.launch import elastic_launch
 from elastic_launch.logs.job_files import DefaultLogsSpecs
@@ -88,6 +88,8 @@ def config_from_args(args: argparse.Namespace) -> tuple[LaunchConfig, Callable[.
         "min_nodes": min_nodes,
         "max_nodes": max_nodes,
         "nproc_per_node": workers,
+        # Forked workers have not been tried on enough accelerators.
+        "preload": ([] if has_accelerator() else [AUTO]) if args.preload is None else args.preload,
         "logs_specs": _logs_specs(args),
         "run_id": "" if args.standalone or args.rdzv_id == "none" else args.rdzv_id,
         "rdzv_endpoint": "" if args.standalone else args.rdzv_endpoint or _static_endpoint(args),
@@ -146,7 +148,7 @@ def _command(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[str,
         script_args = [f"--local-rank={LOCAL_RANK}", *script_args]
     if args.module and (args.no_python or args.run_path):
         raise UsageError("-m/--module cannot be combined with --no-python or --run-path")
-    if args.preload not in ([], [AUTO]) and (args.no_python or script == "-" or "PYTHON_EXEC" in environ):
+    if args.preload not in (None, [], [AUTO]) and (args.no_python or script == "-" or "PYTHON_EXEC" in environ):
         other = "--no-python" if args.no_python else "PYTHON_EXEC" if "PYTHON_EXEC" in environ else "a script on stdin"
         raise UsageError(f"--preload cannot be combined with {other}: workers are forked from the preloaded Python")
     if args.no_python and not args.run_path:

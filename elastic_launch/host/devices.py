@@ -18,6 +18,9 @@ from elastic_launch.parsing import is_number
 MAX_WORKERS = 1 << 16
 """A larger number of workers on one host is taken for a typing error."""
 
+ACCELERATORS = ("nvidia", "kfd", "dri", "accel", "vfio", "neuron", "habanalabs", "davinci")
+"""How the names of the files in /dev begin that belong to accelerators."""
+
 TORCH_DEADLINE = 120.0
 """Seconds that the child may take to import torch, which is slow from a cold network disk."""
 
@@ -90,6 +93,14 @@ def local_world_size(nproc_per_node: str, environ: Mapping[str, str]) -> int:
         kind, host = "GPU" if name == "cuda" else name.upper(), os.uname().nodename
         raise UsageError(f"{option}: this host ({host}) has no usable {kind}: {why}; pass a number or cpu")
     return count or cpu_count()
+
+
+def has_accelerator(folder: str = "/dev") -> bool:
+    """Return whether this host may have an accelerator: it has such a device file, whoever may use it."""
+    try:
+        return any(name.startswith(ACCELERATORS) for name in os.listdir(folder))
+    except OSError:
+        return True  # nobody can tell
 
 
 def cpu_count(root: str = "/") -> int:

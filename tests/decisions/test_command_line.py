@@ -168,7 +168,7 @@ OURS: dict[str, Any] = {
     "config": None,
     "cluster": None,
     "dry_run": False,
-    "preload": [],
+    "preload": None,
     "standby": True,
     "restart_window": 0.0,
     "restart_backoff": "0",
@@ -229,6 +229,23 @@ def test_defaults() -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(
+    ("words", "has_one", "preload"),
+    [
+        ([], False, ["auto"]),
+        ([], True, []),
+        (["--preload", "none"], False, []),
+        (["--preload", "auto"], True, ["auto"]),
+    ],
+)
+def test_what_is_preloaded_by_default(
+    words: list[str], has_one: bool, preload: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("train.py").touch()
+    monkeypatch.setattr("elastic_launch.cli.command.has_accelerator", lambda: has_one)
+    assert config_from_args(parse_args([*words, "train.py"]))[0].preload == preload
+
+
 def test_torchrun_has_the_same_options_and_defaults() -> None:
     code = (
         "import torch.distributed.run as run\n"

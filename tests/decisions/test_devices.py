@@ -15,7 +15,7 @@ import pytest
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError
 from elastic_launch.host import devices
-from elastic_launch.host.devices import cpu_count, local_world_size
+from elastic_launch.host.devices import cpu_count, has_accelerator, local_world_size
 from tests.support.files import put
 from tests.support.leaks import children
 
@@ -676,6 +676,15 @@ def test_gpu_with_the_real_torch_is_an_error(real_environ: dict[str, str]) -> No
 def test_meta_is_no_accelerator_to_the_real_torch(real_environ: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="=meta: must be a number"):
         local_world_size("meta", real_environ)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nvidia0", True), ("accel1", True), ("null", False), ("", True)])
+def test_device_files_of_accelerators(name: str, expected: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "dev"
+    if name:
+        folder.mkdir()
+        (folder / name).touch()
+    assert has_accelerator(str(folder)) == expected
 
 
 def test_importing_the_module_imports_nothing_else() -> None:
