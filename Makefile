@@ -3,13 +3,13 @@ PYTHON ?= python3
 # How many tests run at once: two for each core, since many only wait.
 PROCESSES ?= $(shell expr 2 \* $$(nproc))
 BIN := .venv/bin
-# How long "make fuzz" and "make chaos" run. SEED repeats a run.
+# How long "make fuzz", "make chaos" and "make soak" run. SEED repeats a run.
 MINUTES ?= 60
 SEED ?=
 # How many schedules "make schedules" plays, from the one with the number SEED on.
 COUNT ?= 1000000
 
-.PHONY: compiled demo test slurm programs test-quick fuzz schedules chaos check docs dist format bench clean
+.PHONY: compiled demo test slurm programs test-quick fuzz schedules chaos soak model check docs dist format bench clean
 
 .venv/.ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,6 +55,14 @@ schedules: compiled
 OPTIONS ?= --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 chaos: compiled
 	$(BIN)/python -m tests.chaos $(OPTIONS)
+
+# Restarts of warm workers back to back, on one node and on three, for MINUTES each: nothing may grow.
+soak: compiled
+	$(BIN)/python benchmarks/growth.py --minutes $(MINUTES)
+
+# A round's end in the model checker spin (Debian's package "spin"), with a C compiler.
+model: .venv/.ready
+	$(BIN)/python -m tests.models
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .

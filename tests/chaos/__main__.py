@@ -45,6 +45,7 @@ def strike(job: ChaosJob, kind: str, host: Host, slack: float) -> Result:
         ViolationError: It is not what the table says.
     """
     fault, outcome = FAULTS[kind], expected(FAULTS[kind], job.backend, host)
+    job.look()
     before, used = job.round, job.restarts()
     at = now()
     fault.strike(job, host)
@@ -71,6 +72,7 @@ def strike(job: ChaosJob, kind: str, host: Host, slack: float) -> Result:
 
 def strike_twice(job: ChaosJob, kinds: list[str], hosts: list[Host], slack: float) -> Result:
     """Strike a job with two faults at once. All hosts must train again when both are over."""
+    job.look()
     before, used, at = job.round, job.restarts(), now()
     faults: list[Fault] = [FAULTS[kind] for kind in kinds]
     for fault, host in zip(faults, hosts, strict=True):
@@ -85,7 +87,7 @@ def strike_twice(job: ChaosJob, kinds: list[str], hosts: list[Host], slack: floa
     if charged > may_be:
         raise ViolationError(f"{charged} restarts were used up")
     first = job.first_step_after(before)
-    return Result("two at once", "", first.time - healed if first else None, job.lost_steps(before) if first else 0)
+    return Result("two at once", "", first.time - at if first else None, job.lost_steps(before) if first else 0)
 
 
 class Chaos:
@@ -111,6 +113,8 @@ class Chaos:
         chance, slack = self._chance, self._options.slack
         job = ChaosJob(path, backend, chance, gloo=self._options.gloo)
         try:
+            for kind, why in job.missing.items():
+                print(f"{backend}: no faults of the kind {kind!r}: {why}", flush=True)
             job.wait(lambda: job.trains(0), now() + START + slack, "the job trains on all hosts")
             for _ in range(PER_JOB):
                 if self.has_enough:
@@ -118,8 +122,7 @@ class Chaos:
                 self._left -= 1
                 hosts = chance.sample(job.members, 2)
                 kinds = [kind for kind, fault in FAULTS.items() if expected(fault, backend, hosts[0])]
-                if not job.has_clock:
-                    kinds.remove("clock jumps")
+                kinds = [kind for kind in kinds if kind not in job.missing]
                 kind = chance.choice(self._options.kind or [*kinds, "two at once"])
                 if kind == "two at once":
                     harsh = [name for name in kinds if FAULTS[name].lasts != BLINK and not name.startswith("link")]

@@ -68,7 +68,10 @@ class ChaosJob:
         (path / "tmp").mkdir()
         os.environ["TMPDIR"] = str(path / "tmp")
         self._env = {"CHAOS_FOLDER": str(path), "CHAOS_GLOO": str(int(gloo))}
-        self.has_clock = self._build_clock()
+        self.missing: dict[str, str] = {}
+        """Kinds of faults that this machine cannot have, and why."""
+        if not self._build_clock():
+            self.missing["clock jumps"] = "it needs a C compiler, cc"
         self.hosts = Hosts(6 if backend == "etcd" else 3, path)
         self.agents: dict[int, Program] = {}
         try:
@@ -99,7 +102,7 @@ class ChaosJob:
         words += ["--rdzv-endpoint", endpoint.get(self.backend, "host-1,host-2,host-3")]
         words += ["--rdzv-conf", CONF + (",embedded=true" if self.backend == "embedded" else "")]
         clock = {"LD_PRELOAD": str(self.path / "clock.so"), "CHAOS_CLOCK": str(self._clock(host))}
-        env = self._env | (clock if self.has_clock else {})
+        env = self._env | (clock if "clock jumps" not in self.missing else {})
         self.agents[host.number] = host.start(*words, chaos_worker_path(), **env)
 
     def logs(self, host: Host) -> Path:
@@ -249,8 +252,11 @@ class ChaosJob:
             image = self.path / f"disk-{host.number}"
             with image.open("wb") as file:
                 file.truncate(DISK)
-            subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-            self.on(host, "mount", "-o", "loop", str(image), str(folder))
+            try:
+                subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+                self.on(host, "mount", "-o", "loop", str(image), str(folder))
+            except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+                self.missing |= dict.fromkeys(("disk full", "disk stalled"), f"it needs a loop device: {error}")
 
     def _clock(self, host: Host) -> Path:
         return self.path / f"clock-{host.number}"
