@@ -441,6 +441,23 @@ def test_workers_do_not_outlive_the_loss_of_the_store_by_more_than_the_deadline(
     assert "the store is lost: connection lost (tried for 60 s)" in end.error
 
 
+def test_spares_learn_that_all_have_succeeded_also_if_nobody_is_left_to_say_so() -> None:
+    """The last member is killed between its success and the end of the round."""
+    made = world(3, job(1, 2))
+    form(made, 2)
+    members = [agent for agent in made.agents if agent.running is not None]
+    [spare] = [agent for agent in made.agents if agent not in members]
+    members[0].succeed()
+    made.run(made.now + 1)
+    members[1].succeed()
+    made.run(made.now + 30, stop=lambda: made.store.values.get("elastic/job/0/succeeded") == b"2")
+    for agent in members:
+        agent.kill()
+    made.run(made.now + 60)
+    assert spare.finish is not None
+    assert (spare.finish.error, spare.finish.failures) == ("", ())
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_signal_in_a_pause_ends_the_job_as_it_would_while_workers_run(number: int) -> None:
     """If too few nodes remain. Otherwise the job goes on without that node."""

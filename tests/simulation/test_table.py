@@ -125,7 +125,7 @@ ASKED: dict[type[Question], set[Phase]] = {
     questions.CheckClaims: {MEMBER},
     questions.CollectStacks: {MEMBER},
     questions.CountFinished: {MEMBER},
-    questions.ReadFinished: {MEMBER, LEAVING},
+    questions.ReadFinished: {MEMBER, OUTSIDE, LEAVING},
     questions.LearnEnd: {JOINING, WAITING, MEMBER, OUTSIDE, LEAVING},
     questions.CountReported: {ENDED},
     questions.ReadConsequences: {ENDED, LEAVING},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members
+from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members, read_finished
 from elastic_launch.core.rendezvous.heartbeats import renew_lease, reset
 from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
@@ -183,6 +183,9 @@ def on_finished_checked(node: NodeState, step: Step, answer: Answer[questions.Ch
     """Lose the suspected members that are still needed."""
     round_, tickets = node.round, answer.question.tickets
     round_.finished |= {ticket for ticket, done in zip(tickets, answer.value, strict=True) if done}
+    if round_.end is None and round_.members and round_.finished >= set(round_.members.tickets):
+        read_finished(node, step)  # all have succeeded, and died before one of them could end the round
+        return
     lost = set(tickets) - (round_.finished - {deciding_ticket(node)})
     round_.lost |= lost if round_.end else set()  # before, they stay suspected until that has ended the round
     if lost and round_.members:

@@ -274,7 +274,7 @@ TABLE: dict[tuple[Phase, type | Timer], Handler] = {
     **_row(questions.CollectStacks, stalling.on_stacks, MEMBER, ignored=(ENDED, LEAVING)),
     # The round ends.
     **_row(questions.CountFinished, ending.on_finished, MEMBER, LEAVING, ignored=(ENDED,)),
-    **_row(questions.ReadFinished, ending.on_all_finished, MEMBER, LEAVING, ignored=(ENDED,)),
+    **_row(questions.ReadFinished, ending.on_all_finished, MEMBER, OUTSIDE, LEAVING, ignored=(ENDED,)),
     **_row(questions.LearnEnd, ending.on_end, JOINING, WAITING, MEMBER, OUTSIDE, ignored=(ENDED, LEAVING)),
     **_row(KeyAppeared, ending.on_end_appeared, MEMBER, OUTSIDE),
     **_row(questions.CountReported, ending.on_reported, ENDED, LEAVING),
