@@ -33,7 +33,7 @@ test: compiled
 slurm: compiled
 	$(BIN)/pytest tests/cluster/test_slurm.py
 
-# The programs of --preload auto, cold and warm: some minutes. "make test" runs a few of them.
+# The programs of --preload auto, cold and warm: some minutes. "make test" runs two of them.
 programs: compiled
 	$(BIN)/pytest -m programs tests/processes/test_preload_auto.py
 

@@ -33,10 +33,11 @@ PATIENCE = 45  # seconds that torchrun has to recover without the variable
 OPTIONS = ["--standalone", "--max-restarts", "20"]
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 WARM, WITHOUT = f"{OURS} --preload torch", f"{OURS} --preload torch --no-standby"
+COLD = f"{OURS} --preload none"  # auto would preload torch on a machine without an accelerator
 LAUNCHERS = {
     WARM: [*COMMANDS[OURS], "--preload", "torch"],
     WITHOUT: [*COMMANDS[OURS], "--preload", "torch", "--no-standby"],
-    OURS: COMMANDS[OURS],
+    COLD: [*COMMANDS[OURS], "--preload", "none"],
     PEER: COMMANDS[PEER],
 }
 WORKER = """\
@@ -65,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.pop(OWN_STORE, None)
     if args.warm_only:
-        for name in (OURS, PEER):
+        for name in (COLD, PEER):
             del LAUNCHERS[name]
     other = WITHOUT if args.warm_only else PEER
 
