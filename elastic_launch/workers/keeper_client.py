@@ -365,8 +365,10 @@ class KeeperClient:
     def _resume_keeper(self) -> None:
         """Resume the keeper if somebody has stopped it, who has hidden the ends of its workers by that."""
         if self._keeper.resume():
-            text = f"the keeper process (pid {self._keeper.pid}) was stopped (SIGSTOP): resumed"
-            self._log(f"{text}, because it alone sees how workers end")
+            self._log(
+                f"the keeper process (pid {self._keeper.pid}) was stopped (SIGSTOP): resumed, because it alone sees "
+                "how workers end"
+            )
 
     def _not_started(self, local_rank: int, number: int, reason: str) -> AgentEvent:
         command = (self._commands[local_rank] or ["a function's process"])[0]
