@@ -79,7 +79,7 @@ facts = {
     "argv": sys.argv, "path": sys.path, "orig_argv": sys.orig_argv, "cwd": os.getcwd(),
     "leader": os.getpid() == os.getpgid(0) == os.getsid(0),
     "signals": [str(signal.getsignal(n)) for n in sorted(signal.valid_signals()) if n != 63],
-    "masks": [line for line in content("status").splitlines() if line[:3] in ("Sig", "Shd")],
+    "masks": [line for line in content("status").splitlines() if line[:4] in ("SigP", "ShdP", "SigB", "SigI", "SigC")],
     "environ": {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "OUT")},
     "fds": fds, "limits": content("limits"), "oom": content("oom_score_adj"), "comm": content("comm"),
     "affinity": sorted(os.sched_getaffinity(0)), "nice": os.getpriority(os.PRIO_PROCESS, 0),
