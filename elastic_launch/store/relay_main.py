@@ -16,6 +16,7 @@ does not read, about ``MOST_KEPT`` bytes are kept; then the other end is not rea
 from __future__ import annotations
 
 import contextlib
+import errno
 import marshal
 import os
 import resource
@@ -151,6 +152,8 @@ class Relay:
     # --- new connections
 
     def _accept(self, listener: Listener, _: int) -> None:
+        if listener.sock.fileno() < 0:
+            return  # it was closed by what came before in the same turn
         for _ in range(_AT_ONCE):
             try:
                 sock, address = listener.sock.accept()
@@ -233,8 +236,8 @@ class Relay:
     def _note_connected(self, connection: Connection, end: End) -> None:
         """Look whether an end has connected. Raises OSError if it has not."""
         if code := end.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            if connection.listener.is_gate:
-                self._end(connection.listener)  # the server is gone: refuse clients, as it would
+            if connection.listener.is_gate and code == errno.ECONNREFUSED:
+                self._end(connection.listener)  # the server is gone, not just slow: refuse clients, as it would
             raise OSError(code, os.strerror(code))
         end.is_connected = True
 

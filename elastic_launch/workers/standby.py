@@ -263,8 +263,10 @@ class StandbyPool:
                     hand_out(order, numbers)
             if not ready:
                 for standby, _, _ in handed.values():
-                    if standby.is_ahead and is_stopped(standby.pid):
-                        keeper_main.kill(standby.pid, signal.SIGKILL)  # its socket shows its end
+                    if is_stopped(standby.pid):
+                        # The socket shows the end of one that can be replaced. Any other is a worker: the keeper must
+                        # not wait for it, because it would notice neither the agent's death nor the end of a lease.
+                        keeper_main.kill(standby.pid, signal.SIGKILL if standby.is_ahead else signal.SIGCONT)
         return started, failed
 
     def hand_out(self, order: SpawnOrder, descriptors: Sequence[int]) -> Standby:

@@ -10,13 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
 
 from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.job import Policy, RestartHistory
-from elastic_launch.workers.standby import NEVER, StandbyPool, is_listening, store_port
+from elastic_launch.workers.standby import NEVER, Standby, StandbyPool, is_listening, store_port
 from tests.support.jobs import Job
 from tests.support.waiting import SOON, is_alive, wait_until
 
@@ -204,6 +205,24 @@ def test_without_memory_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="Cannot allocate memory"):
         pool.add()
     assert (pool.standbys, pool.due, os.listdir("/proc/self/fd")) == ({}, NEVER, descriptors)
+
+
+def test_worker_that_is_stopped_before_it_answers_does_not_hold_up_the_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import marshal, os, signal, socket\nkeeper = socket.socket(fileno=0)\nkeeper.recv(1)\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\nkeeper.send(marshal.dumps(None))\n"
+    )
+    ours, theirs = socket.socketpair()
+    pool = StandbyPool({})
+    with theirs, subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs) as process:
+        monkeypatch.setattr(pool, "fork", lambda is_ahead: Standby(process.pid, ours, is_ahead))
+        started: list[object] = []
+        order: tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]] = 3, [], {}, [], []
+        threading.Thread(target=lambda: started.append(pool.start([order], [])), daemon=True).start()
+        try:
+            wait_until(lambda: started == [({3: process.pid}, {})])
+        finally:
+            process.kill()
 
 
 def test_rank_that_serves_the_store_of_torch_starts_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,47 @@ def test_a_gate_whose_server_is_gone_is_gone(gates: Gates, to: To) -> None:
         to(gate).call(Get(("a",)), DEADLINE)
 
 
+def test_a_gate_whose_server_is_slow_stays(gates: Gates) -> None:
+    gates.add("job", shared_store().port)
+    listener = gates.listeners[0]
+    connection = gates.begun(listener, socket.socket(), LOOPBACK)
+    connection.far = slow = relay_main.End(Slow())  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError):
+        gates.relay._note_connected(connection, slow)
+    assert listener.sock.fileno() >= 0
+    gates.start()
+
+
+class Slow:
+    """A socket whose connection was not accepted in time."""
+
+    def getsockopt(self, *_: int) -> int:
+        return errno.ETIMEDOUT
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_connection_may_come_at_the_moment_in_which_its_gate_is_replaced(gates: Gates, raw: Raw, to: To) -> None:
+    port = shared_store().port
+    before = gates.add("job", port)
+    control, theirs = socket.socketpair()
+    after = 0
+
+    def replace(_: int) -> None:
+        nonlocal after
+        gates.relay._selector.unregister(theirs)
+        after = gates.add("job", port)
+
+    with control, theirs:
+        gates.relay.watch(theirs, replace)
+        control.send(b"!")
+        raw(before)
+        gates.relay.turn()
+    gates.start()
+    assert to(after).call(Get(("gate/nothing",)), DEADLINE) == [b""]
+
+
 class Full:
     """A socket that listens in a process which may open no further file, for a while."""
 
