@@ -214,7 +214,7 @@ def test_worker_that_is_stopped_before_it_answers_does_not_hold_up_the_keeper(mo
     )
     ours, theirs = socket.socketpair()
     pool = StandbyPool({})
-    with theirs, subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs) as process:
+    with theirs, subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno()) as process:
         monkeypatch.setattr(pool, "fork", lambda is_ahead: Standby(process.pid, ours, is_ahead))
         started: list[object] = []
         order: tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]] = 3, [], {}, [], []

@@ -196,6 +196,26 @@ def test_the_workers_of_a_former_self_must_be_gone_too() -> None:
     assert [agent.running for agent in others] == [1, 1]
 
 
+def test_a_former_self_that_is_gone_is_not_looked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would read all of /proc each time, while the agents wait for another node."""
+    made = world(3, SETTINGS._replace(min_nodes=3))
+    form(made, 3)
+    made.run(made.now + 20)
+    for agent in made.agents[:2]:
+        agent.kill()
+    looked_for: list[int] = []
+    is_gone = made.is_gone
+
+    def look(pid: int, started: int) -> bool:
+        looked_for.append(pid)
+        return is_gone(pid, started)
+
+    monkeypatch.setattr(made, "is_gone", look)
+    made.add(name=made.agents[0].name)
+    made.run(made.now + SETTINGS.keep_alive_deadline)
+    assert looked_for.count(1) == 2, "once in the round that runs, and once while nodes join"
+
+
 def test_a_slow_reply_to_the_first_heartbeat_says_nothing_of_the_monitor() -> None:
     """Two heartbeats that arrive together show no reset in between, whoever looks after them."""
     for seconds in (2.9, 3.0, 3.1, 3.2, 3.3, 3.4):

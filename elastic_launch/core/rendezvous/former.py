@@ -70,6 +70,8 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadFormer,
         return
     found = []
     for ticket, data in zip(tickets, answer.value, strict=True):
+        if ticket in node.round.replaced:
+            continue
         try:
             record = decode(NodeRecord, data, node.key(f"node/{ticket}", past=past))
         except RendezvousStateError:
@@ -83,16 +85,16 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadFormer,
 
 def on_gone(node: NodeState, step: Step, given: AgentsGone) -> None:
     """Tell the others which agents are gone: end the round, or let its leader no longer wait for them."""
-    new = [agent for agent in given.agents if agent.ticket not in node.round.replaced]
-    node.round.replaced |= {agent.ticket: agent.pid for agent in new}
+    gone = given.agents
+    node.round.replaced |= {agent.ticket: agent.pid for agent in gone}
     if node.phase is Phase.OUTSIDE:
-        check(node, step, [agent.ticket for agent in new])
+        check(node, step, [agent.ticket for agent in gone])
         return
-    for agent in new:
+    for agent in gone:
         step.ask(questions.Write(), Add(node.key(f"heartbeat/{agent.ticket}", past=True), LEFT))
-    if new:
-        pids = f"{'pid' if len(new) == 1 else 'pids'} {listed(str(agent.pid) for agent in new)}"
-        text = f"this agent replaces {counted(len(new), 'agent')} of the same host, now gone ({pids})"
+    if gone:
+        pids = f"{'pid' if len(gone) == 1 else 'pids'} {listed(str(agent.pid) for agent in gone)}"
+        text = f"this agent replaces {counted(len(gone), 'agent')} of the same host, now gone ({pids})"
         step.log(text, Level.INFO)
 
 
