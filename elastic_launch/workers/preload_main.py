@@ -205,8 +205,11 @@ class HeldOutput:
         if self.file < 0:
             return ""
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            try:
+                if stream is not None:
+                    stream.flush()
+            except Exception:
+                return "closes or replaces the standard output when it is imported"
         return "prints when it is imported" if os.fstat(self.file).st_size else ""
 
     def restore(self) -> None:

@@ -59,12 +59,13 @@ def test_others_are_not_and_v_says_why(job: Job, options: list[str], environ: di
     [
         ("1/0", False),
         ("print('hello')", False),
+        ("import sys; sys.stdout.close()", False),
         ("import threading, time; threading.Thread(target=time.sleep, args=(1e5,), daemon=True).start()", False),
         ("raise ImportError('not today')", False),
         ("import nowhere.at.all", False),
         ("value = 1", True),
     ],
-    ids=["fails", "prints", "starts a thread", "refuses", "lacks something", "is fine"],
+    ids=["fails", "prints", "closes its output", "starts a thread", "refuses", "lacks something", "is fine"],
 )
 def test_a_module_that_cannot_be_preloaded_ends_nothing(
     code: str, forked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
