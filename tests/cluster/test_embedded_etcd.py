@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -469,6 +470,27 @@ def test_a_name_that_cannot_be_resolved_at_first_is_asked_for_again(
     finally:
         backend.close()
     assert [plan.address for plan in started] == ["127.0.0.1"]
+
+
+def test_a_name_that_cannot_be_resolved_at_all_is_asked_for_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def resolve(self: object, host: str, port: int) -> list[Address]:
+        asked.append(now)
+        raise RendezvousConnectionError(f"cannot resolve {host!r}")
+
+    now, asked = 0.0, list[float]()
+    monkeypatch.setattr(Resolver, "resolve", resolve)
+    monkeypatch.setattr(etcd.EtcdBackend, "open", lambda self: None)
+    monkeypatch.setattr(etcd, "time", SimpleNamespace(monotonic=lambda: now))
+    backend = etcd.EmbeddedEtcdBackend([("wrong", 1)], "job", {}, {}, None, lambda line: None)
+    with contextlib.closing(backend):
+        backend.open()
+        while now < 3600:
+            now += 1
+            backend.take()
+    assert asked[:4] == [0, 1, 3, 7]
+    assert 50 < len(asked) < 70, "within an hour"
 
 
 # --- settings

@@ -29,8 +29,9 @@ SHOWN_SETTINGS = {
 }
 """Settings that may be shown: names of files and users, but no passwords."""
 
-LOOK_INTERVAL = 1.0
-"""Seconds until names of members that could not be resolved are asked for again."""
+LOOK_INTERVAL, LONGEST_LOOK_INTERVAL = 1.0, 60.0
+"""Seconds until names of members that could not be resolved are asked for again, at first and at most. They double each
+time: a name may be wrong, and asking takes a process and some of the agent's time."""
 
 
 class EtcdBackend(Backend):
@@ -112,8 +113,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self._resolvers = [Resolver(environ) for _ in self.members]
         self._unresolved: list[int] = []
         """Members whose names are still to be resolved."""
-        self._look_at = 0.0
-        """When they are asked for again."""
+        self._look_at, self._look_interval = 0.0, LOOK_INTERVAL
+        """When they are asked for again, and after how many seconds the next time."""
         self._own = contextlib.ExitStack()
         """Ends the member of this host, and the claim on its endpoint."""
         self._made = contextlib.ExitStack()
@@ -148,7 +149,8 @@ class EmbeddedEtcdBackend(EtcdBackend):
         """
         from elastic_launch.store.etcd.server import etcd_binary  # late, because few jobs need it
 
-        self._look_at = time.monotonic() + LOOK_INTERVAL
+        self._look_at = time.monotonic() + self._look_interval
+        self._look_interval = min(2 * self._look_interval, LONGEST_LOOK_INTERVAL)
         if self._plan and (claimed := self._claim_own()):
             own, address = claimed
             self.conf = {**self.conf, "preferred": self._names[own]}  # comes too late if the bridge runs already
