@@ -52,9 +52,9 @@ def own_address(destination: str) -> str:
 def is_own(address: Address) -> bool:
     """Return whether an address is this host's own. Only those can be bound."""
     family, where = address
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
             sock.bind((where[0], 0, *where[2:]))
-        except OSError:
-            return False
-        return True
+    except OSError:
+        return False
+    return True

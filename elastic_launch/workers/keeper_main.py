@@ -81,6 +81,9 @@ DESCRIPTORS_CLOSED = 71
 NO_LEASE = float("inf")
 """The lease of workers that need none."""
 
+STANDBY = "elastic-standby"
+"""The name of a process that stands by, as ``ps`` shows it."""
+
 MSG_CTRUNC, MSG_CMSG_CLOEXEC = 0x8, 0x40000000
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15

@@ -54,7 +54,8 @@ def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
     Args:
         is_alone: whether this process had no other child before the keeper, and no thread that could have started one.
             Then all children are orphans of the job, except keepers and other parts of the launcher. Otherwise only
-            the workers are, the processes in their sessions, and those with the job's run id in their environment.
+            the workers are, the processes in their sessions, those with the job's run id in their environment, and
+            standbys, which have ended with their keeper and are to be reaped.
         workers: the pids of the round's workers.
         run_id: the job's ``TORCHELASTIC_RUN_ID``.
     """
@@ -64,7 +65,9 @@ def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
     def is_orphan(pid: int, environment: bytes) -> bool:
         if pid in live_keepers or part_entry in environment:
             return False
-        return is_alone or pid in workers or run_id_entry in environment or int(_stat_of(pid)[3]) in workers
+        if is_alone or pid in workers or run_id_entry in environment or int(_stat_of(pid)[3]) in workers:
+            return True
+        return keeper_main.name_of(pid) == keeper_main.STANDBY
 
     end = time.monotonic() + KILL_PATIENCE
     while keeper_main.has_children():

@@ -332,7 +332,7 @@ class StandbyPool:
             self.release()
             adjustment = b""
             if is_ahead:
-                keeper_main.libc.prctl(keeper_main.PR_SET_NAME, b"elastic-standby", 0, 0, 0)
+                keeper_main.libc.prctl(keeper_main.PR_SET_NAME, keeper_main.STANDBY.encode(), 0, 0, 0)
                 adjustment = content_of(OOM_SCORE_ADJ)
                 set_oom_score_adj(FIRST_VICTIM)
             worker = ForkedWorker(_socket.socket(fileno=theirs.detach()), self.environment, self.limits, adjustment)

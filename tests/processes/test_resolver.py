@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import pytest
 
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host import resolver
-from elastic_launch.host.addresses import resolve
+from elastic_launch.host.addresses import is_own, resolve
 from elastic_launch.host.resolver import Resolver
 from tests.support.waiting import DEADLINE, wait_until
 
@@ -42,6 +43,12 @@ def test_addresses_and_the_hosts_file_need_none(monkeypatch: pytest.MonkeyPatch)
     asked = Resolver({})
     assert asked.resolve("::1", 1) == resolve("::1", 1)
     assert asked.resolve("localhost", 1) == resolve("localhost", 1)
+
+
+def test_an_address_of_a_family_that_the_system_lacks_is_not_its_own() -> None:
+    """As an IPv6 address where IPv6 is turned off."""
+    assert is_own((socket.AF_INET, ("127.0.0.1", 29400)))
+    assert not is_own((12345, ("::1", 29400)))
 
 
 def test_a_name_server_that_does_not_answer_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.job import Policy, RestartHistory
+from elastic_launch.workers.orphans import kill_orphans
 from elastic_launch.workers.standby import NEVER, Standby, StandbyPool, is_listening, store_port
 from tests.support.jobs import Job
 from tests.support.waiting import SOON, is_alive, wait_until
@@ -167,6 +169,23 @@ def test_agent_killed_leaves_none(job: Job) -> None:
     process.kill()
     process.wait(SOON)
     wait_until(lambda: not any(is_alive(it.pid) for it in below))
+
+
+def test_a_program_with_children_of_its_own_keeps_them_and_no_standbys_of_a_lost_keeper() -> None:
+    program = "import sys; open('/proc/self/comm', 'w').write(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for name in ("elastic-standby", "mine"):
+            command = [sys.executable, "-I", "-S", "-c", program, name]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout
+            process.stdout.readline()
+            processes.append(process)
+        kill_orphans(is_alone=False, workers=(), run_id="job")
+        assert [is_alive(process.pid) for process in processes] == [False, True]
+        assert not psutil.pid_exists(processes[0].pid), "it has been reaped"
 
 
 def test_what_a_round_leaves_is_killed_and_they_are_spared(job: Job) -> None:
