@@ -227,8 +227,8 @@ class LaunchConfig:
     shutdown_timeout: float | None = None
     """Seconds between a worker's stop signal and SIGKILL; None becomes ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30."""
     preload: str | Sequence[str] = ()
-    """Modules that one process of each node imports once; workers are forked from it. Or what ``--preload`` takes:
-    ``"auto"`` chooses by what the program imports."""
+    """Modules that one process of each node imports once; workers are forked from it. Or text as for ``--preload``:
+    with ``"auto"`` the launcher chooses by what the program imports."""
     standby: bool = True
     """Whether, with ``preload``, that process forks the workers of the next round ahead of time."""
     restart_window: float = 0.0

@@ -217,7 +217,7 @@ class Silence(NamedTuple):
     seconds: float
     """Seconds for which its counter of heartbeats had not changed."""
     counter: int = -1
-    """Its value; -1: there was none."""
+    """The counter's value; -1: there was none."""
 
 
 class End(NamedTuple):

@@ -77,7 +77,7 @@ class WorkerOptions(NamedTuple):
     is_watched: bool = True
     """Whether the workers get memory in which they tell their progress."""
     per_rank: str = ""
-    """The option by which workers differ in what a module may ask for when it is imported; empty: they do not."""
+    """The option that makes workers differ in something a module may read while it is imported; empty: none does."""
 
 
 class LocalWorkers:

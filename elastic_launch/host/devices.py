@@ -19,7 +19,7 @@ MAX_WORKERS = 1 << 16
 """A larger number of workers on one host is taken for a typing error."""
 
 ACCELERATORS = ("nvidia", "kfd", "dri", "accel", "vfio", "neuron", "habanalabs", "davinci")
-"""How the names of the files in /dev begin that belong to accelerators."""
+"""Prefixes of the names that accelerators have in /dev."""
 
 TORCH_DEADLINE = 120.0
 """Seconds that the child may take to import torch, which is slow from a cold network disk."""

@@ -1,4 +1,4 @@
-"""Whether another agent on this host, which this one may have replaced, is gone, and all that it had started."""
+"""Whether another agent on this host, which this one may have replaced, is gone with all that it had started."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ENDED = (b"Z", b"X", b"x")
 
 
 def space() -> str:
-    """Return a text that only processes share that see the same pids, until the host boots again; empty: unknown."""
+    """Return a text that processes share if they see the same pids, until the host reboots; empty: unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip().replace("-", "")[:16]
@@ -30,7 +30,7 @@ def start_time(pid: int) -> int:
 
 
 def is_gone(pid: int, started: int) -> bool:
-    """Return whether an agent has ended, and its keeper, which kills the workers, as well.
+    """Return whether an agent has ended, and so has its keeper, which kills the workers.
 
     Args:
         pid: the agent's, in this ``space``.

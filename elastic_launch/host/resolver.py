@@ -17,7 +17,7 @@ from elastic_launch.host.addresses import Address, resolve
 from elastic_launch.host.child import Child
 
 PATIENCE = 0.5
-"""Longest time, in seconds, that a question waits for its answer. If that has not come by then, ask again later."""
+"""Longest time, in seconds, that a question waits for its answer. If none has come by then, ask again later."""
 _HOSTS = "/etc/hosts"
 
 

@@ -41,7 +41,7 @@ DEFAULT_PORTS = {"c10d": 29400, "static": 29500}
 
 
 NO_TOKEN = f"--store-gate: needs a token: --token-file FILE, or {TOKEN_FILE}; elastic-job token FILE makes one"
-"""What is wrong if a gate has nothing to ask for."""
+"""The error if there is a gate, but no token that it could ask for."""
 
 
 def create_rendezvous(config: LaunchConfig, environ: Environ, log: Logger) -> Rendezvous:

@@ -8,8 +8,8 @@ A proof is an HMAC-SHA-256 over both random numbers and the side that sends it, 
 and the job's id. So it is good for one connection, in one direction, and in one job. After that the connection is a
 TCPStore's. Nothing is encrypted.
 
-The gate speaks first, so a node without the option sees at once what it has met. The client says first what a TCPStore
-answers, so it sees as fast that there is no gate.
+The gate speaks first, so a node without ``--store-gate`` sees at once that there is a gate. The client begins with
+something that a TCPStore answers, so it sees just as fast that there is none.
 
 Imported only for jobs with a gate.
 """
@@ -24,7 +24,7 @@ from elastic_launch.store.wire import GATE, pack_handshake
 MAGIC = GATE + b" 1\n"
 ACCEPTED, REFUSED = b"+", b"-"
 _RANDOM = _PROOF = 32
-"""Bytes of a random number, and of a proof."""
+"""Length of a random number and of a proof, in bytes."""
 _PONG = b"pong"
 GREETING = pack_handshake(_PONG)
 """What a client says first; a TCPStore without a gate answers ``_PONG``."""

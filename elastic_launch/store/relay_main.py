@@ -1,7 +1,7 @@
-"""Runs in the process that stands at the gate of a job's store: lets in who knows the token, and carries bytes.
+"""Runs in the process that stands at the gate of a job's store: lets in those who know the token, and carries bytes.
 
 On the node that hosts the store, torch's server listens on loopback only. This process listens in its place: at a
-*gate*, whoever connects has to pass the challenge (``challenge``) before he is connected to the server. torch's own
+*gate*, a client has to pass the challenge (``challenge``) before it is connected to the server. torch's own
 client, in the workers, cannot do that. So on the other nodes this process listens on loopback, for workers of its user
 only; at such an *entry* it connects to the gate, and passes the challenge for them.
 
@@ -9,8 +9,8 @@ It is a process of its own, because an agent that is stopped or busy must not ho
 agent first sends the key, and then listening sockets. Each message replaces the socket of the same name.
 
 One thread, and one selector. A stranger costs a connection that waits, for ``PATIENCE`` at most. If too many wait,
-those of the address that has most give way, so whoever connects many times is in his own way only. For an end that
-does not read, about ``MOST_KEPT`` bytes are kept; then the other end is not read any more.
+those from the address with the most of them give way, so one that connects many times harms only itself. For an end
+that does not read, about ``MOST_KEPT`` bytes are kept; then the other end is no longer read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MOST_WAITING = 4096
 MOST_KEPT = 1 << 18
 """Bytes that are kept for an end that does not read."""
 PAUSE = 0.1
-"""Seconds without new connections if the system has no descriptor for another one."""
+"""Seconds in which nothing is accepted after the system had no descriptor for another connection."""
 _AT_ONCE = 64
 """Connections that are accepted before others get their turn."""
 _CHUNK = 1 << 16
@@ -195,7 +195,7 @@ class Relay:
             self._close(connection)
 
     def _drop_one(self) -> None:
-        """Close the oldest connection that waits, of those from the address with most of them."""
+        """Close the oldest waiting connection from the address with the most of them."""
         if self._waiting:
             most = max(self._waiting, key=lambda address: len(self._waiting[address]))
             self._close(next(iter(self._waiting[most])))

@@ -47,7 +47,7 @@ def execute_keeper(environ: Mapping[str, str], inherited: tuple[int, ...]) -> in
 
 
 def is_auto(preload: Sequence[str]) -> bool:
-    """Return whether what is preloaded follows from what the program imports."""
+    """Return whether the launcher chooses what is preloaded, by what the program imports."""
     return list(preload) == [AUTO]
 
 
@@ -165,7 +165,7 @@ class KeeperProcess:
         return f"the module ended its process ({f'exit code {code}' if code >= 0 else signal_name(-code)})"
 
     def resume(self) -> bool:
-        """Resume it if somebody has stopped it: it reaps no worker, and kills none. Returns whether it was stopped."""
+        """Resume it if somebody has stopped it: then it can neither reap nor kill. Returns whether it was stopped."""
         with contextlib.suppress(OSError):  # it has ended
             if keeper_main.read_stat(self.pid)[0] == b"T":
                 signal.pidfd_send_signal(self._process.fileno(), signal.SIGCONT)
@@ -363,7 +363,7 @@ class KeeperClient:
         self._standbys = count
 
     def _resume_keeper(self) -> None:
-        """Resume the keeper if somebody has stopped it, who has hidden the ends of its workers by that."""
+        """Resume the keeper if somebody has stopped it, because until then no end of a worker is seen."""
         if self._keeper.resume():
             self._log(
                 f"the keeper process (pid {self._keeper.pid}) was stopped (SIGSTOP): resumed, because it alone sees "

@@ -275,16 +275,16 @@ class Keeper:
         return started, failed
 
     def stand_by(self, count: int) -> None:
-        """Have processes ready for the next round, if this keeper is warm."""
+        """Have standbys ready for the next round, if this keeper is warm."""
         if self.pool:
             self.pool.want(count, is_busy=bool(self.workers))
 
     def add_standby(self, pool: StandbyPool) -> None:
-        """Fork one of those processes, if that is possible."""
+        """Fork one standby, if that is possible."""
         try:
             pool.add()
         except OSError as error:
-            self.send(("detail", f"no process stands by for the next start of the workers: {error.strerror}"))
+            self.send(("detail", f"cannot fork a standby for the next round: {error.strerror}"))
 
     def release(self) -> None:
         """Close the keeper's own descriptors, in a forked process."""

@@ -183,8 +183,8 @@ class Surroundings:
 class HeldOutput:
     """The standard output and error of this process, held while modules are imported.
 
-    A module that prints something would print it once instead of once in each worker. If the user has named it, that
-    is known; otherwise the workers should rather import it themselves.
+    A module that prints something would print it once instead of once in each worker. Users who name a module accept
+    that. After ``auto``, the workers had better import such a module themselves.
     """
 
     def __init__(self, holds: bool) -> None:
@@ -335,7 +335,7 @@ def fork_once() -> None:
 
 
 def become_cold(sock: int, agent: int, environment: "dict[bytes, bytes]", reason: str, is_auto: bool) -> "NoReturn":
-    """Become an ordinary keeper, and say why; only to those who want to know more if the user named no module."""
+    """Become an ordinary keeper, and say why: with a warning, or after ``auto`` only where details are shown."""
     text = f"{reason}, so workers cannot be forked; starting them without --preload"
     os.write(sock, keeper_main.pack(("detail" if is_auto else "warning", text)))
     for fd in (sock, agent):

@@ -12,7 +12,7 @@ from elastic_launch.core.preload import SLOW, Plan, Source, plan
 from elastic_launch.parsing import AUTO
 
 _MAX_SIZE = 1 << 20
-"""Bytes of a file that is read. Nobody writes more by hand."""
+"""Most bytes of a file that is read. Nobody writes more by hand."""
 
 
 def choose(

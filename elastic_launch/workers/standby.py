@@ -48,7 +48,7 @@ PATIENCE = 0.05
 HEAD_START = 0.05
 """Seconds, at most, by which rank 0 starts before the others if it is to serve torch's store."""
 BURST, STAGGER = 8, 0.01
-"""How many standbys run a program of torch's at the same time, and the seconds before each further one."""
+"""How many standbys begin to run a program with torch at the same time, and the seconds before each further one."""
 NEVER = float("inf")
 RLIM_NLIMITS = 16
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
@@ -245,7 +245,7 @@ class StandbyPool:
             if (port := store_port(order)) and any(it.is_ahead for it in self.pending.values()):
                 wait_for_listener(port)
             elif len(handed) >= BURST and uses_torch():
-                # More connect to each other in a wave that torch answers with pauses of seconds.
+                # If more connect to each other at once, torch pauses for seconds.
                 time.sleep(STAGGER)
         while handed:
             ready = poller.poll(PATIENCE * 1000)
@@ -257,7 +257,7 @@ class StandbyPool:
                 del self.pending[standby.pid]
                 if error := marshal.loads(answer) if answer else None:
                     failed[order[0]] = error
-                elif answer or not standby.is_ahead:  # one that was forked just now and has ended was a worker
+                elif answer or not standby.is_ahead:  # one that was forked just now counts as a worker that has ended
                     started[order[0]] = standby.pid
                 else:
                     hand_out(order, numbers)

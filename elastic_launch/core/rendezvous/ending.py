@@ -225,7 +225,7 @@ def _restart_after_stranger(node: NodeState, step: Step, end: End, gone: tuple[s
 
 
 def lose_members(node: NodeState, step: Step, nodes: list[str], hosts: str, reason: str = "") -> None:
-    """End the round, because members are lost; without another ``reason``, because they were silent.
+    """End the round because members are lost; the reason is their silence unless ``reason`` names another one.
 
     If it has ended already, this node decides what follows, if the lost ones were to do so, or if their loss explains
     its own failure; else it tells the node that decides.
@@ -415,7 +415,7 @@ def _has_heard_of_all(node: NodeState, step: Step, reported: int, known: Set[int
 
 
 def _give_up_on_silent(node: NodeState, step: Step, known: Set[int]) -> None:
-    """Decide as if members were lost that do not learn of the end although their heartbeats come.
+    """Treat members as lost that do not learn of the end although heartbeats come in their names.
 
     Their loss would have been noticed by then, unless somebody else sends the heartbeats.
     """
@@ -425,7 +425,7 @@ def _give_up_on_silent(node: NodeState, step: Step, known: Set[int]) -> None:
     if members and silent and ends is not None and step.now >= ends + patience and node.round.decision is None:
         who = [at for at, ticket in enumerate(members.tickets) if ticket in silent]
         step.log(
-            f"{listed(members.hosts[at] for at in who)} does not notice this failure for {patience:g} s, and may have "
+            f"{listed(members.hosts[at] for at in who)} has not noticed this failure for {patience:g} s, and may have "
             "caused it; restarting without using up a restart"
         )
         gone = tuple(members.nodes[at] for at in who)

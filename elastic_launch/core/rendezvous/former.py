@@ -24,7 +24,7 @@ MAX_FORMER = 64
 
 
 def begin(node: NodeState, step: Step) -> None:
-    """Begin to look, soon after the agent was started; later the deadline of its former self is over."""
+    """Begin to look if the agent was started recently. Later, its former self has missed the deadline anyway."""
     born_at = step.now if node.born_at is None else node.born_at
     node.born_at = born_at
     node.round.replaced = {}
@@ -34,7 +34,7 @@ def begin(node: NodeState, step: Step) -> None:
 
 
 def look(node: NodeState, step: Step) -> None:
-    """Ask who is in the round that runs; while nodes join, who was in the one before, because they wait for these."""
+    """Ask who is in the running round; while nodes join, who was in the one before, because they wait for those."""
     past = node.phase is Phase.WAITING
     step.ask(questions.FindFormer(past), Get((node.key("closed", past=past),)))
 
@@ -64,7 +64,7 @@ def on_members_found(node: NodeState, step: Step, answer: Answer[questions.FindF
 
 
 def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadFormer, list[bytes]]) -> None:
-    """Have the caller look for the agents among them that are on this host, and again soon if one still is there."""
+    """Have the caller look for those agents that share this one's pids, and ask again soon if one may still run."""
     past, tickets, own = answer.question.past, answer.question.tickets, node.record
     if not _is_current(node, past):
         return
@@ -84,7 +84,7 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadFormer,
 
 
 def on_gone(node: NodeState, step: Step, given: AgentsGone) -> None:
-    """Tell the others which agents are gone: end the round, or let its leader no longer wait for them."""
+    """Tell the others which agents are gone: end the round, or have the leader of the next one not wait for them."""
     gone = given.agents
     node.round.replaced |= {agent.ticket: agent.pid for agent in gone}
     if node.phase is Phase.OUTSIDE:

@@ -124,7 +124,7 @@ class AgentId(NamedTuple):
 
 
 class AgentsGone(NamedTuple):
-    """Which of the agents that the node has asked for are gone, and all that they had started."""
+    """Those of the agents in ``Ready.looks_for`` that are gone, with all that they had started."""
 
     agents: tuple[AgentId, ...]
 

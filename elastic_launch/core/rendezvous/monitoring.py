@@ -41,7 +41,7 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         and round_.closed.nodes > 1
         and not node.is_watcher
     ):
-        due += node.settings.keep_alive_interval  # until then a watcher ends the round, who knows of other losses
+        due += node.settings.keep_alive_interval  # until then a watcher, which knows of other losses, ends the round
     if heartbeat.sent_at >= due or count >= TAKE_OVER:
         if node.phase is Phase.WAITING and round_.leader is None:
             heartbeat.monitored_at = step.now
@@ -77,7 +77,7 @@ def _doubt_monitor(node: NodeState, step: Step) -> None:
 
 
 def watch(node: NodeState, step: Step) -> None:
-    """Look at the members' heartbeats, and leave them as they are: nobody is to believe that the monitor is there."""
+    """Read the members' heartbeats without a reset, so that nobody takes the monitor to be alive."""
     step.set_timer(Timer.WATCH, node.settings.tick)
     if members := node.round.members:
         question = questions.WatchMembers(members.tickets, step.now)

@@ -259,7 +259,7 @@ class ReadLeaving(Question):
     """Has a node left after a signal, so that there are too few?"""
 
     reason: str
-    """Why the round cannot be formed, otherwise."""
+    """Why the round cannot be formed, if no node has left."""
     status: int
 
 

@@ -84,9 +84,9 @@ class NodeRecord(NamedTuple):
     options: str = ""
     """The options that all nodes must share (``Settings.options``)."""
     space: str = ""
-    """What only agents share that can look each other's pids up; empty: unknown."""
+    """The same for all agents that see each other's pids, and for no others; empty: unknown."""
     started: int = 0
-    """When the agent was started, as its host counts."""
+    """When the agent was started, in clock ticks since its host booted; 0: unknown."""
 
 
 class Closed(NamedTuple):
@@ -161,7 +161,8 @@ def encode(record: NamedTuple) -> bytes:
 def as_lines(records: Iterable[bytes]) -> bytes:
     """Return encoded records as what is appended to a key.
 
-    It begins with a line end, too: what a stranger has appended before may lack its own, and would spoil the first one.
+    It begins with a line end, too, because what a stranger has appended before may lack one and would spoil the first
+    record.
     """
     return b"\n" + b"".join(record + b"\n" for record in records)
 

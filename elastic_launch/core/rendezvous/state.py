@@ -293,7 +293,7 @@ class NodeState:
 
     @property
     def is_watcher(self) -> bool:
-        """Whether this node is to notice losses beside the monitor's."""
+        """Whether this node watches the other members when the monitor seems to be silent."""
         assignment, closed = self.round.assignment, self.round.closed
         if assignment is None:
             return closed is not None and self.round.ticket in closed.spares[:WATCHING_SPARES]

@@ -55,11 +55,11 @@ class C10dBackend(Backend):
         self._process: TCPStoreServer | None = None
         self._resolver = Resolver(environ)
         self._resolve: Callable[[str, int], list[Address]] = resolve
-        """Resolves the endpoint's name; once this is open, without blocking."""
+        """Resolves the endpoint's name, without blocking once the backend is open."""
         self._relay: Relay | None = None
         """Stands at the gate, or takes this node's workers there."""
         self._behind: dict[int, int] = {}
-        """The ports on loopback where torch serves, by the ports of the gates before them."""
+        """The ports on loopback where torch's servers listen, by the ports of the gates before them."""
         self._addresses: list[Address] = []
         """Addresses of the endpoint that are still to be tried."""
 

@@ -1,9 +1,9 @@
 """Certificates for the members and clients of a job's embedded etcd, made from the job's token with ``openssl``.
 
 All nodes derive the private key of the same authority from the token and the job's id. So each node makes what it needs
-by itself, nothing has to be exchanged, and who does not know the token can make no certificate that the others accept.
+by itself and nothing is exchanged. Without the token, nobody can make a certificate that the others accept.
 The authority's key is in the memory of the agent and of ``openssl`` only. The certificates are memory files, which
-vanish with the agent. They are valid for decades, whatever a host's clock shows: the token decides, not the time.
+vanish with the agent. They are valid for decades, so a wrong clock does no harm: the token decides, not the time.
 
 Imported only by jobs that need it.
 """

@@ -22,7 +22,7 @@ that is merely slow gets more time."""
 
 HEDGE = 0.5
 """Seconds without an answer after which a request is sent to another member as well. So a member that is frozen or cut
-off costs half a second, and one that is slow is not given up for that."""
+off costs half a second, and one that is merely slow is not given up."""
 
 PING_INTERVAL = 6.0
 """Seconds between pings on an idle connection. etcd closes connections that send pings more often than every 5 s."""
