@@ -97,6 +97,7 @@ def _meant(args: argparse.Namespace, config: LaunchConfig, environ: Mapping[str,
         "rdzv_endpoint": config.rdzv_endpoint,
         "rdzv_id": config.run_id or (RANDOM if is_alone else "none"),
         "rdzv_conf": _without_secrets({k: v for k, v in parse_rdzv_conf(args.rdzv_conf).items() if k != "rank"}),
+        "preload": _text(config.preload),
         "shutdown_timeout": f"{config.shutdown_timeout:g}",
         "log_dir": (config.logs_specs and config.logs_specs.root_log_dir) or TEMPORARY,
     }

@@ -15,6 +15,7 @@ import pytest
 
 from elastic_launch import LaunchConfig, Std, UsageError, __version__
 from elastic_launch.cli import main as cli
+from elastic_launch.cli import plan
 from elastic_launch.cli.options import EPILOG, GROUPS, OPTIONS, OWN, SHORT_USAGE, VERSION, read_options
 from elastic_launch.host import signals
 from elastic_launch.parsing import (
@@ -243,7 +244,11 @@ def test_what_is_preloaded_by_default(
 ) -> None:
     Path("train.py").touch()
     monkeypatch.setattr("elastic_launch.cli.command.has_accelerator", lambda: has_one)
-    assert config_from_args(parse_args([*words, "train.py"]))[0].preload == preload
+    args = parse_args([*words, "train.py"])
+    config = config_from_args(args)[0]
+    assert config.preload == preload
+    shown = {setting.name: setting.value for setting in plan.settings(args, config, {})}
+    assert shown["preload"] == ("auto" if preload else plan.NONE), "--dry-run shows what holds"
 
 
 def test_torchrun_has_the_same_options_and_defaults() -> None:

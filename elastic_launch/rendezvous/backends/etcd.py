@@ -246,7 +246,7 @@ def split_members(endpoint: str) -> list[tuple[str, int]]:
 
 
 def wants_certificates(conf: Mapping[str, str]) -> bool:
-    """Return whether a job with a token makes the certificates of its embedded etcd: the user has named none."""
+    """Return whether a job with a token makes certificates for its embedded etcd: the user has not decided on TLS."""
     return not given_settings(conf).keys() & {"protocol", *TLS_FILES}
 
 
