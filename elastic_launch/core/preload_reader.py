@@ -70,8 +70,8 @@ def follow(
         return reader.imports, str(stop)
     except _MissingError as missing:
         return reader.imports, f"there is no module {missing}"
-    except (SyntaxError, ValueError, RecursionError) as error:
-        return reader.imports, f"cannot be parsed: {error}"
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last one: too deeply nested
+        return reader.imports, f"cannot be parsed: {error or type(error).__name__}"
     return reader.imports, ""
 
 

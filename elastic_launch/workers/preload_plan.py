@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 
 from elastic_launch.core.preload import SLOW, Plan, Source, plan
+from elastic_launch.host.files import without_waiting
 from elastic_launch.parsing import AUTO
 
 _MAX_SIZE = 1 << 20
@@ -62,7 +65,9 @@ def plan_preload(is_module: bool, target: str, environ: Mapping[str, str], is_ma
             program = modules.own(name)
     if program is None:
         return Plan((), f"there is no source of {target} beside it")
-    return plan(program, name, is_main, modules, sys.stdlib_module_names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the workers show what the parser warns of
+        return plan(program, name, is_main, modules, sys.stdlib_module_names)
 
 
 class _Modules:
@@ -120,9 +125,11 @@ def _is_installed(name: str) -> bool:
 
 
 def _read(path: str) -> Source | None:
-    """Read a file of Python; None if it is something else."""
+    """Read a file of Python; None if it is something else, such as a pipe, which only one process can read."""
     with contextlib.suppress(OSError):
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None  # a pipe's writer would notice even that it is opened
+        with open(path, "rb", opener=without_waiting) as file:
             text = file.read(_MAX_SIZE + 1)
         if len(text) <= _MAX_SIZE and b"\0" not in text:
             return Source(path, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,14 @@ def test_modules_on_pythonpath_and_without_the_program_s_directory(
 
 
 @pytest.mark.parametrize(
-    "content", [b"import torch\n\0", b"syntax error here =\nimport torch\n", b"\xff\xfeimport torch"]
+    "content",
+    [
+        b"import torch\n\0",
+        b"syntax error here =\nimport torch\n",
+        b"\xff\xfeimport torch",
+        b"x = " + b"-" * 100_000 + b"1\nimport torch\n",
+    ],
+    ids=["zero", "syntax", "encoding", "nested"],
 )
 def test_what_cannot_be_read_starts_cold(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_bytes(content)
@@ -193,6 +201,29 @@ def test_what_cannot_be_read_starts_cold(content: bytes, tmp_path: Path) -> None
     assert preload_plan.choose(False, str(tmp_path / "missing.py"), {}, "", said.append) == []
     assert preload_plan.choose(False, str(tmp_path), {}, "--numa-binding", said.append) == []
     assert "--numa-binding" in said[-1]
+
+
+def test_a_program_in_a_pipe_is_left_to_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one process can read it, and its writer would notice if another one opened it."""
+    path = str(tmp_path / "train.py")
+    os.mkfifo(path)
+    opened: list[str] = []
+
+    def opener(path: str, flags: int) -> int:
+        opened.append(path)
+        return os.open(path, flags | os.O_NONBLOCK)
+
+    monkeypatch.setattr(preload_plan, "without_waiting", opener)
+    assert preload_plan.choose(False, path, {}, "", lambda text: None) == []
+    assert not opened
+
+
+def test_warnings_are_left_to_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import numpy\nx = '\\d'\nimport torch\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        preload_plan.choose(False, str(tmp_path / "train.py"), {}, "", lambda text: None)
+    assert not caught
 
 
 def test_harmless_functions_exist() -> None:
