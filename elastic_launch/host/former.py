@@ -36,9 +36,19 @@ def is_gone(pid: int, started: int) -> bool:
         pid: the agent's, in this ``space``.
         started: its ``start_time``.
     """
-    if start_time(pid) == started or not os.path.exists("/proc/self/stat"):
+    now = start_time(pid)
+    if now == started or not os.path.exists("/proc/self/stat") or (now == 0 and _is_another_users(pid)):
         return False
     return not any(_belongs_to(keeper, pid) for keeper in os.listdir("/proc") if keeper.isdigit())
+
+
+def _is_another_users(pid: int) -> bool:
+    """Whether there is such a process of another user, whose files in /proc may be hidden (``hidepid``)."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
 
 
 def _belongs_to(process: str, agent: int) -> bool:
