@@ -47,8 +47,9 @@ PATIENCE = 0.05
 """Seconds without an answer after which the keeper looks whether a standby is stopped."""
 HEAD_START = 0.05
 """Seconds, at most, by which rank 0 starts before the others if it is to serve torch's store."""
-BURST, STAGGER = 8, 0.01
-"""How many standbys begin to run a program with torch at the same time, and the seconds before each further one."""
+MOST = 8
+"""How many standbys there are at most. Further workers are forked one by one when they are needed: if more ranks
+connect to each other at once, torch pauses for seconds."""
 NEVER = float("inf")
 RLIM_NLIMITS = 16
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
@@ -170,8 +171,8 @@ class StandbyPool:
     # ---- ahead of time
 
     def want(self, count: int, is_busy: bool) -> None:
-        """Have ``count`` standbys: at once, or a little later if workers are starting. End those that are too many."""
-        self.wanted = count
+        """Have ``count`` standbys, or ``MOST``: at once, or a little later if workers are starting. End all others."""
+        self.wanted = count = min(count, MOST)
         while len(self.standbys) > count:
             self.end(self.standbys.popitem()[1])
         self.due = time.monotonic() + DELAY * is_busy if len(self.standbys) < count else NEVER
@@ -244,9 +245,6 @@ class StandbyPool:
             position = end
             if (port := store_port(order)) and any(it.is_ahead for it in self.pending.values()):
                 wait_for_listener(port)
-            elif len(handed) >= BURST and uses_torch():
-                # If more connect to each other at once, torch pauses for seconds.
-                time.sleep(STAGGER)
         while handed:
             ready = poller.poll(PATIENCE * 1000)
             for fd, _ in ready:
@@ -385,17 +383,12 @@ def is_stopped(pid: int) -> bool:
 # ---- torch's store
 
 
-def uses_torch() -> bool:
-    """Return whether the program is likely to form a process group of torch's."""
-    return "torch.distributed" in sys.modules
-
-
 def store_port(order: SpawnOrder) -> int:
     """Return the port on which this worker is likely to serve torch's store; 0 if it is not."""
     variables = order[2]
     serves = variables.get(b"RANK") == b"0" and variables.get(b"TORCHELASTIC_USE_AGENT_STORE") != b"True"
     port = variables.get(b"MASTER_PORT", b"")
-    return int(port) if serves and port.isdigit() and uses_torch() else 0
+    return int(port) if serves and port.isdigit() and "torch.distributed" in sys.modules else 0
 
 
 def wait_for_listener(port: int) -> None:

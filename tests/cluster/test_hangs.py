@@ -108,7 +108,7 @@ def hung_at(job: Job) -> float:
     return at
 
 
-@pytest.mark.parametrize("trouble", PLACES)
+@pytest.mark.parametrize("trouble", ["loops", "locks", "stops"])  # the others are those of three nodes, below
 def test_a_job_on_one_node_that_hangs_is_explained_and_restarted(trouble: str, job: Job) -> None:
     script = job.script(f"{TRAINING}\ntrain({trouble!r})")
     options = ["--hang-timeout", f"{LIMIT:g}", "--hang-action", "restart", "--max-restarts", "1"]

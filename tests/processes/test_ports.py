@@ -152,9 +152,7 @@ def test_named_port_in_use_is_an_error_before_anything_starts(job: Job) -> None:
     assert job.marks() == []
 
 
-@pytest.mark.parametrize(
-    "args", [(), ("--standalone",), ("--master-port", "{free}")], ids=["plain", "standalone", "port"]
-)
+@pytest.mark.parametrize("args", [(), ("--master-port", "{free}")], ids=["plain", "port"])
 def test_torch_meets_on_the_reserved_port(job: Job, args: tuple[str, ...]) -> None:
     args = tuple(arg.format(free=free_port()) for arg in args)
     done = job.run("--nproc-per-node", "2", *args, job.script(ALL_REDUCE))
