@@ -248,6 +248,7 @@ def test_rank_that_serves_the_store_of_torch_starts_before_the_others(monkeypatc
     def order(**variables: str) -> tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]:
         return 0, [], {name.encode(): value.encode() for name, value in variables.items()}, [], []
 
+    monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)  # another test may have imported it
     assert store_port(order(RANK="0", MASTER_PORT="1234")) == 0, "without torch nobody serves one"
     monkeypatch.setitem(sys.modules, "torch.distributed", sys)
     assert store_port(order(RANK="0", MASTER_PORT="1234")) == 1234
