@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.files import NOBODY
@@ -54,6 +55,22 @@ def reserve_port(port: int = 0) -> socket.socket:
         return _bind(port)
     except OSError as error:
         raise UnavailableError(_in_use(port) if error.errno == errno.EADDRINUSE else f"port {port}: {error}") from error
+
+
+@contextlib.contextmanager
+def reserve_ipv4_port() -> Iterator[int]:
+    """Reserve a free TCP port, and keep everybody from binding it for IPv6.
+
+    torch's store asks for both families, and takes IPv4 alone if it cannot have both. It looks up the name of each
+    client's address. On a socket for both, 127.0.0.1 is ::ffff:127.0.0.1, which no hosts file lists, so it asks DNS.
+    """
+    with contextlib.ExitStack() as stack:
+        port: int = stack.enter_context(_bind_family(socket.AF_INET, "0.0.0.0", 0)).getsockname()[1]
+        with contextlib.suppress(OSError):  # this host has no IPv6, or somebody has taken the port there
+            other = stack.enter_context(socket.socket(socket.AF_INET6))
+            other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            other.bind(("::", port))
+        yield port
 
 
 def _bind(port: int) -> socket.socket:

@@ -43,7 +43,7 @@ from elastic_launch.core.progress.messages import (
 )
 from elastic_launch.core.text import visible
 from elastic_launch.errors import signal_name
-from elastic_launch.host.ports import reserve_port
+from elastic_launch.host.ports import reserve_ipv4_port, reserve_port
 from elastic_launch.job import Assignment, Change, Decision, End, EndKind
 
 if TYPE_CHECKING:
@@ -180,10 +180,13 @@ class SingleNodeRendezvous:
 
     def _next_round(self) -> Assignment:
         self.close()
-        sock = self._reserved.enter_context(reserve_port(self.port))
+        if self.port or self._addr != "127.0.0.1":
+            port = self._reserved.enter_context(reserve_port(self.port)).getsockname()[1]
+        else:
+            port = self._reserved.enter_context(reserve_ipv4_port())
         self._rounds += 1
         self._has_ended = False
-        return self.assignment(sock.getsockname()[1])
+        return self.assignment(port)
 
     def assignment(self, port: int) -> Assignment:
         """Return the node's assignment in the current round; ``port``: of the workers' store."""

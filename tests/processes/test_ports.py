@@ -16,7 +16,7 @@ import pytest
 
 from elastic_launch.core.agent.messages import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
-from elastic_launch.host.ports import port_owner, reserve_port
+from elastic_launch.host.ports import port_owner, reserve_ipv4_port, reserve_port
 from elastic_launch.job import Assignment
 from elastic_launch.rendezvous.backends.c10d import C10dBackend
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
@@ -60,6 +60,19 @@ def test_reserved_port_can_be_bound_by_number() -> None:
         server.bind(("0.0.0.0", reserved.getsockname()[1]))
         server.listen()
         client.connect(("127.0.0.1", reserved.getsockname()[1]))
+
+
+def test_port_that_is_reserved_for_ipv4_can_be_bound_there_alone() -> None:
+    with reserve_ipv4_port() as port, socket.socket() as server, socket.socket(socket.AF_INET6) as other:
+        for each in (server, other):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        with pytest.raises(OSError, match="Address already in use"):
+            other.bind(("::", port))
+        server.bind(("0.0.0.0", port))
+        server.listen()
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::1", port))
 
 
 def test_port_in_use_names_the_process() -> None:
@@ -164,7 +177,9 @@ def test_torch_meets_again_after_a_restart(job: Job) -> None:
     text = (
         "if restart == 0:\n    dist.init_process_group('gloo')\n    if rank == 1: os.kill(os.getpid(), 9)\n    wait()\n"
     )
-    script = job.script("import torch, torch.distributed as dist\n" + text + ALL_REDUCE)
+    # On a socket for IPv6 as well, it would ask DNS for the name of each client.
+    is_ipv4 = "assert f'00000000:{int(os.environ[\"MASTER_PORT\"]):04X}' in open('/proc/net/tcp').read()\n"
+    script = job.script("import torch, torch.distributed as dist\n" + text + ALL_REDUCE.replace("mark", is_ipv4 + "mark"))
     done = job.run("--nproc-per-node", "2", "--max-restarts", "1", "--preload", "torch", script)
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.1 sum 2", "1.1 sum 2"]
