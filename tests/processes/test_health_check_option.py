@@ -40,7 +40,9 @@ def test_the_check_runs_before_each_round_and_its_output_is_not_shown(job: Job) 
     done = job.run(*args, script)
     assert done.returncode == 0
     assert (job.path / "seen").read_text().splitlines() == ["j7 0 2 1", "j7 1 2 1"]
-    assert {"0.0 1", "0.1 2", "1.1 2"} <= set(job.marks())
+    marks = set(job.marks())  # the first worker to fail may end the other one before it leaves its mark
+    assert marks & {"0.0 1", "1.0 1"}
+    assert {"0.1 2", "1.1 2"} <= marks
     assert "loud" not in done.stderr + done.stdout
 
 
