@@ -179,7 +179,9 @@ def test_torch_meets_again_after_a_restart(job: Job) -> None:
     )
     # On a socket for IPv6 as well, it would ask DNS for the name of each client.
     is_ipv4 = "assert f'00000000:{int(os.environ[\"MASTER_PORT\"]):04X}' in open('/proc/net/tcp').read()\n"
-    script = job.script("import torch, torch.distributed as dist\n" + text + ALL_REDUCE.replace("mark", is_ipv4 + "mark"))
+    script = job.script(
+        "import torch, torch.distributed as dist\n" + text + ALL_REDUCE.replace("mark", is_ipv4 + "mark")
+    )
     done = job.run("--nproc-per-node", "2", "--max-restarts", "1", "--preload", "torch", script)
     assert done.returncode == 0, done.stderr
     assert sorted(job.marks()) == ["0.1 sum 2", "1.1 sum 2"]
