@@ -28,8 +28,6 @@ from statistics import median
 import psutil
 from common import COMMANDS, OURS, PEER, Running, Samples, machine, running, spread
 
-from elastic_launch.workers.standby import MOST
-
 KILLS = 2  # in each launch that measures recovery
 PATIENCE = 45  # seconds that torchrun has to recover without the variable
 OPTIONS = ["--standalone", "--max-restarts", "20"]
@@ -168,7 +166,7 @@ def recover(launcher: Running, job: Job, run: int, waits: bool = False) -> list[
 
 def has_standbys(launcher: Running, count: int) -> bool:
     """Return whether the launcher has all of its standbys."""
-    return sum(process.name() == "elastic-standby" for process in launcher.family()) == min(count, MOST)
+    return sum(process.name() == "elastic-standby" for process in launcher.family()) == count
 
 
 def recovers(launcher: Running, job: Job, rank: int) -> bool:

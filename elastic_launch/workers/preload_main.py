@@ -359,6 +359,7 @@ def become_worker(worker: "ForkedWorker", handlers: "dict[int, Any]") -> str:
     rank = worker.environment.get(b"RANK", b"").decode()
     what = os.path.basename(sys.argv[2]) if sys.argv[1] in ("script", "module") else "function"
     set_title(f"{what[: 14 - len(rank)]}:{rank}", worker.order[1])
+    worker.wait()
     return sys.argv[0]
 
 

@@ -4,9 +4,10 @@ Every forked worker begins as a standby: a process that waits for its order, blo
 nothing else. Standbys that were forked while the round before ran are ready at once. If there are none, or not enough
 of them, more are forked, and get their orders at once.
 
-An order is one byte, with descriptors: first a memory file that holds the marshalled order, then the worker's own. The
-answer is a marshalled None, or the error (errno, message) because of which the standby ends. A standby whose socket is
-closed ends.
+An order is one byte, GO or HOLD, with descriptors: first a memory file that holds the marshalled order, then the
+worker's own. The answer is a marshalled None, or the error (errno, message) because of which the standby ends. A
+standby whose socket is closed before it has an order ends. After HOLD, a worker runs its program only when its socket
+is closed.
 
 A standby must be what a fork of the keeper would be now. What can change from outside in the life of a keeper is
 compared (``inherited``), and standbys that differ are replaced. Modules that change on disk are not looked at, because
@@ -45,11 +46,12 @@ PAUSE = 0.05
 """Seconds between two such forks."""
 PATIENCE = 0.05
 """Seconds without an answer after which the keeper looks whether a standby is stopped."""
+GO, HOLD = b"g", b"h"
+"""What the first byte of an order says: run the program at once, or only when the socket is closed."""
 HEAD_START = 0.05
 """Seconds, at most, by which rank 0 starts before the others if it is to serve torch's store."""
-MOST = 8
-"""How many standbys there are at most. Further workers are forked one by one when they are needed: if more ranks
-connect to each other at once, torch pauses for seconds."""
+GLANCE = 0.001
+"""Seconds after which the keeper looks again whether it serves."""
 NEVER = float("inf")
 RLIM_NLIMITS = 16
 OOM_SCORE_ADJ = "/proc/self/oom_score_adj"
@@ -69,6 +71,8 @@ class ForkedWorker(BaseException):
         self.descriptors: list[int] = []
         """The descriptors that were sent for this worker, in the order of the message."""
         self._socket = socket
+        self._is_held = False
+        """Whether it must not run its program yet."""
         self._limits = limits
         """Those of open files."""
         self._oom_score_adj = oom_score_adj
@@ -80,6 +84,7 @@ class ForkedWorker(BaseException):
         data, ancillary, _, _ = self._socket.recvmsg(1, size, keeper_main.MSG_CMSG_CLOEXEC)
         if not data:
             os._exit(0)
+        self._is_held = data == HOLD
         memory, *descriptors = keeper_main.descriptors_in(ancillary)
         self.order = _, _, changes, targets, cpus = marshal.loads(os.pread(memory, os.fstat(memory).st_size, 0))
         os.close(memory)
@@ -108,7 +113,13 @@ class ForkedWorker(BaseException):
                 os.write(answers, marshal.dumps((getattr(error, "errno", 0), getattr(error, "strerror", str(error)))))
             finally:
                 os._exit(127)
-        os.close(answers)
+        self._socket = _socket.socket(fileno=answers)
+
+    def wait(self) -> None:
+        """Wait until the program may run."""
+        if self._is_held:
+            self._socket.recv(1)
+        self._socket.close()
 
 
 class Standby:
@@ -121,8 +132,8 @@ class Standby:
         """Whether it was forked ahead of time. If not, it is a worker, whatever happens to it."""
         self.inherited = inherited() if is_ahead else ()
 
-    def send(self, order: SpawnOrder, descriptors: Sequence[int]) -> bool:
-        """Send it its order. Returns False if it has ended.
+    def send(self, order: SpawnOrder, descriptors: Sequence[int], when: bytes) -> bool:
+        """Send it its order, GO or HOLD. Returns False if it has ended.
 
         Raises:
             OSError: the order cannot be sent.
@@ -131,7 +142,7 @@ class Standby:
         try:
             os.write(memory, marshal.dumps(order))
             numbers = b"".join(fd.to_bytes(4, "little") for fd in (memory, *descriptors))
-            self.socket.sendmsg([b"\0"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)])
+            self.socket.sendmsg([when], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)])
         except ConnectionError:
             return False
         finally:
@@ -166,13 +177,13 @@ class StandbyPool:
         self.standbys: dict[int, Standby] = {}
         """Those that were forked ahead, by pid."""
         self.pending: dict[int, Standby] = {}
-        """Those that have been sent an order and have not answered, by pid."""
+        """Those that have been sent an order, until they have answered and may run their programs, by pid."""
 
     # ---- ahead of time
 
     def want(self, count: int, is_busy: bool) -> None:
-        """Have ``count`` standbys, or ``MOST``: at once, or a little later if workers are starting. End all others."""
-        self.wanted = count = min(count, MOST)
+        """Have ``count`` standbys: at once, or a little later if workers are starting. End all others."""
+        self.wanted = count
         while len(self.standbys) > count:
             self.end(self.standbys.popitem()[1])
         self.due = time.monotonic() + DELAY * is_busy if len(self.standbys) < count else NEVER
@@ -224,51 +235,17 @@ class StandbyPool:
         now = inherited()
         for standby in [it for it in self.standbys.values() if it.inherited != now]:
             self.end(self.standbys.pop(standby.pid))
-        started: dict[int, int] = {}
-        failed: dict[int, tuple[int, str]] = {}
-        handed: dict[int, tuple[Standby, SpawnOrder, Sequence[int]]] = {}
-        poller = select.poll()
-
-        def hand_out(order: SpawnOrder, numbers: Sequence[int]) -> None:
-            try:
-                standby = self.hand_out(order, numbers)
-            except OSError as error:
-                failed[order[0]] = (error.errno or 0, error.strerror or str(error))
-                return
-            handed[standby.socket.fileno()] = standby, order, numbers
-            poller.register(standby.socket.fileno(), select.POLLIN)
-
+        start = Start(self, max(map(store_port, orders), default=0))
         position = 0
         for order in orders:
             end = position + len(order[3])
-            hand_out(order, descriptors[position:end])
+            start.hand_out(order, descriptors[position:end])
             position = end
-            if (port := store_port(order)) and any(it.is_ahead for it in self.pending.values()):
-                wait_for_listener(port)
-        while handed:
-            ready = poller.poll(PATIENCE * 1000)
-            for fd, _ in ready:
-                poller.unregister(fd)
-                standby, order, numbers = handed.pop(fd)
-                answer = standby.answer()
-                standby.socket.close()
-                del self.pending[standby.pid]
-                if error := marshal.loads(answer) if answer else None:
-                    failed[order[0]] = error
-                elif answer or not standby.is_ahead:  # one that was forked just now counts as a worker that has ended
-                    started[order[0]] = standby.pid
-                else:
-                    hand_out(order, numbers)
-            if not ready:
-                for standby, _, _ in handed.values():
-                    if is_stopped(standby.pid):
-                        # The socket shows the end of one that can be replaced. Any other is a worker: the keeper must
-                        # not wait for it, because it would notice neither the agent's death nor the end of a lease.
-                        keeper_main.kill(standby.pid, signal.SIGKILL if standby.is_ahead else signal.SIGCONT)
-        return started, failed
+        start.finish()
+        return start.started, start.failed
 
-    def hand_out(self, order: SpawnOrder, descriptors: Sequence[int]) -> Standby:
-        """Send an order to a standby, which is ``pending`` then. Forks one if there is none.
+    def hand_out(self, order: SpawnOrder, descriptors: Sequence[int], when: bytes) -> Standby:
+        """Send an order, GO or HOLD, to a standby, which is ``pending`` then. Forks one if there is none.
 
         Raises:
             OSError: there is none, and none can be forked, or the order cannot be sent.
@@ -277,7 +254,7 @@ class StandbyPool:
             pid = next(iter(self.standbys), 0)
             standby = self.standbys.pop(pid) if pid else self.fork(is_ahead=False)
             try:
-                is_sent = standby.send(order, descriptors)
+                is_sent = standby.send(order, descriptors, when)
             except BaseException:
                 self.end(standby)
                 raise
@@ -285,6 +262,11 @@ class StandbyPool:
                 self.pending[standby.pid] = standby
                 return standby
             self.end(standby)
+
+    def let_go(self, standby: Standby) -> None:
+        """Have nothing to do any more with one that is ``pending``. If it is held, it runs its program."""
+        del self.pending[standby.pid]
+        standby.socket.close()
 
     def fork(self, is_ahead: bool) -> Standby:
         """Fork a standby.
@@ -339,6 +321,89 @@ class StandbyPool:
         raise worker
 
 
+class Start:
+    """The start of a round's workers. If rank 0 is to serve torch's store, the others are held until it does.
+
+    A rank that asks for the store before would try again only after most of a second.
+    """
+
+    def __init__(self, pool: StandbyPool, port: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            pool: has the processes.
+            port: where the first worker serves torch's store; 0: it does not.
+        """
+        self.started: dict[int, int] = {}
+        """Pids by local rank."""
+        self.failed: dict[int, tuple[int, str]] = {}
+        """Errors (errno, message) by the local ranks of workers that could not be started."""
+        self._pool = pool
+        self._port = port
+        """Where the store is to be served; 0: nobody is held any more."""
+        self._holds_until = 0.0
+        """When the others may run even if it is not, on ``time.monotonic``."""
+        self._handed: dict[int, tuple[Standby, SpawnOrder, Sequence[int]]] = {}
+        """The processes that have not answered, and what they were sent, by their sockets' descriptors."""
+        self._held: list[Standby] = []
+        """Those that have answered, and may not run their programs yet."""
+        self._poller = select.poll()
+
+    def hand_out(self, order: SpawnOrder, descriptors: Sequence[int]) -> None:
+        """Send an order."""
+        serves = self._port > 0 and store_port(order) == self._port
+        try:
+            standby = self._pool.hand_out(order, descriptors, HOLD if self._port and not serves else GO)
+        except OSError as error:
+            self.failed[order[0]] = (error.errno or 0, error.strerror or str(error))
+            return
+        if serves:
+            self._holds_until = time.monotonic() + HEAD_START
+        self._handed[standby.socket.fileno()] = standby, order, descriptors
+        self._poller.register(standby.socket.fileno(), select.POLLIN)
+        self._release_when_served()
+
+    def finish(self) -> None:
+        """Wait until all workers run their programs, or could not be started."""
+        while self._handed or self._held:
+            is_holding = self._port > 0
+            ready = self._poller.poll(1000 * (GLANCE if is_holding else PATIENCE))
+            for fd, _ in ready:
+                self._poller.unregister(fd)
+                self._take_answer(*self._handed.pop(fd))
+            self._release_when_served()
+            if not ready and not is_holding:
+                self._unblock()
+
+    def _take_answer(self, standby: Standby, order: SpawnOrder, descriptors: Sequence[int]) -> None:
+        answer = standby.answer()
+        if error := marshal.loads(answer) if answer else None:
+            self.failed[order[0]] = error
+        elif answer or not standby.is_ahead:  # one that was forked just now counts as a worker that has ended
+            self.started[order[0]] = standby.pid
+            if self._port:
+                self._held.append(standby)
+                return
+        self._pool.let_go(standby)
+        if not answer and standby.is_ahead:
+            self.hand_out(order, descriptors)
+
+    def _release_when_served(self) -> None:
+        if self._port and (time.monotonic() >= self._holds_until or is_listening(self._port)):
+            self._port = 0
+            for standby in self._held:
+                self._pool.let_go(standby)
+            self._held.clear()
+
+    def _unblock(self) -> None:
+        """Kill or resume what is stopped and therefore does not answer."""
+        for standby, _, _ in self._handed.values():
+            if is_stopped(standby.pid):
+                # The socket shows the end of one that can be replaced. Any other is a worker: the keeper must not wait
+                # for it, because it would notice neither the agent's death nor the end of a lease.
+                keeper_main.kill(standby.pid, signal.SIGKILL if standby.is_ahead else signal.SIGCONT)
+
+
 # ---- what a fork inherits
 
 
@@ -391,26 +456,18 @@ def store_port(order: SpawnOrder) -> int:
     return int(port) if serves and port.isdigit() and "torch.distributed" in sys.modules else 0
 
 
-def wait_for_listener(port: int) -> None:
-    """Wait up to ``HEAD_START`` seconds until a process listens on a port.
-
-    Standbys run their programs at the same time. But a rank that asks for torch's store before rank 0 serves it tries
-    again only after most of a second.
-    """
-    end, pause = time.monotonic() + HEAD_START, 0.001
-    while not is_listening(port) and time.monotonic() < end:
-        time.sleep(pause)
-        pause *= 1.5
-
-
 def is_listening(port: int) -> bool:
-    """Return whether a process listens on a port, on any address, as far as the kernel lists that first."""
-    for path in ("/proc/self/net/tcp6", "/proc/self/net/tcp"):
-        try:
-            with open(path, "rb") as file:
-                lines = [line.split(None, 4)[1:4] for line in file.read(1 << 16).splitlines()]
-        except OSError:
-            continue
-        if any(fields[2:] == [b"0A"] and fields[0].endswith(b":%04X" % port) for fields in lines):
-            return True
+    """Return whether a process listens on a port on an IPv4 address, or for both families.
+
+    Only then can a socket with SO_REUSEADDR not be bound there: the agent and torch's store set that option as well.
+    (The list in /proc takes milliseconds: the kernel goes through all places that it has for connections.)
+    """
+    sock = _socket.socket()
+    try:
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        sock.bind(("0.0.0.0", port))
+    except OSError:
+        return True
+    finally:
+        sock.close()
     return False

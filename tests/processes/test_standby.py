@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import marshal
 import os
 import resource
 import signal
@@ -18,14 +19,19 @@ import pytest
 
 from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.job import Policy, RestartHistory
+from elastic_launch.workers import standby
 from elastic_launch.workers.orphans import kill_orphans
-from elastic_launch.workers.standby import NEVER, Standby, StandbyPool, is_listening, store_port
+from elastic_launch.workers.standby import GO, HOLD, NEVER, Standby, StandbyPool, is_listening, store_port
 from tests.support.jobs import Job
 from tests.support.waiting import SOON, is_alive, wait_until
 
 WARM = ("--max-restarts", "3", "--preload", "json")
 FAILS_ONCE = "mark(os.getpid())\nif restart == 0:\n    wait_for('go')\n    sys.exit(7)\n"
 """The first round runs until the test has written the mark ``go``, and fails."""
+
+
+NOBODY = 1 << 22
+"""The lowest pid that no process can have."""
 
 
 def standbys(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
@@ -236,30 +242,64 @@ def test_worker_that_is_stopped_before_it_answers_does_not_hold_up_the_keeper(mo
     with theirs, subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno()) as process:
         monkeypatch.setattr(pool, "fork", lambda is_ahead: Standby(process.pid, ours, is_ahead))
         started: list[object] = []
-        order: tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]] = 3, [], {}, [], []
-        threading.Thread(target=lambda: started.append(pool.start([order], [])), daemon=True).start()
+        threading.Thread(target=lambda: started.append(pool.start([order(3)], [])), daemon=True).start()
         try:
             wait_until(lambda: started == [({3: process.pid}, {})])
         finally:
             process.kill()
 
 
-def test_rank_that_serves_the_store_of_torch_starts_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def order(**variables: str) -> tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]:
-        return 0, [], {name.encode(): value.encode() for name, value in variables.items()}, [], []
+def order(rank: int = 0, **variables: str) -> tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]:
+    changes = {"RANK": str(rank), **variables}
+    return rank, [], {name.encode(): value.encode() for name, value in changes.items()}, [], []
 
+
+def test_which_rank_serves_the_store_of_torch_and_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)  # another test may have imported it
-    assert store_port(order(RANK="0", MASTER_PORT="1234")) == 0, "without torch nobody serves one"
+    assert store_port(order(0, MASTER_PORT="1234")) == 0, "without torch nobody serves one"
     monkeypatch.setitem(sys.modules, "torch.distributed", sys)
-    assert store_port(order(RANK="0", MASTER_PORT="1234")) == 1234
-    assert store_port(order(RANK="1", MASTER_PORT="1234")) == 0
-    assert store_port(order(RANK="0", MASTER_PORT="1234", TORCHELASTIC_USE_AGENT_STORE="True")) == 0
+    assert store_port(order(0, MASTER_PORT="1234")) == 1234
+    assert store_port(order(1, MASTER_PORT="1234")) == 0
+    assert store_port(order(0, MASTER_PORT="1234", TORCHELASTIC_USE_AGENT_STORE="True")) == 0
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")):
         with socket.socket(family) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
             server.bind((address, 0))
             assert not is_listening(server.getsockname()[1])
             server.listen()
             assert is_listening(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("head_start", [SOON, 0.0])
+def test_other_ranks_are_held_until_rank_0_serves_the_store(monkeypatch: pytest.MonkeyPatch, head_start: float) -> None:
+    monkeypatch.setattr(standby, "HEAD_START", head_start)
+    monkeypatch.setitem(sys.modules, "torch.distributed", sys)
+    started: list[object] = []
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", 0))
+        pool = StandbyPool({})
+        pairs = [socket.socketpair() for _ in range(2)]
+        workers = [stack.enter_context(theirs) for _, theirs in pairs]
+        forks = [Standby(NOBODY + rank, ours, is_ahead=False) for rank, (ours, _) in enumerate(pairs)]
+        monkeypatch.setattr(pool, "fork", lambda is_ahead: forks.pop(0))
+        orders = [order(rank, MASTER_PORT=str(server.getsockname()[1])) for rank in range(2)]
+        thread = threading.Thread(target=lambda: started.append(pool.start(orders, [])), daemon=True)
+        thread.start()
+        for worker, when in zip(workers, (GO, HOLD if head_start else GO), strict=True):
+            worker.settimeout(SOON)
+            assert worker.recv(1) == when
+            worker.send(marshal.dumps(None))
+        if head_start:
+            workers[1].setblocking(False)
+            with pytest.raises(BlockingIOError):
+                workers[1].recv(1)
+            workers[1].settimeout(SOON)
+            server.listen()
+        assert workers[1].recv(1) == b"", "it may run its program"
+        thread.join(SOON)
+    assert (started, pool.pending) == ([({0: NOBODY, 1: NOBODY + 1}, {})], {})
 
 
 def test_many_restarts_in_a_row_leave_nothing(job: Job) -> None:
