@@ -117,7 +117,7 @@ class World:
         self.settings = settings
         self.timeouts = timeouts
         self.store = MemoryStore()
-        self.is_store_up = True
+        self.is_store_up = self.store_was_up = True
         self.now = BEGINNING
         self.agents: list[Agent] = []
         self.checks = Checks(self)
@@ -188,7 +188,7 @@ class World:
 
     def stop_store(self, *, forget: bool = False) -> None:
         """The store's host goes down: connections break, and none can be made until it is up again."""
-        self.is_store_up = False
+        self.is_store_up = self.store_was_up = False
         if forget:
             self.store = MemoryStore()
         for agent in self.agents:
