@@ -81,7 +81,7 @@ class Checks:
             )
 
     def recorded(self, entries: list[Entry]) -> None:
-        """What is written of the job's life is written by one node, unless they lost the store, and cannot agree on one."""
+        """What is written of the job's life is written by one node. Without the store, nodes cannot agree on which."""
         for entry in entries if self._world.store_was_up else ():
             if entry.of_job:
                 key = entry.name, entry.round
