@@ -42,7 +42,8 @@ def _script(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def outcome(words: list[str], variables: dict[str, str]) -> None:
     """A command line has settings, perhaps with warnings of one line each, or is refused in one line with status 2."""
     err = io.StringIO()
-    refused, status = "", 2
+    refused = ""
+    status: str | int | None = 2
     with (
         mock.patch.dict(os.environ, variables),
         contextlib.redirect_stderr(err),
