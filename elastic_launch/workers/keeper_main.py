@@ -281,6 +281,8 @@ class Keeper:
 
     def add_standby(self, pool: StandbyPool) -> None:
         """Fork one standby, if that is possible."""
+        if self.workers and not pool.standbys:
+            pool.learn(max(self.workers.values(), key=lambda worker: worker.local_rank).pid)
         try:
             pool.add()
         except OSError as error:

@@ -44,7 +44,7 @@ import standby  # type: ignore[import-not-found]  # noqa: E402
 
 if IS_SAFE:
     del sys.path[0]
-for name in ("bootstrap", "forked", "keeper_main", "standby"):
+for name in ("bootstrap", "forked", "keeper_main", "standby", "written_pages"):
     del sys.modules[name]  # the program may have modules with these names
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds

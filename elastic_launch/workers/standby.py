@@ -29,9 +29,10 @@ import sys
 import time
 
 if __package__:
-    from elastic_launch.workers import keeper_main
+    from elastic_launch.workers import keeper_main, written_pages
 else:
     import keeper_main  # type: ignore[import-not-found, no-redef]
+    import written_pages  # type: ignore[import-not-found, no-redef]
 
 TYPE_CHECKING = False  # mypy knows the name; importing typing would cost milliseconds
 if TYPE_CHECKING:
@@ -174,12 +175,21 @@ class StandbyPool:
         """How many standbys there are to be."""
         self.due = NEVER
         """When to fork the next one, on ``time.monotonic``."""
+        self.written: written_pages.PageRanges = []
+        """The pages that a standby copies ahead of time."""
         self.standbys: dict[int, Standby] = {}
         """Those that were forked ahead, by pid."""
         self.pending: dict[int, Standby] = {}
         """Those that have been sent an order, until they have answered and may run their programs, by pid."""
 
     # ---- ahead of time
+
+    def learn(self, worker: int) -> None:
+        """Have the next standbys copy the pages that a worker has written to."""
+        try:
+            self.written = written_pages.written_pages(worker, os.getpid())
+        except OSError:
+            self.written = []
 
     def want(self, count: int, is_busy: bool) -> None:
         """Have ``count`` standbys: at once, or a little later if workers are starting. End all others."""
@@ -315,6 +325,7 @@ class StandbyPool:
                 keeper_main.libc.prctl(keeper_main.PR_SET_NAME, keeper_main.STANDBY.encode(), 0, 0, 0)
                 adjustment = content_of(OOM_SCORE_ADJ)
                 set_oom_score_adj(FIRST_VICTIM)
+                written_pages.copy_pages(self.written)
             worker = ForkedWorker(_socket.socket(fileno=theirs.detach()), self.environment, self.limits, adjustment)
         except BaseException:
             os._exit(127)

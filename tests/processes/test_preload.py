@@ -97,12 +97,12 @@ def test_modules_beside_the_script_and_in_packages(job: Job) -> None:
 
 
 def test_modules_with_the_names_of_the_keepers_own(job: Job) -> None:
-    names = ["bootstrap", "forked", "keeper_main", "standby"]
+    names = ["bootstrap", "forked", "keeper_main", "standby", "written_pages"]
     for name in names:
         (job.path / f"{name}.py").write_text("value = 7")
     (job.path / "total.py").write_text(f"import {', '.join(names)}\nvalue = {'.value + '.join(names)}.value")
     ended = job.run("--preload", "total", job.script("import total\nprint(total.value)"))
-    assert (ended.returncode, ended.stdout) == (0, "28\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, "35\n"), ended.stderr
 
 
 def test_workers_have_what_a_module_sets_when_it_is_imported(job: Job) -> None:

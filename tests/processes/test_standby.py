@@ -22,6 +22,7 @@ from elastic_launch.job import Policy, RestartHistory
 from elastic_launch.workers import standby
 from elastic_launch.workers.orphans import kill_orphans
 from elastic_launch.workers.standby import GO, HOLD, NEVER, Standby, StandbyPool, is_listening, store_port
+from elastic_launch.workers.written_pages import PAGE, written_pages
 from tests.support.jobs import Job
 from tests.support.waiting import SOON, is_alive, wait_until
 
@@ -120,6 +121,21 @@ def test_worker_that_was_a_standby_is_like_any_other(job: Job) -> None:
         draws = {mark.split()[2] for mark in job.marks() if mark != "go"}
         assert len(draws) == 4, "each worker has a random state of its own"
     assert found["--standby"] == found["--no-standby"]
+
+
+def test_they_have_copied_what_a_worker_writes_to(job: Job) -> None:
+    process, before = start(job, ranks=1)
+
+    def pages(pid: int) -> set[int]:
+        ranges = written_pages(pid, keeper(process).pid)
+        return {address for begin, size in ranges for address in range(begin, begin + size, PAGE)}
+
+    (worker,) = pids(job, 0)
+    written = pages(worker)
+    missing = written - pages(before[0].pid)
+    job.mark("go")
+    assert job.finish(process).returncode == 0
+    assert len(missing) < 0.2 * len(written), f"{len(missing)} of {len(written)}"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
