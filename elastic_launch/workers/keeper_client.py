@@ -228,6 +228,10 @@ class KeeperClient:
         self._stand_by(standbys)
         self._importing = ""
         """What a warm keeper imports, as an option names it; empty: nothing any more."""
+        self._has_started = False
+        """Whether the keeper has started workers before, so that it imports nothing any more."""
+        self._unstarted: tuple[list[Any], list[int]] | None = None
+        """The orders of a warm keeper's first workers, with copies of their descriptors, until these are started."""
         self._is_stand_in = False
         """Whether the keeper is an ordinary one that replaces a lost warm one until the next round."""
         self._commands: dict[int, list[str]] = {}
@@ -263,6 +267,7 @@ class KeeperClient:
         if self._is_stand_in:
             self._keeper.close()
             self._keeper, self._is_stand_in = KeeperProcess(self._environ, self._start_keeper), False
+            self._has_started = False
         self._commands = {command.local_rank: command.argv for command in commands}
         self._running = set(self._commands)
         self._pids, self._errors = {}, {}
@@ -278,9 +283,10 @@ class KeeperClient:
             )
             for command in commands
         ]
-        if self._lease:  # this may be a new keeper
-            self._keeper.send("renew_lease", self._lease)
-        self._keeper.send("spawn", orders, descriptors=[fd for command in commands for fd, _ in command.descriptors])
+        descriptors = [fd for command in commands for fd, _ in command.descriptors]
+        if not self._has_started and self._start_keeper is not execute_keeper:
+            self._unstarted = orders, [os.dup(fd) for fd in descriptors]
+        self._send_orders(orders, descriptors)
         self._stand_by(standbys)
 
     def send_signal(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
@@ -323,6 +329,7 @@ class KeeperClient:
 
     def close(self) -> None:
         """Have the keeper kill whatever is left. If the keeper does not, because it was stopped, do it here."""
+        self._forget_orders()
         if not self._keeper.close() or self._has_orphans:
             self._kill_orphans()
 
@@ -330,6 +337,8 @@ class KeeperClient:
         match message:
             case ("started", dict(pids), dict(failed)):
                 self._pids, self._is_starting, self._lost_starts = pids, False, 0
+                self._has_started = True
+                self._forget_orders()
                 return [Started(pids), *(self._not_started(rank, *why) for rank, why in failed.items())]
             case ("exited", list(exits)):
                 self._running -= {exit_[0] for exit_ in exits}
@@ -356,6 +365,17 @@ class KeeperClient:
             case ("failed", str(text)):
                 raise UnavailableError(text)
         raise LaunchError(f"internal error: unexpected message from the keeper: {message!r}")
+
+    def _send_orders(self, orders: list[Any], descriptors: Sequence[int]) -> None:
+        if self._lease:  # this may be a new keeper
+            self._keeper.send("renew_lease", self._lease)
+        self._keeper.send("spawn", orders, descriptors=descriptors)
+
+    def _forget_orders(self) -> None:
+        if self._unstarted:
+            for fd in self._unstarted[1]:
+                os.close(fd)
+            self._unstarted = None
 
     def _stand_by(self, count: int) -> None:
         if count or self._standbys:
@@ -395,6 +415,8 @@ class KeeperClient:
         self._has_orphans = True
         self._keeper.close()
         if importing and not self._early_stop_signals and (why := self._keeper.why_it_ended()):
+            if importing.startswith(f"--preload {AUTO}: "):
+                return self._start_cold(f"{importing}: {why}")
             raise UnavailableError(f"{importing}: cannot import the module: {why}")
         self._lost_starts += not self._early_stop_signals
         if self._lost_starts > MAX_LOST_STARTS:
@@ -408,6 +430,7 @@ class KeeperClient:
             Exited(Exit(rank, -signal.SIGKILL, now, self._early_stop_signals)) for rank in sorted(self._running)
         ]
         self._is_starting = False
+        self._forget_orders()
         lost = Evidence(ErrorRecord(text, text, now, "<N/A>"))
         self._errors = dict.fromkeys(self._running, lost) | self._errors
         self._running.clear()
@@ -416,3 +439,13 @@ class KeeperClient:
         self._is_stand_in = self._start_keeper is not execute_keeper
         # If the agent still asks the new keeper to reap leftovers, it finds none.
         return [*exits, self._reaped({})] if self._is_reaping else exits
+
+    def _start_cold(self, reason: str) -> list[AgentEvent]:
+        """Go on without preloaded modules, which nobody has asked for by name."""
+        self._log(f"{reason}; starting workers without --preload")
+        self._kill_orphans()
+        self._start_keeper = execute_keeper
+        self._keeper = KeeperProcess(self._environ)
+        if self._unstarted:
+            self._send_orders(*self._unstarted)
+        return []

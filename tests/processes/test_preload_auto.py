@@ -79,6 +79,25 @@ def test_a_module_that_cannot_be_preloaded_ends_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import ctypes; ctypes.string_at(0)", "the module ended its process (SIGSEGV)"),
+        ("import os; os.closerange(3, 256)", "the module closed descriptors that are not its own"),
+    ],
+    ids=["crashes", "closes"],
+)
+def test_a_module_that_ends_the_process_makes_workers_cold(
+    code: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = script(tmp_path, f"import os\nassert not ({IS_FORK})")
+    (tmp_path / "deadly.py").write_text(code)
+    monkeypatch.setattr(preload_plan, "choose", lambda *_: ["auto", "json", "deadly"])
+    with started(*command, count=2, preload=["auto"]) as group:
+        group.finish()
+    assert capfd.readouterr().out == f"--preload auto: deadly: {why}; starting workers without --preload\n"
+
+
 def test_arrow_starts_no_thread_and_workers_do_not_know(job: Job) -> None:
     (job.path / "arrow.py").write_text("import os\nseen = os.environ['JE_ARROW_MALLOC_CONF']\n")
     text = "import arrow, os\nprint(arrow.seen, os.environ.get('JE_ARROW_MALLOC_CONF'))"
