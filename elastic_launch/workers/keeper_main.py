@@ -252,7 +252,7 @@ class Keeper:
         self.stopped_groups.clear()
         self.killed_leftovers.clear()
         if self.pool:
-            started, failed = self.pool.start(orders, self.received_descriptors)
+            started, failed = self.pool.start(orders, self.received_descriptors, self.lease)
         else:
             started, failed = self.execute(orders)
         self.workers |= {pid: RunningWorker(local_rank, pid) for local_rank, pid in started.items()}

@@ -19,6 +19,7 @@ a fork would not see that either.
 from __future__ import annotations
 
 import _socket
+import errno
 import fcntl
 import marshal
 import os
@@ -47,6 +48,8 @@ PAUSE = 0.05
 """Seconds between two such forks."""
 PATIENCE = 0.05
 """Seconds without an answer after which the keeper looks whether a standby is stopped."""
+LIMIT = 10.0
+"""Seconds without an answer after which a new process is given up: the system may have it wait for a dead disk."""
 GO, HOLD = b"g", b"h"
 """What the first byte of an order says: run the program at once, or only when the socket is closed."""
 HEAD_START = 0.05
@@ -231,13 +234,14 @@ class StandbyPool:
     # ---- workers
 
     def start(
-        self, orders: Sequence[SpawnOrder], descriptors: Sequence[int]
+        self, orders: Sequence[SpawnOrder], descriptors: Sequence[int], lease: float = NEVER
     ) -> tuple[dict[int, int], dict[int, tuple[int, str]]]:
         """Start workers, and wait until they are about to run.
 
         Args:
             orders: the workers.
             descriptors: those of all workers, in this order.
+            lease: when to wait no longer, on ``time.monotonic``, because the workers are to be killed.
 
         Returns:
             Pids by local rank, and errors (errno, message) by the local ranks of workers that could not be started.
@@ -251,7 +255,7 @@ class StandbyPool:
             end = position + len(order[3])
             start.hand_out(order, descriptors[position:end])
             position = end
-        start.finish()
+        start.finish(min(lease, time.monotonic() + LIMIT))
         return start.started, start.failed
 
     def hand_out(self, order: SpawnOrder, descriptors: Sequence[int], when: bytes) -> Standby:
@@ -374,8 +378,12 @@ class Start:
         self._poller.register(standby.socket.fileno(), select.POLLIN)
         self._release_when_served()
 
-    def finish(self) -> None:
-        """Wait until all workers run their programs, or could not be started."""
+    def finish(self, until: float) -> None:
+        """Wait until all workers run their programs, or could not be started: what has not answered by then, is killed.
+
+        Args:
+            until: on ``time.monotonic``.
+        """
         while self._handed or self._held:
             is_holding = self._port > 0
             ready = self._poller.poll(1000 * (GLANCE if is_holding else PATIENCE))
@@ -385,6 +393,8 @@ class Start:
             self._release_when_served()
             if not ready and not is_holding:
                 self._unblock()
+                if time.monotonic() >= until:
+                    self._give_up()
 
     def _take_answer(self, standby: Standby, order: SpawnOrder, descriptors: Sequence[int]) -> None:
         answer = standby.answer()
@@ -413,6 +423,13 @@ class Start:
                 # The socket shows the end of one that can be replaced. Any other is a worker: the keeper must not wait
                 # for it, because it would notice neither the agent's death nor the end of a lease.
                 keeper_main.kill(standby.pid, signal.SIGKILL if standby.is_ahead else signal.SIGCONT)
+
+    def _give_up(self) -> None:
+        for standby, order, _ in self._handed.values():
+            self._pool.let_go(standby)
+            keeper_main.kill(standby.pid, signal.SIGKILL)
+            self.failed[order[0]] = (errno.ETIMEDOUT, "its process has not answered, and was killed")
+        self._handed.clear()
 
 
 # ---- what a fork inherits

@@ -118,8 +118,9 @@ def test_worker_that_was_a_standby_is_like_any_other(job: Job) -> None:
         ended = job.finish(process)
         assert ended.returncode == 0, ended.stderr
         found[how] = [json.loads((job.path / f"{how}.{rank}").read_text()) for rank in range(2)]
-        draws = {mark.split()[2] for mark in job.marks() if mark != "go"}
-        assert len(draws) == 4, "each worker has a random state of its own"
+        draws = [mark.split()[2] for mark in job.marks() if mark != "go"]
+        assert len(set(draws)) == len(draws), "each worker has a random state of its own"
+        assert len(draws) >= 3  # in the first round, one worker's failure may end the other one before its mark
     assert found["--standby"] == found["--no-standby"]
 
 
@@ -263,6 +264,20 @@ def test_worker_that_is_stopped_before_it_answers_does_not_hold_up_the_keeper(mo
             wait_until(lambda: started == [({3: process.pid}, {})])
         finally:
             process.kill()
+
+
+def test_worker_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standby, "LIMIT", 0.0)
+    ours, theirs = socket.socketpair()
+    pool = StandbyPool({})
+    with theirs, subprocess.Popen(["sleep", "1000"]) as process:
+        monkeypatch.setattr(pool, "fork", lambda is_ahead: Standby(process.pid, ours, is_ahead))
+        assert pool.start([order(3)], []) == (
+            {},
+            {3: (errno.ETIMEDOUT, "its process has not answered, and was killed")},
+        )
+        assert process.wait(SOON) == -signal.SIGKILL
+    assert pool.pending == {}
 
 
 def order(rank: int = 0, **variables: str) -> tuple[int, list[bytes], dict[bytes, bytes], list[int], list[int]]:
