@@ -23,6 +23,8 @@ PageRanges = list[tuple[int, int]]
 
 MOST = 8 << 20
 """Bytes that are copied ahead at most: a worker may write to far more in the course of its work."""
+LARGE = 1 << 30
+"""Bytes of one mapping that is not looked at: it holds data, and the keeper would be busy with it for too long."""
 MADV_POPULATE_WRITE = 23
 PRESENT, IS_FILE, EXCLUSIVE = 0x80, 0x20, 0x01
 """Flags of a page, in the last byte of its entry in pagemap."""
@@ -49,6 +51,8 @@ def written_pages(worker: int, keeper: int) -> PageRanges:
             if mode[1:2] != b"w" or mode[3:4] != b"p":
                 continue
             start, end = (int(text, 16) for text in addresses.split(b"-"))
+            if end - start >= LARGE or left <= 0:
+                continue
             flags = os.pread(pagemap.fileno(), (end - start) // PAGE * 8, start // PAGE * 8)[7::8]
             written = flags.translate(WRITTEN)
             last = 0

@@ -46,8 +46,9 @@ other = os.fork() or os.execv("/bin/sleep", ["sleep", "60"])
 while open(f"/proc/{other}/comm").read() != "sleep\\n": pass
 found = [pages(ranges), *(pages(written_by(pid)) for pid in children[1:])]
 written_pages.MOST = 2 * PAGE
-print(json.dumps({"found": found, "most": sum(size for _, size in written_by(children[0])) // PAGE,
-                  "other": written_by(other)}))
+most = sum(size for _, size in written_by(children[0])) // PAGE
+written_pages.LARGE = 0
+print(json.dumps({"found": found, "most": most, "other": written_by(other), "large": written_by(children[0])}))
 for pid in (*children, other): os.kill(pid, signal.SIGKILL)
 """
 
@@ -56,4 +57,4 @@ def test_written_pages_are_found_and_copied_in_another_fork() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
-    assert found == {"found": [[3, 4, 10], [], [3, 4, 10]], "most": 2, "other": []}
+    assert found == {"found": [[3, 4, 10], [], [3, 4, 10]], "most": 2, "other": [], "large": []}
