@@ -46,9 +46,9 @@ other = os.fork() or os.execv("/bin/sleep", ["sleep", "60"])
 while open(f"/proc/{other}/comm").read() != "sleep\\n": pass
 found = [pages(ranges), *(pages(written_by(pid)) for pid in children[1:])]
 written_pages.MOST = 2 * PAGE
-most = sum(size for _, size in written_by(children[0])) // PAGE
+found = {"found": found, "most": sum(size for _, size in written_by(children[0])) // PAGE, "other": written_by(other)}
 written_pages.LARGE = 0
-print(json.dumps({"found": found, "most": most, "other": written_by(other), "large": written_by(children[0])}))
+print(json.dumps({**found, "large": written_by(children[0])}))
 for pid in (*children, other): os.kill(pid, signal.SIGKILL)
 """
 
