@@ -97,6 +97,18 @@ def test_records_survive_the_store_and_nothing_else_passes_for_them(record: Name
     assert {field.name for field in fields(ProcessFailure)} >= {"rank", "host"}
 
 
+@pytest.mark.parametrize(
+    ("interval", "attempts", "stops_after", "ends_after"),
+    [(5, 3, 9.5, 14), (1, 6, 4, 5.25), (1, 4, 3.5, 3.5), (1, 3, 2.625, 2.625)],
+)
+def test_a_short_deadline_leaves_time_for_a_late_reply_rather_than_for_a_checkpoint(
+    interval: float, attempts: int, stops_after: float, ends_after: float
+) -> None:
+    settings = Settings("job", 1, 1, keep_alive_interval=interval, keep_alive_max_attempt=attempts)
+    end = settings.keep_alive_deadline - settings.margin
+    assert (end - settings.grace, end) == (stops_after, ends_after)
+
+
 def test_silence_is_timed_by_the_one_who_watches() -> None:
     watch = Monitor(deadline=15, tick=1, now=0)
     watch.register([1, 2], 0)

@@ -226,6 +226,17 @@ def test_a_slow_reply_to_the_first_heartbeat_says_nothing_of_the_monitor() -> No
         assert sorted(run for run in running(made) if run is not None) == [0, 0]
 
 
+@pytest.mark.parametrize("seconds", [0.2, 0.4])
+def test_a_slow_store_is_not_asked_again_before_it_has_answered(seconds: float) -> None:
+    """More polls than it can answer would hold up the monitor's heartbeats, until it stops its workers."""
+    made = world(3, SETTINGS._replace(keep_alive_interval=1, keep_alive_max_attempt=6))
+    form(made, 3)
+    for agent in made.agents:
+        agent.backend.service_time = seconds
+    made.run(made.now + 60)
+    assert running(made) == [0, 0, 0]
+
+
 def test_a_node_that_leaves_costs_no_restart() -> None:
     made = world(3)
     form(made, 3)

@@ -249,7 +249,7 @@ class SimulatedClient:
         for pending in self._out:
             if not isinstance(pending.request, Cancel):
                 self._expected.append(pending)
-            self._arrives_at = self._travel(self._arrives_at)
+            self._arrives_at = self._travel(self._arrives_at) + self._agent.backend.service_time
             self._world.at(self._arrives_at, lambda pending=pending: self._execute(pending))  # type: ignore[misc]
         self._out.clear()
 
@@ -320,6 +320,8 @@ class SimulatedBackend(Backend):
         self._agent = agent
         self.stalled_until = 0.0
         """No message arrives before."""
+        self.service_time = 0.0
+        """Seconds that the store takes for each request of this node, one after the other."""
         self.store_away_until = 0.0
         """The store's host is off until then: packets to it are lost, without an answer."""
         self.clients: list[SimulatedClient] = []

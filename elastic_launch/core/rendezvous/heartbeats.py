@@ -37,7 +37,7 @@ def lease_ends(node: NodeState, assignment: Assignment) -> float:
     heartbeat = node.round.heartbeat
     since = heartbeat.answered_at
     if assignment.group_rank == 0:
-        since = min(since, heartbeat.polled_at - node.settings.tick)
+        since = min(since, heartbeat.polled_at)
     return since + node.settings.keep_alive_deadline - node.settings.margin
 
 
@@ -76,12 +76,22 @@ def fence(node: NodeState, step: Step, request: Fence | None = None) -> None:
     step.notify(Ended(end._replace(reason=reason, mine=True), 0.0))
 
 
-def reset(node: NodeState, step: Step, tickets: list[int]) -> None:
+def poll_in_time(node: NodeState, step: Step, timer: Timer, asked_at: float) -> None:
+    """Poll again a tick after the last poll was asked, or at once if its reply took longer."""
+    node.timers[timer] = min(node.timers.get(timer, step.now), max(step.now, asked_at + node.settings.tick))
+
+
+def confirm_poll(node: NodeState, step: Step, time: float) -> None:
+    """Note that the others see from their next heartbeats that this node has polled them after ``time``."""
+    node.round.heartbeat.polled_at = max(node.round.heartbeat.polled_at, time)
+    renew_lease(node, step)
+
+
+def reset(node: NodeState, step: Step, tickets: list[int], polled_at: float) -> None:
     """Reset the counters of other nodes, which shows them that they are monitored; keep flags that they must see."""
-    if tickets:
-        wanted = node.round.stall.wanted
-        step.write((f"heartbeat/{ticket}", b"%d" % (LOOK if ticket in wanted else 0)) for ticket in tickets)
-        step.get(questions.ConfirmReset(tickets), "ticket")  # the reply matters, not the key
+    wanted = node.round.stall.wanted
+    step.write((f"heartbeat/{ticket}", b"%d" % (LOOK if ticket in wanted else 0)) for ticket in tickets)
+    step.get(questions.ConfirmReset(tickets, polled_at), "ticket")  # the reply matters, not the key
 
 
 def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset, list[bytes]]) -> None:
@@ -90,3 +100,4 @@ def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset,
     for monitor in (node.round.monitor, leader and leader.monitor):
         if monitor:
             monitor.confirm_resets(answer.question.tickets, step.now)
+    confirm_poll(node, step, answer.question.polled_at)

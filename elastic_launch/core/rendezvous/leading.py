@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
-from elastic_launch.core.rendezvous.heartbeats import reset
+from elastic_launch.core.rendezvous.heartbeats import poll_in_time, reset
 from elastic_launch.core.rendezvous.leader import Form, Later, Leader, Refuse
 from elastic_launch.core.rendezvous.messages import Answer, KeyAppeared
 from elastic_launch.core.rendezvous.monitor import number
@@ -150,7 +150,9 @@ def _read_records(node: NodeState, step: Step, leader: Leader, tickets: list[int
 def poll(node: NodeState, step: Step) -> None:
     """Poll the heartbeats, the tickets, and whether another node has taken over."""
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
-    if leader := node.round.leader:
+    leader = node.round.leader
+    if leader and not leader.monitor.awaits_reply:
+        leader.monitor.awaits_reply = True
         leader.appeared = ""
         joined = [*leader.joined, *leader.unconfirmed]
         past = {id_: ticket for id_, (ticket, _) in (leader.expected or {}).items()}
@@ -179,7 +181,9 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
     elif closed or successor:
         stand_down(node, step)
     else:
-        reset(node, step, leader.poll(list(zip(joined, counters, strict=False)), step.now, asked_at))
+        poll_in_time(node, step, Timer.LEADER_POLL, asked_at)
+        if grown := leader.poll(list(zip(joined, counters, strict=False)), step.now, asked_at):
+            reset(node, step, grown, asked_at)
         before = list(zip(past.values(), counters[len(joined) :], strict=True))
         leader.poll_past(list(past), before, step.now, asked_at)
         log_departures(node, step, leader)

@@ -17,6 +17,9 @@ TICK = 1.0
 """Longest time, in seconds, between two polls by a leader, a monitor or a standby."""
 LATENESS = 1.5
 """Seconds that a reply of the store may always take."""
+PATIENCE = 3.0
+"""Seconds that workers run on after a reply was due. A lost packet costs up to 1.4 s after a cut of one second; and the
+election of another leader of etcd takes about 2 s."""
 
 
 class Settings(NamedTuple):
@@ -69,10 +72,10 @@ class Settings(NamedTuple):
     def grace(self) -> float:
         """Seconds that these workers get to stop: half of the time left after the next reply was due.
 
-        At least ``LATENESS`` is left for that reply.
+        ``PATIENCE`` is left for that reply, so with a short deadline there is less time to stop, or none.
         """
         spare = self.keep_alive_deadline - self.margin - self.keep_alive_interval
-        return max(0.0, min(spare / 2, spare - LATENESS))
+        return max(0.0, min(spare / 2, spare - PATIENCE))
 
     @property
     def tick(self) -> float:

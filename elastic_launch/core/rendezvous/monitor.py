@@ -69,6 +69,8 @@ class Monitor:
         """Each counter as it was last seen, and when it last changed."""
         self.left: set[int] = set()
         """Nodes that have left."""
+        self.awaits_reply = False
+        """Whether a poll is unanswered. Another one would only wait behind it."""
         self._unproven: set[int] = set()
         """Nodes whose counter has never been seen to change: they may have been dead for long."""
 
@@ -112,6 +114,7 @@ class Monitor:
         """
         slept = now - self._polled_at > self._deadline / 2 + self._tick  # this node or the store did, not the others
         self._polled_at, self._asked_at = now, asked_at
+        self.awaits_reply = False
         suspected: set[int] = set()
         for ticket, counter in counters:
             if has_left(counter):

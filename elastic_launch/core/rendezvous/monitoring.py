@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members, read_finished
-from elastic_launch.core.rendezvous.heartbeats import renew_lease, reset
+from elastic_launch.core.rendezvous.heartbeats import confirm_poll, poll_in_time, renew_lease, reset
 from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import LATENESS, Answer
 from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, without_flag
@@ -79,7 +79,9 @@ def _doubt_monitor(node: NodeState, step: Step) -> None:
 def watch(node: NodeState, step: Step) -> None:
     """Read the members' heartbeats without a reset, so that nobody takes the monitor to be alive."""
     step.set_timer(Timer.WATCH, node.settings.tick)
-    if members := node.round.members:
+    members, monitor = node.round.members, node.round.watch
+    if members and monitor and not monitor.awaits_reply:
+        monitor.awaits_reply = True
         question = questions.WatchMembers(members.tickets, step.now)
         step.get(question, *(f"heartbeat/{ticket}" for ticket in members.tickets))
 
@@ -134,7 +136,9 @@ def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
 def poll(node: NodeState, step: Step) -> None:
     """Poll the heartbeats of the members, and of outsiders, to which the resets show that the monitor is alive."""
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
-    if members := node.round.members:
+    members, monitor = node.round.members, node.round.monitor
+    if members and monitor and not monitor.awaits_reply:
+        monitor.awaits_reply = True
         tickets = [*members.tickets, *node.round.outsiders]
         names = ["ticket", f"monitor/{node.round.monitors + 1}", "stalled", "stall", "look"]
         step.get(questions.PollMembers(tickets, step.now), *names, *(f"heartbeat/{ticket}" for ticket in tickets))
@@ -150,14 +154,20 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
         _stand_down(node, step)
         return
     tickets, asked_at = answer.question.tickets, answer.question.asked_at
-    round_.outsiders = sorted(set(range(1, node.count_tickets(count) + 1)) - set(round_.members.tickets))
-    round_.heartbeat.polled_at = step.now
-    renew_lease(node, step)
+    outsiders = sorted(set(range(1, node.count_tickets(count) + 1)) - set(round_.members.tickets))
+    has_newcomers, round_.outsiders = bool(set(outsiders) - set(round_.outsiders)), outsiders
     check_claims(node, step, claimed, stalls)
     pass_on_look(node, step, look)
     suspected = round_.monitor.poll(zip(tickets, map(without_flag, counters), strict=True), step.now, asked_at)
-    if node.phase is not Phase.ENDED:  # afterwards the leader of the next round reads the counters, too
-        reset(node, step, round_.monitor.take_resets())
+    poll_in_time(node, step, Timer.MONITOR_POLL, asked_at)
+    # When the round is over, the leader of the next one reads the counters, too.
+    grown = round_.monitor.take_resets() if node.phase is not Phase.ENDED else []
+    if grown:
+        # Those whose counters have not grown see with their next heartbeat that they were polled before it.
+        all_grown = set(grown) >= {*tickets} - {round_.ticket}
+        reset(node, step, grown, step.now if all_grown else asked_at)
+    elif not has_newcomers:  # they were not polled, so they have not heard of this node
+        confirm_poll(node, step, asked_at)
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
     check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 

@@ -96,6 +96,8 @@ class ConfirmReset(Question):
     """Have the counters of these nodes been reset? Any reply says so."""
 
     tickets: list[int]
+    polled_at: float
+    """If they have: the others see from their next heartbeats that they were polled after that time."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class Heartbeat:
     monitored_at: float = 0.0
     """When the node last learned that somebody polls its heartbeats: its counter had been reset."""
     polled_at: float = 0.0
-    """When the node last polled the others' heartbeats, as leader or monitor."""
+    """From this time, or a later one, the others count this node's silence as monitor. They see that it has polled them
+    when their counters were reset, or when they begin at 1 again."""
     is_fenced: bool = False
     """The node has stopped its workers, because the others may have gone on without it."""
 
@@ -284,12 +285,16 @@ class NodeState:
 
     @property
     def heartbeat_period(self) -> float:
-        """Seconds between two heartbeats; a standby sends more of them, to notice sooner that its monitor is lost."""
+        """Seconds between two heartbeats; a standby sends more of them, to notice sooner that its monitor is lost.
+
+        So do the watchers; and the monitor, whose lease would end if it did not poll either.
+        """
         assignment = self.round.assignment
         is_standby = self.round.ticket == 2 if assignment is None else assignment.group_rank == 1
         if is_standby:
             return self.settings.tick
-        return self.settings.keep_alive_interval / (2 if self.is_watcher else 1)
+        is_monitor = assignment is not None and assignment.group_rank == 0
+        return self.settings.keep_alive_interval / (2 if self.is_watcher or is_monitor else 1)
 
     @property
     def is_watcher(self) -> bool:
