@@ -7,6 +7,10 @@ The agent first sends ``{"prefix", "path", settings}``, and then a byte with a d
 served. Nobody else can connect. If the bridge has to give up, it sends the reason in one line, and ends.
 
 The bridge ends with its agent, but first completes the requests that the agent has sent, as a TCPStore would.
+
+A slow etcd would take too long for one request after the other. So a connection's reads wait for the changes before
+them, but not for other reads; and heartbeats, which concern no other key, wait for heartbeats only. Replies keep the
+order of the requests.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import contextlib
 import os
 import socket
 import sys
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from elastic_launch.errors import UnavailableError
 from elastic_launch.host.child_main import receive_message
@@ -26,10 +30,74 @@ from elastic_launch.store.etcd.cluster import Cluster, EtcdError, EtcdSettings
 from elastic_launch.store.etcd.keys import FencedWriter, Keyspace, RefusalError
 from elastic_launch.store.wire import I64, U32, Op
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
 SHUTDOWN_PATIENCE = 1.0
 """Seconds to complete the requests of an agent that has ended."""
 
 _CHUNK = 1 << 16
+
+
+class Replies:
+    """The replies of one connection. Each is sent when those before it have been."""
+
+    def __init__(self, sock: socket.socket, on_error: Callable[[BaseException], None]) -> None:
+        """Have ``on_error`` called with what goes wrong later."""
+        self._sock = sock
+        self._on_error = on_error
+        self._last: asyncio.Task[None] | None = None
+        """Sends the last reply of those that are to be sent later."""
+        self._reads: set[asyncio.Future[bytes]] = set()
+        self._beat: asyncio.Future[bytes] | None = None
+
+    def read(self, reply: Coroutine[Any, Any, bytes]) -> None:
+        """Send the reply to a read when it is known."""
+        reading = self._send_later(reply)
+        self._reads.add(reading)
+        reading.add_done_callback(self._reads.discard)
+
+    def beat(self, reply: Coroutine[Any, Any, bytes]) -> None:
+        """Send the reply to a heartbeat, which begins after the last one, when it is known."""
+        self._beat = self._send_later(_after(self._beat, reply))
+
+    async def reads_are_done(self) -> None:
+        """Wait for the reads that have begun."""
+        if self._reads:
+            await asyncio.wait(self._reads)
+
+    async def send(self, reply: bytes) -> None:
+        """Send a reply after all before it."""
+        if reply:
+            await self.all_are_sent()
+            await _send(self._sock, reply)
+
+    async def all_are_sent(self) -> None:
+        """Wait for all replies that are to be sent later."""
+        if self._last:
+            await asyncio.wait((self._last,))
+
+    def _send_later(self, reply: Coroutine[Any, Any, bytes]) -> asyncio.Future[bytes]:
+        asked = asyncio.create_task(reply)
+        self._last = asyncio.create_task(self._send_after(self._last, asked))
+        self._last.add_done_callback(self._check)
+        return asked
+
+    async def _send_after(self, before: asyncio.Task[None] | None, asked: asyncio.Task[bytes]) -> None:
+        reply = await asked
+        if before:
+            await before
+        await _send(self._sock, reply)
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self._on_error(error)
+
+
+async def _after(before: asyncio.Future[bytes] | None, reply: Coroutine[Any, Any, bytes]) -> bytes:
+    if before:
+        await asyncio.wait((before,))
+    return await reply
 
 
 class Bridge:
@@ -91,18 +159,25 @@ class Bridge:
     def _close(self, task: asyncio.Task[None]) -> None:
         self._connections.pop(task).close()
         if not task.cancelled() and (error := task.exception()):
-            if isinstance(error, (wire.ProtocolError, RefusalError, OSError)):
-                return  # a fault of this connection; TCPStore closes it, too
+            self._end(task, error)
+
+    def _end(self, task: asyncio.Task[None], error: BaseException) -> None:
+        """End a connection after an error, or give up."""
+        if not isinstance(error, (wire.ProtocolError, RefusalError, OSError)):
             give_up(self._control, error)
+        task.cancel()  # a fault of this connection; TCPStore closes it, too
 
     async def _serve(self, sock: socket.socket) -> None:
-        writer = self._keys.writer()
+        this = cast("asyncio.Task[None]", asyncio.current_task())
+        replies = Replies(sock, lambda error: self._end(this, error))
+        writer, beats = self._keys.writer(), self._keys.writer()
         buffer = bytearray()
         is_validated = False
         while True:
             request = wire.take_request(buffer)
             if request is None:
                 if not (data := await _receive(sock)):
+                    await replies.all_are_sent()
                     return
                 buffer += data
                 continue
@@ -112,9 +187,16 @@ class Bridge:
                     return
                 is_validated = True
             elif op is Op.PING:
-                await _send(sock, U32.pack(fields[0]))
+                await replies.send(U32.pack(fields[0]))
             else:
                 await self._started.wait()
+                if op is Op.MULTI_GET:
+                    replies.read(self._execute(writer, op, fields))
+                    continue
+                if op is Op.ADD and self._keys.is_heartbeat(*fields):
+                    replies.beat(self._execute(beats, op, fields))
+                    continue
+                await replies.reads_are_done()
                 if op is Op.WAIT:
                     reply = await self._wait(sock, buffer, fields[0])
                     if reply is None:
@@ -123,7 +205,7 @@ class Bridge:
                     reply = b"".join(map(I64.pack, await writer.delete([fields[0], *_more_to_delete(buffer)])))
                 else:
                     reply = await self._execute(writer, op, fields)
-                await _send(sock, reply)
+                await replies.send(reply)
 
     async def _execute(self, writer: FencedWriter, op: Op, fields: list[Any]) -> bytes:
         """Execute a request. Returns the bytes of the reply."""

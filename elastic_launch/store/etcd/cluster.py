@@ -22,7 +22,10 @@ that is merely slow gets more time."""
 
 HEDGE = 0.5
 """Seconds without an answer after which a request is sent to another member as well. So a member that is frozen or cut
-off costs half a second, and one that is merely slow is not given up."""
+off costs half a second, and one that is merely slow is not given up. The members are asked in turn, and each of them
+again: what was on its way to a leader that is lost is never answered, not even when there is another leader."""
+SLOW = 2.0
+"""If answers usually take long, because of a slow link, so many times that time must have passed instead."""
 
 PING_INTERVAL = 6.0
 """Seconds between pings on an idle connection. etcd closes connections that send pings more often than every 5 s."""
@@ -154,6 +157,8 @@ class Cluster:
         self.switched = asyncio.Event()
         """Set, and replaced, when another member becomes current."""
         self._has_answered = False
+        self._usual = 0.0
+        """Seconds that answers have taken of late."""
         self._token: str | None = None
         self._signing_in = asyncio.Lock()
 
@@ -196,22 +201,27 @@ class Cluster:
             The first to answer, and the answer; None: all that were asked have failed. Raises EtcdError.
         """
         metadata, first = self.metadata(), self.member
-        others = [*self._members[self._current :], *self._members[: self._current]]
-        asked: dict[asyncio.Future[Any], MemberChannel] = {}
+        in_turn = [*self._members[self._current :], *self._members[: self._current]]
+        asked: dict[asyncio.Future[Any], tuple[MemberChannel, float]] = {}
+        hedge = min(FIRST_ATTEMPT, max(HEDGE, SLOW * self._usual))
+        clock, count, next_at = asyncio.get_running_loop().time, 0, 0.0
         try:
             while True:
-                if others:
-                    member = others.pop(0)
+                if count < len(in_turn) or clock() >= next_at:
+                    member = in_turn[count % len(in_turn)]
                     call = member.calls[name](request, timeout=attempts.timeout(), metadata=metadata)
-                    asked[asyncio.ensure_future(call)] = member
-                patience = HEDGE if others and self._has_answered else None
+                    asked[asyncio.ensure_future(call)] = member, clock()
+                    count += 1
+                    next_at = clock() + hedge * 2 ** min(10, max(0, count // len(in_turn) - 1))
+                patience = max(0.0, next_at - clock()) if self._has_answered else None
                 done, _ = await asyncio.wait(asked, timeout=patience, return_when="FIRST_COMPLETED")
                 attempts.count += not done  # the request may take effect at several members
                 for task in done:
-                    member, error = asked.pop(task), task.exception()
+                    (member, asked_at), error = asked.pop(task), task.exception()
                     if error is None:
+                        self._usual += (clock() - asked_at - self._usual) / 8
                         if member is not first:
-                            self.switch_from(first, f"no answer within {HEDGE:g} s")
+                            self.switch_from(first, f"no answer within {hedge:g} s")
                         return member, task.result()
                     if not isinstance(error, self.rpc_error):
                         raise error

@@ -14,7 +14,8 @@ computed from the counter's key. To add 1 to a counter is to grant its next mark
 - The key itself holds what is rarely added to it or set: flags, which are added to the value.
 
 The list comes from the memory of one member, which may be behind the others. So it is asked after a read of keys from
-the same member. etcd answers that when the member has caught up with all that was committed before.
+the same member. etcd answers that when the member has caught up with all that was committed before. For the same reason
+a node may read its counter's key and generation from the memory of the member that has granted the mark.
 
 A request may be executed late, when a frozen member resumes. A mark that is granted late is one heartbeat too many: the
 node is lost a little later. A mark that is revoked late would wipe out a heartbeat that nobody has seen. So a counter
@@ -133,13 +134,13 @@ class Heartbeats:
             revoked += range(counter + 1, counter + marks.get(counter >> 8, 0) + 1)
         await _some_at_once(self._revoke, revoked)
 
-    async def beat(self, writer: FencedWriter, name: bytes, read: Callable[[], Awaitable[tuple[int, int]]]) -> int:
+    async def beat(self, writer: FencedWriter, name: bytes, read: Callable[[int], Awaitable[tuple[int, int]]]) -> int:
         """Add 1 to a counter.
 
         Args:
             writer: Makes changes of keys.
             name: The counter.
-            read: Reads what its key holds, and its generation.
+            read: Reads what its key holds, and its generation, as a member has them; 0: as a majority does.
 
         Returns:
             The sum. It is not above an earlier one if the counter has been reset since. Raises EtcdError.
@@ -147,32 +148,37 @@ class Heartbeats:
         generation, mark, count = self._sent.get(name, (0, 0, 0))
         has_wrapped = False
         while True:
-            if await self._grant(self._id(name, generation, 1)):
+            is_first, member = await self._grant(self._id(name, generation, 1))
+            if is_first:
                 mark, count = 1, count + 1 if has_wrapped else 1
             elif mark < MOST_MARKS:
                 mark, count = mark + 1, count + 1
-                await self._grant(self._id(name, generation, mark))
+                _, member = await self._grant(self._id(name, generation, mark))
             else:  # nobody has reset the counter for long
                 await self._grant(self._id(name, generation + 1, 1))  # before it counts, so that one always does
                 await writer.put_all({self.generation_key(name): b"-"})
                 has_wrapped = True
-            flags, current = await read()
+            flags, current = await read(member)
             if current == generation:
                 break
             generation, mark = current, 0
         self._sent[name] = generation, mark, count
         return flags + count
 
-    async def _grant(self, mark: int) -> bool:
-        """Make sure that a mark exists. Returns whether it did not exist before, or perhaps not."""
-        attempts = Attempts(self._cluster)
+    async def _grant(self, mark: int) -> tuple[bool, int]:
+        """Make sure that a mark exists.
+
+        Returns:
+            Whether it did not exist before, or perhaps not; and the member that has granted it, 0 if that is unknown.
+        """
+        attempts, request = Attempts(self._cluster), self._rpc.LeaseGrantRequest(TTL=MARK_SECONDS, ID=mark)
         try:
-            await self._cluster.call("LeaseGrant", self._rpc.LeaseGrantRequest(TTL=MARK_SECONDS, ID=mark), attempts)
+            response = await self._cluster.call("LeaseGrant", request, attempts)
         except EtcdError as error:
             if "lease already exists" not in error.why:
                 raise
-            return attempts.count > 0  # an earlier attempt may have granted it
-        return True
+            return attempts.count > 0, 0  # an earlier attempt may have granted it
+        return True, response.header.member_id
 
     async def _revoke(self, mark: int) -> bool:
         """Make sure that a mark does not exist. Returns False if it may be revoked once more, later."""

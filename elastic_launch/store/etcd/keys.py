@@ -109,10 +109,10 @@ class Keyspace:
         kvs, headers = await self._read_many(names)
         return kvs, min((header.revision for header in headers), default=0)
 
-    async def _read_many(self, names: Sequence[bytes]) -> tuple[list[Any], list[Any]]:
-        """Read keys. Returns their key-value pairs, and the headers of the answers."""
+    async def _read_many(self, names: Sequence[bytes], *, from_memory: bool = False) -> tuple[list[Any], list[Any]]:
+        """Read keys, perhaps as one member has them. Returns their key-value pairs, and the headers of the answers."""
         requests = [
-            self.rpc.TxnRequest(success=[self.range(name) for name in names[at : at + MAX_OPERATIONS]])
+            self.rpc.TxnRequest(success=[self.range(name, from_memory) for name in names[at : at + MAX_OPERATIONS]])
             for at in range(0, len(names), MAX_OPERATIONS)
         ]
         responses = await asyncio.gather(*[self.cluster.call("Txn", request) for request in requests])
@@ -147,10 +147,21 @@ class Keyspace:
             for name, value in zip(names, values, strict=True)
         ]
 
-    async def counter(self, name: bytes) -> tuple[int, int]:
-        """Read what the key of a counter of heartbeats holds, and its generation."""
+    def is_heartbeat(self, name: bytes, amount: int) -> bool:
+        """Whether to add this to a key is a heartbeat."""
+        return amount == 1 and self.heartbeats.covers(name)
+
+    async def counter(self, name: bytes, member: int) -> tuple[int, int]:
+        """Read what the key of a counter of heartbeats holds, and its generation.
+
+        Args:
+            name: The counter.
+            member: Whose memory may be read, which needs no majority; 0: nobody's.
+        """
         names = [self.prefix + name, self.prefix + self.heartbeats.generation_key(name)]
-        (kv, generation), _ = await self.read(names)
+        (kv, generation), headers = await self._read_many(names, from_memory=member != 0)
+        if member not in (0, headers[0].member_id):  # it is another one's, which may not have heard of the mark yet
+            (kv, generation), _ = await self.read(names)
         return _number(await self.value(kv) or b"0"), generation.version if generation else 0
 
     async def value(self, kv: Any) -> bytes:
@@ -176,9 +187,9 @@ class Keyspace:
         if missing:
             await asyncio.gather(*[self.watch.wait(name, revision) for name in missing])
 
-    def range(self, name: bytes) -> Any:
+    def range(self, name: bytes, from_memory: bool = False) -> Any:
         """The operation that reads a key."""
-        return self.rpc.RequestOp(request_range=self.rpc.RangeRequest(key=name))
+        return self.rpc.RequestOp(request_range=self.rpc.RangeRequest(key=name, serializable=from_memory))
 
     def put(self, name: bytes, value: bytes) -> Any:
         """The operation that writes a key."""
@@ -260,7 +271,7 @@ class FencedWriter:
 
     async def add(self, name: bytes, amount: int) -> int:
         """Add to a number. Returns the sum. Raises RefusalError if the value is not a number."""
-        if amount == 1 and self._keys.heartbeats.covers(name):
+        if self._keys.is_heartbeat(name, amount):
             return await self._keys.heartbeats.beat(self, name, partial(self._keys.counter, name))
         keys, name = self._keys, self._keys.prefix + name
         # Guess what fits all but the first of those who add 1 to a number that began at 0.
