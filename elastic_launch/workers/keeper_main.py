@@ -264,14 +264,21 @@ class Keeper:
         """Start workers that execute commands. Returns pids and errors by local rank, as ``StandbyPool.start``."""
         started: dict[int, int] = {}
         failed: dict[int, tuple[int, str]] = {}
+        errors: dict[int, int] = {}
         position = 0
         for order in orders:
             end = position + len(order[3])
             try:
-                started[order[0]] = self.start_worker(order, self.received_descriptors[position:end])
+                started[order[0]], errors[order[0]] = self.start_worker(order, self.received_descriptors[position:end])
             except OSError as error:
                 failed[order[0]] = (error.errno or 0, error.strerror or str(error))
             position = end
+        for local_rank, reading in errors.items():  # only now, so that the new processes go on at the same time
+            with open(reading, "rb") as pipe:
+                text = pipe.read()
+            if text:
+                os.waitpid(started.pop(local_rank), 0)
+                failed[local_rank] = marshal.loads(text)
         return started, failed
 
     def stand_by(self, count: int) -> None:
@@ -426,11 +433,14 @@ class Keeper:
 
     # ---- the start of a worker that executes a command
 
-    def start_worker(self, order: SpawnOrder, descriptors: Sequence[int]) -> int:
-        """Start one worker and return its pid.
+    def start_worker(self, order: SpawnOrder, descriptors: Sequence[int]) -> tuple[int, int]:
+        """Fork one worker.
+
+        Returns:
+            Its pid, and a pipe which it closes when it executes its command, or to which it writes why it cannot.
 
         Raises:
-            OSError: the worker could not be forked or executed.
+            OSError: the worker could not be forked.
         """
         reading, writing = os.pipe2(os.O_CLOEXEC)  # the child reports an error here; otherwise exec closes it
         try:
@@ -442,12 +452,7 @@ class Keeper:
         if pid == 0:
             self.become_worker(order, descriptors, reading, writing)
         os.close(writing)
-        with open(reading, "rb") as pipe:
-            error = pipe.read()
-        if error:
-            os.waitpid(pid, 0)
-            raise OSError(*marshal.loads(error))
-        return pid
+        return pid, reading
 
     def become_worker(self, order: SpawnOrder, descriptors: Sequence[int], reading: int, writing: int) -> NoReturn:
         """Turn the new process into the worker: give it a session, and execute its command.
