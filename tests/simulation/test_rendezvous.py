@@ -12,8 +12,10 @@ import pytest
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Finish
 from elastic_launch.core.rendezvous.messages import Settings
+from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import Phase, Timer
-from elastic_launch.job import Level, Policy
+from elastic_launch.core.store_requests import Swap
+from elastic_launch.job import Change, End, EndKind, Level, Policy
 from tests.support.simulation import Agent, World
 from tests.support.worlds import RESET, SETTINGS, all_end, come_right, form, running, seeds, world
 
@@ -96,6 +98,20 @@ def test_node_that_is_killed_is_gone_within_the_deadline_and_two_seconds() -> No
         made.run(made.now + 100, stop=again)
         assert again()
         assert made.now - killed_at < SETTINGS.keep_alive_deadline + 2 + 2, "2 s for the workers to stop"
+
+
+def test_a_node_that_learns_that_the_others_go_on_without_it_kills_its_workers() -> None:
+    """It may have been heard just after they gave it up. A random schedule found that (seed 128885)."""
+    made = world(3)
+    form(made, 3)
+    first, other, lost = made.agents
+    lost.stop_time = 1e6
+    end = End(EndKind.MEMBERSHIP_CHANGED, "", first.node.record.node, (lost.node.record.node,), change=Change.NODE_LOST)
+    made.store.apply(Swap(first.node.key("end"), b"", encode(end)), lambda _: None)
+    made.run(made.now + 1)
+    assert (lost.finish, lost.alive) == (None, set())
+    made.run(made.now + 5)
+    assert (first.running, other.running) == (1, 1)
 
 
 @pytest.mark.parametrize("ranks", [(0, 1), (0, 2), (1, 2), (0, 3, 4), (0, 1, 2), (2, 3, 4)])

@@ -158,6 +158,8 @@ def end_round(node: NodeState, step: Step, data: bytes, *, is_member: bool = Fal
             replace_stranger(node, step)
         case EndKind.STOP:
             renew_lease(node, step)
+    if end.change is Change.NODE_LOST and node.record.node in end.gone:
+        step.lease_until = step.now  # the others go on without this node, whatever it had heard before
     if round_.assignment is None and end.mine and end.change is Change.NODE_LOST:
         step.log(end.reason)  # this spare is the only one to know, if no member is left
     node.decided_at = step.now
