@@ -2,8 +2,10 @@
 
 Each simulated agent is the real ``StoreRendezvous`` with its own connections. Two processes run half of the agents
 each, in one loop. The store is real: torch's TCPStore in its own process, or an etcd. The agents of a process share one
-bridge to etcd, whereas in a job each agent has its own. Everything shares the cores of this machine, so the figures are
-close to the CPU time of all agents together. A job, whose agents have their own cores, is faster.
+bridge to etcd, whereas in a job each agent has its own. They also share the connections that wait for keys if the
+store's process may not have two descriptors for each agent. Everything shares the cores of this machine, so the figures
+are close to the CPU time of all agents together. A job, whose agents have their own cores, is faster. With very many
+agents the keep-alive interval is a minute: these cores could not even send the heartbeats of the usual 5 s.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from multiprocessing.connection import Connection, wait
@@ -46,7 +48,7 @@ from elastic_launch.core.agent.messages import (
 from elastic_launch.core.progress.messages import AllStalled, Judged, ProgressEvent, StacksArrived, StacksComplete
 from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
-from elastic_launch.core.store_requests import Get, Request
+from elastic_launch.core.store_requests import Cancel, Get, Reply, Request, Wait
 from elastic_launch.errors import ProcessFailure
 from elastic_launch.host.ports import listen
 from elastic_launch.job import Decision, Policy
@@ -70,12 +72,18 @@ SIZES = {"c10d": (64, 256, 1024, 4096), "etcd": (64, 256, 1024)}
 PEER_SIZES = (64, 128)
 GOALS = {("c10d", 1024): 1.0, ("c10d", 4096): 4.0}
 """Upper limits in seconds, by store and number of agents."""
-PATIENCE = 120.0
+MANY = {"c10d": 4096, "etcd": 1024}
+"""With more agents than this, heartbeats are rare, and are not counted."""
+RARE = 60.0
+"""The keep-alive interval then, in seconds."""
+PATIENCE = 300.0
 """Longest time, in seconds, for our agents to meet."""
 PEER_PATIENCE = 30.0
 """Longest time, in seconds, for torch's agents to meet; includes the rest of the import of torch."""
 INTERVALS = 2
 """Number of keep-alive intervals over which requests are counted."""
+SPARE = 1000
+"""Descriptors of the store's process that are not connections of agents."""
 
 Context = multiprocessing.get_context("fork")  # the parent has no threads, and imports no torch
 
@@ -96,10 +104,16 @@ class Job(NamedTuple):
     """Whether they pass the challenge of a gate."""
 
     @property
+    def shares_waits(self) -> bool:
+        """Whether the store may not have two connections of each agent."""
+        return self.store == "c10d" and 2 * self.agents + SPARE > resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    @property
     def settings(self) -> Settings:
-        return Settings(
+        settings = Settings(
             self.run_id, self.agents, self.agents, policy=Policy(3), store_port=self.port if self.store == "c10d" else 0
         )
+        return settings._replace(keep_alive_interval=RARE) if self.agents > MANY[self.store] else settings
 
 
 # --- in the processes that run agents
@@ -115,22 +129,97 @@ class Counting(StoreClient):
         super().submit(request, tag)
 
 
+class Waits:
+    """Waits for keys on behalf of all agents of a process, with one connection for each key."""
+
+    def __init__(self, connect: Callable[[], StoreClient], epoll: select.epoll) -> None:
+        self._connect, self._epoll = connect, epoll
+        self._clients: dict[int, StoreClient] = {}
+        self._idle: list[StoreClient] = []
+        self.waiting: dict[str, dict[SharedWait, None]] = {}
+        """Who waits for each key."""
+
+    def begin(self, key: str, who: SharedWait) -> None:
+        if key not in self.waiting:
+            client = self._idle.pop() if self._idle else self._open()
+            client.submit(Wait((key,)), key)
+            client.flush()
+            self.waiting[key] = {}
+        self.waiting[key][who] = None
+
+    def _open(self) -> StoreClient:
+        client = self._connect()
+        client.call(Get(("none",)), PATIENCE)  # it is connected
+        self._clients[client.fileno()] = client
+        self._epoll.register(client.fileno(), select.EPOLLIN)
+        return client
+
+    def take(self, fd: int) -> list[SharedWait]:
+        """Return those whose key has appeared, if the descriptor is one of these connections."""
+        found: list[SharedWait] = []
+        if client := self._clients.get(fd):
+            for key, _ in client.take():
+                self._idle.append(client)
+                found += self.waiting.pop(key)
+        for who in found:
+            who.has_appeared = True
+        return found
+
+
+class SharedWait(StoreClient):
+    """One agent's part of ``Waits``, in place of its own second connection."""
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self._request: tuple[Wait, Any] | None = None
+        self.has_appeared = False
+        self.agent: Agent | None = None
+
+    def submit(self, request: Request, tag: Any = None) -> None:
+        if self._request and isinstance(request, Cancel):
+            self._waits.waiting.get(self._request[0].keys[0], {}).pop(self, None)
+            self._request, self.has_appeared = None, False
+        elif isinstance(request, Wait):
+            self._request = request, tag
+            self._waits.begin(request.keys[0], self)
+
+    def take(self) -> list[tuple[Any, Reply]]:
+        if self._request is None or not self.has_appeared:
+            return []
+        _, tag = self._request
+        self._request, self.has_appeared = None, False
+        return [(tag, True)]
+
+    def fileno(self) -> int:
+        return -1
+
+    def wants_write(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Backend(backends.Backend):
     """The store as an agent sees it: the store itself, or the bridge that all agents of a process share."""
 
     where = "store"
 
-    def __init__(self, job: Job, bridge: EtcdBridge | None) -> None:
-        self._job, self._bridge = job, bridge
+    def __init__(self, job: Job, address: str, bridge: EtcdBridge | None, waits: Waits | None) -> None:
+        self._job, self._address, self._bridge = job, address, bridge
         self.prepared: list[StoreClient] = []
         self.clients: list[Counting] = []
+        self.shared = SharedWait(waits) if waits else None
 
     def open(self) -> None:
         pass
 
     def prepare(self) -> list[StoreClient]:
-        """Make the agent's two connections in advance."""
-        self.prepared = [self.make(), self.make()]
+        """Make the agent's connections in advance."""
+        self.prepared = [self.make() for _ in range(1 if self.shared else 2)]
         return self.prepared
 
     def make(self) -> StoreClient:
@@ -138,17 +227,19 @@ class Backend(backends.Backend):
             client = Counting(self._bridge.connect(), self.where)
         else:
             challenge = ClientChallenge(GATE_KEY) if self._job.has_gate else None
-            made = store_client.connect(("127.0.0.1", self._job.port), socket.AF_INET, self.where, challenge)
+            made = store_client.connect((self._address, self._job.port), socket.AF_INET, self.where, challenge)
             assert isinstance(made, Counting)
             client = made
         self.clients.append(client)
         return client
 
     def connect(self) -> StoreClient:
-        return self.prepared.pop() if self.prepared else self.make()
+        if self.prepared:
+            return self.prepared.pop()
+        return self.shared if self.shared and self.clients else self.make()
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
-        return "127.0.0.1", "" if self._bridge else "127.0.0.1"
+        return self._address, "" if self._bridge else self._address
 
     def traffic(self) -> tuple[int, int]:
         """Return the requests and bytes so far, in both directions. Bytes are known for TCP only, not for a bridge."""
@@ -184,12 +275,16 @@ class Fleet:
         self.ended_at = float("nan")
         """When the most recent agent learned that its round is over."""
         self.agents = []
+        address = f"127.0.0.{2 if first else 1}"  # each has ports for 28,000 connections
+        self.waits = Waits(Backend(job, address, bridge, None).make, self.epoll) if job.shares_waits else None
         for number in range(first, first + count):
             record = NodeRecord(f"node-{number:08}-{number:08x}", f"host-{number:04}", os.getpid(), 8, "default")
-            backend = Backend(job, bridge)
+            backend = Backend(job, address, bridge, self.waits)
             signer = Signer(b"benchmark" * 8, job.run_id, print) if job.has_token else None
             made = StoreRendezvous(job.settings, record, backend, lambda text: None, signer=signer)
             self.agents.append(Agent(made, backend))
+            if backend.shared:
+                backend.shared.agent = self.agents[-1]
         if job.is_connected:
             self.connect()
 
@@ -218,7 +313,12 @@ class Fleet:
             ready = [fd for fd, _ in self.epoll.poll(timeout)]
             if self.control.fileno() in ready and not self.obey():
                 return
-            for agent in {self.owners[fd]: None for fd in ready if fd in self.owners}:
+            woken = {self.owners[fd]: None for fd in ready if fd in self.owners}
+            for fd in ready:
+                for shared in self.waits.take(fd) if self.waits else []:
+                    if shared.agent:
+                        woken[shared.agent] = None
+            for agent in woken:
                 self.follow(agent, agent.rendezvous.take())
             now = time.monotonic()
             while self.heap and self.heap[0][0] <= now:
@@ -239,8 +339,8 @@ class Fleet:
             case "fail":
                 self.ask(self.agents[-1], ReportFailure(FAILURE))
             case "traffic":
-                cpu = cpu_time([os.getpid()]), cpu_time([self.bridge.pid] if self.bridge else [])
-                self.control.send(([agent.backend.traffic() for agent in self.agents], *cpu))
+                usage = used([os.getpid()]), used([self.bridge.pid] if self.bridge else [])
+                self.control.send(([agent.backend.traffic() for agent in self.agents], *usage))
         return True
 
     def ask(self, agent: Agent, action: RendezvousAction) -> None:
@@ -341,6 +441,8 @@ class Figures(NamedTuple):
     """Requests of each agent in a keep-alive interval afterwards; empty: not measured."""
     cpu: list[float]
     """CPU time of the agents' processes, of the bridges and of the store, for both meetings."""
+    memory: list[float]
+    """Their memory afterwards, in MiB."""
 
 
 def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
@@ -348,12 +450,12 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
     with fleets(job, shares) as controls:
         gather(controls)  # all are ready
 
-        def traffic() -> tuple[list[tuple[int, int]], list[float]]:
-            """Return each agent's requests and bytes so far, and the CPU time of agents, bridges and store."""
+        def traffic() -> tuple[list[tuple[int, int]], list[Usage]]:
+            """Return each agent's requests and bytes so far, and what agents, bridges and store have used."""
             for control in controls:
                 control.send("traffic")
             counts, agents, bridges = zip(*gather(controls), strict=True)
-            return [one for part in counts for one in part], [sum(agents), sum(bridges), cpu_time(store_pids)]
+            return [one for part in counts for one in part], [total(agents), total(bridges), used(store_pids)]
 
         def meet(orders: dict[Connection, str], round_: int) -> tuple[float, float]:
             """Return the seconds until all have an assignment, and until all knew that the last round was over."""
@@ -367,11 +469,11 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
             placed, _, _, ended = zip(*answers, strict=True)
             return max(placed) - begin, max(ended) - begin
 
-        begun, cpu_begun = traffic()
+        begun, usage_begun = traffic()
         join, _ = meet(dict.fromkeys(controls, "join"), 0)
         joined, _ = traffic()
         reform, known = meet({controls[-1]: "fail"}, 1)
-        reformed, cpu = traffic()
+        reformed, usage = traffic()
         idle: list[float] = []
         if intervals:
             interval = job.settings.keep_alive_interval
@@ -387,7 +489,8 @@ def measure(job: Job, store_pids: Sequence[int], intervals: int) -> Figures:
             [b - a for (_, a), (_, b) in zip(begun, joined, strict=True)],
             [b - a for (a, _), (b, _) in zip(joined, reformed, strict=True)],
             idle,
-            [b - a for a, b in zip(cpu_begun, cpu, strict=True)],
+            [after.cpu - before.cpu for before, after in zip(usage_begun, usage, strict=True)],
+            [after.memory for after in usage],
         )
 
 
@@ -430,8 +533,20 @@ def gather(controls: Sequence[Connection]) -> list[Any]:
     return [found[control] for control in controls]
 
 
-def cpu_time(pids: Sequence[int]) -> float:
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+class Usage(NamedTuple):
+    """What some processes have used: CPU time in seconds, memory in MiB."""
+
+    cpu: float
+    memory: float
+
+
+def used(pids: Sequence[int]) -> Usage:
+    processes = [psutil.Process(pid) for pid in pids]
+    return total(Usage(sum(it.cpu_times()[:2]), it.memory_info().rss / (1 << 20)) for it in processes)
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    return Usage(*map(sum, zip(Usage(0, 0), *usages, strict=True)))
 
 
 @contextlib.contextmanager
@@ -527,9 +642,10 @@ def main() -> None:
         sizes = options.agents or SIZES[store]
         print(f"\n{store}: {options.runs} runs each, connections made before; seconds, median (min–max)\n")
         print(
-            "| agents | go to all placed | goal | with connecting | failure to all placed | CPU, agents/bridges/store |"
+            "| agents | go to all placed | goal | with connecting | failure to all placed | CPU, agents/bridges/store "
+            "| MiB, the same |"
         )
-        print("|---|---|---|---|---|---|", flush=True)
+        print("|---|---|---|---|---|---|---|", flush=True)
         found: dict[int, list[Figures]] = {}
         has_gate = options.gate and store == "c10d"
         with serving(store, has_gate) as (port, pids):
@@ -537,7 +653,7 @@ def main() -> None:
                 found[agents], cold = [], []
                 for run in range(options.runs):
                     job = Job(store, port, agents, f"{agents:04}-{run}", True, options.token, has_gate)
-                    found[agents].append(measure(job, pids, INTERVALS if run == 0 else 0))
+                    found[agents].append(measure(job, pids, INTERVALS if run == 0 and agents <= MANY[store] else 0))
                     # Here all connect at once, so the last one waits for all the others.
                     cold.append(
                         measure(job._replace(run_id=f"{agents:04}-{run}-cold", is_connected=False), pids, 0).join
@@ -572,8 +688,9 @@ def times_row(store: str, agents: int, runs: list[Figures], cold: list[float]) -
     goal = GOALS.get((store, agents))
     target = "" if goal is None else f"≤ {goal:g}: {'met' if median(join) <= goal else 'MISSED'}"
     cpu = " / ".join(f"{median(values):.2f}" for values in zip(*[figures.cpu for figures in runs], strict=True))
+    memory = " / ".join(f"{median(values):.0f}" for values in zip(*[figures.memory for figures in runs], strict=True))
     again = spread([figures.reform for figures in runs], 3)
-    return f"| {agents:,} | {spread(join, 3)} | {target} | {spread(cold, 3)} | {again} | {cpu} |"
+    return f"| {agents:,} | {spread(join, 3)} | {target} | {spread(cold, 3)} | {again} | {cpu} | {memory} |"
 
 
 def traffic_row(agents: int, runs: list[Figures]) -> str:

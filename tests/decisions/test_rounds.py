@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 from dataclasses import fields
 from typing import NamedTuple
 
 import pytest
 
-from elastic_launch.core.rendezvous.messages import Settings
+from elastic_launch.core.rendezvous import questions
+from elastic_launch.core.rendezvous.messages import Answer, Join, Settings, Tick
 from elastic_launch.core.rendezvous.monitor import LEFT, Monitor
-from elastic_launch.core.rendezvous.node import begin
+from elastic_launch.core.rendezvous.node import begin, step
 from elastic_launch.core.rendezvous.progress import joined_of
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
+from elastic_launch.core.store_requests import Reply
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, LostTime, RestartHistory
 
@@ -139,3 +142,35 @@ def test_more_nodes_than_there_is_room_for_are_spares() -> None:
     leader = begin(node(), Settings("job", 2, 3))
     assert joined_of(leader, 3) == "3 of 2 to 3 nodes"
     assert joined_of(leader, 4) == "3 of 2 to 3 nodes and 1 spare"
+
+
+def test_a_leader_reads_many_records_once_each_and_soon_however_slow_the_store_is() -> None:
+    nodes = 6_144
+    state = begin(node(), Settings("job", nodes, nodes))
+    read = Counter[int]()
+    ready = step(state, Join(), 0.0)
+    for now in range(1, 20):  # an answer takes a second
+        requests, ready = ready.requests, step(state, Tick(), now)
+        for asked in requests:
+            match asked.question:
+                case questions.LearnRound():
+                    value: Reply = [b"0"]
+                case questions.DrawTicket():
+                    value = 1
+                case questions.PollJoining():
+                    value = [b"0", b"", b"", b"%d" % nodes, b""]
+                case questions.ReadRecords(tickets=tickets):
+                    read.update(tickets)
+                    names = ["id" if ticket == 1 else f"id-{ticket}" for ticket in tickets]
+                    value = [encode(state.record._replace(node=name)) for name in names]
+                case questions.CloseRound():
+                    assert read == Counter(range(1, nodes + 1))
+                    assert now < 10
+                    return
+                case questions.WriteRecord():
+                    value = encode(state.record)
+                case _:
+                    continue
+            more = step(state, Answer(asked.question, asked.round, value), now)
+            ready = more._replace(requests=ready.requests + more.requests)
+    raise AssertionError(f"{len(read)} records read, {max(read.values(), default=0)} times")

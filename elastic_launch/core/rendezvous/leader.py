@@ -74,6 +74,10 @@ class Leader:
         """Number of tickets drawn."""
         self.missing: dict[int, None] = {}
         """Tickets whose record has not come, in order."""
+        self.to_read: list[int] = []
+        """Those of them whose record is to be read next."""
+        self.reads = 0
+        """Number of requests for records that have no answer yet."""
         self.appeared = ""
         """The key of the record that has appeared since the last poll."""
         self.expected: dict[str, tuple[int, str]] | None = {} if round_ == 0 else None

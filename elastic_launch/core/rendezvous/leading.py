@@ -26,6 +26,9 @@ from elastic_launch.core.text import MAX_LISTED, counted
 from elastic_launch.errors import ExitCode, RendezvousStateError
 from elastic_launch.job import Decision, End, EndKind, Level, LineKind
 
+MOST_READS = 16
+"""Most requests for records that are on their way. Their answers together must not take as long as a lost store."""
+
 
 def become_leader(node: NodeState, step: Step) -> None:
     """Begin to gather the nodes of the round."""
@@ -93,14 +96,15 @@ def on_tickets(node: NodeState, step: Step, answer: Answer[questions.CountTicket
     """Read the records of the nodes that have come."""
     if leader := node.round.leader:
         leader.note_tickets(node.count_tickets(answer.value[0]), step.now)
-        _read_records(node, step, leader, list(leader.missing))
+        _read_missing(node, step, leader)
 
 
 def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords, list[bytes]]) -> None:
     """Note the nodes that have come, and close the round if that is possible."""
     leader = node.round.leader
-    if leader is None or leader.is_closing:
+    if leader is None or leader.is_closing or leader.number != answer.question.leader:
         return
+    leader.reads -= 1
     for ticket, data in zip(answer.question.tickets, answer.value, strict=True):
         if not data:
             continue
@@ -113,8 +117,9 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadRecords
         if is_new and node.settings.max_nodes <= MAX_LISTED:  # not those that the previous leader has logged
             text = f"{record.host} has joined: {joined_of(node, len(leader.joined))}"
             step.log(text, Level.INFO, LineKind.PROGRESS)
-    _read_records(node, step, leader, answer.question.others)
-    consider(node, step)
+    _read_records(node, step, leader)
+    if not leader.reads:
+        consider(node, step)
 
 
 def _read_record(node: NodeState, step: Step, data: bytes, key: str) -> NodeRecord | None:
@@ -135,10 +140,20 @@ def _read_record(node: NodeState, step: Step, data: bytes, key: str) -> NodeReco
     return record
 
 
-def _read_records(node: NodeState, step: Step, leader: Leader, tickets: list[int]) -> None:
-    if some := tickets[:BATCH]:
-        step.get(questions.ReadRecords(some, tickets[BATCH:]), *(f"node/{ticket}" for ticket in some))
-    elif not leader.is_closing:
+def _read_missing(node: NodeState, step: Step, leader: Leader) -> None:
+    """Read the records that have not come, each once. If some are being read, the others' turn comes after these."""
+    if not leader.reads:
+        leader.to_read = list(leader.missing)
+        _read_records(node, step, leader)
+
+
+def _read_records(node: NodeState, step: Step, leader: Leader) -> None:
+    """Keep some requests on their way: one after another would take a second for each where the store is busy."""
+    while leader.to_read and leader.reads < MOST_READS:
+        some, leader.to_read = leader.to_read[:BATCH], leader.to_read[BATCH:]
+        leader.reads += 1
+        step.get(questions.ReadRecords(leader.number, some), *(f"node/{ticket}" for ticket in some))
+    if not leader.reads and not leader.is_closing:
         name = f"node/{leader.next_ticket(step.now)}"
         # If a stranger has written it, it is there already, and waiting for it would cost a request after another.
         step.await_key(name if node.key(name) != leader.appeared else None)
@@ -189,7 +204,7 @@ def on_joining(node: NodeState, step: Step, answer: Answer[questions.PollJoining
         log_departures(node, step, leader)
         _note_unfit(node, step, leader, unfit)
         leader.note_tickets(node.count_tickets(count), step.now)
-        _read_records(node, step, leader, list(leader.missing))
+        _read_missing(node, step, leader)
         consider(node, step)
 
 

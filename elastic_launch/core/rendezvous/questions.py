@@ -48,9 +48,9 @@ class CountTickets(Question):
 class ReadRecords(Question):
     """What do the nodes with these tickets say of themselves?"""
 
+    leader: int
+    """Number of the leader that asks."""
     tickets: list[int]
-    others: list[int]
-    """Tickets to ask about next."""
 
 
 @dataclass(frozen=True)
