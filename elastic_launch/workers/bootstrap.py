@@ -84,7 +84,9 @@ def load_script(file: str) -> "CodeType":
             code = loader.get_code("__main__")
         else:
             main.__loader__ = importlib.SourceFileLoader("__main__", file)
-            code = compile(content, file, "exec", dont_inherit=True)
+            # A warm keeper may have compiled it for all workers.
+            source, compiled = globals().get("compiled_ahead", {}).get(file, (None, None))
+            code = compiled if source == content else compile(content, file, "exec", dont_inherit=True)
     except Exception as error:
         record_failure(error)
         # Start over with plain Python: only that has the message and the exit status for all that can be wrong here.

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
     from elastic_launch.workers.standby import ForkedWorker
 
+compiled_ahead: "dict[str, tuple[bytes, CodeType]]" = {}
+"""The source and code of the program, by its path, once the keeper has compiled it."""
 AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
 TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
@@ -68,7 +70,7 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     keeper_main.close_others((sock, agent, *([int(target)] if is_function else [])))
     set_death_signal(signal.SIGKILL)  # nothing else notices the agent's death while modules are imported
     keeper_main.set_subreaper(True)  # so that a daemon of a module is below this process, and seen
-    program_entry = ""
+    file, program_entry = None, ""
     preparation: dict[str, Any] = {}
     if is_function:
         preparation = prepare(int(target))
@@ -140,8 +142,11 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     # holes in pages, and a worker copies each page in which it fills one.
     gc.freeze()
     environment = changed_environment(inherited, variables)
+    pool = standby.StandbyPool(environment)
+    if kind == "script" and file is not None:
+        pool.prepare = lambda: compile_ahead(file)
     try:
-        keeper_main.serve(sock, agent, environment, standby.StandbyPool(environment))
+        keeper_main.serve(sock, agent, environment, pool)
     except standby.ForkedWorker as forked_worker:
         worker = forked_worker.with_traceback(None)
     return worker, handlers
@@ -379,6 +384,29 @@ def strip(tb: "TracebackType | None", code: "CodeType") -> "TracebackType | None
     return tb
 
 
+def compile_ahead(file: str) -> None:
+    """Compile the program for the next workers, unless Python warns of something: then each compiles it itself."""
+    try:
+        with open(file, "rb") as stream:
+            source = stream.read()
+    except OSError:
+        return
+    warnings: Any = sys.modules.get("warnings")
+    if warnings is None or compiled_ahead.get(file, (b"", None))[0] == source:
+        return
+    compiled_ahead.clear()
+    shown: list[object] = []
+    show, warnings.showwarning = warnings.showwarning, lambda *warning, **_: shown.append(warning)
+    try:
+        code = compile(source, file, "exec", dont_inherit=True)
+    except Exception:
+        return
+    finally:
+        warnings.showwarning = show
+    if not shown:
+        compiled_ahead[file] = source, code
+
+
 def compile_file(file: str) -> "CodeType":
     """Compile a program."""
     with open(file, "rb") as stream:
@@ -390,7 +418,8 @@ if __name__ == "__main__":
     programs = {file: compile_file(file) for file in (f"{FOLDER}/bootstrap.py", f"{FOLDER}/function_main.py")}
     program = become_worker(*main(sys.argv[1], sys.argv[2], sys.argv[3], sock, agent))
     try:
-        exec(programs[program], {"__name__": "__main__", "__file__": program, "__builtins__": __builtins__})
+        names = {"__name__": "__main__", "__file__": program, "__builtins__": __builtins__}
+        exec(programs[program], {**names, "compiled_ahead": compiled_ahead})
     except BaseException as error:
         error.with_traceback(strip(error.__traceback__, programs[program]))
         raise  # to the interpreter, which knows what to do with each exception

@@ -174,6 +174,8 @@ class StandbyPool:
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.release: Callable[[], None] = lambda: None
         """Closes the keeper's own descriptors, in a forked process."""
+        self.prepare: Callable[[], None] = lambda: None
+        """Does in the keeper what else all standbys would do."""
         self.wanted = 0
         """How many standbys there are to be."""
         self.due = NEVER
@@ -188,7 +190,8 @@ class StandbyPool:
     # ---- ahead of time
 
     def learn(self, worker: int) -> None:
-        """Have the next standbys copy the pages that a worker has written to."""
+        """Prepare for the next standbys, which are to copy the pages that a worker has written to."""
+        self.prepare()
         try:
             self.written = written_pages.written_pages(worker, os.getpid())
         except OSError:

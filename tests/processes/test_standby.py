@@ -153,6 +153,36 @@ def test_one_that_is_killed_or_stopped_is_replaced_in_silence(job: Job, signum: 
     assert not is_alive(first.pid)
 
 
+SPY = """
+import os, sys, warnings
+def see(event, args):
+    if event == "compile" and str(args[1]).endswith("/train.py"):
+        with open(f"{os.path.dirname(__file__)}/compilers", "a") as file: file.write(f"{os.getpid()}\\n")
+sys.addaudithook(see)
+"""
+
+
+def test_the_keeper_compiles_the_program_for_them_and_an_edited_one_is_compiled_again(job: Job) -> None:
+    (job.path / "spy.py").write_text(SPY)
+    script = job.script("mark(os.getpid())\nwait_for(f'go{restart}')\nsys.exit(7 if restart < 3 else 0)")
+    process = job.start("--max-restarts", "3", "--crash-loop", "0", "--preload", "spy", script)
+    for restart in range(3):
+        wait_until(lambda: pids(job, restart))  # noqa: B023 - called at once
+        standbys(process, 1)
+        if restart == 1:
+            with Path(script).open("a") as file:
+                file.write("\n1 is 1")  # of which Python warns
+        job.mark(f"go{restart}")
+    job.mark("go3")
+    ended = job.finish(process)
+    assert ended.returncode == 0, ended.stderr
+    compilers = {*map(int, (job.path / "compilers").read_text().split())}
+    workers = [pids(job, restart).pop() for restart in range(4)]
+    assert [worker in compilers for worker in workers] == [True, False, True, True]
+    assert len(compilers) == 4, "and the keeper"
+    assert ended.stderr.count("SyntaxWarning") == 2
+
+
 @contextlib.contextmanager
 def limited_memory(size: int) -> Iterator[Path]:
     """Be in a cgroup with so many bytes of memory at most. Skips the test where none can be made."""
