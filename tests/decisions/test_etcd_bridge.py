@@ -14,7 +14,8 @@ from elastic_launch.core.store_requests import Add, Get, Request, Set
 from elastic_launch.store.codec import encode, encode_handshake
 from elastic_launch.store.etcd import cluster
 from elastic_launch.store.etcd.bridge_main import Bridge
-from elastic_launch.store.etcd.cluster import Cluster, EtcdSettings
+from elastic_launch.store.etcd.cluster import Cluster, EtcdError, EtcdSettings
+from elastic_launch.store.etcd.heartbeats import Heartbeats
 from elastic_launch.store.etcd.keys import Keyspace
 
 BEAT = "job/0/heartbeat/1"
@@ -138,3 +139,48 @@ def test_members_that_have_not_answered_are_asked_again(monkeypatch: pytest.Monk
     assert asked[:3] == asked[3:]
     assert asked[0] == "a:1"
     assert sorted(asked[:3]) == ["a:1", "b:1", "c:1"]
+
+
+class AskedTwice:
+    """A cluster that answers the second attempt at each request only: the first one has taken effect."""
+
+    class etcdrpc:  # noqa: N801 - the name of gRPC's module
+        LeaseGrantRequest = dict
+
+    call_timeout = 60.0
+
+    def __init__(self) -> None:
+        self.leases: set[int] = set()
+        self.is_slow = False
+
+    async def call(self, name: str, request: Any, attempts: Any = None) -> Any:
+        if attempts:
+            attempts.count += self.is_slow
+        for _ in range(1 + self.is_slow):
+            existed = request["ID"] in self.leases
+            self.leases.add(request["ID"])
+        if existed:
+            raise EtcdError("refused", "etcdserver: lease already exists")
+        return SimpleNamespace(header=SimpleNamespace(member_id=1))
+
+
+def test_a_heartbeat_that_was_sent_twice_is_no_sign_of_the_monitor() -> None:
+    """Otherwise, if etcd's leader and the monitor are lost together, the monitor is missed later by an election."""
+    made = AskedTwice()
+    beats = Heartbeats(made, b"/x/")  # type: ignore[arg-type]
+
+    async def read(member: int) -> tuple[int, int]:
+        return 0, 0
+
+    async def run() -> list[int]:
+        counts = [await beats.beat(cast(Any, None), b"n", read)]
+        made.leases.clear()  # the monitor has reset the counter, for the last time
+        counts.append(await beats.beat(cast(Any, None), b"n", read))
+        made.is_slow = True
+        counts.append(await beats.beat(cast(Any, None), b"n", read))
+        made.leases.clear()
+        made.is_slow = False
+        return [*counts, await beats.beat(cast(Any, None), b"n", read)]
+
+    counts = asyncio.run(run())
+    assert counts == [1, 1, 2, 1]

@@ -169,15 +169,14 @@ class Heartbeats:
         """Make sure that a mark exists.
 
         Returns:
-            Whether it did not exist before, or perhaps not; and the member that has granted it, 0 if that is unknown.
+            Whether it surely did not exist before; and the member that has granted it, 0 if that is unknown.
         """
-        attempts, request = Attempts(self._cluster), self._rpc.LeaseGrantRequest(TTL=MARK_SECONDS, ID=mark)
         try:
-            response = await self._cluster.call("LeaseGrant", request, attempts)
+            response = await self._cluster.call("LeaseGrant", self._rpc.LeaseGrantRequest(TTL=MARK_SECONDS, ID=mark))
         except EtcdError as error:
             if "lease already exists" not in error.why:
                 raise
-            return attempts.count > 0, 0  # an earlier attempt may have granted it
+            return False, 0  # or an earlier attempt has granted it; then the next heartbeat sees the reset
         return True, response.header.member_id
 
     async def _revoke(self, mark: int) -> bool:
