@@ -113,7 +113,7 @@ def test_a_short_deadline_leaves_time_for_a_late_reply_rather_than_for_a_checkpo
 
 
 def test_silence_is_timed_by_the_one_who_watches() -> None:
-    watch = Monitor(deadline=15, tick=1, now=0)
+    watch = Monitor(deadline=15, outage=9.5, now=0)
     watch.register([1, 2], 0)
     for now in range(1, 15):
         assert watch.poll([(1, b"%d" % now), (2, b"")], now, now) == set()
@@ -124,7 +124,7 @@ def test_silence_is_timed_by_the_one_who_watches() -> None:
 
 
 def test_a_counter_that_stands_still_is_no_sign_of_life() -> None:
-    watch = Monitor(deadline=15, tick=1, now=0)
+    watch = Monitor(deadline=15, outage=9.5, now=0)
     watch.poll([(1, b"7"), (2, b"7")], 1, 1)
     assert not watch.has_lived_since(1, 0)
     assert watch.take_resets() == [1, 2]
@@ -133,9 +133,17 @@ def test_a_counter_that_stands_still_is_no_sign_of_life() -> None:
 
 
 def test_one_who_slept_does_not_take_the_others_for_dead() -> None:
-    watch = Monitor(deadline=15, tick=1, now=0)
+    watch = Monitor(deadline=15, outage=9.5, now=0)
     watch.register([1], 0)
     assert watch.poll([(1, b"")], 100, 100) == set()
+
+
+def test_only_what_exceeds_an_outage_is_forgiven() -> None:
+    watch = Monitor(deadline=4, outage=2, now=0)
+    watch.register([1, 2], 0)
+    assert watch.poll([(1, b""), (2, b"1")], 2.6, 2.6) == set()
+    assert watch.poll([(1, b""), (2, b"2")], 4, 4) == set()
+    assert watch.poll([(1, b""), (2, b"3")], 4.7, 4.7) == {1}
 
 
 def test_more_nodes_than_there_is_room_for_are_spares() -> None:

@@ -95,8 +95,8 @@ class Leader:
         self._settings = settings
         self._record = record
         self._round = round_
-        self.monitor = Monitor(settings.keep_alive_deadline, settings.tick, now)
-        self._past_monitor = Monitor(settings.keep_alive_deadline, settings.tick, now)
+        self.monitor = Monitor(settings.keep_alive_deadline, settings.outage, now)
+        self._past_monitor = Monitor(settings.keep_alive_deadline, settings.outage, now)
         self._tickets: dict[str, int] = {}
         self._arrived: dict[int, float] = {}
         self._late_at: dict[int, float] = {}

@@ -78,6 +78,14 @@ class Settings(NamedTuple):
         return max(0.0, min(spare / 2, spare - PATIENCE))
 
     @property
+    def outage(self) -> float:
+        """Seconds without a reply of the store that need not be forgiven: who lives is heard in time afterwards.
+
+        Whoever seems to be silent is looked at once more, a tick later.
+        """
+        return max(self.tick, self.keep_alive_deadline - self.keep_alive_interval - LATENESS + self.tick)
+
+    @property
     def tick(self) -> float:
         """Seconds between two polls of the leader, the monitor or a standby."""
         return min(TICK, self.keep_alive_interval / 2)

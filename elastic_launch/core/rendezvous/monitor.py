@@ -54,16 +54,16 @@ def without_flag(counter: bytes) -> bytes:
 class Monitor:
     """What is known of the counters of some nodes, by ticket. Times are seconds on any monotonic clock."""
 
-    def __init__(self, deadline: float, tick: float, now: float) -> None:
+    def __init__(self, deadline: float, outage: float, now: float) -> None:
         """Begin to monitor.
 
         Args:
             deadline: seconds without a heartbeat after which a node counts as dead.
-            tick: seconds between two polls.
+            outage: seconds between two replies of the store; what exceeds them is not counted as silence.
             now: the time.
         """
         self._deadline = deadline
-        self._tick = tick
+        self._outage = outage
         self._polled_at = self._asked_at = now
         self._counters: dict[int, tuple[bytes, float]] = {}
         """Each counter as it was last seen, and when it last changed."""
@@ -112,7 +112,7 @@ class Monitor:
         Returns:
             The nodes that had been silent up to the deadline by then, or have left.
         """
-        slept = now - self._polled_at > self._deadline / 2 + self._tick  # this node or the store did, not the others
+        slept = max(0.0, now - self._polled_at - self._outage)  # this node or the store did, not the others
         self._polled_at, self._asked_at = now, asked_at
         self.awaits_reply = False
         suspected: set[int] = set()
@@ -126,10 +126,11 @@ class Monitor:
                 self._unproven.add(ticket)
             before, at = self._counters[ticket]
             has_grown = counter not in (before, b"0")  # another monitor may reset it to 0
-            if has_grown or slept:
+            if has_grown:
                 self._counters[ticket] = (counter, now)
-                self._unproven -= {ticket} if has_grown else set()
+                self._unproven.discard(ticket)
             else:
+                at = min(now, at + slept)
                 self._counters[ticket] = (counter, at)
                 if asked_at - at >= self._deadline:
                     suspected.add(ticket)

@@ -6,7 +6,7 @@ from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members, read_finished
 from elastic_launch.core.rendezvous.heartbeats import confirm_poll, poll_in_time, renew_lease, reset
 from elastic_launch.core.rendezvous.leading import become_leader
-from elastic_launch.core.rendezvous.messages import LATENESS, Answer
+from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, without_flag
 from elastic_launch.core.rendezvous.records import Members
 from elastic_launch.core.rendezvous.stalling import check_claims, learn_look, pass_on_look
@@ -24,11 +24,12 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         count %= LOOK
         learn_look(node, step)
     heartbeat.in_flight = False
-    slept = heartbeat.sent_at - heartbeat.answered_at > 2 * node.heartbeat_period + LATENESS
+    late = heartbeat.sent_at - heartbeat.answered_at - node.heartbeat_period
+    heartbeat.monitored_at += max(0.0, late - node.settings.outage)  # this node or the store slept, not the monitor
     heartbeat.answered_at = heartbeat.sent_at
     renew_lease(node, step)
     is_first = heartbeat.count == 0  # there was nothing to reset before
-    if count <= heartbeat.count or is_first or slept:  # if this node slept, that says nothing of the others
+    if count <= heartbeat.count or is_first:
         heartbeat.monitored_at = step.now
         round_.watch = None
         node.timers.pop(Timer.WATCH, None)
@@ -72,7 +73,7 @@ def _doubt_monitor(node: NodeState, step: Step) -> None:
         step.read_members()  # the next heartbeat comes soon
         node.timers[Timer.HEARTBEAT] = min(node.timers[Timer.HEARTBEAT], step.now + node.settings.tick)
     else:
-        round_.watch = Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+        round_.watch = Monitor(node.settings.keep_alive_deadline, node.settings.outage, step.now)
         watch(node, step)
 
 
@@ -124,7 +125,7 @@ def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOver
 
 def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
     """Poll the members' heartbeats from now on."""
-    node.round.monitor = node.round.watch or Monitor(node.settings.keep_alive_deadline, node.settings.tick, step.now)
+    node.round.monitor = node.round.watch or Monitor(node.settings.keep_alive_deadline, node.settings.outage, step.now)
     node.round.watch = None
     # The first poll renews this node's lease, so the spares, which may take its place, must hear of it as well.
     node.round.outsiders = list(node.round.closed.spares) if node.round.closed else []
