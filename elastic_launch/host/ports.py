@@ -18,8 +18,23 @@ from elastic_launch.host.files import NOBODY
 
 BACKLOG = 4096
 """Connections to queue until they are accepted; also the default of the kernel's limit, net.core.somaxconn."""
+TCP_THIN_LINEAR_TIMEOUTS = 16
+"""Do not wait longer each time, for the first six times, if few packets are on their way. Without effect under BBR."""
+TCP_RTO_MAX_MS = 44
+"""The longest wait, at least 1000 ms; Linux 6.15 and later."""
 _LISTENING = "0A"
 """The state in ``/proc/net/tcp``."""
+
+
+def resend_soon(sock: socket.socket) -> None:
+    """Have TCP send lost packets again soon after a link was cut, as far as the system can.
+
+    Otherwise it waits twice as long each time, so a link that is cut for 2 s may cost 3.3 s. Connections that a
+    listening socket accepts inherit this.
+    """
+    for option, value in ((TCP_THIN_LINEAR_TIMEOUTS, 1), (TCP_RTO_MAX_MS, 1000)):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def listen(port: int, address: str = "") -> socket.socket:
@@ -34,6 +49,7 @@ def listen(port: int, address: str = "") -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = _bind_family(family, address, port) if address else _bind(port)
+    resend_soon(sock)
     try:
         sock.listen(BACKLOG)
     except OSError:

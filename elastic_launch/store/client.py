@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from elastic_launch.core.store_requests import Cancel, Reply, Request, Wait
 from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.host.ports import resend_soon
 from elastic_launch.store.codec import Reader, describe, encode, encode_handshake
 from elastic_launch.store.wire import GATE, ProtocolError
 
@@ -76,7 +77,7 @@ def stream_socket(family: int) -> socket.socket:
 
 
 def watch_for_loss(sock: socket.socket) -> None:
-    """Have a TCP socket notice a dead host, and send what is written at once."""
+    """Have a TCP socket notice a dead host, send what is written at once, and what is lost soon again."""
     for option, value in (
         (socket.TCP_NODELAY, 1),
         (socket.TCP_KEEPIDLE, DEAD_HOST_PATIENCE // 4),
@@ -86,6 +87,7 @@ def watch_for_loss(sock: socket.socket) -> None:
     ):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    resend_soon(sock)
 
 
 def connect(

@@ -18,6 +18,7 @@ import pytest
 
 from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError
+from elastic_launch.host import ports
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
@@ -296,6 +297,16 @@ def test_a_server_that_never_stops_does_not_fill_the_memory(is_asked: bool) -> N
             enough.set()
     assert len(taken) == (100 if is_asked else 0)
     assert peak < 32 << 20
+
+
+def test_both_ends_of_a_connection_send_lost_packets_again_soon() -> None:
+    with ports.listen(0, "127.0.0.1") as listening:
+        client = connect(listening.getsockname(), socket.AF_INET, "store at here:1")
+        with contextlib.closing(client), listening.accept()[0] as accepted:
+            for sock in (client._sock, accepted):
+                assert sock.getsockopt(socket.IPPROTO_TCP, ports.TCP_THIN_LINEAR_TIMEOUTS) == 1
+                with contextlib.suppress(OSError):  # an older kernel
+                    assert sock.getsockopt(socket.IPPROTO_TCP, ports.TCP_RTO_MAX_MS) == 1000
 
 
 def test_nothing_listens() -> None:
