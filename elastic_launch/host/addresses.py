@@ -36,14 +36,13 @@ def resolve(host: str, port: int) -> list[Address]:
     return [(family, address) for family, _, _, _, address in found]
 
 
-def own_address(destination: str) -> str:
+def own_address(destination: Address) -> str:
     """Return the IP address of this host from which it reaches a destination. Sends nothing.
 
     Raises:
         OSError: there is no route to the destination.
-        RendezvousConnectionError: the destination's name cannot be resolved.
     """
-    family, address = resolve(destination, 9)[0]
+    family, address = destination
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect(address)
         return str(sock.getsockname()[0])

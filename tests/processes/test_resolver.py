@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -10,9 +11,11 @@ from collections.abc import Callable
 import pytest
 
 from elastic_launch.errors import RendezvousConnectionError
-from elastic_launch.host import resolver
+from elastic_launch.host import addresses, resolver
 from elastic_launch.host.addresses import is_own, resolve
 from elastic_launch.host.resolver import Resolver
+from elastic_launch.rendezvous.backends.etcd import EtcdBackend
+from elastic_launch.store.client import StoreClient
 from tests.support.waiting import DEADLINE, wait_until
 
 
@@ -67,3 +70,21 @@ def test_a_name_server_that_does_not_answer_blocks_nobody(monkeypatch: pytest.Mo
     finally:
         asked.close()
     assert time.monotonic() - begun < DEADLINE
+
+
+def test_an_etcd_whose_name_takes_long_does_not_block_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve_here(host: str, port: int) -> list[addresses.Address]:
+        here.append(host)
+        return resolve(host, port)
+
+    here: list[str] = []
+    monkeypatch.setattr(resolver, "_HOSTS", os.devnull)
+    monkeypatch.setattr(resolver, "PATIENCE", 0)
+    for module in (addresses, resolver):
+        monkeypatch.setattr(module, "resolve", resolve_here)
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(StoreClient(ours, "etcd")) as client:
+        backend = EtcdBackend("node-1:2379,127.0.0.1:2379", "job", {}, dict(os.environ))
+        with contextlib.closing(backend):
+            assert backend.addresses(client) == ("127.0.0.1", "")
+    assert here == ["127.0.0.1"], "the name is left to a helper process"

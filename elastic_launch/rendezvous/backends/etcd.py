@@ -50,6 +50,7 @@ class EtcdBackend(Backend):
         self.where = f"etcd at {endpoints}"
         self.endpoints, self.conf, self._environ = endpoints, conf, environ
         self._prefix = f"elastic-launch/{run_id}/"
+        self._resolvers = [Resolver(environ) for _ in endpoints.split(",")]
         self._process: EtcdBridge | None = None
 
     def open(self) -> None:
@@ -68,11 +69,21 @@ class EtcdBackend(Backend):
         return StoreClient(self._process.connect(), self.where)
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
-        """Return the address by which this node reaches an endpoint, and an empty one: etcd does not serve workers."""
-        for endpoint in self.endpoints.split(","):
+        """Return the address by which this node reaches an endpoint, and an empty one: etcd does not serve workers.
+
+        A name that takes long to resolve is passed over.
+        """
+        for endpoint, resolver in zip(self.endpoints.split(","), self._resolvers, strict=True):
             with contextlib.suppress(OSError, RendezvousConnectionError):
-                return own_address(split_endpoint(endpoint)[0]), ""
+                host, port = split_endpoint(endpoint)
+                return own_address(resolver.resolve(host, port or DEFAULT_PORT)[0]), ""
         return "127.0.0.1", ""
+
+    def close(self) -> None:
+        """End the bridge, and the processes that ask for names."""
+        super().close()
+        for resolver in self._resolvers:
+            resolver.close()
 
 
 class EmbeddedEtcdBackend(EtcdBackend):
@@ -110,7 +121,6 @@ class EmbeddedEtcdBackend(EtcdBackend):
         self._member: EtcdMember | None = None
         self._plan: MemberPlan | None = None
         """How to start this host's member, once it is known which one that is."""
-        self._resolvers = [Resolver(environ) for _ in self.members]
         self._unresolved: list[int] = []
         """Members whose names are still to be resolved."""
         self._look_at, self._look_interval = 0.0, LOOK_INTERVAL
@@ -209,8 +219,6 @@ class EmbeddedEtcdBackend(EtcdBackend):
         """End the bridge and the member."""
         super().close()
         self._end_member()
-        for resolver in self._resolvers:
-            resolver.close()
         self._made.close()
 
     def _end_member(self) -> None:
