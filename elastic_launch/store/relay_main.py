@@ -22,6 +22,7 @@ import os
 import resource
 import selectors
 import socket
+import struct
 import time
 from collections import deque
 from functools import partial
@@ -43,6 +44,9 @@ MOST_KEPT = 1 << 18
 """Bytes that are kept for an end that does not read."""
 PAUSE = 0.1
 """Seconds in which nothing is accepted after the system had no descriptor for another connection."""
+NAP = 0.01
+"""Seconds until a descriptor may be free for a socket that the agent has sent."""
+_FD = struct.Struct("i")
 _AT_ONCE = 64
 """Connections that are accepted before others get their turn."""
 _CHUNK = 1 << 16
@@ -168,7 +172,7 @@ class Relay:
 
     def _pause(self, listener: Listener) -> None:
         """Accept nothing for a while: there are no descriptors left. One that waits gives way."""
-        self._drop_one()
+        self.drop_one()
         self._selector.unregister(listener.sock)
         self._paused.append(listener)
         self._resume_at = time.monotonic() + PAUSE
@@ -178,7 +182,7 @@ class Relay:
         sock.setblocking(False)
         connection.challenge = GateChallenge(self._key) if listener.is_gate else ClientChallenge(self._key)
         if self._count >= self._limit:
-            self._drop_one()
+            self.drop_one()
         self._count += 1
         self._waiting.setdefault(address, {})[connection] = None
         self._deadlines.append((time.monotonic() + PATIENCE, connection))
@@ -194,7 +198,7 @@ class Relay:
         except OSError:
             self._close(connection)
 
-    def _drop_one(self) -> None:
+    def drop_one(self) -> None:
         """Close the oldest waiting connection from the address with the most of them."""
         if self._waiting:
             most = max(self._waiting, key=lambda address: len(self._waiting[address]))
@@ -336,11 +340,17 @@ def main(control: socket.socket, agent: int) -> None:
         os._exit(0)
 
     def add(_: int) -> None:
-        data, fds, _, _ = socket.recv_fds(control, 4096, 1)
+        # Only a look: a message whose descriptor finds no place would be gone with it.
+        data, sent, _, _ = control.recvmsg(4096, socket.CMSG_LEN(_FD.size), socket.MSG_PEEK)
         if not data:
             os._exit(0)
+        if not sent:
+            relay.drop_one()
+            time.sleep(NAP)
+            return
+        control.recv(4096)
         name, is_gate, target = marshal.loads(data)
-        relay.listen(name, Listener(socket.socket(fileno=fds[0]), is_gate, target))
+        relay.listen(name, Listener(socket.socket(fileno=_FD.unpack(sent[0][2])[0]), is_gate, target))
 
     relay.watch(agent, end)
     relay.watch(control, add)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import select
 import socket
 import threading
@@ -400,3 +401,21 @@ def test_the_process_ends_with_its_agent_and_is_missed(to: To) -> None:
         assert relay.has_ended(DEADLINE)
         with pytest.raises(RendezvousConnectionError, match=r"the job's store is gone \(.*\)"):
             relay.take()
+
+
+def test_without_descriptors_a_new_gate_waits_until_there_is_one(raw: Raw, to: To) -> None:
+    server = shared_store().port
+    with contextlib.closing(Relay(KEY, {})) as relay, listen(0, LOOPBACK) as first, listen(0, LOOPBACK) as second:
+        ports = [gate.getsockname()[1] for gate in (first, second)]
+        relay.add_gate("first", first, server)
+        assert to(ports[0]).call(Get(("gate/nothing",)), DEADLINE) == [b""]
+        waiting = raw(ports[0])
+        assert waiting.recv(1)
+        used = set(map(int, os.listdir(f"/proc/{relay.pid}/fd")))
+        _, most = resource.prlimit(relay.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(relay.pid, resource.RLIMIT_NOFILE, (min(set(range(most)) - used), most))
+        relay.add_gate("second", second, server)
+        assert everything(waiting), "it gives way"
+        resource.prlimit(relay.pid, resource.RLIMIT_NOFILE, (most, most))
+        assert to(ports[1]).call(Get(("gate/nothing",)), DEADLINE) == [b""]
+        relay.take()
