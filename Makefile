@@ -82,7 +82,7 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 
 bench: compiled
-	for script in benchmarks/launch.py benchmarks/idle.py benchmarks/restart.py benchmarks/recovery.py benchmarks/rendezvous.py benchmarks/gate.py benchmarks/logs.py benchmarks/warm.py benchmarks/first_step.py benchmarks/progress.py benchmarks/exporter.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/launch.py benchmarks/idle.py benchmarks/restart.py benchmarks/recovery.py benchmarks/recovery_phases.py benchmarks/rendezvous.py benchmarks/gate.py benchmarks/logs.py benchmarks/warm.py benchmarks/first_step.py benchmarks/progress.py benchmarks/exporter.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
