@@ -259,7 +259,7 @@ class StandbyPool:
             start.hand_out(order, descriptors[position:end])
             position = end
         start.finish(min(lease, time.monotonic() + LIMIT))
-        return start.started, start.failed
+        return dict(sorted(start.started.items())), start.failed
 
     def hand_out(self, order: SpawnOrder, descriptors: Sequence[int], when: bytes) -> Standby:
         """Send an order, GO or HOLD, to a standby, which is ``pending`` then. Forks one if there is none.

@@ -375,7 +375,7 @@ def test_which_rank_serves_the_store_of_torch_and_since_when(monkeypatch: pytest
 def test_other_ranks_are_held_until_rank_0_serves_the_store(monkeypatch: pytest.MonkeyPatch, head_start: float) -> None:
     monkeypatch.setattr(standby, "HEAD_START", head_start)
     monkeypatch.setitem(sys.modules, "torch.distributed", sys)
-    started: list[object] = []
+    started: list[tuple[dict[int, int], dict[int, tuple[int, str]]]] = []
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.socket())
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -391,7 +391,7 @@ def test_other_ranks_are_held_until_rank_0_serves_the_store(monkeypatch: pytest.
         for worker, when in zip(workers, (GO, HOLD if head_start else GO), strict=True):
             worker.settimeout(SOON)
             assert worker.recv(1) == when
-            worker.send(marshal.dumps(None))
+        workers[1].send(marshal.dumps(None))
         if head_start:
             workers[1].setblocking(False)
             with pytest.raises(BlockingIOError):
@@ -399,8 +399,10 @@ def test_other_ranks_are_held_until_rank_0_serves_the_store(monkeypatch: pytest.
             workers[1].settimeout(SOON)
             server.listen()
         assert workers[1].recv(1) == b"", "it may run its program"
+        workers[0].send(marshal.dumps(None))
         thread.join(SOON)
     assert (started, pool.pending) == ([({0: NOBODY, 1: NOBODY + 1}, {})], {})
+    assert [*started[0][0]] == [0, 1], "in the order of ranks, not of answers"
 
 
 def test_many_restarts_in_a_row_leave_nothing(job: Job) -> None:
