@@ -18,16 +18,10 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def without_password(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of workers, without the variable that may hold a password for the job's etcd."""
-    return {
-        name: value for name, value in environ.items() if name != _CONF or "password=" not in value.replace(" ", "")
-    }
-
-
-def without_token(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of workers, which have no use for the job's token, nor for a gate that asks for it."""
-    names = (TOKEN_FILE, "PET_TOKEN_FILE", "PET_STORE_GATE")
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of workers, which need neither a password for etcd nor the token, and pass no gate."""
+    names = [TOKEN_FILE, "PET_TOKEN_FILE", "PET_STORE_GATE"]
+    names += [_CONF] if "password=" in environ.get(_CONF, "").replace(" ", "") else []
     return {name: value for name, value in environ.items() if name not in names}
 
 

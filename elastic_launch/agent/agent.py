@@ -42,7 +42,7 @@ from elastic_launch.core.agent.report import format_report
 from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.core.agent.worker_env import worker_environment
 from elastic_launch.core.placement import virtual_device
-from elastic_launch.env import environment, without_password, without_token
+from elastic_launch.env import environment, without_secrets
 from elastic_launch.errors import (
     ExitCode,
     LaunchError,
@@ -184,8 +184,9 @@ class LocalElasticAgent:
         self._logs_specs = logs_specs or DefaultLogsSpecs()
         self._prefix_template = log_line_prefix_template
         self._health_check_server = health_check_server
-        self._environ = without_password(environment() if environ is None else environ)
-        self._stop_signals = parse_signals(signals_to_handle or self._environ.get(SIGNALS_VARIABLE) or DEFAULT_SIGNALS)
+        environ = environment() if environ is None else environ
+        self._environ = without_secrets(environ)
+        self._stop_signals = parse_signals(signals_to_handle or environ.get(SIGNALS_VARIABLE) or DEFAULT_SIGNALS)
         self._temp_dir = self._environ.get("TMPDIR") or "/tmp"
         self._verbosity = verbosity
         self._events = events
@@ -195,8 +196,7 @@ class LocalElasticAgent:
         self._warn = in_colour(log, YELLOW)
         handler = spec.rdzv_handler
         if not isinstance(handler, AgentRendezvous):  # it has torch's interface
-            handler = cast(AgentRendezvous, adapt(handler, spec, self._environ, log))
-        self._environ = without_token(self._environ)
+            handler = cast(AgentRendezvous, adapt(handler, spec, environ, log))
         self._rendezvous = handler
         check = CheckLimits(health_check_timeout, handler.patience) if health_check else None
         self._limits = Limits(spec.get_policy(), shutdown_timeout, exit_barrier_timeout, check)

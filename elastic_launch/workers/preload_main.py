@@ -60,8 +60,11 @@ AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
 TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
 """What the agent has added to the environment of this process; it stands before what the user has set."""
-DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/accel", "/dev/neuron", "/dev/habanalabs", "/dev/davinci")
-"""Prefixes of device files. A process that has one open has begun to use the device."""
+DEVICES = (
+    *("/dev/nvidia", "/dev/kfd", "/dev/dri", "/dev/accel", "/dev/vfio", "/dev/neuron", "/dev/habanalabs"),
+    "/dev/davinci",
+)
+"""Prefixes of device files, as in ``host.devices``. A process that has one open has begun to use the device."""
 
 
 def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[ForkedWorker, dict[int, Any]]":

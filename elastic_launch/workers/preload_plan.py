@@ -81,8 +81,11 @@ class _Modules:
 
     def own(self, name: str) -> Source | None:
         """Return a module of the program's own."""
-        if name not in self._found:
-            self._found[name] = self._find(name)
+        package = ""
+        for part in name.split("."):  # from the outermost package, because no name is too long for that
+            package = f"{package}.{part}" if package else part
+            if package not in self._found:
+                self._found[package] = self._find(package)
         return self._found[name]
 
     def exists(self, name: str) -> bool:

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from elastic_launch import workers
 from elastic_launch.core.placement import visible_cuda_devices
 from elastic_launch.errors import UsageError
 from elastic_launch.host import devices
-from elastic_launch.host.devices import cpu_count, has_accelerator, local_world_size
+from elastic_launch.host.devices import ACCELERATORS, cpu_count, has_accelerator, local_world_size
 from tests.support.files import put
 from tests.support.leaks import children
 
@@ -685,6 +686,12 @@ def test_device_files_of_accelerators(name: str, expected: bool, tmp_path: Path)
         folder.mkdir()
         (folder / name).touch()
     assert has_accelerator(str(folder)) == expected
+
+
+def test_a_warm_keeper_that_has_begun_to_use_one_knows() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import preload_main; print(*preload_main.DEVICES)"
+    printed = subprocess.check_output([sys.executable, "-c", code, os.path.dirname(workers.__file__)], text=True)
+    assert printed.split() == [f"/dev/{name}" for name in ACCELERATORS]
 
 
 def test_importing_the_module_imports_nothing_else() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from elastic_launch import LaunchConfig, UsageError
 from elastic_launch.cli import plan
-from elastic_launch.env import without_password
+from elastic_launch.env import without_secrets
 from elastic_launch.parsing import parse_rdzv_conf
 from elastic_launch.rendezvous.factory import create_built_in
 from elastic_launch.run import config_from_args, parse_args
@@ -60,6 +60,6 @@ def test_a_dry_run_shows_no_password() -> None:
 
 def test_workers_do_not_inherit_a_password() -> None:
     for text in (CONF, "user=ann, password = s3cret", "'password=s3cret'"):
-        assert without_password({"PET_RDZV_CONF": text, "A": "1"}) == {"A": "1"}
+        assert without_secrets({"PET_RDZV_CONF": text, "A": "1"}) == {"A": "1"}
     kept = {"PET_RDZV_CONF": "user=ann,password_file=/run/secrets/etcd", "B": "password=x"}
-    assert without_password(kept) == kept
+    assert without_secrets(kept) == kept

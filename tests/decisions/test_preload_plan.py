@@ -203,6 +203,10 @@ def test_what_cannot_be_read_starts_cold(content: bytes, tmp_path: Path) -> None
     assert "--numa-binding" in said[-1]
 
 
+def test_a_module_whose_name_has_very_many_parts_starts_cold() -> None:
+    assert preload_plan.choose(True, "a" + ".a" * 2 * sys.getrecursionlimit(), {}, "", lambda text: None) == []
+
+
 def test_a_program_in_a_pipe_is_left_to_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one process can read it, and its writer would notice if another one opened it."""
     path = str(tmp_path / "train.py")

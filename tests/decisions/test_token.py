@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_launch.env import TOKEN_FILE, without_token
+from elastic_launch.env import TOKEN_FILE, without_secrets
 from elastic_launch.errors import UsageError
 from elastic_launch.host import token
 from elastic_launch.operate.__main__ import main
@@ -134,7 +134,7 @@ def test_a_name_that_is_empty_by_mistake_does_not_mean_that_there_is_no_token(
 def test_a_launcher_in_a_worker_does_not_inherit_token_and_gate() -> None:
     """With one of them alone it would not start."""
     given = {TOKEN_FILE: "a", "PET_TOKEN_FILE": "b", "PET_STORE_GATE": "1", "PET_NNODES": "2"}
-    assert without_token(given) == {"PET_NNODES": "2"}
+    assert without_secrets(given) == {"PET_NNODES": "2"}
 
 
 def test_a_gate_needs_a_token_and_a_store_that_can_have_one(tmp_path: Path) -> None:

@@ -36,16 +36,16 @@ def begin(node: NodeState, step: Step) -> None:
 def look(node: NodeState, step: Step) -> None:
     """Ask who is in the running round; while nodes join, who was in the one before, because they wait for those."""
     past = node.phase is Phase.WAITING
-    step.ask(questions.FindFormer(past), Get((node.key("closed", past=past),)))
+    step.ask(questions.FindFormer(past), Get((node.key("closed", back=past),)))
 
 
 def on_closed_found(node: NodeState, step: Step, answer: Answer[questions.FindFormer, list[bytes]]) -> None:
     """Ask for the members."""
     past, data = answer.question.past, answer.value[0]
     if data and _is_current(node, past):
-        closed = decode(Closed, data, node.key("closed", past=past))
+        closed = decode(Closed, data, node.key("closed", back=past))
         question = questions.FindFormerMembers(past, closed.spares[:MAX_SPARES])
-        step.ask(question, Get((node.key(f"members/{closed.leader}", past=past),)))
+        step.ask(question, Get((node.key(f"members/{closed.leader}", back=past),)))
 
 
 def on_members_found(node: NodeState, step: Step, answer: Answer[questions.FindFormerMembers, list[bytes]]) -> None:
@@ -53,13 +53,13 @@ def on_members_found(node: NodeState, step: Step, answer: Answer[questions.FindF
     past, data = answer.question.past, answer.value[0]
     if not data or not _is_current(node, past):
         return
-    members = decode(Members, data, node.key("members", past=past))
+    members = decode(Members, data, node.key("members", back=past))
     if not past and node.round.members is None:
         take_members(node, data)
     hosts = zip(members.tickets, members.hosts, strict=True)
     here = [ticket for ticket, host in hosts if host == node.record.host][:MAX_FORMER]
     if tickets := sorted({*here, *answer.question.spares} - {0 if past else node.round.ticket}):
-        keys = tuple(node.key(f"node/{ticket}", past=past) for ticket in tickets)
+        keys = tuple(node.key(f"node/{ticket}", back=past) for ticket in tickets)
         step.ask(questions.ReadFormer(past, tickets), Get(keys))
 
 
@@ -73,7 +73,7 @@ def on_records(node: NodeState, step: Step, answer: Answer[questions.ReadFormer,
         if ticket in node.round.replaced:
             continue
         try:
-            record = decode(NodeRecord, data, node.key(f"node/{ticket}", past=past))
+            record = decode(NodeRecord, data, node.key(f"node/{ticket}", back=past))
         except RendezvousStateError:
             continue  # it is gone, or who leads says what is wrong
         if record.space == own.space and record.node != own.node and record.started:
@@ -91,7 +91,7 @@ def on_gone(node: NodeState, step: Step, given: AgentsGone) -> None:
         check(node, step, [agent.ticket for agent in gone])
         return
     for agent in gone:
-        step.ask(questions.Write(), Add(node.key(f"heartbeat/{agent.ticket}", past=True), LEFT))
+        step.ask(questions.Write(), Add(node.key(f"heartbeat/{agent.ticket}", back=1), LEFT))
     if gone:
         pids = f"{'pid' if len(gone) == 1 else 'pids'} {listed(str(agent.pid) for agent in gone)}"
         text = f"this agent replaces {counted(len(gone), 'agent')} of the same host, now gone ({pids})"

@@ -37,7 +37,7 @@ def become_leader(node: NodeState, step: Step) -> None:
     step.await_key("node/1")
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
     if round_.number:
-        keys = tuple(node.key(name, past=True) for name in ("ticket", "end", "decision", "closed", "unfit"))
+        keys = tuple(node.key(name, back=1) for name in ("ticket", "end", "decision", "closed", "unfit"))
         step.ask(questions.ReadPastRound(), Get(keys, ANSWER_LIMIT))  # appended to
 
 
@@ -57,19 +57,19 @@ def stand_down(node: NodeState, step: Step) -> None:
 def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPastRound, list[bytes]]) -> None:
     """Learn how the round before ended, and ask which nodes were in it."""
     count, end, following, closed, unfit = answer.value
-    ended = decode(End, end, node.key("end", past=True)) if end else None
+    ended = decode(End, end, node.key("end", back=1)) if end else None
     gone, silent = (ended.gone, ended.silent) if ended else ((), ())
-    history = decode(Closed, closed, node.key("closed", past=True)).restart_history if closed else None
+    history = decode(Closed, closed, node.key("closed", back=1)).restart_history if closed else None
     if following:
-        decision = decode(Decision, following, node.key("decision", past=True))
+        decision = decode(Decision, following, node.key("decision", back=1))
         gone, silent, history = gone + decision.gone, silent + decision.silent, decision.restart_history
     if node.round.leader:
         node.round.leader.note_past_silences(silent, step.now)
         node.round.leader.past_restart_history = history
-        notes = decode_lines(Unfit, unfit, node.key("unfit", past=True), step.log)
+        notes = decode_lines(Unfit, unfit, node.key("unfit", back=1), step.log)
         node.round.leader.past_host = next((note.record.node for note in notes if note.record.serves), "")
-    tickets = range(1, node.count_tickets(count, past=True) + 1)
-    keys = tuple(node.key(f"node/{ticket}", past=True) for ticket in tickets)
+    tickets = range(1, node.count_tickets(count, back=1) + 1)
+    keys = tuple(node.key(f"node/{ticket}", back=1) for ticket in tickets)
     step.ask(questions.ReadPastNodes(keys, gone), Get(keys))
 
 
@@ -178,7 +178,7 @@ def poll(node: NodeState, step: Step) -> None:
             "unfit",
             *(f"heartbeat/{ticket}" for ticket in joined),
         ]
-        past_keys = (node.key(f"heartbeat/{ticket}", past=True) for ticket in past.values())
+        past_keys = (node.key(f"heartbeat/{ticket}", back=1) for ticket in past.values())
         keys = node.round_key, *map(node.key, names), *past_keys
         step.ask(questions.PollJoining(joined, past, step.now), Get(keys, ANSWER_LIMIT))  # "unfit" is appended to
         publish(node, step, leader)

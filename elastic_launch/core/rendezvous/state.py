@@ -270,9 +270,9 @@ class NodeState:
         has_ended = decision is not None and not decision.restart and not self.round.awaits_stop
         return self.phase is Phase.LEAVING or has_ended
 
-    def key(self, name: str, *, past: bool = False, back: int = 0) -> str:
-        """A key of the round, of the one before, or of the one ``back`` rounds ago."""
-        return f"{self._prefix}/{self.round.number - past - back}/{name}"
+    def key(self, name: str, *, back: int = 0) -> str:
+        """A key of the round, or of the one ``back`` rounds ago."""
+        return f"{self._prefix}/{self.round.number - back}/{name}"
 
     @property
     def round_key(self) -> str:
@@ -304,13 +304,13 @@ class NodeState:
             return closed is not None and self.round.ticket in closed.spares[:WATCHING_SPARES]
         return 1 <= assignment.group_rank <= WATCHERS
 
-    def count_tickets(self, value: bytes, *, past: bool = False) -> int:
-        """Return how many tickets of the round, or of the one before, have been drawn.
+    def count_tickets(self, value: bytes, *, back: int = 0) -> int:
+        """Return how many tickets of the round, or of the one ``back`` rounds ago, have been drawn.
 
         Raises:
             RendezvousStateError: the counter breaks its rule.
         """
-        return number(value, self.key("ticket", past=past), MAX_TICKETS)
+        return number(value, self.key("ticket", back=back), MAX_TICKETS)
 
     def restart_history(self, now: float) -> RestartHistory:
         """Return the job's restart history, if the end of the round adds nothing to it."""
