@@ -114,13 +114,18 @@ class _RpcError(Exception):
 def test_members_that_have_not_answered_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was on its way to a leader that is lost is never answered, not even when there is another one."""
     asked: list[str] = []
+    cancelled: list[str] = []
     answers = deque([False] * 5 + [True])
+    never = asyncio.Event()
 
     def member(grpc: Any, etcdrpc: Any, endpoint: str, settings: EtcdSettings) -> Any:
         async def call(request: Any, timeout: float, metadata: Any) -> Any:
             asked.append(endpoint)
             if not answers.popleft():
-                await asyncio.sleep(3600)
+                try:
+                    await never.wait()
+                except asyncio.CancelledError:
+                    cancelled.append(endpoint)
             return SimpleNamespace(header=SimpleNamespace(cluster_id=1))
 
         return SimpleNamespace(endpoint=endpoint, calls={"Txn": call}, last_error="", is_unusable=False)
@@ -132,6 +137,8 @@ def test_members_that_have_not_answered_are_asked_again(monkeypatch: pytest.Monk
         made._has_answered = True
         await asyncio.wait_for(made.call("Txn", None), 60)
         assert made.member.endpoint == asked[1], "the next one is used from now on"
+        await settle()
+        assert cancelled == [], "a member of etcd before 3.5.5 might crash"
 
     monkeypatch.setattr(cluster, "MemberChannel", member)
     monkeypatch.setattr(cluster, "HEDGE", 0.001)

@@ -20,7 +20,7 @@ import pytest
 from elastic_launch.store.etcd import gateway, leftovers, member_main
 from elastic_launch.store.etcd.gateway import HttpReply, ask, is_healthy
 from elastic_launch.store.etcd.member import EtcdMember
-from elastic_launch.store.etcd.member_main import MemberSupervisor
+from elastic_launch.store.etcd.member_main import MemberSupervisor, last_words
 from elastic_launch.store.etcd.plan import TEMPORARY, MemberPlan
 from elastic_launch.store.etcd.server import etcd_binary
 from tests.support.ports import free_port
@@ -145,3 +145,15 @@ def test_the_answer_of_a_member_has_bounds(monkeypatch: pytest.MonkeyPatch) -> N
         assert ask("127.0.0.1", port, "/").body is None
     with serving(json.dumps({"health": "true"}).encode()) as port:
         assert is_healthy("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", ""),
+        ('{"level":"warn","msg":"slow"}\n{"level":"fatal","msg":"no data","error":"gone"}\n', "no data: gone"),
+        ("panic: out of range\n\ngoroutine 7 [running]:\nmain()\n\t/go/server.go:932 +0x1fd\n", "panic: out of range"),
+    ],
+)
+def test_last_words_of_etcd_are_not_the_end_of_a_stack(log: str, words: str) -> None:
+    assert last_words(log) == words

@@ -159,6 +159,9 @@ class Cluster:
         self._has_answered = False
         self._usual = 0.0
         """Seconds that answers have taken of late."""
+        self._left: set[asyncio.Future[Any]] = set()
+        """Calls whose answers are no longer needed. They are not cancelled: etcd before 3.5.5 crashes if a transaction
+        that only reads is cancelled while it is carried out."""
         self._token: str | None = None
         self._signing_in = asyncio.Lock()
 
@@ -230,7 +233,13 @@ class Cluster:
                     return None
         finally:
             for task in asked:
-                task.cancel()
+                self._left.add(task)
+                task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Future[Any]) -> None:
+        self._left.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody wants to know
 
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease. Returns the seconds that it has left, 0 if it does not exist. Raises EtcdError."""

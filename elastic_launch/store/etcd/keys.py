@@ -109,10 +109,21 @@ class Keyspace:
         kvs, headers = await self._read_many(names)
         return kvs, min((header.revision for header in headers), default=0)
 
-    async def _read_many(self, names: Sequence[bytes], *, from_memory: bool = False) -> tuple[list[Any], list[Any]]:
-        """Read keys, perhaps as one member has them. Returns their key-value pairs, and the headers of the answers."""
+    async def _read_memory(self, names: Sequence[bytes], member: int) -> list[Any] | None:
+        """Read keys as a member has them. Returns their key-value pairs; None if another member answers.
+
+        Not in one transaction: if that is cancelled while it reads from memory, etcd before 3.5.5 crashes.
+        """
+        requests = [self.rpc.RangeRequest(key=name, serializable=True) for name in names]
+        responses = await asyncio.gather(*[self.cluster.call("Range", request) for request in requests])
+        if {response.header.member_id for response in responses} != {member}:
+            return None
+        return [response.kvs[0] if response.kvs else None for response in responses]
+
+    async def _read_many(self, names: Sequence[bytes]) -> tuple[list[Any], list[Any]]:
+        """Read keys. Returns their key-value pairs, and the headers of the answers."""
         requests = [
-            self.rpc.TxnRequest(success=[self.range(name, from_memory) for name in names[at : at + MAX_OPERATIONS]])
+            self.rpc.TxnRequest(success=[self.range(name) for name in names[at : at + MAX_OPERATIONS]])
             for at in range(0, len(names), MAX_OPERATIONS)
         ]
         responses = await asyncio.gather(*[self.cluster.call("Txn", request) for request in requests])
@@ -159,9 +170,8 @@ class Keyspace:
             member: Whose memory may be read, which needs no majority; 0: nobody's.
         """
         names = [self.prefix + name, self.prefix + self.heartbeats.generation_key(name)]
-        (kv, generation), headers = await self._read_many(names, from_memory=member != 0)
-        if member not in (0, headers[0].member_id):  # it is another one's, which may not have heard of the mark yet
-            (kv, generation), _ = await self.read(names)
+        found = await self._read_memory(names, member) if member else None
+        kv, generation = found or (await self.read(names))[0]
         return _number(await self.value(kv) or b"0"), generation.version if generation else 0
 
     async def value(self, kv: Any) -> bytes:
@@ -187,9 +197,9 @@ class Keyspace:
         if missing:
             await asyncio.gather(*[self.watch.wait(name, revision) for name in missing])
 
-    def range(self, name: bytes, from_memory: bool = False) -> Any:
+    def range(self, name: bytes) -> Any:
         """The operation that reads a key."""
-        return self.rpc.RequestOp(request_range=self.rpc.RangeRequest(key=name, serializable=from_memory))
+        return self.rpc.RequestOp(request_range=self.rpc.RangeRequest(key=name))
 
     def put(self, name: bytes, value: bytes) -> Any:
         """The operation that writes a key."""

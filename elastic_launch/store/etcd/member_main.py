@@ -252,8 +252,8 @@ class MemberSupervisor:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         with open(self._log_path, "rb") as log:
             log.seek(self._log_size)
-            last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
-        return f"{how}: {_readable(last)}" if last else how
+            why = last_words(log.read().decode(errors="replace"))
+        return f"{how}: {why}" if why else how
 
     # --- the other members
 
@@ -343,8 +343,10 @@ def read_members(answer: Any) -> list[dict[str, Any]] | None:
     ]
 
 
-def _readable(line: str) -> str:
-    """The message in a line of etcd's log."""
+def last_words(log: str) -> str:
+    """Why etcd has ended, by its log: the last line, or the one before the stack of a crash."""
+    lines = log.strip().splitlines() or [""]
+    line = next((line for line in lines if line.startswith(("panic: ", "fatal error: "))), lines[-1])
     try:
         fields = json.loads(line)
         return f"{fields['msg']}: {fields['error']}" if fields.get("error") else str(fields["msg"])
