@@ -27,7 +27,6 @@ class Outcome(Enum):
     """What follows a fault. In the end all hosts train again."""
 
     NOTHING = "the round goes on"
-    EITHER = "the round goes on, or all workers start again; no restart is used up"
     RESTART = "all workers start again, and one restart is used up"
     WITHOUT = "the others go on without the host after the deadline, and it comes back; no restart is used up"
     STORE = "the workers stop until the store is back; no restart is used up"
@@ -49,11 +48,6 @@ class Fault(NamedTuple):
 def each(outcome: Outcome, *, store: Outcome | None = None) -> dict[str, Outcome | None]:
     """Return the same outcome for all backends, except on the host of the c10d store."""
     return {**dict.fromkeys(BACKENDS, outcome), "c10d host": store or outcome}
-
-
-def harmless(*, embedded: Outcome = Outcome.NOTHING) -> dict[str, Outcome | None]:
-    """Return that nothing follows, or something else with an embedded etcd, which may have to elect a leader."""
-    return {**each(Outcome.NOTHING), "embedded": embedded}
 
 
 def send(signum: int, which: str) -> Callable[[ChaosJob, Host], None]:
@@ -153,10 +147,10 @@ FAULTS = {
     "host off": Fault(power_off, start, LASTS, each(Outcome.WITHOUT, store=Outcome.STORE), AWAY),
     "host frozen": Fault(on_all(STOP), on_all(CONT), LASTS, each(Outcome.WITHOUT, store=Outcome.STORE), AWAY),
     "link cut": Fault(cut, connect, LASTS, each(Outcome.WITHOUT), AWAY),
-    "link cut for a second": Fault(cut, connect, BLINK, each(Outcome.EITHER)),
+    "link cut for a second": Fault(cut, connect, BLINK, each(Outcome.NOTHING)),
     "link cut one way": Fault(deafen, connect, LASTS, each(Outcome.WITHOUT), AWAY),
-    "link slow": Fault(slow_down, connect, LASTS, harmless(embedded=Outcome.EITHER)),
-    "link loses 5 %": Fault(lose_some, connect, LASTS, harmless(embedded=Outcome.EITHER)),
+    "link slow": Fault(slow_down, connect, LASTS, each(Outcome.NOTHING)),
+    "link loses 5 %": Fault(lose_some, connect, LASTS, each(Outcome.NOTHING)),
     "member of etcd killed": Fault(
         send(KILL, "member"), nothing, 0, {"c10d": None, "etcd": None, "embedded": Outcome.NOTHING}
     ),
