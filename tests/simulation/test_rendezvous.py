@@ -53,6 +53,26 @@ def test_waiting_nodes_say_who_is_there() -> None:
         ]
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_node_that_fails_before_it_has_joined_is_named_with_the_reason(number: int) -> None:
+    made = world(3, SETTINGS._replace(min_nodes=4, max_nodes=4), token=b"t" * 32)
+    made.run(made.now + 3)
+    made.agents[number].fail("cannot import nope\nModuleNotFoundError: No module named 'nope'")
+    made.run(made.now + 40)
+    text = "cannot import nope ModuleNotFoundError: No module named 'nope'"
+    others = [agent for agent in made.agents if agent.number != number]
+    lines = [line for agent in others for line in agent.shown()]
+    assert lines.count(f"host-{number} failed before it joined: {text}") == 1
+    assert f"left: host-{number}" not in lines
+    for agent in others:
+        assert any(f"; missing: host-{number} (failed: {text})" in line for line in agent.shown()), agent.shown()
+    made.add(name=f"host-{number}")
+    made.run(made.now + 40)
+    assert not any("failed: " in line for agent in others for line in agent.shown()[-1:])
+    made.add()
+    form(made, 4)
+
+
 def test_waiting_nodes_say_which_rank_is_missing() -> None:
     made = World(1, Settings("job", 3, 3))
     made.trouble = False

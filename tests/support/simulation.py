@@ -528,6 +528,10 @@ class Agent:
             self._is_woken = True
             self._soon(self._take, 0.0)
 
+    def fail(self, text: str) -> None:
+        """The agent ends with an error of its own."""
+        self._end(RendezvousStateError(text))
+
     # --- how it works
 
     def _take(self) -> None:
@@ -540,13 +544,16 @@ class Agent:
         try:
             self._handle(do())
         except RendezvousStateError as error:
-            if self.finish is None:
-                self.finish = Finish(error=str(error), status=error.exit_code)
-                self.alive.clear()
-                with contextlib.suppress(RendezvousStateError):
-                    self.rendezvous.ask(Leave(error=str(error), status=error.exit_code))
+            self._end(error)
+
+    def _end(self, error: RendezvousStateError) -> None:
+        if self.finish is None:
+            self.finish = Finish(error=str(error), status=error.exit_code)
+            self.alive.clear()
             with contextlib.suppress(RendezvousStateError):
-                self.close()
+                self.rendezvous.ask(Leave(error=str(error), status=error.exit_code))
+        with contextlib.suppress(RendezvousStateError):
+            self.close()
 
     def _hang_up(self) -> None:
         self.gone = True

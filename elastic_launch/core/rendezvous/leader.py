@@ -14,6 +14,9 @@ from elastic_launch.core.text import listed
 from elastic_launch.errors import ExitCode
 from elastic_launch.job import RestartHistory, Silence
 
+MAX_REASON = 200
+"""Most characters of the reason why a node has failed, where the nodes that are missing are listed."""
+
 
 class Form(NamedTuple):
     """The round can be closed. Both lists hold tickets."""
@@ -133,7 +136,9 @@ class Leader:
                     self.monitor.register([ticket], now)
                 if self.expected is not None:
                     self.expected.pop(record.node, None)
-                self.unfit.pop(record.node, None)
+                here = [id_ for id_, note in self.unfit.items() if note.has_failed and note.record.host == record.host]
+                for id_ in (record.node, *here):  # its agent was started again
+                    self.unfit.pop(id_, None)
 
     def ignore(self, ticket: int) -> None:
         """No longer wait for the record of a ticket: it breaks a rule, so no node of this job has drawn the ticket."""
@@ -152,14 +157,21 @@ class Leader:
                 self.expected[record.node] = (ticket, record.host)
 
     def note_unfit(self, notes: Iterable[Unfit]) -> list[Unfit]:
-        """Do not wait for nodes whose health check fails, by their notes in order. Returns the notes that are new."""
+        """Do not wait for nodes that have failed, or their health check, by their notes in order.
+
+        Returns:
+            The notes that are new.
+        """
         new = []
         for note in notes:
             id_ = note.record.node
             known = self.unfit.get(id_)
             is_known = known is not None and known.is_gone >= note.is_gone
-            if id_ not in self._tickets and not is_known:  # one that has joined has passed its check since
+            has_passed = id_ in self._tickets and not note.has_failed  # one that has joined has passed its check since
+            if not has_passed and not is_known:
                 self.unfit[id_] = note
+                if note.has_failed and note.record.host in self.left:
+                    self.left.remove(note.record.host)
                 new.append(note)
                 (self.expected or {}).pop(id_, None)
         return new
@@ -253,7 +265,11 @@ class Leader:
     def status(self) -> Status:
         """Describe who is there and who is missing."""
         missing = [host for _, host in (self.expected or {}).values()]
-        missing += [f"{note.record.host} (health check failed)" for note in self.unfit.values() if not note.is_gone]
+        for note in self.unfit.values():
+            if note.has_failed:
+                missing.append(f"{note.record.host} (failed: {note.reason[:MAX_REASON]})")
+            elif not note.is_gone:
+                missing.append(f"{note.record.host} (health check failed)")
         ranks = {node.rank for node in self.joined.values()}
         if not missing and -1 not in ranks and self._settings.min_nodes == self._settings.max_nodes:
             missing = [f"node rank {rank}" for rank in sorted(set(range(self._settings.max_nodes)) - ranks)]

@@ -8,10 +8,10 @@ from elastic_launch.core.agent.messages import Decided, Leave
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Close
 from elastic_launch.core.rendezvous.monitor import LEFT, TAKE_OVER
-from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, Closed, Unfit, as_lines, encode
+from elastic_launch.core.rendezvous.records import MAX_ERROR, MAX_TICKETS, MAX_UNFIT, Closed, Unfit, as_lines, encode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer, enter
 from elastic_launch.core.store_requests import Add, Append, Swap
-from elastic_launch.core.text import shortened
+from elastic_launch.core.text import headline, shortened, visible
 from elastic_launch.errors import signal_name
 from elastic_launch.job import Change, Decision, End, EndKind
 
@@ -56,9 +56,11 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
         step.create(questions.Write(), "end", encode(_final(node, request, "which hosts the store")))
         # For all nodes that come: the round ends before it begins.
         step.create(questions.Write(), "closed", encode(Closed(-1, 0, MAX_TICKETS)))
+    elif request.error and node.phase in (Phase.JOINING, Phase.WAITING):
+        why = visible(headline(request.error))[:MAX_UNFIT]
+        _note(node, step, Unfit(node.record, why, is_gone=True, has_failed=True))
     elif node.phase is Phase.UNFIT:
-        note = as_lines([encode(Unfit(node.record, node.unfit, is_gone=True))])
-        step.ask(questions.Write(), Append(node.key("unfit"), note))
+        _note(node, step, Unfit(node.record, node.unfit, is_gone=True))
     elif node.phase in (Phase.WAITING, Phase.ENDED) and request.signum and not node.is_over:
         # If too few remain to meet, the job ends by this signal, as it would while the workers run.
         key = node.key("leaving", back=-(node.phase is Phase.ENDED))
@@ -67,6 +69,10 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
     if node.phase is Phase.WAITING and round_.leader:
         heirs = sorted(ticket for ticket in round_.leader.joined if ticket != round_.ticket)
         step.write((f"heartbeat/{heir}", b"%d" % TAKE_OVER) for heir in heirs[:1])
+
+
+def _note(node: NodeState, step: Step, note: Unfit) -> None:
+    step.ask(questions.Write(), Append(node.key("unfit"), as_lines([encode(note)])))
 
 
 def _why(node: NodeState, request: Leave) -> str:

@@ -14,7 +14,7 @@ A round r of a job, in the store:
     r/assignment/g/t  Assignment, by leader g, which decides who is in
     r/members/g       Members, likewise
     r/status          Status while nodes join, by the leader
-    r/unfit           Unfit, one JSON a line: nodes that take no part because their health check fails
+    r/unfit           Unfit, one JSON a line: nodes that take no part because they or their health checks fail
     r/leaving         End, created once: a node that got a signal before the round was formed
     r/closed          Closed, created once: the membership is final
     r/heartbeat/t     counter of the node's heartbeats, which the leader and later the monitor reset to 0

@@ -38,7 +38,10 @@ def log_departures(node: NodeState, step: Step, leader: Leader) -> None:
 
 
 def log_unfit(step: Step, note: Unfit, is_enough: bool) -> None:
-    """Log that a node is not there because its health check fails, and whether the job goes on without it."""
+    """Log why a node is not there: it has failed, or its health check; then whether the job goes on without it."""
+    if note.has_failed:
+        step.log(f"{note.record.host} failed before it joined: {note.reason}", Level.INFO)
+        return
     what = "has left" if note.is_gone else "going on without it" if is_enough else "waiting for it, or for another node"
     step.log(f"{note.record.host}: health check failed: {note.reason}; {what}", Level.INFO)
 

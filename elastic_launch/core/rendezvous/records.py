@@ -127,13 +127,15 @@ class Status(NamedTuple):
 
 
 class Unfit(NamedTuple):
-    """A node takes no part in a round, because its health check fails."""
+    """A node takes no part in a round, because its health check fails, or because its agent has failed."""
 
     record: NodeRecord
     reason: str
-    """Why the check fails, in one line."""
+    """Why the check or the agent has failed, in one line."""
     is_gone: bool = False
     """Whether the node has left the job."""
+    has_failed: bool = False
+    """Whether it is its agent that has failed, before the round was formed."""
 
 
 NOBODY = Status(0, "", "")
@@ -476,7 +478,10 @@ RULES: dict[Any, Rules] = {
         },
         (("must have ranks below the number of nodes or workers", _fits),),
     ),
-    Unfit: Rules(1 << 20, {"record": record_of(NodeRecord), "reason": line(MAX_UNFIT, least=1), "is_gone": flag}),
+    Unfit: Rules(
+        1 << 20,
+        {"record": record_of(NodeRecord), "reason": line(MAX_UNFIT, least=1), "is_gone": flag, "has_failed": flag},
+    ),
     Status: Rules(1 << 16, {"joined": whole(0, MAX_TICKETS), "hosts": line(5000), "missing": line(5000)}),
     Consequence: Rules(1 << 16, {"failure": record_of(ProcessFailure), "node": name(400, least=1)}),
     Silence: Rules(1000, {"ticket": _TICKET, "seconds": _YEARS, "counter": whole(-1, 10**18)}),
