@@ -248,6 +248,8 @@ class KeeperClient:
         self._lease = 0.0
         self._is_reaping = False
         """Whether the keeper has yet to reply to ``reap_leftovers``."""
+        self._is_reaped = False
+        """Whether nothing is left of the round."""
         self._has_orphans = False
         """Whether a lost keeper's processes have yet to be killed."""
         self._errors: dict[int, Evidence] = {}
@@ -271,7 +273,7 @@ class KeeperClient:
         self._commands = {command.local_rank: command.argv for command in commands}
         self._running = set(self._commands)
         self._pids, self._errors = {}, {}
-        self._is_starting, self._early_stop_signals = True, ()
+        self._is_starting, self._early_stop_signals, self._is_reaped = True, (), False
         # As bytes: the two interpreters may be set to different encodings.
         orders = [
             (
@@ -316,6 +318,8 @@ class KeeperClient:
 
     def reap_leftovers(self, kill: bool) -> None:
         """End what is left, with SIGTERM or SIGKILL. ``GroupReaped`` follows once nothing is."""
+        if self._is_reaped:
+            return  # after the end of a lease, the keeper does not wait to be asked
         self._is_reaping = True
         self.resume_keeper()
         self._keeper.send("reap_leftovers", kill)
@@ -399,7 +403,7 @@ class KeeperClient:
         return Exited(Exit(local_rank, code, time.time()))
 
     def _reaped(self, leftovers: Mapping[int, str]) -> AgentEvent:
-        self._is_reaping = False
+        self._is_reaping, self._is_reaped = False, True
         return GroupReaped(self._errors, tuple(f"{name} (pid {pid})" for pid, name in sorted(leftovers.items())))
 
     def _kill_orphans(self) -> None:

@@ -105,3 +105,18 @@ def test_a_new_keeper_gets_the_lease(workers: KeeperClient) -> None:
     workers.take()
     workers.start([SLEEP])
     assert LeaseExpired() in events(workers, is_reaped)
+
+
+def test_a_keeper_that_is_lost_after_a_lease_has_expired_is_asked_what_is_left(workers: KeeperClient) -> None:
+    """It had told that nothing was left before it was asked. ``make chaos`` found a second answer in the next round."""
+    workers.lease(time.monotonic() - 1)
+    workers.start([SLEEP])
+    events(workers, is_reaped)
+    workers.reap_leftovers(kill=False)  # as the agent does when it handles the workers' ends, in one turn with the rest
+    workers.lease(float("inf"))
+    workers.start([SLEEP])
+    events(workers, bool)
+    os.kill(workers._keeper.pid, signal.SIGKILL)
+    assert [type(event) for event in events(workers, bool)] == [Exited]
+    workers.reap_leftovers(kill=False)
+    assert [type(event) for event in events(workers, bool)] == [GroupReaped]
