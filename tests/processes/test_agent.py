@@ -574,8 +574,9 @@ def test_sigkill_leaves_nothing(job: Job, victim: str) -> None:
         assert f"the keeper process (pid {keeper}) was killed" in done.stderr
 
 
-def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job) -> None:
-    process = job.start(*TWO, job.script("mark('up'); wait()"))
+@pytest.mark.parametrize("preload", ["none", "json"])
+def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job, preload: str) -> None:
+    process = job.start(*TWO, "--preload", preload, job.script("mark('up'); wait()"))
     job.wait_for("0.0 up", "1.0 up")
     [keeper] = psutil.Process(process.pid).children()
     workers = [child.pid for child in keeper.children()]
