@@ -5,7 +5,7 @@ each, in one loop. The store is real: torch's TCPStore in its own process, or an
 bridge to etcd, whereas in a job each agent has its own. They also share the connections that wait for keys if the
 store's process may not have two descriptors for each agent. Everything shares the cores of this machine, so the figures
 are close to the CPU time of all agents together. A job, whose agents have their own cores, is faster. With very many
-agents the keep-alive interval is a minute: these cores could not even send the heartbeats of the usual 5 s.
+agents the keep-alive interval is a minute: two cores that others use, too, cannot send all heartbeats of the usual 5 s.
 """
 
 from __future__ import annotations
