@@ -35,8 +35,9 @@ def test_workers_are_all_forked_before_the_first_has_executed_its_command(monkey
 
     reaped = []
     monkeypatch.setattr(keeper, "start_worker", start_worker)
-    monkeypatch.setattr(os, "waitpid", lambda pid, options: reaped.append(pid))
     orders: list[SpawnOrder] = [(rank, [], {}, [0] if rank < 2 else [], []) for rank in range(4)]
-    started, failed = keeper.execute(orders)
+    with monkeypatch.context() as while_executing:
+        while_executing.setattr(os, "waitpid", lambda pid, options: reaped.append(pid))
+        started, failed = keeper.execute(orders)
     assert (started, reaped, given) == ({0: 1000, 2: 1002}, [1001], [[7], [8], [], []])
     assert failed == {1: (errno.ENOENT, "no such command"), 3: (errno.EAGAIN, "no more processes")}
