@@ -120,6 +120,23 @@ def test_node_that_is_killed_is_gone_within_the_deadline_and_two_seconds() -> No
         assert made.now - killed_at < SETTINGS.keep_alive_deadline + 2 + 2, "2 s for the workers to stop"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_monitor_that_has_watched_before_goes_on_polling(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it asked as a watcher may be unanswered when it becomes the monitor."""
+    monkeypatch.setattr(World, "delay", lambda self: self.random.uniform(0.004, 0.006))
+    made = world(3, SETTINGS._replace(min_nodes=1), seed=seed)
+    form(made, 3)
+    made.run(made.now + 20 + seed * 0.37)
+    first, second, third = sorted(made.agents, key=lambda agent: agent.state.assignment.group_rank)  # type: ignore[union-attr]
+    first.succeed()
+    made.run(made.now + 2)
+    first.kill()
+    made.run(made.now + 60)
+    third.kill()
+    made.run(made.now + SETTINGS.keep_alive_deadline + 10)
+    assert second.running != 0
+
+
 def test_a_node_that_learns_that_the_others_go_on_without_it_kills_its_workers() -> None:
     """It may have been heard just after they gave it up. A random schedule found that (seed 128885)."""
     made = world(3)

@@ -126,7 +126,7 @@ def on_monitoring(node: NodeState, step: Step, answer: Answer[questions.TakeOver
 def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
     """Poll the members' heartbeats from now on."""
     node.round.monitor = node.round.watch or Monitor(node.settings.keep_alive_deadline, node.settings.outage, step.now)
-    node.round.watch = None
+    node.round.watch, node.round.monitor.awaits_reply = None, False  # whatever the watch still asks
     # The first poll renews this node's lease, so the spares, which may take its place, must hear of it as well.
     node.round.outsiders = list(node.round.closed.spares) if node.round.closed else []
     if node.phase is Phase.MEMBER and node.round.assignment and node.round.assignment.group_rank == 0:
@@ -165,7 +165,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     grown = round_.monitor.take_resets() if node.phase is not Phase.ENDED else []
     if grown:
         # Those whose counters have not grown see with their next heartbeat that they were polled before it.
-        all_grown = set(grown) >= {*tickets} - {round_.ticket}
+        all_grown = not has_newcomers and set(grown) >= {*tickets} - {round_.ticket}
         reset(node, step, grown, step.now if all_grown else asked_at)
     elif not has_newcomers:  # they were not polled, so they have not heard of this node
         confirm_poll(node, step, asked_at)
