@@ -170,6 +170,7 @@ def serve_functions(
     local_rank = worker.order[0]
     if {1, 2} & {*others}:
         forked.use_line_buffering()
+    worker.wait()
     os._exit(run(lambda: workers[local_rank], result))
 
 

@@ -452,4 +452,4 @@ class KeeperClient:
         self._keeper = KeeperProcess(self._environ)
         if self._unstarted:
             self._send_orders(*self._unstarted)
-        return []
+        return [self._reaped({})] if self._is_reaping else []

@@ -126,6 +126,8 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
         before.is_importing = True
         import_main(preparation)
         before.check()
+    if kind == "script" and file is not None:
+        compile_ahead(file)
     tell_import(sock, "")
     if not is_function:
         # bootstrap expects its own directory in front, and replaces it by the program's.
@@ -145,11 +147,8 @@ def main(modules: str, kind: str, target: str, sock: int, agent: int) -> "tuple[
     # holes in pages, and a worker copies each page in which it fills one.
     gc.freeze()
     environment = changed_environment(inherited, variables)
-    pool = standby.StandbyPool(environment)
-    if kind == "script" and file is not None:
-        pool.prepare = lambda: compile_ahead(file)
     try:
-        keeper_main.serve(sock, agent, environment, pool)
+        keeper_main.serve(sock, agent, environment, standby.StandbyPool(environment))
     except standby.ForkedWorker as forked_worker:
         worker = forked_worker.with_traceback(None)
     return worker, handlers
@@ -388,26 +387,24 @@ def strip(tb: "TracebackType | None", code: "CodeType") -> "TracebackType | None
 
 
 def compile_ahead(file: str) -> None:
-    """Compile the program for the next workers, unless Python warns of something: then each compiles it itself."""
+    """Compile the program for all workers, unless Python warns of something: then each compiles it itself."""
+    warnings: Any = sys.modules.get("warnings")
+    if warnings is None or not os.path.isfile(file):  # what is no file may be read once only
+        return
+    shown: list[object] = []
+    show, once = warnings.showwarning, dict(warnings.onceregistry)
+    warnings.showwarning = lambda *warning, **_: shown.append(warning)
     try:
         with open(file, "rb") as stream:
             source = stream.read()
-    except OSError:
-        return
-    warnings: Any = sys.modules.get("warnings")
-    if warnings is None or compiled_ahead.get(file, (b"", None))[0] == source:
-        return
-    compiled_ahead.clear()
-    shown: list[object] = []
-    show, warnings.showwarning = warnings.showwarning, lambda *warning, **_: shown.append(warning)
-    try:
         code = compile(source, file, "exec", dont_inherit=True)
+        compiled_ahead.update({} if shown else {file: (source, code)})
     except Exception:
-        return
+        return  # the workers fail in the same way, and tell it
     finally:
         warnings.showwarning = show
-    if not shown:
-        compiled_ahead[file] = source, code
+        warnings.onceregistry.clear()
+        warnings.onceregistry.update(once)
 
 
 def compile_file(file: str) -> "CodeType":

@@ -174,8 +174,6 @@ class StandbyPool:
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.release: Callable[[], None] = lambda: None
         """Closes the keeper's own descriptors, in a forked process."""
-        self.prepare: Callable[[], None] = lambda: None
-        """Does in the keeper what else all standbys would do."""
         self.wanted = 0
         """How many standbys there are to be."""
         self.due = NEVER
@@ -190,8 +188,7 @@ class StandbyPool:
     # ---- ahead of time
 
     def learn(self, worker: int) -> None:
-        """Prepare for the next standbys, which are to copy the pages that a worker has written to."""
-        self.prepare()
+        """Have the next standbys copy the pages that a worker has written to."""
         try:
             self.written = written_pages.written_pages(worker, os.getpid())
         except OSError:
@@ -493,12 +490,15 @@ def is_listening(port: int) -> bool:
     Only then can a socket with SO_REUSEADDR not be bound there: the agent and torch's store set that option as well.
     (The list in /proc takes milliseconds: the kernel goes through all places that it has for connections.)
     """
-    sock = _socket.socket()
+    try:
+        sock = _socket.socket()
+    except OSError:
+        return False  # no descriptor is free, or there is no IPv4
     try:
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         sock.bind(("0.0.0.0", port))
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
     finally:
         sock.close()
     return False

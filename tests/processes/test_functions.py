@@ -349,6 +349,14 @@ def test_child_that_a_function_forks_is_not_the_worker(fails: bool, method: str)
     assert run(fork_and_return, fails, method=method) == {0: "worker", 1: "worker"}
 
 
+def test_forked_functions_have_no_sockets_of_their_own() -> None:
+    """Their orders came over one."""
+    one, two = [
+        {name for name in held if name.startswith("socket:")} for held in run(descriptors, method="fork").values()
+    ]
+    assert one == two
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_functions_can_start_processes(method: str) -> None:
     assert run(use_processes, method=method) == {0: [1, 4, 9], 1: [1, 4, 9]}

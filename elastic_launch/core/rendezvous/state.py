@@ -103,8 +103,8 @@ class Heartbeat:
     monitored_at: float = 0.0
     """When the node last learned that somebody polls its heartbeats: its counter had been reset."""
     polled_at: float = 0.0
-    """The earliest time from which the others may count this node's silence as monitor. They see that it has polled them
-    when their counters were reset, or when they begin at 1 again."""
+    """The earliest time from which the others may count this node's silence as monitor. They see that it has polled
+    them when their counters were reset, or when they begin at 1 again."""
     is_fenced: bool = False
     """The node has stopped its workers, because the others may have gone on without it."""
 
