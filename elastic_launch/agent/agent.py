@@ -274,7 +274,6 @@ class LocalElasticAgent:
             self._health_check_server.start()
         stack.callback(self._rendezvous.close)
         workers = stack.enter_context(closing(LocalWorkers(self._options, self._warn, signals.fileno(), self._detail)))
-        signals.on_child = workers.resume_keeper
         journal = self._journal(files, stack)
         stack.enter_context(log_through(journal.writing_lines(workers.log) if journal else workers.log))
         # Only now: when the keeper starts, it finds out whether this process has other children.

@@ -217,10 +217,6 @@ class LocalWorkers:
         self._dumped |= set(local_ranks)
         self._processes.dump_stacks(local_ranks)
 
-    def resume_keeper(self) -> None:
-        """Resume the keeper, with a line, if somebody has stopped it."""
-        self._processes.resume_keeper()
-
     def lease(self, until: float) -> None:
         """Let the workers live, and make steps, until a time on ``time.monotonic``, unless this is called again."""
         self._processes.lease(until)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,8 +34,7 @@ class SignalQueue:
     """A context in which signals are queued instead of acted on.
 
     Python allows handlers in the main thread only. In another thread the queue stays empty, and the program's own
-    handlers stay in place. A SIGHUP that is ignored stays ignored, so that ``nohup`` works. SIGCHLD, with which the
-    kernel tells that a child has stopped or ended, is left to a program that has a handler for it.
+    handlers stay in place. A SIGHUP that is ignored stays ignored, so that ``nohup`` works.
     """
 
     def __init__(self, stop: Iterable[int]) -> None:
@@ -48,15 +47,12 @@ class SignalQueue:
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
         self._queue: deque[tuple[int, float]] = deque()
-        self.on_child: Callable[[], None] = lambda: None
-        """Called by ``take`` after a SIGCHLD."""
 
     def __enter__(self) -> SignalQueue:
         self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
             self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-            child = {signal.SIGCHLD} if signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL else set()
-            for signum in self._stop | FORWARDED | child:
+            for signum in self._stop | FORWARDED:
                 if not _stays_ignored(signum):
                     self._before[signum] = signal.getsignal(signum)
                     signal.signal(signum, self._enqueue)
@@ -93,9 +89,6 @@ class SignalQueue:
         with contextlib.suppress(BlockingIOError):
             os.read(self._reading, 4096)  # before the queue is read: what arrives from now on writes again
         arrived = [self._queue.popleft() for _ in range(len(self._queue))]
-        if any(signum == signal.SIGCHLD for signum, _ in arrived):
-            self.on_child()
-            arrived = [it for it in arrived if it[0] != signal.SIGCHLD]
         return [Signalled(signum, at) if signum in self._stop else UserSignalled(signum) for signum, at in arrived]
 
     def _enqueue(self, signum: int, frame: object) -> None:

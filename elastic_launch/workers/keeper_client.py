@@ -293,7 +293,7 @@ class KeeperClient:
 
     def send_signal(self, signum: int, local_ranks: frozenset[int], stop: bool) -> None:
         """Send workers a signal. One that is to ``stop`` them goes to their process groups, any other to them alone."""
-        self.resume_keeper()
+        self._resume_keeper()
         if stop and self._is_starting and self._start_keeper is not execute_keeper:
             self._early_stop_signals = (int(signum), signal.SIGKILL)
             self._keeper.kill()  # it is importing modules, and reads no messages meanwhile
@@ -305,7 +305,7 @@ class KeeperClient:
         Unless this is called again before that time, the workers are killed and ``LeaseExpired`` follows.
         """
         self._lease = until
-        self.resume_keeper()
+        self._resume_keeper()
         self._keeper.send("renew_lease", until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
@@ -321,7 +321,7 @@ class KeeperClient:
         if self._is_reaped:
             return  # after the end of a lease, the keeper does not wait to be asked
         self._is_reaping = True
-        self.resume_keeper()
+        self._resume_keeper()
         self._keeper.send("reap_leftovers", kill)
 
     def take(self) -> list[AgentEvent]:
@@ -386,7 +386,7 @@ class KeeperClient:
             self._keeper.send("stand_by", count)
         self._standbys = count
 
-    def resume_keeper(self) -> None:
+    def _resume_keeper(self) -> None:
         """Resume the keeper if somebody has stopped it, because until then no end of a worker is seen."""
         if self._keeper.resume():
             self._log(

@@ -587,18 +587,6 @@ def test_sigkill_of_agent_and_keeper_at_once_leaves_no_worker(job: Job, preload:
     process.wait()
 
 
-def test_stopped_keeper_is_resumed_and_named_at_once(job: Job) -> None:
-    script = "mark('up')\nwhile rank or not os.path.exists('fail'): time.sleep(0.01)\nsys.exit(7)"
-    process = job.start(*TWO, job.script(script))
-    job.wait_for("0.0 up", "1.0 up")
-    [keeper] = psutil.Process(process.pid).children()
-    keeper.suspend()
-    (job.path / "fail").touch()
-    done = job.finish(process)
-    assert done.returncode == 7
-    assert f"the keeper process (pid {keeper.pid}) was stopped (SIGSTOP): resumed" in done.stderr
-
-
 def test_stopped_keeper_is_replaced_by_the_agent_at_the_end(job: Job) -> None:
     process = job.start(*TWO, "--shutdown-timeout", "0", job.script(TREE + "wait()"))
     tree_is_up(job)
