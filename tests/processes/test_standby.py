@@ -13,8 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -181,44 +179,6 @@ def test_the_keeper_compiles_the_program_for_all_and_an_edited_one_is_compiled_a
     assert [worker in compilers for worker in workers] == [False, False, True, True]
     assert len(compilers) == 3, "and the keeper"
     assert ended.stderr.count("SyntaxWarning") == 2
-
-
-@contextlib.contextmanager
-def limited_memory(size: int) -> Iterator[Path]:
-    """Be in a cgroup with so many bytes of memory at most. Skips the test where none can be made."""
-    names = [line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line]
-    if os.geteuid() != 0 or not names:
-        pytest.skip("needs root, and the first version of memory cgroups")
-    parent = Path(f"/sys/fs/cgroup/memory{names[0]}")
-    group = parent / f"standby-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(size))
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-        yield group
-    finally:
-        (parent / "cgroup.procs").write_text(str(os.getpid()))
-        wait_until(lambda: not (group / "cgroup.procs").read_text())
-        group.rmdir()
-
-
-def test_they_are_the_first_that_the_kernel_kills_for_memory(job: Job) -> None:
-    with limited_memory(200 << 20) as group:
-        eater = job.path / "eater.py"  # the kernel's second choice, if it needs one
-        eater.write_text(
-            "held = []\nopen('/proc/self/oom_score_adj', 'w').write('50')\n"
-            f"while 'oom_kill 0' in open('{group}/memory.oom_control').read(): held.append(b'x' * 100000)\n"
-        )
-        script = job.script(
-            "if restart == 0:\n    wait_for('go')\n"
-            f"    subprocess.call([sys.executable, '{eater}'])\n    sys.exit(7)\nmark(os.getpid())"
-        )
-        process = job.start("--nproc-per-node", "1", *WARM, script)
-        (before,) = standbys(process, 1)
-        job.mark("go")
-        ended = job.finish(process)
-    assert (ended.returncode, len(pids(job, 1) - {before.pid})) == (0, 1), ended.stderr
-    assert "rank 0 failed (exit code 7)" in ended.stderr, "the worker has got the memory that it asked for"
 
 
 def test_they_are_replaced_when_what_they_were_made_from_has_changed(job: Job) -> None:
