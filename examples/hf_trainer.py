@@ -8,6 +8,8 @@ is downloaded. Trainer's own checkpoints make it elastic: after a restart it res
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
@@ -28,7 +30,8 @@ def main() -> None:
     shape = GPT2Config(vocab_size=100, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(shape)
     trainer = Trainer(model=model, args=arguments, train_dataset=RandomText())
-    last = get_last_checkpoint(arguments.output_dir)  # type: ignore[no-untyped-call]
+    folder = arguments.output_dir  # rank 0 may not have made it yet
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None  # type: ignore[no-untyped-call]
     result = trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         print(f"steps {result.global_step}, ranks {arguments.world_size}", flush=True)

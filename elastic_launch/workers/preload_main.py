@@ -31,6 +31,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 FOLDER = os.path.dirname(__file__)
 IS_SAFE = sys.flags.safe_path
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 compiled_ahead: "dict[str, tuple[bytes, CodeType]]" = {}
 """The source and code of the program, by its path, once the keeper has compiled it."""
+ENDING = 0.2
+"""Seconds after which a thread that Python has joined is gone from the kernel's list as well, even on a busy machine."""
 AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
 TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
@@ -317,7 +320,10 @@ def why_not_to_fork() -> str:
         return f"has started threads ({names})"
     if len(os.listdir("/proc/self/task")) > 1:
         fork_once()
-        if (count := len(os.listdir("/proc/self/task")) - 1) > 0:
+        end = time.monotonic() + ENDING
+        while (count := len(os.listdir("/proc/self/task")) - 1) > 0 and time.monotonic() < end:
+            time.sleep(0.001)
+        if count:
             return f"has started {count} thread{'s' * (count > 1)} outside Python"
     if keeper_main.has_children():
         return "has started a process"
