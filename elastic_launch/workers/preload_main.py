@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 compiled_ahead: "dict[str, tuple[bytes, CodeType]]" = {}
 """The source and code of the program, by its path, once the keeper has compiled it."""
 ENDING = 0.2
-"""Seconds after which a thread that Python has joined is gone from the kernel's list as well, even on a busy machine."""
+"""Seconds after which a thread that Python has joined is gone from the kernel's list, even on a busy machine."""
 AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
 TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
