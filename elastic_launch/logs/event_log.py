@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable
 
 from elastic_launch.logs.job_files import as_file_name
@@ -21,6 +22,8 @@ _FULL = (errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 """Errors after which the rest of a line can still be written, once somebody reads the pipe or makes room."""
 _NO_READER = (errno.EAGAIN, errno.ENXIO, errno.EPIPE)
 """Errors of a named pipe."""
+_MOMENT = 0.01
+"""Seconds in which a line that is being written grows."""
 
 
 def path_in(directory: str, host: str) -> str:
@@ -85,8 +88,17 @@ class EventLog:
                 self.close()
 
     def _is_cut_off(self) -> bool:
+        """Whether the file ends within a line, and still does a moment later: another agent may just be writing it."""
+        ends = self._end_of_file()
+        if ends[1] == b"\n":
+            return False
+        time.sleep(_MOMENT)
+        return ends == self._end_of_file()
+
+    def _end_of_file(self) -> tuple[int, bytes]:
+        """The size of the file, and its last byte; of an empty file or one that cannot be read, a line end."""
         with contextlib.suppress(OSError), open(self._path, "rb", 0) as file:
-            if file.seek(0, os.SEEK_END):
+            if size := file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                return file.read(1) != b"\n"
-        return False
+                return size, file.read(1)
+        return 0, b"\n"
