@@ -63,10 +63,7 @@ AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
 TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
 """What the agent has added to the environment of this process; it stands before what the user has set."""
-DEVICES = (
-    *("/dev/nvidia", "/dev/kfd", "/dev/dri", "/dev/accel", "/dev/vfio", "/dev/neuron", "/dev/habanalabs"),
-    "/dev/davinci",
-)
+DEVICES = tuple(f"/dev/{name}" for name in ("nvidia", "kfd", "dri", "accel", "vfio", "neuron", "habanalabs", "davinci"))
 """Prefixes of device files, as in ``host.devices``. A process that has one open has begun to use the device."""
 
 
@@ -404,7 +401,8 @@ def compile_ahead(file: str) -> None:
         with open(file, "rb") as stream:
             source = stream.read()
         code = compile(source, file, "exec", dont_inherit=True)
-        compiled_ahead.update({} if shown else {file: (source, code)})
+        if not shown:
+            compiled_ahead[file] = source, code
     except Exception:
         return  # the workers fail in the same way, and tell it
     finally:

@@ -51,8 +51,10 @@ def written_pages(worker: int, keeper: int) -> PageRanges:
             if mode[1:2] != b"w" or mode[3:4] != b"p":
                 continue
             start, end = (int(text, 16) for text in addresses.split(b"-"))
-            if end - start >= LARGE or left <= 0:
+            if end - start >= LARGE:
                 continue
+            if left <= 0:
+                break
             flags = os.pread(pagemap.fileno(), (end - start) // PAGE * 8, start // PAGE * 8)[7::8]
             written = flags.translate(WRITTEN)
             last = 0
