@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.waiting import DEADLINE
+import psutil
+
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 OPTIONS = {
     "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
@@ -117,10 +119,12 @@ def browser(profile: str) -> Iterator[Browser]:
         session = f"{here}/session/{made['sessionId']}"
         yield Browser(session)
     finally:
+        helpers = psutil.Process(driver.pid).children(recursive=True)
         if session:
             _ask(session, None, "DELETE")
         driver.send_signal(signal.SIGTERM)
         driver.wait(DEADLINE)
+        wait_until(lambda: not any(is_alive(helper.pid) for helper in helpers), "the end of the browser's processes")
         driver.stdout.close()
 
 
