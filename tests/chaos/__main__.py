@@ -138,6 +138,7 @@ class Chaos:
                 # The next fault comes after a while in which all train.
                 calm = now() + chance.uniform(1, 3)
                 job.wait(lambda calm=calm: job.trains(calm), calm + START + slack, "all hosts train on")  # type: ignore[misc]
+                job.wait(job.has_all_members, calm + START + slack, "all members of etcd serve")
             job.finish()
             print(f"{backend}: the job has ended well", flush=True)
         finally:

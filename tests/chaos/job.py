@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,13 @@ class ChaosJob:
         """Whether all workers of so many hosts have made a step in the newest round since a time."""
         ranks = {step.rank for step in self.steps[-400:] if step.time > since and step.round == self.round}
         return ranks == set(range(hosts * WORKERS))
+
+    def has_all_members(self) -> bool:
+        """Whether all members of an embedded etcd serve: after a cut, one may need seconds more than its host's agent."""
+        ask = "import sys; from elastic_launch.store.etcd.gateway import is_healthy; print(is_healthy(sys.argv[1], 2379))"
+        return self.backend != "embedded" or all(
+            self.on(host, sys.executable, "-c", ask, host.address) == "True\n" for host in self.members
+        )
 
     def first_step_after(self, round_: int) -> Step | None:
         """Return the first step of the rounds after one."""
