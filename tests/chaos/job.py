@@ -170,8 +170,8 @@ class ChaosJob:
         return ranks == set(range(hosts * WORKERS))
 
     def has_all_members(self) -> bool:
-        """Whether all members of an embedded etcd serve: after a cut, one may need seconds more than its host's agent."""
-        ask = "import sys; from elastic_launch.store.etcd.gateway import is_healthy; print(is_healthy(sys.argv[1], 2379))"
+        """Whether all members of an embedded etcd serve: after a cut, one is away for longer than its host's agent."""
+        ask = "import sys; from elastic_launch.store.etcd import gateway; print(gateway.is_healthy(sys.argv[1], 2379))"
         return self.backend != "embedded" or all(
             self.on(host, sys.executable, "-c", ask, host.address) == "True\n" for host in self.members
         )

@@ -43,7 +43,10 @@ def test_breakpoints_in_all_workers(job: Job, is_function: bool) -> None:
     job.processes.append(process)
     line = 4 if is_function else 3
     editor = Editor(port, script, line)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"{error}\n{error.stdout!r}\n{error.stderr!r}\n" + "\n".join(editor.log))
     assert process.returncode == 0, err
     assert sorted(out.splitlines()) == ["rank 0", "rank 1"]
     assert "elastic-run: a debugger follows the workers, so they start without preloaded modules" in err

@@ -20,6 +20,8 @@ class Editor:
         """Connect to the adapter on this port of the host, as soon as it listens."""
         self.stops: list[int] = []
         """Lines where processes have stopped."""
+        self.log: list[str] = []
+        """What the processes have told."""
         self._address, self._file, self._line = ("127.0.0.1", port), file, line
         self._threads: list[threading.Thread] = []
         self._debug({"justMyCode": False, "subProcess": True})
@@ -47,7 +49,8 @@ class Editor:
         return found[0]
 
     def _session(self, settings: dict[str, Any]) -> None:
-        numbers = itertools.count(1)
+        numbers, thread = itertools.count(1), 0
+        name = settings.get("name", "launcher")
         with self._connect() as sock, sock.makefile("rwb") as stream, contextlib.suppress(ConnectionError):
 
             def request(command: str, **arguments: Any) -> None:
@@ -56,22 +59,27 @@ class Editor:
                 stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
                 stream.flush()
 
+            # Each request comes after the answer to the one before, as from an editor.
             request("initialize", adapterID="test", pathFormat="path", linesStartAt1=True)
-            request("attach", **settings)
             while header := stream.readline():
                 stream.readline()
                 message = json.loads(stream.read(int(header.split(b":")[1])))
-                match message.get("event") or message.get("command"), message.get("body"):
+                what = message.get("event") or message.get("command")
+                self.log.append(f"{name}: {message['type']} {what}")
+                match what, message.get("body"):
+                    case "initialize", _:
+                        request("attach", **settings)
                     case "initialized", _:
                         lines = [{"line": self._line}]
                         request("setBreakpoints", source={"path": str(self._file)}, breakpoints=lines)
+                    case "setBreakpoints", _:
                         request("configurationDone")
                     case "debugpyAttach", body:
                         self._debug(body)
                     case "stopped", {"threadId": thread}:
                         request("stackTrace", threadId=thread)
-                        request("continue", threadId=thread)
                     case "stackTrace", {"stackFrames": [frame, *_]}:
                         self.stops.append(frame["line"])
+                        request("continue", threadId=thread)
                     case "terminated", _:
                         request("disconnect")
