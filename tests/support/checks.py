@@ -8,6 +8,7 @@ from elastic_launch.core.agent.journal import Entry
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
+from elastic_launch.core.rendezvous.monitor import LOOK
 from elastic_launch.core.rendezvous.questions import Question
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Timer
 from elastic_launch.job import Assignment
@@ -78,6 +79,25 @@ class Checks:
             assert not agent.alive or agent.generation == starting.generation, (
                 f"{self._world}: {agent.name} still trains in round {agent.generation}, "
                 f"{starting.name} in {starting.generation}"
+            )
+
+    def renewed(self, agent: Agent) -> None:
+        """No other node may take the monitor of its round for lost while its lease lasts."""
+        node, values = agent.node, self._world.store.values
+        place = node.round.assignment
+        if not (place and place.group_rank == 0 and node.phase is Phase.MEMBER and self._world.store_was_up):
+            return
+        for other in self._world.live():
+            theirs, heartbeat = other.node, other.node.round.heartbeat
+            if theirs.round.number != node.round.number or theirs.phase not in (Phase.MEMBER, Phase.OUTSIDE):
+                continue
+            counter = int(values.get(theirs.key(f"heartbeat/{theirs.round.ticket}"), b"0")) % LOOK
+            if other is agent or heartbeat.in_flight or heartbeat.count == 0 or counter < heartbeat.count:
+                continue  # its next answer shows that it is monitored
+            until = heartbeat.monitored_at + node.settings.keep_alive_deadline
+            assert agent.lease <= until, (
+                f"{self._world}: the lease of {agent.name}, until {agent.lease - BEGINNING:.3f} s, counts from a poll "
+                f"that {other.name} has not heard of since {heartbeat.monitored_at - BEGINNING:.3f} s"
             )
 
     def recorded(self, entries: list[Entry]) -> None:

@@ -380,7 +380,6 @@ class Agent:
         self.number = number
         self.name = name or f"host-{number}"
         self.backend = SimulatedBackend(self)
-        self.node: NodeState
         self.rendezvous = StoreRendezvous(
             world.settings,
             NodeRecord(
@@ -397,6 +396,7 @@ class Agent:
             on_step=self._after_step,
             signer=self.signer(world.token) if world.token else None,
         )
+        self.node: NodeState = self.rendezvous._node
         self.rendezvous.lease = self._renew
         self.dead = False
         self.gone = False
@@ -727,6 +727,7 @@ class Agent:
     def _renew(self, until: float) -> None:
         self.lease = until
         if until < float("inf"):
+            self.world.checks.renewed(self)
             self.world.at(max(until, self.world.now), self._look_at_lease)
 
     def _look_at_lease(self) -> None:

@@ -91,7 +91,7 @@ def reset(node: NodeState, step: Step, tickets: list[int], polled_at: float) -> 
     """Reset the counters of other nodes, which shows them that they are monitored; keep flags that they must see."""
     wanted = node.round.stall.wanted
     step.write((f"heartbeat/{ticket}", b"%d" % (LOOK if ticket in wanted else 0)) for ticket in tickets)
-    step.get(questions.ConfirmReset(tickets, polled_at), "ticket")  # the reply matters, not the key
+    step.get(questions.ConfirmReset(tickets, polled_at), "ticket")
 
 
 def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset, list[bytes]]) -> None:
@@ -100,4 +100,7 @@ def on_reset(node: NodeState, step: Step, answer: Answer[questions.ConfirmReset,
     for monitor in (node.round.monitor, leader and leader.monitor):
         if monitor:
             monitor.confirm_resets(answer.question.tickets, step.now)
-    confirm_poll(node, step, answer.question.polled_at)
+    polled_at = answer.question.polled_at
+    if node.count_tickets(answer.value[0]) > node.round.tickets:
+        polled_at = min(polled_at, node.round.counted_at)  # some have come since, and were not polled
+    confirm_poll(node, step, polled_at)

@@ -23,13 +23,14 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     if LOOK <= count < LEFT:
         count %= LOOK
         learn_look(node, step)
-    heartbeat.in_flight = False
+    count_once = count - heartbeat.is_repeated
+    heartbeat.in_flight = heartbeat.is_repeated = False
     late = heartbeat.sent_at - heartbeat.answered_at - node.heartbeat_period
     heartbeat.monitored_at += max(0.0, late - node.settings.outage)  # this node or the store slept, not the monitor
     heartbeat.answered_at = heartbeat.sent_at
     renew_lease(node, step)
     is_first = heartbeat.count == 0  # there was nothing to reset before
-    if count <= heartbeat.count or is_first:
+    if count_once <= heartbeat.count or is_first:
         heartbeat.monitored_at = step.now
         round_.watch = None
         node.timers.pop(Timer.WATCH, None)
@@ -127,8 +128,8 @@ def start_monitoring(node: NodeState, step: Step, members: Members) -> None:
     """Poll the members' heartbeats from now on."""
     node.round.monitor = node.round.watch or Monitor(node.settings.keep_alive_deadline, node.settings.outage, step.now)
     node.round.watch, node.round.monitor.awaits_reply = None, False  # whatever the watch still asks
-    # The first poll renews this node's lease, so the spares, which may take its place, must hear of it as well.
-    node.round.outsiders = list(node.round.closed.spares) if node.round.closed else []
+    # The first poll renews this node's lease, so all that may take its place must hear of it as well.
+    node.round.tickets = node.round.closed.tickets if node.round.closed else 0
     if node.phase is Phase.MEMBER and node.round.assignment and node.round.assignment.group_rank == 0:
         node.round.monitor.register(members.tickets, step.now)
     step.set_timer(Timer.MONITOR_POLL, node.settings.tick)
@@ -140,7 +141,8 @@ def poll(node: NodeState, step: Step) -> None:
     members, monitor = node.round.members, node.round.monitor
     if members and monitor and not monitor.awaits_reply:
         monitor.awaits_reply = True
-        tickets = [*members.tickets, *node.round.outsiders]
+        outsiders = set(range(1, node.round.tickets + 1)) - set(members.tickets)
+        tickets = [*members.tickets, *sorted(outsiders)]
         names = ["ticket", f"monitor/{node.round.monitors + 1}", "stalled", "stall", "look"]
         step.get(questions.PollMembers(tickets, step.now), *names, *(f"heartbeat/{ticket}" for ticket in tickets))
 
@@ -150,13 +152,15 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_ = node.round
     if round_.members is None or round_.monitor is None:
         return
-    count, successor, claimed, stalls, look, *counters = answer.value
+    drawn, successor, claimed, stalls, look, *counters = answer.value
     if successor and node.phase is not Phase.ENDED:
         _stand_down(node, step)
         return
     tickets, asked_at = answer.question.tickets, answer.question.asked_at
-    outsiders = sorted(set(range(1, node.count_tickets(count) + 1)) - set(round_.members.tickets))
-    has_newcomers, round_.outsiders = bool(set(outsiders) - set(round_.outsiders)), outsiders
+    count = node.count_tickets(drawn)
+    has_newcomers = count > round_.tickets
+    heard_at = round_.counted_at if has_newcomers else asked_at  # newcomers were not polled, but have come since then
+    round_.tickets, round_.counted_at = count, asked_at
     check_claims(node, step, claimed, stalls)
     pass_on_look(node, step, look)
     suspected = round_.monitor.poll(zip(tickets, map(without_flag, counters), strict=True), step.now, asked_at)
@@ -166,9 +170,9 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     if grown:
         # Those whose counters have not grown see with their next heartbeat that they were polled before it.
         all_grown = not has_newcomers and set(grown) >= {*tickets} - {round_.ticket}
-        reset(node, step, grown, step.now if all_grown else asked_at)
-    elif not has_newcomers:  # they were not polled, so they have not heard of this node
-        confirm_poll(node, step, asked_at)
+        reset(node, step, grown, step.now if all_grown else heard_at)
+    else:
+        confirm_poll(node, step, heard_at)
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
     check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 

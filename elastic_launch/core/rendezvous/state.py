@@ -98,6 +98,8 @@ class Heartbeat:
     answered_at: float = 0.0
     """When the last heartbeat that was answered had been sent."""
     in_flight: bool = False
+    is_repeated: bool = False
+    """It may count twice, because it was sent on two connections."""
     count: int = 0
     """The node's counter at the last answer."""
     monitored_at: float = 0.0
@@ -195,8 +197,10 @@ class Round:
     stood_by: bool = False
     """Whether the node was outside the round while it ran."""
     members: Members | None = None
-    outsiders: list[int] = field(default_factory=list)
-    """Tickets of nodes that are not members, if this node is the monitor."""
+    tickets: int = 0
+    """Number of tickets as the monitor counted it last. The nodes that are not members are polled as well."""
+    counted_at: float = 0.0
+    """When the monitor had asked for that number. Nodes with later tickets have come since."""
     monitor: Monitor | None = None
     """The members' heartbeats, if this node polls them."""
     watch: Monitor | None = None
