@@ -26,6 +26,9 @@ WORKERS = 2
 """Number of workers on each host."""
 MAX_RESTARTS = 100_000
 CONF = f"keep_alive_interval={INTERVAL},keep_alive_max_attempt={ATTEMPTS},last_call_timeout=60"
+RETRY = 1000
+"""Milliseconds after which TCP sends again what is not acknowledged, at the latest, on hosts of etcd's members. That is
+what docs/rendezvous.md advises; Linux has it since 6.15. Else a member is away for longer than its link was cut."""
 DISK = 16 << 20
 """Size in bytes of each host's file system for logs."""
 
@@ -76,6 +79,10 @@ class ChaosJob:
         self.hosts = Hosts(6 if backend == "etcd" else 3, path)
         self.agents: dict[int, Program] = {}
         try:
+            for number in range(1, len(self.hosts) + 1) if backend != "c10d" else ():
+                self.on(
+                    self.hosts[number], "sh", "-c", f"echo {RETRY} > /proc/sys/net/ipv4/tcp_rto_max_ms", check=False
+                )
             for number in (4, 5, 6) if backend == "etcd" else ():
                 self._start_etcd(self.hosts[number])
             for host in self.members:
