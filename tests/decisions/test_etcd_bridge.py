@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import deque
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -18,7 +18,7 @@ from elastic_launch.store.etcd.cluster import Cluster, EtcdError, EtcdSettings
 from elastic_launch.store.etcd.heartbeats import Heartbeats
 from elastic_launch.store.etcd.keys import Keyspace
 
-BEAT = "job/0/heartbeat/1"
+BEAT, OTHER = "job/0/heartbeat/1", "job/0/heartbeat/2"
 
 
 class SlowKeys:
@@ -43,6 +43,12 @@ class SlowKeys:
 
     def is_heartbeat(self, name: bytes, amount: int) -> bool:
         return name == f"/{BEAT}".encode()
+
+    def is_reset(self, items: dict[bytes, bytes]) -> bool:
+        return self.are_counters(list(items))
+
+    def are_counters(self, names: list[bytes]) -> bool:
+        return b"heartbeat" in names[0]
 
     async def get(self, names: list[bytes]) -> list[bytes]:
         return [await self._carry_out(f"get {names[0].decode()}")]
@@ -107,45 +113,189 @@ def test_reads_and_heartbeats_do_not_wait_for_each_other() -> None:
     asyncio.run(run())
 
 
-class _RpcError(Exception):
-    pass
-
-
-def test_members_that_have_not_answered_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that was on its way to a leader that is lost is never answered, not even when there is another one."""
-    asked: list[str] = []
-    cancelled: list[str] = []
-    answers = deque([False] * 5 + [True])
-    never = asyncio.Event()
-
-    def member(grpc: Any, etcdrpc: Any, endpoint: str, settings: EtcdSettings) -> Any:
-        async def call(request: Any, timeout: float, metadata: Any) -> Any:
-            asked.append(endpoint)
-            if not answers.popleft():
-                try:
-                    await never.wait()
-                except asyncio.CancelledError:
-                    cancelled.append(endpoint)
-            return SimpleNamespace(header=SimpleNamespace(cluster_id=1))
-
-        return SimpleNamespace(endpoint=endpoint, calls={"Txn": call}, last_error="", is_unusable=False)
+def test_only_what_a_reset_concerns_waits_for_it() -> None:
+    """The monitor's own heartbeat, and what shows that the reset is done, would take as long again."""
 
     async def run() -> None:
-        aio = SimpleNamespace(AioRpcError=_RpcError, EOF=None)
+        keys = SlowKeys()
+        before, after = (Get(("a",)), Set(((OTHER, b"0"),))), (Get((OTHER,)), Set((("c", b"1"),)))
+        ours, theirs, serving = await served(keys, *before, Get(("b",)), Add(BEAT, 1), *after)
+        with ours:
+            await settle()
+            ours.recv(100)  # the reply to the handshake
+            assert keys.begun == ["get /a", "get /b", "beat"], "a reset waits for the reads before it"
+            keys.end("get /a")
+            keys.end("get /b")
+            keys.end("beat")
+            await settle()
+            assert b"/b" not in ours.recv(100), "the reply shows that the reset is done"
+            assert keys.begun[3:] == ["set"]
+            keys.end("set")
+            await settle()
+            assert b"/b" in ours.recv(100)
+            assert keys.begun[4:] == [f"get /{OTHER}"], "this would see what has been reset; and a change waits"
+            keys.end(f"get /{OTHER}")
+            await settle()
+            assert keys.begun[5:] == ["set"]
+            keys.end("set")
+            ours.recv(100)
+        await serving
+        theirs.close()
+
+    asyncio.run(run())
+
+
+class _RpcError(Exception):
+    def __init__(self, code: str = "") -> None:
+        super().__init__(code)
+        self.code = lambda: code
+        self.details = lambda: code
+
+
+class Asked(NamedTuple):
+    """A request that a member has got."""
+
+    endpoint: str
+    name: str
+    answer: asyncio.Future[None]
+
+    def __repr__(self) -> str:
+        return f"{self.name} at {self.endpoint[0]}"
+
+
+Trio = tuple[Cluster, list[Asked]]
+
+
+@pytest.fixture
+def trio(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Trio]:
+    """Makes a cluster of members that answer when the test says so; a has the number 1, and is the own one."""
+    asked: list[Asked] = []
+    grpc = SimpleNamespace(
+        aio=SimpleNamespace(AioRpcError=_RpcError, EOF=None), StatusCode=SimpleNamespace(NOT_FOUND="gone")
+    )
+
+    def member(grpc: Any, etcdrpc: Any, endpoint: str, settings: EtcdSettings) -> Any:
+        def answering(name: str) -> Callable[..., Awaitable[Any]]:
+            async def call(request: Any, timeout: float, metadata: Any) -> Any:
+                asked.append(Asked(endpoint, name, asyncio.get_running_loop().create_future()))
+                await asked[-1].answer
+                header = SimpleNamespace(cluster_id=1, member_id="abc".index(endpoint[0]) + 1)
+                return SimpleNamespace(header=header, leases=())
+
+            return call
+
+        names = ("Txn", "Range", "LeaseLeases", "LeaseRevoke")
+        calls = {name: answering(name) for name in names}
+        return SimpleNamespace(endpoint=endpoint, calls=calls, last_error="", is_unusable=False)
+
+    def make() -> Trio:
         settings = EtcdSettings(("a:1", "b:1", "c:1"), False, None, None, None, None, None, 60, 60, preferred="a:1")
-        made = Cluster(SimpleNamespace(aio=aio, StatusCode=None), None, settings)
+        made = Cluster(grpc, SimpleNamespace(LeaseRevokeRequest=dict, LeaseLeasesRequest=dict), settings)
         made._has_answered = True
-        await asyncio.wait_for(made.call("Txn", None), 60)
-        assert made.member.endpoint == asked[1], "the next one is used from now on"
-        await settle()
-        assert cancelled == [], "a member of etcd before 3.5.5 might crash"
+        return made, asked
 
     monkeypatch.setattr(cluster, "MemberChannel", member)
     monkeypatch.setattr(cluster, "HEDGE", 0.001)
+    return make
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_members_that_have_not_answered_are_asked_again(trio: Callable[[], Trio]) -> None:
+    """A request that was on its way to a leader that is lost is never answered, not even when there is another one."""
+
+    async def run() -> None:
+        made, asked = trio()
+        call = asyncio.create_task(made.call("Txn", None))
+        await until(lambda: len(asked) == 6)
+        asked[5].answer.set_result(None)
+        await call
+        first = [it.endpoint for it in asked[:3]]
+        assert [it.endpoint for it in asked[3:6]] == first
+        assert first[0] == "a:1"
+        assert sorted(first) == ["a:1", "b:1", "c:1"]
+        assert made.member.endpoint == first[1], "the next one is used from now on"
+        await settle()
+        assert not any(it.answer.cancelled() for it in asked), "a member of etcd before 3.5.5 might crash"
+
     asyncio.run(run())
-    assert asked[:3] == asked[3:]
-    assert asked[0] == "a:1"
-    assert sorted(asked[:3]) == ["a:1", "b:1", "c:1"]
+
+
+def test_the_own_member_is_used_again_as_soon_as_it_answers(trio: Callable[[], Trio]) -> None:
+    """With a slow link, what it knows by itself would have to be asked for at another host."""
+
+    async def run() -> None:
+        made, asked = trio()
+        call = asyncio.create_task(made.call("Txn", None))
+        await until(lambda: len(asked) > 1)
+        asked[1].answer.set_result(None)
+        await call
+        assert made.member.endpoint != "a:1"
+        asked[0].answer.set_result(None)
+        await settle()
+        assert made.member.endpoint == "a:1"
+
+    asyncio.run(run())
+
+
+def test_a_reset_is_sure_when_all_that_were_asked_have_answered(
+    trio: Callable[[], Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each reset over a slow link would begin another generation, and each heartbeat take twice as long."""
+
+    async def run(*answers: str | None) -> bool:
+        made, asked = trio()
+        asked.clear()
+        monkeypatch.setattr(cluster, "HEDGE", 0.001)
+        revoking = asyncio.create_task(Heartbeats(made, b"/x/")._revoke(1))
+        await until(lambda: len(asked) >= 2)
+        asked[0].answer.set_result(None)
+        monkeypatch.setattr(cluster, "HEDGE", 60.0 if answers[0] is not None else 0.001)
+        await settle()
+        for it, answer in zip(asked[1:], [*answers, *[""] * 9], strict=False):
+            if answer:
+                it.answer.set_exception(_RpcError(answer))
+            elif answer is not None:
+                it.answer.set_result(None)
+        return await revoking
+
+    assert asyncio.run(run(""))
+    assert asyncio.run(run("gone")), "it was revoked by the other one"
+    assert not asyncio.run(run("deadline exceeded")), "it may be carried out later"
+    assert not asyncio.run(run(None)), "so it may if there is no answer"
+
+
+def test_memory_is_read_at_the_member_that_has_just_answered(trio: Callable[[], Trio]) -> None:
+    """Another one may be behind. And over a slow link, what is there at once must not make the link seem fast."""
+
+    async def run() -> None:
+        made, asked = trio()
+        assert await made.ask(1, "Range", None) is None, "nobody has answered yet"
+        call = asyncio.create_task(made.call("Txn", None))
+        await until(lambda: len(asked) > 1)
+        asked[0].answer.set_result(None)
+        assert (await call).header.member_id == 1
+        await settle()
+        asked.clear()
+        made.switch_from(made.member, "")
+        usual = made._usual
+        reading = asyncio.create_task(made.ask(1, "Range", None))
+        listing = asyncio.create_task(Heartbeats(made, b"/x/").marks(1))
+        await until(lambda: len(asked) == 2)
+        for it in asked:
+            it.answer.set_result(None)
+        assert (await reading).header.member_id == 1
+        assert await listing == ({}, 1)
+        assert made._usual == usual > 0
+        refused = asyncio.create_task(made.ask(1, "Range", None))
+        await until(lambda: len(asked) == 3)
+        asked[2].answer.set_exception(_RpcError("unavailable"))
+        assert await refused is None
+
+    asyncio.run(run())
 
 
 class AskedTwice:

@@ -9,8 +9,9 @@ served. Nobody else can connect. If the bridge has to give up, it sends the reas
 The bridge ends with its agent, but first completes the requests that the agent has sent, as a TCPStore would.
 
 A slow etcd would take too long for one request after the other. So a connection's reads wait for the changes before
-them, but not for other reads; and heartbeats, which concern no other key, wait for heartbeats only. Replies keep the
-order of the requests.
+them, but not for other reads; and heartbeats, which concern no other key, wait for heartbeats only. For the same reason
+nothing waits for the reset of counters of heartbeats, except reads of counters, and changes. Replies keep the order of
+the requests.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from elastic_launch.store.etcd.keys import FencedWriter, Keyspace, RefusalError
 from elastic_launch.store.wire import I64, U32, Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Collection, Coroutine
 
 SHUTDOWN_PATIENCE = 1.0
 """Seconds to complete the requests of an agent that has ended."""
@@ -49,20 +50,24 @@ class Replies:
         self._last: asyncio.Task[None] | None = None
         """Sends the last reply of those that are to be sent later."""
         self._reads: set[asyncio.Future[bytes]] = set()
+        """And resets: a change waits for both."""
         self._beat: asyncio.Future[bytes] | None = None
+        self._reset: asyncio.Future[bytes] | None = None
 
-    def read(self, reply: Coroutine[Any, Any, bytes]) -> None:
-        """Send the reply to a read when it is known."""
-        reading = self._send_later(reply)
-        self._reads.add(reading)
-        reading.add_done_callback(self._reads.discard)
+    def read(self, reply: Coroutine[Any, Any, bytes], *, counters: bool) -> None:
+        """Send the reply to a read when it is known. A read of counters begins after the last reset."""
+        self._note(_after((self._reset,) if counters and self._reset else (), reply))
+
+    def reset(self, reply: Coroutine[Any, Any, bytes]) -> None:
+        """Have counters reset after the reads before, and later replies wait until that is done."""
+        self._reset = self._note(_after(tuple(self._reads), reply))
 
     def beat(self, reply: Coroutine[Any, Any, bytes]) -> None:
         """Send the reply to a heartbeat, which begins after the last one, when it is known."""
-        self._beat = self._send_later(_after(self._beat, reply))
+        self._beat = self._send_later(_after((self._beat,) if self._beat else (), reply))
 
     async def reads_are_done(self) -> None:
-        """Wait for the reads that have begun."""
+        """Wait for the reads and resets that have begun."""
         if self._reads:
             await asyncio.wait(self._reads)
 
@@ -76,6 +81,12 @@ class Replies:
         """Wait for all replies that are to be sent later."""
         if self._last:
             await asyncio.wait((self._last,))
+
+    def _note(self, reply: Coroutine[Any, Any, bytes]) -> asyncio.Future[bytes]:
+        reading = self._send_later(reply)
+        self._reads.add(reading)
+        reading.add_done_callback(self._reads.discard)
+        return reading
 
     def _send_later(self, reply: Coroutine[Any, Any, bytes]) -> asyncio.Future[bytes]:
         asked = asyncio.create_task(reply)
@@ -94,9 +105,9 @@ class Replies:
             self._on_error(error)
 
 
-async def _after(before: asyncio.Future[bytes] | None, reply: Coroutine[Any, Any, bytes]) -> bytes:
+async def _after(before: Collection[asyncio.Future[bytes]], reply: Coroutine[Any, Any, bytes]) -> bytes:
     if before:
-        await asyncio.wait((before,))
+        await asyncio.wait(before)
     return await reply
 
 
@@ -191,7 +202,10 @@ class Bridge:
             else:
                 await self._started.wait()
                 if op is Op.MULTI_GET:
-                    replies.read(self._execute(writer, op, fields))
+                    replies.read(self._execute(writer, op, fields), counters=self._keys.are_counters(fields[0]))
+                    continue
+                if op in (Op.SET, Op.MULTI_SET) and self._keys.is_reset(_items(op, fields)):
+                    replies.reset(self._execute(writer, op, fields))
                     continue
                 if op is Op.ADD and self._keys.is_heartbeat(*fields):
                     replies.beat(self._execute(beats, op, fields))
@@ -210,10 +224,8 @@ class Bridge:
     async def _execute(self, writer: FencedWriter, op: Op, fields: list[Any]) -> bytes:
         """Execute a request. Returns the bytes of the reply."""
         match op, fields:
-            case Op.SET, [key, value]:
-                await writer.set({key: value})
-            case Op.MULTI_SET, [blobs]:
-                await writer.set(dict(zip(blobs[::2], blobs[1::2], strict=True)))
+            case (Op.SET, _) | (Op.MULTI_SET, _):
+                await writer.set(_items(op, fields))
             case Op.MULTI_GET, [names]:
                 return wire.pack_blobs(await self._keys.get(names))
             case Op.COMPARE_SET, [key, expected, desired]:
@@ -252,6 +264,14 @@ class Bridge:
         if request[0] is not Op.CANCEL_WAIT:
             raise wire.ProtocolError("a connection that waits accepts no other request")
         return True
+
+
+def _items(op: Op, fields: list[Any]) -> dict[bytes, bytes]:
+    """The keys and values that a request sets."""
+    if op is Op.SET:
+        return {fields[0]: fields[1]}
+    blobs = fields[0]
+    return dict(zip(blobs[::2], blobs[1::2], strict=True))
 
 
 def _more_to_delete(buffer: bytearray) -> list[bytes]:

@@ -158,7 +158,9 @@ class Cluster:
         """Set, and replaced, when another member becomes current."""
         self._has_answered = False
         self._usual = 0.0
-        """Seconds that answers have taken of late."""
+        """Seconds that answers to ``call`` have taken of late."""
+        self._by_id: dict[int, MemberChannel] = {}
+        """The members that have answered, by etcd's ids."""
         self._left: set[asyncio.Future[Any]] = set()
         """Calls whose answers are no longer needed. They are not cancelled: etcd before 3.5.5 crashes if a transaction
         that only reads is cancelled while it is carried out."""
@@ -189,8 +191,9 @@ class Cluster:
         while True:
             if answer := await self._ask(name, request, attempts):
                 member, response = answer
-                if self.settings.cluster_id in (0, response.header.cluster_id):
+                if self._is_ours(response):
                     self._has_answered = True
+                    self._by_id[response.header.member_id] = member
                     return response
                 member.is_unusable = not self._has_answered
                 self.switch_from(member, "it is a member of another cluster; does another job use the same endpoints?")
@@ -222,24 +225,45 @@ class Cluster:
                 for task in done:
                     (member, asked_at), error = asked.pop(task), task.exception()
                     if error is None:
-                        self._usual += (clock() - asked_at - self._usual) / 8
+                        self._usual += (clock() - asked_at - self._usual) / 4
                         if member is not first:
                             self.switch_from(first, f"no answer within {hedge:g} s")
                         return member, task.result()
                     if not isinstance(error, self.rpc_error):
                         raise error
                     await self.recover(member, metadata, error)
+                    attempts.has_lost = True
                 if not asked:
                     return None
         finally:
-            for task in asked:
+            for task, (member, _) in asked.items():
                 self._left.add(task)
+                attempts.left.append(task)
                 task.add_done_callback(self._forget)
+                if self.settings.preferred and member is self._members[0]:
+                    task.add_done_callback(self._return)
 
     def _forget(self, task: asyncio.Future[Any]) -> None:
         self._left.discard(task)
         if not task.cancelled():
             task.exception()  # nobody wants to know
+
+    def _return(self, task: asyncio.Future[Any]) -> None:
+        """Go back to this host's own member, whose answer is late: what only has to be read there is there at once."""
+        has_answered = not task.cancelled() and task.exception() is None and self._is_ours(task.result())
+        if has_answered and self.member is not self._members[0]:
+            self._use(0)
+
+    async def ask(self, member_id: int, name: str, request: Any) -> Any:
+        """Ask the member that gave an earlier answer, once, for what it answers from memory.
+
+        Returns:
+            The answer; None if it does not give any. A load balancer may have another member answer.
+        """
+        if member := self._by_id.get(member_id):
+            with contextlib.suppress(self.rpc_error):
+                return await member.calls[name](request, timeout=FIRST_ATTEMPT, metadata=self.metadata())
+        return None
 
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease. Returns the seconds that it has left, 0 if it does not exist. Raises EtcdError."""
@@ -278,7 +302,7 @@ class Cluster:
                 with contextlib.suppress(self.rpc_error):
                     request = self.etcdrpc.RangeRequest(key=b"\0")  # answered only with a majority
                     response = await own.calls["Range"](request, timeout=FIRST_ATTEMPT, metadata=self.metadata())
-                    if self.settings.cluster_id in (0, response.header.cluster_id):
+                    if self._is_ours(response):
                         self._use(0)
 
     async def recover(self, member: MemberChannel, metadata: tuple[tuple[str, str], ...], error: Any) -> None:
@@ -322,6 +346,18 @@ class Cluster:
             raise EtcdError(f"etcd at {member.endpoint} refuses the request: {why} ({code.name})", why)
         self.switch_from(member, self._explain(why))
         self._check_members()
+
+    def _is_ours(self, response: Any) -> bool:
+        return self.settings.cluster_id in (0, response.header.cluster_id)
+
+    def is_over(self, attempt: asyncio.Future[Any]) -> bool:
+        """Whether an attempt has been carried out, or refused because there was nothing to do."""
+        if not attempt.done() or attempt.cancelled():
+            return False
+        error = attempt.exception()
+        if isinstance(error, self.rpc_error):
+            return bool(error.code() is self._code.NOT_FOUND)  # type: ignore[attr-defined]
+        return error is None
 
     def _check_members(self) -> None:
         """Raise EtcdError if no member can be used."""
@@ -410,6 +446,16 @@ class Attempts:
         self._end = self._loop.time() + cluster.call_timeout
         self.count = 0
         """Number of attempts that have failed."""
+        self.left: list[asyncio.Future[Any]] = []
+        """Those whose answers were not waited for."""
+        self.has_lost = False
+        """Whether one has failed that may take effect later."""
+
+    async def are_over(self) -> bool:
+        """Wait for the answers to all attempts, but not for long. Returns whether none can take effect later."""
+        if self.left and not self.has_lost:
+            await asyncio.wait(self.left, timeout=HEDGE)
+        return not self.has_lost and all(self._cluster.is_over(task) for task in self.left)
 
     def timeout(self) -> float:
         """Seconds for the next attempt."""

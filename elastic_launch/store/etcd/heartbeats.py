@@ -88,9 +88,16 @@ class Heartbeats:
 
     # --- reading counters
 
-    async def marks(self) -> tuple[dict[int, int], int]:
-        """The greatest mark of each counter and generation, and the member that says so. Raises EtcdError."""
-        response = await self._cluster.call("LeaseLeases", self._rpc.LeaseLeasesRequest())
+    async def marks(self, member: int = 0) -> tuple[dict[int, int], int]:
+        """The greatest mark of each counter and generation, and the member that says so. Raises EtcdError.
+
+        Args:
+            member: The member to ask, if it answers; 0: any.
+        """
+        request = self._rpc.LeaseLeasesRequest()
+        response = await self._cluster.ask(member, "LeaseLeases", request) if member else None
+        if response is None:
+            response = await self._cluster.call("LeaseLeases", request)
         greatest: dict[int, int] = {}
         for lease in response.leases:
             counter, mark = lease.ID >> 8, lease.ID & 255
@@ -187,7 +194,7 @@ class Heartbeats:
         except EtcdError as error:
             if "lease not found" not in error.why:
                 raise
-        return attempts.count == 0
+        return attempts.count == 0 or await attempts.are_over()
 
     def _id(self, name: bytes, generation: int, mark: int = 0) -> int:
         """The id of a mark: 55 bits of the counter and its generation, and 8 of the mark."""

@@ -110,13 +110,13 @@ class Keyspace:
         return kvs, min((header.revision for header in headers), default=0)
 
     async def _read_memory(self, names: Sequence[bytes], member: int) -> list[Any] | None:
-        """Read keys as a member has them. Returns their key-value pairs; None if another member answers.
+        """Read keys as a member has them. Returns their key-value pairs; None if it does not answer.
 
         Not in one transaction: if that is cancelled while it reads from memory, etcd before 3.5.5 crashes.
         """
         requests = [self.rpc.RangeRequest(key=name, serializable=True) for name in names]
-        responses = await asyncio.gather(*[self.cluster.call("Range", request) for request in requests])
-        if {response.header.member_id for response in responses} != {member}:
+        responses = await asyncio.gather(*[self.cluster.ask(member, "Range", request) for request in requests])
+        if any(response is None or response.header.member_id != member for response in responses):
             return None
         return [response.kvs[0] if response.kvs else None for response in responses]
 
@@ -143,7 +143,7 @@ class Keyspace:
         keys = [self.prefix + name for name in [*names, *map(self.heartbeats.generation_key, counters)]]
         for _ in range(_SAME_MEMBER_TRIES):
             kvs, headers = await self._read_many(keys)
-            marks, member = await self.heartbeats.marks()
+            marks, member = await self.heartbeats.marks(headers[0].member_id)
             if {header.member_id for header in headers} == {member}:
                 break
         else:
@@ -157,6 +157,14 @@ class Keyspace:
             else value
             for name, value in zip(names, values, strict=True)
         ]
+
+    def is_reset(self, items: dict[bytes, bytes]) -> bool:
+        """Whether to write these keys is to reset counters of heartbeats."""
+        return all(value == b"0" and self.heartbeats.covers(name) for name, value in items.items())
+
+    def are_counters(self, names: Sequence[bytes]) -> bool:
+        """Whether there are counters of heartbeats among some keys."""
+        return any(map(self.heartbeats.covers, names))
 
     def is_heartbeat(self, name: bytes, amount: int) -> bool:
         """Whether to add this to a key is a heartbeat."""
