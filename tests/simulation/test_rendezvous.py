@@ -11,7 +11,7 @@ import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Finish
-from elastic_launch.core.rendezvous.messages import Settings
+from elastic_launch.core.rendezvous.messages import Input, KeyAppeared, Settings
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import Phase, Timer
 from elastic_launch.core.store_requests import Swap
@@ -135,6 +135,25 @@ def test_a_monitor_that_has_watched_before_goes_on_polling(seed: int, monkeypatc
     third.kill()
     made.run(made.now + SETTINGS.keep_alive_deadline + 10)
     assert second.running != 0
+
+
+def test_a_monitor_whose_wait_stands_still_learns_from_its_poll_that_the_round_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would reset the counters on, so that the leader of the next round could not see who lives."""
+    made = world(3)
+    form(made, 3)
+    monitor = next(agent for agent in made.agents if agent.state.assignment and agent.state.assignment.group_rank == 0)
+    deliver = monitor.rendezvous.deliver
+
+    def without_end(what: Input) -> None:
+        if not (isinstance(what, KeyAppeared) and what.key.endswith("/end")):
+            deliver(what)
+
+    monkeypatch.setattr(monitor.rendezvous, "deliver", without_end)
+    next(agent for agent in made.agents if agent is not monitor).fail_worker()
+    made.run(made.now + 10)
+    assert running(made) == [1, 1, 1]
 
 
 def test_a_node_that_learns_that_the_others_go_on_without_it_kills_its_workers() -> None:

@@ -143,7 +143,7 @@ def poll(node: NodeState, step: Step) -> None:
         monitor.awaits_reply = True
         outsiders = set(range(1, node.round.tickets + 1)) - set(members.tickets)
         tickets = [*members.tickets, *sorted(outsiders)]
-        names = ["ticket", f"monitor/{node.round.monitors + 1}", "stalled", "stall", "look"]
+        names = ["end", "ticket", f"monitor/{node.round.monitors + 1}", "stalled", "stall", "look"]
         step.get(questions.PollMembers(tickets, step.now), *names, *(f"heartbeat/{ticket}" for ticket in tickets))
 
 
@@ -152,7 +152,7 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     round_ = node.round
     if round_.members is None or round_.monitor is None:
         return
-    drawn, successor, claimed, stalls, look, *counters = answer.value
+    ended, drawn, successor, claimed, stalls, look, *counters = answer.value
     if successor and node.phase is not Phase.ENDED:
         _stand_down(node, step)
         return
@@ -166,13 +166,16 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     suspected = round_.monitor.poll(zip(tickets, map(without_flag, counters), strict=True), step.now, asked_at)
     poll_in_time(node, step, Timer.MONITOR_POLL, asked_at)
     # When the round is over, the leader of the next one reads the counters, too.
-    grown = round_.monitor.take_resets() if node.phase is not Phase.ENDED else []
+    is_over = node.phase is Phase.ENDED
+    grown = round_.monitor.take_resets() if not (is_over or ended) else []
     if grown:
         # Those whose counters have not grown see with their next heartbeat that they were polled before it.
         all_grown = not has_newcomers and set(grown) >= {*tickets} - {round_.ticket}
         reset(node, step, grown, step.now if all_grown else heard_at)
-    else:
+    elif is_over or not ended:
         confirm_poll(node, step, heard_at)
+    if ended and not is_over:
+        step.get(questions.LearnEnd(), "end")  # sooner than a wait that stands still
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
     check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 
