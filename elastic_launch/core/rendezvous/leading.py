@@ -244,7 +244,6 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
     leader.lost += [record.host for record in leader.unconfirmed.values()]
     log_departures(node, step, leader)
     node.awaited_key = None
-    node.round.heartbeat.polled_at = step.now
     records = [leader.joined[ticket] for ticket in members]
     host = leader.host
     store_port = node.settings.store_port
@@ -266,7 +265,7 @@ def _close(node: NodeState, step: Step, leader: Leader, members: list[int], spar
     history = assignments[0].restart_history
     closed = Closed(leader.number, len(members), leader.tickets, tuple(spares), node.record.options, history)
     leader.closing = encode(closed)
-    step.create(questions.CloseRound(), "closed", leader.closing)
+    step.create(questions.CloseRound(step.now), "closed", leader.closing)
 
 
 def on_leaving(node: NodeState, step: Step, answer: Answer[questions.ReadLeaving, list[bytes]]) -> None:

@@ -26,6 +26,7 @@ def on_closed(node: NodeState, step: Step, answer: Answer[questions.CloseRound, 
     node.round.closed = closed
     ask_for_assignment(node, step)
     if leader and answer.value == leader.closing:
+        node.round.heartbeat.polled_at = answer.question.asked_at  # unless another leader had closed it before
         forgetting.begin(node, step)
 
 

@@ -64,8 +64,11 @@ class PollJoining(Question):
     asked_at: float
 
 
+@dataclass(frozen=True)
 class CloseRound(Question):
     """Close the round; who closed it?"""
+
+    asked_at: float
 
 
 class ReadStatus(Question):
