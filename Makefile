@@ -56,7 +56,7 @@ OPTIONS ?= --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 chaos: compiled
 	$(BIN)/python -m tests.chaos $(OPTIONS)
 
-# Restarts of warm workers back to back, on one node and on three, for MINUTES each: nothing may grow.
+# Restarts of warm workers back to back, on one node and on three, for MINUTES each after the first 2,100: nothing may grow.
 soak: compiled
 	$(BIN)/python benchmarks/growth.py --minutes $(MINUTES)
 
