@@ -9,7 +9,7 @@ from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
 from elastic_launch.core.rendezvous.monitor import LOOK
-from elastic_launch.core.rendezvous.questions import Question
+from elastic_launch.core.rendezvous.questions import ConfirmReset, Question
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Timer
 from elastic_launch.job import Assignment
 
@@ -82,23 +82,45 @@ class Checks:
             )
 
     def renewed(self, agent: Agent) -> None:
-        """No other node may take the monitor of its round for lost while its lease lasts."""
-        node, values = agent.node, self._world.store.values
-        place = node.round.assignment
-        if not (place and place.group_rank == 0 and node.phase is Phase.MEMBER and self._world.store_was_up):
+        """No other node may take this one for lost while its lease lasts."""
+        node = agent.node
+        if node.phase is not Phase.MEMBER or node.round.end or not self._world.store_was_up:
             return
         for other in self._world.live():
-            theirs, heartbeat = other.node, other.node.round.heartbeat
-            if theirs.round.number != node.round.number or theirs.phase not in (Phase.MEMBER, Phase.OUTSIDE):
-                continue
-            counter = int(values.get(theirs.key(f"heartbeat/{theirs.round.ticket}"), b"0")) % LOOK
-            if other is agent or heartbeat.in_flight or heartbeat.count == 0 or counter < heartbeat.count:
-                continue  # its next answer shows that it is monitored
-            until = heartbeat.monitored_at + node.settings.keep_alive_deadline
-            assert agent.lease <= until, (
-                f"{self._world}: the lease of {agent.name}, until {agent.lease - BEGINNING:.3f} s, counts from a poll "
-                f"that {other.name} has not heard of since {heartbeat.monitored_at - BEGINNING:.3f} s"
-            )
+            for since in (self._monitored_at(node, other), self._heard_at(node, other)) if other is not agent else ():
+                assert since is None or agent.lease <= since + node.settings.keep_alive_deadline, (
+                    f"{self._world}: the lease of {agent.name} lasts until {agent.lease - BEGINNING:.3f} s, but "
+                    f"{other.name} counts its silence from {since - BEGINNING:.3f} s on"
+                )
+
+    def _monitored_at(self, node: NodeState, other: Agent) -> float | None:
+        """Return from when another node counts the silence of this monitor; None: its next heartbeat renews that."""
+        theirs, heartbeat, place = other.node, other.node.round.heartbeat, node.round.assignment
+        is_there = theirs.round.number == node.round.number and theirs.phase in (Phase.MEMBER, Phase.OUTSIDE)
+        if not (place and place.group_rank == 0 and is_there):
+            return None
+        is_renewed = heartbeat.in_flight or heartbeat.count == 0 or self._counter(theirs) < heartbeat.count
+        return None if is_renewed else heartbeat.monitored_at
+
+    def _heard_at(self, node: NodeState, other: Agent) -> float | None:
+        """Return from when a monitor, or the leader of the next round, counts the silence of this node.
+
+        None: it does not, or the next poll shows that the node lives. A monitor that gets no answers stands down.
+        """
+        theirs, monitor = other.node.round, None
+        if theirs.number == node.round.number and theirs.end is None:
+            monitor = theirs.monitor
+        elif theirs.number == node.round.number + 1 and theirs.leader:
+            monitor = theirs.leader._past_monitor
+        if monitor is None or self._world.now - monitor._polled_at > node.settings.outage:
+            return None
+        if any(isinstance(request.question, ConfirmReset) for request, _ in other.rendezvous._link._unanswered):
+            return None
+        known, at = monitor._counters.get(node.round.ticket, (b"", None))
+        return at if self._counter(node) in (0, int(known or 0)) else None
+
+    def _counter(self, node: NodeState) -> int:
+        return int(self._world.store.values.get(node.key(f"heartbeat/{node.round.ticket}"), b"0")) % LOOK
 
     def recorded(self, entries: list[Entry]) -> None:
         """What is written of the job's life is written by one node. Without the store, nodes cannot agree on which."""

@@ -23,8 +23,8 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     if LOOK <= count < LEFT:
         count %= LOOK
         learn_look(node, step)
-    count_once = count - heartbeat.is_repeated
-    heartbeat.in_flight = heartbeat.is_repeated = False
+    count_once = count - heartbeat.repeats
+    heartbeat.in_flight, heartbeat.repeats = False, 0
     late = heartbeat.sent_at - heartbeat.answered_at - node.heartbeat_period
     heartbeat.monitored_at += max(0.0, late - node.settings.outage)  # this node or the store slept, not the monitor
     heartbeat.answered_at = heartbeat.sent_at

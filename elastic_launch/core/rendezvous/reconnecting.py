@@ -15,7 +15,7 @@ from elastic_launch.job import Change, Decision, End, EndKind
 
 def on_reconnected(node: NodeState, step: Step, reconnected: StoreReconnected) -> None:
     """Find out whether it is the same store. A heartbeat without an answer is sent again."""
-    node.round.heartbeat.is_repeated = node.round.heartbeat.in_flight
+    node.round.heartbeat.repeats += node.round.heartbeat.in_flight
     if not node.is_over:
         step.read_own_record()
 

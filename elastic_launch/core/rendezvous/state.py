@@ -98,8 +98,8 @@ class Heartbeat:
     answered_at: float = 0.0
     """When the last heartbeat that was answered had been sent."""
     in_flight: bool = False
-    is_repeated: bool = False
-    """It may count twice, because it was sent on two connections."""
+    repeats: int = 0
+    """How often it was sent again, on another connection; each time, it may have counted before."""
     count: int = 0
     """The node's counter at the last answer."""
     monitored_at: float = 0.0
