@@ -211,6 +211,7 @@ def test_all_hosts_come_back_with_their_data(agents: Agents, tmp_path: Path) -> 
     all_are_up(agents, 0, 3)
     for process in processes:
         process.kill()
+    for process in processes:  # only now: the others must not have time to go on without the first
         agents.job.finish(process)
     for result in finish(agents, [agents(script, *logs) for _ in range(3)]):
         assert result.returncode == 0, result.stderr

@@ -69,7 +69,7 @@ from elastic_launch.errors import RendezvousConnectionError, RendezvousStateErro
 from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.backends import Backend
 from elastic_launch.rendezvous.signing import Signer
-from elastic_launch.rendezvous.store_link import Timeouts
+from elastic_launch.rendezvous.store_link import LinkState, Timeouts
 from elastic_launch.rendezvous.store_rendezvous import CLOSE_TIMEOUT, StoreRendezvous
 from tests.support.checks import BEGINNING, Checks
 from tests.support.memory_store import MemoryStore
@@ -620,6 +620,8 @@ class Agent:
 
     def _record(self, before: AgentState | None, event: AgentEvent | None, actions: list[Action]) -> None:
         step = Transition(before, event, self.state, actions, self.world.now, self.world.now)
+        if self.rendezvous._link.state is LinkState.GIVEN_UP:
+            self.world.store_was_up = False  # for this node
         self.world.checks.recorded(self.journal.observe(step))
 
     def _carry_out(self, actions: list[Action]) -> None:
