@@ -52,7 +52,7 @@ def nothing_left(temp: Path) -> Iterator[None]:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
             pass
-    assert not names, "processes left behind"
+    assert not names, f"processes left behind: {names}"
     after = _descriptors() - _shared_descriptors, threading.active_count()
     assert after == before, "descriptors or threads left behind"
     files = [path for path in temp.rglob("*") if path.is_file() and path.name not in ("error.json", "stacks.log")]
