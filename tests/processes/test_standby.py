@@ -36,12 +36,19 @@ NOBODY = 1 << 22
 """The lowest pid that no process can have."""
 
 
+def is_standby(process: psutil.Process) -> bool:
+    """Whether a process is a standby. It may just have ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() == "elastic-standby"
+    return False
+
+
 def standbys(process: subprocess.Popen[str], count: int) -> list[psutil.Process]:
     """Wait until a job has so many standbys, and return them."""
     found: list[psutil.Process] = []
 
     def are_there() -> bool:
-        found[:] = [it for it in psutil.Process(process.pid).children(recursive=True) if it.name() == "elastic-standby"]
+        found[:] = filter(is_standby, psutil.Process(process.pid).children(recursive=True))
         return len(found) == count
 
     wait_until(are_there, f"{count} standbys")
@@ -198,7 +205,7 @@ def test_next_round_with_a_failure_while_they_are_made(job: Job) -> None:
 
     def has_begun() -> bool:
         below = psutil.Process(process.pid).children(recursive=True)
-        made[:] = [it.pid for it in below if it.is_running() and it.name() == "elastic-standby"]
+        made[:] = [it.pid for it in filter(is_standby, below)]
         return bool(made)
 
     wait_until(has_begun)
