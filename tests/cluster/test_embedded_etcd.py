@@ -34,7 +34,7 @@ from elastic_launch.store.etcd.plan import MemberPlan
 from tests.support.certificates import make_certificates
 from tests.support.etcd import post
 from tests.support.jobs import Job
-from tests.support.leaks import children
+from tests.support.leaks import wait_for_children
 from tests.support.nodes import listens, up
 from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE as LONG
@@ -112,7 +112,7 @@ def agents(job: Job) -> Iterator[Agents]:
             process.kill()
             process.wait()
     # Their children end by themselves a moment later.
-    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
+    wait_for_children()
 
 
 def finish(agents: Agents, processes: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:

@@ -21,7 +21,7 @@ from elastic_launch.host import former
 from elastic_launch.store.client import connect
 from tests.support.etcd import Trio
 from tests.support.jobs import Job
-from tests.support.leaks import children
+from tests.support.leaks import wait_for_children
 from tests.support.nodes import ALL_REDUCE, QUICK, STEADY, WARM, Nodes, c10d, listens, start_three, up
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
@@ -377,7 +377,7 @@ def test_a_killed_agent_leaves_nothing_behind(job: Job) -> None:
         process.send_signal(signal.SIGKILL)
         job.finish(process)
     wait_until(lambda: not any(map(is_alive, pids)))
-    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
+    wait_for_children()
 
 
 def test_a_node_whose_workers_succeeded_stays_for_another_round(job: Job) -> None:

@@ -32,10 +32,10 @@ from elastic_launch.store.client import connect
 from tests.support.consoles import LiveScreen
 from tests.support.control import asked, elastic_job, one_socket, start_elastic_job
 from tests.support.jobs import TWO, Job
-from tests.support.leaks import children
+from tests.support.leaks import wait_for_children
 from tests.support.nodes import STEADY, Nodes, c10d
 from tests.support.servers import shared_etcd, shared_store
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 RUN = "mark('up'); wait()\n"
 NONE = "elastic-job: no job of yours runs on this host\n"
@@ -152,7 +152,7 @@ def test_what_a_killed_agent_left_is_not_shown_and_removed(job: Job) -> None:
     process.wait()
     assert elastic_job("status").returncode == 3
     wait_until(lambda: elastic_job("ps").stdout == "" and not os.path.exists(path))
-    wait_until(lambda: not any(is_alive(child.pid) for child in children()), "its keeper has ended, too")
+    wait_for_children()
 
 
 def test_an_agent_that_is_stopped_is_listed_as_such(job: Job) -> None:

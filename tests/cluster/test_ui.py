@@ -26,10 +26,10 @@ from elastic_launch.operate.ui.server import MAX_CLIENTS
 from tests.support.browser import Browser, browser
 from tests.support.control import elastic_job, start_elastic_job
 from tests.support.jobs import TWO, Job
-from tests.support.leaks import children
+from tests.support.leaks import wait_for_children
 from tests.support.nodes import Nodes, c10d
 from tests.support.servers import shared_etcd
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 STEPS = "from elastic_launch import worker\ndef step(n):\n    worker.progress(n)\n    time.sleep(0.02)\n"
 TRAINS = STEPS + "for n in range(10**6): step(n)\n"
@@ -284,7 +284,7 @@ def test_a_job_whose_agent_is_killed_is_lost(job: Job) -> None:
         assert (view["state"], view["is_over"], view["is_lost"]) == ("running", True, True)
         process.wait()
         assert [kind for kind, _ in served.events("job=never-ran")] == ["error"]
-    wait_until(lambda: not any(is_alive(child.pid) for child in children()), "its keeper has ended, too")
+    wait_for_children()
 
 
 def test_an_agent_that_is_stopped_is_told(job: Job) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from elastic_launch.workers import BOOTSTRAP
-from tests.support.leaks import children
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.leaks import wait_for_children
+from tests.support.waiting import DEADLINE
 
 PYTHON = sys.executable
 
@@ -426,7 +426,7 @@ def test_processes_of_multiprocessing_find_main_and_write_nothing(
     tmp_path: Path, work: Path, form: str, method: str
 ) -> None:
     run = both(tmp_path, *assignment(work, form, MULTIPROCESSING), method)
-    wait_until(lambda: not [child for child in children() if is_alive(child.pid)], "the helpers' end")
+    wait_for_children()
     run.plain.stderr, run.ours.stderr = (re.sub(r"(?m)^Process .*", "", one.stderr) for one in (run.plain, run.ours))
     run.check(0, None)
     assert "ValueError: child" in run.ours.stderr

@@ -26,9 +26,9 @@ from elastic_launch.operate.exporter import JobCollector
 from elastic_launch.operate.exporter_metrics import METRICS, UNUSABLE, Kind
 from tests.support.control import elastic_job, start_elastic_job
 from tests.support.jobs import TWO, Job
-from tests.support.leaks import children
+from tests.support.leaks import wait_for_children
 from tests.support.ports import free_port
-from tests.support.waiting import DEADLINE, is_alive, wait_until
+from tests.support.waiting import DEADLINE, wait_until
 
 HOST = os.uname().nodename
 RUN = "mark('up'); wait()\n"
@@ -219,7 +219,7 @@ def test_what_a_dead_agent_left_is_not_told_and_is_removed(job: Job, registry: C
     assert len(sockets(os.environ)) == 1
     assert samples(registry.collect()) == {UNUSABLE: {(): 0}}
     assert sockets(os.environ) == []
-    wait_until(lambda: not any(is_alive(child.pid) for child in children()), "its keeper has ended, too")
+    wait_for_children()
 
 
 def test_without_jobs_the_metrics_are_described_and_have_no_samples() -> None:

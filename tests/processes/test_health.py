@@ -24,7 +24,7 @@ from elastic_launch.health import server as health
 from elastic_launch.health.server import HealthServer
 from elastic_launch.health.server_main import MAX_CLIENTS
 from elastic_launch.host import child
-from tests.support.leaks import children
+from tests.support.leaks import children, wait_for_children
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -376,7 +376,7 @@ def agent() -> Iterator[Agent]:
     process.wait()
     os.kill(agent.copy, signal.SIGKILL)
     process.stdout.close()
-    wait_until(lambda: not [child for child in children() if is_alive(child.pid)])
+    wait_for_children()
 
 
 def status(port: int) -> int:

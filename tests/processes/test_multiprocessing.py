@@ -39,7 +39,7 @@ from tests.support.functions import (
     wait_for,
 )
 from tests.support.jobs import METHODS
-from tests.support.leaks import children
+from tests.support.leaks import wait_for_children
 from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 RANKS = (0, 1)
@@ -397,7 +397,7 @@ def test_processes_end_with_the_program(tmp_path: Path) -> None:
     program = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE)
     assert len(program.stdout.split()) == 2
     # The keeper ends after its workers. This process adopts whatever is left.
-    wait_until(lambda: not any(is_alive(child.pid) for child in children()))
+    wait_for_children()
 
 
 SAME = """

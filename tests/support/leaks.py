@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.waiting import is_alive
+from tests.support.waiting import is_alive, wait_until
 
 _shared: set[int] = set()
 """Pids of the servers that outlive a test."""
@@ -32,6 +32,11 @@ def shared_by_tests() -> Iterator[None]:
 def children() -> list[psutil.Process]:
     """The processes that this test has started, also those that have ended and not been waited for."""
     return [child for child in psutil.Process().children() if child.pid not in _shared]
+
+
+def wait_for_children() -> None:
+    """Wait until all that this test has started has ended: what an agent that was killed leaves ends a moment later."""
+    wait_until(lambda: not any(is_alive(child.pid) for child in children()), "the end of what the test has started")
 
 
 @contextmanager

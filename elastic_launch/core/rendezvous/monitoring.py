@@ -165,17 +165,15 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
     pass_on_look(node, step, look)
     suspected = round_.monitor.poll(zip(tickets, map(without_flag, counters), strict=True), step.now, asked_at)
     poll_in_time(node, step, Timer.MONITOR_POLL, asked_at)
-    # When the round is over, the leader of the next one reads the counters, too.
-    is_over = node.phase is Phase.ENDED
-    grown = round_.monitor.take_resets() if not (is_over or ended) else []
-    if grown:
+    is_over = node.phase is Phase.ENDED  # then the leader of the next round reads the counters, too
+    if ended and not is_over:
+        step.get(questions.LearnEnd(), "end")  # sooner than by a wait that stands still
+    elif not is_over and (grown := round_.monitor.take_resets()):
         # Those whose counters have not grown see with their next heartbeat that they were polled before it.
         all_grown = not has_newcomers and set(grown) >= {*tickets} - {round_.ticket}
         reset(node, step, grown, step.now if all_grown else heard_at)
-    elif is_over or not ended:
+    else:
         confirm_poll(node, step, heard_at)
-    if ended and not is_over:
-        step.get(questions.LearnEnd(), "end")  # sooner than a wait that stands still
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
     check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 
