@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+PROC = "/proc"
 _ENDED = (b"Z", b"X", b"x")
 """States of a process that has ended."""
 
@@ -22,7 +23,7 @@ def space() -> str:
 def start_time(pid: int) -> int:
     """Return when a process was started, in clock ticks since the host booted; 0: it is gone, or that is unknown."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with open(f"{PROC}/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
         return 0 if fields[0] in _ENDED else int(fields[19])
     except (OSError, IndexError, ValueError):
@@ -37,9 +38,9 @@ def is_gone(pid: int, started: int) -> bool:
         started: its ``start_time``.
     """
     now = start_time(pid)
-    if now == started or not os.path.exists("/proc/self/stat") or (now == 0 and _is_another_users(pid)):
+    if now == started or not os.path.exists(f"{PROC}/self/stat") or (now == 0 and _is_another_users(pid)):
         return False
-    return not any(_belongs_to(keeper, pid) for keeper in os.listdir("/proc") if keeper.isdigit())
+    return not any(_belongs_to(keeper, pid) for keeper in os.listdir(PROC) if keeper.isdigit())
 
 
 def _is_another_users(pid: int) -> bool:
@@ -55,16 +56,20 @@ def _belongs_to(process: str, agent: int) -> bool:
     """Whether a process is a keeper, of this user, that may be an agent's.
 
     A keeper's last argument is its pidfd of the agent. The kernel gives that the pid -1 when the agent has been reaped.
+    A process that is just ending has no arguments any more, before the kernel kills its children: it may be any keeper.
     """
     with contextlib.suppress(OSError, ValueError):
-        with open(f"/proc/{process}/comm", "rb") as file:
+        with open(f"{PROC}/{process}/comm", "rb") as file:
             if file.read().strip() != b"elastic-keeper":
                 return False
-        if os.stat(f"/proc/{process}").st_uid != os.geteuid() or start_time(int(process)) == 0:
+        if os.stat(f"{PROC}/{process}").st_uid != os.geteuid() or start_time(int(process)) == 0:
             return False
-        with open(f"/proc/{process}/cmdline", "rb") as file:
-            fd = int(file.read().split(b"\0")[-2])
-        with open(f"/proc/{process}/fdinfo/{fd}", "rb") as file:
+        with open(f"{PROC}/{process}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+        if len(words) < 2:
+            return True
+        fd = int(words[-2])
+        with open(f"{PROC}/{process}/fdinfo/{fd}", "rb") as file:
             pids = [int(line.split()[1]) for line in file if line.startswith(b"Pid:")]
         return pids != [] and pids[0] in (-1, agent)
     return False
