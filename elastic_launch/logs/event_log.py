@@ -63,10 +63,14 @@ class EventLog:
                 self._log(f"{self._option}: {what}; the job continues, and events are lost")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file.
+
+        Raises:
+            OSError: some file systems report only now that a line could not be written. The file is closed.
+        """
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _write(self, line: bytes) -> None:
         if self._fd < 0:

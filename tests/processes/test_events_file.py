@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -180,6 +181,32 @@ def test_a_line_that_is_cut_off_by_a_full_disk_is_finished_once_there_is_room(sm
     assert last == b"last"
     assert lines == [letter * 9_999 for letter in (b"a", b"b", b"c", b"d", b"e")][: len(lines)]
     assert len(lines) >= 3
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO])
+def test_a_file_system_may_report_a_lost_line_when_the_file_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As NFS does. The descriptor is closed all the same, and its number may be another file's soon."""
+    closing, closed = os.close, list[int]()
+
+    def close(fd: int) -> None:
+        closing(fd)
+        closed.append(fd)
+        raise OSError(number, os.strerror(number))
+
+    warnings: list[str] = []
+    log = EventLog(str(tmp_path / "e"), "--events", warnings.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", close)
+        log.append(b"one\n")
+    assert len(closed) == 1
+    with open(tmp_path / "another", "wb"):
+        log.append(b"two\n")
+    log.close()
+    assert (tmp_path / "e").read_bytes() == b"one\ntwo\n"
+    assert (tmp_path / "another").read_bytes() == b""
+    assert warnings == [f"--events: {os.strerror(number)}; the job continues, and events are lost"]
 
 
 def test_a_pipe_that_is_full_loses_whole_lines(tmp_path: Path) -> None:
