@@ -177,7 +177,7 @@ class StoreClient:
             UsageError: A key or value exceeds the limits of the protocol. Nothing was queued.
             RuntimeError: The connection is waiting.
         """
-        waits = bool(self._pending) and isinstance(self._pending[-1].request, Wait)
+        waits = not self._failure and bool(self._pending) and isinstance(self._pending[-1].request, Wait)
         if waits and not isinstance(request, Cancel):
             raise RuntimeError(f"a connection that waits was asked for {describe(request)}")
         if waits or not isinstance(request, Cancel):

@@ -355,6 +355,24 @@ def test_replies_before_a_loss_are_returned() -> None:
             client.take()
 
 
+def test_a_lost_connection_that_waits_accepts_other_waits() -> None:
+    """The loss may come together with the answer to a wait that was cancelled, so that nobody knows of it yet."""
+
+    def serve(connection: socket.socket) -> None:
+        connection.sendall(connection.recv(10, socket.MSG_WAITALL)[6:] + bytes([wire.STOPPED]))
+
+    with Server(serve) as client:
+        for request in (Wait(("first",)), Cancel(), Wait(("second",))):
+            client.submit(request, request)
+        assert answers(client, 1) == [(Wait(("first",)), False)]
+        with pytest.raises(RendezvousConnectionError, match="connection lost"):
+            wait_until(lambda: client.take() and False)
+        for request in (Cancel(), Wait(("third",))):
+            client.submit(request)
+        with pytest.raises(RendezvousConnectionError, match="connection lost"):
+            client.take()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_messages_may_be_cut_anywhere(seed: int) -> None:
     """The client gets the same replies however the bytes are cut, and so does the server with requests."""
