@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -17,6 +18,7 @@ from elastic_launch.store.etcd.bridge_main import Bridge
 from elastic_launch.store.etcd.cluster import Cluster, EtcdError, EtcdSettings
 from elastic_launch.store.etcd.heartbeats import Heartbeats
 from elastic_launch.store.etcd.keys import Keyspace
+from elastic_launch.store.etcd.watch import KeyWatch
 
 BEAT, OTHER = "job/0/heartbeat/1", "job/0/heartbeat/2"
 
@@ -294,6 +296,42 @@ def test_memory_is_read_at_the_member_that_has_just_answered(trio: Callable[[], 
         await until(lambda: len(asked) == 3)
         asked[2].answer.set_exception(_RpcError("unavailable"))
         assert await refused is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("waits_again", [False, True])
+def test_a_wait_may_end_while_its_key_is_read_again(waits_again: bool) -> None:
+    """etcd cancels a watch whose revision is compacted. Before the key is read, the agent's connection is lost."""
+
+    async def run() -> None:
+        read: asyncio.Future[tuple[list[Any], int]] = asyncio.get_running_loop().create_future()
+
+        async def answered(keys: Sequence[bytes]) -> tuple[list[Any], int]:
+            return await read
+
+        def response(watch_id: int, **what: Any) -> Any:
+            return SimpleNamespace(**{"created": False, "canceled": False, "events": (), **what}, watch_id=watch_id)
+
+        watch = KeyWatch(cast(Cluster, SimpleNamespace(etcdrpc=MagicMock())), answered)
+        waits = [asyncio.create_task(watch.wait(b"k", 5))]
+        await settle()
+        await watch._handle(response(1, created=True))
+        handling = asyncio.create_task(watch._handle(response(1, canceled=True)))
+        await settle()
+        waits[0].cancel()
+        await settle()
+        if waits_again:
+            waits.append(asyncio.create_task(watch.wait(b"k", 7)))
+            await settle()
+        read.set_result(([SimpleNamespace(mod_revision=6)], 7))
+        await handling
+        if waits_again:
+            written = SimpleNamespace(kv=SimpleNamespace(key=b"k", mod_revision=8))
+            await watch._handle(response(2, created=True))
+            await watch._handle(response(2, events=(written,)))
+            await settle()
+            assert waits[1].done()
 
     asyncio.run(run())
 

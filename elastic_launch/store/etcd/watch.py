@@ -153,7 +153,9 @@ class KeyWatch:
             if cancelled and self._awaited.get(cancelled.key) is cancelled:
                 # Most likely its revision has been compacted.
                 (kv,), revision = await self._read([cancelled.key])
-                if kv:
+                if self._awaited.get(cancelled.key) is not cancelled:
+                    pass  # meanwhile nobody waits any more
+                elif kv:
                     self._end_waits(cancelled)
                 else:
                     cancelled.revision = max(revision, cancelled.revision)
