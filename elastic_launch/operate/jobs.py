@@ -49,7 +49,8 @@ def running_jobs(environ: Mapping[str, str]) -> list[Job]:
     """
     jobs: dict[Any, Job] = {}
     for path, pid, answer in ask_all(sockets(environ)):
-        status = answer or _unresponsive(path, pid)
+        if (status := answer or _unresponsive(path, pid)) is None:
+            continue
         status["socket"] = path
         # Agents of one job have its id and meet in one store.
         endpoint = status["store"]["endpoint"]
@@ -116,15 +117,22 @@ def parser(command: str, what: str) -> argparse.ArgumentParser:
     return made
 
 
-def _unresponsive(path: str, pid: int) -> dict[str, Any]:
-    """Stand in for the status of an agent that does not answer. All that is known is the name of its socket."""
+def _unresponsive(path: str, pid: int) -> dict[str, Any] | None:
+    """Stand in for the status of an agent that does not answer; None: it has just ended.
+
+    All that is known is the name of its socket.
+    """
+    try:
+        began = os.stat(path).st_ctime
+    except FileNotFoundError:
+        return None
     id_, name_pid, *_ = os.path.basename(path).rsplit(".", 3)
     return {
         "job": id_,
         "pid": pid or int(name_pid),
         "host": os.uname().nodename,
         "state": UNRESPONSIVE,
-        "started_at": os.stat(path).st_ctime,
+        "started_at": began,
         "group_rank": None,
         "store": {"endpoint": None},
     }

@@ -25,7 +25,7 @@ from elastic_launch.core.rendezvous.messages import Settings
 from elastic_launch.core.rendezvous.ranks import assign
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, encode
 from elastic_launch.core.store_requests import Get, Set
-from elastic_launch.operate import logs
+from elastic_launch.operate import jobs, logs
 from elastic_launch.operate.__main__ import COMMANDS
 from elastic_launch.operate.logs import NoFilesError
 from elastic_launch.store.client import connect
@@ -167,6 +167,13 @@ def test_an_agent_that_is_stopped_is_listed_as_such(job: Job) -> None:
     wait_until(lambda: job_of("frozen")["state"] == "running")
     process.send_signal(signal.SIGTERM)
     job.finish(process)
+
+
+def test_an_agent_that_ends_without_an_answer_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    living, ended = tmp_path / "a.12.abc.sock", tmp_path / "b.13.abc.sock"
+    living.touch()
+    monkeypatch.setattr(jobs, "ask_all", lambda paths: [(str(path), 0, None) for path in (living, ended)])
+    assert [(job.id, job.pids) for job in jobs.running_jobs(os.environ)] == [("a", [12])]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(job: Job) -> None:
