@@ -137,5 +137,6 @@ def _receive_sockets(control: socket.socket, agent: int, sockets: SimpleQueue[so
             break
         if not data:
             break
-        sockets.put(socket.socket(fileno=descriptors[0]))
+        if descriptors:  # otherwise this process may not open more: the workers find no store, and report that
+            sockets.put(socket.socket(fileno=descriptors[0]))
     os._exit(0)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from elastic_launch.host.ports import listen
 from elastic_launch.store import wire
 from elastic_launch.store.client import connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
+from elastic_launch.store.tcpstore_server_main import _receive_sockets
 from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 
@@ -111,6 +113,31 @@ def test_life_of_the_process(capfd: pytest.CaptureFixture[str]) -> None:
             late.call(Get(("n",)), DEADLINE)
 
 
+def test_a_socket_for_which_there_is_no_descriptor_leaves_the_process_watching_its_agent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process may have as many clients as descriptors. Then a message comes without the socket that it brings."""
+
+    class EndedError(Exception):
+        pass
+
+    def end(status: int) -> None:
+        raise EndedError
+
+    monkeypatch.setattr(os, "_exit", end)
+    sockets: SimpleQueue[socket.socket] = SimpleQueue()
+    agents, own = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with own, listen(0) as further, open(os.pidfd_open(os.getpid()), "rb") as agent:
+        with agents:
+            agents.send(b"+")
+            socket.send_fds(agents, [b"+"], [further.fileno()])
+        with pytest.raises(EndedError):
+            _receive_sockets(own, agent.fileno(), sockets)
+        with sockets.get_nowait() as received:
+            assert received.getsockname() == further.getsockname()
+    assert sockets.empty()
+
+
 def test_close_ends_the_process_at_once() -> None:
     with hosting() as host:
         before = time.monotonic()
@@ -123,6 +150,7 @@ AGENT = """
 import os, select, sys
 from elastic_launch.host.ports import listen
 from elastic_launch.store.tcpstore_server import TCPStoreServer
+from elastic_launch.store.tcpstore_server_main import _receive_sockets
 host = TCPStoreServer(listen(0), os.environ)
 if sys.argv[1] == "ready":
     select.select([host], [], [])
