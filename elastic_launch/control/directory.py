@@ -87,11 +87,16 @@ def make(path: str) -> None:
         UnavailableError: it cannot be made, or what is there is not private.
     """
     try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        check(path, os.geteuid())
+        for _ in range(3):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            # It may be gone again: an agent that had the last socket there has just removed it.
+            with contextlib.suppress(FileNotFoundError):
+                check(path, os.geteuid())
+                return
     except OSError as error:
         raise UnavailableError(f"{path}: {error.strerror}; set XDG_RUNTIME_DIR or TMPDIR to another place") from error
+    raise UnavailableError(f"{path}: is removed again and again")
 
 
 def socket_name(run_id: str) -> str:

@@ -117,7 +117,7 @@ class ControlServer:
         folder = os.path.dirname(self.path)
         for _ in range(3):
             make(folder)
-            # It may be gone again: an agent that had the last socket there has just removed it.
+            # By now another agent may have removed it, as in ``make``.
             with contextlib.suppress(FileNotFoundError), address(f"{self.path}.new") as where:
                 self._listening.bind(where)
                 self._listening.listen(MAX_CLIENTS)

@@ -24,7 +24,7 @@ from elastic_launch.agent.loop import LoopSource
 from elastic_launch.control import client as control_client
 from elastic_launch.control.client import ControlClient, ask_all, everybodys_sockets, sockets
 from elastic_launch.control.connection import MAX_LINE, MAX_OUTPUT
-from elastic_launch.control.directory import directory, make, socket_name
+from elastic_launch.control.directory import check, directory, make, socket_name
 from elastic_launch.control.server import MAX_CLIENTS, ControlServer
 from elastic_launch.core.agent.messages import AgentEvent, Signalled
 from elastic_launch.errors import UnavailableError, UsageError
@@ -304,8 +304,9 @@ def test_the_directory_is_private_and_the_sockets_name_tells_the_job(server: Con
     assert os.path.basename(server.path).startswith(f"my_job.{os.getpid()}.")
 
 
+@pytest.mark.parametrize("when", ["before it is checked", "before it is used"])
 def test_the_last_agent_removes_the_directory_even_if_another_is_about_to_use_it(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     first, second = (ControlServer("job", os.environ, operator) for _ in range(2))
     folder = os.path.dirname(first.path)
@@ -316,7 +317,14 @@ def test_the_last_agent_removes_the_directory_even_if_another_is_about_to_use_it
         make(path)
         second.close()
 
-    monkeypatch.setattr("elastic_launch.control.server.make", make_too_early)
+    def check_too_late(path: str, owner: int) -> None:
+        second.close()
+        check(path, owner)
+
+    if when == "before it is used":
+        monkeypatch.setattr("elastic_launch.control.server.make", make_too_early)
+    else:
+        monkeypatch.setattr("elastic_launch.control.directory.check", check_too_late)
     third = ControlServer("job", os.environ, operator)
     assert sockets(os.environ) == [third.path]
     third.close()
