@@ -29,6 +29,8 @@ MAX_CHILDREN = 4
 """Number of a worker's own Python processes, such as those of a DataLoader, whose stacks are taken."""
 NATIVE_PATIENCE = 10.0
 """Longest time, in seconds, that py-spy gets for all workers of the node; it may have to read large libraries."""
+KILL_PATIENCE = 1.0
+"""Longest time, in seconds, that it gets to end once it is killed: it cannot while it waits for a dead disk."""
 OPTIONS = ("dump", "--native", "--full-filenames", "--pid")
 """Arguments of py-spy before the pid."""
 
@@ -123,13 +125,14 @@ def _native(pids: Mapping[int, int], py_spy: str) -> Iterator[Threads]:
             running.append((rank, output, subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)))
     except OSError:
         pass  # it has been removed, or the system grants no more processes
-    until = time.monotonic() + NATIVE_PATIENCE
-    while any(process.poll() is None for _, _, process in running) and time.monotonic() < until:
-        yield found
-    for rank, output, process in running:
-        with output:
+    for patience in (NATIVE_PATIENCE, KILL_PATIENCE):
+        until = time.monotonic() + patience
+        while any(process.poll() is None for _, _, process in running) and time.monotonic() < until:
+            yield found
+        for _, _, process in running:
             process.kill()
-            process.wait()
+    for rank, output, _ in running:
+        with output:
             output.seek(0, os.SEEK_SET)
             found[rank] = parse_py_spy(output.read().decode(errors="replace"))
     yield found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any, cast
 
 import pytest
 
+from elastic_launch.agent import stack_sampler
 from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.progress_memory import ProgressMemory
 from elastic_launch.core.agent.messages import RendezvousAction
@@ -41,3 +43,28 @@ def test_stacks_that_are_wanted_do_not_wait_for_a_stall_that_is_suspected(is_fir
 
     wait_until(reported)
     assert [action.number for action in reported()] == [-1]
+
+
+def test_a_py_spy_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that reads a library from a dead disk, which may be why the workers hang."""
+    signals: list[str] = []
+
+    class Stuck:
+        def __init__(self, command: list[str], **options: object) -> None:
+            assert command[-1] == "4711"
+
+        def poll(self) -> None:
+            return None
+
+        def kill(self) -> None:
+            signals.append("kill")
+
+        def wait(self) -> None:
+            pytest.fail("the agent's loop would stand still")
+
+    monkeypatch.setattr(subprocess, "Popen", Stuck)
+    monkeypatch.setattr(stack_sampler, "NATIVE_PATIENCE", 0.0)
+    monkeypatch.setattr(stack_sampler, "KILL_PATIENCE", 0.0)
+    *_, read = stack_sampler._native({0: 4711}, "py-spy")
+    assert read == {0: ()}
+    assert signals[:1] == ["kill"]
