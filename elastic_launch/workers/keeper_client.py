@@ -120,6 +120,11 @@ class KeeperProcess:
                 data = data[1:]
             self._sock.sendall(data)
 
+    def renew_lease(self, until: float) -> None:
+        """Send a lease. It is lost if the keeper is gone or closed, or has read nothing for minutes (an import)."""
+        with contextlib.suppress(OSError):
+            self._sock.send(keeper_main.pack(("renew_lease", until)), socket.MSG_DONTWAIT)
+
     def receive(self) -> Iterable[tuple[Any, ...]]:
         """Return the messages that have arrived.
 
@@ -306,7 +311,7 @@ class KeeperClient:
         """
         self._lease = until
         self._resume_keeper()
-        self._keeper.send("renew_lease", until)
+        self._keeper.renew_lease(until)
 
     def dump_stacks(self, local_ranks: Collection[int]) -> None:
         """Have Python workers write the stacks of their threads, to their memory or to stderr."""

@@ -80,6 +80,8 @@ DESCRIPTORS_CLOSED = 71
 """Exit status of a warm keeper if a module has closed its descriptors."""
 NO_LEASE = float("inf")
 """The lease of workers that need none."""
+MAX_POLL = 86400.0
+"""Seconds. poll(2) cannot wait for more than 24 days, but a lease may last longer."""
 
 STANDBY = "elastic-standby"
 """The name of a process that stands by, as ``ps`` shows it."""
@@ -219,7 +221,7 @@ class Keeper:
         due = self.lease if self.is_any_left else NO_LEASE
         if self.pool:
             due = min(due, self.pool.due)
-        return None if due == NO_LEASE else max(0.0, due - time.monotonic()) * 1000
+        return None if due == NO_LEASE else min(max(0.0, due - time.monotonic()), MAX_POLL) * 1000
 
     # ---- messages
 

@@ -6,11 +6,13 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
 from elastic_launch.core.agent.messages import AgentEvent, Exited, GroupReaped, LeaseExpired, Started
+from elastic_launch.errors import UnavailableError
+from elastic_launch.host.child import spawn
 from elastic_launch.workers.keeper_client import Command, KeeperClient
 from tests.support.waiting import DEADLINE
 
@@ -76,6 +78,45 @@ def test_workers_without_a_lease_keep_running(workers: KeeperClient) -> None:
     [_, exited] = events(workers, lambda found: len(found) == 2)
     assert isinstance(exited, Exited)
     assert exited.exit.exitcode == 0
+
+
+def test_a_lease_may_last_for_years(workers: KeeperClient) -> None:
+    """As it does if somebody turns the loss of nodes off by a long ``keep_alive_interval``."""
+    workers.lease(time.monotonic() + 1e9)
+    workers.start([SLEEP])
+    events(workers, bool)
+    workers.send_signal(signal.SIGTERM, frozenset({0}), stop=True)
+    [exited] = events(workers, bool)
+    assert isinstance(exited, Exited)
+    assert exited.exit.exitcode == -signal.SIGTERM
+
+
+def test_a_keeper_that_reads_nothing_does_not_hold_up_the_agent() -> None:
+    """It imports modules, from a slow disk, while the agent renews the lease of its workers."""
+
+    def start(environ: Mapping[str, str], inherited: tuple[int, ...]) -> int:
+        return spawn(["/bin/sleep", "1000"], environ, {fd: fd for fd in inherited})
+
+    workers = KeeperClient("test-lease", dict(os.environ), start)
+    for _ in range(1000):
+        workers.lease(time.monotonic() + 100)
+    os.kill(workers._keeper.pid, signal.SIGKILL)
+    workers.close()
+
+
+def test_a_lease_may_be_renewed_when_the_last_keeper_is_lost(
+    workers: KeeperClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent then tells the other nodes why it leaves, while the store may answer its last heartbeat."""
+
+    def refuse(environ: Mapping[str, str]) -> None:
+        raise UnavailableError("no more processes")
+
+    monkeypatch.setattr("elastic_launch.workers.keeper_client.KeeperProcess", refuse)
+    os.kill(workers._keeper.pid, signal.SIGKILL)
+    with pytest.raises(UnavailableError, match="no more processes"):
+        events(workers, bool)
+    workers.lease(time.monotonic() + 100)
 
 
 def test_workers_that_start_after_their_lease_has_expired_die_at_once(workers: KeeperClient) -> None:
