@@ -16,13 +16,15 @@ import pytest
 
 from elastic_launch.core.agent.messages import Assigned, RequestJoin
 from elastic_launch.errors import UnavailableError
-from elastic_launch.host.ports import port_owner, reserve_ipv4_port, reserve_port
+from elastic_launch.host.ports import listen, port_owner, reserve_ipv4_port, reserve_port
 from elastic_launch.job import Assignment
+from elastic_launch.rendezvous.backends import c10d
 from elastic_launch.rendezvous.backends.c10d import C10dBackend
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.store.etcd.member import claim_endpoint
 from tests.support.jobs import Job
 from tests.support.ports import free_port
+from tests.support.waiting import wait_until
 
 ALL_REDUCE = """
 import torch, torch.distributed as dist
@@ -130,6 +132,24 @@ def test_a_store_of_another_user_is_not_taken_for_an_agents() -> None:
         backend = C10dBackend("127.0.0.1", own.getsockname()[1], None, {})
         backend.open()
         assert not backend.serves
+
+
+@pytest.mark.parametrize("has_answered", [False, True])
+def test_a_port_that_a_former_store_still_has_is_taken_when_that_has_ended(
+    has_answered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise nobody would host the store of an agent that is started again. But a store that was lost stays lost."""
+    monkeypatch.setattr(c10d, "TCPStoreServer", lambda listening, environ: listening)
+    with listen(0) as former:
+        backend = C10dBackend("127.0.0.1", former.getsockname()[1], None, {})
+        backend.open()
+        with contextlib.closing(backend.connect()) as client:
+            wait_until(lambda: client.is_connected)
+            if has_answered:
+                backend.addresses(client)
+        assert not backend.serves
+    with contextlib.closing(backend.connect()), contextlib.closing(backend):
+        assert backend.serves is not has_answered
 
 
 @needs_root

@@ -49,6 +49,8 @@ class C10dBackend(Backend):
         self.host = host
         self.port = port
         self._is_host = is_host
+        self._may_host = False
+        """Whether this node hosts the store as soon as the port is free: who has it may only be ending."""
         self._environ = environ
         self._is_local = is_local
         self._gate_key = gate_key
@@ -70,6 +72,7 @@ class C10dBackend(Backend):
             UnavailableError: the port cannot be bound, or the process cannot be started.
         """
         self._resolve = self._resolver.resolve
+        self._may_host = False
         if not self.is_host():
             return
         try:
@@ -77,6 +80,7 @@ class C10dBackend(Backend):
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 self._check_owner()
+                self._may_host = True
                 return  # by another agent, which hosts the store, or by a stranger: the connection will show
             raise self.cannot_host(error) from error
         self._process = TCPStoreServer(self._behind_gate("job", listening), self._environ)
@@ -162,8 +166,8 @@ class C10dBackend(Backend):
 
     def connect(self) -> StoreClient:
         """Connect to the endpoint; each call tries the next one of its addresses."""
-        if self._is_host is None:
-            self.open()  # the name may resolve by now
+        if self._is_host is None or self._may_host:
+            self.open()  # the name may resolve by now, or the port be free
         if not self._addresses:
             self._addresses = self._resolve(self.host, self.port)
         family, address = self._addresses.pop(0)
@@ -200,6 +204,7 @@ class C10dBackend(Backend):
 
     def addresses(self, client: StoreClient) -> tuple[str, str]:
         """Return the addresses of both ends of the connection."""
+        self._may_host = False  # another agent hosts the store
         try:
             with socket.socket(fileno=os.dup(client.fileno())) as sock:
                 return sock.getsockname()[0], sock.getpeername()[0]
