@@ -40,7 +40,7 @@ def spawn(
     closed: Collection[int] = (),
     unblocked: Collection[int] = (),
 ) -> int:
-    """Start a program in a session of its own, with signals blocked.
+    """Start a program in a session of its own, with signals blocked, and SIGCHLD not ignored.
 
     Args:
         argv: Path of the program, and its arguments.
@@ -68,6 +68,7 @@ def spawn(
             ],
             setsid=True,
             setsigmask=signal.valid_signals() - set(unblocked),
+            setsigdef=[signal.SIGCHLD],  # some daemons ignore it: the system would not tell how children end
         )
 
 

@@ -205,3 +205,13 @@ def test_a_program_can_ask_for_a_check(tmp_path: Path) -> None:
     assert elastic_launch(LaunchConfig(1, 1, 1, health_check="true", verbosity=0), "true")() == {0: None}
     with pytest.raises(UsageError, match="health_check_timeout=0"):
         LaunchConfig(1, 1, 1, health_check_timeout=0)
+
+
+def test_a_program_may_ignore_how_its_children_end(one_thread: None) -> None:
+    """Some daemons do, and all that they start inherits it. The check then seemed to have been killed."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        config = LaunchConfig(1, 1, 1, rdzv_timeout=1, health_check="true", verbosity=0)
+        assert elastic_launch(config, "true")() == {0: None}
+    finally:
+        signal.signal(signal.SIGCHLD, before)
