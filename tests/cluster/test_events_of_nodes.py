@@ -22,6 +22,11 @@ def events_of(job: Job) -> list[dict[str, Any]]:
     return events_in(file)
 
 
+def text_of(job: Job) -> str:
+    """What has been written so far."""
+    return "".join(file.read_text() for file in job.path.rglob("events_*.jsonl"))
+
+
 def of_job(events: list[dict[str, Any]]) -> list[str]:
     return [event["name"] for event in sorted(events, key=lambda event: event["time"]) if event["scope"] == "job"]
 
@@ -30,7 +35,8 @@ def of_job(events: list[dict[str, Any]]) -> list[str]:
 def test_a_lost_node_and_what_is_written_once_per_job(job: Job) -> None:
     script = job.script("mark('up')\nif restart == 0: wait()\nwait_for('end')")
     processes = start_three(job, script, "2:3", "--log-dir", "logs")
-    wait_until(lambda: up(job, 0, 3))
+    # The workers may be up before their agents have written that they have started them.
+    wait_until(lambda: up(job, 0, 3) and text_of(job).count('"name": "started"') == 3)
     processes[2].send_signal(signal.SIGKILL)
     wait_until(lambda: up(job, 1, 2))
     job.mark("end")

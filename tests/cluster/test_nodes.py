@@ -430,7 +430,9 @@ def test_a_store_host_that_leaves_while_nodes_join_notifies_the_others(job: Job)
 
 
 def test_workers_are_stopped_when_the_store_does_not_answer_for_too_long(job: Job) -> None:
-    nodes = c10d(job, "2", "last_call_timeout=1,keep_alive_interval=2,store_timeout=60,read_timeout=60", hosted=True)
+    # The workers get 4.5 s to stop. With a shorter deadline they might be killed first.
+    conf = "last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=6,store_timeout=60,read_timeout=60"
+    nodes = c10d(job, "2", conf, hosted=True)
     script = job.script(
         "signal.signal(signal.SIGTERM, lambda *_: (mark('stopped'), os._exit(0)))\n"
         "mark('up')\n"

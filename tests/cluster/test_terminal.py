@@ -14,6 +14,8 @@ from tests.support.consoles import Terminal, screen
 from tests.support.jobs import Job
 from tests.support.nodes import Nodes, c10d
 
+SCRIPT = "wait_for('go')\nos.write(1, b'out\\n')"
+
 
 class Node(Terminal):
     """A terminal with a node's launcher in it."""
@@ -33,9 +35,9 @@ class Node(Terminal):
 
 
 def words(nodes: Nodes) -> list[str]:
-    """The options of a job over the store that tests share, and its script."""
+    """The options of a job over the store that tests share, and its script, which waits for the mark ``go``."""
     options = ["--nnodes", nodes.nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", nodes.endpoint]
-    return [*options, "--rdzv-id", nodes.run_id, "--rdzv-conf", nodes.conf, nodes.job.script("os.write(1, b'out\\n')")]
+    return [*options, "--rdzv-id", nodes.run_id, "--rdzv-conf", nodes.conf, nodes.job.script(SCRIPT)]
 
 
 def test_waiting_is_one_live_line_that_the_final_line_replaces(job: Job) -> None:
@@ -51,7 +53,11 @@ def test_waiting_is_one_live_line_that_the_final_line_replaces(job: Job) -> None
     assert len(screen(first.seen)) == 1
     second.wait_for("waiting for 3 nodes … ".encode())
     third = job.start(*args)
-    ends = [b"elastic-run: formed: 3 nodes, 3 workers", b"out"]
+    formed = b"elastic-run: formed: 3 nodes, 3 workers"
+    for node in (first, second):
+        node.wait_for(formed)  # which is printed once the workers have been started
+    job.mark("go")
+    ends = [formed, b"out"]
     assert first.finish() == [*ends, b"elastic-run: done: 3 workers succeeded", b""]
     assert second.finish() == [*ends, b""], "the user who watched its line learns what came of it"
     result = job.finish(third)
@@ -65,7 +71,10 @@ def test_no_live_line_where_it_is_not_wanted(env: dict[str, str], job: Job) -> N
     first = Node(job, *([] if env else ["-q"]), *args, **env)
     nodes.wait_for_first()
     second = job.start(*args)
-    rows = first.finish()
+    if env:
+        first.wait_for(b"formed: 2 nodes")
+    job.mark("go")
+    rows = [row for row in first.finish() if b" has joined after " not in row]  # the second may take some seconds
     host = os.uname().nodename.encode()
     joined = [b"elastic-run: " + host + b" has joined: 2 of 2 nodes", b"elastic-run: formed: 2 nodes, 2 workers"]
     assert rows == ([*joined, b"out", b"elastic-run: done: 2 workers succeeded", b""] if env else [b"out", b""])
