@@ -382,12 +382,20 @@ SAYS = (
 )
 
 
+def wait_for_files(job: Job, text: str, count: int = 1) -> None:
+    """Wait until the agent has written a text so often: it may be late with what a worker has long said."""
+    files = job.path / "logs"
+    wait_until(lambda: sum(file.read_text().count(text) for file in files.rglob("std*.log")) == count, text)
+
+
 def test_logs_are_the_last_lines_of_each_stream_across_rounds(job: Job) -> None:
     files = ("-r", "3", "--log-dir", str(job.path / "logs"))
     process = start(job, "talk", *TWO, *files, script=SAYS + "wait()\n")
     job.wait_for("0.0 said", "1.0 said")
     elastic_job("restart")
     job.wait_for("0.1 said", "1.1 said")
+    wait_for_files(job, "line 4 of", 4)
+    wait_for_files(job, "trouble", 4)
     everything = elastic_job("logs").stdout
     assert everything.count("line ") == 20
     assert re.findall("==> (.*) <==", everything) == [
@@ -413,6 +421,7 @@ def test_one_file_is_shown_as_it_is(job: Job) -> None:
     files = ("-r", "1", "--log-dir", str(job.path / "logs"))
     process = start(job, "talk", *files, script="print('no newline at the end', end='', flush=True)\n" + RUN)
     job.wait_for("0.0 up")
+    wait_for_files(job, "at the end")
     assert elastic_job("logs").stdout == "no newline at the end"
     process.send_signal(signal.SIGTERM)
     job.finish(process)
@@ -422,6 +431,7 @@ def test_logs_that_are_followed_go_on_through_restarts_to_the_end(job: Job) -> N
     script = SAYS + "if restart == 0: wait()\nwait_for('end')\nprint('the end', flush=True)\n"
     process = start(job, "talk", "-r", "1", "--log-dir", str(job.path / "logs"), script=script)
     job.wait_for("0.0 said")
+    wait_for_files(job, "line 4 of")
     follower = start_elastic_job(job, "logs", "-f", "--last", "1")
     assert follower.stdout
     assert follower.stdout.readline() == "==> round 0, rank 0, stdout <==\n"

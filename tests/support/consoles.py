@@ -146,12 +146,17 @@ class LiveScreen:
         self.has_cursor = True
         self.blank_frames = 0
         """How often the screen was empty between two updates, which a person sees as flicker."""
-        self._rest = b""
+        self._is_new = False
+        """Whether no update has fitted the present size."""
+        self._is_cut_off = False
+        """Whether the present update has not."""
 
     def resize(self, rows: int, columns: int) -> None:
+        """Become larger or smaller. What the program writes before it notices is cut off."""
         self.rows, self.columns = rows, columns
         self.lines = [" " * columns for _ in range(rows)]
         self._row = self._column = 0
+        self._is_new = True
 
     def shown(self) -> list[str]:
         """The rows, without blanks at their ends."""
@@ -159,8 +164,7 @@ class LiveScreen:
 
     def feed(self, data: bytes) -> None:
         """Show what was written."""
-        text = (self._rest + data).decode(errors="ignore")
-        self._rest = b""
+        text = data.decode(errors="ignore")
         for token in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|.", text, re.DOTALL):
             self._take(token)
 
@@ -176,10 +180,12 @@ class LiveScreen:
                 pass
             case "\x1b[H":
                 self._row = self._column = 0
+                self._is_cut_off = False
             case "\x1b[K":
                 self.lines[self._row] = self.lines[self._row][: self._column].ljust(self.columns)
             case "\x1b[J":
                 self.lines[self._row + 1 :] = [" " * self.columns for _ in self.lines[self._row + 1 :]]
+                self._is_new &= self._is_cut_off
             case "\x1b[2J":
                 self.blank_frames += 1
             case "\r":
@@ -191,6 +197,9 @@ class LiveScreen:
                     self._row -= 1
             case _:
                 assert not token.startswith("\x1b"), f"unknown control sequence {token!r}"
+                if self._is_new and self._column == self.columns:
+                    self._is_cut_off = True
+                    return
                 assert self._column < self.columns, f"a row that is too long: {self.lines[self._row]}"
                 line = self.lines[self._row]
                 self.lines[self._row] = line[: self._column] + token + line[self._column + 1 :]
