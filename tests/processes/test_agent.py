@@ -348,7 +348,7 @@ def test_shutdown_timeout_holds_for_a_failure(job: Job) -> None:
         "while len(open('marks').readlines()) < 2: time.sleep(0.01)\n"
         "if rank == 1: sys.exit(9)\nwait()"
     )
-    done = job.run(*TWO, "--shutdown-timeout", "1", script)
+    done = job.run(*TWO, "--shutdown-timeout", "5", script)
     assert done.returncode == 9
     assert "0.0 deaf" in job.marks()
     assert "sending SIGKILL to worker rank 0 (pid " in done.stderr
@@ -460,10 +460,13 @@ def test_endless_shutdown_timeout(job: Job) -> None:
 
 def test_success_stays_success_when_a_signal_comes_too_late(job: Job) -> None:
     text = (
-        "if rank == 0: subprocess.Popen(['sh', '-c', \"trap 'echo swept >> marks' TERM; while :; do sleep 0.1; done\"])"
+        "child = \"trap 'echo swept >> marks' TERM; echo ready >> marks; while :; do sleep 0.1; done\"\n"
+        "if rank == 0: subprocess.Popen(['sh', '-c', child])\n"
+        "wait_for('ready')"
     )
-    process = job.start(*TWO, job.script(f"{text}; time.sleep(0.2)"))
-    job.wait_for("swept")
+    process = job.start(*TWO, job.script(text))
+    # On a busy machine the child may not be in time to say so before it is killed.
+    wait_until(lambda: "swept" in job.marks() or process.poll() is not None)
     process.send_signal(SIGTERM)
     assert job.finish(process).returncode == 0
 
@@ -675,7 +678,10 @@ def test_what_a_failed_worker_left_has_its_grace(job: Job) -> None:
 
 
 def test_killed_leftovers_are_named(job: Job) -> None:
-    script = job.script("subprocess.Popen(['sh', '-c', \"trap '' TERM; while :; do sleep 1; done\"])")
+    script = job.script(
+        "subprocess.Popen(['sh', '-c', \"trap '' TERM; echo ready >> marks; while :; do sleep 1; done\"])\n"
+        "wait_for('ready')"
+    )
     done = job.run("--nproc-per-node", "1", script)
     assert done.returncode == 0
     assert re.search(r"killed processes that the workers left behind: .*sh \(pid \d+\)", done.stderr)

@@ -41,7 +41,8 @@ assert b"elastic_launch" in open("/proc/1/cmdline", "rb").read(), "the agent is 
 for folder in ("/dev/shm", os.path.expanduser("~")):
     assert not os.access(folder, os.W_OK), folder
 subprocess.Popen(["sleep", "1000"], start_new_session=True)
-print("rank", rank, "of user", os.getuid(), "reads", repr(sys.stdin.read() if sys.stdin else ""), flush=True)
+line = f"rank {rank} of user {os.getuid()} reads {sys.stdin.read() if sys.stdin else ''!r}\\n"
+os.write(1, line.encode())  # in one piece: others write at the same time
 open(f"printed-{rank}", "w").close()
 while not os.path.exists("printed-0"):
     time.sleep(0.01)  # before this one fails, and the other is stopped
@@ -80,7 +81,7 @@ def test_functions_in_a_bare_container(job: Job) -> None:
 
 
 def test_few_descriptors_are_enough_or_named(job: Job) -> None:
-    (job.path / "worker.py").write_text("print('hello')")
+    (job.path / "worker.py").write_text("import os\nos.write(1, b'hello\\n')")
 
     def run(limit: int, workers: int) -> subprocess.CompletedProcess[str]:
         shell = f'ulimit -n {limit}; exec "$@"'
