@@ -6,7 +6,6 @@ The agent looks whenever it wants to. Workers write without a system call, and w
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import time
@@ -20,6 +19,8 @@ SWITCH = "ELASTIC_LAUNCH_PROGRESS"
 """The variable that turns all of this off, if it is 0."""
 VARIABLE = "ELASTIC_LAUNCH_PROGRESS_FD"
 """The variable that gives a worker the numbers of its two descriptors: ``MEMORY,NOTIFY``."""
+FOREVER = 1e9
+"""A time on ``time.monotonic`` that no job lives to see. A lease of twenty times as long would not fit in its word."""
 MAX_STACKS = 1 << 20
 """Bytes of a worker's stacks that are read."""
 
@@ -102,7 +103,7 @@ class ProgressMemory:
         They compare it with a clock that goes on while the machine is suspended.
         """
         ahead = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
-        self._lease = 0 if math.isinf(until) else max(1, round(until * 1e9) + ahead)
+        self._lease = 0 if until > FOREVER else max(1, round(until * 1e9) + ahead)
         for fd in self._files.values():
             _write(fd, LEASE, self._lease)
 

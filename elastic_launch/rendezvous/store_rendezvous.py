@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 CLOSE_TIMEOUT = 5.0
 """Longest time, in seconds, that a node takes to leave a store that does not answer."""
+_MAX_POLL = 86400.0
+"""Seconds. poll(2) cannot wait for more than 24 days, but a timeout may be longer."""
 
 
 class StoreRendezvous:
@@ -179,7 +181,7 @@ class StoreRendezvous:
                     poller = select.poll()
                     for fd, mask in self.descriptors():
                         poller.register(fd, mask)
-                    poller.poll(max(0.0, end - self._clock()) * 1000)
+                    poller.poll(min(max(0.0, end - self._clock()), _MAX_POLL) * 1000)
                     self._link.turn()
         except RendezvousError:
             pass  # without a store, the other nodes cannot be told

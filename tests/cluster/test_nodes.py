@@ -248,6 +248,13 @@ def test_waiting_in_vain_ends_with_its_own_status_and_names_who_came(job: Job) -
     assert job.marks() == []
 
 
+def test_times_may_be_longer_than_the_system_can_wait(job: Job) -> None:
+    node = Nodes(job, "c10d", f"127.0.0.1:{free_port()}", "1:2")
+    conf = "keep_alive_interval=1e10,close_timeout=1e10,join_timeout=1e300,last_call_timeout=0.1"
+    assert job.finish(node(0, "--rdzv-conf", conf, script=job.script("mark()"))).returncode == 0
+    assert len(job.marks()) == 1
+
+
 def test_nobody_answers_at_the_endpoint(job: Job) -> None:
     nodes = Nodes(job, "c10d", f"127.0.0.1:{free_port()}", "2", "join_timeout=1,is_host=false")
     result = job.finish(nodes(0, script=job.script(RUN)))

@@ -198,8 +198,11 @@ def test_all_workers_learn_until_when_they_may_make_steps(memory: ProgressMemory
     assert lease(memory, 0) == until, "a new round begins with it"
     memory.set_lease(-1e9)
     assert lease(memory, 0) == 1, "it is over, which is not 0"
-    memory.set_lease(float("inf"))
-    assert lease(memory, 0) == 0
+    for forever in (float("inf"), 1e300, 2e10):  # the last is the least that does not fit
+        memory.set_lease(100.0)
+        assert lease(memory, 0) > 0
+        memory.set_lease(forever)
+        assert lease(memory, 0) == 0
 
 
 def test_a_lease_counts_through_a_suspension(memory: ProgressMemory, monkeypatch: pytest.MonkeyPatch) -> None:
