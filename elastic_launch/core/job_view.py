@@ -254,6 +254,6 @@ def _options(text: str, nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     found: dict[str, int] = {}
     low, _, high = given.get("nnodes", "").partition(":")
     for name, value in (("min_nodes", low), ("max_nodes", high), ("max_restarts", given.get("max-restarts", ""))):
-        if value.isdigit():
+        if value.isdecimal():
             found[name] = int(value)
     return found

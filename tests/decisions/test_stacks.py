@@ -159,6 +159,9 @@ def test_garbage_is_no_stack() -> None:
     for _ in range(300):
         parse("".join(generator.choice(DUMP + "\x00é") for _ in range(generator.randrange(200))))
     assert parse("") == ()
+    for line in ("9" * 5000, "²"):  # more digits than int() takes, and a digit that it does not know
+        assert parse(DUMP.replace("line 13", f"line {line}"))
+        assert parse_py_spy(PY_SPY.replace(":99)", f":{line})"))
 
 
 PY_SPY = """\

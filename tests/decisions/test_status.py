@@ -278,6 +278,12 @@ def test_other_data_in_the_store_is_an_error_that_says_so() -> None:
             job_view.of_store("job", Records(1, {**nodes(2).keys, name: b"garbage"}))
 
 
+def test_odd_options_of_a_node_are_none() -> None:
+    odd = nodes(1).records[0]._replace(options="--nnodes=²:4 --max-restarts=")
+    view = job_view.of_store("job", Records(1, {"ticket": b"1", "node/1": encode(odd)}))
+    assert (view["min_nodes"], view["max_nodes"], view["max_restarts"]) == (None, 4, None)
+
+
 def test_a_view_by_agents_has_the_same_form() -> None:
     by_store = job_view.of_store("job", Records(1, nodes(2).keys))
     by_agents = job_view.of_agents("job", [status(state())])

@@ -11,9 +11,9 @@ import re
 from typing import NamedTuple
 
 _HEADER = re.compile(r"(?:(?:Current thread|Thread) (0x[0-9a-f]+)|Stack)(?: \[(.*)\])? \(most recent call first\):$")
-_FRAME = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)$')
+_FRAME = re.compile(r'  File "(.*)", line (\d{1,9}|\?\?\?) in (.*)$')
 _PY_SPY_HEADER = re.compile(r'Thread \w+ \([\w+]*\)(?:: "(.*)")?$')
-_PY_SPY_FRAME = re.compile(r" {4}(\S.*) \((.*?)(?::(\d+))?\)$")
+_PY_SPY_FRAME = re.compile(r" {4}(\S.*) \((.*?)(?::(\d{1,9}))?\)$")
 _LIBRARY = re.compile(
     r"(?:^|/)(?:site|dist)-packages/"
     r"|(?:^|/)lib(?:64)?/python3(?:\.\d+)?t?/"
