@@ -24,7 +24,7 @@ from elastic_launch.core.rendezvous.messages import AgentsGone, Close, HostFacts
 from elastic_launch.core.rendezvous.progress import Waiting
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
-from elastic_launch.errors import ExitCode, RendezvousError
+from elastic_launch.errors import ExitCode, UnavailableError
 from elastic_launch.host import former
 from elastic_launch.host.console import YELLOW, in_colour, log_line
 from elastic_launch.host.ports import reserve_port
@@ -161,7 +161,8 @@ class StoreRendezvous:
 
     def take(self, ready: Collection[int] = ()) -> list[AgentEvent]:
         """Connect if it is time, handle replies and timers, and return the events that this leads to."""
-        self._link.turn()
+        if self._is_open:
+            self._link.turn()
         if self._wake_at is not None and self._clock() >= self._wake_at:
             self.deliver(Tick())
             self._link.turn()
@@ -183,7 +184,7 @@ class StoreRendezvous:
                         poller.register(fd, mask)
                     poller.poll(min(max(0.0, end - self._clock()), _MAX_POLL) * 1000)
                     self._link.turn()
-        except RendezvousError:
+        except UnavailableError:
             pass  # without a store, the other nodes cannot be told
         finally:
             self._link.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 from collections.abc import Callable
 from functools import partial
 
@@ -42,7 +43,7 @@ from elastic_launch.core.rendezvous.messages import (
 from elastic_launch.core.rendezvous.node import TABLE, UnexpectedInputError
 from elastic_launch.core.rendezvous.questions import Question
 from elastic_launch.core.rendezvous.state import Phase, Timer
-from elastic_launch.errors import ProcessFailure
+from elastic_launch.errors import ProcessFailure, UnavailableError
 from elastic_launch.job import Decision, Policy
 from elastic_launch.rendezvous.store_link import Timeouts
 from tests.support.simulation import Agent, World
@@ -404,6 +405,25 @@ def test_a_host_that_has_not_begun_to_join_ends_no_round() -> None:
     made.run(made.now + 5)
     assert host.node.may_disconnect
     assert not host.asked
+
+
+def test_a_node_that_leaves_during_its_first_check_does_not_look_for_the_store() -> None:
+    agent = Agent(calm_world(job(2, 2)), 0)
+    assert agent.rendezvous.ask(Leave(signal.SIGTERM)) == []
+    assert not agent.backend.clients
+
+
+def test_what_the_store_lacks_on_this_node_does_not_matter_any_more_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may be found to be this host's, or a port to be a stranger's, when the job has just ended."""
+
+    def fail() -> None:
+        raise UnavailableError("there is no etcd to start")
+
+    made = calm_world(job(2, 2))
+    agent = add(made)
+    made.run(made.now + 1)
+    monkeypatch.setattr(agent.backend, "take", fail)
+    agent.rendezvous.close()
 
 
 def test_the_record_of_another_node_in_a_restarted_store_is_not_taken_for_the_own_one() -> None:
