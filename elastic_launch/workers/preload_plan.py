@@ -39,7 +39,10 @@ def choose(
     if per_rank:
         detail(f"--preload auto: workers start cold, because they differ from the beginning with {per_rank}")
         return []
-    found, reason = plan_preload(is_module, target, environ, is_main)
+    try:
+        found, reason = plan_preload(is_module, target, environ, is_main)
+    except Exception as error:  # a directory that has been removed, for example: the workers will tell
+        found, reason = (), f"cannot look at {target}: {error or type(error).__name__}"
     if not found:
         reason = reason or f"{target} imports nothing at its top level that takes long and is known to be safe"
         detail(f"--preload auto: workers start cold: {reason}")
@@ -106,10 +109,11 @@ class _Modules:
         return source
 
     def _spec(self, name: str) -> ModuleSpec | None:
-        package, _, _ = name.rpartition(".")
+        package, _, last = name.rpartition(".")
         if package:
             self.own(package)
-            return PathFinder.find_spec(name, self._locations[package]) if package in self._locations else None
+            # By its full name, Python would look for the package of a directory without __init__.py in sys.modules.
+            return PathFinder.find_spec(last, self._locations[package]) if package in self._locations else None
         if BuiltinImporter.find_spec(name) or FrozenImporter.find_spec(name):
             return None  # they go before everything else
         return PathFinder.find_spec(name, self._search)

@@ -207,6 +207,29 @@ def test_a_module_whose_name_has_very_many_parts_starts_cold() -> None:
     assert preload_plan.choose(True, "a" + ".a" * 2 * sys.getrecursionlimit(), {}, "", lambda text: None) == []
 
 
+def test_a_directory_without_init_in_a_package_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "mine/__init__.py": "",
+        "mine/parts/model.py": "import torch\n",
+        "mine/parts/deep/data.py": "import numpy\n",
+    }
+    text = "import mine.parts.model\nfrom mine.parts.deep import data\n"
+    script = Script(text, "", files=files)
+    assert choose(script, tmp_path, monkeypatch)[0] == ["torch", "numpy"]
+    assert preload_plan.choose(True, "mine.parts.model", {}, "", print) == ["auto", "torch"]
+
+
+def test_in_a_directory_that_has_been_removed_workers_start_cold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    said: list[str] = []
+    assert preload_plan.choose(True, "this", {}, "", said.append) == []
+    assert said == ["--preload auto: workers start cold: cannot look at this: [Errno 2] No such file or directory"]
+    tmp_path.mkdir()
+
+
 def test_a_program_in_a_pipe_is_left_to_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one process can read it, and its writer would notice if another one opened it."""
     path = str(tmp_path / "train.py")
