@@ -15,7 +15,7 @@ from tests.support.ports import free_port
 FUNCTION = """
 from elastic_launch import LaunchConfig, elastic_launch
 def work():
-    print("rank", os.environ["RANK"], flush=True)
+    os.write(1, b"rank %b\\n" % os.environb[b"RANK"])
 if __name__ == "__main__": elastic_launch(LaunchConfig(1, 1, 2, max_restarts=0, preload=["json"]), work)()
 """
 
@@ -25,7 +25,7 @@ if __name__ == "__main__": elastic_launch(LaunchConfig(1, 1, 2, max_restarts=0, 
 def test_breakpoints_in_all_workers(job: Job, is_function: bool) -> None:
     script = job.path / "train.py"
     script.write_text(
-        f"import os{FUNCTION}" if is_function else "import os\n\nprint('rank', os.environ['RANK'], flush=True)"
+        f"import os{FUNCTION}" if is_function else "import os\n\nos.write(1, b'rank %b\\n' % os.environb[b'RANK'])"
     )
     launcher = () if is_function else ("-m", "elastic_launch", "--preload", "json", *TWO)
     port = free_port()

@@ -44,7 +44,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, **patience: float) -> Iterator[Heal
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HealthServer]:
     """A server for which a busy machine is not too slow."""
-    yield from serving(monkeypatch, AGENT_PATIENCE=DEADLINE, REQUEST_PATIENCE=DEADLINE)
+    yield from serving(monkeypatch, AGENT_PATIENCE=DEADLINE, REQUEST_PATIENCE=DEADLINE, CLOSE_PATIENCE=DEADLINE)
 
 
 @pytest.fixture
@@ -344,9 +344,12 @@ AGENT = """
 import os, select, signal
 from elastic_launch.health.server import HealthServer
 server = HealthServer(0, os.environ)
+reading, writing = os.pipe()
 if (copy := os.fork()) == 0:  # as a surrounding program may do: the copy has all descriptors of the agent
     server._listening.close()
+    os.write(writing, b"closed")
     signal.pause()
+os.read(reading, 6)
 print(server.port, copy, flush=True)
 while True:
     ((fd, mask),) = server.descriptors()

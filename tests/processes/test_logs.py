@@ -529,9 +529,9 @@ def test_flush_lasts_as_long_as_the_reader_makes_progress(console: Console, pump
     end = pump.open([Route(0, 1, show=True, prefix=b"#")])[0, 1]
     os.write(end, b"x" * 1_000_000 + b"\n")
     pump.drain()
-    slow = "import os, time\nleft = 1000002\nwhile left: left -= len(os.read(0, 1 << 16)); time.sleep(0.04)"
+    slow = "import os, time\nleft = 1000002\nwhile left: left -= len(os.read(0, 1 << 16)); time.sleep(0.25)"
     with subprocess.Popen([*PYTHON, slow], stdin=console.reading) as reader:
-        assert pump.flush(0.4) == 0  # in all it takes longer
+        assert pump.flush(3.0) == 0  # in all it takes longer
         assert reader.wait() == 0
 
 

@@ -65,6 +65,18 @@ def ended(context: PContext) -> RunProcsResult:
     return result
 
 
+def interrupt_loop(signum: int) -> threading.Thread:
+    """Send this process a signal as soon as the main thread waits for processes."""
+
+    def interrupt() -> None:
+        wait_until(lambda: SignalTrap._in_loop)
+        os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    return thread
+
+
 @pytest.fixture
 def hung(tmp_path: Path) -> Iterator[PContext]:
     """Processes that SIGTERM does not stop."""
@@ -181,8 +193,7 @@ def test_close_before_the_start_and_start_twice() -> None:
 
 def test_interrupted_wait_can_be_resumed(tmp_path: Path) -> None:
     context = start(wait_for, str(tmp_path / "go"), start_method="fork")
-    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
+    interrupt = interrupt_loop(signal.SIGINT)
     with pytest.raises(SignalException) as caught:
         context.wait()
     assert caught.value.sigval is signal.SIGINT
@@ -201,8 +212,7 @@ def test_signals_let_the_program_clean_up(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(SignalException, match=f"stopped by {signum.name}"):
             signal.raise_signal(signum)
     for context in contexts:
-        killer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
-        killer.start()
+        killer = interrupt_loop(signal.SIGTERM)
         with pytest.raises(SignalException):
             context.wait()
         killer.join()

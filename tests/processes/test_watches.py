@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -69,10 +70,10 @@ def test_a_scope_that_takes_too_long(job: Job) -> None:
     """The worker is killed, and leaves its stacks. Until then the other one is not disturbed."""
     other = (
         "    def stop(*_): mark('stopped'); sys.exit(0)\n"
-        "    signal.signal(signal.SIGTERM, stop)\n"
+        "    signal.signal(signal.SIGTERM, stop); mark('ready')\n"
         "    while True: print('out', flush=True); print('err', file=sys.stderr, flush=True); time.sleep(.05)\n"
     )
-    script = job.script(f"{CLIENT}if rank == 0:\n{other}takes_too_long()\n")
+    script = job.script(f"{CLIENT}if rank == 0:\n{other}wait_for('0.0 ready')\ntakes_too_long()\n")
     done = job.run(*TWO, "-t", "3", "--log-dir", str(job.path / "logs"), script, **ENABLED)
     assert done.returncode == 137
     assert "in takes_too_long\n" in expired(job, done.stderr, attempt=0, rank=1)
@@ -619,8 +620,9 @@ def test_nothing_is_left_whoever_is_killed(job: Job, port: int, victim: str) -> 
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     agent = psutil.Process(process.pid)
     below = agent.children(recursive=True)
-    parts = {"agent": agent, **{child.name().removeprefix("elastic-"): child for child in agent.children()}}
-    assert set(parts) == {"agent", "keeper", "health"}
+    names = {"elastic-keeper": "keeper", "elastic-health": "health"}
+    wait_until(lambda: {child.name() for child in agent.children()} == set(names), "processes that have their names")
+    parts = {"agent": agent, **{names[child.name()]: child for child in agent.children()}}
     for name in victim.split(" and "):
         parts[name].kill()
     match victim:
@@ -681,12 +683,14 @@ def test_nothing_is_left_of_a_worker_that_is_about_to_be_killed(job: Job) -> Non
     (keeper,) = wait_for_children(process)
     job.wait_for("0.0 is in")
     assert process.stderr
-    while "in takes_too_long" not in process.stderr.readline():
-        pass
-    keeper.kill()
-    done = job.finish(process)
-    assert done.returncode == 137
-    assert "scope 'a step'" in done.stderr
+    told = ""
+    for line in process.stderr:
+        told += line
+        if "in takes_too_long" in line:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the worker was killed before, and all have ended
+                keeper.kill()
+    assert job.finish(process).returncode == 137
+    assert "scope 'a step'" in told
 
 
 def wait_for_children(process: subprocess.Popen[str]) -> list[psutil.Process]:

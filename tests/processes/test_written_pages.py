@@ -49,7 +49,9 @@ written_pages.MOST = 2 * PAGE
 found = {"found": found, "most": sum(size for _, size in written_by(children[0])) // PAGE, "other": written_by(other)}
 written_pages.LARGE = 0
 print(json.dumps({**found, "large": written_by(children[0])}))
-for pid in (*children, other): os.kill(pid, signal.SIGKILL)
+for pid in (*children, other):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 """
 
 
