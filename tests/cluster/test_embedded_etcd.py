@@ -225,9 +225,11 @@ def test_a_member_without_data_waits_for_a_majority_to_replace_it(agents: Agents
     processes = agents.in_order(script, *args)
     all_are_up(agents, 0, 3)
     wait_until(lambda: len(agents.ids(2)) == 3)
+    members = [etcd_of(process) for process in processes[:2]]
     for process in processes[:2]:
         process.kill()
         agents.job.finish(process)
+    wait_until(lambda: not any(map(is_alive, members)))
     shutil.rmtree(logs / "job-1" / "etcd" / f"127.0.0.1_{agents.port}")
     blank = agents(script, *args)
     lines = blank.stderr
@@ -286,7 +288,7 @@ def test_with_a_token_members_and_clients_speak_tls_with_certificates_of_the_job
         without = tls_context(own.conf["cacert"])
         stranger = tls_context(own.conf["cacert"], others.conf["cert"], others.conf["key"])
         for port in (agents.port, agents.port + 1):
-            assert ask(HOSTS[1], port, "/version", tls=known).body
+            wait_until(lambda port=port: ask(HOSTS[1], port, "/version", tls=known).body)  # type: ignore[misc]
             for tls in (None, without, stranger):
                 assert ask(HOSTS[1], port, "/version", tls=tls).body is None
     where = "--rdzv-backend", "etcd", "--rdzv-id", "job-1", "--rdzv-endpoint", ",".join(agents.endpoints)
@@ -402,7 +404,7 @@ def test_the_last_error_of_etcd_is_shown(agents: Agents, tmp_path: Path) -> None
     binary.chmod(0o755)
     agents.endpoints = agents.endpoints[:1]
     process = agents(
-        agents.job.script(RUN), "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=5",
+        agents.job.script(RUN), "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=10",
         TORCHELASTIC_ETCD_BINARY_PATH=str(binary),
     )  # fmt: skip
     result = agents.job.finish(process)
@@ -419,8 +421,10 @@ def test_data_that_etcd_cannot_read_are_replaced(agents: Agents, tmp_path: Path)
     processes = agents.in_order(script, *args)
     all_are_up(agents, 0, 3)
     wait_until(lambda: len(agents.ids(1)) == 3)
+    member = etcd_of(processes[0])
     processes[0].kill()
     agents.job.finish(processes[0])
+    wait_until(lambda: not is_alive(member))
     for file in (tmp_path / "logs").glob(f"job-1/etcd/127.0.0.1_{agents.port}/data/member/wal/*.wal"):
         file.write_bytes(b"garbage")
     all_are_up(agents, 1, 2)

@@ -518,8 +518,6 @@ def read(job: Job) -> dict[str, Any]:
 @pytest.mark.parametrize("backend", ["static", "c10d", "etcd"])
 def test_built_in_backends_need_no_agent(backend: str) -> None:
     """Two nodes meet, exchange values, meet again when one of them asks for it, and end."""
-    from elastic_launch.host.ports import reserve_port
-
     with contextlib.ExitStack() as stack:
         if backend == "etcd":
             server = EtcdServer()
@@ -527,8 +525,7 @@ def test_built_in_backends_need_no_agent(backend: str) -> None:
             server.start()
             endpoint = server.get_endpoint()
         else:
-            with reserve_port() as sock:
-                endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
+            endpoint = f"127.0.0.1:{free_port()}"
         config: list[dict[str, Any]] = [{"rank": rank} if backend == "static" else {} for rank in (0, 1)]
         handlers = [
             get_rendezvous_handler(RendezvousParameters(backend, endpoint, "job-1", 2, 2, **more)) for more in config

@@ -28,15 +28,16 @@ from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get,
 from elastic_launch.errors import RendezvousConnectionError, UsageError
 from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 from elastic_launch.store.client import StoreClient
+from elastic_launch.store.etcd import bridge
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.cluster import FIRST_ATTEMPT, EtcdSettings, in_order
-from elastic_launch.store.etcd.server import EtcdServer, free_ports
+from elastic_launch.store.etcd.server import EtcdServer
 from tests.support.certificates import make_certificates
 from tests.support.etcd import Trio, post
 from tests.support.leaks import shared_by_tests
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd
-from tests.support.store_contract import Connect, Connection, ServedStoreContract
+from tests.support.store_contract import Connect, Connection, ServedStoreContract, frozen
 from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 _jobs = itertools.count()
@@ -147,13 +148,8 @@ class TestContract(ServedStoreContract):
     def freeze(self, two: list[Agent]) -> Callable[[], contextlib.AbstractContextManager[None]]:
         @contextlib.contextmanager
         def freeze() -> Iterator[None]:
-            for agent in two:
-                os.kill(agent.bridge.pid, signal.SIGSTOP)
-            try:
+            with frozen(two[0].bridge.pid), frozen(two[1].bridge.pid):
                 yield
-            finally:
-                for agent in two:
-                    os.kill(agent.bridge.pid, signal.SIGCONT)
 
         return freeze
 
@@ -237,9 +233,9 @@ def test_a_wait_that_ends_as_it_is_cancelled_loses_nothing(etcd: str, agents: Ca
 
 
 def test_a_wait_survives_the_compaction_of_its_revision(agents: Callable[..., Agent]) -> None:
-    ports = free_ports(2)
+    port = free_port(2)  # it stays free while etcd is started again
     server = EtcdServer()
-    server.launch(ports[0], ports[1], stderr=subprocess.DEVNULL)
+    server.launch(port, port + 1, stderr=subprocess.DEVNULL)
     try:
         server.wait_ready(DEADLINE)
         endpoint = server.get_endpoint()
@@ -258,7 +254,7 @@ def test_a_wait_survives_the_compaction_of_its_revision(agents: Callable[..., Ag
             revision = post(endpoint, "kv/range", key=b"x")["header"]["revision"]
             assert "header" in post(endpoint, "kv/compaction", revision=revision, physical=True)
             server.kill()
-            server.launch(ports[0], ports[1], stderr=subprocess.DEVNULL)
+            server.launch(port, port + 1, stderr=subprocess.DEVNULL)
             server.wait_ready(DEADLINE)
             if name == "late":
                 agent(Add("n", 1))
@@ -367,7 +363,10 @@ def test_256_connections_add_at_once(etcd: str, agents: Callable[..., Agent]) ->
     assert connections[0].call(Get(("all",)), DEADLINE) == [b"." * 256]
 
 
-def test_requests_that_were_sent_before_the_end_are_executed(etcd: str, agents: Callable[..., Agent]) -> None:
+def test_requests_that_were_sent_before_the_end_are_executed(
+    etcd: str, agents: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "CLOSE_PATIENCE", DEADLINE)  # a bridge may take more than 2 s to start
     prefix = new_prefix()
     leaving, staying = agents(etcd, prefix), agents(etcd, prefix)
     staying(Get(("x",)))
@@ -557,23 +556,17 @@ def test_waits_outlive_each_member_in_turn(trio: Trio, agents: Callable[..., Age
 
 def test_a_bridge_returns_to_its_own_member(trio: Trio, agents: Callable[..., Agent]) -> None:
     agent = agents(trio.endpoints, preferred=trio.servers[1].get_endpoint())
-
-    def uses() -> set[int]:
-        """The members to which the bridge has a connection."""
-        ports = {c.raddr.port for c in psutil.Process(agent.bridge.pid).net_connections("tcp") if c.raddr}
-        return {index for index in range(3) if trio.ports[index] in ports}
-
     assert agent(Add("n", 1)) == 1
-    wait_until(lambda: uses() == {1})
+    wait_until(lambda: 1 in trio.used(agent.bridge))  # and another one if an answer has taken long
     waiting = agent.connect()
     waiting.submit(Wait(("k",)), 0)
     waiting.flush()
     trio.servers[1].kill()
     assert agent(Add("n", 1)) == 2
-    wait_until(lambda: 1 not in uses())
+    wait_until(lambda: 1 not in trio.used(agent.bridge))
     trio.launch(1)
     trio.servers[1].wait_ready(DEADLINE)
-    wait_until(lambda: 1 in uses())
+    wait_until(lambda: 1 in trio.used(agent.bridge))
     assert agent(Add("n", 1)) == 3
     agent(Set((("k", b"1"),)))
     assert wait_answer(waiting, DEADLINE) == [(0, True)]
@@ -608,15 +601,17 @@ def cutting_off(port: int) -> Iterator[None]:
 
 def test_a_cluster_that_is_lost_is_an_error(agents: Callable[..., Agent]) -> None:
     server = EtcdServer()
-    server.start(stderr=subprocess.DEVNULL)
+    port = free_port(2)  # it is used again
+    server.launch(port, port + 1, stderr=subprocess.DEVNULL)
     try:
+        server.wait_ready(DEADLINE)
         endpoint = server.get_endpoint()
         agent = agents(endpoint, read_timeout="5")
         other = agents(endpoint, read_timeout="5", timeout_setting="store_timeout")
         agent(Add("n", 1))
         other(Add("n", 1))
         server.kill()
-        with cutting_off(server.get_port()):
+        with cutting_off(port):
             text = why_lost(other)
         assert text.startswith(f"etcd at {endpoint} has not answered for 5 s (store_timeout of --rdzv-conf): ")
         assert "TLS" not in text
@@ -640,7 +635,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def secured(certificates: Path) -> Iterator[str]:
     """The endpoint of an etcd that requires certificates."""
     server = EtcdServer()
-    port, peer_port, health_port = free_ports(3)
+    port = free_port(3)
+    peer_port, health_port = port + 1, port + 2
     url = f"https://127.0.0.1:{port}"
     options = [
         *("--listen-client-urls", url, "--advertise-client-urls", url, "--client-cert-auth"),
@@ -827,7 +823,7 @@ def test_an_answer_of_a_few_numbers_has_a_bound_of_its_own(agents: Callable[...,
 
 
 def test_a_closed_port(agents: Callable[..., Agent]) -> None:
-    (port,) = free_ports(1)
+    port = free_port()
     text = why(agents(f"127.0.0.1:{port}", read_timeout="0.5"))
     assert text.startswith(f"etcd at 127.0.0.1:{port} cannot be reached within 0.5 s (read_timeout of --rdzv-conf): ")
     assert "refused" in text

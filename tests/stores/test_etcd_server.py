@@ -14,7 +14,7 @@ import pytest
 from elastic_launch.errors import UnavailableError
 from elastic_launch.store.etcd import server as etcd_server
 from elastic_launch.store.etcd.server import EtcdServer
-from tests.support.waiting import is_alive, wait_until
+from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 
 def test_it_serves_until_it_is_stopped_and_leaves_no_data() -> None:
@@ -23,7 +23,7 @@ def test_it_serves_until_it_is_stopped_and_leaves_no_data() -> None:
     pid = server.pid
     try:
         assert (server.get_host(), server.get_endpoint()) == ("localhost", f"127.0.0.1:{server.get_port()}")
-        server.wait_ready(1)
+        server.wait_ready(DEADLINE)
         assert os.listdir(tempfile.gettempdir())
     finally:
         server.stop()

@@ -53,13 +53,26 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Click on an element as a person would."""
-        element = self._ask("element", {"using": "css selector", "value": selector})
-        self._ask(f"element/{next(iter(element.values()))}/click", {})
+        self._act(selector, "click", {})
 
     def press(self, selector: str, keys: str) -> None:
         """Press keys in an element."""
-        element = self._ask("element", {"using": "css selector", "value": selector})
-        self._ask(f"element/{next(iter(element.values()))}/value", {"text": keys})
+        self._act(selector, "value", {"text": keys})
+
+    def _act(self, selector: str, what: str, body: dict[str, Any]) -> None:
+        """Do something with an element; again, if the page has put another one in its place since it was found."""
+
+        def is_done() -> bool:
+            element = self._ask("element", {"using": "css selector", "value": selector})
+            try:
+                self._ask(f"element/{next(iter(element.values()))}/{what}", body)
+            except AssertionError as error:
+                if "stale element" not in str(error):
+                    raise
+                return False
+            return True
+
+        wait_until(is_done, f"{what} of {selector}")
 
     def wait_for(self, selector: str, pattern: str) -> str:
         """Wait until an element shows a text that matches a pattern; return that text."""

@@ -36,10 +36,13 @@ class Trio:
         self.servers[index].launch(self.ports[index], self.ports[index + 3], options, subprocess.DEVNULL)
 
     def connected(self, bridge: EtcdBridge) -> int:
-        """The index of the member to which a bridge has its connection."""
-        used = {c.raddr.port for c in psutil.Process(bridge.pid).net_connections("tcp") if c.raddr}
-        (index,) = [index for index in range(3) if self.ports[index] in used]
-        return index
+        """The index of a member to which a bridge has a connection. If an answer has taken long, it has several."""
+        return min(self.used(bridge))
+
+    def used(self, bridge: EtcdBridge) -> set[int]:
+        """The indices of all members to which it has one."""
+        ports = {c.raddr.port for c in psutil.Process(bridge.pid).net_connections("tcp") if c.raddr}
+        return {index for index in range(3) if self.ports[index] in ports}
 
 
 def post(endpoint: str, path: str, token: str = "", **body: Any) -> dict[str, Any]:

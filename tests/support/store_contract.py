@@ -39,7 +39,11 @@ def frozen(pid: int) -> Iterator[None]:
     """A context in which a process is stopped. It begins when all threads are, which takes a moment."""
 
     def states() -> set[str]:
-        return {stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
+        found = set()
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # a thread has ended
+                found.add(stat.read_text().rpartition(")")[2].split()[0])
+        return found
 
     os.kill(pid, signal.SIGSTOP)
     try:
