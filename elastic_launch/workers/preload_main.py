@@ -57,8 +57,11 @@ if TYPE_CHECKING:
 
 compiled_ahead: "dict[str, tuple[bytes, CodeType]]" = {}
 """The source and code of the program, by its path, once the keeper has compiled it."""
-ENDING = 0.2
-"""Seconds after which a thread that Python has joined is gone from the kernel's list, even on a busy machine."""
+LOOKS = 1000
+"""Looks, a millisecond apart, after which a thread that Python has joined is gone from the kernel's list.
+
+They are counted, because this process may stand still for as long as the thread does.
+"""
 AUTO = "auto"
 """The word in front of modules that were chosen by what the program imports."""
 TUNABLES, HUGE_PAGES = b"GLIBC_TUNABLES", b"glibc.malloc.hugetlb=1"
@@ -317,10 +320,11 @@ def why_not_to_fork() -> str:
         return f"has started threads ({names})"
     if len(os.listdir("/proc/self/task")) > 1:
         fork_once()
-        end = time.monotonic() + ENDING
-        while (count := len(os.listdir("/proc/self/task")) - 1) > 0 and time.monotonic() < end:
+        for _ in range(LOOKS):
+            if not (count := len(os.listdir("/proc/self/task")) - 1):
+                break
             time.sleep(0.001)
-        if count:
+        else:
             return f"has started {count} thread{'s' * (count > 1)} outside Python"
     if keeper_main.has_children():
         return "has started a process"

@@ -260,6 +260,18 @@ def test_open_device_makes_forks_unsafe() -> None:
     assert ended.stdout == "\nhas opened /dev/full\n"
 
 
+def test_a_thread_that_is_slow_to_end_does_not_make_forks_unsafe() -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import preload_main as p\n"
+        "listed, looks = p.os.listdir, iter(range(400))\n"
+        "p.os.listdir = lambda path: ['1', '2'] if 'task' in path and next(looks, None) is not None else listed(path)\n"
+        "print(p.why_not_to_fork())"
+    )
+    folder = str(Path(elastic_launch_workers.__file__).parent)
+    ended = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert ended.stdout == "\n"
+
+
 def test_threads_that_end_before_a_fork_do_not_prevent_forks(job: Job) -> None:
     script = job.script("import numpy\nnumpy.ones((300, 300)) @ numpy.ones((300, 300))\nmark('done')")
     ended = job.run(
