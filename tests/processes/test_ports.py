@@ -140,8 +140,8 @@ def test_a_port_that_a_former_store_still_has_is_taken_when_that_has_ended(
 ) -> None:
     """Otherwise nobody would host the store of an agent that is started again. But a store that was lost stays lost."""
     monkeypatch.setattr(c10d, "TCPStoreServer", lambda listening, environ: listening)
-    with listen(0) as former:
-        backend = C10dBackend("127.0.0.1", former.getsockname()[1], None, {})
+    with listen(port := free_port()):
+        backend = C10dBackend("127.0.0.1", port, None, {})
         backend.open()
         with contextlib.closing(backend.connect()) as client:
             wait_until(lambda: client.is_connected)
