@@ -195,8 +195,8 @@ def ask_all(paths: Sequence[str], patience: float = PATIENCE) -> list[tuple[str,
             poller = select.poll()
             for client in clients:
                 poller.register(client, select.POLLIN)
-            ready = {fd for fd, _ in poller.poll(max(0.0, end - time.monotonic()) * 1000)}
-            if not ready or time.monotonic() > end:
+            left = end - time.monotonic()
+            if not (ready := {fd for fd, _ in poller.poll(max(0.0, left) * 1000)}):
                 break
             for client in [client for client in clients if client.fileno() in ready]:
                 try:
@@ -211,6 +211,8 @@ def ask_all(paths: Sequence[str], patience: float = PATIENCE) -> list[tuple[str,
                 if replies:
                     clients.remove(client)
                     found[client.path] = (client.pid, replies[0].get("status"))
+            if left <= 0:  # not earlier: what has come while this process stood still is in time
+                break
     return [(path, *found[path]) for path in paths if path in found]
 
 

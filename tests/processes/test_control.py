@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -587,6 +589,20 @@ def test_a_reply_without_an_end_is_not_read_for_ever(operator: Operator, monkeyp
         with pytest.raises(UnavailableError):
             client.take()
     server.close()
+
+
+def test_an_agent_that_answered_while_the_asker_stood_still_is_not_silent(
+    server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = itertools.count(0.0, 10.0)
+
+    def stand_still() -> float:
+        turn(server)
+        return next(times)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(control_client, "time", SimpleNamespace(monotonic=stand_still))
+        assert ask_all([server.path]) == [(server.path, os.getpid(), {"number": 0, "padding": ""})]
 
 
 # ---- Real agents
