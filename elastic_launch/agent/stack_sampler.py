@@ -21,10 +21,10 @@ from elastic_launch.core.progress.stacks import KernelView, Observation, Thread,
 from elastic_launch.host.process_view import kernel_view, python_children
 from elastic_launch.workers.keeper_main import DUMP_SIGNAL, has_handler
 
-WRITE_PATIENCE = 1.0
-"""Longest time, in seconds, that a process gets to write its stacks."""
 POLL = 0.02
-"""Seconds between two checks whether it has."""
+"""Seconds between two checks whether a process has written its stacks."""
+WRITE_CHECKS = 50
+"""How often that is checked. The checks are counted, because this process may stand still itself on a busy machine."""
 MAX_CHILDREN = 4
 """Number of a worker's own Python processes, such as those of a DataLoader, whose stacks are taken."""
 NATIVE_PATIENCE = 10.0
@@ -89,9 +89,10 @@ class Sampler(NamedTuple):
             self.memory.rewind(rank)
         self.signal_stacks([pids[rank] for rank in waits_for])
         found: Threads = {}
-        until = time.monotonic() + WRITE_PATIENCE
-        while waits_for and time.monotonic() < until:
+        checks = 0
+        while waits_for and checks < WRITE_CHECKS:
             yield found
+            checks += 1
             for rank, before in tuple(waits_for.items()):
                 waits_for[rank] = text = self.memory.stacks(rank)
                 if text and text == before:

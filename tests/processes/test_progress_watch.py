@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from elastic_launch.agent import stack_sampler
 from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.progress_memory import ProgressMemory
+from elastic_launch.agent.stack_sampler import Sampler
 from elastic_launch.core.agent.messages import RendezvousAction
 from elastic_launch.core.progress.messages import ReportStacks, StacksWanted
 from elastic_launch.job import Policy
@@ -43,6 +46,21 @@ def test_stacks_that_are_wanted_do_not_wait_for_a_stall_that_is_suspected(is_fir
 
     wait_until(reported)
     assert [action.number for action in reported()] == [-1]
+
+
+def test_stacks_are_read_although_this_process_has_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Written(NoWorkers):
+        def rewind(self, rank: int) -> None:
+            pass
+
+        def stacks(self, rank: int) -> bytes:
+            return b'Thread 0x1 (most recent call first):\n  File "train.py", line 7 in step\n'
+
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(stack_sampler, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(Sampler, "_can_write", lambda self, pid, rank: True)
+    *_, read = Sampler(cast(ProgressMemory, Written()), lambda pids: None)._written({0: 4711})
+    assert [frame.function for thread in read[0] for frame in thread.frames] == ["step"]
 
 
 def test_a_py_spy_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
