@@ -21,9 +21,11 @@ from elastic_launch.host.ports import listen
 from elastic_launch.rendezvous.backends.c10d import C10dBackend
 from elastic_launch.rendezvous.backends.etcd import EtcdBackend
 from elastic_launch.run import config_from_args, parse_args
+from elastic_launch.store.etcd import gateway
 from tests.support.jobs import TWO, Job
 from tests.support.ports import free_port
 from tests.support.servers import shared_etcd, shared_store
+from tests.support.waiting import DEADLINE
 
 SHOW = "import json; mark(json.dumps({'argv': open('/proc/self/cmdline').read().split(chr(0))[:-1], **os.environ}))"
 
@@ -189,10 +191,19 @@ def test_no_value_controls_the_terminal() -> None:
 # ---- the checks of stores
 
 
+@pytest.fixture
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, a store may stand still for longer than a user would wait."""
+    monkeypatch.setattr(store_checks, "PATIENCE", DEADLINE)
+    monkeypatch.setattr(gateway, "TIMEOUT", DEADLINE)
+    monkeypatch.setattr(gateway, "LONGEST", DEADLINE)
+
+
 def c10d(host: str, port: int, is_host: bool | None = None) -> C10dBackend:
     return C10dBackend(host, port, is_host, {})
 
 
+@pytest.mark.usefixtures("_patient")
 def test_port_of_the_store_is_free_or_the_store_answers() -> None:
     port = free_port()
     assert store_checks.store(c10d("localhost", port), 600) == f"port {port} is free; this host serves the store"
@@ -238,6 +249,7 @@ def test_name_that_cannot_be_resolved(job: Job) -> None:
     assert some.text.startswith("127.0.0.1 (this host); cannot resolve 'no.invalid'")
 
 
+@pytest.mark.usefixtures("_patient")
 def test_etcd_is_healthy_and_has_a_version() -> None:
     endpoint = shared_etcd()
     healthy = store_checks.store(EtcdBackend(endpoint, "j", {}, {}), 600)

@@ -25,7 +25,7 @@ from elastic_launch.workers.orphans import kill_orphans
 from elastic_launch.workers.standby import GO, HOLD, NEVER, Standby, StandbyPool, is_listening, store_port
 from elastic_launch.workers.written_pages import PAGE, written_pages
 from tests.support.jobs import Job
-from tests.support.waiting import SOON, is_alive, wait_until
+from tests.support.waiting import DEADLINE, SOON, is_alive, wait_until
 
 WARM = ("--max-restarts", "3", "--preload", "json")
 FAILS_ONCE = "mark(os.getpid())\nif restart == 0:\n    wait_for('go')\n    sys.exit(7)\n"
@@ -307,11 +307,11 @@ def test_worker_that_is_stopped_before_it_answers_does_not_hold_up_the_keeper(mo
     with theirs, subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=theirs.fileno()) as process:
         monkeypatch.setattr(pool, "fork", lambda is_ahead: Standby(process.pid, ours, is_ahead))
         started: list[object] = []
-        threading.Thread(target=lambda: started.append(pool.start([order(3)], [])), daemon=True).start()
-        try:
-            wait_until(lambda: started == [({3: process.pid}, {})])
-        finally:
-            process.kill()
+        thread = threading.Thread(target=lambda: started.append(pool.start([order(3)], [])), daemon=True)
+        thread.start()
+        thread.join(DEADLINE)
+        process.kill()
+    assert started == [({3: process.pid}, {})]
 
 
 def test_worker_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -544,11 +544,14 @@ class _Server(timer.LocalTimerServer):
 def test_server_retries_a_worker_that_it_could_not_kill() -> None:
     server = _Server(_Lists([timer.TimerRequest(worker, "s", 5.0) for worker in (1, 2, 3)]))
     server.start()
+    thread = server._thread
+    assert thread
     try:
         wait_until(lambda: server.reaped.count(2) == 3)
         wait_until(lambda: not server.get_expired_timers(9.0))
     finally:
         server.stop()
+        thread.join()  # the server itself waits for max_interval at most
     assert server.reaped == [1, 2, 3, 2, 2]
 
 
