@@ -56,7 +56,7 @@ class ProgressMemory:
         """Make new files for the workers of a round, and close those of the last one.
 
         Raises:
-            UnavailableError: the system grants no more descriptors or no memory.
+            UnavailableError: the system grants no more descriptors or no memory. There are no files then.
         """
         self._close_files()
         try:
@@ -65,6 +65,7 @@ class ProgressMemory:
                 os.truncate(fd, PAGE)
                 os.pwrite(fd, header(self.reads_stacks, self._lease), 0)
         except OSError as error:
+            self._close_files()  # no worker gets one, so none may seem to stand still
             raise _unavailable(error) from error
 
     def ranks(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import select
@@ -17,6 +18,7 @@ from elastic_launch import worker
 from elastic_launch.agent.progress_memory import ProgressMemory, progress_memory
 from elastic_launch.core.progress import memory as layout
 from elastic_launch.core.progress.memory import MAGIC, PAGE, WorkerProgress, decode, header
+from elastic_launch.errors import UnavailableError
 from elastic_launch.workers import bootstrap, keeper_main, step_hook
 
 
@@ -181,6 +183,23 @@ def test_all_workers_learn_when_to_stop(memory: ProgressMemory) -> None:
     memory.set_stop(0, 42)
     for rank in range(2):
         assert struct.unpack("=8s3Q", os.pread(as_worker(memory, rank), 32, 0)) == (MAGIC, 0, 42, 1)
+
+
+def test_without_a_file_for_one_worker_there_is_none_for_any(
+    memory: ProgressMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers are started without. Those that seemed to have a file would have seemed to make no step."""
+    truncate, may_fail = os.truncate, iter([False])
+
+    def grow(fd: int, size: int) -> None:
+        if next(may_fail, True):
+            raise OSError(errno.EFBIG, "file too large")
+        truncate(fd, size)
+
+    monkeypatch.setattr(os, "truncate", grow)
+    with pytest.raises(UnavailableError):
+        memory.prepare(range(2))
+    assert memory.ranks() == []
 
 
 def lease(memory: ProgressMemory, local_rank: int) -> int:
