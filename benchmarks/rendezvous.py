@@ -233,7 +233,7 @@ class Backend(backends.Backend):
         self.clients.append(client)
         return client
 
-    def connect(self) -> StoreClient:
+    def connect(self, again: bool = False) -> StoreClient:
         if self.prepared:
             return self.prepared.pop()
         return self.shared if self.shared and self.clients else self.make()

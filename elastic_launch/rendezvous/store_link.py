@@ -203,8 +203,8 @@ class StoreLink:
         self._connected_at = self._clock()
         self.state = LinkState.GREETING
         self._requests = self._backend.connect()
-        self._waits = self._backend.connect()
         self._user.deliver(messages.HostFacts(serves=self._backend.serves))
+        self._waits = self._backend.connect(again=True)
         again, self._unanswered = self._unanswered, deque()
         for request, _ in again:
             self.submit(request)

@@ -368,24 +368,6 @@ def test_the_host_of_a_store_that_starts_too_slowly_gives_up_for_all() -> None:
     assert "gave up (join_timeout=5 s)" in host.finish.error
 
 
-def test_a_node_that_begins_to_host_the_store_with_its_second_connection_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made = calm_world(job(1, 2))
-    host = Agent(made, 0)
-    connect = host.backend.connect
-
-    def connect_and_host() -> object:
-        host.backend.serves = bool(host.backend.clients)
-        return connect()
-
-    monkeypatch.setattr(host.backend, "connect", connect_and_host)
-    made.agents.append(host)
-    host.begin()
-    form(made, 1)
-    assert host.node.record.serves
-
-
 def test_a_node_that_waits_for_nobody_still_tells_that_it_was_the_last_to_succeed() -> None:
     made = calm_world(job(2, 2))
     made.exit_barrier_timeout = 0

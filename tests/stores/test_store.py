@@ -9,21 +9,26 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from elastic_launch.core.store_requests import Add, Append, Cancel, Delete, Get, Reply, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError
 from elastic_launch.host import ports
+from elastic_launch.rendezvous.backends.c10d import C10dBackend
+from elastic_launch.rendezvous.store_link import LinkState, LinkUser, StoreLink, Timeouts
 from elastic_launch.store import wire
 from elastic_launch.store.client import NotAStoreError, StoreClient, connect
 from elastic_launch.store.tcpstore_server import TCPStoreServer
 from elastic_launch.store.wire import U32, Op
 from tests.support.memory_store import MemoryStore
+from tests.support.ports import free_port
 from tests.support.servers import shared_store
 from tests.support.store_contract import (
     Connect,
@@ -371,6 +376,26 @@ def test_a_lost_connection_that_waits_accepts_other_waits() -> None:
             client.submit(request)
         with pytest.raises(RendezvousConnectionError, match="connection lost"):
             client.take()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["the last", "the first"])
+def test_a_store_is_reached_though_it_serves_at_one_of_several_addresses_only(
+    order: int, host: TCPStoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many hosts have two for localhost, and a store that is for such a host alone listens on one of them."""
+    addresses = [(socket.AF_INET, ("127.0.0.1", port)) for port in (free_port(), host.port)][::order]
+    backend = C10dBackend("localhost", host.port, False, {})
+    monkeypatch.setattr(backend, "_resolver", SimpleNamespace(resolve=lambda host, port: [*addresses]))
+    user = SimpleNamespace(deliver=lambda given: None, needs_store=lambda: True, log=print)
+    link = StoreLink(backend, Timeouts(), cast(LinkUser, user), time.monotonic)
+    link.open()
+
+    def is_ready() -> bool:
+        link.turn()
+        return link.state is LinkState.READY
+
+    wait_until(is_ready)
+    link.close()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -337,7 +337,7 @@ class SimulatedBackend(Backend):
     def fresh_store(self) -> int:
         return 29999
 
-    def connect(self) -> Any:
+    def connect(self, again: bool = False) -> Any:
         self.clients = [client for client in self.clients if not client.is_closed]
         self.clients.append(SimulatedClient(self._agent))
         return self.clients[-1]

@@ -77,8 +77,11 @@ class Backend(Protocol):
         """
         return address, port
 
-    def connect(self) -> StoreClient:
+    def connect(self, again: bool = False) -> StoreClient:
         """Begin a connection; does not wait for the store.
+
+        Args:
+            again: whether it goes to the same address as the last one, and not to the next of several.
 
         Raises:
             RendezvousConnectionError: the connection cannot be begun.

@@ -64,6 +64,8 @@ class C10dBackend(Backend):
         """The ports on loopback where torch's servers listen, by the ports of the gates before them."""
         self._addresses: list[Address] = []
         """Addresses of the endpoint that are still to be tried."""
+        self._address: Address
+        """The one that was tried last."""
 
     def open(self) -> None:
         """Host the store if this node is to do so, and no other agent of this host was first.
@@ -164,13 +166,15 @@ class C10dBackend(Backend):
         self._start_relay().add_entry("workers", listening, (address, port))
         return LOOPBACK, own
 
-    def connect(self) -> StoreClient:
-        """Connect to the endpoint; each call tries the next one of its addresses."""
-        if self._is_host is None or self._may_host:
-            self.open()  # the name may resolve by now, or the port be free
-        if not self._addresses:
-            self._addresses = self._resolve(self.host, self.port)
-        family, address = self._addresses.pop(0)
+    def connect(self, again: bool = False) -> StoreClient:
+        """Connect to the endpoint; see ``Backend``."""
+        if not again:
+            if self._is_host is None or self._may_host:
+                self.open()  # the name may resolve by now, or the port be free
+            if not self._addresses:
+                self._addresses = self._resolve(self.host, self.port)
+            self._address = self._addresses.pop(0)
+        family, address = self._address
         return connect(address, family, self.where, self._challenge())
 
     def _challenge(self) -> ClientChallenge | None:

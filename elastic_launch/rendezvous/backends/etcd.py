@@ -62,7 +62,7 @@ class EtcdBackend(Backend):
         """
         self._process = EtcdBridge(self.endpoints, self._prefix, self.conf, self._environ)
 
-    def connect(self) -> StoreClient:
+    def connect(self, again: bool = False) -> StoreClient:
         """Connect to the bridge."""
         if self._process is None:
             raise RendezvousConnectionError(f"{self.where}: not open")
