@@ -360,15 +360,32 @@ def test_a_job_that_needs_the_lost_host_ends(network: Make) -> None:
         assert "lost host-3" in program.said().splitlines()[-1]
 
 
+WAIT = """
+import socket, sys
+from elastic_launch.core.store_requests import Wait
+from elastic_launch.store.client import connect
+connect(("10.77.0.1", 29400), socket.AF_INET, "store").call(Wait((sys.argv[1],)), 180)
+"""
+"""Waits for a key of the job's store."""
+
+
 def test_a_broken_connection_is_no_cause_where_a_peer_was_killed(network: Make) -> None:
     net = network(3)
     script = net.script(
-        "if rank == 0: wait_for('1.0 deaf'); raise ConnectionResetError(104, 'Connection reset by peer')\n"
+        "if rank == 0:\n"
+        "    wait_for('1.0 deaf')\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    if os.fork() == 0: wait_for('go'); os._exit(0)\n"  # until then its node does not decide
+        "    raise ConnectionResetError(104, 'Connection reset by peer')\n"
         "if rank == 1:\n"
         "    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))\n"  # it is noticed later
         "    mark('deaf'); wait()\n" + UNTIL_END
     )
     programs = [net.start(net.hosts[n], script, "--node-rank", str(n - 1), nnodes="3") for n in (1, 2, 3)]
+    net.job.wait_for("1.0 deaf")
+    told = net.hosts[2].run(sys.executable, "-c", WAIT, "elastic/job-1/0/consequences")
+    assert told.wait() == 0, told.said()
+    net.job.mark("go")
     assert len(set(ends(*programs))) == 1
     for program in programs:
         report = program.said()

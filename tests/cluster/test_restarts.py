@@ -15,7 +15,7 @@ import pytest
 
 from elastic_launch import ChildFailedError, LaunchConfig, UsageError, elastic_launch
 from tests.support.jobs import Job
-from tests.support.nodes import LOST_AFTER, QUICK, STEADY, c10d
+from tests.support.nodes import LOST_AFTER, QUICK, STEADY, Nodes, c10d
 from tests.support.waiting import SOON, is_alive, wait_until
 
 NOTE_TIME = "mark(f'begins {time.monotonic()}')\n"
@@ -288,10 +288,13 @@ def start(
     job: Job, script: str, nnodes: str, *args: str, count: int = 0, conf: str = STEADY, hosted: bool = False
 ) -> list[subprocess.Popen[str]]:
     """Start as many nodes as the job needs. Node n asks for rank n. The store is as for ``c10d``."""
-    nodes = c10d(job, nnodes, conf, hosted=hosted)
+    return start_on(c10d(job, nnodes, conf, hosted=hosted), script, *args, count=count)
+
+
+def start_on(nodes: Nodes, script: str, *args: str, count: int = 0) -> list[subprocess.Popen[str]]:
     first = nodes(0, "--node-rank", "0", *args, script=script)
     nodes.wait_for_first()
-    count = count or int(nnodes.rpartition(":")[2])
+    count = count or int(nodes.nnodes.rpartition(":")[2])
     return [first, *(nodes(n, "--node-rank", str(n), *args, script=script) for n in range(1, count))]
 
 
@@ -324,7 +327,11 @@ FAILURES = {
     "a kill": ("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\nwait()\n", 137, "killed by SIGKILL"),
     "a consequence": (  # which is noticed before its cause
         "if rank == 1: signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGKILL)); mark('ready')\n"
-        "if rank == 0: wait_for('1.0 ready'); raise ConnectionResetError('Connection reset by peer')\n"
+        "if rank == 0:\n"
+        "    wait_for('1.0 ready')\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    if os.fork() == 0: wait_for('go'); os._exit(0)\n"  # until then its node does not decide
+        "    raise ConnectionResetError('Connection reset by peer')\n"
         "wait()\n",
         137,
         "killed by SIGKILL",
@@ -349,9 +356,14 @@ OPTIONS_FOR = {
 @pytest.mark.parametrize("kind", FAILURES)
 def test_all_nodes_print_the_same_report(kind: str, job: Job) -> None:
     text, status, words = FAILURES[kind]
-    nnodes = 3 if kind == "a consequence" else 2
-    script = job.script(f"mark()\nwait_for(*(f'{{r}}.{{restart}}' for r in range({nnodes})))\n{text}")
-    results = finish(job, *start(job, script, str(nnodes), *OPTIONS_FOR.get(kind, [])))
+    count = 3 if kind == "a consequence" else 2
+    nodes = c10d(job, str(count))
+    script = job.script(f"mark()\nwait_for(*(f'{{r}}.{{restart}}' for r in range({count})))\n{text}")
+    processes = start_on(nodes, script, *OPTIONS_FOR.get(kind, []))
+    if kind == "a consequence":
+        nodes.wait_for_key("0/consequences")
+        job.mark("go")
+    results = finish(job, *processes)
     assert one_status(results) == status
     told = one_report(results)
     cause, _, consequences = told.partition("\nThen\n")
