@@ -67,9 +67,10 @@ def train(trouble="", steps=30):
         optimizer.zero_grad()
         model(torch.ones(1, 2)).sum().backward()
         if step == 10 and restart == 0 and rank == 1 and trouble:
-            mark(f"hangs {time.monotonic()}")
+            mark(f"hangs {stepped_at}")
             globals()[trouble](model)
         average(model)
+        stepped_at = time.monotonic()
         optimizer.step()
     dist.barrier()
     dist.destroy_process_group()
@@ -178,7 +179,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "elastic_launch", *TWO, *WARM),
-            *("--hang-timeout", "3", "--hang-action", "restart", script),
+            *("--hang-timeout", f"{LIMIT:g}", "--hang-action", "restart", script),
         ],
         cwd=job.path,
         stdin=subprocess.PIPE,
@@ -190,7 +191,7 @@ def test_a_debugger_is_no_hang(job: Job) -> None:
     job.processes.append(process)
     wait_until(lambda: any(" hangs " in mark for mark in job.marks()))
     began = hung_at(job)
-    wait_until(lambda: time.monotonic() > began + 7, "the limit is over, twice")
+    wait_until(lambda: time.monotonic() > began + 2 * LIMIT + 1, "the limit is over, twice")
     assert process.poll() is None
     assert process.stdin
     process.stdin.write("c\n")
@@ -226,7 +227,8 @@ def test_native_frames_are_shown_if_they_are_asked_for(job: Job) -> None:
         "for step in range(6): worker.progress(step)\n"
         "ctypes.CDLL(None).usleep(2**31)  # in C\n"
     )
-    done = job.run("--hang-timeout", "2", "--hang-action", "stop", "--hang-native", "--shutdown-timeout", "1", script)
+    options = ["--hang-timeout", f"{LIMIT:g}", "--hang-action", "stop", "--hang-native", "--shutdown-timeout", "1"]
+    done = job.run(*options, script)
     print(done.stderr)
     assert done.returncode == ExitCode.HANG
     assert f"train.py:{line_of(job, '# in C')}" in done.stderr
@@ -244,16 +246,20 @@ def test_the_stacks_of_a_job_that_is_well_can_be_asked_for(job: Job) -> None:
     nodes = c10d(job, "3", "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=20")
     processes = [nodes(number, script=script) for number in range(3)]
     job.wait_for("0.0 up", "1.0 up", "2.0 up")
-    asked = subprocess.run(
-        [sys.executable, "-m", "elastic_launch.operate", "stacks", nodes.run_id],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    print(asked.stdout, asked.stderr)
-    assert asked.returncode == 0
-    assert "in is_elsewhere" in asked.stdout
-    assert "2 ranks (0,2): " in asked.stdout
+
+    def stacks() -> str:
+        asked = subprocess.run(
+            [sys.executable, "-m", "elastic_launch.operate", "stacks", nodes.run_id],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        print(asked.stdout, asked.stderr)
+        assert asked.returncode == 0
+        return asked.stdout
+
+    # A rank that stands still for a moment, or is just counting, is in a group of its own.
+    wait_until(lambda: re.search(r"in is_elsewhere[\s\S]*2 ranks \(0,2\): ", stacks()))
     stopped = subprocess.run(
         [sys.executable, "-m", "elastic_launch.operate", "stop", nodes.run_id],
         capture_output=True,
