@@ -333,14 +333,13 @@ class LocalElasticAgent:
                 self._rendezvous.ask(Leave(error=str(error) or type(error).__name__, status=status))
             raise
 
-    def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> None:
+    def _observe(self, run: _Run, event: AgentEvent, state: AgentState) -> list[AgentEvent]:
         run.telemetry.observe(event, state)
         run.operator.observe(event, state)
         if run.control:
             run.control.changed()
         _update_group(self._group, state)
-        if run.progress:
-            run.progress.observe(state)
+        follows = run.progress.observe(state) if run.progress else []
         match event:
             case Assigned(assignment) if run.live_line and run.live_line.is_shown:
                 if assignment.group_rank > 0 and self._verbosity == Level.INFO:
@@ -351,6 +350,7 @@ class LocalElasticAgent:
                 run.watchdog.forget(state.pids.get(exit_.local_rank, -1))
             case GroupReaped() if run.watchdog:
                 run.watchdog.clear()
+        return follows
 
     def _py_spy(self) -> str:
         """Return the path of py-spy if native frames are asked for; empty: none are, or it is not installed."""

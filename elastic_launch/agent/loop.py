@@ -75,7 +75,7 @@ class AgentLoop:
         ask: Callable[[RendezvousAction], list[AgentEvent]],
         sources: Sequence[LoopSource] = (),
         log: Callable[[Log], None] = lambda line: None,
-        observe: Callable[[AgentEvent, AgentState], None] = lambda event, state: None,
+        observe: Callable[[AgentEvent, AgentState], list[AgentEvent]] = lambda event, state: [],
         watch: Callable[[ProgressEvent], list[AgentEvent]] = lambda event: [],
         record: Callable[[Transition], None] | None = None,
         check: HealthCheck | None = None,
@@ -89,7 +89,7 @@ class AgentLoop:
             ask: carries out an action of the rendezvous, and returns the events that answer it at once.
             sources: the other sources of events.
             log: writes a line for the user.
-            observe: called with each event and the state after it.
+            observe: called with each event and the state after it; returns events that follow.
             watch: handles what the rendezvous has to say of the workers' progress; returns events that follow.
             record: called with each step of the life cycle, once its actions are carried out.
             check: the node's health check, which is among the ``sources``; None: it has none.
@@ -146,7 +146,7 @@ class AgentLoop:
             event = event._replace(calls=max(self._workers.calls().values(), default=0))
         before, now, wall = self.state, time.monotonic(), time.time()
         self.state, actions = lifecycle.step(before, event, now)
-        self._observe(event, self.state)
+        self._events.extend(self._observe(event, self.state))
         return self._finish_step(Transition(before, event, self.state, actions, now, wall))
 
     def _finish_step(self, transition: Transition) -> Finish | None:

@@ -151,9 +151,10 @@ class ProgressWatch:
             self._answer(refusal("no_answer", f"the stacks did not come within {LOOK_PATIENCE:g} s"))
         return events
 
-    def observe(self, state: AgentState) -> None:
-        """Follow the agent's life cycle."""
+    def observe(self, state: AgentState) -> list[AgentEvent]:
+        """Follow the agent's life cycle. Returns events for the agent, which the rendezvous may have if asked."""
         self._agent = state
+        events: list[AgentEvent] = []
         assignment = state.assignment
         is_running = state.phase is AgentPhase.RUNNING and assignment is not None
         was_running, self._pids = bool(self._pids), {}
@@ -164,14 +165,15 @@ class ProgressWatch:
             self._ended = {rank: pid for rank, pid in pids.items() if rank not in state.running}
             if self._pids and not was_running:
                 self._merger = None  # of a round that ended while the stacks were collected
-                self._step(Begun(tuple(self._pids), assignment.base_rank))
+                events += self._step(Begun(tuple(self._pids), assignment.base_rank))
         if was_running and not self._pids:
             self._sampling = self._sample_at = None
             self._wanted.clear()
             self._answer(refusal("too_late", "the round has ended"))
             if self._state.phase is StallPhase.TOLD:  # it may have gone on, and ended, since the last look
-                self._step(Looked({rank: self._memory.read(rank) for rank in self._memory.ranks()}))
-            self._step(Over())
+                events += self._step(Looked({rank: self._memory.read(rank) for rank in self._memory.ranks()}))
+            events += self._step(Over())
+        return events
 
     def stalled(self) -> float:
         """Return for how many seconds the workers have been found stalled in this round, before they went on."""

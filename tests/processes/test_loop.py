@@ -11,6 +11,7 @@ import pytest
 
 from elastic_launch.agent.loop import AgentLoop
 from elastic_launch.agent.worker_group import LocalWorkers
+from elastic_launch.core.agent.lifecycle import AgentState
 from elastic_launch.core.agent.messages import AgentEvent, Exited, Finish, GroupReaped, Limits, Signalled, Started
 from elastic_launch.core.agent.root_cause import Exit
 from elastic_launch.job import Assignment, Policy
@@ -73,3 +74,21 @@ def test_workers_that_ask_are_held_and_stopped_at_the_next_call_of_the_fastest(
     loop.add_event(Signalled(SIGTERM, time.time()))
     assert loop.run() == Finish(signum=SIGTERM)
     assert workers.done == done
+
+
+def test_what_follows_from_looking_on_is_handled() -> None:
+    workers = Workers({})
+    noticed = [Signalled(SIGTERM, time.time())]
+
+    def observe(event: AgentEvent, state: AgentState) -> list[AgentEvent]:
+        return [noticed.pop()] if noticed and isinstance(event, Started) else []
+
+    loop = AgentLoop(
+        Limits(Policy(), 30),
+        cast(LocalWorkers, workers),
+        lambda assignment: None,
+        lambda action: answer_alone(action, lambda: ASSIGNMENT),
+        observe=observe,
+    )
+    assert loop.run() == Finish(signum=SIGTERM)
+    assert workers.done == [SIGTERM]

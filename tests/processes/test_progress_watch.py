@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,9 +14,12 @@ from elastic_launch.agent import stack_sampler
 from elastic_launch.agent.progress import ProgressWatch
 from elastic_launch.agent.progress_memory import ProgressMemory
 from elastic_launch.agent.stack_sampler import Sampler
-from elastic_launch.core.agent.messages import RendezvousAction
-from elastic_launch.core.progress.messages import ReportStacks, StacksWanted
-from elastic_launch.job import Policy
+from elastic_launch.core.agent.lifecycle import AgentPhase, AgentState
+from elastic_launch.core.agent.messages import AgentEvent, Ended, Limits, RendezvousAction
+from elastic_launch.core.progress.memory import WorkerProgress
+from elastic_launch.core.progress.messages import ReportStacks, StacksWanted, WithdrawClaim
+from elastic_launch.core.progress.stall import StallPhase
+from elastic_launch.job import Assignment, End, EndKind, Policy
 from tests.support.waiting import wait_until
 
 
@@ -61,6 +65,33 @@ def test_stacks_are_read_although_this_process_has_stood_still(monkeypatch: pyte
     monkeypatch.setattr(Sampler, "_can_write", lambda self, pid, rank: True)
     *_, read = Sampler(cast(ProgressMemory, Written()), lambda pids: None)._written({0: 4711})
     assert [frame.function for thread in read[0] for frame in thread.frames] == ["step"]
+
+
+def test_what_the_rendezvous_says_when_a_stall_that_was_told_ends_with_the_round_reaches_the_agent() -> None:
+    """The node withdraws its claim, and the store may just then tell that another node has ended the round."""
+
+    class Counted(NoWorkers):
+        def ranks(self) -> list[int]:
+            return [0]
+
+        def read(self, rank: int) -> WorkerProgress:
+            return WorkerProgress(steps=9, first=1.0, last=2.0)
+
+    ended = Ended(End(EndKind.DONE, "all workers succeeded"), 3.0)
+    asked: list[RendezvousAction] = []
+
+    def ask(action: RendezvousAction) -> list[AgentEvent]:
+        asked.append(action)
+        return [ended]
+
+    watch = ProgressWatch(Policy(), cast(ProgressMemory, Counted()), lambda pids: None, "", ask, print)
+    assignment = Assignment(0, 1, 0, 1, 1, 0, 1, "127.0.0.1", 29500, "host-a", port_picked=True)
+    one = {"assignment": assignment, "running": frozenset({0}), "pids": {0: 4711}}
+    running = AgentState(Limits(Policy(), 0.0), AgentPhase.RUNNING, **one)  # type: ignore[arg-type]
+    assert watch.observe(running) == []
+    watch._state = watch._state._replace(phase=StallPhase.TOLD)
+    assert watch.observe(replace(running, phase=AgentPhase.STOPPING)) == [ended]
+    assert asked == [WithdrawClaim()]
 
 
 def test_a_py_spy_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
