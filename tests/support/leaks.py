@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,9 @@ def nothing_left(temp: Path) -> Iterator[None]:
     """
     before = _descriptors() - _shared_descriptors, threading.active_count()
     yield
-    left = [child for child in _living() if child.pid not in _shared]
+    if any(map(_is_dying, _left())):
+        wait_until(lambda: not any(map(_is_dying, _left())), "the end of what has been killed")
+    left = _left()
     names = [str(child) for child in left]
     for child in left:
         child.kill()
@@ -66,6 +69,21 @@ def nothing_left(temp: Path) -> Iterator[None]:
 
 def _living() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if is_alive(child.pid)]
+
+
+def _left() -> list[psutil.Process]:
+    return [child for child in _living() if child.pid not in _shared]
+
+
+def _is_dying(process: psutil.Process) -> bool:
+    """Whether a process has been killed, or is ending, and only has to get the CPU once more."""
+    try:
+        with open(f"/proc/{process.pid}/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return "VmSize" not in status or bool(pending >> (signal.SIGKILL - 1) & 1)
 
 
 def _descriptors() -> int:
