@@ -11,6 +11,7 @@ import pytest
 
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Finish
+from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Input, KeyAppeared, Settings
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import Phase, Timer
@@ -439,6 +440,27 @@ def test_requests_per_node_do_not_grow_with_their_number() -> None:
         form(made, count)
         most.append(max(agent.asked for agent in made.agents if agent.node.round.ticket != 1))
     assert most[0] == most[1] <= 5
+
+
+def test_a_node_that_is_heard_again_while_it_is_being_lost_does_not_start() -> None:
+    """It has its place from before, and its lease is new: only that it was silent shows that it may be too late."""
+    made = world(3, SETTINGS._replace(keep_alive_interval=1))
+    made.run(1010, stop=lambda: "elastic/job/0/node/3" in made.store.values)
+    late = next(agent for agent in made.agents if agent.node.round.ticket == 3)
+    late.stall(100)
+    made.run(1010, stop=lambda: (questions.CheckFinished, Phase.MEMBER) in made.checks.asked)
+    monitor = next(agent for agent in made.agents if agent.node.round.monitor)
+    monitor.stall(2)
+    late.backend.stalled_until = 0.0
+    late.disconnect()
+    made.run(made.now + 1.5, stop=lambda: late.running == 0)
+    late.stall(100)
+    made.run(made.now + 3)
+    assert "elastic/job/0/end" in made.store.values
+    assert late.running is None
+    late.backend.stalled_until = 0.0
+    late.disconnect()
+    form(made, 3)
 
 
 # --- thousands of schedules

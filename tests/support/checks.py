@@ -10,8 +10,10 @@ from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
 from elastic_launch.core.rendezvous.monitor import LOOK
 from elastic_launch.core.rendezvous.questions import ConfirmReset, Question
+from elastic_launch.core.rendezvous.records import Closed, decode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Timer
-from elastic_launch.job import Assignment
+from elastic_launch.errors import RendezvousStateError
+from elastic_launch.job import Assignment, Decision, End
 
 if TYPE_CHECKING:
     from tests.support.simulation import Agent, World
@@ -121,6 +123,29 @@ class Checks:
 
     def _counter(self, node: NodeState) -> int:
         return int(self._world.store.values.get(node.key(f"heartbeat/{node.round.ticket}"), b"0")) % LOOK
+
+    def written(self, key: str) -> None:
+        """Nodes that the others go on without have no lease any more, unless they know of it, when that is written."""
+        number, _, name = key.removeprefix(f"elastic/{self._world.settings.run_id}/").partition("/")
+        record = {"closed": Closed, "end": End, "decision": Decision}.get(name)
+        if record is None or not self._world.store_was_up:
+            return
+        try:
+            written: Closed | End | Decision = decode(record, self._world.store.values[key], key)
+        except RendezvousStateError:
+            return  # it is signed, or a stranger's
+        if isinstance(written, Closed):
+            generation, gone = int(number) - 1, None
+            if written.leader < 0:
+                return  # no workers start
+        else:
+            generation, gone = int(number), written.gone
+        for agent in self._world.live():
+            if agent.alive and agent.generation == generation and (gone is None or agent.node.record.node in gone):
+                assert agent.lease <= self._world.now, (
+                    f"{self._world}: {name} is written, but the lease of {agent.name} lasts until "
+                    f"{agent.lease - BEGINNING:.3f} s"
+                )
 
     def recorded(self, entries: list[Entry]) -> None:
         """What is written of the job's life is written by one node. Without the store, nodes cannot agree on which."""

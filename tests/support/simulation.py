@@ -64,7 +64,7 @@ from elastic_launch.core.progress.messages import ProgressEvent
 from elastic_launch.core.rendezvous.messages import Ready, Settings
 from elastic_launch.core.rendezvous.records import NodeRecord
 from elastic_launch.core.rendezvous.state import NodeState
-from elastic_launch.core.store_requests import Append, Cancel, Request, Set, Wait
+from elastic_launch.core.store_requests import Append, Cancel, Request, Set, Swap, Wait
 from elastic_launch.errors import RendezvousConnectionError, RendezvousStateError
 from elastic_launch.job import Assignment, Level
 from elastic_launch.rendezvous.backends import Backend
@@ -290,7 +290,11 @@ class SimulatedClient:
         if self._failure is None and self._world.is_store_up:
             if self.is_closed and isinstance(pending.request, Wait | Cancel):
                 return
-            self._world.store.apply(pending.request, lambda value: self._answer(pending, value), self)
+            request, values = pending.request, self._world.store.values
+            is_new = isinstance(request, Swap) and request.key not in values
+            self._world.store.apply(request, lambda value: self._answer(pending, value), self)
+            if isinstance(request, Swap) and is_new:
+                self._world.checks.written(request.key)
 
     def _answer(self, pending: Pending, value: Any) -> None:
         if self._is_lost() or isinstance(pending.request, Cancel):

@@ -57,7 +57,8 @@ def on_assignment(node: NodeState, step: Step, answer: Answer[questions.ReadAssi
     if round_.closed.leader < 0 and not end:
         raise refused(node.key("closed"), "says that there is no round, but nobody has ended it")
     assignment = _read_assignment(node, round_.closed, place) if place and not end else None
-    if assignment and step.now >= heartbeats.lease_ends(node, assignment):
+    has_lapsed = assignment and assignment.group_rank and round_.heartbeat.has_lapsed
+    if assignment and (has_lapsed or step.now >= heartbeats.lease_ends(node, assignment)):
         _on_late_assignment(node, step, assignment)
         return
     round_.leader = None

@@ -25,11 +25,15 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         learn_look(node, step)
     count_once = count - heartbeat.repeats
     heartbeat.in_flight, heartbeat.repeats = False, 0
+    is_first = heartbeat.count == 0  # there was nothing to reset before
+    if step.now >= heartbeat.answered_at + node.settings.keep_alive_deadline - node.settings.margin:
+        heartbeat.has_lapsed = True
+    elif count <= heartbeat.count:
+        heartbeat.has_lapsed = False
     late = heartbeat.sent_at - heartbeat.answered_at - node.heartbeat_period
     heartbeat.monitored_at += max(0.0, late - node.settings.outage)  # this node or the store slept, not the monitor
     heartbeat.answered_at = heartbeat.sent_at
     renew_lease(node, step)
-    is_first = heartbeat.count == 0  # there was nothing to reset before
     if count_once <= heartbeat.count or is_first:
         heartbeat.monitored_at = step.now
         round_.watch = None

@@ -102,6 +102,9 @@ class Heartbeat:
     """How often it was sent again, on another connection; each time, it may have counted before."""
     count: int = 0
     """The node's counter at the last answer."""
+    has_lapsed: bool = False
+    """An answer came after the end of the lease. The others may be about to go on without this node, until a reset of
+    its counter shows that they have heard it again."""
     monitored_at: float = 0.0
     """When the node last learned that somebody polls its heartbeats: its counter had been reset."""
     polled_at: float = 0.0
