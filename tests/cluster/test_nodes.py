@@ -119,7 +119,11 @@ def test_workers_get_the_store_address_that_their_agent_used(endpoint: str, job:
     processes = [nodes(n, "--max-restarts", "1", script=script) for n in (0, 1)]
     wait_until(lambda: up(job, 1, 2))
     seen = {tuple(mark.split()[1:]) for mark in job.marks()}
-    found = [tuple(c.laddr) for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    pids = {
+        child.pid for child in psutil.Process().children(recursive=True)
+    }  # others may listen elsewhere on that port
+    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in pids]
+    found = [tuple(c.laddr) for c in listening]
     job.mark("go")
     for process in processes:
         assert job.finish(process).returncode == 0
@@ -335,7 +339,7 @@ def test_an_endpoint_of_a_stranger_is_named(job: Job) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent) as server:
-        server.daemon_threads = True
+        server.daemon_threads = False  # leaving the block waits for the threads of connections
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         nodes = Nodes(job, "c10d", f"127.0.0.1:{server.server_port}", "2", "read_timeout=1,join_timeout=20")

@@ -493,7 +493,7 @@ def test_a_job_of_several_nodes_is_seen_whole_restarted_and_stopped(nodes: Nodes
         ]
         assert {node["pid"] for node in seen["nodes"]} == {process.pid for process in processes}
         assert [node["role"] for node in seen["nodes"]].count("spare") == 1
-    assert all(node["heartbeat"] is not None for node in job_of(nodes.run_id)["nodes"][:3])
+    wait_until(lambda: all(node["heartbeat"] is not None for node in job_of(nodes.run_id)["nodes"][:3]))
     assert all(node["workers"] is None and node["heartbeat"] is None for node in elsewhere["nodes"])
 
     assert elastic_job("restart", nodes.run_id).stdout == f"{nodes.run_id}: restarting\n"
