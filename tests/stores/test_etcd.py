@@ -8,6 +8,7 @@ import http.client
 import http.server
 import itertools
 import os
+import re
 import select
 import signal
 import socket
@@ -663,12 +664,17 @@ def test_tls_with_a_client_certificate(secured: str, certificates: Path, agents:
 
 @pytest.mark.xdist_group("etcd-tls")
 def test_dry_run_asks_over_tls(secured: str, certificates: Path) -> None:
+    def told(conf: dict[str, str]) -> str:
+        try:
+            return str(store_checks.store(EtcdBackend(secured, "j", conf, {}), 600))
+        except RendezvousConnectionError as error:
+            return f"error: {error}"
+
     files = {name: str(certificates / file) for name, file in (("cert", "client.pem"), ("key", "client.key"))}
     conf = {"cacert": str(certificates / "ca.pem"), **files}
-    assert f"{secured} is healthy (etcd " in str(store_checks.store(EtcdBackend(secured, "j", conf, {}), 600))
+    wait_until(lambda: f"{secured} is healthy (etcd " in told(conf))  # it is asked once, and has a second to answer
     wrong = {**conf, "cacert": str(certificates / "another-ca.pem")}
-    with pytest.raises(RendezvousConnectionError, match="certificate"):
-        store_checks.store(EtcdBackend(secured, "j", wrong, {}), 600)
+    wait_until(lambda: re.search("error: .*certificate", told(wrong)))
     with pytest.raises(RendezvousConnectionError, match="cannot use cacert, cert and key of --rdzv-conf"):
         store_checks.store(EtcdBackend(secured, "j", {**conf, "key": str(certificates / "ca.key")}, {}), 600)
 
