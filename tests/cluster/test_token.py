@@ -17,7 +17,7 @@ from elastic_launch.host import token
 from elastic_launch.store.client import StoreClient, connect
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from tests.support.jobs import Job
-from tests.support.nodes import QUICK, Nodes, c10d, up
+from tests.support.nodes import Nodes, c10d, up
 from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, wait_until
 
@@ -64,7 +64,7 @@ def status(*words: str) -> subprocess.CompletedProcess[str]:
 def test_strangers_do_not_join_nor_blame_and_at_most_end_a_job_with_a_token(job: Job, backend: str) -> None:
     file = str(job.path / "job.token")
     token.write(file)
-    nodes = c10d(job, "2") if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "2", QUICK)
+    nodes = c10d(job, "2") if backend == "c10d" else Nodes(job, "etcd", shared_etcd(), "2")
     script = job.script(RUN)
     with stranger(nodes) as client:
         first = nodes(0, "--token-file", file, script=script)
