@@ -35,6 +35,7 @@ from tests.support.jobs import TWO, Job
 from tests.support.leaks import wait_for_children
 from tests.support.nodes import STEADY, Nodes, c10d
 from tests.support.servers import shared_etcd, shared_store
+from tests.support.store_contract import frozen
 from tests.support.waiting import DEADLINE, wait_until
 
 RUN = "mark('up'); wait()\n"
@@ -549,12 +550,11 @@ def test_a_store_that_is_away_leaves_what_the_agents_know(job: Job) -> None:
     process = nodes(0, script=job.script(RUN))
     job.wait_for("0.0 up")
     [store] = [child for child in psutil.Process(process.pid).children() if child.name() == "elastic-store"]
-    store.suspend()
-    done = elastic_job("status", "--json")
+    with frozen(store.pid):
+        done = elastic_job("status", "--json")
     seen = json.loads(done.stdout)
     assert (done.returncode, seen["source"], len(seen["nodes"])) == (0, "agents", 1)
     assert re.fullmatch(r"elastic-job: only what the agents on this host know: .*\n", done.stderr)
-    store.resume()
     process.send_signal(signal.SIGTERM)
     job.finish(process)
 
