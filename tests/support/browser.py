@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from tests.support.leaks import children
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
 OPTIONS = {
@@ -137,7 +138,13 @@ def browser(profile: str) -> Iterator[Browser]:
             _ask(session, None, "DELETE")
         driver.send_signal(signal.SIGTERM)
         driver.wait(DEADLINE)
-        wait_until(lambda: not any(is_alive(helper.pid) for helper in helpers), "the end of the browser's processes")
+        # Those that it has started since have become children of this process.
+        wait_until(
+            lambda: (
+                not any(is_alive(it.pid) for it in (*helpers, *children()) if it in helpers or "chrom" in it.name())
+            ),
+            "the end of the browser's processes",
+        )
         driver.stdout.close()
 
 
