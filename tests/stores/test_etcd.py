@@ -156,18 +156,6 @@ class TestContract(ServedStoreContract):
 
         return freeze
 
-    def test_cancelled_wait(self, connect: Connect, prefix: str) -> None:
-        """As in the contract, but a ``Set`` is visible to other connections only after the next reply to its own."""
-        waiter, writer = connect(), connect()
-        for _ in range(2):
-            waiter.submit(Wait((prefix,)), "wait")
-            waiter.flush()
-            waiter.submit(Cancel())
-            assert wait_answer(waiter, DEADLINE) == [("wait", False)]
-        assert writer.call(Swap(prefix, b"", b"x"), DEADLINE) == b"x"
-        assert waiter.call(Get((prefix,)), DEADLINE) == [b"x"]
-        assert waiter.take() == []
-
 
 def test_every_request(etcd: str, agents: Callable[..., Agent]) -> None:
     ask = agents(etcd)
@@ -322,6 +310,7 @@ def test_keys_have_the_prefix_and_a_lease_of_a_day(etcd: str, agents: Callable[.
     prefix = new_prefix()
     one, two = agents(etcd, prefix), agents(etcd, prefix)
     one(Set((("a", b"1"),)))
+    one(Get(("a",)))
     two(Add("n", 1))
     two(Append("l", b"x"))
     two(Get(("a",)))

@@ -202,7 +202,7 @@ class StoreContract:
             assert waiter.take() == []
             waiter.submit(Cancel())
             assert answers(waiter, 1) == [("wait", False)]
-        writer.call(Set(((prefix, b"x"),)), DEADLINE)
+        assert writer.call(Swap(prefix, b"", b"x"), DEADLINE) == b"x"
         assert waiter.call(Get((prefix,)), DEADLINE) == [b"x"]
         assert waiter.take() == []
 
