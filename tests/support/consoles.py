@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import os
@@ -150,6 +151,9 @@ class LiveScreen:
         """Whether no update has fitted the present size."""
         self._is_cut_off = False
         """Whether the present update has not."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+        self._rest = ""
+        """The beginning of a control sequence."""
 
     def resize(self, rows: int, columns: int) -> None:
         """Become larger or smaller. What the program writes before it notices is cut off."""
@@ -163,9 +167,10 @@ class LiveScreen:
         return [line.rstrip() for line in self.lines]
 
     def feed(self, data: bytes) -> None:
-        """Show what was written."""
-        text = data.decode(errors="ignore")
-        for token in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|.", text, re.DOTALL):
+        """Show what was written. It may end within a character or a control sequence: the kernel keeps 4 KiB."""
+        text = self._rest + self._decoder.decode(data)
+        self._rest = re.findall(r"(?:\x1b\[?[?\d;]*)?$", text)[0]
+        for token in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|.", text.removesuffix(self._rest), re.DOTALL):
             self._take(token)
 
     def _take(self, token: str) -> None:
