@@ -36,14 +36,20 @@ class Agents:
     def __init__(self, view: View) -> None:
         self._clients: dict[int, ControlClient] = {}
         self._latest: dict[int, dict[str, Any]] = {}
+        self.were_any = False
+        """Whether any agent runs, or has ended since it was last asked."""
         for number, agent in enumerate(view.job.agents if view.job else []):
-            with contextlib.suppress(UnavailableError):
+            try:
                 client = self._clients[number] = ControlClient(agent["socket"])
                 client.send({"request": "subscribe"})
+                self.were_any = True
+            except GoneError:
+                self.were_any = True
+            except UnavailableError:
+                pass  # it is not there for another client now
             self._latest[number] = agent
         self._asked_at: dict[int, float] = {}
         """When those were asked that have not answered yet, in seconds of the monotonic clock."""
-        self.were_any = bool(self._clients)
 
     @property
     def are_left(self) -> bool:

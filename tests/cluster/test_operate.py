@@ -27,7 +27,10 @@ from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, 
 from elastic_launch.core.store_requests import Get, Set
 from elastic_launch.operate import jobs, logs
 from elastic_launch.operate.__main__ import COMMANDS
+from elastic_launch.operate.jobs import running_jobs
 from elastic_launch.operate.logs import NoFilesError
+from elastic_launch.operate.status import View
+from elastic_launch.operate.watch import watch
 from elastic_launch.store.client import connect
 from tests.support.consoles import LiveScreen
 from tests.support.control import asked, elastic_job, one_socket, start_elastic_job
@@ -264,6 +267,15 @@ def test_watch_as_json_is_a_view_a_line(job: Job) -> None:
     process.send_signal(signal.SIGTERM)
     job.finish(process)
     assert json.loads(job.finish(watcher).stdout.splitlines()[-1])["state"] == "stopped"
+
+
+def test_watch_ends_if_the_job_has_ended_since_it_was_found(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    process = start(job, "brief")
+    [found] = running_jobs(os.environ)
+    process.send_signal(signal.SIGTERM)
+    job.finish(process)
+    assert watch(View(found, None), as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["job"] == "brief"
 
 
 # ---- A terminal
