@@ -1,4 +1,4 @@
-"""What several rooms of processes need: a disk that is soon full, and a memory cgroup. Both take root."""
+"""What several rooms of processes need: time for stacks; and as root a disk that is soon full, and a memory cgroup."""
 
 from __future__ import annotations
 
@@ -10,7 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from elastic_launch.core.agent import lifecycle
 from tests.support.waiting import wait_until
+
+STACKS_TIME = 2.5
+"""Seconds that launchers of ``time_for_stacks`` give a worker to write its stacks before it is killed."""
+_SET_STACKS_TIME = f"""
+import sys
+if sys.orig_argv[1:3] == ["-m", "elastic_launch"]:
+    from elastic_launch.core.agent import lifecycle
+    lifecycle.DUMP_TIME = {STACKS_TIME}
+    lifecycle._dump_time = lambda state: {STACKS_TIME}
+"""
+
+
+@pytest.fixture
+def time_for_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give workers more than half a second for their stacks: on a busy machine, they may stand still for longer."""
+    monkeypatch.setattr(lifecycle, "DUMP_TIME", STACKS_TIME)
+    monkeypatch.setattr(lifecycle, "_dump_time", lambda state: STACKS_TIME)
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(_SET_STACKS_TIME)
+    path = os.pathsep.join([str(tmp_path / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from tests.support.files import install_package
 from tests.support.jobs import METHODS, TWO, Job, report_of
 from tests.support.waiting import DEADLINE, is_alive, wait_until
 
+pytestmark = pytest.mark.usefixtures("time_for_stacks")
+
 
 @pytest.fixture(autouse=True)
 def _quiet(_nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,11 +97,11 @@ def test_a_restart_begins_without_timers(job: Job) -> None:
     script = job.script(
         f"{CLIENT}"
         "if restart == 1:\n"
-        "    time.sleep(5.5)\n"
+        "    time.sleep(8.5)\n"
         "    with timer.expires(after=60): mark('goes on')\n"
         "    sys.exit()\n"
         "if rank == 0:\n"
-        "    with timer.expires(after=5): mark('starts'); time.sleep(1000)\n"
+        "    with timer.expires(after=8): mark('starts'); time.sleep(1000)\n"
         "mark('waits')\nwait_for('0.0 starts')\n"
         "takes_too_long()\n"
     )
