@@ -117,7 +117,10 @@ def stay_away(seed: int) -> int:
 
     made.run(back_at, stop=lambda: any(map(have_begun, range(4))))
     while made.now < back_at:
-        number = max(agent.running for agent in others if agent.running is not None)
+        number = max((agent.running for agent in others if agent.running is not None), default=None)
+        if number is None:  # the network has just ended a round
+            made.run(min(back_at, made.now + 1))
+            continue
         chance.choice([agent for agent in others if agent.running == number]).request_restart()
         made.run(back_at, stop=lambda after=number + 1: have_begun(after))  # type: ignore[misc]
         made.run(min(back_at, made.now + chance.uniform(0.5, 3)))

@@ -13,9 +13,10 @@ from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Finish
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Input, KeyAppeared, Settings
+from elastic_launch.core.rendezvous.monitor import TAKE_OVER
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import Phase, Timer
-from elastic_launch.core.store_requests import Swap
+from elastic_launch.core.store_requests import Set, Swap
 from elastic_launch.job import Change, End, EndKind, Level, Policy
 from tests.support.simulation import Agent, World
 from tests.support.worlds import RESET, SETTINGS, all_end, come_right, form, running, seeds, world
@@ -461,6 +462,30 @@ def test_a_node_that_is_heard_again_while_it_is_being_lost_does_not_start() -> N
     late.backend.stalled_until = 0.0
     late.disconnect()
     form(made, 3)
+
+
+def test_a_node_that_came_late_for_its_place_does_not_wait_for_a_monitor_that_is_dead() -> None:
+    made = world(3, SETTINGS._replace(min_nodes=1, keep_alive_interval=1))
+    made.run(1010, stop=lambda: "elastic/job/0/node/3" in made.store.values)
+    late = next(agent for agent in made.agents if agent.node.round.ticket == 3)
+    late.stall(4)
+    made.run(made.now + 1)
+    for agent in made.agents:
+        if agent is not late:
+            agent.kill()
+    made.run(made.now + 20, stop=lambda: late.running is not None)
+    assert late.running == 1
+
+
+def test_a_leader_that_leaves_when_it_has_closed_the_round_hands_nothing_over() -> None:
+    made = world(3, SETTINGS._replace(max_nodes=2))
+    form(made, 2)
+    spare = next(agent for agent in made.agents if agent.running is None)
+    key = f"elastic/job/0/heartbeat/{spare.node.round.ticket}"
+    made.run(made.now + 10, stop=lambda: spare.node.round.heartbeat.in_flight)
+    made.store.apply(Set(((key, b"%d" % TAKE_OVER),)), lambda reply: None)
+    made.run(made.now + 10)
+    assert running(made).count(0) == 2
 
 
 # --- thousands of schedules

@@ -100,8 +100,12 @@ def _read_assignment(node: NodeState, closed: Closed, data: bytes) -> Assignment
 
 
 def _on_late_assignment(node: NodeState, step: Step, assignment: Assignment) -> None:
-    """The node slept after its last heartbeat: the others have gone on without it, or wait for it to monitor them."""
-    if assignment.group_rank == 0:
+    """The node slept after its last heartbeat: the others have gone on without it, or wait for it to monitor them.
+
+    It starts when the monitor has heard it again. If it has not within a deadline, there is none any more.
+    """
+    late_at = node.round.late_at = step.now if node.round.late_at is None else node.round.late_at
+    if assignment.group_rank == 0 or step.now >= late_at + node.settings.keep_alive_deadline:
         reason = f"{node.record.host} joined too late for its assignment"
         end = End(EndKind.MEMBERSHIP_CHANGED, reason, node.record.node, change=Change.NODE_LATE)
         step.create(questions.LearnEnd(), "end", encode(end))

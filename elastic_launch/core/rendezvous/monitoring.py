@@ -48,7 +48,10 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         and not node.is_watcher
     ):
         due += node.settings.keep_alive_interval  # until then a watcher, which knows of other losses, ends the round
-    if heartbeat.sent_at >= due or count >= TAKE_OVER:
+    is_heir = (
+        count >= TAKE_OVER and node.phase is Phase.WAITING
+    )  # later, the leader had closed the round before it left
+    if heartbeat.sent_at >= due or is_heir:
         if node.phase is Phase.WAITING and round_.leader is None:
             heartbeat.monitored_at = step.now
             step.create(questions.TakeOverLeading(), f"leader/{round_.leaders + 1}", b"%d" % round_.ticket)

@@ -197,6 +197,8 @@ class Round:
     # While the round runs.
     assignment: Assignment | None = None
     assigned_at: float = 0.0
+    late_at: float | None = None
+    """When the node first learned its assignment after the end of its lease; None: it has not."""
     stood_by: bool = False
     """Whether the node was outside the round while it ran."""
     members: Members | None = None
