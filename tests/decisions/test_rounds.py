@@ -13,10 +13,12 @@ import pytest
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.messages import Answer, Join, Settings, Tick
 from elastic_launch.core.rendezvous.monitor import LEFT, Monitor
+from elastic_launch.core.rendezvous.monitoring import may_have_been_reset
 from elastic_launch.core.rendezvous.node import begin, step
 from elastic_launch.core.rendezvous.progress import joined_of
 from elastic_launch.core.rendezvous.ranks import assign, choose
 from elastic_launch.core.rendezvous.records import Closed, Members, NodeRecord, decode, encode
+from elastic_launch.core.rendezvous.state import Heartbeat
 from elastic_launch.core.store_requests import Reply
 from elastic_launch.errors import ProcessFailure, RendezvousStateError
 from elastic_launch.job import Assignment, Decision, End, EndKind, Goodput, LostTime, RestartHistory
@@ -182,3 +184,24 @@ def test_a_leader_reads_many_records_once_each_and_soon_however_slow_the_store_i
             more = step(state, Answer(asked.question, asked.round, value), now)
             ready = more._replace(requests=ready.requests + more.requests)
     raise AssertionError(f"{len(read)} records read, {max(read.values(), default=0)} times")
+
+
+@pytest.mark.parametrize(
+    ("before", "count", "repeats", "was_reset", "left"),
+    [
+        (0, 1, 0, True, 0),  # there was nothing to reset
+        (3, 1, 0, True, 0),
+        (1, 2, 0, False, 0),
+        (1, 2, 1, True, 0),  # what was sent again has come now, after a reset
+        (5, 6, 1, False, 1),
+        (5, 7, 1, False, 0),  # it has come, and there was no reset
+        (2, 3, 2, True, 0),
+        (4, 1, 2, True, 2),
+    ],
+)
+def test_heartbeats_that_count_twice_do_not_hide_a_reset(
+    before: int, count: int, repeats: int, was_reset: bool, left: int
+) -> None:
+    """A connection that was given up may bring them long afterwards."""
+    heartbeat = Heartbeat(count=before, repeats=repeats)
+    assert (may_have_been_reset(heartbeat, count), heartbeat.repeats) == (was_reset, left)

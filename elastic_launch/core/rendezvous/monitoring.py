@@ -10,7 +10,7 @@ from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, without_flag
 from elastic_launch.core.rendezvous.records import Members
 from elastic_launch.core.rendezvous.stalling import check_claims, learn_look, pass_on_look
-from elastic_launch.core.rendezvous.state import NodeState, Phase, Step, Timer
+from elastic_launch.core.rendezvous.state import Heartbeat, NodeState, Phase, Step, Timer
 from elastic_launch.core.text import listed
 
 DOUBT = 3
@@ -23,9 +23,8 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     if LOOK <= count < LEFT:
         count %= LOOK
         learn_look(node, step)
-    count_once = count - heartbeat.repeats
-    heartbeat.in_flight, heartbeat.repeats = False, 0
-    is_first = heartbeat.count == 0  # there was nothing to reset before
+    heartbeat.in_flight = False
+    was_reset = may_have_been_reset(heartbeat, count)
     if step.now >= heartbeat.answered_at + node.settings.keep_alive_deadline - node.settings.margin:
         heartbeat.has_lapsed = True
     elif count <= heartbeat.count:
@@ -34,7 +33,7 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     heartbeat.monitored_at += max(0.0, late - node.settings.outage)  # this node or the store slept, not the monitor
     heartbeat.answered_at = heartbeat.sent_at
     renew_lease(node, step)
-    if count_once <= heartbeat.count or is_first:
+    if was_reset:
         heartbeat.monitored_at = step.now
         round_.watch = None
         node.timers.pop(Timer.WATCH, None)
@@ -60,6 +59,19 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
     elif step.now < due and Timer.HEARTBEAT in node.timers:
         on_time = max(step.now, heartbeat.sent_at + node.heartbeat_period)  # the timer may have waited for this answer
         node.timers[Timer.HEARTBEAT] = min(node.timers[Timer.HEARTBEAT], on_time, due)
+
+
+def may_have_been_reset(heartbeat: Heartbeat, count: int) -> bool:
+    """Return whether the monitor may have reset the counter since the last answer. If not, it is silent.
+
+    After a reset the counter is 1, and more only by heartbeats that were sent twice. Each of them can explain one more.
+    """
+    if heartbeat.count == 0:
+        return True  # there was nothing to reset before
+    was_reset = count <= heartbeat.count or count - 1 <= heartbeat.repeats
+    extra = count - 1 if was_reset else count - heartbeat.count - 1
+    heartbeat.repeats = max(0, heartbeat.repeats - extra)
+    return was_reset
 
 
 def _doubt_monitor(node: NodeState, step: Step) -> None:

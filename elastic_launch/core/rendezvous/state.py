@@ -99,7 +99,7 @@ class Heartbeat:
     """When the last heartbeat that was answered had been sent."""
     in_flight: bool = False
     repeats: int = 0
-    """How often it was sent again, on another connection; each time, it may have counted before."""
+    """Heartbeats that were sent again, on another connection, and may count once more, even long after that."""
     count: int = 0
     """The node's counter at the last answer."""
     has_lapsed: bool = False
