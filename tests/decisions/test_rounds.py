@@ -192,10 +192,12 @@ def test_a_leader_reads_many_records_once_each_and_soon_however_slow_the_store_i
         (0, 1, 0, True, 0),  # there was nothing to reset
         (3, 1, 0, True, 0),
         (1, 2, 0, False, 0),
-        (1, 2, 1, True, 0),  # what was sent again has come now, after a reset
+        (1, 2, 1, True, 1),  # perhaps what was sent again has come now, after a reset
+        (2, 3, 1, False, 1),
+        (3, 2, 1, True, 0),  # it has, because there was one
         (5, 6, 1, False, 1),
         (5, 7, 1, False, 0),  # it has come, and there was no reset
-        (2, 3, 2, True, 0),
+        (2, 3, 2, True, 2),
         (4, 1, 2, True, 2),
     ],
 )

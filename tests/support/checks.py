@@ -101,7 +101,9 @@ class Checks:
         is_there = theirs.round.number == node.round.number and theirs.phase in (Phase.MEMBER, Phase.OUTSIDE)
         if not (place and place.group_rank == 0 and is_there):
             return None
-        is_renewed = heartbeat.in_flight or heartbeat.count == 0 or self._counter(theirs) < heartbeat.count
+        # Its next heartbeat adds 1; what has come since a reset may be one that was sent twice.
+        counter, explained = self._counter(theirs), max(heartbeat.count - 1, heartbeat.repeats)
+        is_renewed = heartbeat.in_flight or heartbeat.count == 0 or counter <= explained
         return None if is_renewed else heartbeat.monitored_at
 
     def _heard_at(self, node: NodeState, other: Agent) -> float | None:

@@ -64,13 +64,16 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
 def may_have_been_reset(heartbeat: Heartbeat, count: int) -> bool:
     """Return whether the monitor may have reset the counter since the last answer. If not, it is silent.
 
-    After a reset the counter is 1, and more only by heartbeats that were sent twice. Each of them can explain one more.
+    After a reset the counter is 1, and more only by heartbeats that were sent twice. Each of them explains one more. A
+    counter that nobody resets grows beyond that, so a dead monitor is noticed a few heartbeats later at most.
     """
     if heartbeat.count == 0:
         return True  # there was nothing to reset before
-    was_reset = count <= heartbeat.count or count - 1 <= heartbeat.repeats
-    extra = count - 1 if was_reset else count - heartbeat.count - 1
-    heartbeat.repeats = max(0, heartbeat.repeats - extra)
+    if heartbeat.count < count <= heartbeat.repeats + 1:
+        return True  # perhaps
+    was_reset = count <= heartbeat.count
+    have_come = count - 1 if was_reset else count - heartbeat.count - 1
+    heartbeat.repeats = max(0, heartbeat.repeats - have_come)
     return was_reset
 
 
