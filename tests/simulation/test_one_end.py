@@ -9,6 +9,7 @@ import pytest
 
 from elastic_launch.core.agent.messages import Action, Finish, Leave, SendSignal
 from elastic_launch.core.rendezvous.messages import Settings
+from elastic_launch.core.rendezvous.state import Phase
 from elastic_launch.job import Level, Policy
 from elastic_launch.rendezvous.store_link import CONNECT_TIMEOUT, LAST_RETRY
 from tests.support.simulation import Agent, World
@@ -458,23 +459,24 @@ def test_spares_learn_that_all_have_succeeded_also_if_nobody_is_left_to_say_so()
     assert (spare.finish.error, spare.finish.failures) == ("", ())
 
 
+@pytest.mark.parametrize("phase", [Phase.JOINING, Phase.WAITING])
+@pytest.mark.parametrize("low", [3, 2])
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_signal_in_a_pause_ends_the_job_as_it_would_while_workers_run(number: int) -> None:
+def test_a_signal_in_a_pause_ends_the_job_as_it_would_while_workers_run(number: int, low: int, phase: Phase) -> None:
     """If too few nodes remain. Otherwise the job goes on without that node."""
-    for low in (3, 2):
-        made = world(3, job(low, 3, Policy(3, backoff=20, backoff_limit=60)))
-        form(made, 3)
-        made.agents[0].fail_worker()
-        made.run(made.now + 8)
-        assert running(made) == [None] * 3
-        leaving = made.agents[number]
-        leaving.signal()
-        made.run(made.now + 60)
-        others = [agent for agent in made.agents if agent is not leaving]
-        assert leaving.finish is not None
-        assert leaving.finish.signum == SIGTERM
-        assert [agent.finish and agent.finish.signum for agent in others] == ([SIGTERM] * 2 if low == 3 else [None] * 2)
-        assert [agent.running for agent in others] == ([None] * 2 if low == 3 else [1, 1])
+    made = world(3, job(low, 3, Policy(3, backoff=20, backoff_limit=60)))
+    form(made, 3)
+    made.agents[0].fail_worker()
+    leaving = made.agents[number]
+    made.run(made.now + 8, stop=lambda: (leaving.node.round.number, leaving.node.phase) == (1, phase))
+    assert (leaving.node.phase, leaving.running) == (phase, None)
+    leaving.signal()
+    made.run(made.now + 60)
+    others = [agent for agent in made.agents if agent is not leaving]
+    assert leaving.finish is not None
+    assert leaving.finish.signum == SIGTERM
+    assert [agent.finish and agent.finish.signum for agent in others] == ([SIGTERM] * 2 if low == 3 else [None] * 2)
+    assert [agent.running for agent in others] == ([None] * 2 if low == 3 else [1, 1])
 
 
 def test_a_host_that_comes_back_is_found_soon() -> None:

@@ -46,6 +46,7 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
     """Leave while no workers run: hand over the lead, or stop the job if this node hosts the store or is to stop it."""
     node.has_left = True
     round_ = node.round
+    goes_on = node.phase in (Phase.WAITING, Phase.ENDED) or (node.phase is Phase.JOINING and round_.number > 0)
     if (node.record.serves or request.reason) and not node.is_over:
         round_.shutdown.stops_job = True
         if node.phase is Phase.ENDED or (
@@ -61,8 +62,9 @@ def leave(node: NodeState, step: Step, request: Leave) -> None:
         _note(node, step, Unfit(node.record, why, is_gone=True, has_failed=True))
     elif node.phase is Phase.UNFIT:
         _note(node, step, Unfit(node.record, node.unfit, is_gone=True))
-    elif node.phase in (Phase.WAITING, Phase.ENDED) and request.signum and not node.is_over:
+    elif goes_on and request.signum and not node.is_over:
         # If too few remain to meet, the job ends by this signal, as it would while the workers run.
+        round_.shutdown.has_counted |= node.phase is Phase.JOINING  # nobody waits for it, but this must arrive
         key = node.key("leaving", back=-(node.phase is Phase.ENDED))
         final = _final(node, request, "and the job cannot go on without it")
         step.ask(questions.Write(), Swap(key, b"", encode(final)))
