@@ -16,7 +16,7 @@ from elastic_launch.core.rendezvous.messages import Input, KeyAppeared, Settings
 from elastic_launch.core.rendezvous.monitor import TAKE_OVER
 from elastic_launch.core.rendezvous.records import encode
 from elastic_launch.core.rendezvous.state import Phase, Timer
-from elastic_launch.core.store_requests import Set, Swap
+from elastic_launch.core.store_requests import Add, Set, Swap
 from elastic_launch.job import Change, End, EndKind, Level, Policy
 from tests.support.simulation import Agent, World
 from tests.support.worlds import RESET, SETTINGS, all_end, come_right, form, running, seeds, world
@@ -486,6 +486,20 @@ def test_a_leader_that_leaves_when_it_has_closed_the_round_hands_nothing_over() 
     made.store.apply(Set(((key, b"%d" % TAKE_OVER),)), lambda reply: None)
     made.run(made.now + 10)
     assert running(made).count(0) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_node_that_dies_before_it_has_counted_itself_among_the_finished_is_not_waited_for(rank: int) -> None:
+    made = world(3, SETTINGS._replace(min_nodes=3))
+    form(made, 3)
+    dead = next(a for a in made.agents if a.state.assignment and a.state.assignment.group_rank == rank)
+    dead.succeed()
+    made.run(made.now + 1)
+    dead.kill()
+    made.store.apply(Add("elastic/job/0/succeeded", -1), lambda reply: None)
+    made.run(made.now + 60)
+    assert running(made).count(0) == 2
+    all_end(made)
 
 
 # --- thousands of schedules

@@ -196,6 +196,8 @@ def on_members_polled(node: NodeState, step: Step, answer: Answer[questions.Poll
         reset(node, step, grown, step.now if all_grown else heard_at)
     else:
         confirm_poll(node, step, heard_at)
+    if round_.finished and round_.end is None and (round_.assignment is None or round_.report.has_succeeded):
+        read_finished(node, step)  # those that are lost may have been unable to count themselves
     suspected -= (round_.finished - {deciding_ticket(node)}) | round_.lost | {round_.ticket}
     check(node, step, [ticket for ticket in round_.members.tickets if ticket in suspected])
 
