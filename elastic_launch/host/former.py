@@ -6,6 +6,7 @@ import contextlib
 import os
 
 PROC = "/proc"
+"""Where the system shows its processes."""
 _ENDED = (b"Z", b"X", b"x")
 """States of a process that has ended."""
 

@@ -28,15 +28,15 @@ def send(node: NodeState, step: Step) -> None:
             step.get(questions.CheckClosed(step.now), "closed")
 
 
-def lease_ends(node: NodeState, assignment: Assignment) -> float:
+def lease_ends(node: NodeState, assignment: Assignment | None) -> float:
     """Return the earliest time at which the others can have gone on without this node.
 
     They noticed the last answered heartbeat when it was on its way, or later. They notice the monitor by its polls, and
-    count from the closing of the round.
+    count from the closing of the round. A node without an assignment has a lease as well: it may get one.
     """
     heartbeat = node.round.heartbeat
     since = heartbeat.answered_at
-    if assignment.group_rank == 0:
+    if assignment and assignment.group_rank == 0:
         since = min(since, heartbeat.polled_at)
     return since + node.settings.keep_alive_deadline - node.settings.margin
 

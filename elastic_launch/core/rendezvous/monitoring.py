@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elastic_launch.core.rendezvous import questions
 from elastic_launch.core.rendezvous.ending import deciding_ticket, lose_members, read_finished
-from elastic_launch.core.rendezvous.heartbeats import confirm_poll, poll_in_time, renew_lease, reset
+from elastic_launch.core.rendezvous.heartbeats import confirm_poll, lease_ends, poll_in_time, renew_lease, reset
 from elastic_launch.core.rendezvous.leading import become_leader
 from elastic_launch.core.rendezvous.messages import Answer
 from elastic_launch.core.rendezvous.monitor import LEFT, LOOK, TAKE_OVER, Monitor, without_flag
@@ -25,7 +25,7 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         learn_look(node, step)
     heartbeat.in_flight = False
     was_reset = may_have_been_reset(heartbeat, count)
-    if step.now >= heartbeat.answered_at + node.settings.keep_alive_deadline - node.settings.margin:
+    if step.now >= lease_ends(node, round_.assignment):
         heartbeat.has_lapsed = True
     elif count <= heartbeat.count:
         heartbeat.has_lapsed = False
@@ -47,9 +47,8 @@ def on_heartbeat(node: NodeState, step: Step, answer: Answer[questions.SendHeart
         and not node.is_watcher
     ):
         due += node.settings.keep_alive_interval  # until then a watcher, which knows of other losses, ends the round
-    is_heir = (
-        count >= TAKE_OVER and node.phase is Phase.WAITING
-    )  # later, the leader had closed the round before it left
+    # Not later: then the leader had closed the round before it left.
+    is_heir = count >= TAKE_OVER and node.phase is Phase.WAITING
     if heartbeat.sent_at >= due or is_heir:
         if node.phase is Phase.WAITING and round_.leader is None:
             heartbeat.monitored_at = step.now
