@@ -61,14 +61,14 @@ class Browser:
         self._act(selector, "value", {"text": keys})
 
     def _act(self, selector: str, what: str, body: dict[str, Any]) -> None:
-        """Do something with an element; again, if the page has put another one in its place since it was found."""
+        """Do something with an element; again, if the page has replaced it since, or has not laid it out yet."""
 
         def is_done() -> bool:
             element = self._ask("element", {"using": "css selector", "value": selector})
             try:
                 self._ask(f"element/{next(iter(element.values()))}/{what}", body)
             except AssertionError as error:
-                if "stale element" not in str(error):
+                if not any(why in str(error) for why in ("stale element", "not interactable")):
                     raise
                 return False
             return True
