@@ -20,6 +20,11 @@ from elastic_launch.store.etcd.heartbeats import Heartbeats
 from elastic_launch.store.etcd.keys import Keyspace
 from elastic_launch.store.etcd.watch import KeyWatch
 
+CODES = (
+    *("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNIMPLEMENTED", "UNAVAILABLE"),
+    *("DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED", "UNKNOWN", "ABORTED"),
+)
+"""gRPC's status codes that are told apart."""
 BEAT, OTHER = "job/0/heartbeat/1", "job/0/heartbeat/2"
 
 
@@ -172,9 +177,8 @@ Trio = tuple[Cluster, list[Asked]]
 def trio(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Trio]:
     """Makes a cluster of members that answer when the test says so; a has the number 1, and is the own one."""
     asked: list[Asked] = []
-    grpc = SimpleNamespace(
-        aio=SimpleNamespace(AioRpcError=_RpcError, EOF=None), StatusCode=SimpleNamespace(NOT_FOUND="gone")
-    )
+    codes = {name: name for name in CODES} | {"NOT_FOUND": "gone"}
+    grpc = SimpleNamespace(aio=SimpleNamespace(AioRpcError=_RpcError, EOF=None), StatusCode=SimpleNamespace(**codes))
 
     def member(grpc: Any, etcdrpc: Any, endpoint: str, settings: EtcdSettings) -> Any:
         def answering(name: str) -> Callable[..., Awaitable[Any]]:
@@ -199,6 +203,25 @@ def trio(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Trio]:
     monkeypatch.setattr(cluster, "MemberChannel", member)
     monkeypatch.setattr(cluster, "HEDGE", 0.001)
     return make
+
+
+def test_a_timeout_does_not_hide_what_a_member_said_before(trio: Callable[[], Trio]) -> None:
+    """The last attempt lasts only as long as the call, and tells nothing about the member."""
+
+    async def run() -> None:
+        made, asked = trio()
+        member = made.member
+        for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+            await made.recover(member, (), _RpcError(code))
+            assert member.last_error == "UNAVAILABLE"
+        call = asyncio.create_task(made.call("Txn", None))
+        await until(lambda: len(asked) == 3)
+        next(it for it in asked if it.endpoint == member.endpoint).answer.set_result(None)
+        await call
+        await made.recover(member, (), _RpcError("DEADLINE_EXCEEDED"))
+        assert member.last_error == "DEADLINE_EXCEEDED", "it has answered since"
+
+    asyncio.run(run())
 
 
 async def until(condition: Callable[[], bool]) -> None:

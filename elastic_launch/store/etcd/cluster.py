@@ -107,6 +107,7 @@ class MemberChannel:
     def __init__(self, grpc: Any, etcdrpc: Any, endpoint: str, settings: EtcdSettings) -> None:
         self.endpoint = endpoint
         self.last_error = ""
+        """Why it has not answered since it last did; empty: it has."""
         self.is_unusable = False
         """Whether the last error is permanent: it is not etcd, or its certificate is wrong."""
         options = [
@@ -193,6 +194,7 @@ class Cluster:
                 member, response = answer
                 if self._is_ours(response):
                     self._has_answered = True
+                    member.last_error = ""
                     self._by_id[response.header.member_id] = member
                     return response
                 member.is_unusable = not self._has_answered
@@ -331,6 +333,9 @@ class Cluster:
                 f"etcd at {member.endpoint} answers with more than was asked for ({why}): does something else write "
                 "to the job's keys?"
             )
+        if code is self._code.DEADLINE_EXCEEDED and member.last_error:
+            self.switch_from(member, member.last_error)  # that says more: the last attempt ends with the call
+            return
         member.is_unusable = not self._has_answered and (
             code is self._code.UNIMPLEMENTED or (code is self._code.UNAVAILABLE and self._is_mismatch(why))
         )
