@@ -425,6 +425,7 @@ def test_a_spare_watches_over_the_members_if_no_other_can() -> None:
     for _ in range(3):
         add(made)
     form(made, 2)
+    made.run(made.now + 1)
     monitor, other = members(made)
     [spare] = [agent for agent in made.agents if agent.node.phase is Phase.OUTSIDE]
     monitor.succeed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastic_launch.core.agent.journal import Entry
@@ -9,6 +10,7 @@ from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.core.agent.messages import Decided, Ended
 from elastic_launch.core.rendezvous.messages import Ready
 from elastic_launch.core.rendezvous.monitor import LOOK
+from elastic_launch.core.rendezvous.monitoring import may_have_been_reset
 from elastic_launch.core.rendezvous.questions import ConfirmReset, Question
 from elastic_launch.core.rendezvous.records import Closed, decode
 from elastic_launch.core.rendezvous.state import NodeState, Phase, Timer
@@ -101,9 +103,7 @@ class Checks:
         is_there = theirs.round.number == node.round.number and theirs.phase in (Phase.MEMBER, Phase.OUTSIDE)
         if not (place and place.group_rank == 0 and is_there):
             return None
-        # Its next heartbeat adds 1; what has come since a reset may be one that was sent twice.
-        counter, explained = self._counter(theirs), max(heartbeat.count - 1, heartbeat.repeats)
-        is_renewed = heartbeat.in_flight or heartbeat.count == 0 or counter <= explained
+        is_renewed = heartbeat.in_flight or may_have_been_reset(replace(heartbeat), self._counter(theirs) + 1)
         return None if is_renewed else heartbeat.monitored_at
 
     def _heard_at(self, node: NodeState, other: Agent) -> float | None:

@@ -36,9 +36,9 @@ def become_leader(node: NodeState, step: Step) -> None:
     round_.leader = Leader(node.settings, node.record, round_.leaders, round_.number, step.now, node.began_at)
     step.await_key("node/1")
     step.set_timer(Timer.LEADER_POLL, node.settings.tick)
-    if round_.number:
-        keys = tuple(node.key(name, back=1) for name in ("ticket", "end", "decision", "closed", "unfit"))
-        step.ask(questions.ReadPastRound(), Get(keys, ANSWER_LIMIT))  # appended to
+    past = ("ticket", "end", "decision", "closed", "unfit") if round_.number else ()
+    keys = node.round_key, *(node.key(name, back=1) for name in past)
+    step.ask(questions.ReadPastRound(), Get(keys, ANSWER_LIMIT))  # "unfit" is appended to
 
 
 def stand_down(node: NodeState, step: Step) -> None:
@@ -55,8 +55,17 @@ def stand_down(node: NodeState, step: Step) -> None:
 
 
 def on_past_round(node: NodeState, step: Step, answer: Answer[questions.ReadPastRound, list[bytes]]) -> None:
-    """Learn how the round before ended, and ask which nodes were in it."""
-    count, end, following, closed, unfit = answer.value
+    """Learn how the round before ended, and ask which nodes were in it.
+
+    This node may have slept before it drew its ticket. Then it leads a round that is over, and perhaps deleted.
+    """
+    current, *past = answer.value
+    if number(current, node.round_key) > node.round.number:
+        rejoin(node, step)
+        return
+    if not past:
+        return
+    count, end, following, closed, unfit = past
     ended = decode(End, end, node.key("end", back=1)) if end else None
     gone, silent = (ended.gone, ended.silent) if ended else ((), ())
     history = decode(Closed, closed, node.key("closed", back=1)).restart_history if closed else None

@@ -66,8 +66,8 @@ def may_have_been_reset(heartbeat: Heartbeat, count: int) -> bool:
     After a reset the counter is 1, and more only by heartbeats that were sent twice. Each of them explains one more. A
     counter that nobody resets grows beyond that, so a dead monitor is noticed a few heartbeats later at most.
     """
-    if heartbeat.count == 0:
-        return True  # there was nothing to reset before
+    if heartbeat.count == 0 or heartbeat.count < TAKE_OVER <= count:
+        return True  # there was nothing to reset before, or the leader has written over it
     if heartbeat.count < count <= heartbeat.repeats + 1:
         return True  # perhaps
     was_reset = count <= heartbeat.count

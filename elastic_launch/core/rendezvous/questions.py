@@ -27,7 +27,7 @@ class WriteRecord(Question):
 
 
 class ReadPastRound(Question):
-    """How did the round before end, and how many tickets did it have?"""
+    """Is this the current round? How did the one before end, and how many tickets did it have?"""
 
 
 @dataclass(frozen=True)
