@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from elastic_launch.core.store_requests import Add, Get, Request, Set
+from elastic_launch.host import child
 from elastic_launch.store.client import StoreClient
 from elastic_launch.store.etcd.bridge import EtcdBridge
 from elastic_launch.store.etcd.cluster import EtcdError
@@ -23,6 +24,9 @@ from tests.support.etcd import Trio, post
 from tests.support.leaks import shared_by_tests
 from tests.support.servers import shared_etcd
 from tests.support.waiting import DEADLINE, wait_until
+
+_ASKS_ONCE = f"from elastic_launch.store.etcd import cluster; cluster.HEDGE = cluster.FIRST_ATTEMPT = {DEADLINE}; "
+"""What makes a bridge wait for an answer instead of sending the request again, which may count twice."""
 
 
 def key(ticket: int) -> str:
@@ -60,10 +64,13 @@ class Node:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Node, Node]]:
-    """A node and a monitor that tests share; each test has tickets of its own."""
+    """A node and a monitor that tests share; each test has tickets of its own. A slow etcd is fine."""
     endpoint = shared_etcd()
     with contextlib.ExitStack() as stack:
-        with shared_by_tests():
+        with shared_by_tests(), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(
+                child, "_PROGRAM", child._PROGRAM.replace("child_main.run(", f"{_ASKS_ONCE}child_main.run(")
+            )
             node, monitor = [stack.enter_context(contextlib.closing(Node(endpoint, "/beats/"))) for _ in range(2)]
         yield node, monitor
 
