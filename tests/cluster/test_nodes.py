@@ -551,6 +551,7 @@ def test_a_worker_of_a_frozen_host_does_nothing_more_when_it_is_the_first_to_wak
         "from elastic_launch import worker\n"
         "mark(f'pid {os.getpid()}')\n"
         "while restart == 0:\n"
+        "    if os.path.exists(__file__ + f'.{rank}.freeze'): os.kill(os.getpid(), signal.SIGSTOP)\n"
         "    worker.progress()\n"
         "    with open(__file__ + f'.{rank}', 'a') as steps: steps.write('.')\n"
         "    time.sleep(0.05)\n"
@@ -564,7 +565,9 @@ def test_a_worker_of_a_frozen_host_does_nothing_more_when_it_is_the_first_to_wak
     steps = Path(f"{script}.{rank}")
     wait_until(lambda: steps.exists() and steps.stat().st_size > 3)
     worker = psutil.Process(pids[rank])
-    for process in (third, keeper, worker):
+    Path(f"{script}.{rank}.freeze").touch()  # not by a signal: that could stop it in the middle of a step
+    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED)
+    for process in (third, keeper):
         process.send_signal(signal.SIGSTOP)
     wait_until(lambda: up(job, 1, 2))
     done = steps.stat().st_size
