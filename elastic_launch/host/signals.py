@@ -117,11 +117,13 @@ class SignalTrap:
         self._before: dict[int, Any] = {}
         self._caught: deque[tuple[int, float]] = deque()
         self._is_over = False
+        self._read = b""
+        """The numbers of the signals that have woken the loop, for the descriptor that the program has for them."""
         self.passes_on = False
         """Whether the loop gets the signals as events, and nothing is raised."""
 
     def __enter__(self) -> SignalTrap:
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._reading, self._writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if threading.current_thread() is threading.main_thread():
             chosen = [signum for signum in self._signals if not _stays_ignored(signum)]
             # None: no handler of Python's, which cannot be restored.
@@ -133,7 +135,8 @@ class SignalTrap:
         for signum, before in self._before.items():
             if signal.getsignal(signum) == self._handle:  # otherwise another handler is above it, and calls it
                 signal.signal(signum, before)
-        os.close(self._wake)
+        if SignalTrap._in_loop is not self:
+            self._close()
 
     @contextlib.contextmanager
     def around_loop(self) -> Iterator[None]:
@@ -142,13 +145,23 @@ class SignalTrap:
         Raises:
             SignalException: one did, and this trap does not pass them on.
         """
-        if self._before:
-            SignalTrap._in_loop = self
+        if not self._before:  # in another thread, where no signal arrives
+            yield
+            return
+        SignalTrap._in_loop = self
+        # A handler would run too late to wake a loop that is just about to wait. The interpreter writes at once.
+        wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         try:
             yield
         finally:
-            if SignalTrap._in_loop is self:  # and not the loop of another thread
-                SignalTrap._in_loop = None
+            signal.set_wakeup_fd(wakeup_before)
+            SignalTrap._in_loop = None
+            self._empty()
+            with contextlib.suppress(OSError):  # without such a descriptor, or with one that is full
+                os.write(wakeup_before, self._read)
+            self._read = b""
+            if self._is_over:
+                self._close()
         if self.has_caught() and not self.passes_on:
             _raise(self._caught.popleft()[0])
 
@@ -158,7 +171,7 @@ class SignalTrap:
 
     def descriptors(self) -> list[tuple[int, int]]:
         """See ``LoopSource``."""
-        return [(self._wake, select.POLLIN)]
+        return [(self._reading, select.POLLIN)]
 
     def deadline(self) -> None:
         """See ``LoopSource``: nothing is ever due."""
@@ -167,9 +180,16 @@ class SignalTrap:
         """Return the signals that have arrived, if they are passed on."""
         from elastic_launch.core.agent.messages import Signalled  # late, as in SignalQueue
 
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
+        self._empty()
         return [Signalled(*self._caught.popleft()) for _ in range(len(self._caught))] if self.passes_on else []
+
+    def _empty(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._read += os.read(self._reading, 4096)
+
+    def _close(self) -> None:
+        os.close(self._reading)
+        os.close(self._writing)
 
     def _handle(self, signum: int, frame: object) -> None:
         if self._is_over:
@@ -177,8 +197,6 @@ class SignalTrap:
             signal.raise_signal(signum)
         elif trap := SignalTrap._in_loop:
             trap._caught.append((signum, time.time()))
-            with contextlib.suppress(OSError):  # it is being closed
-                os.eventfd_write(trap._wake, 1)
         else:
             _raise(signum)
 

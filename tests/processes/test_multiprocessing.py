@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
+import operator
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +31,7 @@ from elastic_launch import (
     Std,
     UsageError,
 )
+from elastic_launch.agent import loop as agent_loop
 from elastic_launch.core.agent.lifecycle import AgentPhase
 from elastic_launch.host.signals import SignalTrap
 from elastic_launch.multiprocessing import start_processes
@@ -201,6 +207,37 @@ def test_interrupted_wait_can_be_resumed(tmp_path: Path) -> None:
     assert context.wait(0) is None
     (tmp_path / "go").write_text("")
     assert not ended(context).is_failed()
+
+
+class LateSignal:
+    """A poller for a process that gets a signal just before it waits: too late for the handler, and for EINTR."""
+
+    def __init__(self) -> None:
+        self._poller = select.poll()
+        self.register = self._poller.register
+
+    def poll(self, timeout: float | None) -> Any:
+        late = functools.partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGINT)
+        # Called from C, one right after the other: Python runs handlers between bytecodes.
+        _, found = map(operator.call, (late, functools.partial(self._poller.poll, timeout)))
+        return found
+
+
+def test_a_signal_that_arrives_just_before_the_wait_interrupts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    wakeup = signal.set_wakeup_fd(writing)
+    context = sh("exec sleep 1000")
+    before = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(agent_loop, "select", SimpleNamespace(poll=LateSignal))
+        with pytest.raises(SignalException):
+            context.wait(2 * SOON)
+    assert time.monotonic() - before < SOON
+    context.close()
+    assert signal.set_wakeup_fd(wakeup) == writing
+    assert os.read(reading, 100) == bytes([signal.SIGINT]), "asyncio finds out in this way which handlers to call"
+    os.close(reading)
+    os.close(writing)
 
 
 def test_signals_let_the_program_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
