@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -54,6 +55,8 @@ ASSIGNMENT = Assignment(
     restart_history=RestartHistory(used=1),
 )
 PIDS = {0: 100, 1: 101}
+NOW = 1000.0
+"""What ``time.monotonic`` is while a recorder is looked at, which counts whole seconds."""
 INFO = Event("name", EventSource.WORKER, 3, {"a": 1, "b": None, "c": "x", "d": 1.5, "e": True})
 RDZV_EVENT = RdzvEvent("name", "run", "message", "host", 1, NodeState.RUNNING, rank=2)
 
@@ -69,6 +72,11 @@ def _no_handlers_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if isinstance(handler, MemoryHandler) and handler.target:
                 handler.target.close()
             handler.close()
+
+
+@pytest.fixture(autouse=True)
+def _time_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "time", SimpleNamespace(time=time.time, monotonic=lambda: NOW))
 
 
 @pytest.fixture
@@ -107,7 +115,7 @@ class Lines:
 
     def recorder(self, spec: WorkerSpec, seconds: float = 0) -> Recorder:
         """Return a recorder of a run that started some seconds ago."""
-        return Recorder(spec, "run", "c10d", self.text.append, self.logged.append, time.monotonic() - seconds)
+        return Recorder(spec, "run", "c10d", self.text.append, self.logged.append, NOW - seconds)
 
     def events(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in "".join(self.text).splitlines()]
@@ -343,9 +351,10 @@ def test_events_are_those_of_torchrun(tmp_path: Path) -> None:
         end["rdzv_backend"],
         lines.text.append,
         lines.logged.append,
+        NOW,
     )
     recorder.round_started(assignment, pids, joining=0.0)
-    later = replace(recorder, started_at=recorder.started_at - end["total_run_time"])
+    later = replace(recorder, started_at=NOW - end["total_run_time"])
     later.run_ended(WorkerState.FAILED, assignment, pids, failures)
 
     ours = lines.events()
