@@ -220,6 +220,7 @@ def test_store_of_another_host_need_not_serve_yet() -> None:
     assert "the launch waits up to 77 s" in doubt.text
 
 
+@pytest.mark.usefixtures("_patient")
 def test_stranger_at_the_port_of_the_store_is_named() -> None:
     with listen(0) as sock:
         port = sock.getsockname()[1]
@@ -265,6 +266,7 @@ def test_etcd_is_healthy_and_has_a_version() -> None:
         store_checks.store(EtcdBackend(dead, "j", {}, {}), 600)
 
 
+@pytest.mark.usefixtures("_patient")
 def test_port_that_speaks_no_http_may_serve_grpc_alone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         endpoint = f"127.0.0.1:{sock.getsockname()[1]}"
