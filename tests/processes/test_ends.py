@@ -451,7 +451,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round's workers have made 617 steps when they end."""
 
     def progress(self: LocalWorkers) -> RoundProgress:
-        return RoundProgress(617, time.monotonic(), time.monotonic())
+        return RoundProgress(617, now := time.monotonic(), now)
 
     monkeypatch.setattr(LocalWorkers, "progress", progress)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
