@@ -270,7 +270,7 @@ def where_dns_fails(tmp_path: Path, how: str, clients: int) -> dict[str, Any]:
     command = ["unshare", "--net", "--mount", "sh", "-c", WORLD, "sh", str(tmp_path), sys.executable, FAILING_DNS, how]
     run = subprocess.run(
         [*command, str(clients)],
-        env={**os.environ, "RES_OPTIONS": "timeout:1"},
+        env={**os.environ, "RES_OPTIONS": "timeout:1 attempts:5"},
         capture_output=True,
         text=True,
         timeout=DEADLINE,
