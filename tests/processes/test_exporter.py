@@ -173,9 +173,8 @@ def test_jobs_with_the_same_id_are_told_apart(job: Job) -> None:
     second = start(job, "same", *TWO)
     served = Exporter(job)
     sizes = {("0", HOST, "same"): 1.0, ("1", HOST, "same"): 2.0}
-    assert (
-        served.scrape_when(lambda found: len(found["elastic_job_world_size"]) == 2)["elastic_job_world_size"] == sizes
-    )
+    found = served.scrape_when(lambda found: len(found.get("elastic_job_world_size", ())) == 2)
+    assert found["elastic_job_world_size"] == sizes
     stop(job, first)
     assert served.scrape()["elastic_job_world_size"] == {("1", HOST, "same"): 2.0}
     stop(job, second)
@@ -185,7 +184,7 @@ def test_an_agent_that_hangs_is_down_and_holds_up_neither_the_others_nor_another
     job: Job, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, healthy = start(job, "hanging"), start(job, "healthy")
-    job.wait_for("0.0 up")
+    wait_until(lambda: job.marks() == ["0.0 up"] * 2)
     up = {("0", HOST, "hanging"): 0.0, ("0", HOST, "healthy"): 1.0}
     assert samples(registry.collect())["elastic_agent_up"] == dict.fromkeys(up, 1.0)
     hanging.send_signal(signal.SIGSTOP)
