@@ -28,6 +28,8 @@ class Job:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.program = [sys.executable, "-m", "elastic_launch"]
+        """What ``start`` starts."""
         self.processes: list[subprocess.Popen[str]] = []
 
     def script(self, text: str, name: str = "train.py") -> str:
@@ -66,7 +68,7 @@ class Job:
     def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
         """Start ``elastic-run`` with these arguments and these changes to the environment."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "elastic_launch", *args],
+            [*self.program, *args],
             cwd=self.path,
             env={**os.environ, "OMP_NUM_THREADS": "1", **env},
             stdin=subprocess.DEVNULL,
