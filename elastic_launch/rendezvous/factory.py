@@ -327,8 +327,9 @@ def _etcd_backend(
         if has_password(texts) and not is_secure(texts):
             log("protocol=http: the password for etcd crosses the network unencrypted")
         return EtcdBackend(endpoint, config.run_id, texts, environ)
-    # The members start with the nodes. A little less than join_timeout, because the bridge knows best what is missing.
-    texts["start_timeout"] = str(settings.join_timeout - min(5.0, settings.join_timeout / 2))
+    # The members start with the nodes. Less than join_timeout, because the bridge knows best what is missing, and may
+    # start late.
+    texts["start_timeout"] = str(settings.join_timeout - min(10.0, settings.join_timeout / 2))
     members = _embedded_members(endpoint, texts, log)
     log_dir = config.logs_specs.root_log_dir if config.logs_specs else None
     token = token if wants_certificates(texts) else b""

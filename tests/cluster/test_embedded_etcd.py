@@ -402,7 +402,7 @@ def test_the_members_of_another_job_are_not_used(agents: Agents, tmp_path: Path)
             claimed = claim_endpoint(endpoint, "job-2")
             assert claimed
             stack.enter_context(claimed)
-        second = agents(script, "--rdzv-id", "job-2", "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=12")
+        second = agents(script, "--rdzv-id", "job-2", "--log-dir", str(tmp_path / "logs"), conf=",join_timeout=20")
         wait_until(lambda: etcd_of(second))
         result = agents.job.finish(second)
     assert result.returncode == 69
@@ -549,6 +549,11 @@ def config(endpoint: str = "h:1,i:1,j:1", backend: str = "etcd", **conf: str) ->
 def test_wrong_settings_are_named(settings: Callable[[], LaunchConfig], text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(text)):
         create_built_in(settings(), {}, lambda line: None)
+
+
+def test_the_bridge_says_what_is_missing_before_the_agent_gives_up_also_if_it_starts_late() -> None:
+    backend = create_built_in(config(join_timeout="20"), {}, lambda line: None).backend  # type: ignore[attr-defined]
+    assert backend.conf["start_timeout"] == "10.0"
 
 
 @pytest.mark.parametrize(("endpoint", "text"), [("h:1", "with one member"), ("h:1,i:1", "with 2 members")])
