@@ -89,9 +89,11 @@ def main(argv: Sequence[str]) -> int:
     if not files and not (args.follow and _may_follow(job)):
         raise NoFilesError(why_none(job.agents, args.rank))
     output = Output(titles=args.follow or len(files) > 1)
-    ends = show_last(files, args.last, output)
-    if args.follow:
-        follow(job, args.rank, ends, output)
+    with contextlib.ExitStack() as stack:
+        clients = subscribe(job, stack) if args.follow else {}  # first: the job may end meanwhile
+        ends = show_last(files, args.last, output)
+        if args.follow:
+            follow(job, clients, args.rank, ends, output)
     return 0
 
 
@@ -174,28 +176,32 @@ def find_last(opened: BinaryIO, lines: int) -> tuple[int, int, int]:
     return (0, found + bool(end), end) if lines > 0 else (end, 0, end)
 
 
-def follow(job: Job, rank: int | None, ends: dict[str, int], output: Output) -> None:
-    """Show what is appended to the files, also to those of later rounds, until the job's agents on this host end."""
-    files: dict[str, LogFile] = {file.path: file for file in files_of(job.agents, rank)}
-    with contextlib.ExitStack() as stack:
-        for statuses in _statuses(job, stack):
-            files |= {file.path: file for file in files_of(statuses, rank)}
-            for path, file in files.items():
-                with contextlib.suppress(OSError), open(path, "rb", opener=open_regular) as opened:
-                    opened.seek(min(ends.get(path, 0), os.fstat(opened.fileno()).st_size))
-                    while data := opened.read(_BLOCK):
-                        output.write(file, data)
-                    ends[path] = opened.tell()
-
-
-def _statuses(job: Job, stack: contextlib.ExitStack) -> Iterator[list[dict[str, Any]]]:
-    """Yield the statuses of a job's agents again and again, and once more when all have ended."""
+def subscribe(job: Job, stack: contextlib.ExitStack) -> dict[int, ControlClient]:
+    """Connect to a job's agents on this host, by their places among its agents, to be told of each change."""
     clients: dict[int, ControlClient] = {}
-    latest = list(job.agents)
     for number, agent in enumerate(job.agents):
         with contextlib.suppress(UnavailableError):
             clients[number] = stack.enter_context(contextlib.closing(ControlClient(agent["socket"])))
             clients[number].send({"request": "subscribe"})
+    return clients
+
+
+def follow(job: Job, clients: dict[int, ControlClient], rank: int | None, ends: dict[str, int], output: Output) -> None:
+    """Show what is appended to the files, also to those of later rounds, until the job's agents on this host end."""
+    files: dict[str, LogFile] = {file.path: file for file in files_of(job.agents, rank)}
+    for statuses in _statuses(job, clients):
+        files |= {file.path: file for file in files_of(statuses, rank)}
+        for path, file in files.items():
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_regular) as opened:
+                opened.seek(min(ends.get(path, 0), os.fstat(opened.fileno()).st_size))
+                while data := opened.read(_BLOCK):
+                    output.write(file, data)
+                ends[path] = opened.tell()
+
+
+def _statuses(job: Job, clients: dict[int, ControlClient]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the statuses of a job's agents again and again, and once more when all have ended."""
+    latest = list(job.agents)
     while clients:
         for number, client in list(clients.items()):
             try:

@@ -463,6 +463,25 @@ def test_logs_that_are_followed_go_on_through_restarts_to_the_end(job: Job) -> N
     ]
 
 
+def test_logs_that_are_followed_show_what_follows_while_the_last_lines_are_shown(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = SAYS + "if restart == 0: wait()\n"
+    process = start(job, "brief", "-r", "1", "--log-dir", str(job.path / "logs"), script=script)
+    job.wait_for("0.0 said")
+    show_last = logs.show_last
+
+    def slowly(*args: Any) -> dict[str, int]:
+        ends = show_last(*args)
+        elastic_job("restart")
+        job.finish(process)
+        return ends
+
+    monkeypatch.setattr(logs, "show_last", slowly)
+    assert logs.main(["-f"]) == 0
+    assert "line 4 of rank 0 in round 1\n" in capsys.readouterr().out
+
+
 def test_a_job_without_files_is_told_how_to_have_some(job: Job) -> None:
     process = start(job, "mute")
     done = elastic_job("logs")
