@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from elastic_launch.store.client import StoreClient
 
 PATIENCE = 5.0
 """Seconds to wait for the store."""
+BRIDGE_PATIENCE = 10.0
+"""Further seconds for the start of the bridge to etcd, which imports gRPC. It says by itself what it cannot reach."""
 _BATCH = 1024
 """Keys that are read with one request."""
 _OF_ROUND = ("ticket", "status", "closed", "end", "decision")
@@ -66,6 +69,8 @@ class StoreReader:
             raise UsageError(NO_TOKEN)
         self._opened = contextlib.ExitStack()
         self._end = time.monotonic() + PATIENCE
+        if backend.startswith("etcd"):
+            self._end += BRIDGE_PATIENCE
         with contextlib.ExitStack() as stack:
             self._backend = _backend(Store(run_id, backend, endpoint, settings, environ, secret, has_gate), stack)
             stack.callback(self._backend.close)
@@ -129,10 +134,20 @@ class StoreReader:
                 self._call(client, [f"elastic/{self.run_id}/round"])
             except RendezvousConnectionError as error:
                 client.close()
+                self._check_bridge()
                 if not self._backend.has_untried_address() or time.monotonic() >= self._end:
                     raise RendezvousConnectionError(str(self._backend.explain(error))) from error
             else:
                 return client
+
+    def _check_bridge(self) -> None:
+        """Raise what the bridge says if it ends. It closes its connections a moment before."""
+        poller = select.poll()
+        waits = self._backend.descriptors()
+        for fd, mask in waits:
+            poller.register(fd, mask)
+        if waits and poller.poll(1000):
+            self._backend.take()
 
 
 def _warn(text: str) -> None:

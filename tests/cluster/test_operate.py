@@ -591,16 +591,17 @@ def test_a_store_that_is_away_leaves_what_the_agents_know(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "status", "text"),
+    ("endpoint", "more", "status", "text"),
     [
-        ("127.0.0.1:9", 69, "connection refused"),
-        ("no-such-host.invalid:1", 69, "cannot resolve 'no-such-host.invalid'"),
-        ("", 3, "never-ran: no such job at this store"),
+        ("127.0.0.1:9", [], 69, "connection refused"),
+        ("127.0.0.1:9", ["--rdzv-backend", "etcd", "--rdzv-conf", "read_timeout=1"], 69, "Connection refused"),
+        ("no-such-host.invalid:1", [], 69, "cannot resolve 'no-such-host.invalid'"),
+        ("", [], 3, "never-ran: no such job at this store"),
     ],
 )
-def test_a_job_that_is_not_there_is_one_line(endpoint: str, status: int, text: str) -> None:
+def test_a_job_that_is_not_there_is_one_line(endpoint: str, more: list[str], status: int, text: str) -> None:
     where = endpoint or f"127.0.0.1:{shared_store().port}"
-    done = elastic_job("status", "--rdzv-endpoint", where, "--rdzv-id", "never-ran")
+    done = elastic_job("status", "--rdzv-endpoint", where, "--rdzv-id", "never-ran", *more)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
     assert text in done.stderr
 
