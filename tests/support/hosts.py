@@ -173,10 +173,10 @@ class Hosts:
 
     def close(self) -> None:
         """Kill the programs on the hosts, and remove the hosts."""
-        with self._switch:  # leaving the block waits for its end
+        with self._switch:  # leaving the block waits for its end, and until then something may still write files
             _pipe(self._switch.stdin).close()
-            for host in self._hosts:
-                host.wait()
+        for host in self._hosts:
+            host.wait()
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
