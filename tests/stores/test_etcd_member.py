@@ -107,6 +107,23 @@ def test_nonsense_of_other_members_is_ignored(number: int, tmp_path: Path, monke
             assert (tmp_path / "data" / "member").is_dir(), "data are removed only for a new member"
 
 
+def test_a_member_that_is_slow_to_say_what_it_knows_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise one that has lost its data would begin anew, and vote again on what it has agreed to."""
+    plan = MemberPlan((("a", 1), ("b", 3)), "job", 0, "127.0.0.1", "etcd", str(tmp_path))
+    known = [{"ID": "1", "peerURLs": [plan.peer_url("a", 1)], "clientURLs": ["http://a:1"]}]
+    monkeypatch.setattr(gateway, "TIMEOUT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        late = gateway.ask("127.0.0.1", silent.getsockname()[1], "/members")
+    assert late == HttpReply(None, "no answer", is_late=True)
+    replies = [late, late, HttpReply(known, cluster_id=plan.cluster_id)]
+    monkeypatch.setattr(member_main, "ask", lambda *args: replies.pop(0))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        assert MemberSupervisor(plan, ours)._has_served_before()
+
+
 @contextmanager
 def serving(answer: bytes, *, slowly: bool = False) -> Iterator[int]:
     """A server that answers each request with some bytes, perhaps one by one."""

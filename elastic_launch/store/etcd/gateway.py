@@ -30,6 +30,8 @@ class HttpReply(NamedTuple):
     """The reason for no reply, in a few words."""
     cluster_id: int = 0
     """The id of the member's cluster, which it sends on the port for other members only; otherwise 0."""
+    is_late: bool = False
+    """Whether the member has accepted the connection, but has not answered in time."""
 
 
 NOT_HTTP = "it is not etcd"
@@ -65,7 +67,7 @@ def ask(
             return HttpReply(None, f"status {response.status}")
         return HttpReply(json.loads(data), cluster_id=int(response.headers.get("X-Etcd-Cluster-ID", "0"), 16))
     except TimeoutError:
-        return HttpReply(None, "no answer")
+        return HttpReply(None, "no answer", is_late=connection.sock is not None)
     except OSError as error:
         return HttpReply(None, (error.strerror or str(error)).lower())
     except (http.client.HTTPException, ValueError, RecursionError):

@@ -49,6 +49,8 @@ PORT_PATIENCE = 5.0
 """Seconds to wait for a port that is in use: a previous agent may just be ending."""
 STUCK_AFTER = 10.0
 """Seconds after which a member is replaced if it does not serve although a majority of the others does."""
+LATE_ANSWERS = 10
+"""How often a member that accepts connections may be late with what it knows of this one; then it counts as dead."""
 FIRST_REPORT, REPORT_INTERVAL = 5.0, 10.0
 """Seconds until the first line that says what is missing, and between such lines."""
 
@@ -278,7 +280,10 @@ class MemberSupervisor:
     def _has_served_before(self) -> bool:
         """Whether another member, with or without a majority, knows that this host's has served."""
         for host, port in self._others:
-            reply = self._ask((host, port + 1), "/members")
+            for _ in range(LATE_ANSWERS):
+                reply = self._ask((host, port + 1), "/members")
+                if not reply.is_late:
+                    break
             members = read_members({"header": {}, "members": reply.body})
             for member in (members if reply.cluster_id == self._plan.cluster_id else None) or ():
                 if self._peer_url in member["peerURLs"] and member["clientURLs"]:
