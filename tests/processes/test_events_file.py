@@ -19,6 +19,7 @@ from elastic_launch import LaunchConfig, elastic_launch
 from elastic_launch.logs.event_log import EventLog, path_in
 from tests.support.event_lines import events_in, names
 from tests.support.jobs import TWO, Job, report_of
+from tests.support.waiting import wait_until
 
 CRASH = "if rank == 1 and restart == 0: wait_for('0.0 up'); sys.exit(3)\nmark('up')\nif restart == 0: wait()"
 RESTART = [
@@ -61,6 +62,7 @@ def test_a_job_that_fails_writes_what_the_report_says(job: Job) -> None:
 def test_a_job_that_is_stopped_writes_by_what(job: Job) -> None:
     process = job.start(*TWO, "-q", "--events", "e.jsonl", job.script("mark('up'); wait()"))
     job.wait_for("0.0 up", "1.0 up")
+    wait_until(lambda: '"name": "started"' in (job.path / "e.jsonl").read_text())  # the agent hears of it later
     process.send_signal(signal.SIGTERM)
     assert job.finish(process).returncode == 143
     events = events_in(job.path / "e.jsonl")

@@ -55,6 +55,11 @@ def samples(families: Any) -> Samples:
     return found
 
 
+def have_started(found: Samples, workers: int) -> bool:
+    """Whether the agents know their workers' pids: these may step before that."""
+    return len(found.get("elastic_worker_cpu_seconds_total", ())) == workers
+
+
 class Exporter:
     """A running ``elastic-job exporter``."""
 
@@ -121,7 +126,9 @@ def test_a_job_is_told_with_its_restart_its_steps_and_its_workers(job: Job) -> N
     assert found["elastic_worker_steps_total"] == {(*me, "0"): 3, (*me, "1"): 3}
     job.mark("go")
     job.wait_for("0.1 stepped", "1.1 stepped")
-    found = served.scrape_when(lambda found: found.get("elastic_job_steps_total", {}).get(me) == 6)
+    found = served.scrape_when(
+        lambda found: found.get("elastic_job_steps_total", {}).get(me) == 6 and have_started(found, 2)
+    )
     [info] = found["elastic_agent_info"]
     assert info == ("0", "static", HOST, "my-job", "root", __version__)
     assert {key[-1] for key, value in found["elastic_agent_state"].items() if value} == {"running"}
@@ -150,7 +157,7 @@ def test_every_metric_is_described_in_both_formats_and_prometheus_parser_takes_t
     process = start(job, 'a "job"\\', script=STEPS)
     job.wait_for("0.0 stepped")
     served = Exporter(job)
-    served.scrape_when(lambda found: "elastic_job_steps_total" in found)
+    served.scrape_when(lambda found: "elastic_job_steps_total" in found and have_started(found, 1))
     for parser, accept in ((plain_text, "text/plain"), (open_metrics, "application/openmetrics-text; version=1.0.0")):
         families = list(parser(served.text(accept)))
         told = samples(families)
