@@ -71,12 +71,13 @@ def kill_orphans(is_alone: bool, workers: Collection[int], run_id: str) -> None:
 
     end = time.monotonic() + KILL_PATIENCE
     while keeper_main.has_children():
+        is_last_look = time.monotonic() > end  # after this process may have stood still
         children = keeper_main.children_by_parent().get(os.getpid(), ())
         environments = {pid: _environment_of(pid) for pid in children}
         known = {pid: environment for pid, environment in environments.items() if environment is not None}
         orphans = [pid for pid, environment in known.items() if is_orphan(pid, environment)]
         if not orphans:
-            if len(known) == len(environments) or time.monotonic() > end:
+            if len(known) == len(environments) or is_last_look:
                 return
             time.sleep(0.001)
         for orphan in orphans:

@@ -35,6 +35,7 @@ from elastic_launch import (
 from elastic_launch.agent.loop import AgentLoop
 from elastic_launch.rendezvous.single_node import SingleNodeRendezvous
 from elastic_launch.run import main
+from elastic_launch.workers import orphans
 from elastic_launch.workers.keeper_main import get_subreaper, set_subreaper
 from tests.support.jobs import Job
 from tests.support.leaks import children
@@ -203,6 +204,7 @@ def test_lost_keeper_spares_the_children_of_the_program(
     threads: int, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(job.path)
+    monkeypatch.setattr(orphans, "KILL_PATIENCE", DEADLINE)
     # A child, and a grandchild that becomes a child when its parent ends: the agent makes its process a subreaper.
     mine = [
         subprocess.Popen(["sleep", "1000"], start_new_session=True),

@@ -20,8 +20,7 @@ import pytest
 
 from elastic_launch.core.agent.restart_policy import has_restarts
 from elastic_launch.job import Policy, RestartHistory
-from elastic_launch.workers import standby
-from elastic_launch.workers.orphans import kill_orphans
+from elastic_launch.workers import orphans, standby
 from elastic_launch.workers.standby import GO, HOLD, NEVER, Standby, StandbyPool, is_listening, store_port
 from elastic_launch.workers.written_pages import PAGE, written_pages
 from tests.support.jobs import Job
@@ -242,7 +241,10 @@ def test_agent_killed_leaves_none(job: Job) -> None:
     wait_until(lambda: not any(is_alive(it.pid) for it in below))
 
 
-def test_a_program_with_children_of_its_own_keeps_them_and_no_standbys_of_a_lost_keeper() -> None:
+def test_a_program_with_children_of_its_own_keeps_them_and_no_standbys_of_a_lost_keeper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(orphans, "KILL_PATIENCE", DEADLINE)
     program = "import sys; open('/proc/self/comm', 'w').write(sys.argv[1]); print(flush=True); sys.stdin.read()"
     with contextlib.ExitStack() as stack:
         processes = []
@@ -254,7 +256,7 @@ def test_a_program_with_children_of_its_own_keeps_them_and_no_standbys_of_a_lost
             assert process.stdout
             process.stdout.readline()
             processes.append(process)
-        kill_orphans(is_alone=False, workers=(), run_id="job")
+        orphans.kill_orphans(is_alone=False, workers=(), run_id="job")
         assert [is_alive(process.pid) for process in processes] == [False, True]
         assert not psutil.pid_exists(processes[0].pid), "it has been reaped"
 
