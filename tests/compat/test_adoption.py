@@ -190,7 +190,7 @@ def test_adopt_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_launcher_before_torchrun_passes_the_local_rank(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("import sys; print(sys.argv[1:], flush=True)")
+    (tmp_path / "train.py").write_text("import sys; sys.stdout.write(f'{sys.argv[1:]}\\n')")  # in one piece
     command = [sys.executable, "-m", "elastic_launch.legacy", "--nproc_per_node=2", "train.py", "-x"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert sorted(done.stdout.splitlines()) == ["['--local-rank=0', '-x']", "['--local-rank=1', '-x']"], done.stderr

@@ -21,7 +21,8 @@ from tests.support.progress import script, started
 from tests.support.training_scripts import SCRIPTS, Script
 
 IS_FORK = "b'preload_main' in open(f'/proc/{os.getppid()}/cmdline', 'rb').read()"
-WARM = f"import os, sys\nimport numpy\nprint('forked:', {IS_FORK})\n"
+WARM = f"import os, sys\nimport numpy\nsys.stdout.write('forked: %s\\n' % ({IS_FORK}))\n"
+"""In one piece. `print` writes several, between which another rank may write if this one stands still."""
 
 
 def test_a_program_that_imports_something_slow_is_forked(job: Job) -> None:
