@@ -24,6 +24,7 @@ from elastic_launch.core.agent.lifecycle import begin
 from elastic_launch.core.agent.messages import AgentEvent, Limits
 from elastic_launch.core.status import Facts
 from elastic_launch.errors import UsageError
+from elastic_launch.health import server_main
 from elastic_launch.health.server_main import Service
 from elastic_launch.host.ports import listen
 from elastic_launch.job import Policy
@@ -260,9 +261,12 @@ class Health:
 
 @pytest.fixture(scope="module")
 def health() -> Iterator[Health]:
-    health = Health()
-    yield health
-    health.close()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AGENT_PATIENCE", "REQUEST_PATIENCE", "CLOSE_PATIENCE"):  # this process may stand still
+            patch.setattr(server_main, name, DEADLINE)
+        health = Health()
+        yield health
+        health.close()
 
 
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=6))

@@ -332,6 +332,7 @@ print(worker.wait(), differ, flush=True)
 os._exit(0)
 """
     worker = WORKER.format(module="elastic_launch.timer").replace("argv[1]", "argv[1], 10")
+    worker = worker.replace("timer.configure", f"timer.client.PATIENCE = {DEADLINE}\ntimer.configure")
     args = [sys.executable, "-c", program, str(tmp_path / "pipe"), worker]
     run = subprocess.run(args, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert run.stdout == f"{-signal.SIGUSR1} {{}}\n", run.stderr

@@ -97,19 +97,19 @@ def test_a_restart_begins_without_timers(job: Job) -> None:
     script = job.script(
         f"{CLIENT}"
         "if restart == 1:\n"
-        "    time.sleep(8.5)\n"
+        "    time.sleep(12.5)\n"
         "    with timer.expires(after=60): mark('goes on')\n"
         "    sys.exit()\n"
         "if rank == 0:\n"
-        "    with timer.expires(after=8): mark('starts'); time.sleep(1000)\n"
-        "mark('waits')\nwait_for('0.0 starts')\n"
-        "takes_too_long()\n"
+        "    with timer.expires(after=12): mark('starts'); time.sleep(1000)\n"
+        "wait_for('0.0 starts')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = job.run(*TWO, "--max-restarts", "1", "--log-dir", str(job.path / "logs"), script, **ENABLED)
     assert done.returncode == 0, done.stderr
     assert {"0.1 goes on", "1.1 goes on"} <= set(job.marks())
     assert "rank 1 failed (killed by SIGKILL): restart 1 of 1\n" in done.stderr
-    assert len(list((job.path / "logs").rglob("stacks.log"))) == 1
+    assert not list((job.path / "logs").rglob("stacks.log")), "no timer has expired"
 
 
 def test_each_round_has_timers(job: Job) -> None:
@@ -124,9 +124,9 @@ def test_scopes_that_are_left_in_time_do_nothing(job: Job) -> None:
     script = job.script(
         f"{CLIENT}"
         "for number in range(50):\n"
-        "    with timer.expires(after=2): pass\n"
+        "    with timer.expires(after=5): pass\n"
         "with timer.expires(after=60):\n"
-        "    with timer.expires(after=60): time.sleep(2.5)\n"
+        "    with timer.expires(after=60): time.sleep(5.5)\n"
         "mark('done')\n"
         "timer.FileTimerClient(os.environ['TORCHELASTIC_TIMER_FILE']).acquire('never left', time.time() + 60)\n"
     )
@@ -148,7 +148,7 @@ def test_a_timer_below_a_wrapper(job: Job) -> None:
 
 def test_a_timer_of_a_workers_child(job: Job) -> None:
     """A child that ends in a timer's scope is ignored. If it hangs there, the worker is killed."""
-    ended = "if os.fork() == 0:\n    with timer.expires(after=1): os._exit(0)\ntime.sleep(1.5)\nmark('unharmed')\n"
+    ended = "if os.fork() == 0:\n    with timer.expires(after=5): os._exit(0)\ntime.sleep(5.5)\nmark('unharmed')\n"
     hangs = "if os.fork() == 0: takes_too_long()\nwhile True: os.wait()\n"
     done = job.run("--log-dir", str(job.path / "logs"), job.script(CLIENT + ended + hangs), **ENABLED)
     assert done.returncode == 137
@@ -250,8 +250,7 @@ def test_a_launcher_is_healthy_while_its_loop_turns(job: Job, port: int) -> None
     wait_until(lambda: health(port) == 200)
     process.send_signal(signal.SIGTERM)
     assert job.finish(process).returncode == 143
-    with pytest.raises(ConnectionRefusedError):
-        health(port)
+    wait_until(lambda: is_refused(port))
 
 
 def test_a_launcher_that_stops_its_workers_is_healthy(job: Job, port: int) -> None:
@@ -642,8 +641,7 @@ def test_nothing_is_left_whoever_is_killed(job: Job, port: int, victim: str) -> 
         case _:
             assert job.finish(process).returncode == -signal.SIGKILL
     wait_until(lambda: not [each for each in below if is_alive(each.pid)], "processes of the job")
-    with pytest.raises(ConnectionRefusedError):
-        health(port)
+    wait_until(lambda: is_refused(port))
     if victim in ("keeper", "health"):
         assert not pipe.exists()
 
@@ -675,6 +673,15 @@ def is_healthy(port: int) -> bool:
         return health(port) == 200
     except OSError:
         return False
+
+
+def is_refused(port: int) -> bool:
+    """Whether nobody listens. A process that has been killed still may, until it gets the CPU."""
+    try:
+        health(port)
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
+    return False
 
 
 def test_nothing_is_left_of_a_worker_that_is_about_to_be_killed(job: Job) -> None:
