@@ -115,6 +115,7 @@ def stranger(name: str, what: str = "listens") -> Iterator[int]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         line = process.stdout.readline()
+        assert line, "it has neither"
         yield int(line) if name.isdigit() else 0
         process.communicate()
 
@@ -162,9 +163,10 @@ def test_the_user_who_has_a_port_is_named_if_his_process_cannot_be(monkeypatch: 
 @needs_root
 @pytest.mark.parametrize("what", ["listens", "keeps quiet"])
 def test_a_member_of_etcd_is_not_kept_away_by_another_users_name(what: str) -> None:
-    name = hashlib.sha256(b"h:1/j").hexdigest()
+    job = f"job-{os.getpid()}-{what}"  # other tests have names of their own
+    name = hashlib.sha256(f"h:1/{job}".encode()).hexdigest()
     with stranger(f"@elastic-launch/{name}", what):
-        claimed = claim_endpoint("h:1", "j")
+        claimed = claim_endpoint("h:1", job)
         assert claimed
         claimed.close()
 
@@ -175,13 +177,10 @@ def test_each_round_has_a_fresh_port_unless_one_is_named() -> None:
     assert all(assignment.port_picked for assignment in assignments)
     assert all(first.master_port != second.master_port for first, second in itertools.pairwise(assignments))
     rendezvous.close()
-    rendezvous = SingleNodeRendezvous("job", 2, "host", assignments[0].master_port)
+    port = free_port()
+    rendezvous = SingleNodeRendezvous("job", 2, "host", port)
     assignment = next_place(rendezvous)
-    assert (assignment.master_addr, assignment.master_port, assignment.port_picked) == (
-        "host",
-        assignments[0].master_port,
-        False,
-    )
+    assert (assignment.master_addr, assignment.master_port, assignment.port_picked) == ("host", port, False)
     rendezvous.close()
 
 

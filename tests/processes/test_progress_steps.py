@@ -545,11 +545,14 @@ SURVIVE = """
 import ctypes, os, sys, threading, time
 events = sys.argv[1]
 reading, writing = os.pipe()
+releasing = threading.Event()
 def release():
+    releasing.set()
     while not os.path.exists(f"{events}/dumped"):
         time.sleep(0.002)
     os.write(writing, b"xy")
 threading.Thread(target=release).start()
+releasing.wait()
 libc = ctypes.CDLL(None, use_errno=True)
 open(f"{events}/blocked", "w").close()
 buffer = ctypes.create_string_buffer(1)
