@@ -129,7 +129,8 @@ args = TrainingArguments("out", use_cpu=True, max_steps=2, per_device_train_batc
                          save_strategy="no", disable_tqdm=True)
 trainer = Trainer(Model(), args, train_dataset=data, callbacks=[Fail()])
 trainer.train()
-print(f"rank {rank} of {args.world_size}: step {trainer.state.global_step}\\n", end="", flush=True)
+# After a line that the other rank may have printed without its end so far.
+print(f"\\nrank {rank} of {args.world_size}: step {trainer.state.global_step}\\n", end="", flush=True)
 """
 
 
