@@ -499,6 +499,21 @@ def test_a_leader_that_leaves_while_it_has_not_heard_that_its_round_has_closed_h
     assert running(made) == [0, 0, 0]
 
 
+def test_a_node_that_is_cut_off_before_it_hears_that_it_has_ended_the_round_loses_nobody() -> None:
+    """It reports no failure then, and another node reports a consequence: as long as both live, none is to blame."""
+    made = world(2)
+    form(made, 2)
+    failed, peer = made.agents
+    failed.stop_time = 100  # its other worker lives until the end of the lease
+    failed.fail_worker(-9)
+    failed.stall(failed.lease - made.now + 0.1)  # the end of the round gets through, the answer does not
+    made.run(made.now + 5, stop=lambda: "elastic/job/0/end" in made.store.values)
+    peer.fail_worker(1, RESET)
+    made.run(made.now + 30)
+    assert running(made) == [1, 1]
+    assert {place.restart_history.used for place in made.assignments[1].values()} == {0}
+
+
 @pytest.mark.parametrize("rounds", [4, 70])
 def test_a_node_that_sleeps_before_it_draws_its_ticket_leads_no_round_that_is_over(rounds: int) -> None:
     """It may find that round closed in its own name, or, if that was deleted, form another beside the current one."""

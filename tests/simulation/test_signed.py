@@ -326,7 +326,7 @@ def test_strangers_cannot_have_the_death_of_a_node_charged(*, with_heartbeats: b
     assert [agent.running for agent in others] == [1, 1]
     assert {place.restart_history.used for place in made.assignments[1].values()} == {0}
     assert (
-        any("has not noticed this failure for" in line for agent in others for line in agent.shown()) == with_heartbeats
+        any("did not notice this failure for" in line for agent in others for line in agent.shown()) == with_heartbeats
     )
 
 

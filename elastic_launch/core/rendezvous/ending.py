@@ -297,7 +297,8 @@ def on_reported(node: NodeState, step: Step, answer: Answer[questions.CountRepor
 def read_consequences(node: NodeState, step: Step) -> None:
     """Read the other nodes' failures, how many nodes have reported, which are lost, and who knows of the end."""
     round_ = node.round
-    tickets = _others(node) if round_.end and any(map(is_consequence, round_.end.failures[:1])) else ()
+    own = round_.report.round.decision.failures if round_.report.round else ()
+    tickets = _others(node) if own and all(map(is_consequence, own)) else ()
     names = ["consequences", "reported", "lost", f"members/{round_.closed.leader if round_.closed else 0}"]
     names += [f"seen/{ticket}" for ticket in tickets]
     step.ask(questions.ReadConsequences(tickets), Get(tuple(map(node.key, names)), ANSWER_LIMIT))  # appended to
@@ -325,7 +326,7 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
     found = {line.failure.rank: (line.failure, line.node) for line in _reports(node, step, also)}
     found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
     failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
-    if failures and is_consequence(failures[0][0]):
+    if own and is_consequence(failures[0][0]):
         known = {ticket for ticket, value in zip(answer.question.tickets, seen, strict=True) if value}
         if not _has_heard_of_all(node, step, number(reported, node.key("reported")), known):
             _wait_for_cause(node, step)
@@ -335,7 +336,7 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
             return
     history, port = node.restart_history(step.now), round_.assignment.picked_port
     may_restart = round_.report.round.may_restart
-    if not failures:
+    if not failures or (not own and is_consequence(failures[0][0])):  # of what ended the round, which was no failure
         _decide_without_failure(node, step, may_restart)
         return
     cause_node = failures[0][1]
@@ -427,7 +428,7 @@ def _give_up_on_silent(node: NodeState, step: Step, known: Set[int]) -> None:
     if members and silent and ends is not None and step.now >= ends + patience and node.round.decision is None:
         who = [at for at, ticket in enumerate(members.tickets) if ticket in silent]
         step.log(
-            f"{listed(members.hosts[at] for at in who)} has not noticed this failure for {patience:g} s, and may have "
+            f"{listed(members.hosts[at] for at in who)} did not notice this failure for {patience:g} s, and may have "
             "caused it; restarting without using up a restart"
         )
         gone = tuple(members.nodes[at] for at in who)
