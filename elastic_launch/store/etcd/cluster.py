@@ -333,7 +333,8 @@ class Cluster:
                 f"etcd at {member.endpoint} answers with more than was asked for ({why}): does something else write "
                 "to the job's keys?"
             )
-        if code is self._code.DEADLINE_EXCEEDED and member.last_error:
+        is_late = code is self._code.DEADLINE_EXCEEDED or why == "context deadline exceeded"  # as etcd itself says it
+        if is_late and member.last_error:
             self.switch_from(member, member.last_error)  # that says more: the last attempt ends with the call
             return
         member.is_unusable = not self._has_answered and (
