@@ -69,12 +69,11 @@ class StoreReader:
             raise UsageError(NO_TOKEN)
         self._opened = contextlib.ExitStack()
         self._end = time.monotonic() + PATIENCE
-        if backend.startswith("etcd"):
-            self._end += BRIDGE_PATIENCE
         with contextlib.ExitStack() as stack:
             self._backend = _backend(Store(run_id, backend, endpoint, settings, environ, secret, has_gate), stack)
             stack.callback(self._backend.close)
             if backend.startswith("etcd"):
+                self._end += BRIDGE_PATIENCE
                 self._backend.open()
             self._client = stack.enter_context(contextlib.closing(self._connect()))
             self._opened = stack.pop_all()

@@ -326,7 +326,8 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
     found = {line.failure.rank: (line.failure, line.node) for line in _reports(node, step, also)}
     found |= {rank: (failure, node.record.node) for rank, failure in own.items()}
     failures = sorted(found.values(), key=lambda it: (is_consequence(it[0]), it[0].rank not in own))
-    if own and is_consequence(failures[0][0]):
+    has_cause = bool(failures) and not is_consequence(failures[0][0])
+    if own and not has_cause:
         known = {ticket for ticket, value in zip(answer.question.tickets, seen, strict=True) if value}
         if not _has_heard_of_all(node, step, number(reported, node.key("reported")), known):
             _wait_for_cause(node, step)
@@ -336,7 +337,7 @@ def on_consequences(node: NodeState, step: Step, answer: Answer[questions.ReadCo
             return
     history, port = node.restart_history(step.now), round_.assignment.picked_port
     may_restart = round_.report.round.may_restart
-    if not failures or (not own and is_consequence(failures[0][0])):  # of what ended the round, which was no failure
+    if not own and not has_cause:  # others' consequences are those of what ended the round, which was no failure
         _decide_without_failure(node, step, may_restart)
         return
     cause_node = failures[0][1]
