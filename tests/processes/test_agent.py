@@ -249,7 +249,8 @@ def test_missing_module(job: Job) -> None:
 
 
 def test_no_python(job: Job) -> None:
-    done = job.run(*TWO, "--no-python", "sh", "-c", "echo $RANK $0 $1; exit $((RANK * 5))", "a", "b")
+    in_turn = "[ $RANK = 0 ] && touch said; until [ -e said ]; do sleep 0.01; done"  # else 0 may be stopped before
+    done = job.run(*TWO, "--no-python", "sh", "-c", f"echo $RANK $0 $1; {in_turn}; exit $((RANK * 5))", "a", "b")
     assert sorted(done.stdout.split("\n")) == ["", "0 a b", "1 a b"]
     assert done.returncode == 5
     assert "sh FAILED" in done.stderr
